@@ -1,0 +1,286 @@
+"""Backbones of a Re-ID model, built on `transformers`: the CLIP image encoder, ResNet and Swin.
+
+All have the same small face: `forward(images)` (B, C), `feature_map(images)` (B, C, h, w), `num_features` (C),
+`image_size` (height, width), `config` and `model`, the transformers model itself.
+"""
+
+import copy
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    PreTrainedConfig,
+    ResNetModel,
+    SwinModel,
+)
+
+SUPPORTED = "CLIP (a whole CLIPModel or its vision tower), ResNet (ResNetModel) and Swin (SwinModel)"
+
+
+class Backbone(nn.Module):
+    """What the three have in common."""
+
+    def __init__(self, model, image_size, num_features):
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self.image_size = tuple(image_size)
+        self.num_features = num_features
+
+    def forward(self, images):
+        return self.feature_map(images).mean(dim=(2, 3))
+
+    def enable_gradient_checkpointing(self):
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def set_attention(self, implementation):
+        self.model.set_attn_implementation(implementation)
+
+    def save_pretrained(self, folder):
+        """Write a plain `transformers` folder: no neck, no classifier."""
+        self.model.save_pretrained(folder)
+
+
+class ClipBackbone(Backbone):
+    """CLIP's image encoder for images of one fixed shape: class token, final norm, projection.
+
+    The position table is resized once, here, to the patch grid of `image_size` and trained as it then is. The patch
+    projection is frozen. A tower saved without `visual_projection` gives its class token unprojected.
+    """
+
+    def __init__(self, model, image_size):
+        config = model.config
+        projected = isinstance(model, CLIPVisionModelWithProjection)
+        super().__init__(model, image_size, config.projection_dim if projected else config.hidden_size)
+        patch = config.patch_size
+        self.square = (config.image_size // patch, config.image_size // patch)
+        self.grid = (image_size[0] // patch, image_size[1] // patch)
+        if min(self.grid) < 1:
+            raise ValueError(f"image_size {self.image_size} is smaller than one patch of {patch} x {patch} pixels")
+        embeddings = self.tower.embeddings
+        embeddings.patch_embedding.requires_grad_(False)
+        table = resize_position_table(embeddings.position_embedding.weight.detach(), self.square, self.grid)
+        embeddings.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
+        # The numbering of the square grid has no use left: tokens() adds the whole table.
+        embeddings.position_ids = None
+
+    @property
+    def tower(self):
+        return getattr(self.model, "vision_model", self.model)
+
+    def tokens(self, images):
+        """Class and patch tokens after the last block: (B, 3, H, W) -> (B, 1 + h * w, width)."""
+        if images.shape[-2:] != self.image_size:
+            raise ValueError(
+                f"this model takes images of {self.image_size} (height, width) and got {tuple(images.shape)}; "
+                "resize the images, or load the backbone with image_size="
+            )
+        # CLIPVisionEmbeddings.forward takes squares only, so its few lines stand here.
+        embeddings = self.tower.embeddings
+        patches = embeddings.patch_embedding(images.to(embeddings.patch_embedding.weight.dtype))
+        class_token = embeddings.class_embedding.expand(images.shape[0], 1, -1)
+        hidden = torch.cat([class_token, patches.flatten(2).transpose(1, 2)], dim=1)
+        hidden = self.tower.pre_layrnorm(hidden + embeddings.position_embedding.weight)
+        return self.tower.encoder(inputs_embeds=hidden).last_hidden_state
+
+    def project(self, tokens):
+        tokens = self.tower.post_layernorm(tokens)
+        return self.model.visual_projection(tokens) if self.model is not self.tower else tokens
+
+    def feature_map(self, images):
+        return self.project(self.tokens(images)[:, 1:]).transpose(1, 2).unflatten(2, self.grid)
+
+    def forward(self, images):
+        return self.project(self.tokens(images)[:, 0])
+
+    def save_pretrained(self, folder):
+        """As a `transformers` folder; positions go back to the square grid of the configuration, bilinearly."""
+        state = self.model.state_dict()
+        name = next(name for name in state if name.endswith("position_embedding.weight"))
+        state[name] = resize_position_table(state[name], self.grid, self.square)
+        self.model.save_pretrained(folder, state_dict=state)
+
+
+class ResNetBackbone(Backbone):
+    """ResNet whose last stage does not downsample: 256x128 images give a 16x8 map, pooled by its mean."""
+
+    def __init__(self, model, image_size):
+        super().__init__(model, image_size, model.config.hidden_sizes[-1])
+        self.gradient_checkpointing = False
+        for module in model.encoder.stages[-1].layers[0].modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+
+    def feature_map(self, images):
+        hidden = self.model.embedder(images.to(self.model.embedder.embedder.convolution.weight.dtype))
+        for stage in self.model.encoder.stages:
+            if self.gradient_checkpointing and self.training:
+                hidden = checkpoint(stage, hidden, use_reentrant=False, context_fn=lambda s=stage: recompute(s))
+            else:
+                hidden = stage(hidden)
+        return hidden
+
+    def enable_gradient_checkpointing(self):
+        # transformers has none for ResNet.
+        self.gradient_checkpointing = True
+
+    def set_attention(self, implementation):
+        """A convolutional network has no attention to choose."""
+
+
+class SwinBackbone(Backbone):
+    """Swin for images that are not square; the last map (8x4 at 256x128) is pooled by its mean.
+
+    Maps that are not multiples of the window are padded to it. Left to itself, `SwinModel` shrinks the window to the
+    narrow side of the map, for which its table of relative positions has no rows.
+    """
+
+    def __init__(self, model, image_size):
+        config = model.config
+        super().__init__(model, image_size, model.num_features)
+        if config.use_absolute_embeddings:
+            raise ValueError("Swin with use_absolute_embeddings=True is not supported; use one without")
+        grid = tuple(-(-size // config.patch_size) for size in image_size)
+        for stage in model.encoder.layers:
+            # No shift where one window covers the map or, as in SwinModel, just fits its narrow side.
+            if max(grid) <= config.window_size or min(grid) == config.window_size:
+                for block in stage.blocks:
+                    block.shift_size = 0
+            grid = halved(grid)
+
+    def feature_map(self, images):
+        projection = self.model.embeddings.patch_embeddings.projection
+        hidden, grid = self.model.embeddings(images.to(projection.weight.dtype))
+        hidden = self.model.encoder(hidden, grid, always_partition=True).last_hidden_state
+        for _ in self.config.depths[1:]:
+            grid = halved(grid)
+        return self.model.layernorm(hidden).transpose(1, 2).unflatten(2, grid)
+
+
+FAMILIES = {"clip_vision_model": ClipBackbone, "resnet": ResNetBackbone, "swin": SwinBackbone}
+MODELS = {"clip_vision_model": CLIPVisionModelWithProjection, "resnet": ResNetModel, "swin": SwinModel}
+
+
+def backbone_from_config(config, image_size=(256, 128), *, attn_implementation=None):
+    """A backbone with random weights. Under `torch.device("meta")` it takes no memory (counts, FLOPs)."""
+    image_size = checked_image_size(image_size)
+    config = tower_config(config)
+    # A projection of width 0 stands for a tower saved without one.
+    unprojected = config.model_type == "clip_vision_model" and not config.projection_dim
+    model = CLIPVisionModel(config) if unprojected else MODELS[config.model_type](config)
+    return wrap(model, image_size, attn_implementation)
+
+
+def load_backbone(name_or_path, image_size=(256, 128), *, attn_implementation=None, revision=None, token=None):
+    """The backbone in a `transformers` folder or Hub repository, in float32. Only safetensors are read."""
+    image_size = checked_image_size(image_size)
+    hub = {"revision": revision or "main", "token": token}
+    config = tower_config(read_config(name_or_path, **hub))
+    try:
+        model, report = MODELS[config.model_type].from_pretrained(
+            name_or_path, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **hub
+        )
+    except Exception as error:
+        # Absent, truncated and misshapen files raise classes of three libraries.
+        raise ValueError(
+            f"no {config.model_type} weights could be read from {str(name_or_path)!r}: {error}\n"
+            "It needs safetensors that fit its config.json. Pickled weights (.bin) are never read: where you trust "
+            "them, convert them with transformers' save_pretrained."
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing == ["visual_projection.weight"]:
+        model.vision_model.config.projection_dim = 0
+        model, missing = model.vision_model, []
+    if missing:
+        raise ValueError(
+            f"{str(name_or_path)!r} lacks {len(missing)} tensors of a {type(model).__name__}, such as "
+            f"{', '.join(missing[:3])}; is it a complete model of that type?"
+        )
+    return wrap(model, image_size, attn_implementation)
+
+
+def wrap(model, image_size, attn_implementation):
+    backbone = FAMILIES[model.config.model_type](model, image_size)
+    if attn_implementation is not None:
+        backbone.set_attention(attn_implementation)
+    return backbone
+
+
+def read_config(name_or_path, **hub):
+    """The transformers configuration of a folder or Hub id, or a ValueError that says what is there."""
+    name = str(name_or_path)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"{name!r} has no config.json, so it is not a transformers model folder")
+    try:
+        kind = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
+    except Exception as error:
+        raise ValueError(f"no model at {name!r}, neither a local folder nor a readable Hub id: {error}") from error
+    if kind == "diffreid":
+        raise ValueError(
+            f"{name!r} is a whole Re-ID model, not a plain backbone: open it with ReIDModel.from_pretrained"
+        )
+    if kind != "clip" and kind not in FAMILIES:
+        raise ValueError(f"{name!r} has model_type {kind!r}; supported backbones are {SUPPORTED}")
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
+    except Exception as error:
+        raise ValueError(f"the config.json of {name!r} is not valid: {error}") from error
+
+
+def tower_config(config):
+    """The image tower's own configuration, as a copy; in a whole CLIP's, its parent says the projection's width."""
+    config = copy.deepcopy(config)
+    if config.model_type == "clip":
+        config.vision_config.projection_dim = config.projection_dim
+        config = config.vision_config
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"model_type {config.model_type!r} is not supported; supported backbones are {SUPPORTED}")
+    return config
+
+
+def checked_image_size(image_size):
+    try:
+        height, width = (int(size) for size in image_size)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"image_size must be (height, width) in pixels, got {image_size!r}") from error
+    if min(height, width) < 1:
+        raise ValueError(f"image_size must be (height, width) in pixels, got {image_size!r}")
+    return height, width
+
+
+def resize_position_table(table, old_grid, new_grid):
+    """Position rows, the class token's first, from one patch grid to another, bilinearly."""
+    if tuple(old_grid) == tuple(new_grid):
+        return table.clone()
+    grid = table[1:].T.reshape(1, -1, *old_grid).float()
+    grid = F.interpolate(grid, size=tuple(new_grid), mode="bilinear", align_corners=False)
+    return torch.cat([table[:1], grid.flatten(2)[0].T.to(table.dtype)])
+
+
+def halved(grid):
+    return tuple((size + 1) // 2 for size in grid)
+
+
+def recompute(module):
+    """For `checkpoint`: the second forward must not move the BatchNorm averages once more."""
+
+    @contextmanager
+    def averages_at_rest():
+        norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+        try:
+            yield
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+    return nullcontext(), averages_at_rest()

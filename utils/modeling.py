@@ -1,0 +1,363 @@
+"""The Re-ID model: backbone, BNNeck, classifier; how it is saved, loaded and shared.
+
+model = ReIDModel.from_backbone("openai/clip-vit-base-patch16", num_ids=751)
+features, bn_features, logits = model.train()(images)
+unit_features = model.eval()(images)                   # (B, D) float32, cosine similarity is the dot product
+model.save_pretrained("out/model")
+model = ReIDModel.from_pretrained("out/model")         # a folder or a Hub id
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import HfApi, snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig
+
+from utils.backbones import ClipBackbone, backbone_from_config, load_backbone
+
+MODEL_TYPE = "diffreid"
+# The weights last: until they are in place the folder is the old model.
+FILES = ("README.md", "preprocessor_config.json", "config.json", "model.safetensors")
+RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
+IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+HALVES = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+
+
+class ReIDOutput(NamedTuple):
+    """What training sees: features before BatchNorm (B, D), after it (B, D), and logits (B, num_ids) or None."""
+
+    features: torch.Tensor
+    bn_features: torch.Tensor
+    logits: torch.Tensor | None
+
+
+class BNNeck(nn.BatchNorm1d):
+    """BatchNorm with its bias frozen at 0. Always computes, and keeps its weights, in at least float32."""
+
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        self.bias.requires_grad_(False)
+
+    def forward(self, features):
+        return super().forward(features.to(self.weight.dtype))
+
+    def _apply(self, fn, recurse=True):
+        # model.half() and model.to(torch.bfloat16) would round the running averages.
+        def keep_precision(tensor):
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(keep_precision, recurse)
+
+
+class ReIDModel(nn.Module):
+    """`model(images)`: a ReIDOutput in training mode, unit-length test features (B, D) float32 in eval mode.
+
+    `image_size` (height, width), `image_mean`, `image_std` and `resample` say how its images are to be prepared.
+    """
+
+    def __init__(self, backbone, num_ids=0, *, image_mean=None, image_std=None, resample="bilinear"):
+        super().__init__()
+        usual = HALVES if isinstance(backbone, ClipBackbone) else IMAGENET
+        self.backbone = backbone
+        self.image_size = backbone.image_size
+        self.image_mean = tuple(map(float, image_mean or usual["image_mean"]))
+        self.image_std = tuple(map(float, image_std or usual["image_std"]))
+        if resample not in RESAMPLE:
+            raise ValueError(f"resample must be one of {', '.join(RESAMPLE)}, got {resample!r}")
+        self.resample = resample
+        self.num_features = backbone.num_features
+        self.bnneck = BNNeck(self.num_features)
+        self.reset_classifier(num_ids)
+
+    def reset_classifier(self, num_ids):
+        """A new classifier for `num_ids` identities; 0 or None for none."""
+        self.num_ids = int(num_ids or 0)
+        if self.num_ids < 0:
+            raise ValueError(f"num_ids must be 0 or more, got {num_ids}")
+        self.classifier = None
+        if self.num_ids:
+            self.classifier = nn.Linear(self.num_features, self.num_ids, bias=False)
+            self.classifier.to(self.bnneck.weight.device)
+            nn.init.normal_(self.classifier.weight, std=0.001)
+
+    def forward(self, images):
+        features = self.backbone(images)
+        if self.training:
+            return ReIDOutput(features, *self.neck(features))
+        return F.normalize(self.bnneck(features).float(), dim=1)
+
+    def neck(self, features):
+        """Features after BatchNorm, and logits. Apart, so that several processes can gather `features` before it."""
+        bn_features = self.bnneck(features)
+        if self.classifier is None:
+            return bn_features, None
+        return bn_features, self.classifier(bn_features.to(self.classifier.weight.dtype))
+
+    def enable_gradient_checkpointing(self):
+        """Recompute the backbone's activations in the backward pass: less memory, about a third more time."""
+        self.backbone.enable_gradient_checkpointing()
+
+    @classmethod
+    def from_backbone(
+        cls,
+        name_or_path,
+        *,
+        num_ids=0,
+        image_size=(256, 128),
+        image_mean=None,
+        image_std=None,
+        resample="bilinear",
+        attn_implementation=None,
+        revision=None,
+        token=None,
+    ):
+        """Start from a plain CLIP, ResNet or Swin: a `transformers` folder or a Hub id."""
+        backbone = load_backbone(
+            name_or_path, image_size, attn_implementation=attn_implementation, revision=revision, token=token
+        )
+        return cls(backbone, num_ids, image_mean=image_mean, image_std=image_std, resample=resample).eval()
+
+    @classmethod
+    def from_dcac_checkpoint(cls, path, image_size=None):
+        """Read a checkpoint released by DCAC's authors."""
+        from utils.dcac_checkpoint import read_dcac_checkpoint
+
+        config, image_size, num_ids, state = read_dcac_checkpoint(path, image_size)
+        model = cls(backbone_from_config(config, image_size), num_ids)
+        model.load_state_dict(state)
+        return model.eval()
+
+    def save_pretrained(self, folder, *, card=None):
+        """Write config.json, model.safetensors, preprocessor_config.json and README.md (`card`, or a short one)."""
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"cannot save a model into {str(folder)!r}: it is a file")
+        folder.mkdir(parents=True, exist_ok=True)
+        for left_over in folder.glob(".saving-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_json(aside / "config.json", self.configuration())
+        write_json(aside / "preprocessor_config.json", self.preprocessing())
+        (aside / "README.md").write_text(card or model_card(self), encoding="utf-8")
+        save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
+        for name in FILES:
+            with open(aside / name, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(aside / name, folder / name)
+        aside.rmdir()
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path, *, num_ids=None, dtype=None, attn_implementation=None, revision=None, token=None
+    ):
+        """Open a saved Re-ID model, in eval mode: a folder or a Hub id.
+
+        num_ids: None keeps the classifier as saved, 0 drops it, another number than the saved one draws a new one.
+        dtype: None keeps the precision of the file.
+        """
+        folder = local_folder(name_or_path, revision, token)
+        config = read_json(folder / "config.json")
+        if config.get("model_type") != MODEL_TYPE:
+            raise ValueError(
+                f"{str(name_or_path)!r} is no Re-ID model: its config.json says model_type "
+                f"{config.get('model_type')!r}. A plain backbone folder is opened with ReIDModel.from_backbone"
+            )
+        preprocessor = read_json(folder / "preprocessor_config.json")
+        state = read_tensors(folder / "model.safetensors")
+        try:
+            backbone = backbone_from_config(
+                AutoConfig.for_model(**config["backbone"]),
+                config["image_size"],
+                attn_implementation=attn_implementation,
+            )
+            model = cls(
+                backbone,
+                config["num_ids"],
+                image_mean=preprocessor["image_mean"],
+                image_std=preprocessor["image_std"],
+                resample={number: name for name, number in RESAMPLE.items()}.get(preprocessor["resample"]),
+            )
+        except KeyError as error:
+            raise ValueError(f"the configuration in {str(folder)!r} lacks {error}") from error
+        check_fit(model.state_dict(), state, folder)
+        model.load_state_dict(state, assign=True)
+        if num_ids is not None and (num_ids or 0) != model.num_ids:
+            model.reset_classifier(num_ids)
+        return model.to(dtype=dtype).eval()
+
+    def push_to_hub(self, repo_id, *, card=None, private=None, token=None, commit_message="Upload a Re-ID model"):
+        """Upload what save_pretrained writes; returns the commit's address. The repository is made where absent."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, card=card)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+
+    def configuration(self):
+        backbone = self.backbone.config.to_diff_dict()
+        for key in ("_name_or_path", "architectures", "dtype", "transformers_version"):
+            backbone.pop(key, None)
+        return {
+            "model_type": MODEL_TYPE,
+            "architectures": ["ReIDModel"],
+            "backbone": backbone,
+            "num_ids": self.num_ids,
+            "image_size": list(self.image_size),
+        }
+
+    def preprocessing(self):
+        """In the words of transformers' image processors, so that AutoImageProcessor reads it too."""
+        return {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True,
+            "size": {"height": self.image_size[0], "width": self.image_size[1]},
+            "resample": RESAMPLE[self.resample],
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+        }
+
+
+@torch.no_grad()
+def attention_maps(model, images):
+    """Where the model looks: (B, h, w) float32 on the grid of its last map, each image's largest value 1.
+
+    CLIP: attention rollout from the class token (attention averaged over heads, half identity for the skip
+    connection, multiplied over the layers). Others: what each place adds to the length of the test feature, which is
+    Grad-CAM of that length in closed form, since mean pooling and BatchNorm are linear.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        if isinstance(model.backbone, ClipBackbone):
+            heat = attention_rollout(model.backbone, images)
+        else:
+            feature_map = model.backbone.feature_map(images).float()
+            neck = model.bnneck
+            bn_features = neck(feature_map.mean(dim=(2, 3)))
+            slope = neck.weight * torch.rsqrt(neck.running_var + neck.eps)
+            heat = torch.einsum("bc,bchw->bhw", bn_features * slope, feature_map).clamp(min=0)
+    finally:
+        model.train(was_training)
+    return heat / heat.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+
+
+def attention_rollout(backbone, images):
+    layers = backbone.tower.encoder.layers
+    weights = []
+    hooks = [layer.self_attn.register_forward_hook(lambda *call: weights.append(call[2][1])) for layer in layers]
+    usual = backbone.config._attn_implementation
+    try:
+        # Only the eager implementation gives its weights away.
+        backbone.set_attention("eager")
+        backbone.tokens(images)
+    finally:
+        backbone.set_attention(usual)
+        for hook in hooks:
+            hook.remove()
+    rollout = None
+    for weight in weights:
+        # [B, heads, T, T] -> [B, T, T], rows sum to 1
+        mixed = 0.5 * weight.float().mean(dim=1)
+        mixed = mixed + 0.5 * torch.eye(mixed.shape[-1], device=mixed.device)
+        rollout = mixed if rollout is None else mixed @ rollout
+    return rollout[:, 0, 1:].unflatten(1, backbone.grid)
+
+
+def local_folder(name_or_path, revision, token):
+    """The folder itself, or the snapshot of a Hub repository."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+            raise ValueError(f"{str(folder)!r} is no Re-ID model: it has no config.json (found: {found})")
+        return folder
+    try:
+        return Path(snapshot_download(str(name_or_path), revision=revision, token=token, allow_patterns=list(FILES)))
+    except Exception as error:
+        # The Hub client raises classes of its own, and of the HTTP library under it.
+        raise ValueError(
+            f"no Re-ID model at {str(name_or_path)!r}, neither a local folder nor a readable Hub id: {error}"
+        ) from error
+
+
+def read_json(path):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {str(path)!r}: {error}; save the model again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def read_tensors(path):
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"cannot read the weights {str(path)!r}: {error}. Only complete safetensors files are read; save or "
+            "download the model again"
+        ) from error
+
+
+def check_fit(wanted, found, folder):
+    """ValueError naming the tensors where the file and config.json do not speak of the same model."""
+    wrong = [f"{name} is missing" for name in wanted if name not in found]
+    wrong += [f"{name} is not part of the model" for name in found if name not in wanted]
+    wrong += [
+        f"{name} is {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in found and found[name].shape != wanted[name].shape
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(
+            f"model.safetensors in {str(folder)!r} does not fit its config.json: {'; '.join(wrong[:5])}{more}"
+        )
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def model_card(model):
+    height, width = model.image_size
+    return f"""---
+library_name: diffreid
+pipeline_tag: image-feature-extraction
+tags:
+- person-re-identification
+---
+
+# Person re-identification encoder
+
+A {model.backbone.config.model_type} backbone with BNNeck. An image of {height} x {width} (height x width) becomes
+{model.num_features} numbers of unit length; the larger the dot product of two, the likelier they show the same person.
+
+```python
+from utils.modeling import ReIDModel
+
+model = ReIDModel.from_pretrained("this folder or repository")
+features = model(images)
+```
+
+Images are RGB in 0..1, resized ({model.resample}), then normalised with mean {list(model.image_mean)} and
+standard deviation {list(model.image_std)}. The classifier tells {model.num_ids} training identities apart; retrieval
+does not need it.
+
+Finding people again across cameras is surveillance: use it only where the law and the people concerned allow it.
+"""
