@@ -38,7 +38,9 @@ class Backbone(nn.Module):
         return self.feature_map(images).mean(dim=(2, 3))
 
     def enable_gradient_checkpointing(self):
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The method's name before transformers 5.2x, which warns about it.
+        older = self.model.gradient_checkpointing_enable
+        getattr(self.model, "activation_checkpointing_enable", older)({"use_reentrant": False})
 
     def set_attention(self, implementation):
         self.model.set_attn_implementation(implementation)
@@ -182,9 +184,13 @@ def load_backbone(name_or_path, image_size=(256, 128), *, attn_implementation=No
     """The backbone in a `transformers` folder or Hub repository, in float32. Only safetensors are read."""
     image_size = checked_image_size(image_size)
     hub = {"revision": revision or "main", "token": token}
-    config = tower_config(read_config(name_or_path, **hub))
+    config = read_config(name_or_path, **hub)
+    # Not every version of transformers finds a bare tower's tensors from the class with a projection.
+    bare = config.architectures == ["CLIPVisionModel"]
+    config = tower_config(config)
+    model_class = CLIPVisionModel if bare else MODELS[config.model_type]
     try:
-        model, report = MODELS[config.model_type].from_pretrained(
+        model, report = model_class.from_pretrained(
             name_or_path, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **hub
         )
     except Exception as error:
@@ -196,7 +202,6 @@ def load_backbone(name_or_path, image_size=(256, 128), *, attn_implementation=No
         ) from error
     missing = sorted(report["missing_keys"])
     if missing == ["visual_projection.weight"]:
-        model.vision_model.config.projection_dim = 0
         model, missing = model.vision_model, []
     if missing:
         raise ValueError(
@@ -207,6 +212,8 @@ def load_backbone(name_or_path, image_size=(256, 128), *, attn_implementation=No
 
 
 def wrap(model, image_size, attn_implementation):
+    if isinstance(model, CLIPVisionModel):
+        model.config.projection_dim = 0
     backbone = FAMILIES[model.config.model_type](model, image_size)
     if attn_implementation is not None:
         backbone.set_attention(attn_implementation)

@@ -7,26 +7,19 @@ model.save_pretrained("out/model")
 model = ReIDModel.from_pretrained("out/model")         # a folder or a Hub id
 """
 
-import json
-import os
-import shutil
 import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import HfApi, snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from huggingface_hub import HfApi
 from torch import nn
 from transformers import AutoConfig
 
 from utils.backbones import ClipBackbone, backbone_from_config, load_backbone
+from utils.dcac_checkpoint import read_dcac_checkpoint
+from utils.model_folder import MODEL_TYPE, check_fit, model_card, read_model_folder, write_model_folder
 
-MODEL_TYPE = "diffreid"
-# The weights last: until they are in place the folder is the old model.
-FILES = ("README.md", "preprocessor_config.json", "config.json", "model.safetensors")
 RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
 HALVES = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
@@ -91,6 +84,8 @@ class ReIDModel(nn.Module):
             nn.init.normal_(self.classifier.weight, std=0.001)
 
     def forward(self, images):
+        if not images.is_floating_point():
+            raise ValueError(f"images must be normalised floats (see image_mean, image_std), got {images.dtype}")
         features = self.backbone(images)
         if self.training:
             return ReIDOutput(features, *self.neck(features))
@@ -121,7 +116,7 @@ class ReIDModel(nn.Module):
         revision=None,
         token=None,
     ):
-        """Start from a plain CLIP, ResNet or Swin: a `transformers` folder or a Hub id."""
+        """Start from a plain CLIP, ResNet or Swin, in eval mode: a `transformers` folder or a Hub id."""
         backbone = load_backbone(
             name_or_path, image_size, attn_implementation=attn_implementation, revision=revision, token=token
         )
@@ -129,33 +124,19 @@ class ReIDModel(nn.Module):
 
     @classmethod
     def from_dcac_checkpoint(cls, path, image_size=None):
-        """Read a checkpoint released by DCAC's authors."""
-        from utils.dcac_checkpoint import read_dcac_checkpoint
-
+        """Open a checkpoint released by DCAC's authors, in eval mode."""
         config, image_size, num_ids, state = read_dcac_checkpoint(path, image_size)
         model = cls(backbone_from_config(config, image_size), num_ids)
         model.load_state_dict(state)
         return model.eval()
 
     def save_pretrained(self, folder, *, card=None):
-        """Write config.json, model.safetensors, preprocessor_config.json and README.md (`card`, or a short one)."""
-        folder = Path(folder)
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"cannot save a model into {str(folder)!r}: it is a file")
-        folder.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob(".saving-*"):
-            shutil.rmtree(left_over, ignore_errors=True)
-        aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_json(aside / "config.json", self.configuration())
-        write_json(aside / "preprocessor_config.json", self.preprocessing())
-        (aside / "README.md").write_text(card or model_card(self), encoding="utf-8")
-        save_file(state, aside / "model.safetensors", metadata={"format": "pt"})
-        for name in FILES:
-            with open(aside / name, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(aside / name, folder / name)
-        aside.rmdir()
+        """Write config.json, preprocessor_config.json, README.md (`card`, or a short one) and model.safetensors.
+
+        A model already in `folder` stays whole until the new one is complete.
+        """
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_model_folder(folder, self.configuration(), self.preprocessing(), tensors, card or model_card(self))
 
     @classmethod
     def from_pretrained(
@@ -166,33 +147,23 @@ class ReIDModel(nn.Module):
         num_ids: None keeps the classifier as saved, 0 drops it, another number than the saved one draws a new one.
         dtype: None keeps the precision of the file.
         """
-        folder = local_folder(name_or_path, revision, token)
-        config = read_json(folder / "config.json")
-        if config.get("model_type") != MODEL_TYPE:
-            raise ValueError(
-                f"{str(name_or_path)!r} is no Re-ID model: its config.json says model_type "
-                f"{config.get('model_type')!r}. A plain backbone folder is opened with ReIDModel.from_backbone"
-            )
-        preprocessor = read_json(folder / "preprocessor_config.json")
-        state = read_tensors(folder / "model.safetensors")
+        config, preprocessor, state = read_model_folder(name_or_path, revision=revision, token=token)
         try:
-            backbone = backbone_from_config(
-                AutoConfig.for_model(**config["backbone"]),
-                config["image_size"],
-                attn_implementation=attn_implementation,
-            )
+            backbone = backbone_from_config(AutoConfig.for_model(**config["backbone"]), config["image_size"])
             model = cls(
                 backbone,
                 config["num_ids"],
                 image_mean=preprocessor["image_mean"],
                 image_std=preprocessor["image_std"],
-                resample={number: name for name, number in RESAMPLE.items()}.get(preprocessor["resample"]),
+                resample={number: name for name, number in RESAMPLE.items()}[preprocessor["resample"]],
             )
-        except KeyError as error:
-            raise ValueError(f"the configuration in {str(folder)!r} lacks {error}") from error
-        check_fit(model.state_dict(), state, folder)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the configuration in {str(name_or_path)!r} is not valid: {error!r}") from error
+        check_fit(model.state_dict(), state, name_or_path)
         model.load_state_dict(state, assign=True)
-        if num_ids is not None and (num_ids or 0) != model.num_ids:
+        if attn_implementation is not None:
+            backbone.set_attention(attn_implementation)
+        if num_ids is not None and num_ids != model.num_ids:
             model.reset_classifier(num_ids)
         return model.to(dtype=dtype).eval()
 
@@ -275,89 +246,3 @@ def attention_rollout(backbone, images):
         mixed = mixed + 0.5 * torch.eye(mixed.shape[-1], device=mixed.device)
         rollout = mixed if rollout is None else mixed @ rollout
     return rollout[:, 0, 1:].unflatten(1, backbone.grid)
-
-
-def local_folder(name_or_path, revision, token):
-    """The folder itself, or the snapshot of a Hub repository."""
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-            raise ValueError(f"{str(folder)!r} is no Re-ID model: it has no config.json (found: {found})")
-        return folder
-    try:
-        return Path(snapshot_download(str(name_or_path), revision=revision, token=token, allow_patterns=list(FILES)))
-    except Exception as error:
-        # The Hub client raises classes of its own, and of the HTTP library under it.
-        raise ValueError(
-            f"no Re-ID model at {str(name_or_path)!r}, neither a local folder nor a readable Hub id: {error}"
-        ) from error
-
-
-def read_json(path):
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {str(path)!r}: {error}; save the model again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, not a JSON object")
-    return content
-
-
-def read_tensors(path):
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"cannot read the weights {str(path)!r}: {error}. Only complete safetensors files are read; save or "
-            "download the model again"
-        ) from error
-
-
-def check_fit(wanted, found, folder):
-    """ValueError naming the tensors where the file and config.json do not speak of the same model."""
-    wrong = [f"{name} is missing" for name in wanted if name not in found]
-    wrong += [f"{name} is not part of the model" for name in found if name not in wanted]
-    wrong += [
-        f"{name} is {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in found and found[name].shape != wanted[name].shape
-    ]
-    if wrong:
-        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(
-            f"model.safetensors in {str(folder)!r} does not fit its config.json: {'; '.join(wrong[:5])}{more}"
-        )
-
-
-def write_json(path, content):
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def model_card(model):
-    height, width = model.image_size
-    return f"""---
-library_name: diffreid
-pipeline_tag: image-feature-extraction
-tags:
-- person-re-identification
----
-
-# Person re-identification encoder
-
-A {model.backbone.config.model_type} backbone with BNNeck. An image of {height} x {width} (height x width) becomes
-{model.num_features} numbers of unit length; the larger the dot product of two, the likelier they show the same person.
-
-```python
-from utils.modeling import ReIDModel
-
-model = ReIDModel.from_pretrained("this folder or repository")
-features = model(images)
-```
-
-Images are RGB in 0..1, resized ({model.resample}), then normalised with mean {list(model.image_mean)} and
-standard deviation {list(model.image_std)}. The classifier tells {model.num_ids} training identities apart; retrieval
-does not need it.
-
-Finding people again across cameras is surveillance: use it only where the law and the people concerned allow it.
-"""

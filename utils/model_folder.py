@@ -1,0 +1,138 @@
+"""A saved Re-ID model on disk: four files that change together, whatever moment a process is killed at."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+MODEL_TYPE = "diffreid"
+FILES = ("config.json", "preprocessor_config.json", "README.md", "model.safetensors")
+# A complete new save that has not been moved into place yet.
+COMMITTED = ".saved"
+
+
+def write_model_folder(folder, config, preprocessor, tensors, card):
+    """All files are written aside; one rename makes them the ones that are read; then they take their places."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"cannot save a model in {str(folder)!r}: it is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    move_into_place(folder)
+    for unfinished in folder.glob(".saving-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (aside / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
+    (aside / "README.md").write_text(card, encoding="utf-8")
+    save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+    for name in FILES:
+        with open(aside / name, "rb") as file:
+            os.fsync(file.fileno())
+    aside.rename(folder / COMMITTED)
+    move_into_place(folder)
+
+
+def move_into_place(folder):
+    committed = folder / COMMITTED
+    if committed.is_dir():
+        for name in FILES:
+            if (committed / name).exists():
+                os.replace(committed / name, folder / name)
+        committed.rmdir()
+
+
+def read_model_folder(name_or_path, *, revision=None, token=None):
+    """(configuration, preprocessor, tensors) of a saved Re-ID model: a folder or a Hub id."""
+    name = str(name_or_path)
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(FILES)))
+        except Exception as error:
+            # The Hub client raises classes of its own, and of the HTTP library under it.
+            raise ValueError(
+                f"no Re-ID model at {name!r}, neither a local folder nor a readable Hub id: {error}"
+            ) from error
+
+    def current(file_name):
+        committed = folder / COMMITTED / file_name
+        return committed if committed.exists() else folder / file_name
+
+    if not current("config.json").is_file():
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise ValueError(f"{name!r} is not a Re-ID model: it has no config.json (found: {found})")
+    config = read_json(current("config.json"))
+    kind = config.get("model_type")
+    if kind != MODEL_TYPE:
+        raise ValueError(
+            f"{name!r} is not a Re-ID model: the model_type in its config.json is {kind!r}. "
+            "If this is a plain backbone folder, use ReIDModel.from_backbone"
+        )
+    preprocessor = read_json(current("preprocessor_config.json"))
+    weights = current("model.safetensors")
+    try:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"cannot read {str(weights)!r}: {error}. Only whole safetensors files are read: save or download the "
+            "model again"
+        ) from error
+    return config, preprocessor, tensors
+
+
+def read_json(path):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {str(path)!r}: {error}. Save or download the model again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def check_fit(wanted, found, name):
+    """ValueError naming the tensors where weights and configuration do not belong together."""
+    wrong = [f"{key} is missing" for key in wanted if key not in found]
+    wrong += [f"{key} is not part of the model" for key in found if key not in wanted]
+    wrong += [
+        f"{key} is {tuple(found[key].shape)} in the file and {tuple(tensor.shape)} in the model"
+        for key, tensor in wanted.items()
+        if key in found and found[key].shape != tensor.shape
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"the weights in {str(name)!r} do not fit its config.json: {'; '.join(wrong[:5])}{more}")
+
+
+def model_card(model):
+    height, width = model.image_size
+    return f"""---
+library_name: diffreid
+pipeline_tag: image-feature-extraction
+tags:
+- person-re-identification
+---
+
+# Person re-identification encoder
+
+A {model.backbone.config.model_type} backbone with BNNeck. An image of {height} x {width} (height x width) becomes
+{model.num_features} numbers of unit length; the larger the dot product of two, the likelier they show the same person.
+
+```python
+from utils.modeling import ReIDModel
+
+model = ReIDModel.from_pretrained("this folder or repository")
+features = model(images)
+```
+
+Images are RGB in 0..1, resized ({model.resample}), then normalised with mean {list(model.image_mean)} and
+standard deviation {list(model.image_std)}. The classifier tells {model.num_ids} training identities apart; retrieval
+does not need it.
+
+Finding people again across cameras is surveillance: use it only where the law and the people concerned allow it.
+"""
