@@ -1,0 +1,114 @@
+"""Which path runs, and what may be passed in: checks shared by all public functions of this package."""
+
+import contextlib
+import os
+
+import torch
+
+BACKENDS = ("auto", "torch", "triton")
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_features(queries, gallery):
+    """Raise ValueError unless both are 2-D float tensors of one width on one device, with at least one row each."""
+    for name, features in (("queries", queries), ("gallery", gallery)):
+        if not isinstance(features, torch.Tensor):
+            raise ValueError(f"{name} must be a torch tensor, got {type(features).__name__}")
+        if features.dim() != 2:
+            raise ValueError(f"{name} must have shape (rows, dimensions), got {tuple(features.shape)}")
+        if features.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"{name} must be float32, float16 or bfloat16, got {features.dtype}")
+        if features.shape[0] == 0:
+            raise ValueError(f"{name} is empty: shape {tuple(features.shape)}")
+        if features.shape[1] == 0:
+            raise ValueError(f"{name} has rows of width 0: shape {tuple(features.shape)}")
+    if queries.shape[1] != gallery.shape[1]:
+        raise ValueError(f"queries and gallery have different widths: {queries.shape[1]} and {gallery.shape[1]}")
+    if queries.device != gallery.device:
+        raise ValueError(f"queries and gallery lie on different devices: {queries.device} and {gallery.device}")
+
+
+def check_ids(name, ids, length, device):
+    """Return `ids` as an int64 tensor of the given length on the device, or raise ValueError."""
+    try:
+        ids = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a list, array or tensor of integers: {error}") from None
+    if ids.dim() != 1 or ids.shape[0] != length:
+        raise ValueError(f"{name} must hold one number for each of {length} rows, got shape {tuple(ids.shape)}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {ids.dtype}")
+    return ids.to(device=device, dtype=torch.int64)
+
+
+def check_count(name, value, low, high=None, hint=""):
+    """Return `value` as int if it is a whole number in low..high, or raise ValueError."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    value = value.__index__()
+    if value < low or (high is not None and value > high):
+        limits = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"{name} must be {limits}{hint}, got {value}")
+    return value
+
+
+def triton_obstacle(device, dtype):
+    """Why the Triton kernels cannot run on tensors like these, or None where they can."""
+    if dtype == torch.float64:
+        return "the Triton kernels take float32, float16 and bfloat16, not float64"
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip is None and capability < (8, 0):
+            return f"the kernels need compute capability 8.0 or newer, {torch.cuda.get_device_name(device)} has {capability}"
+        return None
+    if device.type != "cpu":
+        return f"the Triton kernels run on CUDA devices, the features lie on {device}"
+    if not interpreting(triton):
+        return "the features lie on the CPU; set TRITON_INTERPRET=1 before triton is imported to interpret the kernels"
+    return None
+
+
+def interpreting(triton):
+    """Whether kernels run in Triton's interpreter; the knob was an environment variable alone in older releases."""
+    knobs = getattr(triton, "knobs", None)
+    if knobs is not None:
+        return bool(knobs.runtime.interpret)
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def choose_backend(backend, features, faster_on=None):
+    """`torch` or `triton` for these features.
+
+    Forcing `triton` where it cannot run raises ValueError. `auto` takes Triton on a CUDA device only where
+    `faster_on(device)`, a measurement on that very card, says that it wins; it never takes the interpreter.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "torch":
+        return "torch"
+    obstacle = triton_obstacle(features.device, features.dtype)
+    if backend == "triton":
+        if obstacle:
+            raise ValueError(f"backend='triton' cannot run here: {obstacle}")
+        return "triton"
+    if obstacle or features.device.type != "cuda" or faster_on is None:
+        return "torch"
+    return "triton" if faster_on(features.device) else "torch"
+
+
+@contextlib.contextmanager
+def full_precision():
+    """float32 products stay float32: TF32 or bfloat16 products, allowed elsewhere, would move rankings."""
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

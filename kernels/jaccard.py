@@ -1,0 +1,179 @@
+"""Sparse k-reciprocal neighbour vectors and the Jaccard distance between them.
+
+    F(i, k)  = the first k + 1 of i's order, itself included        R(i, k) = {j in F(i, k) : i in F(j, k)}
+    R*(i)    = R(i, k1) and every R(c, h), c in R(i, k1), with |R(c, h) n R(i, k1)| > 2/3 |R(c, h)|
+    V_ij     = exp(-o_ij) / sum over R*(i) of exp(-o) on R*(i), else 0
+    V'_i     = mean of V over the first k2 of i's order
+    t        = sum_k min(V'_ik, V'_jk),  J = 1 - t / (2 - t)
+
+A row of V' has some 50 entries at any size of the set, so all of it is kept as sparse rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .dispatch import check_count, check_features
+from .neighbours import self_neighbours
+from .tiles import expand_ranges, row_groups, unit_rows
+
+# V' is kept in units of 2**-30. Sums of integers do not depend on their order, so that equal sets of neighbours
+# give equal distances on every device, with atomic additions too.
+ONE = 1 << 30
+ENTRY_LIMIT = 1 << 22
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """Rows of a sparse matrix: row i has columns[offsets[i]:offsets[i + 1]], ascending, and values alike."""
+
+    offsets: torch.Tensor
+    columns: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def counts(self):
+        return self.offsets[1:] - self.offsets[:-1]
+
+    def entries(self, begin, end):
+        """(row from `begin` on, column, value) of the entries of these rows."""
+        first, last = int(self.offsets[begin]), int(self.offsets[end])
+        counts = self.counts[begin:end]
+        rows = torch.repeat_interleave(torch.arange(end - begin, device=counts.device), counts)
+        return rows, self.columns[first:last], self.values[first:last]
+
+    def by_column(self, begin, end, num_columns):
+        """The rows begin:end as columns: SparseRows of (num_columns, end - begin)."""
+        rows, columns, values = self.entries(begin, end)
+        columns, order = columns.sort(stable=True)
+        return SparseRows(offsets_of(columns, num_columns), rows[order], values[order])
+
+    def to_dense(self, num_columns):
+        dense = torch.zeros(self.offsets.shape[0] - 1, num_columns, dtype=self.values.dtype, device=self.values.device)
+        rows, columns, values = self.entries(0, dense.shape[0])
+        dense[rows, columns] = values
+        return dense
+
+
+def offsets_of(rows, num_rows):
+    """Offsets of sparse rows from the ascending row numbers of their entries."""
+    return torch.searchsorted(rows, torch.arange(num_rows + 1, device=rows.device))
+
+
+def k_reciprocal_vectors(features, *, k1=20, k2=6, compat=None):
+    """V' of every row of (N, D) features against all of them: SparseRows with float32 values, rows summing to 1."""
+    check_features(features, features)
+    k1, k2 = check_count("k1", k1, 0), check_count("k2", k2, 0)
+    units = unit_rows(("features", features))
+    vectors, _ = neighbour_vectors(units, features.shape[0], k1, k2, fourth_power=compat == "torchreid")
+    return SparseRows(vectors.offsets, vectors.columns, vectors.values.double().div_(ONE).float())
+
+
+def neighbour_vectors(units, num_rows, k1, k2, fourth_power):
+    """V' in units of 1 / ONE (int32) and the inverse of each row's largest distance (0 where all rows are equal)."""
+    found = self_neighbours(units, num_rows, max(k1 + 1, k2))
+    inverse = inverse_largest(found.lowest)
+    members = expanded_sets(found.indices, k1)
+    weights = neighbour_weights(units, members, inverse, fourth_power)
+    if k2 > 1:
+        return mean_rows(weights, found.indices[:, :k2]), inverse
+    return SparseRows(weights.offsets, weights.columns, fixed_point(weights.values)), inverse
+
+
+def inverse_largest(lowest):
+    """1 / max_k d_ik from the lowest similarities. Distances no larger than rounding errors count as 0."""
+    largest = 2 - 2 * lowest
+    return torch.where(largest > 32 * torch.finfo(lowest.dtype).eps, 1 / largest, 0)
+
+
+def fixed_point(values):
+    return (values.double() * ONE).round_().to(torch.int32)
+
+
+def reciprocal_sets(indices, k):
+    """R(i, k) of every row, as sorted keys i * N + j and offsets."""
+    num_rows = indices.shape[0]
+    near = indices[:, : k + 1].contiguous()
+    width = near.shape[1]
+    keys = []
+    step = max(1, ENTRY_LIMIT // (width * width))
+    for begin in range(0, num_rows, step):
+        some = near[begin : begin + step]
+        own = torch.arange(begin, begin + some.shape[0], device=near.device)[:, None]
+        mutual = (near[some] == own[:, :, None]).any(-1)
+        keys.append((own * num_rows + some)[mutual].sort().values)
+    keys = torch.cat(keys)
+    return keys, torch.searchsorted(keys, torch.arange(num_rows + 1, device=keys.device) * num_rows)
+
+
+def expanded_sets(indices, k1):
+    """R*(i) of every row: SparseRows without values."""
+    num_rows = indices.shape[0]
+    keys, offsets = reciprocal_sets(indices, k1)
+    # Python rounds halves to even, as the definition asks.
+    half_keys, half_offsets = reciprocal_sets(indices, round(k1 / 2))
+    half_counts = half_offsets[1:] - half_offsets[:-1]
+    candidates = keys % num_rows
+    running = torch.cat([half_counts.new_zeros(1), half_counts[candidates].cumsum(0)])[offsets]
+    merged = []
+    for begin, end in row_groups((running[1:] - running[:-1]).cpu(), ENTRY_LIMIT):
+        own = keys[offsets[begin] : offsets[end]]
+        candidate = own % num_rows
+        pair, place = expand_ranges(half_offsets[:-1][candidate], half_counts[candidate])
+        member = (own - candidate)[pair] + half_keys[place] % num_rows
+        inside = own[torch.searchsorted(own, member).clamp(max=own.shape[0] - 1)] == member
+        shared = torch.bincount(pair[inside], minlength=own.shape[0])
+        accepted = 3 * shared > 2 * half_counts[candidate]
+        merged.append(torch.cat([own, member[accepted[pair]]]).unique())
+    merged = torch.cat(merged)
+    offsets = torch.searchsorted(merged, torch.arange(num_rows + 1, device=keys.device) * num_rows)
+    return SparseRows(offsets, merged % num_rows, merged)
+
+
+def neighbour_weights(units, members, inverse, fourth_power):
+    """V on the entries of `members`."""
+    num_rows = inverse.shape[0]
+    weights = torch.empty(members.columns.shape[0], dtype=units.dtype, device=units.device)
+    limit = max(1, (32 << 20) // units.shape[1] // 4)
+    for begin, end in row_groups(members.counts.cpu(), limit):
+        rows, columns, _ = members.entries(begin, end)
+        rows = rows + begin
+        distance = (2 - 2 * (units[rows] * units[columns]).sum(1)).clamp_(min=0) * inverse[rows]
+        if fourth_power:
+            distance = distance.square()
+        weights[members.offsets[begin] : members.offsets[end]] = torch.exp(-distance)
+    rows = torch.repeat_interleave(torch.arange(num_rows, device=units.device), members.counts)
+    totals = torch.zeros(num_rows, dtype=torch.float64, device=units.device).index_add_(0, rows, weights.double())
+    return SparseRows(members.offsets, members.columns, weights / totals[rows])
+
+
+def mean_rows(weights, neighbours):
+    """Mean of the sparse rows that `neighbours` (N, k2) names, in units of 1 / ONE."""
+    num_rows, width = neighbours.shape
+    counts = weights.counts
+    costs = counts[neighbours].sum(1).cpu()
+    columns, values, lengths = [], [], []
+    for begin, end in row_groups(costs, ENTRY_LIMIT):
+        source = neighbours[begin:end].flatten()
+        owner, place = expand_ranges(weights.offsets[:-1][source], counts[source])
+        keys = torch.div(owner, width, rounding_mode="floor") * num_rows + weights.columns[place]
+        keys, position = keys.unique(return_inverse=True)
+        sums = torch.zeros(keys.shape[0], dtype=torch.float64, device=keys.device)
+        sums.index_add_(0, position, weights.values[place].double())
+        columns.append(keys % num_rows)
+        values.append(fixed_point(sums / width))
+        lengths.append(torch.bincount(torch.div(keys, num_rows, rounding_mode="floor"), minlength=end - begin))
+    lengths = torch.cat(lengths)
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return SparseRows(offsets, torch.cat(columns), torch.cat(values))
+
+
+def add_overlaps(shared, rows, columns, values, inverted):
+    """Add sum_k min(V'_row,k, V'_g,k) to the int32 matrix `shared`; return the flat places that were touched.
+
+    (rows, columns, values) are entries of V' of some rows, `inverted` the V' of the others by column.
+    """
+    entry, place = expand_ranges(inverted.offsets[:-1][columns], inverted.counts[columns])
+    flat = rows[entry] * shared.shape[1] + inverted.columns[place]
+    shared.view(-1).index_add_(0, flat, torch.minimum(values[entry], inverted.values[place]))
+    return flat

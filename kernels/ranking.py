@@ -1,0 +1,288 @@
+"""mAP, CMC and mINP of a ranked gallery, exact, without sorting it.
+
+For a query with P matches left, r_i the 1-based rank of the i-th of them among the kept gallery items:
+
+    AP = 1/P sum_i i / r_i        CMC(k) = [r_1 <= k]        INP = P / r_P
+
+Only the scores of the matches are sorted. The rank of a match is one more than the number of kept items before it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .dispatch import check_count, check_features, check_ids, choose_backend
+from .tiles import (
+    count_set,
+    descending_key,
+    expand_ranges,
+    hits,
+    row_groups,
+    similarity_strips,
+    unit_rows,
+)
+
+PROTOCOLS = ("market", "all", "cuhk03")
+CUHK03_REPEATS = 10
+NO_MATCH_PID = -1
+# Entries handled at once, so that many matches or ties cost time and not memory.
+PAIR_LIMIT = 1 << 21
+HIT_LIMIT = 1 << 22
+
+
+@dataclass(frozen=True)
+class RankMetrics:
+    """Means over the queries that have a match left, and the values of each query (CPU, float64).
+
+    `ap`, `inp` are NaN and `first_match`, the 1-based rank of the first match, is -1 where none is left.
+    """
+
+    mAP: float
+    cmc: torch.Tensor
+    mINP: float
+    ap: torch.Tensor
+    inp: torch.Tensor
+    first_match: torch.Tensor
+    num_valid: int
+    num_skipped: int
+    backend: str
+
+
+def rank_metrics(
+    queries,
+    gallery,
+    query_pids,
+    gallery_pids,
+    query_cams,
+    gallery_cams,
+    *,
+    max_rank=50,
+    protocol="market",
+    backend="auto",
+    seed=0,
+):
+    """RankMetrics of cosine similarities. Ties go to the lower gallery index.
+
+    protocol: `market` drops gallery items with the query's pid and camera; `all` drops nothing (cameras may be None);
+    `cuhk03` takes CMC from ten repeats of one random image per gallery identity, drawn from `seed`.
+    Gallery pid -1 matches nothing.
+    """
+    check_features(queries, gallery)
+    labels = Labels(query_pids, gallery_pids, query_cams, gallery_cams, protocol, queries, gallery)
+    max_rank = check_count("max_rank", max_rank, 1)
+    path = choose_backend(backend, queries)
+    units, gallery_units = unit_rows(("queries", queries)), unit_rows(("gallery", gallery))
+    strips = similarity_strips(units, queries.shape[0], gallery_units, gallery.shape[0])
+    return metrics_of_strips(strips, labels, max_rank, path, seed)
+
+
+def rank_metrics_reference(scores, query_pids, gallery_pids, query_cams, gallery_cams, protocol="market"):
+    """The definition for a dense (Q, G) score matrix, a query at a time: a list of the match ranks of each query."""
+    ranks = []
+    for row, pid, cam in zip(scores, query_pids.tolist(), query_cams.tolist(), strict=True):
+        same = (gallery_pids == pid) & (gallery_pids != NO_MATCH_PID)
+        kept = torch.ones_like(same) if protocol == "all" else ~(same & (gallery_cams == cam))
+        order = row[kept].argsort(descending=True, stable=True)
+        ranks.append(same[kept][order].nonzero().flatten() + 1)
+    return ranks
+
+
+class Labels:
+    """Checked identities and cameras, with the gallery sorted by identity to find the matches of a query."""
+
+    def __init__(self, query_pids, gallery_pids, query_cams, gallery_cams, protocol, queries, gallery):
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+        self.protocol = protocol
+        device = queries.device
+        num_queries, num_gallery = queries.shape[0], gallery.shape[0]
+        self.query_pids = check_ids("query_pids", query_pids, num_queries, device)
+        self.gallery_pids = check_ids("gallery_pids", gallery_pids, num_gallery, device)
+        self.query_cams = self.gallery_cams = None
+        if protocol != "all":
+            if query_cams is None or gallery_cams is None:
+                raise ValueError(f"protocol={protocol!r} needs query_cams and gallery_cams; without cameras use 'all'")
+        if query_cams is not None and gallery_cams is not None:
+            self.query_cams = check_ids("query_cams", query_cams, num_queries, device)
+            self.gallery_cams = check_ids("gallery_cams", gallery_cams, num_gallery, device)
+
+        sorted_pids, self.order = self.gallery_pids.sort(stable=True)
+        self.starts = torch.searchsorted(sorted_pids, self.query_pids)
+        counts = torch.searchsorted(sorted_pids, self.query_pids, right=True) - self.starts
+        self.counts = torch.where(self.query_pids == NO_MATCH_PID, 0, counts)
+        self.counts_cpu = self.counts.cpu()
+
+    def pairs(self, begin, end):
+        """Rows (from `begin` on), gallery columns (ascending in a row) and whether each same-identity pair stays."""
+        rows, places = expand_ranges(self.starts[begin:end], self.counts[begin:end])
+        columns = self.order[places]
+        if self.protocol == "all":
+            return rows, columns, torch.ones_like(rows, dtype=torch.bool)
+        return rows, columns, self.query_cams[begin:end][rows] != self.gallery_cams[columns]
+
+    def no_valid_query(self):
+        """The error for sets in which no query has a match left."""
+
+        def some(values):
+            if values is None:
+                return "none"
+            distinct = values.unique().tolist()
+            return "[" + ", ".join(map(str, distinct[:8])) + (", ...]" if len(distinct) > 8 else "]")
+
+        drop = "" if self.protocol == "all" else " seen by another camera"
+        return ValueError(
+            f"no query identity appears in the gallery{drop} (protocol={self.protocol!r}). "
+            f"Query pids {some(self.query_pids)}, cameras {some(self.query_cams)}; "
+            f"gallery pids {some(self.gallery_pids)}, cameras {some(self.gallery_cams)}"
+        )
+
+
+def metrics_of_strips(strips, labels, max_rank, path, seed=0):
+    """RankMetrics from an iterator of (first row, score strip), larger scores first."""
+    num_queries = labels.query_pids.shape[0]
+    device = labels.query_pids.device
+    sums = torch.zeros(3, num_queries, dtype=torch.float64, device=device)
+    first = torch.full((num_queries,), -1, dtype=torch.int64, device=device)
+    valid = torch.zeros(num_queries, dtype=torch.bool, device=device)
+    single_shot = SingleShot(labels, max_rank, seed) if labels.protocol == "cuhk03" else None
+    for start, strip in strips:
+        counts = labels.counts_cpu[start : start + strip.shape[0]]
+        for begin, end in row_groups(counts, PAIR_LIMIT):
+            rows, columns, kept = labels.pairs(start + begin, start + end)
+            part = strip[begin:end]
+            part[rows[~kept], columns[~kept]] = -torch.inf
+            rows, columns = rows[kept], columns[kept]
+            if single_shot is not None:
+                single_shot.add(start + begin, part, rows, columns)
+            rows, ranks = match_ranks(part, rows, columns)
+            fill_values(rows + start + begin, ranks, sums, first, valid)
+    ap, inp = (torch.where(valid, value, torch.nan).cpu() for value in sums[:2])
+    num_valid = int(valid.sum())
+    if num_valid == 0:
+        raise labels.no_valid_query()
+    if single_shot is not None:
+        cmc = single_shot.cmc(num_valid)
+    else:
+        cmc = first_rank_curve(first[valid], max_rank) / num_valid
+    return RankMetrics(
+        mAP=float(ap.nanmean()),
+        cmc=cmc.cpu(),
+        mINP=float(inp.nanmean()),
+        ap=ap,
+        inp=inp,
+        first_match=first.cpu(),
+        num_valid=num_valid,
+        num_skipped=num_queries - num_valid,
+        backend=path,
+    )
+
+
+def fill_values(rows, ranks, sums, first, valid):
+    """AP, INP and first rank of the queries `rows` from their match ranks, ascending within a query."""
+    queries, counts = torch.unique_consecutive(rows, return_counts=True)
+    ends = counts.cumsum(0)
+    position = torch.arange(rows.shape[0], device=rows.device) - torch.repeat_interleave(ends - counts, counts) + 1
+    sums[0].index_add_(0, rows, position / ranks.double())
+    sums[0][queries] /= counts
+    sums[1][queries] = counts / ranks[ends - 1].double()
+    first[queries] = ranks[ends - counts]
+    valid[queries] = True
+
+
+def first_rank_curve(first, max_rank):
+    """How many of the first-match ranks are at most 1, 2, ... max_rank."""
+    return torch.bincount(first.clamp(max=max_rank + 1), minlength=max_rank + 2)[1 : max_rank + 1].cumsum(0).double()
+
+
+def match_ranks(strip, rows, columns):
+    """Ranks of the entries (rows, columns) among their rows, sorted within each row.
+
+    rows ascend, columns ascend within a row. An entry's rank is 1 + larger entries + equal ones of lower column.
+    """
+    if rows.numel() == 0:
+        return rows, rows
+    if strip.dtype != torch.float32:
+        return ranks_by_sorting(strip, rows, columns)
+    values = strip[rows, columns]
+    lowest = strip.new_full((strip.shape[0],), torch.inf).scatter_reduce_(0, rows, values, "amin")
+    mask = strip >= lowest[:, None]
+    counts = count_set(mask).cpu()
+    found = []
+    num_pairs = torch.bincount(rows, minlength=strip.shape[0]).cumsum(0)
+    for begin, end in row_groups(counts, HIT_LIMIT):
+        if begin == 0 and end == strip.shape[0]:
+            pairs = slice(None)
+        else:
+            pairs = slice(int(num_pairs[begin - 1]) if begin else 0, int(num_pairs[end - 1]))
+        if values[pairs].numel():
+            part = strip[begin:end]
+            hit_rows, hit_columns = hits(mask[begin:end])
+            found.append(
+                ranks_among_hits(part, rows[pairs] - begin, columns[pairs], values[pairs], hit_rows, hit_columns)
+            )
+    return rows, torch.cat(found)
+
+
+def ranks_among_hits(strip, rows, columns, values, hit_rows, hit_columns):
+    """Ranks of the matches, counted among hits: all entries of a row that are no smaller than its last match."""
+    num_rows, num_columns = strip.shape
+    keys = (rows << 32) + descending_key(values)
+    hit_keys = (hit_rows << 32) + descending_key(strip[hit_rows, hit_columns])
+    keys, order = keys.sort(stable=True)
+    rows, columns = rows[order], columns[order]
+
+    # A hit is before all matches from place `after` on: the matches at or before it in the order come first.
+    after = torch.searchsorted(keys, hit_keys, right=True)
+    larger = torch.bincount(after, minlength=keys.shape[0] + 1)[:-1].cumsum(0)
+    hits_of_row = torch.bincount(hit_rows, minlength=num_rows)
+    larger -= (hits_of_row.cumsum(0) - hits_of_row)[rows]
+
+    # Hits that equal a match (itself at least) are few: sorted by column, those of lower column come before it.
+    equal = (after > 0) & (keys[(after - 1).clamp(min=0)] == hit_keys)
+    level = (after[equal] - 1) * num_columns
+    ties = (level + hit_columns[equal]).sort().values
+    own_level = (torch.searchsorted(keys, keys, right=True) - 1) * num_columns
+    before = torch.searchsorted(ties, own_level + columns) - torch.searchsorted(ties, own_level)
+    return 1 + larger + before
+
+
+def ranks_by_sorting(strip, rows, columns):
+    """The same ranks by sorting whole rows: for float64, whose values do not fit a key with their row."""
+    order = strip.sort(dim=1, descending=True, stable=True).indices
+    rank = torch.empty_like(order)
+    rank.scatter_(1, order, torch.arange(1, strip.shape[1] + 1, device=strip.device).expand_as(order))
+    ranks = rank[rows, columns]
+    order = (rows * (strip.shape[1] + 1) + ranks).argsort()
+    return rows, ranks[order]
+
+
+class SingleShot:
+    """CMC of the cuhk03 protocol: in each repeat one random image of every gallery identity competes."""
+
+    def __init__(self, labels, max_rank, seed):
+        generator = torch.Generator().manual_seed(seed)
+        device = labels.gallery_pids.device
+        self.pids, counts = labels.gallery_pids.unique(return_counts=True)
+        starts = counts.cumsum(0) - counts
+        draws = torch.rand(CUHK03_REPEATS, counts.shape[0], generator=generator, dtype=torch.float64).to(device)
+        self.chosen = labels.order[starts + (draws * counts).long()]
+        num_queries = labels.query_pids.shape[0]
+        self.own_draws = torch.rand(CUHK03_REPEATS, num_queries, generator=generator, dtype=torch.float64).to(device)
+        self.query_pids, self.max_rank = labels.query_pids, max_rank
+        self.curve = torch.zeros(max_rank, dtype=torch.float64, device=device)
+
+    def add(self, start, strip, rows, columns):
+        """Add the queries from `start` on; (rows, columns) are their matches."""
+        counts = torch.bincount(rows, minlength=strip.shape[0])
+        valid = counts > 0
+        starts = counts.cumsum(0) - counts
+        others = self.pids[None] != self.query_pids[start : start + strip.shape[0]][valid][:, None]
+        for chosen, draws in zip(self.chosen, self.own_draws[:, start : start + strip.shape[0]], strict=True):
+            own = columns[(starts + (draws * counts).long())[valid]]
+            scores = strip[:, chosen][valid]
+            own_scores = strip[valid].gather(1, own[:, None])
+            before = (scores > own_scores) | ((scores == own_scores) & (chosen < own[:, None]))
+            self.curve += first_rank_curve(1 + (before & others).sum(1), self.max_rank)
+
+    def cmc(self, num_valid):
+        return self.curve / (num_valid * CUHK03_REPEATS)

@@ -1,0 +1,130 @@
+"""Unit rows, strips of similarities and the few entries of them that matter: what the torch paths share.
+
+A strip is a block of query rows against the whole gallery. Every consumer reads all its numbers from one strip, so a
+match, and an item that ties with it, are compared by the very same bits.
+"""
+
+import torch
+
+from .dispatch import full_precision
+
+# BLAS libraries sum in another order at ragged edges and for single rows. With both row counts padded to a multiple
+# of 64 every entry is summed alike wherever it lies, so that equal rows get equal similarities.
+ROW_MULTIPLE = 64
+STRIP_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}
+NORMALISE_ROWS = 4096
+
+
+def padded(count):
+    return -(-count // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def unit_rows(*named_features):
+    """Rows of all (name, features) one after the other, divided by their length and padded with zero rows.
+
+    Zero rows and rows that are not finite raise ValueError, naming them.
+    """
+    total = sum(features.shape[0] for _, features in named_features)
+    first = named_features[0][1]
+    double = any(features.dtype == torch.float64 for _, features in named_features)
+    dtype = torch.float64 if double else torch.float32
+    units = torch.zeros(padded(total), first.shape[1], dtype=dtype, device=first.device)
+    start = 0
+    for name, features in named_features:
+        largest = torch.empty(features.shape[0], dtype=dtype, device=first.device)
+        for begin in range(0, features.shape[0], NORMALISE_ROWS):
+            # Divided by the largest entry first: squares of 1e-30 or 1e30 do not fit float32.
+            chunk = features[begin : begin + NORMALISE_ROWS].to(dtype).contiguous()
+            peak = largest[begin : begin + NORMALISE_ROWS]
+            torch.maximum(chunk.amax(1), -chunk.amin(1), out=peak)
+            chunk = chunk / peak[:, None]
+            chunk /= torch.linalg.vector_norm(chunk, dim=1, keepdim=True)
+            units[start + begin : start + begin + chunk.shape[0]] = chunk
+        raise_on_bad_rows(name, largest)
+        start += features.shape[0]
+    return units
+
+
+def raise_on_bad_rows(name, largest):
+    """Raise ValueError for rows whose largest magnitude is zero, NaN or infinite."""
+    for problem, bad in (("NaN or infinite", ~torch.isfinite(largest)), ("all zero", largest == 0)):
+        rows = bad.nonzero().flatten().tolist()
+        if rows:
+            shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
+            raise ValueError(f"{len(rows)} of {largest.shape[0]} rows of {name} are {problem}: rows {shown}")
+
+
+def strip_height(num_columns, device):
+    """Rows of a strip: as many as the byte limit holds, a multiple of 64."""
+    element = 4
+    limit = STRIP_BYTES.get(device.type, STRIP_BYTES["cpu"])
+    rows = limit // (element * padded(num_columns)) // ROW_MULTIPLE * ROW_MULTIPLE
+    return min(max(rows, ROW_MULTIPLE), 2048)
+
+
+def similarity_strips(queries, num_queries, gallery, num_gallery):
+    """Yield (first row, strip) with strips of (rows, padded gallery); columns past the gallery hold -inf.
+
+    The strip is reused by the next step and may be written to.
+    """
+    height = min(strip_height(num_gallery, queries.device), queries.shape[0])
+    buffer = torch.empty(height, gallery.shape[0], dtype=queries.dtype, device=queries.device)
+    for start in range(0, num_queries, height):
+        block = queries[start : start + height]
+        strip = buffer[: block.shape[0]]
+        with full_precision():
+            torch.mm(block, gallery.t(), out=strip)
+        strip[:, num_gallery:] = -torch.inf
+        yield start, strip[: min(height, num_queries - start)]
+
+
+def hits(mask):
+    """Rows and columns of the set entries of a contiguous (rows, columns) mask, row after row."""
+    num_columns = mask.shape[1]
+    if mask.device.type == "cpu" and num_columns % 8 == 0:
+        # Few bits are set: eight at a time are looked at as one integer, and only those that are not zero in detail.
+        words = mask.view(-1).view(torch.int64).nonzero().flatten()
+        inner = mask.view(-1, 8)[words].nonzero()
+        flat = words[inner[:, 0]] * 8 + inner[:, 1]
+    else:
+        flat = mask.view(-1).nonzero().flatten()
+    rows = torch.div(flat, num_columns, rounding_mode="floor")
+    return rows, flat - rows * num_columns
+
+
+def count_set(mask):
+    """Number of set entries in each row of a contiguous mask whose row length is a multiple of 64."""
+    if mask.device.type != "cpu":
+        return mask.sum(1)
+    # Eight bytes of zeros and ones add up as one integer; a byte of the sum holds at most 255, so 128 words are safe.
+    words = mask.view(torch.int64)
+    whole = words.shape[1] // 128 * 128
+    sums = words[:, :whole].reshape(mask.shape[0], -1, 128).sum(-1)
+    rest = words[:, whole:].sum(-1, keepdim=True)
+    return torch.cat([sums, rest], dim=1).view(torch.uint8).sum(1)
+
+
+def descending_key(values):
+    """float32 -> int64 in 0..2**32-1, ordered the other way round; both zeros get one key."""
+    bits = (values + 0.0).view(torch.int32)
+    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (~ascending).to(torch.int64) + (1 << 31)
+
+
+def expand_ranges(starts, counts):
+    """For ranges (start, count): the number of the range of every element, and the element, one after the other."""
+    owner = torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts)
+    before = counts.cumsum(0) - counts
+    within = torch.arange(owner.shape[0], device=counts.device) - before[owner]
+    return owner, starts[owner] + within
+
+
+def row_groups(costs, limit):
+    """Split rows with these costs (a CPU tensor) into consecutive groups (begin, end) of at most `limit` each."""
+    ends = costs.cumsum(0)
+    begin, spent = 0, 0
+    while begin < costs.shape[0]:
+        end = int(torch.searchsorted(ends, spent + limit, right=True))
+        end = max(end, begin + 1)
+        yield begin, end
+        begin, spent = end, int(ends[end - 1])
