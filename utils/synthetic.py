@@ -1,4 +1,4 @@
-"""The built-in world: pedestrians drawn by code, so that everything runs and learns anywhere, with nobody's privacy in it.
+"""The built-in world: pedestrians drawn by code, so that everything runs anywhere and nobody's privacy is in it.
 
     python -m utils.synthetic --domain a --num_ids 8 --out sheet.png
 
@@ -35,6 +35,7 @@ HAIR_KINDS = ("short", "long")
 CARRIED_KINDS = ("nothing", "backpack", "handbag", "shoulder bag")
 HATS = ("none", "cap", "beanie")
 VIEWS = ("front", "back", "left", "right")
+INDOORS = ("in a metro station", "in a shop", "in an indoor hall")
 
 
 def camera(style, variant, **changes):
@@ -118,13 +119,25 @@ DOMAINS = {
         "cameras": [
             camera("cctv", 0, tilt=0.36, size=0.74, coarse=1.8, quality=50, flat=0.10, cast=(0.98, 1.0, 0.96)),
             camera("cctv", 1, tilt=0.42, size=0.70, coarse=2.0, quality=45, flat=0.12, gain=0.84, noise=0.12),
-            camera("cctv", 2, tilt=0.32, size=0.78, coarse=1.6, quality=40, flat=0.08, gain=1.16, cast=(1.06, 1.0, 0.88)),
+            camera(
+                "cctv", 2, tilt=0.32, size=0.78, coarse=1.6, quality=40, flat=0.08, gain=1.16, cast=(1.06, 1.0, 0.88)
+            ),
             camera("cctv", 3, tilt=0.40, size=0.72, coarse=2.2, quality=55, flat=0.14, cast=(0.90, 0.98, 1.08)),
         ],
     },
     "f": {
         "place": "on a street in the rain",
-        "upper": {"yellow": 3, "blue": 3, "black": 3, "green": 3, "red": 2, "grey": 2, "purple": 2, "orange": 2, "brown": 2},
+        "upper": {
+            "yellow": 3,
+            "blue": 3,
+            "black": 3,
+            "green": 3,
+            "red": 2,
+            "grey": 2,
+            "purple": 2,
+            "orange": 2,
+            "brown": 2,
+        },
         "lower": {"black": 3, "blue": 3, "grey": 2, "brown": 2, "green": 1, "beige": 1, "white": 1},
         "kinds": (3, 3, 4, 3, 3),
         "cameras": [
@@ -136,7 +149,17 @@ DOMAINS = {
     },
     "g": {
         "place": "in the snow",
-        "upper": {"red": 3, "white": 2, "orange": 2, "pink": 3, "purple": 3, "blue": 2, "black": 2, "beige": 2, "green": 2},
+        "upper": {
+            "red": 3,
+            "white": 2,
+            "orange": 2,
+            "pink": 3,
+            "purple": 3,
+            "blue": 2,
+            "black": 2,
+            "beige": 2,
+            "green": 2,
+        },
         "lower": {"black": 3, "grey": 3, "blue": 2, "white": 2, "purple": 1, "red": 1, "brown": 1},
         "kinds": (3, 3, 4, 4, 3),
         "cameras": [
@@ -148,7 +171,17 @@ DOMAINS = {
     },
     "h": {
         "place": "in an indoor hall",
-        "upper": {"white": 3, "beige": 2, "brown": 2, "pink": 2, "yellow": 3, "grey": 3, "orange": 3, "green": 2, "blue": 2},
+        "upper": {
+            "white": 3,
+            "beige": 2,
+            "brown": 2,
+            "pink": 2,
+            "yellow": 3,
+            "grey": 3,
+            "orange": 3,
+            "green": 2,
+            "blue": 2,
+        },
         "lower": {"blue": 3, "beige": 3, "white": 2, "black": 2, "pink": 2, "yellow": 1, "orange": 1},
         "kinds": (4, 4, 3, 2, 3),
         "cameras": [
@@ -189,7 +222,9 @@ def person(domain, pid, seed=0):
         "lower_colour": choose(rng, spec["lower"]),
         "shoes_colour": choose(rng, {"black": 4, "white": 4, "brown": 2, "red": 1, "blue": 1}),
         "carried_kind": rng.choices(CARRIED_KINDS, (4, 3, 2, 2))[0],
-        "carried_colour": choose(rng, {"black": 3, "brown": 2, "red": 2, "blue": 2, "green": 2, "yellow": 1, "purple": 1}),
+        "carried_colour": choose(
+            rng, {"black": 3, "brown": 2, "red": 2, "blue": 2, "green": 2, "yellow": 1, "purple": 1}
+        ),
         "hat_kind": rng.choices(HATS, (6, 2, 2))[0],
         "hat_colour": choose(rng, {"black": 3, "red": 2, "blue": 2, "white": 2, "green": 1, "yellow": 1}),
         "second": rng.choice(("white", "black", "yellow", "red", "blue", "green")),
@@ -258,11 +293,13 @@ def pose_of(domain, pid, camid, index, seed=0):
 
 
 def describe(domain, pid, camid, index, seed=0):
-    """`attributes` and what is true of one picture only: action, view and place."""
+    """`attributes` and what is true of one picture only: action, view, place and scene."""
     pose, _ = pose_of(domain, pid, camid, index, seed)
     view = {"front": "seen from the front", "back": "seen from behind"}.get(pose["view"], "seen from the side")
     action = "walking" if pose["walking"] else "standing"
-    return attributes(domain, pid, seed) | {"action": action, "view": view, "place": DOMAINS[domain]["place"]}
+    place = DOMAINS[domain]["place"]
+    scene = "indoors" if place in INDOORS else "outdoors"
+    return attributes(domain, pid, seed) | {"action": action, "view": view, "place": place, "scene": scene}
 
 
 def render(domain, pid, camid, index, seed=0):
@@ -330,9 +367,15 @@ FEATURES = datasets.Features(
 def check_request(domain, num_ids, images_per_id, seed):
     if domain not in DOMAINS:
         raise ValueError(f"synthetic domain {domain!r} does not exist; there are {', '.join(DOMAINS)}")
-    for name, value, least in (("num_ids", num_ids, 1), ("images_per_id", images_per_id, MIN_IMAGES_PER_ID), ("seed", seed, 0)):
+    for name, value, least in (
+        ("num_ids", num_ids, 1),
+        ("images_per_id", images_per_id, MIN_IMAGES_PER_ID),
+        ("seed", seed, 0),
+    ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} of the synthetic world must be a whole number of at least {least}, got {value!r}")
+            raise ValueError(
+                f"{name} of the synthetic world must be a whole number of at least {least}, got {value!r}"
+            )
 
 
 def load(domain="a", num_ids=32, images_per_id=8, seed=0):
