@@ -1,0 +1,327 @@
+"""Every source of labelled people to one schema.
+
+    python -m utils.datasets market1501 --root /data/reid
+    python -m utils.datasets viper:split=3 --root /data/reid --save_to viper3
+
+`load_reid` gives a `datasets.DatasetDict` with the splits train, query and gallery (those the source has) and the
+columns image, pid, camid (from 0), domain and path (below the source's folder). Images are decoded on access.
+"""
+
+import argparse
+import difflib
+import hashlib
+import inspect
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from utils import benchmarks, sources
+from utils.images import PersonImage, check_files, check_images
+from utils.sources import SPLITS, dense
+
+COLUMN_OPTIONS = ("image_column", "pid_column", "camid_column", "domain_column", "split_column")
+IMAGES_PER_SHARD = 20_000
+
+
+def known_names():
+    return ("synthetic", *benchmarks.BENCHMARKS)
+
+
+def parse_spec(spec):
+    """`viper:split=3` -> ("viper", {"split": 3}). Unless a known name stands before the colon, all of it is a path."""
+    name, colon, text = spec.partition(":")
+    if not colon or name not in known_names():
+        return spec, {}
+    options = {}
+    for item in text.split(","):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not key.isidentifier() or not value or key in options:
+            raise ValueError(f"{spec!r}: {item!r} is not as expected; a spec is NAME or NAME:key=value,key=value")
+        options[key] = typed(value)
+    return name, options
+
+
+def typed(text):
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def load_reid(
+    name, root=None, *, image_fraction=None, identity_fraction=None, fraction_seed=0, skip_unreadable=False, **options
+):
+    """Labelled people as a `DatasetDict`; `name` is a known set or spec, a path, a Hub id, or a list of these.
+
+    `root` is the set's folder or its parent. The fractions keep a part of `train`, see `subset`. A file that is
+    missing or empty is an error here, and `check_images` finds damaged ones; with `skip_unreadable` both are dropped
+    and listed in the log. Further options are the source's own: of the readers in `utils.benchmarks`, of
+    `utils.synthetic.load`, and for one's own tables `image_column`, `pid_column`, `camid_column` ("none" where there
+    are no cameras), `domain_column`, `split_column` and `domain`.
+    """
+    common = {
+        "image_fraction": image_fraction,
+        "identity_fraction": identity_fraction,
+        "fraction_seed": fraction_seed,
+        "skip_unreadable": skip_unreadable,
+    }
+    if isinstance(name, (list, tuple)):
+        return load_sources(name, root, **common, **options)
+    name, written = parse_spec(os.fspath(name))
+    common |= {key: written.pop(key) for key in list(written) if key in common}
+    data = read_source(name, root, written | options)
+    check_splits(data, name)
+    if common["skip_unreadable"]:
+        data, skipped = check_images(data, skip_unreadable=True, where=name)
+        if skipped:
+            check_splits(data, name)
+    else:
+        check_files(data, name)
+    fractions = {key: common[key] for key in ("image_fraction", "identity_fraction") if common[key] is not None}
+    return subset(data, **fractions, seed=common["fraction_seed"]) if fractions else data
+
+
+def read_source(name, root, options):
+    if name == "synthetic":
+        from utils import synthetic
+
+        check_options(name, synthetic.load, options)
+        data = synthetic.load(**options)
+        return datasets.DatasetDict({split: data[split].cast_column("image", PersonImage()) for split in data})
+    if name in benchmarks.BENCHMARKS:
+        if root is None:
+            raise ValueError(f"{name} needs a root: the folder of the set, or the one it lies in")
+        check_options(name, benchmarks.BENCHMARKS[name].read, options)
+        rows, note, folder = benchmarks.read_benchmark(name, root, options)
+        return datasets.DatasetDict(
+            {split: sources.rows_to_dataset(rows[split], folder, name, split, note) for split in rows}
+        )
+    places = [name] if root is None else [name, os.path.join(root, name)]
+    path = next((place for place in places if os.path.exists(place)), None)
+    if path is None and ("/" not in name or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)):
+        raise ValueError(unknown_name(name))
+    accepted = [*COLUMN_OPTIONS, "domain"] + ([] if path else ["revision"])
+    unknown = sorted(set(options) - set(accepted))
+    if unknown:
+        raise ValueError(f"{name} does not know the option {unknown[0]!r}; it accepts {', '.join(accepted)}")
+    columns = sources.Columns(
+        **{key.removesuffix("_column"): options.pop(key) for key in COLUMN_OPTIONS if key in options}
+    )
+    return sources.read_local(path, columns, **options) if path else sources.read_hub(name, columns, **options)
+
+
+def unknown_name(name):
+    if "/" in name or os.sep in name:
+        return f"{name} does not exist; give the path of a folder or a parquet file, or a Hub id such as user/name"
+    near = difflib.get_close_matches(name.split(":")[0].lower(), known_names(), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the known sets are {', '.join(known_names())}"
+    return f"{name!r} is neither a known set nor an existing path; {hint}"
+
+
+def check_options(name, function, options):
+    """Options must be parameters of the source's reader, of the type of their defaults."""
+    accepted = {key: value.default for key, value in inspect.signature(function).parameters.items() if key != "root"}
+    for key, value in options.items():
+        if key not in accepted:
+            words = ", ".join(f"{word}={default!r}" for word, default in accepted.items())
+            raise ValueError(f"{name} does not know the option {key!r}; it accepts {words}")
+        default = accepted[key]
+        if default is not None and type(value) is not type(default):
+            raise ValueError(f"{name}: {key} must be of type {type(default).__name__}, not {value!r}")
+
+
+def check_splits(data, where):
+    """What every source must hold to: no split empty, no image twice, queries that can be found."""
+    empty = [split for split in data if not len(data[split])]
+    if empty or not data:
+        raise ValueError(f"{where} has no images in {', '.join(empty) or 'any split'}")
+    seen = {}
+    for split, dataset in data.items():
+        for key in zip(dataset["domain"][:], dataset["path"][:], strict=True):
+            if key in seen:
+                raise ValueError(f"{where} lists {key[1]} of {key[0]} twice, in {seen[key]} and in {split}")
+            seen[key] = split
+    if ("query" in data) != ("gallery" in data):
+        raise ValueError(f"{where} has {' and '.join(data)} only; query and gallery go together")
+    if "query" in data:
+        check_queries(data["query"], data["gallery"], where)
+
+
+def check_queries(query, gallery, where):
+    """At least one query must have an image of its identity from another camera."""
+    cameras = {}
+    for pid, camid in zip(gallery["pid"][:], gallery["camid"][:], strict=True):
+        cameras.setdefault(pid, set()).add(camid)
+    asked = sorted(set(zip(query["pid"][:], query["camid"][:], strict=True)))
+    if any(cameras.get(pid, set()) - {camid} for pid, camid in asked):
+        return
+    shown = ", ".join(f"{pid} (camera {camid})" for pid, camid in asked[:5])
+    held = ", ".join(f"{pid} (cameras {sorted(cameras[pid])[:5]})" for pid in sorted(cameras)[:5])
+    if any(pid in cameras for pid, _ in asked):
+        raise ValueError(
+            f"{where}: query identities are in the gallery only under the query's own camera, which does not count. "
+            f"pids of queries: {shown}; of the gallery: {held}. Check the camera numbers"
+        )
+    raise ValueError(
+        f"{where}: no query identity appears in the gallery. "
+        f"pids of queries: {shown}; of the gallery: {held}. Check the pids"
+    )
+
+
+def load_sources(specs, data_root=None, **common):
+    """Several sources as one: people and cameras of each are numbered after those of the source before it.
+
+    A single source keeps its own numbers. People of `train` are numbered apart from those of query and gallery.
+    """
+    specs = [os.fspath(spec) for spec in specs]
+    if not specs:
+        raise ValueError("no data set is named")
+    loaded = [load_reid(spec, data_root, **common) for spec in specs]
+    if len(loaded) == 1:
+        return loaded[0]
+    parts = {split: [] for split in SPLITS}
+    num_people, num_cameras = {"train": 0, "test": 0}, 0
+    for data in loaded:
+        cameras = dense(camid for dataset in data.values() for camid in dataset["camid"][:])
+        for group, splits in {"train": ("train",), "test": ("query", "gallery")}.items():
+            there = [split for split in splits if split in data]
+            people = dense(key for split in there for key in people_of(data[split]))
+            for split in there:
+                pids = [num_people[group] + people[key] for key in people_of(data[split])]
+                camids = [num_cameras + cameras[camid] for camid in data[split]["camid"][:]]
+                dataset = sources.put(sources.put(data[split], "pid", pids), "camid", camids)
+                parts[split].append(dataset.select_columns(list(sources.features())))
+            num_people[group] += len(people)
+        num_cameras += len(cameras)
+    merged = {
+        split: datasets.concatenate_datasets(group, split=datasets.NamedSplit(split))
+        for split, group in parts.items()
+        if group
+    }
+    check_splits(merged, " + ".join(specs))
+    return datasets.DatasetDict(merged)
+
+
+def people_of(dataset):
+    """Who each image shows: the same number in two domains is two people."""
+    return list(zip(dataset["pid"][:], dataset["domain"][:], strict=True))
+
+
+def labels_of(dataset):
+    """int64 labels 0..N-1 of a split's rows, in the order of (pid, domain), so the same on every machine."""
+    people = people_of(dataset)
+    labels = dense(people)
+    return np.array([labels[key] for key in people], dtype=np.int64)
+
+
+def subset(data, *, image_fraction=None, identity_fraction=None, seed=0):
+    """A part of the training images: `image_fraction` for few-shot, `identity_fraction` for small-scale.
+
+    A part is the beginning of one seeded order, so that smaller parts lie inside larger ones. Every identity that
+    stays keeps its share of images, and one at least. Of a `DatasetDict` only `train` is cut.
+    """
+    for name, value in (("image_fraction", image_fraction), ("identity_fraction", identity_fraction)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value <= 1):
+            raise ValueError(f"{name} must be above 0 and at most 1, not {value!r}")
+    if isinstance(data, dict):
+        if "train" not in data:
+            raise ValueError(f"a fraction is one of train, and the data has only {', '.join(data)}")
+        part = subset(data["train"], image_fraction=image_fraction, identity_fraction=identity_fraction, seed=seed)
+        return datasets.DatasetDict({**data, "train": part})
+    images = {}
+    for row, (person, path) in enumerate(zip(people_of(data), data["path"][:], strict=True)):
+        images.setdefault(person, []).append((draw(seed, person[1], path), row))
+    people = sorted(images, key=lambda person: draw(seed, *person))
+    if identity_fraction is not None:
+        people = people[: max(1, round(identity_fraction * len(people)))]
+    order = []
+    for person in people:
+        # Each identity's images are spread over the order at its own phase, so that rounding favours nobody; the
+        # first of everyone comes before all others.
+        phase = int.from_bytes(draw(seed, *person)[:6], "big") / 2**48
+        ranked = sorted(images[person])
+        order += [((rank + phase) / len(ranked) if rank else -1.0, row) for rank, (_, row) in enumerate(ranked)]
+    order.sort()
+    if image_fraction is not None:
+        order = order[: max(len(people), round(image_fraction * len(order)))]
+    return data.select(sorted(row for _, row in order))
+
+
+def draw(seed, *words):
+    return hashlib.sha256(" ".join(map(str, (seed, *words))).encode()).digest()
+
+
+def save(data, folder):
+    """Write a portable copy, images inside, readable by `load_reid(folder)`: aside first, then renamed."""
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; give a new folder")
+    aside = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    try:
+        data.save_to_disk(str(aside), num_shards=shards_of(data))
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def shards_of(data):
+    """Files a split, given because the library would otherwise read every image once more to weigh them."""
+    return {split: -(-len(dataset) // IMAGES_PER_SHARD) for split, dataset in data.items()}
+
+
+def count_table(data):
+    """Images, people and cameras of each split, as text."""
+    lines = [f"{'split':<8} {'images':>9} {'ids':>7} {'cameras':>8}"]
+    for split, dataset in data.items():
+        people, cameras = len(set(people_of(dataset))), len(set(dataset["camid"][:]))
+        lines.append(f"{split:<8} {len(dataset):>9,} {people:>7,} {cameras:>8,}")
+    return "\n".join(lines)
+
+
+def main(input_args=None):
+    parser = argparse.ArgumentParser(description="Count a data set, or make a portable copy of it with images inside.")
+    parser.add_argument("name", nargs="+", help="NAME, NAME:key=value,..., a path or a Hub id; several are merged")
+    parser.add_argument("--root", help="folder of the set, or the one it lies in")
+    parser.add_argument("--options", nargs="*", default=[], help="key=value for a path or Hub id (pid_column=label)")
+    parser.add_argument("--skip_unreadable", action="store_true", help="leave out and list images that do not decode")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--save_to", help="new folder to write, readable by load_reid and datasets.load_from_disk")
+    target.add_argument("--push_to_hub", help="Hub id to push to")
+    parser.add_argument("--public", action="store_true", help="push to a public repository instead of a private one")
+    args = parser.parse_args(input_args)
+    try:
+        if args.save_to and os.path.exists(args.save_to):
+            raise ValueError(f"{args.save_to} exists already; give a new folder")
+        options = dict(item.split("=", 1) if "=" in item else (item, "") for item in args.options)
+        names = args.name[0] if len(args.name) == 1 else args.name
+        data = load_reid(
+            names, args.root, skip_unreadable=args.skip_unreadable, **{k: typed(v) for k, v in options.items()}
+        )
+        print(
+            "\n".join(dict.fromkeys(dataset.info.description for dataset in data.values() if dataset.info.description))
+        )
+        print(count_table(data))
+        if args.save_to or args.push_to_hub:
+            check_images(data, where=" + ".join(args.name))
+        if args.save_to:
+            save(data, args.save_to)
+            print(f"wrote {args.save_to}")
+        if args.push_to_hub:
+            data.push_to_hub(args.push_to_hub, private=not args.public, num_shards=shards_of(data))
+            print(f"pushed to {args.push_to_hub}")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
