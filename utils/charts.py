@@ -1,0 +1,204 @@
+"""Line charts and histograms as inline SVG: no plotting library, and the page's own colours in light and dark.
+
+Lines differ by colour and by dash, so that they can be told apart in print. Shapes carry only class names; the
+colours are in `templates/report.css`.
+"""
+
+import math
+from itertools import pairwise
+
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 460, 280
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 34, 44
+MAX_POINTS = 400
+
+
+def line_chart(
+    series, *, title, x_label, y_label, x_log=False, y_log=False, x_range=None, y_range=None, percent=False, dots=False
+):
+    """SVG of `series`, a list of (name, xs, ys). More than 400 points are averaged in groups of neighbours.
+
+    Values that are not finite, or not positive on a log axis, leave a gap. `percent` writes y values 0..1 as 0..100 %.
+    """
+    drawable = [(name, _points(xs, ys, x_log, y_log)) for name, xs, ys in series]
+    finite = [point for _, points in drawable for point in points if point is not None]
+    if not finite:
+        return _empty(title)
+    x_scale = _Scale([x for x, _ in finite], x_range, x_log, LEFT, WIDTH - RIGHT)
+    y_scale = _Scale([y for _, y in finite], y_range, y_log, HEIGHT - BOTTOM, TOP)
+
+    parts = [_axes(x_scale, y_scale, x_label, y_label, percent)]
+    for number, (name, points) in enumerate(drawable):
+        path = _path(points, x_scale, y_scale)
+        parts.append(Markup('<path class="line s{}" d="{}"/>').format(number % 6, path))
+        for x, y in (point for point in points if dots and point is not None):
+            value = f"{100 * y:.1f} %" if percent else _number(y)
+            parts.append(
+                Markup(
+                    '<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="2.6"><title>{}: {}</title></circle>'
+                ).format(number % 6, x_scale(x), y_scale(y), f"{name}, {_number(x)}", value)
+            )
+    parts.append(_legend([name for name, _ in drawable]))
+    return _svg(title, parts)
+
+
+def histogram(groups, edges, *, title, x_label, y_label="share", markers=()):
+    """SVG of histograms over the same `edges`: `groups` is a list of (name, counts), each drawn as shares of its sum.
+
+    `markers` is a list of (x, label): vertical lines, such as thresholds.
+    """
+    shares = [(name, _shares(counts)) for name, counts in groups]
+    if not any(max(values, default=0) > 0 for _, values in shares):
+        return _empty(title)
+    x_scale = _Scale([edges[0], edges[-1]], (edges[0], edges[-1]), False, LEFT, WIDTH - RIGHT)
+    top = max(max(values) for _, values in shares)
+    y_scale = _Scale([0, top], (0, top * 1.08), False, HEIGHT - BOTTOM, TOP)
+
+    parts = [_axes(x_scale, y_scale, x_label, y_label, percent=True)]
+    for number, (_, values) in enumerate(shares):
+        outline = [(edges[0], 0.0)]
+        for (left, right), value in zip(pairwise(edges), values, strict=True):
+            outline += [(left, value), (right, value)]
+        path = _path([*outline, (edges[-1], 0.0)], x_scale, y_scale)
+        parts.append(
+            Markup('<path class="area s{0}" d="{1}Z"/><path class="line s{0}" d="{1}"/>').format(number, path)
+        )
+    for index, (x, label) in enumerate(markers):
+        parts.append(
+            Markup(
+                '<line class="marker" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>'
+                '<text class="tick" x="{3:.1f}" y="{4:.1f}" text-anchor="end">{5}</text>'
+            ).format(x_scale(x), TOP, HEIGHT - BOTTOM, x_scale(x) - 4, TOP + 12 + 13 * index, label)
+        )
+    parts.append(_legend([name for name, _ in shares]))
+    return _svg(title, parts)
+
+
+class _Scale:
+    """Value to coordinate, linear or logarithmic, with round ticks."""
+
+    def __init__(self, values, limits, log, start, end):
+        low, high = limits or (min(values), max(values))
+        if low == high:
+            low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+        self.low, self.high, self.log, self.start, self.end = low, high, log, start, end
+        self.ticks = _log_ticks(low, high) if log else _ticks(low, high)
+
+    def __call__(self, value):
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = math.log10(low), math.log10(high), math.log10(value)
+        share = (value - low) / (high - low)
+        return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
+
+
+def _ticks(low, high, wanted=5):
+    step = 10 ** math.floor(math.log10((high - low) / wanted))
+    step *= min((factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= wanted), default=10)
+    first = math.ceil(low / step - 1e-9)
+    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low, high):
+    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+    stride = max(1, (last - first) // 6)
+    decades = [10.0**power for power in range(first, last + 1, stride)]
+    return decades if len(decades) > 1 else sorted({low, high})
+
+
+def _number(value):
+    if value == 0:
+        return "0"
+    if abs(value) >= 1e5 or abs(value) < 1e-3:
+        mantissa, power = f"{value:.0e}".split("e")
+        return f"{mantissa}e{int(power)}"
+    return f"{value:.4g}"
+
+
+def _points(xs, ys, x_log, y_log):
+    pairs = [(float(x), float(y)) for x, y in zip(xs, ys, strict=True)]
+    group = math.ceil(len(pairs) / MAX_POINTS)
+    if group > 1:
+        chunks = [pairs[start : start + group] for start in range(0, len(pairs), group)]
+        pairs = [tuple(sum(values) / len(values) for values in zip(*chunk, strict=True)) for chunk in chunks]
+
+    def can_be_drawn(x, y):
+        return math.isfinite(x) and math.isfinite(y) and not (x_log and x <= 0) and not (y_log and y <= 0)
+
+    return [(x, y) if can_be_drawn(x, y) else None for x, y in pairs]
+
+
+def _path(points, x_scale, y_scale):
+    steps, pen = [], "M"
+    for point in points:
+        if point is None:
+            pen = "M"
+            continue
+        steps.append(f"{pen}{x_scale(point[0]):.1f} {y_scale(point[1]):.1f}")
+        pen = "L"
+    return "".join(steps)
+
+
+def _shares(counts):
+    values = [float(count) for count in counts]
+    total = sum(values)
+    return [value / total for value in values] if total else values
+
+
+def _axes(x_scale, y_scale, x_label, y_label, percent):
+    parts = []
+    for tick in y_scale.ticks:
+        label = f"{100 * tick:.4g} %" if percent else _number(tick)
+        parts.append(
+            Markup(
+                '<line class="grid" x1="{}" x2="{}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                '<text class="tick" x="{}" y="{ty:.1f}" text-anchor="end">{}</text>'
+            ).format(LEFT, WIDTH - RIGHT, LEFT - 7, label, y=y_scale(tick), ty=y_scale(tick) + 4)
+        )
+    for tick in x_scale.ticks:
+        parts.append(
+            Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
+                x_scale(tick), HEIGHT - BOTTOM + 17, _number(tick)
+            )
+        )
+    parts.append(
+        Markup(
+            '<line class="axis" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/>'
+            '<text class="label" x="{3}" y="{4}" text-anchor="middle">{5}</text>'
+            '<text class="label" transform="translate(12 {6}) rotate(-90)" text-anchor="middle">{7}</text>'
+        ).format(
+            LEFT,
+            WIDTH - RIGHT,
+            HEIGHT - BOTTOM,
+            (LEFT + WIDTH - RIGHT) / 2,
+            HEIGHT - 7,
+            x_label,
+            (TOP + HEIGHT - BOTTOM) / 2,
+            y_label,
+        )
+    )
+    return Markup("").join(parts)
+
+
+def _legend(names):
+    parts, x = [], LEFT
+    for number, name in enumerate(names):
+        parts.append(
+            Markup(
+                '<line class="line s{}" x1="{}" x2="{}" y1="14" y2="14"/><text class="label" x="{}" y="18">{}</text>'
+            ).format(number % 6, x, x + 22, x + 28, name)
+        )
+        x += 44 + 7 * len(str(name))
+    return Markup("").join(parts)
+
+
+def _empty(title):
+    text = Markup('<text class="label" x="{}" y="{}" text-anchor="middle">nothing to draw</text>')
+    return _svg(title, [text.format(WIDTH / 2, HEIGHT / 2)])
+
+
+def _svg(title, parts):
+    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        WIDTH, HEIGHT, escape(title), Markup("").join(parts)
+    )

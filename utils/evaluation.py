@@ -1,0 +1,365 @@
+"""From features to numbers: ranking, thresholds, confusions, camera pairs.
+
+The ranking arithmetic is in `kernels/`. What is added here goes over tiles of the distances as the kernels do; the
+whole matrix never exists. A distance is `2 - 2 cos`, from 0 to 4. Which pairs count is the protocol's matter:
+`market` and `cuhk03` drop gallery images of the query's own identity and camera, `all` drops nothing.
+"""
+
+import statistics
+from dataclasses import dataclass, field
+
+import torch
+
+from kernels import RankMetrics, cosine_topk, rank_metrics
+from kernels.dispatch import full_precision
+
+PROTOCOLS = ("market", "cuhk03", "all")
+UNKNOWN = -1
+FALSE_MATCH_RATES = (1e-2, 1e-3, 1e-4)
+RANKS = (1, 5, 10, 20)
+MAX_RANK = 50
+QUERY_TILE, GALLERY_TILE = 512, 4096
+
+# Distances are sorted without sorting: float32 bits of values >= 0 grow with the value. The upper bits name a bin of
+# the first pass, the lower ones a bin of the second.
+LOW_BITS = 13
+NUM_BINS = (0x40800000 >> LOW_BITS) + 1
+
+
+@dataclass
+class Side:
+    """The query or the gallery side: features (N, D), identities (N,), cameras (N,), and a name for each row.
+
+    Identity -1 is a person nobody has named: never a match. Camera -1 is an unknown camera.
+    """
+
+    features: torch.Tensor
+    pids: torch.Tensor
+    camids: torch.Tensor
+    paths: list
+
+    def __len__(self):
+        return len(self.features)
+
+    def take(self, rows):
+        rows = torch.as_tensor(rows)
+        paths = [self.paths[row] for row in rows.tolist()]
+        return Side(self.features[rows], self.pids[rows], self.camids[rows], paths)
+
+    def to(self, device):
+        return Side(self.features.to(device), self.pids.to(device), self.camids.to(device), self.paths)
+
+
+def check_sides(queries, gallery):
+    """ValueError for what cannot be ranked, naming the side, the row and its file."""
+    for side, name in ((queries, "query"), (gallery, "gallery")):
+        if side.features.ndim != 2 or not len(side.features):
+            raise ValueError(
+                f"{name} features have shape {tuple(side.features.shape)}; expected (rows, width), at least one row"
+            )
+        for ids, kind in ((side.pids, "identities"), (side.camids, "cameras"), (side.paths, "paths")):
+            if len(ids) != len(side):
+                raise ValueError(f"{len(side)} {name} features come with {len(ids)} {kind}; give one for each feature")
+        bad = ~side.features.isfinite().all(1)
+        if bad.any():
+            raise ValueError(
+                f"{_rows(name, side, bad)} hold NaN or infinity; extract them again, without mixed precision"
+            )
+        bad = ~(side.features != 0).any(1)
+        if bad.any():
+            raise ValueError(
+                f"{_rows(name, side, bad)} are zero and have no direction; remove them or extract them again"
+            )
+    widths = queries.features.shape[1], gallery.features.shape[1]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"query features are {widths[0]} wide, gallery features {widths[1]}; extract both with one model"
+        )
+
+
+def _rows(name, side, bad):
+    rows = bad.nonzero().flatten().tolist()
+    shown = ", ".join(f"{row} ({side.paths[row]})" for row in rows[:3])
+    return f"{len(rows)} {name} feature rows, {shown}{', ...' if len(rows) > 3 else ''},"
+
+
+def rank(queries, gallery, *, protocol="market", max_rank=MAX_RANK, backend="auto"):
+    """`kernels.rank_metrics` of two sides; a query of unknown identity is skipped and counted."""
+    return rank_metrics(
+        queries.features,
+        gallery.features,
+        queries.pids,
+        gallery.pids,
+        queries.camids,
+        gallery.camids,
+        max_rank=max_rank,
+        protocol=protocol,
+        backend=backend,
+    )
+
+
+def is_match(queries, gallery, row, column):
+    """Whether a query row and a gallery row show one person; None where the query has no name."""
+    asked, answered = int(queries.pids[row]), int(gallery.pids[column])
+    return None if asked == UNKNOWN else asked == answered
+
+
+def summary(result):
+    """The headline numbers of a `RankMetrics`, as fractions."""
+    ranks = {f"rank{k}": float(result.cmc[min(k, len(result.cmc)) - 1]) for k in RANKS}
+    return {"mAP": float(result.mAP), "mINP": float(result.mINP), **ranks} | {
+        "num_valid": int(result.num_valid),
+        "num_skipped": int(result.num_skipped),
+    }
+
+
+def mean_and_deviation(summaries):
+    """Mean of each number over several splits, and the sample standard deviation under `std`."""
+    mean = {key: statistics.fmean(one[key] for one in summaries) for key in summaries[0]}
+    deviation = (
+        {key: statistics.stdev(one[key] for one in summaries) for key in summaries[0]} if len(summaries) > 1 else {}
+    )
+    return mean, deviation
+
+
+def dropped(queries, gallery, rows, columns, protocol):
+    """Which of the pairs (rows, columns), index tensors of one shape, the protocol leaves out."""
+    if protocol == "all":
+        return torch.zeros_like(columns, dtype=torch.bool)
+    same_person = (queries.pids[rows] == gallery.pids[columns]) & (queries.pids[rows] != UNKNOWN)
+    return same_person & (queries.camids[rows] == gallery.camids[columns])
+
+
+def ranked_lists(queries, gallery, k, *, protocol="market", reranking=None, backend="auto"):
+    """The first k kept gallery rows of each query: indices (Q, k), -1 where fewer are kept, and distances (Q, k).
+
+    `reranking` is a `kernels.ReRanking` whose order and distances to take; the default is the cosine distance.
+    """
+    if not 1 <= k <= len(gallery):
+        raise ValueError(f"asked for {k} ranked images of a gallery of {len(gallery)}; ask for 1 to {len(gallery)}")
+    wanted = min(len(gallery), k + _most_dropped(queries, gallery, protocol))
+    if reranking is None:
+        scores, columns = cosine_topk(queries.features, gallery.features, wanted, backend=backend)
+        distances = (2 - 2 * scores).clamp(min=0)
+    else:
+        scores, columns = reranking.topk(wanted)
+        distances = -scores
+    columns, distances = columns.to(queries.pids.device), distances.to(queries.pids.device)
+    rows = torch.arange(len(queries), device=columns.device)[:, None].expand_as(columns)
+    out = dropped(queries, gallery, rows, columns, protocol)
+    # A stable sort by "dropped" moves the kept ones to the front in their order.
+    order = out.to(torch.int8).argsort(dim=1, stable=True)[:, :k]
+    out, columns, distances = (values.gather(1, order) for values in (out, columns, distances))
+    return columns.masked_fill(out, -1), distances.masked_fill(out, torch.inf)
+
+
+def _most_dropped(queries, gallery, protocol):
+    if protocol == "all":
+        return 0
+    both = torch.cat([torch.stack([side.pids, side.camids], 1) for side in (queries, gallery)])
+    _, groups = torch.unique(both, dim=0, return_inverse=True)
+    counts = torch.bincount(groups[len(queries) :], minlength=int(groups.max()) + 1)
+    return int(counts[groups[: len(queries)]].max())
+
+
+@dataclass
+class PairStatistics:
+    """The distances of all kept pairs: operating `thresholds`, points of the `curve`, and a histogram.
+
+    `thresholds` is {rate as text: {"distance", "true_match_rate", "false_match_rate"}}, the last one as reached;
+    `edges` (B + 1,) belong to the counts (B,).
+    """
+
+    num_matches: int
+    num_non_matches: int
+    thresholds: dict
+    curve: dict
+    edges: list
+    match_counts: list
+    non_match_counts: list
+
+
+def pair_statistics(queries, gallery, *, protocol="market", rates=FALSE_MATCH_RATES, num_bars=80):
+    """Which distance means the same person, exactly, in two passes over the tiles of the distances.
+
+    Two images are called one person if their distance is at most t. The false-match rate of t is the share of the
+    kept pairs of two people with distance <= t, the true-match rate that of the kept pairs of one person. For each
+    rate the answer is the largest t (as float32) whose false-match rate is not above it. Queries of unknown identity
+    are left out.
+    """
+    queries = queries.take((queries.pids != UNKNOWN).nonzero().flatten())
+    matches = torch.zeros(NUM_BINS, dtype=torch.int64, device=queries.features.device)
+    non_matches = torch.zeros_like(matches)
+    for bits, same, kept in _tiles(queries, gallery, protocol):
+        bins = bits >> LOW_BITS
+        of_same = bins[same]
+        non_matches += torch.bincount(bins.flatten(), minlength=NUM_BINS)
+        non_matches -= torch.bincount(of_same, minlength=NUM_BINS)
+        matches += torch.bincount(of_same[kept], minlength=NUM_BINS)
+
+    num_matches, num_non_matches = int(matches.sum()), int(non_matches.sum())
+    below_match, below = matches.cumsum(0), non_matches.cumsum(0)
+    # Threshold: just below the first non-match that would be one too many.
+    too_many = {rate: int(rate * num_non_matches + 1e-9) + 1 for rate in rates}
+    wanted = {
+        rate: int(torch.searchsorted(below, count)) for rate, count in too_many.items() if count <= num_non_matches
+    }
+    fine = _fine_counts(queries, gallery, protocol, sorted(set(wanted.values())))
+
+    thresholds = {}
+    for rate, count in too_many.items():
+        accepted_matches, accepted_non_matches, distance = num_matches, num_non_matches, 4.0
+        if rate in wanted:
+            coarse = wanted[rate]
+            fine_matches, fine_non_matches = fine[coarse]
+            before = int(below[coarse - 1]) if coarse else 0
+            place = int(torch.searchsorted(fine_non_matches.cumsum(0), count - before))
+            accepted_non_matches = before + int(fine_non_matches[:place].sum())
+            accepted_matches = (int(below_match[coarse - 1]) if coarse else 0) + int(fine_matches[:place].sum())
+            distance = _as_float((coarse << LOW_BITS) + place - 1)
+        thresholds[f"{rate:g}"] = {
+            "distance": distance,
+            "true_match_rate": accepted_matches / num_matches if num_matches else None,
+            "false_match_rate": accepted_non_matches / num_non_matches if num_non_matches else None,
+        }
+    if not num_non_matches:
+        thresholds = {key: {**one, "distance": None} for key, one in thresholds.items()}
+    edges, (match_counts, non_match_counts) = _bars((matches, non_matches), num_bars)
+    curve = _curve(below_match, below)
+    return PairStatistics(num_matches, num_non_matches, thresholds, curve, edges, match_counts, non_match_counts)
+
+
+def _unit(features):
+    return torch.nn.functional.normalize(features.float(), dim=1, eps=0)
+
+
+def _tiles(queries, gallery, protocol):
+    """For each tile: bits of the distances (m, n) int32, which pairs are of one identity, which of these are kept."""
+    query_features, gallery_features = _unit(queries.features), _unit(gallery.features)
+    for top in range(0, len(queries), QUERY_TILE):
+        for left in range(0, len(gallery), GALLERY_TILE):
+            across, down = slice(left, left + GALLERY_TILE), slice(top, top + QUERY_TILE)
+            with full_precision():
+                distances = query_features[down] @ gallery_features[across].T
+            distances.mul_(-2).add_(2).clamp_(0, 4)
+            same = queries.pids[down, None] == gallery.pids[None, across]
+            rows, columns = same.nonzero(as_tuple=True)
+            kept = ~dropped(queries, gallery, rows + top, columns + left, protocol)
+            yield distances.view(torch.int32), same, kept
+
+
+def _fine_counts(queries, gallery, protocol, coarse_bins):
+    """For each coarse bin the counts of (matches, non-matches) at each of its float32 values."""
+    size = 1 << LOW_BITS
+    zeros = torch.zeros(2, size, dtype=torch.int64, device=queries.features.device)
+    fine = {one: zeros.clone() for one in coarse_bins}
+    if not fine:
+        return fine
+    for bits, same, kept in _tiles(queries, gallery, protocol):
+        bins = bits >> LOW_BITS
+        same_bits = bits[same]
+        for one, (matches, non_matches) in fine.items():
+            of_same = same_bits[kept]
+            matches += torch.bincount(of_same[of_same >> LOW_BITS == one] & (size - 1), minlength=size)
+            non_matches += torch.bincount(bits[(bins == one) & ~same] & (size - 1), minlength=size)
+    return fine
+
+
+def _as_float(bits):
+    """The float32 of these bits, None below zero."""
+    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32)) if bits >= 0 else None
+
+
+def _bin_values():
+    """The lowest distance of each coarse bin."""
+    return (torch.arange(NUM_BINS, dtype=torch.int32) << LOW_BITS).view(torch.float32)
+
+
+def _bars(counts, num_bars):
+    """The coarse counts gathered into equal bars between the smallest and the largest distance seen."""
+    seen = (counts[0] + counts[1]).cpu().nonzero().flatten()
+    if not len(seen):
+        return [0.0, 4.0], [[0], [0]]
+    values = _bin_values()
+    low, high = float(values[seen[0]]), float(values[min(int(seen[-1]) + 1, NUM_BINS - 1)])
+    edges = torch.linspace(low, max(high, low + 1e-3), num_bars + 1)
+    place = (torch.searchsorted(edges, values, right=True) - 1).clamp(0, num_bars - 1)
+    bars = [torch.zeros(num_bars, dtype=torch.int64).index_add_(0, place, one.cpu()).tolist() for one in counts]
+    return edges.tolist(), bars
+
+
+def _curve(below_match, below, num_points=160):
+    """Points of (distance, false-match rate, true-match rate) at bin borders, where both counts are exact."""
+    num_matches, num_non_matches = int(below_match[-1]), int(below[-1])
+    if not num_matches or not num_non_matches:
+        return {"distance": [], "false_match_rate": [], "true_match_rate": []}
+    counts = torch.logspace(0, torch.tensor(float(num_non_matches)).log10().item(), num_points, dtype=torch.float64)
+    # The last bin up to which not more than each wanted count are accepted.
+    bins = torch.searchsorted(below.cpu(), counts.long().clamp(max=num_non_matches), right=True) - 1
+    bins = bins[bins >= 0].unique()
+    # Just below the next bin: the largest distance of this one.
+    borders = ((bins.int() + 1 << LOW_BITS) - 1).view(torch.float32).clamp(max=4)
+    return {
+        "distance": borders.tolist(),
+        "false_match_rate": (below.cpu()[bins].double() / num_non_matches).tolist(),
+        "true_match_rate": (below_match.cpu()[bins].double() / num_matches).tolist(),
+    }
+
+
+def camera_pairs(queries, gallery, *, protocol="market", backend="auto"):
+    """mAP of each query camera against each gallery camera alone: cameras, cameras, and a table of floats or None."""
+    query_cameras, gallery_cameras = (side.camids.unique().tolist() for side in (queries, gallery))
+    table = []
+    for ours in query_cameras:
+        asked = queries.take((queries.camids == ours).nonzero().flatten())
+        row = []
+        for theirs in gallery_cameras:
+            searched = gallery.take((gallery.camids == theirs).nonzero().flatten())
+            can_match = torch.isin(asked.pids, searched.pids).any() and (ours != theirs or protocol == "all")
+            pair_protocol = "all" if protocol == "all" else "market"
+            row.append(
+                float(rank(asked, searched, protocol=pair_protocol, backend=backend).mAP) if can_match else None
+            )
+        table.append(row)
+    return query_cameras, gallery_cameras, table
+
+
+@dataclass
+class Confusion:
+    """Two identities taken for each other: how many queries ranked the other first, and the closest pair of rows."""
+
+    pids: tuple
+    count: int
+    distance: float
+    query: int
+    gallery: int
+
+
+@dataclass
+class Findings:
+    """What is known of one split beyond its summary. Without labels all after the ranked lists stays empty."""
+
+    queries: Side
+    gallery: Side
+    protocol: str
+    lists: tuple | None = None
+    reranked: tuple | None = None
+    result: RankMetrics | None = None
+    pairs: PairStatistics | None = None
+    cameras: tuple = ()
+    confusions: list = field(default_factory=list)
+
+
+def confusions(queries, gallery, indices, distances, limit=8):
+    """The identities confused most often: queries whose first image in the ranked lists shows someone else."""
+    found = {}
+    for row, (column, distance) in enumerate(zip(indices[:, 0].tolist(), distances[:, 0].tolist(), strict=True)):
+        asked, answered = int(queries.pids[row]), int(gallery.pids[column])
+        if column < 0 or UNKNOWN in (asked, answered) or asked == answered:
+            continue
+        pair = (min(asked, answered), max(asked, answered))
+        best = found.setdefault(pair, Confusion(pair, 0, float("inf"), row, column))
+        best.count += 1
+        if distance < best.distance:
+            best.distance, best.query, best.gallery = distance, row, column
+    return sorted(found.values(), key=lambda one: (-one.count, one.distance, one.pids))[:limit]
