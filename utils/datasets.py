@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -25,7 +26,7 @@ from utils.images import PersonImage, check_files, check_images
 from utils.sources import SPLITS, dense
 
 COLUMN_OPTIONS = ("image_column", "pid_column", "camid_column", "domain_column", "split_column")
-IMAGES_PER_SHARD = 20_000
+IMAGES_AT_ONCE = 200
 
 
 def known_names():
@@ -261,6 +262,28 @@ def draw(seed, *words):
     return hashlib.sha256(" ".join(map(str, (seed, *words))).encode()).digest()
 
 
+def embedded(data, folder):
+    """The same rows with their images inside, mapped from files written to `folder`."""
+
+    def read(table):
+        images = PersonImage().embed_storage(table["image"].combine_chunks())
+        return table.set_column(table.column_names.index("image"), "image", images)
+
+    folder.mkdir(parents=True)
+    splits = {}
+    for split, dataset in data.items():
+        splits[split] = dataset.with_format("arrow").map(
+            read,
+            batched=True,
+            batch_size=IMAGES_AT_ONCE,
+            writer_batch_size=IMAGES_AT_ONCE,
+            cache_file_name=str(folder / f"{split}.arrow"),
+            features=sources.features(),
+            desc=f"reading {split}",
+        )
+    return datasets.DatasetDict(splits).with_format(None)
+
+
 def save(data, folder):
     """Write a portable copy, images inside, readable by `load_reid(folder)`: aside first, then renamed."""
     folder = Path(folder)
@@ -268,15 +291,16 @@ def save(data, folder):
         raise ValueError(f"{folder} exists already; give a new folder")
     aside = folder.with_name(f".{folder.name}.part-{os.getpid()}")
     try:
-        data.save_to_disk(str(aside), num_shards=shards_of(data))
-        aside.rename(folder)
+        embedded(data, aside / "read").save_to_disk(str(aside / "written"))
+        (aside / "written").rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def shards_of(data):
-    """Files a split, given because the library would otherwise read every image once more to weigh them."""
-    return {split: -(-len(dataset) // IMAGES_PER_SHARD) for split, dataset in data.items()}
+def push(data, name, private=True):
+    """Push a portable copy, images inside, to the Hub."""
+    with tempfile.TemporaryDirectory() as folder:
+        embedded(data, Path(folder) / "read").push_to_hub(name, private=private)
 
 
 def count_table(data):
@@ -317,7 +341,7 @@ def main(input_args=None):
             save(data, args.save_to)
             print(f"wrote {args.save_to}")
         if args.push_to_hub:
-            data.push_to_hub(args.push_to_hub, private=not args.public, num_shards=shards_of(data))
+            push(data, args.push_to_hub, private=not args.public)
             print(f"pushed to {args.push_to_hub}")
     except ValueError as error:
         sys.exit(f"error: {error}")
