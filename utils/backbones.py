@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
     ResNetModel,
     SwinModel,
+    logging,
 )
 
 SUPPORTED = "CLIP (a whole CLIPModel or its vision tower), ResNet (ResNetModel) and Swin (SwinModel)"
@@ -43,7 +44,10 @@ class Backbone(nn.Module):
         getattr(self.model, "activation_checkpointing_enable", older)({"use_reentrant": False})
 
     def set_attention(self, implementation):
-        self.model.set_attn_implementation(implementation)
+        try:
+            self.model.set_attn_implementation(implementation)
+        except ImportError as error:
+            raise ValueError(f"attn_implementation {implementation!r} cannot run on this machine: {error}") from error
 
     def save_pretrained(self, folder):
         """Write a plain `transformers` folder: no neck, no classifier."""
@@ -189,24 +193,38 @@ def load_backbone(name_or_path, image_size=(256, 128), *, attn_implementation=No
     bare = config.architectures == ["CLIPVisionModel"]
     config = tower_config(config)
     model_class = CLIPVisionModel if bare else MODELS[config.model_type]
+    verbosity = logging.get_verbosity()
+    # transformers' table of what did not fit is replaced by the checks below.
+    logging.set_verbosity(logging.CRITICAL)
     try:
         model, report = model_class.from_pretrained(
-            name_or_path, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **hub
+            name_or_path,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **hub,
         )
     except Exception as error:
-        # Absent, truncated and misshapen files raise classes of three libraries.
+        # Absent and truncated files raise classes of three libraries.
         raise ValueError(
             f"no {config.model_type} weights could be read from {str(name_or_path)!r}: {error}\n"
-            "It needs safetensors that fit its config.json. Pickled weights (.bin) are never read: where you trust "
-            "them, convert them with transformers' save_pretrained."
+            "It needs whole safetensors files. Pickled weights (.bin) are never read: where you trust them, convert "
+            "them with transformers' save_pretrained."
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
     missing = sorted(report["missing_keys"])
     if missing == ["visual_projection.weight"]:
         model, missing = model.vision_model, []
-    if missing:
+    wrong = [f"{name} is missing" for name in missing]
+    wrong += [f"{name} is {tuple(a)}, not {tuple(b)}" for name, a, b in sorted(report["mismatched_keys"])]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
-            f"{str(name_or_path)!r} lacks {len(missing)} tensors of a {type(model).__name__}, such as "
-            f"{', '.join(missing[:3])}; is it a complete model of that type?"
+            f"the weights in {str(name_or_path)!r} are not those of its config.json, a {config.model_type}: "
+            f"{'; '.join(wrong[:3])}{more}"
         )
     return wrap(model, image_size, attn_implementation)
 
@@ -276,18 +294,18 @@ def halved(grid):
 
 
 def recompute(module):
-    """For `checkpoint`: the second forward must not move the BatchNorm averages once more."""
+    """For `checkpoint`: the second forward must not count its batch in the BatchNorm averages once more."""
 
     @contextmanager
     def averages_at_rest():
-        norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
-        momenta = [norm.momentum for norm in norms]
+        norms = [norm for norm in module.modules() if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
         for norm in norms:
-            norm.momentum = 0.0
+            norm.momentum, norm.num_batches_tracked = 0.0, None
         try:
             yield
         finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
+            for norm, (momentum, count) in zip(norms, before, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, count
 
     return nullcontext(), averages_at_rest()

@@ -65,6 +65,10 @@ class ReIDModel(nn.Module):
         self.image_size = backbone.image_size
         self.image_mean = tuple(map(float, image_mean or usual["image_mean"]))
         self.image_std = tuple(map(float, image_std or usual["image_std"]))
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
+            raise ValueError(
+                f"image_mean and image_std need three values, the second positive, got {image_mean} and {image_std}"
+            )
         if resample not in RESAMPLE:
             raise ValueError(f"resample must be one of {', '.join(RESAMPLE)}, got {resample!r}")
         self.resample = resample
@@ -149,7 +153,12 @@ class ReIDModel(nn.Module):
         """
         config, preprocessor, state = read_model_folder(name_or_path, revision=revision, token=token)
         try:
-            backbone = backbone_from_config(AutoConfig.for_model(**config["backbone"]), config["image_size"])
+            size = preprocessor["size"]["height"], preprocessor["size"]["width"]
+            if list(size) != config["image_size"]:
+                raise ValueError(
+                    f"image_size {config['image_size']} in config.json, {size} in preprocessor_config.json"
+                )
+            backbone = backbone_from_config(AutoConfig.for_model(**config["backbone"]), size)
             model = cls(
                 backbone,
                 config["num_ids"],
