@@ -63,7 +63,7 @@ def triton_obstacle(device, dtype):
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if torch.version.hip is None and capability < (8, 0):
-            return f"the kernels need compute capability 8.0 or newer, {torch.cuda.get_device_name(device)} has {capability}"
+            return f"the kernels need compute capability 8.0, {torch.cuda.get_device_name(device)} has {capability}"
         return None
     if device.type != "cpu":
         return f"the Triton kernels run on CUDA devices, the features lie on {device}"

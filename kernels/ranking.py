@@ -28,6 +28,8 @@ NO_MATCH_PID = -1
 # Entries handled at once, so that many matches or ties cost time and not memory.
 PAIR_LIMIT = 1 << 21
 HIT_LIMIT = 1 << 22
+# Matches of each query, the worst ones, whose rank is counted over whole rows.
+COUNTED_MATCHES = 1
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,8 @@ class Labels:
         self.query_pids = check_ids("query_pids", query_pids, num_queries, device)
         self.gallery_pids = check_ids("gallery_pids", gallery_pids, num_gallery, device)
         self.query_cams = self.gallery_cams = None
-        if protocol != "all":
-            if query_cams is None or gallery_cams is None:
-                raise ValueError(f"protocol={protocol!r} needs query_cams and gallery_cams; without cameras use 'all'")
+        if protocol != "all" and (query_cams is None or gallery_cams is None):
+            raise ValueError(f"protocol={protocol!r} needs query_cams and gallery_cams; without cameras use 'all'")
         if query_cams is not None and gallery_cams is not None:
             self.query_cams = check_ids("query_cams", query_cams, num_queries, device)
             self.gallery_cams = check_ids("gallery_cams", gallery_cams, num_gallery, device)
@@ -145,7 +146,10 @@ def metrics_of_strips(strips, labels, max_rank, path, seed=0):
     first = torch.full((num_queries,), -1, dtype=torch.int64, device=device)
     valid = torch.zeros(num_queries, dtype=torch.bool, device=device)
     single_shot = SingleShot(labels, max_rank, seed) if labels.protocol == "cuhk03" else None
+    mask = None
     for start, strip in strips:
+        if mask is None:
+            mask = torch.empty(strip.shape, dtype=torch.bool, device=device)
         counts = labels.counts_cpu[start : start + strip.shape[0]]
         for begin, end in row_groups(counts, PAIR_LIMIT):
             rows, columns, kept = labels.pairs(start + begin, start + end)
@@ -154,7 +158,7 @@ def metrics_of_strips(strips, labels, max_rank, path, seed=0):
             rows, columns = rows[kept], columns[kept]
             if single_shot is not None:
                 single_shot.add(start + begin, part, rows, columns)
-            rows, ranks = match_ranks(part, rows, columns)
+            rows, ranks = match_ranks(part, rows, columns, mask[: end - begin])
             fill_values(rows + start + begin, ranks, sums, first, valid)
     ap, inp = (torch.where(valid, value, torch.nan).cpu() for value in sums[:2])
     num_valid = int(valid.sum())
@@ -194,53 +198,86 @@ def first_rank_curve(first, max_rank):
     return torch.bincount(first.clamp(max=max_rank + 1), minlength=max_rank + 2)[1 : max_rank + 1].cumsum(0).double()
 
 
-def match_ranks(strip, rows, columns):
-    """Ranks of the entries (rows, columns) among their rows, sorted within each row.
+def match_ranks(strip, rows, columns, mask):
+    """Ranks of the entries (rows, columns) in their rows of the strip; returned row by row, best first.
 
     rows ascend, columns ascend within a row. An entry's rank is 1 + larger entries + equal ones of lower column.
+    `mask` is scratch space of the strip's shape.
     """
     if rows.numel() == 0:
         return rows, rows
     if strip.dtype != torch.float32:
         return ranks_by_sorting(strip, rows, columns)
-    values = strip[rows, columns]
-    lowest = strip.new_full((strip.shape[0],), torch.inf).scatter_reduce_(0, rows, values, "amin")
-    mask = strip >= lowest[:, None]
-    counts = count_set(mask).cpu()
-    found = []
-    num_pairs = torch.bincount(rows, minlength=strip.shape[0]).cumsum(0)
-    for begin, end in row_groups(counts, HIT_LIMIT):
-        if begin == 0 and end == strip.shape[0]:
-            pairs = slice(None)
-        else:
-            pairs = slice(int(num_pairs[begin - 1]) if begin else 0, int(num_pairs[end - 1]))
-        if values[pairs].numel():
-            part = strip[begin:end]
-            hit_rows, hit_columns = hits(mask[begin:end])
-            found.append(
-                ranks_among_hits(part, rows[pairs] - begin, columns[pairs], values[pairs], hit_rows, hit_columns)
-            )
-    return rows, torch.cat(found)
-
-
-def ranks_among_hits(strip, rows, columns, values, hit_rows, hit_columns):
-    """Ranks of the matches, counted among hits: all entries of a row that are no smaller than its last match."""
-    num_rows, num_columns = strip.shape
-    keys = (rows << 32) + descending_key(values)
-    hit_keys = (hit_rows << 32) + descending_key(strip[hit_rows, hit_columns])
+    num_rows = strip.shape[0]
+    keys = (rows << 32) + descending_key(strip[rows, columns])
     keys, order = keys.sort(stable=True)
-    rows, columns = rows[order], columns[order]
+    columns = columns[order]
+    values = strip[rows, columns]
+    ranks = torch.empty_like(rows)
+    counts = torch.bincount(rows, minlength=num_rows)
+    ends = counts.cumsum(0)
+
+    # The worst matches of a query have a large part of the gallery before them, which is only counted.
+    for _ in range(COUNTED_MATCHES):
+        some = (counts > 0).nonzero().flatten()
+        last = ends[some] - 1
+        ranks[last] = counted_ranks(strip, some, columns[last], values[last], mask)
+        counts, ends = counts - (counts > 0).long(), ends - (counts > 0).long()
+
+    # What is before the others is little, and found in one pass over the strip.
+    left = torch.arange(rows.shape[0], device=rows.device) < ends[rows]
+    keys, columns = keys[left], columns[left]
+    starts = counts.cumsum(0) - counts
+    floor = torch.full_like(strip[:, 0], torch.inf)
+    some = counts > 0
+    floor[some] = values[ends[some] - 1]
+    torch.ge(strip, floor[:, None], out=mask)
+    found = []
+    for begin, end in row_groups(count_set(mask).cpu(), HIT_LIMIT):
+        first = int(starts[begin])
+        last = int(starts[end]) if end < num_rows else keys.shape[0]
+        if first < last:
+            part = strip[begin:end]
+            own_keys = keys[first:last] - (begin << 32)
+            found.append(ranks_among_hits(part, own_keys, columns[first:last], mask[begin:end]))
+    if found:
+        ranks[left] = torch.cat(found)
+    return rows, ranks
+
+
+def counted_ranks(strip, rows, columns, values, mask):
+    """Ranks of one entry in each of these rows, by counting whole rows."""
+    thresholds = torch.full_like(strip[:, :1], torch.inf)
+    thresholds[rows, 0] = values
+    larger = count_set(torch.gt(strip, thresholds, out=mask))[rows]
+    equal = count_set(torch.ge(strip, thresholds, out=mask))[rows] - larger
+    ranks = 1 + larger
+    tied = (equal > 1).nonzero().flatten()
+    position = torch.arange(strip.shape[1], device=strip.device)
+    for some in tied.split(max(1, PAIR_LIMIT // strip.shape[1])):
+        same = strip[rows[some]] == values[some][:, None]
+        ranks[some] += (same & (position < columns[some][:, None])).sum(1)
+    return ranks
+
+
+def ranks_among_hits(strip, keys, columns, mask):
+    """Ranks of matches, counted among the hits in `mask`: all entries of a row no smaller than its last match.
+
+    `keys` are the sorted (row, descending score) keys of the matches.
+    """
+    num_rows, num_columns = strip.shape
+    hit_rows, hit_columns, places = hits(mask)
+    hit_keys = (hit_rows << 32) + descending_key(strip.view(-1)[places])
 
     # A hit is before all matches from place `after` on: the matches at or before it in the order come first.
     after = torch.searchsorted(keys, hit_keys, right=True)
     larger = torch.bincount(after, minlength=keys.shape[0] + 1)[:-1].cumsum(0)
     hits_of_row = torch.bincount(hit_rows, minlength=num_rows)
-    larger -= (hits_of_row.cumsum(0) - hits_of_row)[rows]
+    larger -= (hits_of_row.cumsum(0) - hits_of_row)[keys >> 32]
 
     # Hits that equal a match (itself at least) are few: sorted by column, those of lower column come before it.
-    equal = (after > 0) & (keys[(after - 1).clamp(min=0)] == hit_keys)
-    level = (after[equal] - 1) * num_columns
-    ties = (level + hit_columns[equal]).sort().values
+    equal = ((after > 0) & (keys[(after - 1).clamp_(min=0)] == hit_keys)).nonzero().flatten()
+    ties = ((after[equal] - 1) * num_columns + hit_columns[equal]).sort().values
     own_level = (torch.searchsorted(keys, keys, right=True) - 1) * num_columns
     before = torch.searchsorted(ties, own_level + columns) - torch.searchsorted(ties, own_level)
     return 1 + larger + before

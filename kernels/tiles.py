@@ -11,7 +11,7 @@ from .dispatch import full_precision
 # BLAS libraries sum in another order at ragged edges and for single rows. With both row counts padded to a multiple
 # of 64 every entry is summed alike wherever it lies, so that equal rows get equal similarities.
 ROW_MULTIPLE = 64
-STRIP_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}
+STRIP_BYTES = {"cpu": 160 << 20, "cuda": 256 << 20}
 NORMALISE_ROWS = 4096
 
 
@@ -28,18 +28,19 @@ def unit_rows(*named_features):
     first = named_features[0][1]
     double = any(features.dtype == torch.float64 for _, features in named_features)
     dtype = torch.float64 if double else torch.float32
-    units = torch.zeros(padded(total), first.shape[1], dtype=dtype, device=first.device)
+    units = torch.empty(padded(total), first.shape[1], dtype=dtype, device=first.device)
+    units[total:] = 0
     start = 0
     for name, features in named_features:
         largest = torch.empty(features.shape[0], dtype=dtype, device=first.device)
         for begin in range(0, features.shape[0], NORMALISE_ROWS):
-            # Divided by the largest entry first: squares of 1e-30 or 1e30 do not fit float32.
-            chunk = features[begin : begin + NORMALISE_ROWS].to(dtype).contiguous()
+            chunk = units[start + begin : start + min(begin + NORMALISE_ROWS, features.shape[0])]
+            chunk.copy_(features[begin : begin + NORMALISE_ROWS])
             peak = largest[begin : begin + NORMALISE_ROWS]
             torch.maximum(chunk.amax(1), -chunk.amin(1), out=peak)
-            chunk = chunk / peak[:, None]
+            # Divided by the largest entry first: squares of 1e-30 or 1e30 do not fit float32.
+            chunk /= peak[:, None]
             chunk /= torch.linalg.vector_norm(chunk, dim=1, keepdim=True)
-            units[start + begin : start + begin + chunk.shape[0]] = chunk
         raise_on_bad_rows(name, largest)
         start += features.shape[0]
     return units
@@ -59,7 +60,7 @@ def strip_height(num_columns, device):
     element = 4
     limit = STRIP_BYTES.get(device.type, STRIP_BYTES["cpu"])
     rows = limit // (element * padded(num_columns)) // ROW_MULTIPLE * ROW_MULTIPLE
-    return min(max(rows, ROW_MULTIPLE), 2048)
+    return min(max(rows, ROW_MULTIPLE), 512)
 
 
 def similarity_strips(queries, num_queries, gallery, num_gallery):
@@ -79,17 +80,18 @@ def similarity_strips(queries, num_queries, gallery, num_gallery):
 
 
 def hits(mask):
-    """Rows and columns of the set entries of a contiguous (rows, columns) mask, row after row."""
-    num_columns = mask.shape[1]
-    if mask.device.type == "cpu" and num_columns % 8 == 0:
-        # Few bits are set: eight at a time are looked at as one integer, and only those that are not zero in detail.
-        words = mask.view(-1).view(torch.int64).nonzero().flatten()
-        inner = mask.view(-1, 8)[words].nonzero()
-        flat = words[inner[:, 0]] * 8 + inner[:, 1]
+    """Rows, columns and flat places of the set entries of a contiguous (rows, columns) mask, row after row."""
+    if mask.device.type == "cpu" and mask.shape[1] % 8 == 0:
+        # Few bytes are set: eight at a time are looked at as one integer, and only those that are not zero in detail.
+        words = mask.view(torch.int64)
+        word_rows, word_columns = words.nonzero().unbind(1)
+        inner = words[word_rows, word_columns].view(torch.uint8).nonzero().flatten()
+        word = inner >> 3
+        rows = word_rows[word]
+        columns = (word_columns[word] << 3) + (inner & 7)
     else:
-        flat = mask.view(-1).nonzero().flatten()
-    rows = torch.div(flat, num_columns, rounding_mode="floor")
-    return rows, flat - rows * num_columns
+        rows, columns = mask.nonzero().unbind(1)
+    return rows, columns, rows * mask.shape[1] + columns
 
 
 def count_set(mask):

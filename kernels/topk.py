@@ -77,8 +77,8 @@ def strip_topk(strip, k):
         for some in rows.split(max(1, (1 << 22) // num_columns)):
             ordered, order = strip[some].sort(dim=1, descending=True, stable=True)
             values[some], columns[some] = ordered[:, :k], order[:, :k]
-    rows, cols = hits(mask)
-    found = strip[rows, cols]
+    rows, cols, places = hits(mask)
+    found = strip.view(-1)[places]
     order = ((rows << 32) + descending_key(found)).sort(stable=True).indices
     counts = torch.where(crowded, 0, counts)
     place = torch.arange(rows.shape[0], device=rows.device) - (counts.cumsum(0) - counts)[rows]
