@@ -5,8 +5,6 @@ accepts. Names are read from the basename only. With `all_for_training` every us
 there is nothing left to test on.
 """
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Callable
@@ -14,20 +12,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.images import is_lmdb, lmdb_names
-from utils.sources import Reading, Row, check_listed, dense, listing
+from utils.small_sets import grid, ilids, prid, viper
+from utils.sources import Form, Reading, Row, check_listed, dense, listing, number_and_camera, parse, read_names
 
 SPLIT_FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
-NUM_SPLITS = 10
+MSMT_FOLDERS = {
+    "V1": ("train", "test"),
+    "V2": ("mask_train_v2", "mask_test_v2"),
+    "converted": tuple(SPLIT_FOLDERS.values()),
+}
 AIRPORT_FIRST_PID = 11001
-
-
-class Form(NamedTuple):
-    """What a file name looks like, and one to show."""
-
-    pattern: re.Pattern
-    example: str
-
-
 MARKET = Form(re.compile(r"(-1|\d{4})_c([1-6])s([1-6])_(\d{6})_(\d{2})\.jpg(?:\.jpg)?"), "0002_c1s1_000451_03.jpg")
 DUKE = Form(re.compile(r"(\d{4})_c([1-8])_f(\d{7})\.jpg"), "0001_c2_f0046182.jpg")
 MSMT_LISTED = Form(
@@ -40,10 +34,6 @@ MSMT_CONVERTED = Form(re.compile(r"(\d{4})_c([1-9]|0[1-9]|1[0-5])_(\d{4})\.jpg")
 CUHK03 = Form(re.compile(r"(\d{4})_c([12])_(\d+)\.png|([1-5])_(\d{3})_([12])_(\d{2})\.png"), "0003_c1_21.png")
 CUHK02 = Form(re.compile(r"(\d+)_.*\.(?:png|jpg|jpeg|bmp)"), "004_1.png")
 PERSONX = Form(re.compile(r"(\d{4})_c(\d+)s(\d)_(\d{2})\.jpg"), "0001_c3s1_02.jpg")
-VIPER = Form(re.compile(r"(\d{3})_(\d{1,3})\.bmp"), "001_45.bmp")
-GRID = Form(re.compile(r"(\d{4})_(\d)_(\d{5})_.*\.jpeg"), "0001_1_25004_107_32_106_221.jpeg")
-PRID = Form(re.compile(r"person_(\d{4})\.png"), "person_0001.png")
-ILIDS = Form(re.compile(r"(\d{4})(\d{3})\.jpg"), "0001001.jpg")
 LUPERSON = Form(re.compile(r"(\d{6})_(\d{7})_(\d{2})\.jpg"), "000001_0000123_00.jpg")
 SYSU = {
     "cropped_images": Form(re.compile(r"p(\d+)_s(\d+)_(\d+)\.jpg"), "p1_s3_1.jpg"),
@@ -52,28 +42,8 @@ SYSU = {
 }
 
 
-def parse(form, name, place):
-    match = form.pattern.fullmatch(name)
-    if match is None:
-        raise ValueError(f"{os.path.join(place, name)} is not named as expected, like {form.example}")
-    return match
-
-
-def read_names(root, folder, form, label):
-    """Rows of one folder; `label` makes (pid, camid) of a parsed name."""
-    place = os.path.join(root, folder)
-    rows = [Row(f"{folder}/{entry.name}", *label(parse(form, entry.name, place))) for entry in listing(place)]
-    if not rows:
-        raise ValueError(f"{place} holds no images; expected names like {form.example}")
-    return rows
-
-
 def read_market_folders(root, form, label, prefix=""):
     return {split: read_names(root, prefix + folder, form, label) for split, folder in SPLIT_FOLDERS.items()}
-
-
-def number_and_camera(match):
-    return int(match[1]), int(match[2]) - 1
 
 
 def for_training(splits, skip_pid=None, same_images=False):
@@ -109,17 +79,16 @@ def occludedduke(root, *, all_for_training=False):
 
 def msmt17(root, *, version=None, all_for_training=False):
     """`version` is V1, V2 or converted; without it the first that is there. Validation belongs to training."""
-    folders = {"V1": ("train", "test"), "V2": ("mask_train_v2", "mask_test_v2"), "converted": SPLIT_FOLDERS.values()}
-    there = [key for key, names in folders.items() if all(os.path.isdir(os.path.join(root, name)) for name in names)]
-    choose("version", version, tuple(folders), allow_none=True)
+    choose("version", version, tuple(MSMT_FOLDERS), allow_none=True)
+    there = [key for key, names in MSMT_FOLDERS.items() if os.path.isdir(os.path.join(root, names[0]))]
     if version is None and not there:
-        wanted = "; ".join(f"{key}: {', '.join(names)}" for key, names in folders.items())
+        wanted = "; ".join(f"{key}: {', '.join(names)}" for key, names in MSMT_FOLDERS.items())
         raise ValueError(f"{root} holds none of MSMT17's layouts ({wanted})")
     version = version or there[0]
     if version == "converted":
         splits = read_market_folders(root, MSMT_CONVERTED, number_and_camera)
     else:
-        train, test = folders[version]
+        train, test = MSMT_FOLDERS[version]
         splits = {
             "train": read_msmt_list(root, "train", train) + read_msmt_list(root, "val", train),
             "query": read_msmt_list(root, "query", test),
@@ -134,14 +103,14 @@ def read_msmt_list(root, split, folder):
         raise ValueError(f"{file} is missing; MSMT17's four lists lie beside its image folders")
     rows = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
-        fields = line.split()
-        if not fields:
+        if not line.strip():
             continue
-        match = MSMT_LISTED.pattern.fullmatch(fields[0])
-        if match is None or len(fields) > 2 or not fields[-1 if len(fields) == 2 else 0][:4].isdigit():
+        name, *label = line.split()
+        match = MSMT_LISTED.pattern.fullmatch(name)
+        if match is None or len(label) > 1 or not all(word.isdecimal() for word in label):
             raise ValueError(f"{file}, line {number}: {line!r} is not as expected, like {MSMT_LISTED.example}")
-        pid = int(fields[1]) if len(fields) == 2 else int(match[1])
-        rows.append(Row(f"{folder}/{fields[0]}", pid, int(match[4]) - 1))
+        pid = int(label[0] if label else match[1])
+        rows.append(Row(f"{folder}/{name}", pid, int(match[4]) - 1))
     if not rows:
         raise ValueError(f"{file} is empty; expected lines like {MSMT_LISTED.example}")
     check_listed(root, [row.path for row in rows], file)
@@ -259,127 +228,6 @@ def luperson(root, *, all_for_training=True):
     return Reading({"train": rows}, root=f"lmdb://{os.path.realpath(database)}" if database else None)
 
 
-def test_identities(name, identities, number, split, split_file, form):
-    """The identities a split tests on: read from a file, else the first in an order drawn by hashing.
-
-    A hash gives the same order on every machine and under every version of everything.
-    """
-    if split_file is not None:
-        chosen = read_split_file(split_file, split, form)
-        unknown = sorted(chosen - set(identities))
-        if unknown or not chosen:
-            raise ValueError(
-                f"{split_file}: split {split} tests on {unknown[:5] or 'nobody'}, not identities of {name}"
-            )
-        return chosen, f"{name}: split {split} of {split_file}"
-    if isinstance(split, bool) or split not in range(NUM_SPLITS):
-        raise ValueError(f"split must be 0 to {NUM_SPLITS - 1}, not {split!r}")
-    note = f"{name}: split {split} of {NUM_SPLITS}, drawn from the seed '{name} split {split}'"
-    return set(in_drawn_order(identities, f"{name} split {split}")[:number]), note
-
-
-def in_drawn_order(items, seed):
-    return sorted(items, key=lambda item: hashlib.sha256(f"{seed} {item}".encode()).digest())
-
-
-def read_split_file(file, split, form):
-    """Identities to test on: a text file (one a line), or JSON: one list, or a list of splits, each a list or a
-    dict with `test` (identities) or `query` (entries that start with a path, as torchreid writes them)."""
-    try:
-        text = Path(file).read_text()
-        content = json.loads(text) if str(file).endswith(".json") else [int(word) for word in text.split()]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"split_file {file} cannot be read as identities: {error}") from error
-    try:
-        if isinstance(content, list) and content and not isinstance(content[0], int):
-            content = content[split]
-        if isinstance(content, dict):
-            if "test" in content:
-                content = content["test"]
-            else:
-                content = [int(form.pattern.fullmatch(os.path.basename(entry[0]))[1]) for entry in content["query"]]
-        return {int(pid) for pid in content}
-    except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"split_file {file} has no split {split} in a form this set knows") from error
-
-
-def two_views(name, first, second, split, split_file, form, negatives=()):
-    """Half of the identities both views share train, the others test: the first view's against the second's."""
-    shared = {row.pid for row in first} & {row.pid for row in second}
-    chosen, note = test_identities(name, shared, len(shared) // 2, split, split_file, form)
-    splits = {
-        "train": [row for row in [*first, *second] if row.pid in shared - chosen],
-        "query": [row for row in first if row.pid in chosen],
-        "gallery": [row for row in second if row.pid in chosen] + list(negatives),
-    }
-    return Reading(splits, note)
-
-
-def viper(root, *, split=0, split_file=None, reverse=False, all_for_training=False):
-    """316 of 632 identities train. Camera a queries b, with `reverse` b queries a."""
-    views = [
-        read_names(root, folder, VIPER, lambda match, camera=camera: (int(match[1]), camera))
-        for camera, folder in enumerate(("cam_a", "cam_b"))
-    ]
-    if all_for_training:
-        return {"train": views[0] + views[1]}
-    return two_views("viper", *(views[::-1] if reverse else views), split, split_file, VIPER)
-
-
-def grid(root, *, split=0, split_file=None, all_for_training=False):
-    """125 of 250 pairs train; the 775 distractors (pid 0) are in every gallery."""
-    probe = read_names(root, "probe", GRID, number_and_camera)
-    gallery = read_names(root, "gallery", GRID, number_and_camera)
-    pairs = [row for row in gallery if row.pid != 0]
-    distractors = [row for row in gallery if row.pid == 0]
-    cameras = {row.pid: row.camid for row in probe}
-    if any(cameras.get(row.pid) == row.camid for row in pairs):
-        # a copy whose digit does not tell the two views of a pair apart: the folders do
-        probe = [row._replace(camid=0) for row in probe]
-        pairs, distractors = ([row._replace(camid=1) for row in rows] for rows in (pairs, distractors))
-    if all_for_training:
-        return {"train": probe + pairs}
-    return two_views("grid", probe, pairs, split, split_file, GRID, distractors)
-
-
-def prid(root, *, split=0, split_file=None, all_for_training=False):
-    """Identities 1 to 200 are in both cameras: 100 train, 100 of camera a are searched among 649 of camera b.
-
-    From 201 on the two cameras number different people; camera a's become 1000 + number.
-    """
-
-    def label_first(match):
-        number = int(match[1])
-        return (number if number <= 200 else 1000 + number), 0
-
-    first = read_names(root, "single_shot/cam_a", PRID, label_first)
-    second = read_names(root, "single_shot/cam_b", PRID, lambda match: (int(match[1]), 1))
-    if all_for_training:
-        return {"train": first + second}
-    known = {row.pid for row in first}
-    alone = [row for row in second if row.pid not in known]
-    return two_views("prid", first, second, split, split_file, PRID, alone)
-
-
-def ilids(root, *, split=0, split_file=None, all_for_training=False):
-    """60 of 119 identities test, one query and one gallery image each. The index stands for the camera it lacks."""
-    rows = read_names(root, "Persons", ILIDS, lambda match: (int(match[1]), int(match[2])))
-    people = {}
-    for row in rows:
-        people.setdefault(row.pid, []).append(row._replace(camid=len(people.get(row.pid, []))))
-    if all_for_training:
-        return {"train": [row for group in people.values() for row in group]}
-    several = {pid for pid, group in people.items() if len(group) > 1}
-    chosen, note = test_identities("ilids", several, (len(people) + 1) // 2, split, split_file, ILIDS)
-    drawn = {pid: in_drawn_order(people[pid], f"ilids split {split}") for pid in sorted(chosen)}
-    splits = {
-        "train": [row for pid, group in people.items() if pid not in chosen for row in group],
-        "query": [images[0] for images in drawn.values()],
-        "gallery": [images[1] for images in drawn.values()],
-    }
-    return Reading(splits, note)
-
-
 class Benchmark(NamedTuple):
     """How to read a set, the beginnings of the names its folder goes by, and what tells the folder."""
 
@@ -411,9 +259,11 @@ def plain(name):
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def find_folder(name, root):
+def find_folder(name, root, version=None):
     """The set's own folder: the root, or up to two folders deeper under the names people's copies have."""
     names, marks = BENCHMARKS[name].names, BENCHMARKS[name].marks
+    if name == "msmt17" and version in MSMT_FOLDERS:
+        marks = MSMT_FOLDERS[version][:1]
     level, seen = [os.fspath(root)], []
     for _ in range(3):
         for folder in level:
@@ -422,9 +272,9 @@ def find_folder(name, root):
         seen += level
         children = [entry for folder in level for entry in listing(folder) if entry.is_dir()]
         level = [entry.path for word in names for entry in children if plain(entry.name).startswith(word)]
-    if not marks:
-        # nothing tells the folder of a set of loose files but its name
-        return seen[-1]
+        if not marks:
+            # nothing tells the folder of a set of loose files but its name
+            return level[0] if level else os.fspath(root)
     raise ValueError(f"{root} holds no {name}: looked for {' or '.join(marks)} in {', '.join(seen[:5])}")
 
 
@@ -435,7 +285,7 @@ def choose(option, value, choices, allow_none=False):
 
 def read_benchmark(name, root, options):
     """The set's rows by split, a word on the split, and where the files lie."""
-    folder = find_folder(name, root)
+    folder = find_folder(name, root, options.get("version"))
     reading = BENCHMARKS[name].read(folder, **options)
     reading = reading if isinstance(reading, Reading) else Reading(reading)
     empty = [split for split, rows in reading.splits.items() if not rows]

@@ -21,9 +21,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from utils import benchmarks, sources
+from utils import benchmarks, own_data
 from utils.images import PersonImage, check_files, check_images
-from utils.sources import SPLITS, dense
+from utils.sources import SPLITS, dense, features, put, rows_to_dataset
 
 COLUMN_OPTIONS = ("image_column", "pid_column", "camid_column", "domain_column", "split_column")
 IMAGES_AT_ONCE = 200
@@ -103,9 +103,7 @@ def read_source(name, root, options):
             raise ValueError(f"{name} needs a root: the folder of the set, or the one it lies in")
         check_options(name, benchmarks.BENCHMARKS[name].read, options)
         rows, note, folder = benchmarks.read_benchmark(name, root, options)
-        return datasets.DatasetDict(
-            {split: sources.rows_to_dataset(rows[split], folder, name, split, note) for split in rows}
-        )
+        return datasets.DatasetDict({split: rows_to_dataset(rows[split], folder, name, split, note) for split in rows})
     places = [name] if root is None else [name, os.path.join(root, name)]
     path = next((place for place in places if os.path.exists(place)), None)
     if path is None and ("/" not in name or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)):
@@ -114,10 +112,10 @@ def read_source(name, root, options):
     unknown = sorted(set(options) - set(accepted))
     if unknown:
         raise ValueError(f"{name} does not know the option {unknown[0]!r}; it accepts {', '.join(accepted)}")
-    columns = sources.Columns(
+    columns = own_data.Columns(
         **{key.removesuffix("_column"): options.pop(key) for key in COLUMN_OPTIONS if key in options}
     )
-    return sources.read_local(path, columns, **options) if path else sources.read_hub(name, columns, **options)
+    return own_data.read_local(path, columns, **options) if path else own_data.read_hub(name, columns, **options)
 
 
 def unknown_name(name):
@@ -199,8 +197,8 @@ def load_sources(specs, data_root=None, **common):
             for split in there:
                 pids = [num_people[group] + people[key] for key in people_of(data[split])]
                 camids = [num_cameras + cameras[camid] for camid in data[split]["camid"][:]]
-                dataset = sources.put(sources.put(data[split], "pid", pids), "camid", camids)
-                parts[split].append(dataset.select_columns(list(sources.features())))
+                dataset = put(put(data[split], "pid", pids), "camid", camids)
+                parts[split].append(dataset.select_columns(list(features())))
             num_people[group] += len(people)
         num_cameras += len(cameras)
     merged = {
@@ -278,7 +276,7 @@ def embedded(data, folder):
             batch_size=IMAGES_AT_ONCE,
             writer_batch_size=IMAGES_AT_ONCE,
             cache_file_name=str(folder / f"{split}.arrow"),
-            features=sources.features(),
+            features=features(),
             desc=f"reading {split}",
         )
     return datasets.DatasetDict(splits).with_format(None)

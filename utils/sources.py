@@ -1,29 +1,16 @@
-"""What every source of images becomes: one schema, and the folders and files that are no benchmark.
-
-A local folder may hold a metadata file (the `imagefolder` convention, or a generated set's metadata.parquet), parquet
-files, a data set written by `save_to_disk`, or one folder an identity. Images stay where they lie and are decoded on
-access.
-"""
+"""The one schema every source of images comes to, and what reading folders of named files takes."""
 
 import os
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import datasets
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet as pq
-from huggingface_hub import HfApi, constants
 
 from utils.images import PersonImage, storage_of
 
 SPLITS = ("train", "query", "gallery")
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 CAMERA = re.compile(r"(?:^|[_.-])c(?:am)?_?(\d+)", re.IGNORECASE)
 
 
@@ -98,181 +85,6 @@ def as_images(files):
     return pa.StructArray.from_arrays([pa.nulls(len(files), pa.binary()), files], ["bytes", "path"])
 
 
-def check_listed(root, paths, source):
-    """Paths taken from a list or a table must stay below the root, links followed."""
-    root = os.path.realpath(root)
-    folders = {}
-    for path in paths:
-        folder, name = os.path.split(path)
-        if folder not in folders:
-            real = os.path.realpath(os.path.join(root, folder))
-            folders[folder] = ".." not in Path(folder).parts and (real + os.sep).startswith(os.path.join(root, ""))
-        file = os.path.join(root, path)
-        inside = folders[folder] and name != ".." and not os.path.isabs(path)
-        if inside and os.path.islink(file):
-            inside = os.path.realpath(file).startswith(os.path.join(root, ""))
-        if not inside:
-            raise ValueError(f"{source} names {path!r}, which leaves {root}; paths must be relative and stay below it")
-
-
-def read_table(file):
-    """A table from csv, jsonl or parquet; names stay words even where they look like numbers."""
-    words = {name: pa.string() for name in ("file_name", "path", "domain", "split")}
-    try:
-        if file.suffix == ".csv":
-            return pyarrow.csv.read_csv(file, convert_options=pyarrow.csv.ConvertOptions(column_types=words))
-        if file.suffix == ".jsonl":
-            return pyarrow.json.read_json(file)
-        return pq.read_table(file)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read as a table: {error}") from error
-
-
-def locate_images(table, file, image_column):
-    """The image column as storage: embedded images as they are, file names looked up below the table's folder."""
-    wanted = (image_column,) if image_column else ("image", "file_name", "path")
-    found = next((name for name in wanted if name in table.column_names), None)
-    if found is None:
-        raise ValueError(f"{file} has no column {' or '.join(wanted)}; its columns are {table.column_names}")
-    images = table[found].combine_chunks()
-    if pa.types.is_struct(images.type):
-        if set(images.type.names) < {"bytes", "path"}:
-            raise ValueError(f"{file}: column {found} must hold images or file names, it is {images.type}")
-        held, names = images.field("bytes"), images.field("path")
-    elif pa.types.is_binary(images.type) or pa.types.is_large_binary(images.type):
-        held, names = images, pa.nulls(len(images), pa.string())
-    elif pa.types.is_string(images.type) or pa.types.is_large_string(images.type):
-        held, names = pa.nulls(len(images), pa.binary()), images
-    else:
-        raise ValueError(f"{file}: column {found} must hold images or file names, it is {images.type}")
-    empty = pc.and_(pc.is_null(held), pc.is_null(names))
-    if pc.any(empty).as_py():
-        raise ValueError(f"{file}: column {found} holds nothing in row {pc.index(empty, True).as_py()}")
-    names = names.to_pylist()
-    outside = pc.is_null(held).to_pylist()
-    check_listed(file.parent, [name for name, out in zip(names, outside, strict=True) if out], file)
-    files = [os.path.join(file.parent, name) if out else name for name, out in zip(names, outside, strict=True)]
-    storage = pa.StructArray.from_arrays([held.cast(pa.binary()), pa.array(files, pa.string())], ["bytes", "path"])
-    rest = table.select([name for name in table.column_names if name not in (found, "image")])
-    if all(outside) and "path" not in rest.column_names or found == "file_name":
-        paths = pa.array([os.path.normpath(name) for name in names])
-        rest = rest.select([name for name in rest.column_names if name != "path"]).append_column("path", paths)
-    return rest.append_column("image", storage).replace_schema_metadata()
-
-
-def split_of_file(file):
-    """train-00000-of-00003.parquet, query.parquet: the split is the first word of the name."""
-    word = re.split(r"[-_.]", file.name)[0]
-    return word if word in SPLITS else None
-
-
-def cut(table, split_column, source):
-    """A table's splits: by its split column, else by the first folder of every path, else all of it is training."""
-    if split_column in table.column_names:
-        words = table[split_column].to_pylist()
-    else:
-        words = [path.split("/")[0] for path in table["path"].to_pylist()] if "path" in table.column_names else []
-        if not words or not set(words) <= set(SPLITS):
-            return {"train": table}
-    odd = sorted({str(word) for word in words} - set(SPLITS))
-    if odd:
-        raise ValueError(f"{source}: column {split_column} holds {odd[:3]}; the splits are {', '.join(SPLITS)}")
-    words = pa.array(words)
-    return {split: table.filter(pc.equal(words, split)) for split in SPLITS if split in set(words.to_pylist())}
-
-
-def read_folder_tables(folder, columns):
-    """Tables of a folder: metadata files of the folder or of its splits, or parquet files; None without either."""
-    for name in METADATA:
-        if (folder / name).is_file():
-            table = locate_images(read_table(folder / name), folder / name, columns.image)
-            return cut(table, columns.split, folder / name)
-    splits = {}
-    for split in SPLITS:
-        for name in METADATA:
-            file = folder / split / name
-            if file.is_file():
-                table = locate_images(read_table(file), file, columns.image)
-                paths = pa.array([f"{split}/{path}" for path in table["path"].to_pylist()])
-                splits[split] = table.drop_columns(["path"]).append_column("path", paths)
-    if splits:
-        return splits
-    files = [Path(entry.path) for entry in listing(folder) if entry.name.endswith(".parquet")]
-    if not files and (folder / "data").is_dir():
-        files = [Path(entry.path) for entry in listing(folder / "data") if entry.name.endswith(".parquet")]
-    if not files:
-        return None
-    groups = {}
-    for file in files:
-        groups.setdefault(split_of_file(file), []).append(locate_images(read_table(file), file, columns.image))
-    tables = {split: pa.concat_tables(group, promote_options="default") for split, group in groups.items()}
-    if None not in tables:
-        return {split: tables[split] for split in SPLITS if split in tables}
-    return cut(pa.concat_tables(list(tables.values()), promote_options="default"), columns.split, folder)
-
-
-def read_identity_folders(folder):
-    """One folder an identity, directly or under train, query and gallery.
-
-    Folders named by numbers keep them as pid, others are numbered in order of name. The camera is the number after
-    `c` or `cam` in the file's name (0001_c2_05.jpg). Where no name has one there is one camera, except that queries
-    and gallery count as two, so that the removal of a query's own camera never empties its ranking.
-    """
-    split_folders = [split for split in SPLITS if (folder / split).is_dir()]
-    found = []
-    for split, place in [(split, folder / split) for split in split_folders] or [("train", folder)]:
-        for identity in listing(place):
-            if not identity.is_dir():
-                raise ValueError(f"{identity.path}: expected one folder an identity in {place}, or a metadata file")
-            for entry in listing(identity.path):
-                if not entry.name.lower().endswith(ENDINGS) or not entry.is_file():
-                    raise ValueError(f"{entry.path} is no image; expected files ending in {', '.join(ENDINGS)}")
-                camera = CAMERA.search(entry.name)
-                found.append((split, identity.name, entry.name, camera and int(camera[1])))
-    names = {identity for _, identity, _, _ in found}
-    numbered = all(re.fullmatch(r"[0-9]+", name) for name in names)
-    pids = {name: int(name) for name in names} if numbered else dense(names)
-    with_camera = sum(camera is not None for *_, camera in found)
-    if 0 < with_camera < len(found):
-        odd = next((split, identity, name) for split, identity, name, camera in found if camera is None)
-        raise ValueError(
-            f"{folder}: {'/'.join(odd)} has no camera in its name, others do; expected ..._c2_... or ..._cam2_..."
-        )
-    cameras = dense(camera for *_, camera in found)
-    splits = {split: [] for split in split_folders or ["train"]}
-    for split, identity, name, camera in found:
-        path = f"{split}/{identity}/{name}" if split_folders else f"{identity}/{name}"
-        camid = cameras[camera] if with_camera else int(split == "gallery")
-        splits[split].append(Row(path, pids[identity], camid))
-    return splits
-
-
-class Columns(NamedTuple):
-    """How the columns of somebody's own table are called."""
-
-    image: str | None = None
-    pid: str = "pid"
-    camid: str = "camid"
-    domain: str = "domain"
-    split: str = "split"
-
-
-def integers(dataset, column, meaning, where):
-    """A column of whole numbers, or the error everybody can act on."""
-    if column not in dataset.column_names:
-        raise ValueError(
-            f"{where} has no column {column!r} for the {meaning}; its columns are {dataset.column_names}. "
-            f"Name the right one with {meaning}_column=..."
-        )
-    values = dataset.select_columns([column]).with_format("arrow")[:][column]
-    if not pa.types.is_integer(values.type):
-        example = values[0].as_py() if len(values) else None
-        raise ValueError(f"{where}: column {column!r} must hold integers, it is {values.type} ({example!r})")
-    if values.null_count:
-        raise ValueError(f"{where}: column {column!r} is empty in {values.null_count} of {len(values)} rows")
-    return values.combine_chunks().cast(pa.int64()).to_numpy(zero_copy_only=False)
-
-
 def put(dataset, name, values):
     """A column's values, renewed only where they differ, so that a stored set stays mapped from the disk."""
     feature = features()[name]
@@ -284,98 +96,47 @@ def put(dataset, name, values):
     return dataset.add_column(name, values, feature=feature)
 
 
-def paths_of(dataset, split):
-    """The path column, or names made of the split, the row and the file, which hold no folder of this machine."""
-    if "path" in dataset.column_names:
-        paths = storage_of(dataset, "path").to_pylist()
-        if all(isinstance(path, str) and not os.path.isabs(path) for path in paths):
-            return paths
-    names = pc.struct_field(storage_of(dataset, "image"), "path").to_pylist()
-    return [f"{split}/{row:07d}_{os.path.basename(name or '')}".rstrip("_") for row, name in enumerate(names)]
+class Form(NamedTuple):
+    """What a file name looks like, and one to show."""
+
+    pattern: re.Pattern
+    example: str
 
 
-def conform(splits, columns, domain, where):
-    """Tables with anybody's columns to the one schema; camera -1 (generated images) becomes one of its own."""
-    result, cameras = {}, {}
-    for split, dataset in splits.items():
-        if not isinstance(dataset, datasets.Dataset):
-            dataset = datasets.Dataset(dataset, split=datasets.NamedSplit(split))
-        image = columns.image if columns.image in dataset.column_names else "image"
-        if image not in dataset.column_names:
-            raise ValueError(f"{where} has no column {image!r} for the images; its columns are {dataset.column_names}")
-        numbers = {"pid": integers(dataset, columns.pid, "pid", where)}
-        if columns.camid == "none":
-            numbers["camid"] = np.full(len(dataset), -1)
-        else:
-            numbers["camid"] = integers(dataset, columns.camid, "camid", where)
-        for name, least in (("pid", 0), ("camid", -1)):
-            if (numbers[name] < least).any():
-                raise ValueError(f"{where}: {split} has {name} {numbers[name].min()}; the least allowed is {least}")
-        cameras[split] = numbers["camid"]
-        domains = [domain] * len(dataset)
-        if columns.domain in dataset.column_names:
-            domains = [str(word) for word in storage_of(dataset, columns.domain).to_pylist()]
-        if image != "image":
-            dataset = dataset.select_columns([name for name in dataset.column_names if name != "image"])
-            dataset = dataset.rename_column(image, "image")
-        dataset = dataset.cast_column("image", PersonImage())
-        paths = paths_of(dataset, split)
-        for name, values in (("pid", numbers["pid"]), ("domain", domains), ("path", paths)):
-            dataset = put(dataset, name, values)
-        result[split] = dataset
-    own = 1 + max((int(values.max(initial=-1)) for values in cameras.values()), default=-1)
-    for split, values in cameras.items():
-        dataset = put(result[split], "camid", np.where(values < 0, own, values))
-        result[split] = dataset.select_columns(list(features()))
-    return datasets.DatasetDict(result)
+def parse(form, name, place):
+    match = form.pattern.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{os.path.join(place, name)} is not named as expected, like {form.example}")
+    return match
 
 
-def read_local(path, columns, domain=None):
-    """A folder or file of one's own, in any of the forms this module knows."""
-    path = Path(path)
-    domain = domain or path.resolve().stem
-    if path.is_file():
-        if path.name not in METADATA and path.suffix != ".parquet":
-            raise ValueError(f"{path} is neither a folder, a parquet file nor one of {', '.join(METADATA)}")
-        return conform(
-            cut(locate_images(read_table(path), path, columns.image), columns.split, path), columns, domain, path
-        )
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        try:
-            stored = datasets.load_from_disk(str(path))
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            raise ValueError(f"{path} is a damaged save_to_disk folder: {error}") from error
-        stored = stored if isinstance(stored, datasets.DatasetDict) else {"train": stored}
-        return conform(known_splits(stored, path), columns, domain, path)
-    if not listing(path):
-        raise ValueError(
-            f"{path} is empty; expected images in one folder an identity, a metadata file or parquet files"
-        )
-    tables = read_folder_tables(path, columns)
-    if tables is not None:
-        return conform(tables, columns, domain, path)
-    if (path / "bounding_box_train").is_dir() or (path / "list_train.txt").is_file():
-        raise ValueError(f"{path} looks like a benchmark; name it, as in load_reid('market1501', root={str(path)!r})")
-    rows = read_identity_folders(path)
-    return datasets.DatasetDict({split: rows_to_dataset(rows[split], path, domain, split) for split in rows})
+def read_names(root, folder, form, label):
+    """Rows of one folder; `label` makes (pid, camid) of a parsed name."""
+    place = os.path.join(root, folder)
+    if not os.path.isdir(place):
+        raise ValueError(f"{place} is missing; it should hold images with names like {form.example}")
+    rows = [Row(f"{folder}/{entry.name}", *label(parse(form, entry.name, place))) for entry in listing(place)]
+    if not rows:
+        raise ValueError(f"{place} holds no images; expected names like {form.example}")
+    return rows
 
 
-def read_hub(name, columns, domain=None, revision=None):
-    """A data set of the Hub with these columns; anything the Hub or the network refuses is said as a ValueError."""
-    try:
-        if not constants.HF_HUB_OFFLINE:
-            # a name that is not there is known in a second; load_dataset would ask again and again
-            HfApi().dataset_info(name, revision=revision, timeout=10)
-        stored = datasets.load_dataset(name, revision=revision)
-    # beside their own errors, httpx's come through untranslated
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{name} is no folder here, and the Hub does not give it: {reason}") from error
-    return conform(known_splits(stored, name), columns, domain or name.split("/")[-1], name)
+def number_and_camera(match):
+    return int(match[1]), int(match[2]) - 1
 
 
-def known_splits(stored, where):
-    splits = {split: stored[split] for split in SPLITS if split in stored}
-    if not splits:
-        raise ValueError(f"{where} has the splits {list(stored)}; expected some of {', '.join(SPLITS)}")
-    return splits
+def check_listed(root, paths, source):
+    """Paths taken from a list or a table must stay below the root, links followed."""
+    root = os.path.realpath(root)
+    folders = {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            real = os.path.realpath(os.path.join(root, folder))
+            folders[folder] = ".." not in folder.split("/") and (real + os.sep).startswith(os.path.join(root, ""))
+        file = os.path.join(root, path)
+        inside = folders[folder] and name != ".." and not os.path.isabs(path)
+        if inside and os.path.islink(file):
+            inside = os.path.realpath(file).startswith(os.path.join(root, ""))
+        if not inside:
+            raise ValueError(f"{source} names {path!r}, which leaves {root}; paths must be relative and stay below it")
