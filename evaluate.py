@@ -459,7 +459,7 @@ def choose_protocol(args, queries, gallery):
 
 def measure(args, sides):
     """The content of metrics.json, and the first split's `Findings` for the page."""
-    results = []
+    results, curves = [], ([], [])
     for number, (queries, gallery) in enumerate(sides):
         evaluation.check_sides(queries, gallery)
         if args.topk and args.topk > len(gallery):
@@ -480,16 +480,20 @@ def measure(args, sides):
         result = evaluation.rank(queries, gallery, **options)
         pairs = evaluation.pair_statistics(queries, gallery, protocol=options["protocol"])
         results.append({**evaluation.summary(result), "thresholds": pairs.thresholds})
+        curves[0].append(result.cmc)
         if reranking:
             ids = queries.pids, gallery.pids, queries.camids, gallery.camids
             again = reranking.metrics(*ids, max_rank=evaluation.MAX_RANK, protocol=options["protocol"])
             results[-1]["reranked"] = evaluation.summary(again)
+            curves[1].append(again.cmc)
         if number == 0:
             findings.result, findings.pairs = result, pairs
             findings.cameras = evaluation.camera_pairs(queries, gallery, **options)
             findings.confusions = evaluation.confusions(queries, gallery, *findings.lists)
 
-    metrics = combine(results) | describe(findings) | {"backend": findings.result.backend, "cmc": findings.result.cmc}
+    metrics = (
+        combine(results) | describe(findings) | {"backend": findings.result.backend, "cmc": mean_curve(curves[0])}
+    )
     metrics["threshold_curve"] = findings.pairs.curve
     metrics["num_match_pairs"], metrics["num_non_match_pairs"] = (
         findings.pairs.num_matches,
@@ -497,10 +501,14 @@ def measure(args, sides):
     )
     metrics["camera_pairs"] = dict(zip(("query_cameras", "gallery_cameras", "mAP"), findings.cameras, strict=True))
     if args.rerank:
-        metrics["reranked"] |= rerank_options(args) | {"backend": reranking.backend}
+        metrics["reranked"] |= rerank_options(args) | {"backend": reranking.backend, "cmc": mean_curve(curves[1])}
     if args.splits:
         metrics["splits"] = [{"split": number, **one} for number, one in enumerate(results)]
     return metrics, findings
+
+
+def mean_curve(curves):
+    return torch.stack(curves).mean(0)
 
 
 def rerank_options(args):

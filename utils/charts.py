@@ -10,7 +10,7 @@ from itertools import pairwise
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 460, 280
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 34, 44
+LEFT, RIGHT, TOP, BOTTOM = 66, 16, 34, 44
 MAX_POINTS = 400
 
 
@@ -64,13 +64,16 @@ def histogram(groups, edges, *, title, x_label, y_label="share", markers=()):
         parts.append(
             Markup('<path class="area s{0}" d="{1}Z"/><path class="line s{0}" d="{1}"/>').format(number, path)
         )
+    lines, labels = [], []
     for index, (x, label) in enumerate(markers):
-        parts.append(
-            Markup(
-                '<line class="marker" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>'
-                '<text class="tick" x="{3:.1f}" y="{4:.1f}" text-anchor="end">{5}</text>'
-            ).format(x_scale(x), TOP, HEIGHT - BOTTOM, x_scale(x) - 4, TOP + 12 + 13 * index, label)
-        )
+        # The label stands on the side with more room, each a line lower than the one before.
+        side, anchor = (5, "start") if x_scale(x) < (LEFT + WIDTH) / 2 else (-5, "end")
+        line = Markup('<line class="marker" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>')
+        lines.append(line.format(x_scale(x), TOP, HEIGHT - BOTTOM))
+        text = Markup('<text class="marked" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
+        labels.append(text.format(x_scale(x) + side, TOP + 12 + 14 * index, anchor, label))
+    # All lines before all labels, so that none is crossed out.
+    parts += lines + labels
     parts.append(_legend([name for name, _ in shares]))
     return _svg(title, parts)
 
@@ -182,6 +185,8 @@ def _axes(x_scale, y_scale, x_label, y_label, percent):
 
 
 def _legend(names):
+    if len(names) < 2:
+        return Markup("")
     parts, x = [], LEFT
     for number, name in enumerate(names):
         parts.append(

@@ -179,7 +179,7 @@ class PairStatistics:
     non_match_counts: list
 
 
-def pair_statistics(queries, gallery, *, protocol="market", rates=FALSE_MATCH_RATES, num_bars=80):
+def pair_statistics(queries, gallery, *, protocol="market", rates=FALSE_MATCH_RATES):
     """Which distance means the same person, exactly, in two passes over the tiles of the distances.
 
     Two images are called one person if their distance is at most t. The false-match rate of t is the share of the
@@ -224,6 +224,8 @@ def pair_statistics(queries, gallery, *, protocol="market", rates=FALSE_MATCH_RA
         }
     if not num_non_matches:
         thresholds = {key: {**one, "distance": None} for key, one in thresholds.items()}
+    # Few pairs need wide bars to show a shape.
+    num_bars = min(80, max(16, round(2 * num_matches**0.5)))
     edges, (match_counts, non_match_counts) = _bars((matches, non_matches), num_bars)
     curve = _curve(below_match, below)
     return PairStatistics(num_matches, num_non_matches, thresholds, curve, edges, match_counts, non_match_counts)

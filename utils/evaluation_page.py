@@ -13,7 +13,7 @@ from utils.reporting import Report, Tile, data_uri
 
 SHOWN_RANKS = 10
 SHOWN_SEARCHES = 40
-HEADLINES = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mINP": "mINP"}
+HEADLINES = {"mAP": "mAP", "mINP": "mINP"} | {f"rank{k}": f"Rank-{k}" for k in RANKS}
 NOTES = {
     "mAP": "mean average precision",
     "mINP": "how early the last match comes",
@@ -41,7 +41,8 @@ class Pictures:
         transform = test_transform(model.image_size, model.image_mean, model.image_std, model.resample)
         batch = transform(image)[None].to(next(model.parameters()).device)
         heat = attention_maps(model, batch)[0].cpu()
-        heat = Image.fromarray((255 * heat / heat.max().clamp(min=1e-12)).to(torch.uint8).numpy())
+        heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-6)
+        heat = Image.fromarray((255 * heat).to(torch.uint8).numpy())
         heat = heat.resize(image.size, Image.Resampling.BICUBIC)
         colours = ImageOps.colorize(heat, black="#10243f", mid="#b8457a", white="#ffe08a")
         return data_uri(Image.blend(image.convert("RGB"), colours, 0.55))
@@ -91,9 +92,11 @@ def add_numbers(report, metrics, result):
     notes = {key: f"± {100 * deviation[key]:.1f} over the splits" if deviation else notes[key] for key in HEADLINES}
     report.tiles([(name, percent(metrics[key]), notes[key]) for key, name in HEADLINES.items()])
 
-    ranks, cmc = list(range(1, len(result.cmc) + 1)), result.cmc.tolist()
-    lines = [("plain", ranks, cmc)]
-    bottom = int(10 * cmc[0]) / 10 if cmc[0] < 0.9 else 0.9
+    ranks = list(range(1, len(metrics["cmc"]) + 1))
+    lines = [("plain", ranks, metrics["cmc"].tolist())]
+    if "reranked" in metrics:
+        lines.append(("re-ranked", ranks, metrics["reranked"]["cmc"].tolist()))
+    bottom = min(0.9, *(int(10 * values[0]) / 10 for _, _, values in lines))
     curve = line_chart(
         lines,
         title="CMC curve",
@@ -134,7 +137,7 @@ def add_distances(report, pairs):
         "The distance of two images is 2 − 2 cos of their features: 0 for the same direction, 4 for opposite ones. "
         f"The protocol keeps {pairs.num_matches:,} pairs of one person and {pairs.num_non_matches:,} of two people."
     )
-    report.section("Which distance means the same person", text)
+    report.section("Distances and thresholds", text)
     found = [(rate, one) for rate, one in pairs.thresholds.items() if one["distance"] is not None]
     bars = histogram(
         [("same person", pairs.match_counts), ("two people", pairs.non_match_counts)],
@@ -186,22 +189,25 @@ def add_cameras(report, query_cameras, gallery_cameras, table):
 def add_confusions(report, findings, pictures):
     if not findings.confusions:
         return
-    text = "Pairs of people of whom one is ranked first when the other is asked for, the most frequent first."
+    text = "People ranked first when another was asked for, the most frequent first."
+    if pictures is not None:
+        text += " From the left: the query, the wrong person, and the nearest right image if the ranked list has one."
     report.section("Hardest confusions", text)
     gallery = findings.gallery
     if pictures is None:
         rows = [[*one.pids, one.count, f"{one.distance:.3f}"] for one in findings.confusions]
         report.table(["person", "person", "queries", "closest distance"], rows, text_columns=2)
         return
+    cards = []
     for one in findings.confusions:
-        note = f"{one.count} {'query' if one.count == 1 else 'queries'}, closest distance {one.distance:.3f}"
-        tiles = [
-            Tile(pictures.gallery(one.gallery), gallery.paths[one.gallery], describe(gallery, one.gallery), False)
-        ]
+        wrong = Tile(pictures.gallery(one.gallery), gallery.paths[one.gallery], describe(gallery, one.gallery), False)
+        tiles = [query_tile(findings, pictures, one.query), wrong]
         match = nearest_match(findings, one.query)
         if match is not None:
             tiles.append(Tile(pictures.gallery(match), gallery.paths[match], describe(gallery, match), True))
-        report.ranked(f"{one.pids[0]} and {one.pids[1]}", query_tile(findings, pictures, one.query), tiles, note=note)
+        note = f"{one.count} {'query' if one.count == 1 else 'queries'}, closest distance {one.distance:.3f}"
+        cards.append({"title": f"{one.pids[0]} and {one.pids[1]}", "note": note, "tiles": tiles})
+    report.cards(cards)
 
 
 def nearest_match(findings, row):
@@ -259,12 +265,10 @@ def add_searches(report, findings, pictures):
 
 def add_ranked(report, findings, pictures, row, note):
     query = query_tile(findings, pictures, row)
-    attention = pictures.attention(row)
-    report.ranked(
-        query.name, query, result_tiles(findings, pictures, row, findings.lists), attention=attention, note=note
-    )
+    lists = [("", result_tiles(findings, pictures, row, findings.lists))]
     if findings.reranked is not None:
-        report.ranked(query.name, query, result_tiles(findings, pictures, row, findings.reranked), note="re-ranked")
+        lists.append(("re-ranked", result_tiles(findings, pictures, row, findings.reranked)))
+    report.ranked(query.name, query, lists, attention=pictures.attention(row), note=note)
 
 
 def result_tiles(findings, pictures, row, lists):

@@ -50,7 +50,10 @@ def write_together(folder):
     try:
         yield aside
         for name in names:
-            with open(folder / f"{name}.part", "rb+") as file:
+            part = folder / f"{name}.part"
+            # safetensors makes its files readable for the owner alone.
+            os.chmod(part, 0o666 & ~_umask())
+            with open(part, "rb+") as file:
                 os.fsync(file.fileno())
     except BaseException:
         for name in names:
@@ -60,9 +63,28 @@ def write_together(folder):
         os.replace(folder / f"{name}.part", folder / name)
 
 
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def to_json(value):
-    """Indented JSON that any reader takes: NaN and infinity become null, tensors lists, paths text."""
-    return json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
+    """Indented JSON that any reader takes: NaN and infinity become null, tensors lists, paths text.
+
+    Lists of plain values stay on one line.
+    """
+    return _indented(_plain(value), "") + "\n"
+
+
+def _indented(value, margin):
+    inner = margin + "  "
+    if isinstance(value, dict) and value:
+        items = (f"{inner}{json.dumps(key)}: {_indented(item, inner)}" for key, item in value.items())
+        return "{\n" + ",\n".join(items) + f"\n{margin}}}"
+    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        return "[\n" + ",\n".join(inner + _indented(item, inner) for item in value) + f"\n{margin}]"
+    return json.dumps(value, allow_nan=False)
 
 
 def _plain(value):
@@ -171,9 +193,13 @@ class Report:
         """A grid of `Tile`."""
         self._add("pictures", tiles=tiles, caption=caption)
 
-    def ranked(self, title, query, results, *, attention=None, note=""):
-        """A query's `Tile` beside its ranked list of `Tile`; `attention` is a second picture (URI) of the query."""
-        self._add("ranked", title=title, query=query, results=results, attention=attention, note=note)
+    def cards(self, cards):
+        """Small groups of pictures side by side: a list of {"title", "note", "tiles"}."""
+        self._add("cards", cards=cards)
+
+    def ranked(self, title, query, lists, *, attention=None, note=""):
+        """A query's `Tile` beside ranked lists, each (label, list of `Tile`); `attention` is the URI of a second picture."""
+        self._add("ranked", title=title, query=query, lists=lists, attention=attention, note=note)
 
     def html(self):
         sections = [block for block in self.blocks if block["kind"] == "section"]
@@ -223,5 +249,6 @@ def _environment(autoescape):
     environment = jinja2.Environment(
         loader=loader, autoescape=autoescape, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters["breakable"] = lambda text: Markup("_<wbr>").join(str(text).split("_"))
     environment.filters["cell"] = lambda text: " ".join(str(text).split()).replace("|", "\\|")
     return environment
