@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     BertConfig,
     CLIPConfig,
@@ -26,7 +27,7 @@ from transformers import (
     SwinModel,
 )
 
-from utils import model_folder
+from utils import backbones, model_folder
 from utils import modeling as modeling_module
 from utils.backbones import backbone_from_config, resize_position_table
 from utils.modeling import ReIDModel, attention_maps
@@ -100,10 +101,13 @@ def test_vit_b16_counts():
         model = ReIDModel(backbone, 751)
         features = backbone(torch.empty(2, 3, 256, 128))
         feature_map = backbone.feature_map(torch.empty(2, 3, 256, 128))
+        with FlopCounterMode(display=False) as counter:
+            model.eval()(torch.empty(64, 3, 256, 128))
     assert trainable(backbone) == 85_550_592
     assert trainable(model) == 85_935_616
     assert backbone.tower.embeddings.position_embedding.weight.shape == (129, 768)
     assert features.shape == (2, 512) and feature_map.shape == (2, 512, 16, 8)
+    assert round(counter.get_total_flops() / 1e12, 2) == 1.45
 
 
 @pytest.mark.parametrize(
@@ -267,7 +271,7 @@ def test_patch_projection_is_frozen_and_the_rest_learns():
     )
 
 
-@pytest.mark.parametrize("layout", ["whole", "projected", "bare", "bare, prefixed"])
+@pytest.mark.parametrize("layout", ["whole", "projected", "bare", "bare, prefixed", "bare, prefixed, unnamed"])
 def test_every_layout_of_clip_on_disk(tmp_path, layout):
     torch.manual_seed(0)
     config = tiny_config("clip")
@@ -286,7 +290,11 @@ def test_every_layout_of_clip_on_disk(tmp_path, layout):
         model = CLIPVisionModel(config).eval()
         want = model(people(2, (32, 32))).pooler_output
     model.save_pretrained(tmp_path)
-    if layout == "bare, prefixed":
+    if "unnamed" in layout:
+        config = json.loads((tmp_path / "config.json").read_text())
+        del config["architectures"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    if "prefixed" in layout:
         weights = load_file(tmp_path / "model.safetensors")
         weights = {f"vision_model.{name.removeprefix('vision_model.')}": value for name, value in weights.items()}
         save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -533,6 +541,10 @@ def test_attention_implementation_is_passed_on(tmp_path):
     assert eager.backbone.tower.encoder.layers[0].self_attn.config._attn_implementation == "eager"
     assert usual.backbone.tower.encoder.layers[0].self_attn.config._attn_implementation == "sdpa"
     torch.testing.assert_close(eager(people(2)), usual(people(2)))
+    eager.save_pretrained(tmp_path / "reid")
+    for implementation in ("eager", "sdpa"):
+        again = ReIDModel.from_pretrained(tmp_path / "reid", attn_implementation=implementation)
+        assert again.backbone.tower.encoder.layers[0].self_attn.config._attn_implementation == implementation
     with pytest.raises(ValueError, match="nonsense"):
         ReIDModel.from_backbone(tmp_path, attn_implementation="nonsense")
 
@@ -839,6 +851,30 @@ def test_folders_of_another_kind(tmp_path):
         ReIDModel.from_backbone(tmp_path / "absent")
     with pytest.raises(ValueError, match="'bert'.*CLIP.*ResNet.*Swin"):
         backbone_from_config(BertConfig())
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "nothing", "./nothing", "out/of/reach", "/out/of/reach"])
+def test_an_absent_name_is_refused_at_once(name, monkeypatch):
+    """Without the retries of transformers, which take half a minute where there is no network."""
+
+    def unreachable(self, repo_id, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(backbones.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(backbones.PreTrainedConfig, "get_config_dict", None)
+    with pytest.raises(ValueError, match=f"no model at '{name}'"):
+        ReIDModel.from_backbone(name)
+
+
+def test_without_network_the_cache_will_do(monkeypatch):
+    def unreachable(self, repo_id, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(backbones.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(backbones, "try_to_load_from_cache", lambda *args, **options: "a file")
+    monkeypatch.setattr(backbones.PreTrainedConfig, "get_config_dict", lambda *args, **options: ({}, {}))
+    with pytest.raises(ValueError, match="'someone/clip' has model_type None"):
+        ReIDModel.from_backbone("someone/clip")
 
 
 class Malicious:

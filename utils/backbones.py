@@ -5,11 +5,13 @@ All have the same small face: `forward(images)` (B, C), `feature_map(images)` (B
 """
 
 import copy
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -241,12 +243,14 @@ def wrap(model, image_size, attn_implementation):
 def read_config(name_or_path, **hub):
     """The transformers configuration of a folder or Hub id, or a ValueError that says what is there."""
     name = str(name_or_path)
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+    if not Path(name).is_dir():
+        ask_hub(name, **hub)
+    elif not (Path(name) / "config.json").is_file():
         raise ValueError(f"{name!r} has no config.json, so it is not a transformers model folder")
     try:
         kind = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
     except Exception as error:
-        raise ValueError(f"no model at {name!r}, neither a local folder nor a readable Hub id: {error}") from error
+        raise ValueError(f"the config.json of {name!r} cannot be read: {error}") from error
     if kind == "diffreid":
         raise ValueError(
             f"{name!r} is a whole Re-ID model, not a plain backbone: open it with ReIDModel.from_pretrained"
@@ -257,6 +261,18 @@ def read_config(name_or_path, **hub):
         return AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
     except Exception as error:
         raise ValueError(f"the config.json of {name!r} is not valid: {error}") from error
+
+
+def ask_hub(name, revision, token):
+    """One question to the Hub, or to its cache: transformers would try an absent name for half a minute."""
+    try:
+        HfApi(token=token).model_info(name, revision=revision)
+    except Exception as error:
+        # The Hub client raises classes of its own, and of the HTTP library under it.
+        with suppress(HFValidationError):
+            if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+                return
+        raise ValueError(f"no model at {name!r}, neither a local folder nor a readable Hub id: {error}") from error
 
 
 def tower_config(config):

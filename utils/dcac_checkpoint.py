@@ -75,7 +75,7 @@ def read_dcac_checkpoint(path, image_size=None):
 
 
 def encoder_tensors(path):
-    """What lies under `encoder.` in the file, in float32; `denoiser.` is left aside."""
+    """What lies under `encoder.` in the file; `denoiser.` and all else is left aside."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no checkpoint at {str(path)!r}")
@@ -97,7 +97,7 @@ def encoder_tensors(path):
         if name.startswith("encoder."):
             if not isinstance(value, torch.Tensor):
                 raise ValueError(f"{name} in {str(path)!r} is a {type(value).__name__}, not a tensor")
-            tensors[name.removeprefix("encoder.")] = value.float() if value.is_floating_point() else value
+            tensors[name.removeprefix("encoder.")] = value
     if not tensors:
         found = ", ".join(sorted(map(str, content))[:5]) or "nothing"
         raise ValueError(
