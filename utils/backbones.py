@@ -41,7 +41,7 @@ class Backbone(nn.Module):
         return self.feature_map(images).mean(dim=(2, 3))
 
     def enable_gradient_checkpointing(self):
-        # The method's name before transformers 5.2x, which warns about it.
+        # Newer versions of transformers have another name for it and warn about this one.
         older = self.model.gradient_checkpointing_enable
         getattr(self.model, "activation_checkpointing_enable", older)({"use_reentrant": False})
 
@@ -100,7 +100,8 @@ class ClipBackbone(Backbone):
 
     def project(self, tokens):
         tokens = self.tower.post_layernorm(tokens)
-        return self.model.visual_projection(tokens) if self.model is not self.tower else tokens
+        projection = getattr(self.model, "visual_projection", None)
+        return tokens if projection is None else projection(tokens)
 
     def feature_map(self, images):
         return self.project(self.tokens(images)[:, 1:]).transpose(1, 2).unflatten(2, self.grid)

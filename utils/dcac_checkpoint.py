@@ -82,9 +82,10 @@ def encoder_tensors(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # A damaged pickle can raise anything; one with code in it is refused by weights_only.
+        # A damaged pickle can raise anything. torch's own text is left out: it advises to run the code in the file.
         raise ValueError(
-            f"{str(path)!r} is not a PyTorch file of plain tensors, and nothing else is opened: {error}"
+            f"{str(path)!r} cannot be opened as a PyTorch file of plain tensors ({type(error).__name__}): it is "
+            "damaged, or holds other objects, which are never unpickled"
         ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
