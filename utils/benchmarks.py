@@ -199,11 +199,11 @@ def airport(root, *, all_for_training=True):
         fields = line.strip().replace("\\", "/").split("/")
         if fields == [""]:
             continue
-        camera = re.search(r"(\d+)$", fields[0])
-        if len(fields) != 3 or camera is None or not fields[1].isdecimal() or not fields[2]:
+        if len(fields) != 3 or not all(fields) or not fields[1].isdecimal():
             raise ValueError(f"{file}, line {number}: {line!r} is not as expected, like {example}")
         if int(fields[1]) >= AIRPORT_FIRST_PID:
-            rows.append(Row("/".join(fields), int(fields[1]), int(camera[1])))
+            # by length before name, so that camera 10 comes after camera 9
+            rows.append(Row("/".join(fields), int(fields[1]), (len(fields[0]), fields[0])))
     if not rows:
         raise ValueError(f"{file} lists no image with an identity of {AIRPORT_FIRST_PID} or more, like {example}")
     check_listed(root, [row.path for row in rows], file)
@@ -243,7 +243,9 @@ BENCHMARKS = {
     "msmt17": Benchmark(msmt17, ("msmt17",), ("list_train.txt", "mask_train_v2", "bounding_box_train")),
     "cuhk03np": Benchmark(cuhk03np, ("cuhk03np", "cuhk03"), ("detected", "labeled")),
     "cuhk02": Benchmark(cuhk02, ("cuhk02", "dataset"), ("P1",)),
-    "cuhksysu": Benchmark(cuhksysu, ("cuhksysu",), ("cropped_images", "cropped_image", "cuhksysu4reid", "combine")),
+    "cuhksysu": Benchmark(
+        cuhksysu, ("cuhksysu",), ("cropped_images", "cropped_image", "cuhksysu4reid", "combine", "gallery")
+    ),
     "viper": Benchmark(viper, ("viper",), ("cam_a",)),
     "grid": Benchmark(grid, ("grid", "undergroundreid", "qmulgrid"), ("probe",)),
     "prid": Benchmark(prid, ("prid2011", "prid"), ("single_shot",)),

@@ -97,7 +97,9 @@ def read_source(name, root, options):
 
         check_options(name, synthetic.load, options)
         data = synthetic.load(**options)
-        return datasets.DatasetDict({split: data[split].cast_column("image", PersonImage()) for split in data})
+        return datasets.DatasetDict(
+            {split: data[split].cast_column("image", PersonImage(mode="RGB")) for split in data}
+        )
     if name in benchmarks.BENCHMARKS:
         if root is None:
             raise ValueError(f"{name} needs a root: the folder of the set, or the one it lies in")
@@ -264,7 +266,7 @@ def embedded(data, folder):
     """The same rows with their images inside, mapped from files written to `folder`."""
 
     def read(table):
-        images = PersonImage().embed_storage(table["image"].combine_chunks())
+        images = PersonImage(mode="RGB").embed_storage(table["image"].combine_chunks())
         return table.set_column(table.column_names.index("image"), "image", images)
 
     folder.mkdir(parents=True)

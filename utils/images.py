@@ -37,9 +37,11 @@ def as_rgb(image):
 
 @dataclass
 class PersonImage(datasets.Image):
-    """`datasets.Image(mode="RGB")`, also right for 16-bit grey; it is stored, and read elsewhere, as that feature."""
+    """`datasets.Image(mode="RGB")` that is also right for 16-bit grey.
 
-    mode: str = "RGB"
+    It is stored, and read elsewhere, as that feature, which is why the mode is written out wherever this is made: a
+    default of its own would not be stored.
+    """
 
     def decode_example(self, value, token_per_repo_id=None):
         if not isinstance(value, dict):
@@ -79,7 +81,8 @@ class LmdbFileSystem(AbstractFileSystem):
     protocol = "lmdb"
 
     def _open(self, path, mode="rb", **_):
-        database, key = self._strip_protocol(path), ""
+        # fsspec takes the first slash away on some of its ways here
+        database, key = "/" + self._strip_protocol(path).lstrip("/"), ""
         while database and not is_lmdb(database):
             database, _, part = database.rpartition("/")
             key = f"{part}/{key}" if key else part
@@ -224,7 +227,8 @@ def check_images(data, *, skip_unreadable=False, decode=None, workers=None, wher
                 kept[split] = (
                     dataset.select([row for row in range(len(dataset)) if row not in drop]) if bad else dataset
                 )
-                skipped += [(split, path or dataset[row]["path"], reason) for row, path, reason in bad]
+                names = dataset.remove_columns("image")
+                skipped += [(split, path or names[row]["path"], reason) for row, path, reason in bad]
     if skipped and not skip_unreadable:
         raise ValueError(complaint([(path, reason) for _, path, reason in skipped], total, where))
     if skipped:

@@ -231,7 +231,7 @@ def conform(splits, columns, domain, where):
         if image != "image":
             dataset = dataset.select_columns([name for name in dataset.column_names if name != "image"])
             dataset = dataset.rename_column(image, "image")
-        dataset = dataset.cast_column("image", PersonImage())
+        dataset = dataset.cast_column("image", PersonImage(mode="RGB"))
         paths = paths_of(dataset, split)
         for name, values in (("pid", numbers["pid"]), ("domain", domains), ("path", paths)):
             dataset = put(dataset, name, values)

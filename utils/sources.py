@@ -33,7 +33,7 @@ class Reading(NamedTuple):
 def features():
     return datasets.Features(
         {
-            "image": PersonImage(),
+            "image": PersonImage(mode="RGB"),
             "pid": datasets.Value("int64"),
             "camid": datasets.Value("int64"),
             "domain": datasets.Value("string"),
@@ -106,7 +106,7 @@ class Form(NamedTuple):
 def parse(form, name, place):
     match = form.pattern.fullmatch(name)
     if match is None:
-        raise ValueError(f"{os.path.join(place, name)} is not named as expected, like {form.example}")
+        raise ValueError(f"{place}: {name!r} is not named as expected, like {form.example}")
     return match
 
 
