@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -102,7 +103,8 @@ def test_metadata_file(folder, name, column):
     # nothing is written where somebody's images lie
     assert sorted(folder.rglob("*")) == before
     assert contents(load_reid("mine", folder.parent, domain="street")) == expected()
-    assert contents(load_reid(folder / name)) == expected()
+    alone = load_reid(folder / name)
+    assert contents(alone) == expected() and set(alone["train"]["domain"][:]) == {"mine"}
 
 
 def test_metadata_file_a_split(folder):
@@ -657,6 +659,9 @@ def test_damaged_images(damaged, decode, caplog):
 
 def test_images_that_are_empty(damaged):
     folder, _ = damaged
+    train = load_reid(folder)["train"]
+    with pytest.raises(ValueError, match=r"image \S*own/1/0.jpg cannot be read: "):
+        train[train["path"][:].index("1/0.jpg")]
     (folder / "1/3.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match=r"1 of 12 images cannot be read: \S*3.jpg \(empty file\)"):
         load_reid(folder)
@@ -708,6 +713,22 @@ def test_lmdb_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(ValueError, match="pip install lmdb"):
         load_reid("luperson", tmp_path)
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_worker_processes(start, tmp_path):
+    """A freshly started worker has imported nothing; drawn and embedded images must come all the same."""
+    drawn = load_reid("synthetic:num_ids=2,images_per_id=4")
+    save(drawn, tmp_path / "saved")
+    for data in (drawn, load_reid(tmp_path / "saved")):
+        with multiprocessing.get_context(start).Pool(1) as pool:
+            sums = pool.map(pixel_sum, [(data["train"], row) for row in range(3)])
+        assert sums == [int(np.asarray(data["train"][row]["image"], dtype=np.int64).sum()) for row in range(3)]
+
+
+def pixel_sum(task):
+    dataset, row = task
+    return int(np.asarray(dataset[row]["image"], dtype=np.int64).sum())
 
 
 def test_command_line(folder, tmp_path, capsys):

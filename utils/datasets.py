@@ -38,13 +38,18 @@ def parse_spec(spec):
     name, colon, text = spec.partition(":")
     if not colon or name not in known_names():
         return spec, {}
+    return name, read_options(text.split(","), spec)
+
+
+def read_options(items, where):
+    """key=value, each once; values become int, float or bool where they look like it."""
     options = {}
-    for item in text.split(","):
+    for item in items:
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not key.isidentifier() or not value or key in options:
-            raise ValueError(f"{spec!r}: {item!r} is not as expected; a spec is NAME or NAME:key=value,key=value")
+            raise ValueError(f"{where!r}: {item!r} is not as expected; a spec is NAME or NAME:key=value,key=value")
         options[key] = typed(value)
-    return name, options
+    return options
 
 
 def typed(text):
@@ -326,14 +331,12 @@ def main(input_args=None):
     try:
         if args.save_to and os.path.exists(args.save_to):
             raise ValueError(f"{args.save_to} exists already; give a new folder")
-        options = dict(item.split("=", 1) if "=" in item else (item, "") for item in args.options)
+        options = read_options(args.options, "--options")
         names = args.name[0] if len(args.name) == 1 else args.name
-        data = load_reid(
-            names, args.root, skip_unreadable=args.skip_unreadable, **{k: typed(v) for k, v in options.items()}
-        )
-        print(
-            "\n".join(dict.fromkeys(dataset.info.description for dataset in data.values() if dataset.info.description))
-        )
+        data = load_reid(names, args.root, skip_unreadable=args.skip_unreadable, **options)
+        for note in dict.fromkeys(dataset.info.description for dataset in data.values()):
+            if note:
+                print(note)
         print(count_table(data))
         if args.save_to or args.push_to_hub:
             check_images(data, where=" + ".join(args.name))
@@ -343,7 +346,7 @@ def main(input_args=None):
         if args.push_to_hub:
             push(data, args.push_to_hub, private=not args.public)
             print(f"pushed to {args.push_to_hub}")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

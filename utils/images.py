@@ -28,7 +28,7 @@ DRAWN = "synthetic://"
 
 
 def as_rgb(image):
-    """RGB pixels of any mode; 16-bit grey is scaled down, where Pillow would clip it to white."""
+    """RGB pixels of any mode, alpha dropped; 16-bit grey is scaled down, where Pillow would clip it to white."""
     if image.mode.startswith("I"):
         deep = np.asarray(image).astype(np.int64).clip(0, 65535)
         image = Image.fromarray((deep >> 8).astype(np.uint8))
@@ -46,7 +46,14 @@ class PersonImage(datasets.Image):
     def decode_example(self, value, token_per_repo_id=None):
         if not isinstance(value, dict):
             return value
-        return as_rgb(datasets.Image(decode=self.decode).decode_example(value, token_per_repo_id=token_per_repo_id))
+        plain = datasets.Image(decode=self.decode)
+        try:
+            return as_rgb(plain.decode_example(value, token_per_repo_id=token_per_repo_id))
+        # decoders raise whatever the parser of their format stumbles over, and never name the file
+        except Exception as error:
+            raise ValueError(
+                f"image {value['path'] or 'inside a table'} cannot be read: {reason_of(error)}"
+            ) from error
 
     def embed_storage(self, storage, token_per_repo_id=None, **_):
         """All bytes into the table, from any protocol; of the path only the file's name stays."""
@@ -94,6 +101,8 @@ class LmdbFileSystem(AbstractFileSystem):
 
 
 fsspec.register_implementation("lmdb", LmdbFileSystem, clobber=True)
+# by name, so that a data loader's freshly started worker, which imports no more than this, can draw too
+fsspec.register_implementation("synthetic", "utils.synthetic.SyntheticFileSystem", clobber=True)
 
 
 def is_lmdb(folder):
@@ -181,7 +190,7 @@ def damage(held, path, decode):
             file.seek(0)
             with Image.open(file) as image:
                 image.load()
-    # decoders raise whatever the parser of their format stumbles over
+    # as above
     except Exception as error:
         return reason_of(error)
     return None

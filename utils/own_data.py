@@ -153,7 +153,10 @@ def read_identity_folders(folder):
                 camera = CAMERA.search(entry.name)
                 found.append((split, identity.name, entry.name, camera and int(camera[1])))
     names = {identity for _, identity, _, _ in found}
-    numbered = all(re.fullmatch(r"[0-9]+", name) for name in names)
+    # 1 and 0001 are two folders, so two people
+    numbered = all(re.fullmatch(r"[0-9]+", name) for name in names) and len({int(name) for name in names}) == len(
+        names
+    )
     pids = {name: int(name) for name in names} if numbered else dense(names)
     with_camera = sum(camera is not None for *_, camera in found)
     if 0 < with_camera < len(found):
@@ -246,13 +249,13 @@ def conform(splits, columns, domain, where):
 def read_local(path, columns, domain=None):
     """A folder or file of one's own, in any of the forms this module knows."""
     path = Path(path)
-    domain = domain or path.resolve().stem
     if path.is_file():
         if path.name not in METADATA and path.suffix != ".parquet":
             raise ValueError(f"{path} is neither a folder, a parquet file nor one of {', '.join(METADATA)}")
-        return conform(
-            cut(locate_images(read_table(path), path, columns.image), columns.split, path), columns, domain, path
-        )
+        table = locate_images(read_table(path), path, columns.image)
+        domain = domain or (path.resolve().parent.name if path.name in METADATA else path.stem)
+        return conform(cut(table, columns.split, path), columns, domain, path)
+    domain = domain or path.resolve().name
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         try:
             stored = datasets.load_from_disk(str(path))
