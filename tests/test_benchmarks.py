@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests import trees
-from utils.benchmarks import BENCHMARKS
+from utils.benchmarks import BENCHMARKS, find_folder
 from utils.datasets import load_reid
 
 # split -> (images, identities)
@@ -398,6 +398,39 @@ def test_split_file_that_is_wrong(tree, tmp_path):
             load_reid("viper", tree("viper")[0], split_file=str(file))
     with pytest.raises(ValueError, match="cannot be read"):
         load_reid("viper", tree("viper")[0], split_file=str(tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize(
+    "name, place, mark",
+    [
+        ("market1501", "market1501/Market-1501-v15.09.15", "bounding_box_train"),
+        ("market1501", "Market-1501", "bounding_box_train"),
+        ("dukemtmcreid", "dukemtmc-reid/DukeMTMC-reID", "bounding_box_train"),
+        ("occludedduke", "Occluded-DukeMTMC-reID", "bounding_box_train"),
+        ("msmt17", "msmt17/MSMT17_V2", "mask_train_v2"),
+        ("cuhk03np", "CUHK03-NP", "labeled"),
+        ("cuhk02", "cuhk02/Dataset", "P1"),
+        ("cuhksysu", "CUHK-SYSU/cuhksysu4reid", "combine"),
+        ("viper", "viper/VIPeR", "cam_a"),
+        ("grid", "grid/underground_reid", "probe"),
+        ("prid", "prid2011/prid_2011", "single_shot"),
+        ("ilids", "ilids/i-LIDS_Pedestrian", "Persons"),
+        ("airport", "AirportALERT", "filepath.txt"),
+        ("personx", "PersonX/PersonX_v1", "1/bounding_box_train"),
+    ],
+)
+def test_folders_under_the_names_of_peoples_copies(tmp_path, name, place, mark):
+    for other in ("Market-1501-v15.09.15", "DukeMTMC-reID", "VIPeR", "zzz"):
+        (tmp_path / other).mkdir(parents=True)
+    folder = tmp_path / place
+    (folder / mark).mkdir(parents=True)
+    if name == "cuhksysu":
+        # the folder above already tells the layout
+        folder = folder.parent
+    assert find_folder(name, tmp_path) == str(folder)
+    assert find_folder(name, folder) == str(folder)
+    with pytest.raises(ValueError, match=f"holds no {name}"):
+        find_folder(name, tmp_path / "zzz")
 
 
 MARKET = {

@@ -289,6 +289,13 @@ def test_rows_that_are_wrong(folder, row, words):
         load_reid(with_rows(folder, row))
 
 
+def test_tables_with_nothing_in_them(folder):
+    for content, words in (("file_name,pid,camid\n", "metadata.csv has no rows"), ("", "metadata.csv cannot be read")):
+        (folder / "metadata.csv").write_text(content)
+        with pytest.raises(ValueError, match=words):
+            load_reid(folder)
+
+
 def test_columns_of_a_wrong_type(folder):
     write_table(folder / "metadata.jsonl", [(split, str(pid), camid, path) for split, pid, camid, path in ROWS])
     with pytest.raises(ValueError, match=r"column 'pid' must hold integers, it is string \('7'\)"):

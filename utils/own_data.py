@@ -58,6 +58,8 @@ def locate_images(table, file, image_column):
     found = next((name for name in wanted if name in table.column_names), None)
     if found is None:
         raise ValueError(f"{file} has no column {' or '.join(wanted)}; its columns are {table.column_names}")
+    if not len(table):
+        raise ValueError(f"{file} has no rows")
     chunks, paths = [], []
     for chunk in table[found].chunks:
         held, names = as_storage(chunk, file, found)
