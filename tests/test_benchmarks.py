@@ -297,6 +297,10 @@ def test_cuhksysu_without_combine(tmp_path):
     data = load_reid("cuhksysu", tmp_path / "cuhksysu4reid")
     assert data["train"]["pid"][:] == [1, 2] and data["train"]["camid"][:] == [0, 0]
     assert load_reid("cuhksysu", tmp_path)["train"]["pid"][:] == [1, 2]
+    small.add("combine/00007_s3_0000001_0.jpg")
+    assert load_reid("cuhksysu", tmp_path)["train"]["pid"][:] == [7]
+    with pytest.raises(ValueError, match=r"holds no cropped_image; CUHK-SYSU's crops there: \['cuhksysu4reid'\]"):
+        load_reid("cuhksysu", tmp_path, version="cropped_image")
 
 
 def test_airport_and_luperson_labels(tree):

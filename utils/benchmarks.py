@@ -40,6 +40,11 @@ SYSU = {
     "cropped_image": Form(re.compile(r"p(\d+)_n(\d+)_s(\d+)_hard([01])\.png"), "p1_n1_s3_hard0.png"),
     "cuhksysu4reid": Form(re.compile(r"(\d{5})_s(\d+)_(\d{7})_([01])\.jpg"), "00001_s3_0000123_0.jpg"),
 }
+CROP_LABELS = {
+    "cropped_images": lambda match: (int(match[1]), 0),
+    "cropped_image": lambda match: (int(match[1]), int(match[3])),
+    "cuhksysu4reid": lambda match: (int(match[1]), 0),
+}
 
 
 def read_market_folders(root, form, label, prefix=""):
@@ -47,8 +52,7 @@ def read_market_folders(root, form, label, prefix=""):
 
 
 def for_training(splits, skip_pid=None, same_images=False):
-    """All splits as one: without background, each image once, and test identities after those of training
-    where the set numbers both from the start."""
+    """All splits as one, without background; test identities come after where a set numbers both halves from 0."""
     train = list(splits["train"])
     test = [row for split in ("query", "gallery") for row in splits[split] if row.pid != skip_pid]
     if same_images:
@@ -150,30 +154,25 @@ def cuhksysu(root, *, version=None, all_for_training=True):
 
     A scene of cropped_image is a camera; the other two know none, so all their images are of one.
     """
-    there = [name for name in list(SYSU)[:2] if os.path.isdir(os.path.join(root, name))]
-    parts = [name for name in ("train", "query", "gallery", "combine") if os.path.isdir(os.path.join(root, name))]
-    nested = os.path.join(root, "cuhksysu4reid")
-    if parts or os.path.isdir(nested):
-        there.append("cuhksysu4reid")
     choose("version", version, tuple(SYSU), allow_none=True)
-    if version or there:
-        version = version or there[0]
-    else:
-        raise ValueError(f"{root} holds none of CUHK-SYSU's crops ({', '.join(SYSU)})")
-    if version == "cropped_image":
-        rows = read_names(root, version, SYSU[version], lambda match: (int(match[1]), int(match[3])))
-        scenes = dense(row.camid for row in rows)
-        return {"train": [row._replace(camid=scenes[row.camid]) for row in rows]}
-    if version == "cropped_images":
-        return {"train": read_names(root, version, SYSU[version], lambda match: (int(match[1]), 0))}
-    prefix = "" if parts else "cuhksysu4reid/"
-    parts = parts or [name for name in ("train", "query", "gallery", "combine") if os.path.isdir(f"{nested}/{name}")]
-    # combine holds what the other three hold together
-    parts = ["combine"] if "combine" in parts else parts
+    base = "cuhksysu4reid/" if os.path.isdir(os.path.join(root, "cuhksysu4reid")) else ""
+    parts = [base + name for name in ("combine", "train", "query", "gallery")]
+    folders = {"cropped_images": ["cropped_images"], "cropped_image": ["cropped_image"], "cuhksysu4reid": parts}
+    folders = {
+        crop: [name for name in names if os.path.isdir(os.path.join(root, name))] for crop, names in folders.items()
+    }
+    there = [crop for crop, names in folders.items() if names]
+    if not there or (version or there[0]) not in there:
+        raise ValueError(f"{root} holds no {version or ' or '.join(SYSU)}; CUHK-SYSU's crops there: {there or 'none'}")
+    version = version or there[0]
     rows = []
-    for part in parts:
-        rows += read_names(root, prefix + part, SYSU[version], lambda match: (int(match[1]), 0))
-    return {"train": list({os.path.basename(row.path): row for row in rows}.values())}
+    for folder in folders[version]:
+        rows += read_names(root, folder, SYSU[version], CROP_LABELS[version])
+        if folder == f"{base}combine":
+            # it holds what the other three hold together
+            break
+    scenes = dense(row.camid for row in rows)
+    return {"train": [row._replace(camid=scenes[row.camid]) for row in rows]}
 
 
 def personx(root, *, all_for_training=False):

@@ -72,7 +72,7 @@ def load_reid(
     missing or empty is an error here, and `check_images` finds damaged ones; with `skip_unreadable` both are dropped
     and listed in the log. Further options are the source's own: of the readers in `utils.benchmarks`, of
     `utils.synthetic.load`, and for one's own tables `image_column`, `pid_column`, `camid_column` ("none" where there
-    are no cameras), `domain_column`, `split_column` and `domain`.
+    are no cameras), `domain_column`, `split_column` and `domain`. What a spec says holds before what is given here.
     """
     common = {
         "image_fraction": image_fraction,
@@ -84,7 +84,7 @@ def load_reid(
         return load_sources(name, root, **common, **options)
     name, written = parse_spec(os.fspath(name))
     common |= {key: written.pop(key) for key in list(written) if key in common}
-    data = read_source(name, root, written | options)
+    data = read_source(name, root, options | written)
     check_splits(data, name)
     if common["skip_unreadable"]:
         data, skipped = check_images(data, skip_unreadable=True, where=name)
@@ -113,7 +113,7 @@ def read_source(name, root, options):
         return datasets.DatasetDict({split: rows_to_dataset(rows[split], folder, name, split, note) for split in rows})
     places = [name] if root is None else [name, os.path.join(root, name)]
     path = next((place for place in places if os.path.exists(place)), None)
-    if path is None and ("/" not in name or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)):
+    if path is None and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise ValueError(unknown_name(name))
     accepted = [*COLUMN_OPTIONS, "domain"] + ([] if path else ["revision"])
     unknown = sorted(set(options) - set(accepted))

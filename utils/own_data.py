@@ -95,7 +95,7 @@ def cut(table, split_column, source):
             return {"train": table}
     odd = sorted({str(word) for word in words} - set(SPLITS))
     if odd:
-        raise ValueError(f"{source} has images of {odd[:3]} beside known splits; these are {', '.join(SPLITS)}")
+        raise ValueError(f"{source} knows {odd[:3]} as splits; they must be {', '.join(SPLITS)}")
     words = pa.array(words)
     return {split: table.filter(pc.equal(words, split)) for split in SPLITS if split in set(words.to_pylist())}
 
@@ -155,10 +155,9 @@ def read_identity_folders(folder):
                 camera = CAMERA.search(entry.name)
                 found.append((split, identity.name, entry.name, camera and int(camera[1])))
     names = {identity for _, identity, _, _ in found}
+    numbers = {int(name) for name in names if re.fullmatch(r"[0-9]+", name)}
     # 1 and 0001 are two folders, so two people
-    numbered = all(re.fullmatch(r"[0-9]+", name) for name in names) and len({int(name) for name in names}) == len(
-        names
-    )
+    numbered = len(numbers) == len(names)
     pids = {name: int(name) for name in names} if numbered else dense(names)
     with_camera = sum(camera is not None for *_, camera in found)
     if 0 < with_camera < len(found):

@@ -1,0 +1,280 @@
+"""One's own data in every form it can have, and what is said where it is wrong."""
+
+import os
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.tables import COLUMNS, ROWS, contents, expected, image_bytes, paint, red, write_images, write_table
+from utils import own_data
+from utils.datasets import load_reid
+from utils.images import PersonImage
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_images(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
+@pytest.mark.parametrize("column", ["file_name", "path"])
+def test_metadata_file(folder, name, column):
+    write_table(folder / name, ROWS, column)
+    before = sorted(folder.rglob("*"))
+    data = load_reid(str(folder))
+    assert contents(data) == expected()
+    assert data["train"].column_names == COLUMNS
+    assert set(data["train"]["domain"][:]) == {"mine"}
+    assert data["train"][1]["image"].getpixel((0, 0)) == red(1)
+    assert isinstance(data["train"].features["image"], PersonImage)
+    # nothing is written where somebody's images lie
+    assert sorted(folder.rglob("*")) == before
+    assert contents(load_reid("mine", folder.parent, domain="street")) == expected()
+    alone = load_reid(folder / name)
+    assert contents(alone) == expected() and set(alone["train"]["domain"][:]) == {"mine"}
+
+
+def test_metadata_file_a_split(folder):
+    for split in ("train", "query", "gallery"):
+        rows = [(s, pid, camid, path.split("/")[1]) for s, pid, camid, path in ROWS if s == split]
+        write_table(folder / split / "metadata.csv", rows)
+    assert contents(load_reid(folder)) == expected()
+    (folder / "query" / "metadata.csv").unlink()
+    with pytest.raises(ValueError, match="query has no metadata.csv"):
+        load_reid(folder)
+
+
+def test_other_column_names(folder):
+    write_table(folder / "metadata.csv", ROWS, "picture", pid="label", camid="view")
+    data = load_reid(folder, image_column="picture", pid_column="label", camid_column="view")
+    assert contents(data) == expected()
+    with pytest.raises(ValueError, match=r"no column 'pid'.*'label'.*pid_column="):
+        load_reid(folder, image_column="picture")
+    with pytest.raises(ValueError, match=r"no column 'camid'.*camid_column="):
+        load_reid(folder, image_column="picture", pid_column="label")
+    with pytest.raises(ValueError, match="no column file_name or path|no column image or file_name or path"):
+        load_reid(folder, pid_column="label")
+    with pytest.raises(ValueError, match=r"'pid_colum'.*pid_column"):
+        load_reid(folder, pid_colum="label")
+
+
+def test_without_cameras(folder):
+    rows = [row for row in ROWS if row[0] == "train"]
+    write_table(folder / "metadata.csv", rows)
+    data = load_reid(folder, camid_column="none")
+    assert data["train"]["camid"][:] == [0, 0, 0]
+
+
+def test_generated_set(folder):
+    """Several domains, camera -1, and columns the schema does not have."""
+    records = [
+        {
+            "path": path,
+            "pid": pid,
+            "domain": domain,
+            "camid": camid,
+            "prompt": "a person",
+            "seed": 1,
+            "synthetic": True,
+        }
+        for (_, pid, _, path), domain, camid in zip(ROWS[:3], ["x", "x", "y"], [4, -1, -1], strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(records), folder / "metadata.parquet")
+    data = load_reid(folder)
+    train = data["train"]
+    assert train.column_names == COLUMNS
+    assert train["domain"][:] == ["x", "x", "y"]
+    assert train["camid"][:] == [4, 5, 5]
+    assert train["path"][:] == ["train/a.png", "train/b.png", "train/c.png"]
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_parquet(folder, embedded):
+    def write(path, rows):
+        numbers = [ROWS.index(row) for row in rows]
+        images = [{"bytes": image_bytes(red(number)), "path": None} for number in numbers]
+        columns = {
+            "pid": pa.array([row[1] for row in rows], pa.int32()),
+            "camid": pa.array([row[2] for row in rows], pa.uint8()),
+        }
+        if embedded:
+            columns |= {"image": images, "path": [row[3] for row in rows]}
+        else:
+            columns |= {"image": [row[3] for row in rows]}
+        if path.name == "all.parquet":
+            columns["split"] = [row[0] for row in rows]
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table(columns), path)
+
+    write(folder / "all.parquet", ROWS)
+    data = load_reid(folder / "all.parquet")
+    assert contents(data) == expected()
+    assert data["gallery"][0]["image"].getpixel((0, 0)) == red(4)
+    assert data["gallery"].features["pid"].dtype == "int64"
+    (folder / "all.parquet").unlink()
+    if embedded:
+        for split in ("train", "query", "gallery"):
+            write(folder / "data" / f"{split}-00000-of-00001.parquet", [row for row in ROWS if row[0] == split])
+        data = load_reid(folder)
+        assert contents(data) == expected()
+        assert data["gallery"][0]["image"].getpixel((0, 0)) == red(4)
+
+
+def test_folder_an_identity(tmp_path):
+    for path in ("train/0007/x_c3_1.jpg", "train/0009/x_c1_1.jpg", "query/11/cam1_0.png", "gallery/11/a-cam10.PNG"):
+        paint(tmp_path / "own" / path)
+    for junk in (".DS_Store", "train/._x", "train/0007/Thumbs.db", "train/0007/._x_c3_1.jpg"):
+        (tmp_path / "own" / junk).write_bytes(b"junk")
+    (tmp_path / "own/train/__MACOSX").mkdir()
+    data = load_reid(tmp_path / "own")
+    assert contents(data) == {
+        "train": [(7, 1, "train/0007/x_c3_1.jpg"), (9, 0, "train/0009/x_c1_1.jpg")],
+        "query": [(11, 0, "query/11/cam1_0.png")],
+        "gallery": [(11, 2, "gallery/11/a-cam10.PNG")],
+    }
+
+
+def test_folder_an_identity_by_name_and_without_cameras(tmp_path):
+    for path in ("zoe/2.jpg", "zoe/1.jpg", "adam/1.jpg"):
+        paint(tmp_path / "own" / path)
+    data = load_reid(tmp_path / "own")
+    assert contents(data) == {"train": [(0, 0, "adam/1.jpg"), (1, 0, "zoe/1.jpg"), (1, 0, "zoe/2.jpg")]}
+    paint(tmp_path / "two/query/eva/1.jpg")
+    paint(tmp_path / "two/gallery/eva/2.jpg")
+    assert contents(load_reid(tmp_path / "two")) == {
+        "query": [(0, 0, "query/eva/1.jpg")],
+        "gallery": [(0, 1, "gallery/eva/2.jpg")],
+    }
+    paint(tmp_path / "own/adam/x_c2.jpg")
+    with pytest.raises(ValueError, match=r"adam/1.jpg has no camera in its name"):
+        load_reid(tmp_path / "own")
+
+
+@pytest.mark.parametrize(
+    "paths, words",
+    [
+        (["a/1.jpg", "a/notes.txt"], r"notes.txt is no image; expected files ending in .jpg"),
+        (["a/1.jpg", "2.jpg"], r"2.jpg: expected one folder an identity"),
+        (["train/a/1.jpg", "test/a/1.jpg"], r"has test beside train"),
+        (["bounding_box_train/0001_c1s1_000001_00.jpg"], r"name it, as in load_reid\('market1501'"),
+        (["train/a/1.jpg", "query/a/1.jpg"], "query and gallery go together"),
+    ],
+)
+def test_folders_that_are_not_understood(tmp_path, paths, words):
+    for path in paths:
+        paint(tmp_path / "own" / path, format="JPEG")
+    with pytest.raises(ValueError, match=words):
+        load_reid(tmp_path / "own")
+
+
+def with_rows(folder, *changes, drop=()):
+    rows = [row for index, row in enumerate(ROWS) if index not in drop]
+    write_table(folder / "metadata.jsonl", [*rows, *changes])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        (("train", 7, 0, "train/none.png"), r"1 of 7 images cannot be read: \S*none.png \(no such file\)"),
+        (("train", 7, 0, "train/a.png"), "lists train/a.png of mine twice, in train and in train"),
+        (("train", 7, 0, "train/../train/b.png"), "leaves"),
+        (("train", 7, 0, "/etc/passwd"), "leaves"),
+        (("train", 7, 0, "../secret.png"), "leaves"),
+        (("train", 7, 0, ""), "empty in row 6"),
+        (("train", -2, 0, "train/g.png"), "pid -2; the least allowed is 0"),
+        (("train", 7, -3, "train/g.png"), "camid -3; the least allowed is -1"),
+        (("train", "x", 0, "train/g.png"), "metadata.jsonl cannot be read|must hold integers"),
+        (("train", 7.5, 0, "train/g.png"), "'pid' must hold integers, it is double"),
+        (("train", None, 0, "train/g.png"), "'pid' is empty in 1 of"),
+        (("test", 7, 0, "test/g.png"), r"knows \['test'\] as splits"),
+    ],
+)
+def test_rows_that_are_wrong(folder, row, words):
+    paint(folder / "train/g.png")
+    paint(folder.parent / "secret.png")
+    with pytest.raises(ValueError, match=words):
+        load_reid(with_rows(folder, row))
+
+
+def test_tables_with_nothing_in_them(folder):
+    for content, words in (("file_name,pid,camid\n", "metadata.csv has no rows"), ("", "metadata.csv cannot be read")):
+        (folder / "metadata.csv").write_text(content)
+        with pytest.raises(ValueError, match=words):
+            load_reid(folder)
+
+
+def test_columns_of_a_wrong_type(folder):
+    write_table(folder / "metadata.jsonl", [(split, str(pid), camid, path) for split, pid, camid, path in ROWS])
+    with pytest.raises(ValueError, match=r"column 'pid' must hold integers, it is string \('7'\)"):
+        load_reid(folder)
+    write_table(folder / "metadata.jsonl", [(split, pid, bool(camid), path) for split, pid, camid, path in ROWS])
+    with pytest.raises(ValueError, match=r"column 'camid' must hold integers, it is bool"):
+        load_reid(folder)
+
+
+def test_link_in_a_list_that_leaves_the_folder(folder, tmp_path):
+    paint(tmp_path / "secret.png")
+    (folder / "train/link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "out").symlink_to(tmp_path)
+    (folder / "train/fine.png").symlink_to(folder / "train/a.png")
+    assert len(load_reid(with_rows(folder, ("train", 7, 0, "train/fine.png")))["train"]) == 4
+    for path in ("train/link.png", "out/secret.png"):
+        with pytest.raises(ValueError, match=f"{path}.*leaves"):
+            load_reid(with_rows(folder, ("train", 7, 0, path)))
+
+
+def test_queries_that_cannot_be_found(folder):
+    with pytest.raises(
+        ValueError, match=r"no query identity appears.*queries: 11 \(camera 0\).*gallery: 12 \(cameras \[1\]\)"
+    ):
+        load_reid(with_rows(folder, drop=[4]))
+    paint(folder / "gallery/g.png")
+    with pytest.raises(ValueError, match=r"only under the query's own camera.*11 \(camera 0\)"):
+        load_reid(with_rows(folder, ("gallery", 11, 0, "gallery/g.png"), drop=[4]))
+
+
+def test_saved_set_of_somebody_else(tmp_path):
+    """A single split, other types, absolute paths: nothing is written into its folder."""
+    file = paint(tmp_path / "x.png", (9, 8, 7))
+    table = {"image": [str(file)] * 2, "pid": [1, 2], "camid": [0, -1], "path": [str(file), "/elsewhere/y.png"]}
+    features = datasets.Features(
+        {"image": datasets.Image(), "pid": datasets.Value("int16"), "camid": datasets.Value("int32")}
+    )
+    features["path"] = datasets.Value("string")
+    datasets.Dataset.from_dict(table, features=features).save_to_disk(str(tmp_path / "theirs"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "theirs").rglob("*")}
+    train = load_reid(tmp_path / "theirs")["train"]
+    assert train.column_names == COLUMNS
+    assert (train["pid"][:], train["camid"][:]) == ([1, 2], [0, 1])
+    assert not any(os.path.isabs(path) for path in train["path"][:]) and len(set(train["path"][:])) == 2
+    assert train[1]["image"].getpixel((0, 0)) == (9, 8, 7)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "theirs").rglob("*")} == before
+
+
+def test_hub(folder, monkeypatch):
+    write_table(folder / "metadata.csv", ROWS)
+    stored = load_reid(folder).rename_columns({"pid": "label"})
+
+    def fake_load(name, revision=None):
+        assert (name, revision) == ("someone/people", "v2")
+        return datasets.DatasetDict({**stored, "extra": stored["train"]})
+
+    monkeypatch.setattr(own_data.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(own_data.datasets, "load_dataset", fake_load)
+    data = load_reid("someone/people", pid_column="label", revision="v2")
+    assert contents(data) == expected() and set(data) == {"train", "query", "gallery"}
+
+    def refuse(*_, **__):
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'someone/people' doesn't exist on the Hub")
+
+    monkeypatch.setattr(own_data.datasets, "load_dataset", refuse)
+    with pytest.raises(ValueError, match="someone/people is no folder here, and the Hub does not give it: Dataset"):
+        load_reid("someone/people")
+    monkeypatch.setattr(
+        own_data.datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict({"test": stored["train"]})
+    )
+    with pytest.raises(ValueError, match=r"has the splits \['test'\]; expected some of train, query, gallery"):
+        load_reid("someone/people")
