@@ -17,7 +17,7 @@ import datasets
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from transformers import PretrainedConfig
+from transformers import PreTrainedConfig
 
 from kernels import k_reciprocal_rerank
 from utils import evaluation, extraction, sources
@@ -176,7 +176,8 @@ def check_args(parser, args):
 
 
 def main(args):
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    # Without `cpu`, accelerate takes several processes of torchrun on a machine without a GPU for single ones.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision)
     say = accelerator.print
     if args.demo:
         say(
@@ -192,6 +193,7 @@ def main(args):
     else:
         kind = model_kind(args.model)
         images, splits, skipped = open_images(args) if not args.export_only else (None, [], [])
+        check_topk(args, splits)
         model = open_model(args, kind).to(accelerator.device).eval()
         if args.export and accelerator.is_main_process:
             say(export_onnx(model, Path(args.export[1])))
@@ -265,6 +267,12 @@ def query_and_gallery(args, number):
     return data["query"], data["gallery"]
 
 
+def check_topk(args, splits):
+    for _, (rows, *_) in splits:
+        if args.topk and args.topk > len(rows):
+            raise ValueError(f"--topk {args.topk} is more than the gallery's {len(rows)} images; ask for fewer")
+
+
 def search_folders(query_dir, gallery_dir):
     """Two folders of images, with the labels of names such as 0001_c2_x.jpg, or of the folders they lie in, if any."""
     found = []
@@ -308,11 +316,13 @@ def model_kind(name):
     path = Path(name)
     if path.is_file():
         return "file"
+    if not path.exists() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise ValueError(f"{name} does not exist; give a model folder, a .pth file or a Hub id such as user/name")
     if path.is_dir() and not (path / "config.json").is_file():
         found = ", ".join(sorted(one.name for one in path.iterdir())[:5]) or "nothing"
         raise ValueError(f"{name} is no model folder: it has no config.json (found: {found})")
     try:
-        config = PretrainedConfig.get_config_dict(name)[0]
+        config = PreTrainedConfig.get_config_dict(name)[0]
     except OSError as error:
         raise ValueError(f"no model at {name}, neither a local folder nor a readable Hub id: {error}") from None
     return "reid" if config.get("model_type") == "diffreid" else "backbone"

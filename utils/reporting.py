@@ -198,7 +198,7 @@ class Report:
         self._add("cards", cards=cards)
 
     def ranked(self, title, query, lists, *, attention=None, note=""):
-        """A query's `Tile` beside ranked lists, each (label, list of `Tile`); `attention` is the URI of a second picture."""
+        """A query's `Tile` beside ranked lists, each (label, list of `Tile`); `attention` is a second picture."""
         self._add("ranked", title=title, query=query, lists=lists, attention=attention, note=note)
 
     def html(self):
