@@ -237,6 +237,42 @@ def test_command_line_copies_what_is_drawn(tmp_path):
     assert row["path"] == os.path.basename(drawn["query"][3]["path"])
 
 
+def test_push(folder, tmp_path, monkeypatch, capsys):
+    write_table(folder / "metadata.csv", ROWS)
+    asked, pushed = [], {}
+    monkeypatch.setattr(
+        "utils.datasets.HfApi.create_repo", lambda self, name, **options: asked.append((name, options))
+    )
+    monkeypatch.setattr(
+        datasets.DatasetDict,
+        "push_to_hub",
+        lambda self, name, private: pushed.update(
+            {
+                name: (
+                    private,
+                    {
+                        split: part.cast_column("image", datasets.Image(decode=False))[:]
+                        for split, part in self.items()
+                    },
+                )
+            }
+        ),
+    )
+    main([str(folder), "--push_to_hub", "someone/people"])
+    assert asked == [("someone/people", {"repo_type": "dataset", "private": True, "exist_ok": True})]
+    private, splits = pushed["someone/people"]
+    assert private and splits["gallery"]["path"] == ["gallery/e.png", "gallery/f.png"]
+    assert [image["path"] for image in splits["gallery"]["image"]] == ["e.png", "f.png"]
+    assert splits["query"]["image"][0]["bytes"] == (folder / "query/d.png").read_bytes()
+
+    def refuse(self, name, **options):
+        raise OSError("no token\nsecond line")
+
+    monkeypatch.setattr("utils.datasets.HfApi.create_repo", refuse)
+    with pytest.raises(SystemExit, match="^error: the Hub did not take someone/people: no token$"):
+        main([str(folder), "--push_to_hub", "someone/people"])
+
+
 def test_command_line_says_one_line_on_bad_input(tmp_path):
     command = [sys.executable, "-m", "utils.datasets", "markett1501", "--root", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

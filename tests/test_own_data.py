@@ -115,6 +115,9 @@ def test_parquet(folder, embedded):
     assert data["gallery"].features["pid"].dtype == "int64"
     (folder / "all.parquet").unlink()
     if embedded:
+        write(folder / "mixed.parquet", ROWS)
+        assert len(load_reid(folder / "mixed.parquet")["train"]) == len(ROWS)
+        (folder / "mixed.parquet").unlink()
         for split in ("train", "query", "gallery"):
             write(folder / "data" / f"{split}-00000-of-00001.parquet", [row for row in ROWS if row[0] == split])
         data = load_reid(folder)

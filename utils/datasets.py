@@ -20,6 +20,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from huggingface_hub import HfApi
 
 from utils import benchmarks, own_data
 from utils.images import PersonImage, check_files, check_images
@@ -304,8 +305,15 @@ def save(data, folder):
 
 def push(data, name, private=True):
     """Push a portable copy, images inside, to the Hub."""
-    with tempfile.TemporaryDirectory() as folder:
-        embedded(data, Path(folder) / "read").push_to_hub(name, private=private)
+    try:
+        # asked first, so that a missing token or network is known before every image is read
+        HfApi().create_repo(name, repo_type="dataset", private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            embedded(data, Path(folder) / "read").push_to_hub(name, private=private)
+    # beside the Hub's own errors, httpx's come through untranslated
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"the Hub did not take {name}: {reason}") from error
 
 
 def count_table(data):

@@ -86,9 +86,12 @@ def split_of_file(file):
 
 
 def cut(table, split_column, source):
-    """A table's splits: by its split column, else by the first folder of every path, else all of it is training."""
+    """A table's splits: by its split column, else by the first folder of its files, else all of it is training."""
     if split_column in table.column_names:
         words = table[split_column].to_pylist()
+    elif pc.struct_field(table["image"], "bytes").null_count < len(table):
+        # where images are inside the table, their paths are memories of another place
+        return {"train": table}
     else:
         words = [path.split("/")[0] for path in table["path"].to_pylist()] if "path" in table.column_names else []
         if not set(words) & set(SPLITS):
@@ -286,7 +289,7 @@ def read_hub(name, columns, domain=None, revision=None):
         stored = datasets.load_dataset(name, revision=revision)
     # beside their own errors, httpx's come through untranslated
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{name} is no folder here, and the Hub does not give it: {reason}") from error
     return conform(known_splits(stored, name), columns, domain or name.split("/")[-1], name)
 
