@@ -114,11 +114,15 @@ def summary(result):
 
 
 def mean_and_deviation(summaries):
-    """Mean of each number over several splits, and the sample standard deviation under `std`."""
-    mean = {key: statistics.fmean(one[key] for one in summaries) for key in summaries[0]}
-    deviation = (
-        {key: statistics.stdev(one[key] for one in summaries) for key in summaries[0]} if len(summaries) > 1 else {}
-    )
+    """Mean of each number over several splits and the sample standard deviation (n - 1), 0 for one value.
+
+    A split that has no such number (None) is left out; without any the mean is None.
+    """
+    mean, deviation = {}, {}
+    for key in summaries[0]:
+        values = [one[key] for one in summaries if one[key] is not None]
+        mean[key] = statistics.fmean(values) if values else None
+        deviation[key] = statistics.stdev(values) if len(values) > 1 else 0.0
     return mean, deviation
 
 
@@ -297,7 +301,7 @@ def _curve(below_match, below, num_points=160):
         return {"distance": [], "false_match_rate": [], "true_match_rate": []}
     counts = torch.logspace(0, torch.tensor(float(num_non_matches)).log10().item(), num_points, dtype=torch.float64)
     # The last bin up to which not more than each wanted count are accepted.
-    bins = torch.searchsorted(below.cpu(), counts.long().clamp(max=num_non_matches), right=True) - 1
+    bins = torch.searchsorted(below.cpu(), counts.round().long().clamp(max=num_non_matches), right=True) - 1
     bins = bins[bins >= 0].unique()
     # Just below the next bin: the largest distance of this one.
     borders = ((bins.int() + 1 << LOW_BITS) - 1).view(torch.float32).clamp(max=4)

@@ -1,0 +1,660 @@
+"""evaluate.py from data to page, and the arithmetic in utils/evaluation.py against slow, plain references."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, ResNetConfig, ResNetModel
+
+import evaluate
+from tests.test_reporting import Page
+from utils import evaluation, extraction
+from utils.datasets import load_reid
+from utils.evaluation import Side
+from utils.loading import test_transform as make_transform
+from utils.modeling import ReIDModel
+
+ROOT = Path(__file__).parent.parent
+DATA = "synthetic:domain=b,num_ids=6"
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A small CLIP tower with random weights, as a transformers folder."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPVisionConfig(**sizes, image_size=32, patch_size=8, projection_dim=16)
+    CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    return str(folder)
+
+
+def run(*arguments):
+    # accelerate keeps one precision for the life of a process.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return evaluate.main(evaluate.parse_args([str(argument) for argument in arguments]))
+
+
+def shell(*arguments, launcher=(), **options):
+    """The script as people start it, in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *launcher, str(ROOT / "evaluate.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300, **options)
+
+
+def people(num_queries, num_gallery, *, num_ids=6, num_cams=3, width=16, seed=0):
+    """Two sides whose features are +-1: every cosine of width 16 is a multiple of 1/8, exact in float32, with ties."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randint(0, 2, (num_ids, width), generator=generator)
+
+    def side(count, name):
+        pids = torch.randint(0, num_ids, (count,), generator=generator)
+        flips = torch.rand(count, width, generator=generator) < 0.25
+        features = 2.0 * (centres[pids] ^ flips.long()) - 1
+        cameras = torch.randint(0, num_cams, (count,), generator=generator)
+        return Side(features, pids, cameras, [f"{name}/{row}.jpg" for row in range(count)])
+
+    return side(num_queries, "q"), side(num_gallery, "g")
+
+
+def dense(queries, gallery, protocol):
+    """Distances in float64, which pairs are of one person, and which the protocol keeps."""
+    units = [torch.nn.functional.normalize(side.features.double(), dim=1) for side in (queries, gallery)]
+    same = (queries.pids[:, None] == gallery.pids) & (queries.pids[:, None] != -1)
+    kept = ~(same & (queries.camids[:, None] == gallery.camids)) if protocol != "all" else torch.ones_like(same)
+    return 2 - 2 * units[0] @ units[1].T, same, kept
+
+
+# Thresholds
+
+
+@pytest.mark.parametrize("protocol", ["market", "all"])
+@pytest.mark.parametrize("seed", range(8))
+def test_thresholds_are_the_largest_within_the_rate(protocol, seed, monkeypatch):
+    monkeypatch.setattr(evaluation, "QUERY_TILE", 7)
+    monkeypatch.setattr(evaluation, "GALLERY_TILE", 16)
+    queries, gallery = people(30, 101, seed=seed)
+    gallery.pids[:5] = -1
+    queries.pids[0] = -1
+    rates = (0.3, 0.1, 1e-2, 1e-3, 1e-4)
+    found = evaluation.pair_statistics(queries, gallery, protocol=protocol, rates=rates)
+
+    distances, same, kept = dense(queries, gallery, protocol)
+    named = queries.pids[:, None] != -1
+    matches, others = distances[same & kept & named], distances[~same & named]
+    assert (found.num_matches, found.num_non_matches) == (len(matches), len(others))
+    for rate in rates:
+        one = found.thresholds[f"{rate:g}"]
+        # All distances are multiples of 1/4, so the candidates are few.
+        wanted = max((t for t in torch.arange(-1, 17) / 4 if (others <= t).double().mean() <= rate), default=None)
+        assert one["false_match_rate"] == pytest.approx(float((others <= wanted).double().mean()), abs=1e-12)
+        assert one["true_match_rate"] == pytest.approx(float((matches <= wanted).double().mean()), abs=1e-12)
+        if one["distance"] is None:
+            assert wanted < 0
+        else:
+            assert wanted <= one["distance"] < wanted + 0.25
+            assert (others <= one["distance"]).double().mean() <= rate
+    assert sum(found.match_counts) == len(matches) and sum(found.non_match_counts) == len(others)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_thresholds_of_real_features_agree_with_sorting(seed):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(40, 64, generator=generator)
+    pids = [torch.randint(0, 40, (count,), generator=generator) for count in (120, 700)]
+    sides = [
+        Side(centres[ids] + 2 * torch.randn(len(ids), 64, generator=generator), ids, ids % 3, [""] * len(ids))
+        for ids in pids
+    ]
+    # A camera of each image's own, so that no match is dropped.
+    sides[1].camids = torch.full_like(pids[1], 9)
+    found = evaluation.pair_statistics(*sides)
+    distances, same, _ = dense(*sides, "market")
+    others, matches = distances[~same].sort().values, distances[same]
+    for rate in evaluation.FALSE_MATCH_RATES:
+        one, allowed = found.thresholds[f"{rate:g}"], int(rate * len(others))
+        assert one["distance"] == pytest.approx(float(others[allowed]), abs=2e-6)
+        assert one["false_match_rate"] == allowed / len(others)
+        expected = float((matches < others[allowed]).double().mean())
+        assert one["true_match_rate"] == pytest.approx(expected, abs=1.5 / len(matches))
+    curve = found.curve
+    assert len(curve["distance"]) > 50 and curve["false_match_rate"][-1] == curve["true_match_rate"][-1] == 1
+    for distance, false, true in list(zip(*curve.values(), strict=True))[::10]:
+        assert false == pytest.approx(float((others <= distance).double().mean()), abs=1e-4)
+        assert true == pytest.approx(float((matches <= distance).double().mean()), abs=2e-3)
+
+
+def test_thresholds_without_matches_or_without_strangers():
+    queries, gallery = people(4, 9, num_ids=1)
+    alone = evaluation.pair_statistics(queries, gallery, protocol="all")
+    assert alone.num_non_matches == 0
+    assert all(one["distance"] is None and one["false_match_rate"] is None for one in alone.thresholds.values())
+    gallery.pids += 5
+    strangers = evaluation.pair_statistics(queries, gallery, protocol="all")
+    assert strangers.num_matches == 0 and strangers.thresholds["0.01"]["true_match_rate"] is None
+    assert strangers.curve["distance"] == []
+
+
+def test_identical_features_have_no_threshold():
+    queries, gallery = people(5, 20, num_ids=3, seed=1)
+    queries.features[:], gallery.features[:] = 1.0, 1.0
+    found = evaluation.pair_statistics(queries, gallery)
+    assert found.thresholds["0.01"] == {"distance": None, "true_match_rate": 0.0, "false_match_rate": 0.0}
+
+
+# Ranked lists, cameras, confusions
+
+
+@pytest.mark.parametrize("protocol", ["market", "all"])
+@pytest.mark.parametrize("seed", range(5))
+def test_ranked_lists_follow_the_protocol(protocol, seed):
+    queries, gallery = people(17, 60, seed=seed)
+    queries.pids[0], gallery.pids[:30] = -1, torch.where(torch.arange(30) % 4 == 0, -1, gallery.pids[:30])
+    indices, distances = evaluation.ranked_lists(queries, gallery, 60, protocol=protocol)
+    wanted, _, kept = dense(queries, gallery, protocol)
+    for row in range(17):
+        order = wanted[row].argsort(stable=True)
+        order = order[kept[row][order]]
+        found = indices[row][indices[row] >= 0]
+        assert found.tolist() == order.tolist()
+        torch.testing.assert_close(distances[row, : len(order)].double(), wanted[row][order], rtol=0, atol=1e-5)
+        assert distances[row, len(order) :].isinf().all()
+    short, _ = evaluation.ranked_lists(queries, gallery, 3, protocol=protocol)
+    assert torch.equal(short, indices[:, :3])
+    with pytest.raises(ValueError, match="61 ranked images of a gallery of 60"):
+        evaluation.ranked_lists(queries, gallery, 61)
+
+
+def average_precision(ranked_matches):
+    hits = np.flatnonzero(ranked_matches) + 1
+    return float(np.mean(np.arange(1, len(hits) + 1) / hits)) if len(hits) else None
+
+
+@pytest.mark.parametrize("protocol", ["market", "all"])
+def test_camera_pairs_equal_a_ranking_of_each_pair_alone(protocol):
+    queries, gallery = people(40, 120, num_ids=12, seed=3)
+    query_cameras, gallery_cameras, table = evaluation.camera_pairs(queries, gallery, protocol=protocol)
+    distances, same, kept = dense(queries, gallery, protocol)
+    assert query_cameras == gallery_cameras == [0, 1, 2]
+    for ours in query_cameras:
+        for theirs in gallery_cameras:
+            precisions = []
+            for row in (queries.camids == ours).nonzero().flatten().tolist():
+                columns = ((gallery.camids == theirs) & kept[row]).nonzero().flatten()
+                order = columns[distances[row, columns].argsort(stable=True)]
+                precisions.append(average_precision(same[row, order].numpy()))
+            precisions = [one for one in precisions if one is not None]
+            expected = pytest.approx(np.mean(precisions), abs=1e-9) if precisions else None
+            assert table[ours][theirs] == expected
+    assert (table[0][0] is None) == (protocol == "market")
+
+
+def test_confusions_count_both_directions():
+    queries, gallery = people(60, 80, num_ids=5, seed=5)
+    lists = evaluation.ranked_lists(queries, gallery, 10)
+    expected = Counter()
+    for row, column in enumerate(lists[0][:, 0].tolist()):
+        pair = sorted([int(queries.pids[row]), int(gallery.pids[column])])
+        expected[tuple(pair)] += pair[0] != pair[1]
+    found = evaluation.confusions(queries, gallery, *lists, limit=100)
+    assert {one.pids: one.count for one in found} == {pair: count for pair, count in expected.items() if count}
+    assert [one.count for one in found] == sorted((one.count for one in found), reverse=True)
+    for one in found:
+        assert sorted([int(queries.pids[one.query]), int(gallery.pids[one.gallery])]) == list(one.pids)
+
+
+def test_mean_and_sample_deviation():
+    mean, deviation = evaluation.mean_and_deviation([{"mAP": 0.1}, {"mAP": 0.4}, {"mAP": 0.7}])
+    assert mean == pytest.approx({"mAP": 0.4}) and deviation == pytest.approx(
+        {"mAP": float(np.std([1, 4, 7], ddof=1)) / 10}
+    )
+    assert evaluation.mean_and_deviation([{"mAP": 0.1}])[1] == {"mAP": 0.0}
+
+
+# The script, end to end
+
+
+@pytest.fixture(scope="module")
+def evaluated(clip, tmp_path_factory):
+    """An ordinary run with re-ranking: its folder and what it returned."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    metrics = run(
+        "--model", clip, "--resolution", 64, 32, "--data", DATA, "--rerank", "--k1", 5, "--output_dir", folder
+    )
+    return folder, metrics
+
+
+def read_rankings(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_features_are_those_of_the_model(evaluated, clip):
+    folder, _ = evaluated
+    data = load_reid("synthetic", domain="b", num_ids=6)
+    model = ReIDModel.from_backbone(clip, image_size=(64, 32)).eval()
+    transform = make_transform(model.image_size, model.image_mean, model.image_std, model.resample)
+    kept = load_file(folder / "features.safetensors")
+    for split, name in (("query", "q"), ("gallery", "g")):
+        with torch.no_grad():
+            expected = torch.cat([model(transform(image)[None]) for image in data[split]["image"]])
+        torch.testing.assert_close(kept[f"{name}f"], expected, rtol=0, atol=1e-5)
+        assert kept[f"{name}_pid"].tolist() == list(data[split]["pid"])
+        assert kept[f"{name}_cam"].tolist() == list(data[split]["camid"])
+
+
+def test_numbers_rankings_and_record_agree(evaluated):
+    folder, returned = evaluated
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["mAP"] == returned["mAP"] and metrics["backend"] == "torch"
+    (queries, gallery), *_ = extraction.load_features(folder / "features.safetensors")[0]
+    distances, same, kept = dense(queries, gallery, "market")
+    orders = [row.argsort(stable=True) for row in distances]
+    matches = [same[row][order[kept[row][order]]].numpy() for row, order in enumerate(orders)]
+    precisions = [average_precision(one) for one in matches]
+    assert metrics["mAP"] == pytest.approx(np.mean([one for one in precisions if one is not None]), abs=1e-3)
+    assert metrics["num_valid"] + metrics["num_skipped"] == metrics["num_queries"] == len(queries)
+    assert metrics["num_skipped"] == sum(one is None for one in precisions)
+
+    for name, numbers in (("rankings.csv", metrics), ("rankings_reranked.csv", metrics["reranked"])):
+        rows = read_rankings(folder / name)
+        assert list(rows[0]) == ["query", "rank", "gallery", "distance", "match"]
+        for k in (1, 5, 10, 20):
+            hit = {row["query"] for row in rows if int(row["rank"]) <= k and row["match"] == "1"}
+            assert numbers[f"rank{k}"] == pytest.approx(len(hit) / metrics["num_valid"])
+        values = [float(row["distance"]) for row in rows if row["query"] == queries.paths[0]]
+        assert values == sorted(values)
+    assert metrics["reranked"]["k1"] == 5 and set(metrics["thresholds"]) == {"0.01", "0.001", "0.0001"}
+    record = json.loads((folder / "args.json").read_text())
+    assert record["arguments"]["rerank"] is True and record["versions"]["torch"]
+    assert not list(folder.glob("*.part")) and not list(folder.glob("chunks-*"))
+
+
+def test_report_shows_queries_with_attention_and_every_section(evaluated):
+    page = Page((evaluated[0] / "report.html").read_text())
+    for words in (
+        "Distances and thresholds",
+        "Hardest confusions",
+        "Worst queries",
+        "Best queries",
+        "Cameras",
+        "re-ranked",
+    ):
+        assert words in page.text
+    assert any(image["alt"].startswith("attention on") for image in page.images)
+
+
+def test_same_command_extracts_nothing_again(evaluated, clip, capsys, monkeypatch):
+    folder, before = evaluated
+    monkeypatch.setattr(extraction, "extract_features", pytest.fail)
+    common = ("--model", clip, "--resolution", 64, 32, "--data", DATA, "--output_dir", folder)
+    again = run(*common, "--rerank", "--k1", 5)
+    assert "extracted before" in capsys.readouterr().out
+    assert again["mAP"] == before["mAP"] and again["reranked"]["mAP"] == before["reranked"]["mAP"]
+    other = run(*common, "--protocol", "all")
+    assert other["mAP"] != before["mAP"] and not (folder / "rankings_reranked.csv").exists()
+    run(*common, "--rerank", "--k1", 5)
+
+
+def test_other_preprocessing_or_data_extracts_again(evaluated, clip, tmp_path):
+    shutil.copy(evaluated[0] / "features.safetensors", tmp_path)
+    before = load_file(tmp_path / "features.safetensors")
+    run("--model", clip, "--resolution", 32, 32, "--data", DATA, "--output_dir", tmp_path)
+    after = load_file(tmp_path / "features.safetensors")
+    assert before["qf"].shape == after["qf"].shape and not torch.equal(before["qf"], after["qf"])
+
+
+def test_features_of_a_file_give_the_same_numbers(evaluated, tmp_path):
+    folder, metrics = evaluated
+    kept = load_file(folder / "features.safetensors")
+    long_names = {"q_pid": "query_pids", "g_pid": "gallery_pids", "q_cam": "query_camids", "g_cam": "gallery_cams"}
+    long_names |= {"qf": "query_features", "gf": "gallery_features"}
+    np.savez(tmp_path / "short.npz", **{name: tensor.numpy() for name, tensor in kept.items()})
+    np.savez(
+        tmp_path / "long.npz", **{long_names[name]: tensor.numpy().astype(">f8") for name, tensor in kept.items()}
+    )
+    save_file(kept, tmp_path / "plain.safetensors")
+    for name in ("short.npz", "long.npz", "plain.safetensors"):
+        again = run("--features", tmp_path / name, "--output_dir", tmp_path / "out", "--report_queries", 1)
+        for key in ("mAP", "mINP", "rank1", "rank10", "thresholds"):
+            assert again[key] == metrics[key], (name, key)
+    shown = run("--features", tmp_path / "short.npz", "--data", DATA, "--output_dir", tmp_path / "out")
+    assert shown["mAP"] == metrics["mAP"]
+    assert len(Page((tmp_path / "out" / "report.html").read_text()).images) > 50
+
+
+def test_saved_model_and_its_backbone_agree(clip, evaluated, tmp_path):
+    ReIDModel.from_backbone(clip, image_size=(64, 32), num_ids=3).save_pretrained(tmp_path / "model")
+    metrics = run(
+        "--model", tmp_path / "model", "--data", DATA, "--output_dir", tmp_path / "out", "--report_queries", 0
+    )
+    assert metrics["mAP"] == pytest.approx(evaluated[1]["mAP"], abs=1e-6)
+
+
+def test_bfloat16_stays_near(clip, evaluated, tmp_path):
+    common = ("--model", clip, "--resolution", 64, 32, "--data", DATA, "--output_dir", tmp_path, "--report_queries", 0)
+    run(*common, "--mixed_precision", "bf16")
+    half, full = (load_file(Path(folder) / "features.safetensors")["qf"] for folder in (tmp_path, evaluated[0]))
+    assert half.dtype == torch.float32 and not torch.equal(half, full)
+    assert (half * full).sum(1).min() > 0.999
+
+
+# Extraction: batches, processes, interruption
+
+
+def resnet(folder):
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1], layer_type="bottleneck"
+    )
+    ResNetModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_two_processes_give_the_same_bits(tmp_path):
+    """A ResNet, since its convolutions round differently in batches of another size."""
+    model = resnet(tmp_path / "resnet")
+    common = ("--model", model, "--resolution", 64, 32, "--data", DATA, "--batch_size", 5, "--report_queries", 0)
+    run(*common, "--output_dir", tmp_path / "one")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = shell(*common, "--output_dir", tmp_path / "two", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / "features.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    first, second = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert first["mAP"] == second["mAP"]
+
+
+def test_killed_extraction_goes_on_to_the_same_numbers(clip, tmp_path):
+    common = ("--model", clip, "--resolution", 64, 32, "--data", "synthetic:domain=b,num_ids=64", "--batch_size", 4)
+    common += ("--report_queries", 0)
+    command = [sys.executable, str(ROOT / "evaluate.py"), *map(str, common), "--output_dir", str(tmp_path / "killed")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 120
+    while len(list(tmp_path.glob("killed/chunks-*/*.safetensors"))) < 3:
+        assert process.poll() is None and time.monotonic() < until, "finished before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    chunks = {path: path.stat().st_mtime_ns for path in tmp_path.glob("killed/chunks-*/*.safetensors")}
+    assert 3 <= len(chunks) < 16 and not (tmp_path / "killed" / "features.safetensors").exists()
+
+    # What a kill in the middle of a write leaves, and a chunk of a broken disk.
+    some = sorted(chunks)[0]
+    some.with_name(f"{some.name}.part").write_bytes(b"half")
+    sorted(chunks)[1].write_bytes(b"damaged")
+    read = []
+    original = extraction.Pictures.__getitem__
+    try:
+        extraction.Pictures.__getitem__ = lambda self, row: (read.append(row), original(self, row))[1]
+        resumed = run(*common, "--output_dir", tmp_path / "killed")
+    finally:
+        extraction.Pictures.__getitem__ = original
+    whole = run(*common, "--output_dir", tmp_path / "whole")
+    assert not set(range(32)) & set(read) and set(range(32, 64)) <= set(read)
+    assert resumed.keys() == whole.keys()
+    for name in ("mAP", "mINP", "rank1", "thresholds"):
+        assert resumed[name] == whole[name]
+    killed, fresh = (load_file(tmp_path / name / "features.safetensors") for name in ("killed", "whole"))
+    assert all(torch.equal(killed[name], fresh[name]) for name in fresh)
+    assert not list(tmp_path.glob("*/chunks-*"))
+
+
+def test_features_that_are_not_finite_name_the_image(clip, tmp_path):
+    model = ReIDModel.from_backbone(clip, image_size=(64, 32))
+    with torch.no_grad():
+        next(model.backbone.parameters()).fill_(float("nan"))
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"features of synthetic-b/s0/\S+\.png are not finite"):
+        run("--model", tmp_path / "model", "--data", DATA, "--output_dir", tmp_path / "out")
+
+
+# Splits and search
+
+
+def small_viper(root, num_ids=632):
+    """VIPeR's true names and counts, every image a link to one of eight."""
+    for number in range(8):
+        image = Image.fromarray(np.random.default_rng(number).integers(0, 255, (16, 8, 3), dtype=np.uint8))
+        image.save(root / f"{number}.bmp")
+    for camera in ("a", "b"):
+        (root / "VIPeR" / f"cam_{camera}").mkdir(parents=True)
+        for pid in [*range(400), *range(642, 874)]:
+            os.link(
+                root / f"{(pid + (camera == 'b') * (pid % 3 == 0)) % 8}.bmp",
+                root / f"VIPeR/cam_{camera}/{pid:03d}_0.bmp",
+            )
+
+
+def test_splits_are_averaged_and_each_image_extracted_once(clip, tmp_path):
+    small_viper(tmp_path)
+    common = ("--model", clip, "--resolution", 32, 16, "--data_root", tmp_path, "--report_queries", 1)
+    mean = run(*common, "--data", "viper", "--splits", 3, "--output_dir", tmp_path / "mean")
+    kept = load_file(tmp_path / "mean" / "features.safetensors")
+    assert len(kept["features"]) <= 2 * 632 and kept["0.q_pid"].shape == (316,)
+    single = run(*common, "--data", "viper:split=1", "--output_dir", tmp_path / "single")
+    assert mean["splits"][1]["mAP"] == pytest.approx(single["mAP"], abs=1e-4)
+    values = [one["rank5"] for one in mean["splits"]]
+    assert mean["rank5"] == pytest.approx(np.mean(values)) and mean["std"]["rank5"] == pytest.approx(
+        np.std(values, ddof=1)
+    )
+    assert set(mean["thresholds"]["0.01"]) == {"distance", "true_match_rate", "false_match_rate", "std"}
+    again = run("--features", tmp_path / "mean" / "features.safetensors", "--output_dir", tmp_path / "again")
+    assert again["mAP"] == mean["mAP"] and again["std"] == mean["std"]
+
+
+def folders_of_people(root, name):
+    """Query and gallery folders whose files are named by `name(pid, camid, number)`."""
+    data = load_reid("synthetic", domain="b", num_ids=4)
+    for split in ("query", "gallery"):
+        for number, row in enumerate(data[split]):
+            path = root / split / name(row["pid"], row["camid"], number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            row["image"].save(path)
+    return ("--query_dir", root / "query", "--gallery_dir", root / "gallery", "--resolution", 64, 32)
+
+
+def test_search_without_labels(clip, tmp_path):
+    search = folders_of_people(tmp_path, lambda pid, camid, number: f"=<b>{number} x.png")
+    (tmp_path / "query" / ".hidden.png").write_bytes(b"")
+    metrics = run("--model", clip, *search, "--output_dir", tmp_path / "out", "--topk", 5)
+    assert metrics["mAP"] is None and metrics["protocol"] == "all"
+    rows = read_rankings(tmp_path / "out" / "rankings.csv")
+    assert len(rows) == 5 * metrics["num_queries"] and {row["match"] for row in rows} == {""}
+    assert all(row["query"].startswith("'=<b>") for row in rows)
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert "=<b>0 x.png" in page.text and "✓" not in page.text and "b" not in page.tags[20:21]
+
+
+@pytest.mark.parametrize(
+    "name, protocol",
+    [
+        (lambda pid, camid, number: f"{pid:04d}_c{camid + 1}_{number}.png", "market"),
+        (lambda pid, camid, number: f"somebody {pid}/{number}.png", "all"),
+    ],
+)
+def test_search_reads_labels_of_files_and_folders(clip, tmp_path, name, protocol):
+    search = folders_of_people(tmp_path, name)
+    metrics = run("--model", clip, *search, "--output_dir", tmp_path / "out", "--report_queries", 1)
+    data = load_reid("synthetic", domain="b", num_ids=4)
+    features = load_file(tmp_path / "out" / "features.safetensors")
+    assert metrics["protocol"] == protocol and metrics["num_valid"] == len(data["query"])
+    for split, letter in (("query", "q"), ("gallery", "g")):
+        # Files are sorted by name, so only the counts of the identities can be compared.
+        assert sorted(Counter(features[f"{letter}_pid"].tolist()).values()) == sorted(
+            Counter(data[split]["pid"]).values()
+        )
+
+
+def test_unreadable_images_are_listed_and_left_out(clip, tmp_path):
+    search = folders_of_people(tmp_path, lambda pid, camid, number: f"{pid:04d}_c{camid + 1}_{number}.png")
+    broken = sorted((tmp_path / "gallery").iterdir())[1]
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(ValueError, match=broken.name):
+        run("--model", clip, *search, "--output_dir", tmp_path / "out")
+    metrics = run(
+        "--model", clip, *search, "--output_dir", tmp_path / "out", "--skip_unreadable", "--report_queries", 1
+    )
+    assert len(metrics["skipped_images"]) == 1 and broken.name in metrics["skipped_images"][0]
+    assert metrics["num_gallery"] == len(list((tmp_path / "gallery").iterdir())) - 1
+    assert broken.name in Page((tmp_path / "out" / "report.html").read_text()).text
+
+
+# Export
+
+
+def test_onnx_export_takes_any_batch(clip, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    run("--model", clip, "--resolution", 64, 32, "--export", "onnx", tmp_path / "model.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    model = ReIDModel.from_backbone(clip, image_size=(64, 32)).eval()
+    for batch in (1, 2, 7):
+        images = torch.randn(batch, 3, 64, 32)
+        with torch.no_grad():
+            expected = model(images).numpy()
+        np.testing.assert_allclose(session.run(None, {"images": images.numpy()})[0], expected, atol=1e-5)
+
+
+# Bad input
+
+
+def good_arrays():
+    queries, gallery = people(6, 20)
+    return {
+        "qf": queries.features.numpy(), "gf": gallery.features.numpy(),
+        "q_pid": queries.pids.numpy(), "g_pid": gallery.pids.numpy(),
+        "q_cam": queries.camids.numpy(), "g_cam": gallery.camids.numpy(),
+    }  # fmt: skip
+
+
+def change(name, function):
+    def apply(arrays):
+        arrays[name] = function(arrays[name].copy())
+
+    return apply
+
+
+def put(value):
+    def function(array):
+        array[3] = value
+        return array
+
+    return function
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (change("gf", lambda array: array[:, :9]), "query features are 16 wide, gallery features 9"),
+        (change("qf", put(np.nan)), r"1 query feature rows, 3 \(query 3\), hold NaN"),
+        (change("gf", put(np.inf)), r"1 gallery feature rows, 3 \(gallery 3\), hold NaN or infinity"),
+        (change("gf", put(0)), r"3 \(gallery 3\), are zero"),
+        (change("q_pid", lambda array: array[:-1]), "6 query features come with 5 identities"),
+        (change("g_cam", lambda array: array[:2]), "20 gallery features come with 2 cameras"),
+        (change("q_pid", lambda array: array + 0.5), "fractions"),
+        (change("q_pid", lambda array: array + 100), "pids"),
+        (change("qf", lambda array: array[0]), "query features have shape"),
+        (change("qf", lambda array: array[:0]), "at least one row"),
+        (change("qf", lambda array: array.astype(object)), "cannot be read"),
+        (change("q_pid", lambda array: np.array([f"p{one}" for one in array])), "q_pid in .* expected numbers"),
+        (change("qf", lambda array: array.astype(np.int64)), "floating-point"),
+        (lambda arrays: arrays.pop("gf"), "has no gf or gallery_features"),
+    ],
+)
+def test_bad_features_are_refused_in_one_line(tmp_path, spoil, message):
+    arrays = good_arrays()
+    spoil(arrays)
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        run("--features", tmp_path / "bad.npz", "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--rerank", "--k1", "-3"], "--k1 must be 1 or more, got -3"),
+        (["--rerank", "--k2", "0"], "--k2 must be 1 or more, got 0"),
+        (["--rerank", "--lambda_value", "1.2"], "--lambda_value must be between 0 and 1, got 1.2"),
+        (["--rerank", "--lambda_value", "nan"], "--lambda_value must be between 0 and 1, got nan"),
+        (["--topk", "0"], "--topk"),
+        (["--batch_size", "0"], "--batch_size must be 1 or more"),
+        (["--query_dir", "q"], "belong together"),
+        (["--query_dir", "q", "--gallery_dir", "g", "--data", "viper"], "leave out --data"),
+        (["--features", "f.npz", "--model", "m"], "--features needs no model"),
+        (["--data", "viper:split=2", "--splits", "10"], "leave split= out"),
+        (["--splits", "0"], "--splits must be 1 or more"),
+        (["--export", "torchscript", "m.pt"], "--export takes `onnx FILE.onnx`"),
+        (["--resolution", "0", "128"], "--resolution must be two positive"),
+    ],
+)
+def test_bad_arguments_stop_in_the_parser(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.parse_args(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "{tmp}"], "is no model folder: it has no config.json"),
+        (["--model", "{tmp}/none"], "does not exist"),
+        (["--model", "{clip}", "--data", "markt1501"], "did you mean market1501"),
+        (["--model", "{clip}", "--data", "market1501", "--data_root", "{tmp}"], "market1501"),
+        (["--model", "{clip}", "--data", DATA, "--topk", "9999"], "--topk 9999 is more than the gallery's"),
+        (["--model", "{clip}", "--query_dir", "{tmp}", "--gallery_dir", "{tmp}"], "holds no images"),
+        (["--model", "{clip}", "--query_dir", "{tmp}/x", "--gallery_dir", "{tmp}"], "is not a folder"),
+        (["--features", "{tmp}/none.npz"], "there is no such file"),
+        (["--features", "{clip}/config.json"], "neither .safetensors nor .npz"),
+    ],
+)
+def test_bad_input_stops_before_a_model_loads(arguments, message, clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_model", pytest.fail)
+    arguments = [argument.format(tmp=tmp_path, clip=clip) for argument in arguments]
+    with pytest.raises(ValueError, match=message):
+        run(*arguments, "--output_dir", tmp_path / "out")
+
+
+def test_user_errors_end_in_one_line_without_a_traceback(tmp_path):
+    arrays = good_arrays()
+    arrays["q_pid"] += 100
+    np.savez(tmp_path / "strangers.npz", **arrays)
+    done = shell("--features", tmp_path / "strangers.npz", "--output_dir", tmp_path / "out")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("evaluate.py: ") and "10" in last and "pids" in last
+
+
+def test_full_disk_keeps_the_old_results(tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    np.savez(tmp_path / "features.npz", **good_arrays())
+    run("--features", tmp_path / "features.npz", "--output_dir", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert set(before) == {"metrics.json", "rankings.csv", "args.json", "report.html"}
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); del sys.argv[0]; "
+    limit += "sys.path.insert(0, '.'); runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = shell(
+        "--features", tmp_path / "features.npz", "--output_dir", tmp_path / "out", "--seed", 3, launcher=("-c", limit)
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "before is unchanged" in done.stderr.strip().splitlines()[-1]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
