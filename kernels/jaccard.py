@@ -9,6 +9,7 @@
 A row of V' has some 50 entries at any size of the set, so all of it is kept as sparse rows.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from .tiles import expand_ranges, row_groups, unit_rows
 # give equal distances on every device, with atomic additions too.
 ONE = 1 << 30
 ENTRY_LIMIT = 1 << 22
+GATHER_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -133,18 +135,31 @@ def expanded_sets(indices, k1):
 def neighbour_weights(units, members, inverse, fourth_power):
     """V on the entries of `members`."""
     num_rows = inverse.shape[0]
-    weights = torch.empty(members.columns.shape[0], dtype=units.dtype, device=units.device)
-    limit = max(1, (32 << 20) // units.shape[1] // 4)
-    for begin, end in row_groups(members.counts.cpu(), limit):
-        rows, columns, _ = members.entries(begin, end)
-        rows = rows + begin
-        distance = (2 - 2 * (units[rows] * units[columns]).sum(1)).clamp_(min=0) * inverse[rows]
-        if fourth_power:
-            distance = distance.square()
-        weights[members.offsets[begin] : members.offsets[end]] = torch.exp(-distance)
     rows = torch.repeat_interleave(torch.arange(num_rows, device=units.device), members.counts)
+    distance = (2 - 2 * sampled_products(units, members, num_rows)).clamp_(min=0) * inverse[rows]
+    weights = torch.exp(-distance.square() if fourth_power else -distance)
     totals = torch.zeros(num_rows, dtype=torch.float64, device=units.device).index_add_(0, rows, weights.double())
     return SparseRows(members.offsets, members.columns, weights / totals[rows])
+
+
+def sampled_products(units, members, num_rows):
+    """<x_i, x_j> for the entries (i, j) of `members`."""
+    if units.device.type == "cpu":
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+            zeros = torch.zeros(members.columns.shape[0], dtype=units.dtype)
+            wanted = torch.sparse_csr_tensor(
+                members.offsets, members.columns, zeros, size=(num_rows, num_rows), check_invariants=False
+            )
+        units = units[:num_rows]
+        return torch.sparse.sampled_addmm(wanted, units, units.t(), beta=0.0).values()
+    products = torch.empty(members.columns.shape[0], dtype=units.dtype, device=units.device)
+    limit = max(1, GATHER_BYTES // (units.shape[1] * units.element_size()))
+    for begin, end in row_groups(members.counts.cpu(), limit):
+        rows, columns, _ = members.entries(begin, end)
+        some = slice(int(members.offsets[begin]), int(members.offsets[end]))
+        products[some] = (units[rows + begin] * units[columns]).sum(1)
+    return products
 
 
 def mean_rows(weights, neighbours):
@@ -169,11 +184,10 @@ def mean_rows(weights, neighbours):
 
 
 def add_overlaps(shared, rows, columns, values, inverted):
-    """Add sum_k min(V'_row,k, V'_g,k) to the int32 matrix `shared`; return the flat places that were touched.
+    """Add sum_k min(V'_row,k, V'_g,k) to the int32 matrix `shared` (rows, others).
 
     (rows, columns, values) are entries of V' of some rows, `inverted` the V' of the others by column.
     """
-    entry, place = expand_ranges(inverted.offsets[:-1][columns], inverted.counts[columns])
-    flat = rows[entry] * shared.shape[1] + inverted.columns[place]
+    entry, place = expand_ranges(inverted.offsets[columns], inverted.counts[columns])
+    flat = (rows * shared.shape[1])[entry].add_(inverted.columns[place])
     shared.view(-1).index_add_(0, flat, torch.minimum(values[entry], inverted.values[place]))
-    return flat

@@ -11,7 +11,7 @@ import torch
 from .dispatch import check_count, check_features, choose_backend
 from .jaccard import ENTRY_LIMIT, ONE, add_overlaps, neighbour_vectors
 from .ranking import Labels, metrics_of_strips
-from .tiles import padded, row_groups, similarity_strips, strip_height, unit_rows
+from .tiles import ROW_MULTIPLE, hits, padded, row_groups, similarity_strips, strip_height, unit_rows
 from .topk import TopK, strip_topk
 
 COMPAT = (None, "torchreid")
@@ -39,11 +39,11 @@ class ReRanking:
         self.num_queries, self.num_gallery = queries.shape[0], gallery.shape[0]
         self.lambda_value, self.fourth_power, self.backend = lambda_value, fourth_power, path
         num_rows = self.num_queries + self.num_gallery
-        self._queries = unit_rows(("queries", queries))
-        units = unit_rows(("queries", queries), ("gallery", gallery))
-        self._vectors, inverse = neighbour_vectors(units, num_rows, k1, k2, fourth_power)
+        units = unit_rows(("queries", queries), ("gallery", gallery), spare=ROW_MULTIPLE)
+        self._queries = units[: padded(self.num_queries)]
+        self._gallery = units[self.num_queries : self.num_queries + padded(self.num_gallery)]
+        self._vectors, inverse = neighbour_vectors(units[: padded(num_rows)], num_rows, k1, k2, fourth_power)
         self._inverse = inverse[: self.num_queries, None]
-        self._gallery = unit_rows(("gallery", gallery))
         self._inverted = self._vectors.by_column(self.num_queries, num_rows, num_rows)
 
     def metrics(self, query_pids, gallery_pids, query_cams, gallery_cams, max_rank=50, protocol="market", seed=0):
@@ -81,7 +81,8 @@ class ReRanking:
             if self.lambda_value < 1:
                 if shared is None:
                     shared = torch.zeros(strip.shape, dtype=torch.int32, device=strip.device)
-                self._subtract_overlaps(strip, start, shared)
+                    mask = torch.empty(strip.shape, dtype=torch.bool, device=strip.device)
+                self._add_overlaps(strip, start, shared, mask)
             strip[:, self.num_gallery :] = -torch.inf
             yield start, strip
 
@@ -104,21 +105,19 @@ class ReRanking:
             scale = 2 * self.lambda_value * inverse
             strip.mul_(scale).sub_(scale + (1 - self.lambda_value))
 
-    def _subtract_overlaps(self, strip, start, shared):
+    def _add_overlaps(self, strip, start, shared, mask):
         """In place: add (1 - lambda) t / (2 - t) where rows and gallery share a neighbour. `shared` is left zero."""
         stop = start + strip.shape[0]
-        lengths = self._inverted.counts
-        costs = torch.zeros(strip.shape[0], dtype=torch.int64, device=strip.device)
         rows, columns, _ = self._vectors.entries(start, stop)
-        costs.index_add_(0, rows, lengths[columns])
+        costs = torch.zeros(strip.shape[0], dtype=torch.int64, device=strip.device)
+        costs.index_add_(0, rows, self._inverted.counts[columns])
         for begin, end in row_groups(costs.cpu(), ENTRY_LIMIT):
-            entries = self._vectors.entries(start + begin, start + end)
-            part, counted = strip[begin:end], shared[: end - begin]
-            flat = add_overlaps(counted, *entries, self._inverted)
-            overlap = counted.view(-1)[flat].to(strip.dtype) / ONE
-            # A place that was touched twice is written twice, with one and the same value.
-            part.view(-1)[flat] = part.view(-1)[flat] + (1 - self.lambda_value) * (overlap / (2 - overlap))
-            counted.view(-1)[flat] = 0
+            counted, places = shared[: end - begin], strip[begin:end].view(-1)
+            add_overlaps(counted, *self._vectors.entries(start + begin, start + end), self._inverted)
+            _, _, touched = hits(torch.ne(counted, 0, out=mask[: end - begin]))
+            overlap = counted.view(-1)[touched].to(strip.dtype) / ONE
+            places[touched] += (1 - self.lambda_value) * (overlap / (2 - overlap))
+            counted.zero_()
 
 
 def k_reciprocal_rerank_reference(queries, gallery, k1=20, k2=6, lambda_value=0.3, compat=None):

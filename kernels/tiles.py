@@ -19,8 +19,10 @@ def padded(count):
     return -(-count // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def unit_rows(*named_features):
+def unit_rows(*named_features, spare=0):
     """Rows of all (name, features) one after the other, divided by their length and padded with zero rows.
+
+    `spare` more zero rows follow, so that padded views may start at any row.
 
     Zero rows and rows that are not finite raise ValueError, naming them.
     """
@@ -28,7 +30,7 @@ def unit_rows(*named_features):
     first = named_features[0][1]
     double = any(features.dtype == torch.float64 for _, features in named_features)
     dtype = torch.float64 if double else torch.float32
-    units = torch.empty(padded(total), first.shape[1], dtype=dtype, device=first.device)
+    units = torch.empty(padded(total) + spare, first.shape[1], dtype=dtype, device=first.device)
     units[total:] = 0
     start = 0
     for name, features in named_features:
@@ -116,9 +118,8 @@ def descending_key(values):
 def expand_ranges(starts, counts):
     """For ranges (start, count): the number of the range of every element, and the element, one after the other."""
     owner = torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts)
-    before = counts.cumsum(0) - counts
-    within = torch.arange(owner.shape[0], device=counts.device) - before[owner]
-    return owner, starts[owner] + within
+    shift = starts - (counts.cumsum(0) - counts)
+    return owner, shift[owner].add_(torch.arange(owner.shape[0], device=counts.device))
 
 
 def row_groups(costs, limit):
