@@ -8,17 +8,19 @@ whole matrix never exists. A distance is `2 - 2 cos`, from 0 to 4. Which pairs c
 import statistics
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from kernels import RankMetrics, cosine_topk, rank_metrics
 from kernels.dispatch import full_precision
+from kernels.tiles import expand_ranges
 
 PROTOCOLS = ("market", "cuhk03", "all")
 UNKNOWN = -1
 FALSE_MATCH_RATES = (1e-2, 1e-3, 1e-4)
 RANKS = (1, 5, 10, 20)
 MAX_RANK = 50
-QUERY_TILE, GALLERY_TILE = 512, 4096
+QUERY_TILE, GALLERY_TILE = 256, 2048
 
 # Distances are sorted without sorting: float32 bits of values >= 0 grow with the value. The upper bits name a bin of
 # the first pass, the lower ones a bin of the second.
@@ -194,12 +196,11 @@ def pair_statistics(queries, gallery, *, protocol="market", rates=FALSE_MATCH_RA
     queries = queries.take((queries.pids != UNKNOWN).nonzero().flatten())
     matches = torch.zeros(NUM_BINS, dtype=torch.int64, device=queries.features.device)
     non_matches = torch.zeros_like(matches)
-    for bits, same, kept in _tiles(queries, gallery, protocol):
+    for bits, rows, columns, kept in _tiles(queries, gallery, protocol):
         bins = bits >> LOW_BITS
-        of_same = bins[same]
-        non_matches += torch.bincount(bins.flatten(), minlength=NUM_BINS)
-        non_matches -= torch.bincount(of_same, minlength=NUM_BINS)
-        matches += torch.bincount(of_same[kept], minlength=NUM_BINS)
+        of_same = bins[rows, columns]
+        non_matches += _count(bins, NUM_BINS) - _count(of_same, NUM_BINS)
+        matches += _count(of_same[kept], NUM_BINS)
 
     num_matches, num_non_matches = int(matches.sum()), int(non_matches.sum())
     below_match, below = matches.cumsum(0), non_matches.cumsum(0)
@@ -240,34 +241,52 @@ def _unit(features):
 
 
 def _tiles(queries, gallery, protocol):
-    """For each tile: bits of the distances (m, n) int32, which pairs are of one identity, which of these are kept."""
-    query_features, gallery_features = _unit(queries.features), _unit(gallery.features)
+    """For each tile: bits of the distances (m, n) int32; rows, columns of its pairs of one identity; which are kept.
+
+    The gallery is sorted by identity, so that a query's own are neighbours. The next tile overwrites the bits.
+    """
+    gallery = gallery.take(gallery.pids.argsort(stable=True))
+    query_features, gallery_features = _unit(queries.features).mul_(-2), _unit(gallery.features)
+    starts = torch.searchsorted(gallery.pids, queries.pids)
+    stops = torch.searchsorted(gallery.pids, queries.pids, right=True)
+    memory = query_features.new_empty(QUERY_TILE * GALLERY_TILE)
     for top in range(0, len(queries), QUERY_TILE):
+        strip = query_features[top : top + QUERY_TILE]
         for left in range(0, len(gallery), GALLERY_TILE):
-            across, down = slice(left, left + GALLERY_TILE), slice(top, top + QUERY_TILE)
+            across = gallery_features[left : left + GALLERY_TILE]
+            distances = memory[: len(strip) * len(across)].view(len(strip), len(across))
             with full_precision():
-                distances = query_features[down] @ gallery_features[across].T
-            distances.mul_(-2).add_(2).clamp_(0, 4)
-            same = queries.pids[down, None] == gallery.pids[None, across]
-            rows, columns = same.nonzero(as_tuple=True)
+                torch.mm(strip, across.T, out=distances)
+            distances.add_(2).clamp_(0, 4)
+            first, last = ((ends[top : top + len(strip)] - left).clamp(0, len(across)) for ends in (starts, stops))
+            rows, columns = expand_ranges(first, last - first)
             kept = ~dropped(queries, gallery, rows + top, columns + left, protocol)
-            yield distances.view(torch.int32), same, kept
+            yield distances.view(torch.int32), rows, columns, kept
+
+
+def _count(values, size):
+    """How often each of 0..size - 1 occurs; numpy's counting is several times faster than torch's on a CPU."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.bincount(values.numpy().ravel(), minlength=size))
+    return torch.bincount(values.flatten(), minlength=size)
 
 
 def _fine_counts(queries, gallery, protocol, coarse_bins):
     """For each coarse bin the counts of (matches, non-matches) at each of its float32 values."""
     size = 1 << LOW_BITS
-    zeros = torch.zeros(2, size, dtype=torch.int64, device=queries.features.device)
-    fine = {one: zeros.clone() for one in coarse_bins}
+    fine = {one: torch.zeros(2, size, dtype=torch.int64, device=queries.features.device) for one in coarse_bins}
     if not fine:
         return fine
-    for bits, same, kept in _tiles(queries, gallery, protocol):
-        bins = bits >> LOW_BITS
-        same_bits = bits[same]
+
+    def count(bits, bins, one):
+        return _count(bits[bins == one] & (size - 1), size)
+
+    for bits, rows, columns, kept in _tiles(queries, gallery, protocol):
+        bins, of_same = bits >> LOW_BITS, bits[rows, columns]
+        bins_of_same = of_same >> LOW_BITS
         for one, (matches, non_matches) in fine.items():
-            of_same = same_bits[kept]
-            matches += torch.bincount(of_same[of_same >> LOW_BITS == one] & (size - 1), minlength=size)
-            non_matches += torch.bincount(bits[(bins == one) & ~same] & (size - 1), minlength=size)
+            matches += count(of_same[kept], bins_of_same[kept], one)
+            non_matches += count(bits, bins, one) - count(of_same, bins_of_same, one)
     return fine
 
 
