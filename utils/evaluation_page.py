@@ -178,12 +178,17 @@ def add_distances(report, pairs):
 def add_cameras(report, query_cameras, gallery_cameras, table):
     if len(query_cameras) * len(gallery_cameras) < 2:
         return
-    report.section("Cameras", "mAP of each query camera against each gallery camera alone.")
+    report.section("Cameras", "mAP in % of each query camera against each gallery camera alone.")
     columns = ["query \\ gallery", *map(str, gallery_cameras)]
-    rows = [[camera, *map(percent, row)] for camera, row in zip(query_cameras, table, strict=True)]
-    report.table(
-        columns, rows, shades=table, caption="Cameras count from 0. A dash: no query of that camera has a match there."
-    )
+    rows = [
+        [camera, *("–" if value is None else f"{100 * value:.1f}" for value in row)]
+        for camera, row in zip(query_cameras, table, strict=True)
+    ]
+    values = [value for row in table for value in row if value is not None]
+    low, spread = min(values, default=0), max(values, default=0) - min(values, default=0)
+    shades = [[None if value is None else (value - low) / (spread or 1) for value in row] for row in table]
+    caption = "Cameras count from 0; the darker, the better. A dash: no query of that camera has a match there."
+    report.table(columns, rows, shades=shades, caption=caption)
 
 
 def add_confusions(report, findings, pictures):
@@ -228,10 +233,10 @@ def add_queries(report, findings, pictures, number, seed):
     for title, rows in kinds:
         if not rows:
             continue
-        report.section(
-            title,
-            "A green frame with ✓ is the person asked for, a dashed red one with ✕ another; numbers are distances.",
+        legend = (
+            "A green frame with ✓ is the person asked for, a dashed red one with ✕ another; numbers are distances."
         )
+        report.section(title, legend if pictures else "")
         if pictures is None:
             report.table(
                 ["query", "average precision", "first match at rank"],
