@@ -14,13 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
-from .dispatch import check_count, check_features
+from .dispatch import check_count, check_features, choose_backend
 from .neighbours import self_neighbours
 from .tiles import expand_ranges, row_groups, unit_rows
 
 # V' is kept in units of 2**-30. Sums of integers do not depend on their order, so that equal sets of neighbours
 # give equal distances on every device, with atomic additions too.
 ONE = 1 << 30
+COMPAT = (None, "torchreid")
 ENTRY_LIMIT = 1 << 22
 GATHER_BYTES = 64 << 20
 
@@ -62,18 +63,25 @@ def offsets_of(rows, num_rows):
     return torch.searchsorted(rows, torch.arange(num_rows + 1, device=rows.device))
 
 
-def k_reciprocal_vectors(features, *, k1=20, k2=6, compat=None):
+def k_reciprocal_vectors(features, *, k1=20, k2=6, compat=None, backend="auto"):
     """V' of every row of (N, D) features against all of them: SparseRows with float32 values, rows summing to 1."""
     check_features(features, features)
     k1, k2 = check_count("k1", k1, 0), check_count("k2", k2, 0)
+    check_compat(compat)
+    path = choose_backend(backend, features, "k_reciprocal_rerank")
     units = unit_rows(("features", features))
-    vectors, _ = neighbour_vectors(units, features.shape[0], k1, k2, fourth_power=compat == "torchreid")
+    vectors, _ = neighbour_vectors(units, features.shape[0], k1, k2, compat == "torchreid", path)
     return SparseRows(vectors.offsets, vectors.columns, vectors.values.double().div_(ONE).float())
 
 
-def neighbour_vectors(units, num_rows, k1, k2, fourth_power):
+def check_compat(compat):
+    if compat not in COMPAT:
+        raise ValueError(f"compat must be None or 'torchreid', got {compat!r}")
+
+
+def neighbour_vectors(units, num_rows, k1, k2, fourth_power, path="torch"):
     """V' in units of 1 / ONE (int32) and the inverse of each row's largest distance (0 where all rows are equal)."""
-    found = self_neighbours(units, num_rows, max(k1 + 1, k2))
+    found = self_neighbours(units, num_rows, max(k1 + 1, k2), path)
     inverse = inverse_largest(found.lowest)
     members = expanded_sets(found.indices, k1)
     weights = neighbour_weights(units, members, inverse, fourth_power)
@@ -183,11 +191,16 @@ def mean_rows(weights, neighbours):
     return SparseRows(offsets, torch.cat(columns), torch.cat(values))
 
 
-def add_overlaps(shared, rows, columns, values, inverted):
+def add_overlaps(shared, rows, columns, values, inverted, path="torch"):
     """Add sum_k min(V'_row,k, V'_g,k) to the int32 matrix `shared` (rows, others).
 
     (rows, columns, values) are entries of V' of some rows, `inverted` the V' of the others by column.
     """
+    if path == "triton":
+        from .jaccard_triton import add_overlaps_triton
+
+        add_overlaps_triton(shared, rows, columns, values, inverted)
+        return
     entry, place = expand_ranges(inverted.offsets[columns], inverted.counts[columns])
     flat = (rows * shared.shape[1])[entry].add_(inverted.columns[place])
     shared.view(-1).index_add_(0, flat, torch.minimum(values[entry], inverted.values[place]))

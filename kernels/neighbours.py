@@ -28,9 +28,14 @@ class Neighbours:
     lowest: torch.Tensor
 
 
-def self_neighbours(units, num_rows, k):
+def self_neighbours(units, num_rows, k, path="torch"):
     """Neighbours of the first `num_rows` unit rows among themselves: int64 (N, k) and (N,)."""
     k = min(k, num_rows)
+    if path == "triton":
+        from .topk_triton import launch_topk
+
+        _, indices, lowest = launch_topk(units[:num_rows], units[:num_rows], k, itself=True)
+        return Neighbours(indices, lowest)
     worth_it = num_rows >= SYMMETRIC_MIN_ROWS and k * GROUP <= TILE_ROWS
     if units.device.type == "cpu" and units.dtype == torch.float32 and worth_it:
         return symmetric_neighbours(units, num_rows, k)

@@ -72,7 +72,17 @@ def rank_metrics(
     check_features(queries, gallery)
     labels = Labels(query_pids, gallery_pids, query_cams, gallery_cams, protocol, queries, gallery)
     max_rank = check_count("max_rank", max_rank, 1)
-    path = choose_backend(backend, queries)
+    path = choose_backend(backend, queries, "rank_metrics")
+    if path == "triton" and protocol == "cuhk03":
+        if backend == "triton":
+            raise ValueError("protocol='cuhk03' draws images and needs backend='torch'")
+        path = "torch"
+    if path == "triton":
+        from .ranking_triton import match_ranks_triton
+
+        tally = Tally(labels)
+        tally.add(*match_ranks_triton(queries, gallery, labels))
+        return tally.metrics(max_rank, path)
     units, gallery_units = unit_rows(("queries", queries)), unit_rows(("gallery", gallery))
     strips = similarity_strips(units, queries.shape[0], gallery_units, gallery.shape[0])
     return metrics_of_strips(strips, labels, max_rank, path, seed)
@@ -117,9 +127,13 @@ class Labels:
         """Rows (from `begin` on), gallery columns (ascending in a row) and whether each same-identity pair stays."""
         rows, places = expand_ranges(self.starts[begin:end], self.counts[begin:end])
         columns = self.order[places]
+        return rows, columns, self.keeps(rows + begin, columns)
+
+    def keeps(self, rows, columns):
+        """Whether each same-identity pair (query, gallery item) stays under the protocol."""
         if self.protocol == "all":
-            return rows, columns, torch.ones_like(rows, dtype=torch.bool)
-        return rows, columns, self.query_cams[begin:end][rows] != self.gallery_cams[columns]
+            return torch.ones_like(rows, dtype=torch.bool)
+        return self.query_cams[rows] != self.gallery_cams[columns]
 
     def no_valid_query(self):
         """The error for sets in which no query has a match left."""
@@ -140,16 +154,12 @@ class Labels:
 
 def metrics_of_strips(strips, labels, max_rank, path, seed=0):
     """RankMetrics from an iterator of (first row, score strip), larger scores first."""
-    num_queries = labels.query_pids.shape[0]
-    device = labels.query_pids.device
-    sums = torch.zeros(3, num_queries, dtype=torch.float64, device=device)
-    first = torch.full((num_queries,), -1, dtype=torch.int64, device=device)
-    valid = torch.zeros(num_queries, dtype=torch.bool, device=device)
+    tally = Tally(labels)
     single_shot = SingleShot(labels, max_rank, seed) if labels.protocol == "cuhk03" else None
     mask = None
     for start, strip in strips:
         if mask is None:
-            mask = torch.empty(strip.shape, dtype=torch.bool, device=device)
+            mask = torch.empty(strip.shape, dtype=torch.bool, device=strip.device)
         counts = labels.counts_cpu[start : start + strip.shape[0]]
         for begin, end in row_groups(counts, PAIR_LIMIT):
             rows, columns, kept = labels.pairs(start + begin, start + end)
@@ -159,38 +169,52 @@ def metrics_of_strips(strips, labels, max_rank, path, seed=0):
             if single_shot is not None:
                 single_shot.add(start + begin, part, rows, columns)
             rows, ranks = match_ranks(part, rows, columns, mask[: end - begin])
-            fill_values(rows + start + begin, ranks, sums, first, valid)
-    ap, inp = (torch.where(valid, value, torch.nan).cpu() for value in sums[:2])
-    num_valid = int(valid.sum())
-    if num_valid == 0:
-        raise labels.no_valid_query()
-    if single_shot is not None:
-        cmc = single_shot.cmc(num_valid)
-    else:
-        cmc = first_rank_curve(first[valid], max_rank) / num_valid
-    return RankMetrics(
-        mAP=float(ap.nanmean()),
-        cmc=cmc.cpu(),
-        mINP=float(inp.nanmean()),
-        ap=ap,
-        inp=inp,
-        first_match=first.cpu(),
-        num_valid=num_valid,
-        num_skipped=num_queries - num_valid,
-        backend=path,
-    )
+            tally.add(rows + start + begin, ranks)
+    return tally.metrics(max_rank, path, single_shot)
 
 
-def fill_values(rows, ranks, sums, first, valid):
-    """AP, INP and first rank of the queries `rows` from their match ranks, ascending within a query."""
-    queries, counts = torch.unique_consecutive(rows, return_counts=True)
-    ends = counts.cumsum(0)
-    position = torch.arange(rows.shape[0], device=rows.device) - torch.repeat_interleave(ends - counts, counts) + 1
-    sums[0].index_add_(0, rows, position / ranks.double())
-    sums[0][queries] /= counts
-    sums[1][queries] = counts / ranks[ends - 1].double()
-    first[queries] = ranks[ends - counts]
-    valid[queries] = True
+class Tally:
+    """AP, INP and first rank of each query, filled some queries at a time."""
+
+    def __init__(self, labels):
+        self.labels = labels
+        num_queries, device = labels.query_pids.shape[0], labels.query_pids.device
+        self.ap = torch.zeros(num_queries, dtype=torch.float64, device=device)
+        self.inp = torch.zeros(num_queries, dtype=torch.float64, device=device)
+        self.first = torch.full((num_queries,), -1, dtype=torch.int64, device=device)
+
+    def add(self, rows, ranks):
+        """Add the match ranks of whole queries, ascending within a query."""
+        queries, counts = torch.unique_consecutive(rows, return_counts=True)
+        ends = counts.cumsum(0)
+        position = torch.arange(1, rows.shape[0] + 1, device=rows.device)
+        position -= torch.repeat_interleave(ends - counts, counts)
+        self.ap.index_add_(0, rows, position / ranks.double())
+        self.ap[queries] /= counts
+        self.inp[queries] = counts / ranks[ends - 1].double()
+        self.first[queries] = ranks[ends - counts]
+
+    def metrics(self, max_rank, path, single_shot=None):
+        valid = self.first > 0
+        num_valid = int(valid.sum())
+        if num_valid == 0:
+            raise self.labels.no_valid_query()
+        if single_shot is not None:
+            cmc = single_shot.cmc(num_valid)
+        else:
+            cmc = first_rank_curve(self.first[valid], max_rank) / num_valid
+        ap, inp = (torch.where(valid, value, torch.nan).cpu() for value in (self.ap, self.inp))
+        return RankMetrics(
+            mAP=float(ap.nanmean()),
+            cmc=cmc.cpu(),
+            mINP=float(inp.nanmean()),
+            ap=ap,
+            inp=inp,
+            first_match=self.first.cpu(),
+            num_valid=num_valid,
+            num_skipped=valid.shape[0] - num_valid,
+            backend=path,
+        )
 
 
 def first_rank_curve(first, max_rank):

@@ -9,12 +9,10 @@ neighbour with the query: a strip of final distances is a strip of similarities,
 import torch
 
 from .dispatch import check_count, check_features, choose_backend
-from .jaccard import ENTRY_LIMIT, ONE, add_overlaps, neighbour_vectors
+from .jaccard import ENTRY_LIMIT, ONE, add_overlaps, check_compat, neighbour_vectors
 from .ranking import Labels, metrics_of_strips
 from .tiles import ROW_MULTIPLE, hits, padded, row_groups, similarity_strips, strip_height, unit_rows
 from .topk import TopK, strip_topk
-
-COMPAT = (None, "torchreid")
 
 
 def k_reciprocal_rerank(queries, gallery, *, k1=20, k2=6, lambda_value=0.3, compat=None, backend="auto"):
@@ -26,9 +24,8 @@ def k_reciprocal_rerank(queries, gallery, *, k1=20, k2=6, lambda_value=0.3, comp
     k1, k2 = check_count("k1", k1, 0), check_count("k2", k2, 0)
     if isinstance(lambda_value, bool) or not isinstance(lambda_value, int | float) or not 0 <= lambda_value <= 1:
         raise ValueError(f"lambda_value must be a number between 0 and 1, got {lambda_value!r}")
-    if compat not in COMPAT:
-        raise ValueError(f"compat must be None or 'torchreid', got {compat!r}")
-    path = choose_backend(backend, queries)
+    check_compat(compat)
+    path = choose_backend(backend, queries, "k_reciprocal_rerank")
     return ReRanking(queries, gallery, k1, k2, float(lambda_value), compat == "torchreid", path)
 
 
@@ -42,7 +39,7 @@ class ReRanking:
         units = unit_rows(("queries", queries), ("gallery", gallery), spare=ROW_MULTIPLE)
         self._queries = units[: padded(self.num_queries)]
         self._gallery = units[self.num_queries : self.num_queries + padded(self.num_gallery)]
-        self._vectors, inverse = neighbour_vectors(units[: padded(num_rows)], num_rows, k1, k2, fourth_power)
+        self._vectors, inverse = neighbour_vectors(units[: padded(num_rows)], num_rows, k1, k2, fourth_power, path)
         self._inverse = inverse[: self.num_queries, None]
         self._inverted = self._vectors.by_column(self.num_queries, num_rows, num_rows)
 
@@ -113,7 +110,8 @@ class ReRanking:
         costs.index_add_(0, rows, self._inverted.counts[columns])
         for begin, end in row_groups(costs.cpu(), ENTRY_LIMIT):
             counted, places = shared[: end - begin], strip[begin:end].view(-1)
-            add_overlaps(counted, *self._vectors.entries(start + begin, start + end), self._inverted)
+            entries = self._vectors.entries(start + begin, start + end)
+            add_overlaps(counted, *entries, self._inverted, self.backend)
             _, _, touched = hits(torch.ne(counted, 0, out=mask[: end - begin]))
             overlap = counted.view(-1)[touched].to(strip.dtype) / ONE
             places[touched] += (1 - self.lambda_value) * (overlap / (2 - overlap))

@@ -38,7 +38,11 @@ def cosine_topk(queries, gallery, k, *, backend="auto"):
     """
     check_features(queries, gallery)
     k = check_count("k", k, 1, gallery.shape[0], hint=" (the number of gallery rows)")
-    path = choose_backend(backend, queries)
+    path = choose_backend(backend, queries, "cosine_topk")
+    if path == "triton":
+        from .topk_triton import launch_topk
+
+        return TopK(*launch_topk(queries, gallery, k)[:2], path)
     units, gallery_units = unit_rows(("queries", queries)), unit_rows(("gallery", gallery))
     num_queries, num_gallery = queries.shape[0], gallery.shape[0]
     scores = torch.empty(num_queries, k, dtype=units.dtype, device=units.device)

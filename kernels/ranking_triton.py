@@ -1,0 +1,127 @@
+"""Fused cosine similarity and rank counting: no similarity leaves the chip.
+
+The gallery is sorted by identity, so the matches of a block of queries, sorted likewise, lie in a few tiles. One
+kernel takes their scores from these tiles, another counts in all tiles what is before each match.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .dispatch import full_precision
+from .tiles import expand_ranges
+from .tiles_triton import paired_inputs, similarity_tile, splits
+
+
+@triton.jit
+def match_scores_kernel(
+    queries, gallery, query_scale, gallery_scale, starts, counts, slots, scores_out, num_rows, num_columns, depth,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores of the columns starts[i] .. starts[i] + counts[i] of each row, from slots[i] on."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = rows < num_rows
+    start = tl.load(starts + rows, mask=valid, other=0)
+    count = tl.load(counts + rows, mask=valid, other=0)
+    slot = tl.load(slots + rows, mask=valid, other=0)
+    first = tl.min(tl.where(count > 0, start, num_columns), axis=0)
+    last = tl.max(tl.where(count > 0, start + count, 0), axis=0)
+    # From a tile's border on, as in the counting kernel.
+    for left in range(first // BLOCK_N * BLOCK_N, last, BLOCK_N):
+        columns = (left + tl.arange(0, BLOCK_N)).to(tl.int32)
+        place = columns.to(tl.int64)[None, :] - start[:, None]
+        wanted = (place >= 0) & (place < count[:, None])
+        if tl.max(tl.max(wanted.to(tl.int32), axis=1), axis=0) > 0:
+            tile = similarity_tile(
+                queries, gallery, query_scale, gallery_scale, rows, columns, num_rows, num_columns, depth,
+                BLOCK_M, BLOCK_N, BLOCK_K, SCALED, PRECISION,
+            )  # fmt: skip
+            tl.store(scores_out + slot[:, None] + place, tile, mask=wanted)
+
+
+@triton.jit
+def count_kernel(
+    queries, gallery, query_scale, gallery_scale, query_pids, gallery_pids, order, begins, ends, scores, indices,
+    counts_out, num_rows, num_columns, depth, per_split,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add to each match the number of items of other identities before it."""
+    row_block, split = tl.program_id(0), tl.program_id(1)
+    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = rows < num_rows
+    begin = tl.load(begins + rows, mask=valid, other=0)
+    end = tl.load(ends + rows, mask=valid, other=0)
+    query_pid = tl.load(query_pids + rows, mask=valid, other=-1)
+    longest = tl.max(end - begin, axis=0)
+    first = split * per_split
+    for left in range(first, tl.minimum(first + per_split, num_columns), BLOCK_N):
+        columns = left + tl.arange(0, BLOCK_N)
+        tile = similarity_tile(
+            queries, gallery, query_scale, gallery_scale, rows, columns, num_rows, num_columns, depth,
+            BLOCK_M, BLOCK_N, BLOCK_K, SCALED, PRECISION,
+        )  # fmt: skip
+        inside = columns < num_columns
+        gallery_pid = tl.load(gallery_pids + columns, mask=inside, other=-1)
+        index = tl.load(order + columns, mask=inside, other=0)
+        # Matches and dropped items have the query's identity: their order among themselves needs no product.
+        other = inside[None, :] & (query_pid[:, None] != gallery_pid[None, :])
+        tile = tl.where(other, tile, float("-inf"))
+        # From the worst match up, until nothing in the tile comes before any row's match.
+        step = longest * 0
+        found = longest > 0
+        while found:
+            place = end - 1 - step
+            known = valid & (place >= begin)
+            score = tl.load(scores + place, mask=known, other=float("inf"))
+            own = tl.load(indices + place, mask=known, other=0)
+            ahead = (tile > score[:, None]) | ((tile == score[:, None]) & (index[None, :] < own[:, None]))
+            number = tl.sum(ahead.to(tl.int32), axis=1)
+            tl.atomic_add(counts_out + place, number, mask=known & (number > 0))
+            step += 1
+            found = (tl.max(number, axis=0) > 0) & (step < longest)
+
+
+def match_ranks_triton(queries, gallery, labels, precision="ieee"):
+    """Query of each kept match and its rank: queries ascending, ranks ascending within a query."""
+    with full_precision():
+        queries, gallery = paired_inputs(queries, gallery, precision)
+    config = queries.config
+    device = queries.rows.device
+    by_pid = labels.query_pids.sort(stable=True).indices
+    queries, gallery = queries.take(by_pid), gallery.take(labels.order)
+    starts, counts = labels.starts[by_pid], labels.counts[by_pid]
+    slots = counts.cumsum(0) - counts
+    rows, places = expand_ranges(starts, counts)
+    if rows.numel() == 0:
+        return rows, rows
+    num_rows, num_columns = queries.num_rows, gallery.num_rows
+    row_blocks, column_blocks = triton.cdiv(num_rows, config["BLOCK_M"]), triton.cdiv(num_columns, config["BLOCK_N"])
+    scores = torch.empty(rows.shape[0], dtype=torch.float32, device=device)
+    tile_arguments = queries.rows, gallery.rows, queries.scale, gallery.scale
+    flags = {"SCALED": queries.scaled, "PRECISION": queries.precision, **config}
+    match_scores_kernel[(row_blocks,)](
+        *tile_arguments, starts, counts, slots, scores, num_rows, num_columns, queries.depth, **flags
+    )  # fmt: skip
+
+    # The kept matches of each query, best first, equal scores by gallery index.
+    indices = labels.order[places]
+    kept = labels.keeps(by_pid[rows], indices)
+    rows, indices, scores = rows[kept], indices[kept], scores[kept]
+    order = indices.argsort(stable=True)
+    order = order[scores[order].argsort(descending=True, stable=True)]
+    order = order[rows[order].argsort(stable=True)]
+    rows, indices, scores = rows[order], indices[order], scores[order]
+    kept_counts = torch.bincount(rows, minlength=num_rows)
+    ends = kept_counts.cumsum(0)
+    begins = ends - kept_counts
+    before = torch.zeros(rows.shape[0], dtype=torch.int32, device=device)
+    parts = splits(row_blocks, column_blocks)
+    per_split = triton.cdiv(column_blocks, parts) * config["BLOCK_N"]
+    count_kernel[(row_blocks, triton.cdiv(num_columns, per_split))](
+        *tile_arguments, labels.query_pids[by_pid], labels.gallery_pids[labels.order], labels.order, begins, ends,
+        scores, indices, before, num_rows, num_columns, queries.depth, per_split, **flags,
+    )  # fmt: skip
+    ranks = before.long() + 1 + torch.arange(rows.shape[0], device=device) - begins[rows]
+    original = by_pid[rows]
+    order = original.argsort(stable=True)
+    return original[order], ranks[order]

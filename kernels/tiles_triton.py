@@ -1,0 +1,102 @@
+"""The tile of similarities that all Triton kernels share. Imported only where Triton runs.
+
+Two kernels that compute the same tile compute it with this function and the same block sizes, so that its entries are
+the same bits: a match found by one is compared by the other with itself.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .dispatch import interpreting
+from .tiles import raise_on_bad_rows, unit_rows
+
+# Rows, columns and depth of a tile, warps, stages: at most 96 KiB of shared memory, so that Ada and Ampere cards with
+# 100 KiB run them too. float32 products without tensor cores need the registers of smaller tiles.
+FLOAT_CONFIG = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+HALF_CONFIG = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
+PRECISIONS = ("ieee", "tf32x3")
+# Programs that keep a card busy; rows alone may be too few, then the gallery is split.
+WANTED_PROGRAMS = 1024
+
+
+@triton.jit
+def similarity_tile(
+    queries, gallery, query_scale, gallery_scale, rows, columns, num_rows, num_columns, depth,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """<q_i, g_j>, [BLOCK_M, BLOCK_N] in float32, times both scales where the rows are not of unit length."""
+    steps = tl.arange(0, BLOCK_K)
+    row_start = rows.to(tl.int64) * depth
+    column_start = columns.to(tl.int64) * depth
+    tile = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        inside = start + steps < depth
+        left = tl.load(
+            queries + row_start[:, None] + (start + steps)[None, :],
+            mask=(rows < num_rows)[:, None] & inside[None, :], other=0.0,
+        )  # fmt: skip
+        right = tl.load(
+            gallery + column_start[None, :] + (start + steps)[:, None],
+            mask=(columns < num_columns)[None, :] & inside[:, None], other=0.0,
+        )  # fmt: skip
+        tile = tl.dot(left, right, tile, input_precision=PRECISION)
+    if SCALED:
+        left_scale = tl.load(query_scale + rows, mask=rows < num_rows, other=0.0)
+        right_scale = tl.load(gallery_scale + columns, mask=columns < num_columns, other=0.0)
+        tile = tile * (left_scale[:, None] * right_scale[None, :])
+    # Minus zero becomes zero, so that the bits order as the numbers do.
+    return tile + 0.0
+
+
+class TileInputs:
+    """Rows as the kernels read them: float32 unit rows, or half rows as they came with one over their lengths."""
+
+    def __init__(self, name, features, precision="ieee"):
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        self.num_rows, self.depth = features.shape
+        self.scaled = features.dtype != torch.float32
+        self.precision = precision
+        if self.scaled:
+            self.rows = features.contiguous()
+            raise_on_bad_rows(name, self.rows.abs().amax(1).float())
+            self.scale = torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float32).reciprocal()
+            if self.rows.dtype == torch.bfloat16 and not bool(
+                torch.isfinite(self.scale).all() & (self.scale > 0).all()
+            ):
+                # bfloat16 reaches as far as float32: squares of its extremes do not fit.
+                self.scaled = False
+            elif self.rows.dtype == torch.bfloat16 and interpreting(triton):
+                # numpy, under the interpreter, has no bfloat16 product.
+                self.rows = self.rows.float()
+        if not self.scaled:
+            self.rows = unit_rows((name, features))
+            self.scale = self.rows
+
+    @property
+    def config(self):
+        return dict(HALF_CONFIG if self.rows.dtype != torch.float32 else FLOAT_CONFIG)
+
+    def take(self, order):
+        """The same rows in another order."""
+        other = object.__new__(TileInputs)
+        other.__dict__.update(self.__dict__)
+        other.rows = self.rows[order]
+        other.scale = self.scale[order] if self.scaled else other.rows
+        return other
+
+
+def paired_inputs(queries, gallery, precision):
+    """TileInputs of both, either both scaled or neither, in one dtype."""
+    if queries.dtype != gallery.dtype:
+        queries, gallery = queries.float(), gallery.float()
+    pair = TileInputs("queries", queries, precision), TileInputs("gallery", gallery, precision)
+    if pair[0].scaled != pair[1].scaled:
+        pair = TileInputs("queries", queries.float(), precision), TileInputs("gallery", gallery.float(), precision)
+    return pair
+
+
+def splits(num_row_blocks, num_column_blocks):
+    """Into how many parts the columns are split."""
+    return max(1, min(num_column_blocks, WANTED_PROGRAMS // num_row_blocks))
