@@ -20,20 +20,21 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from kernels import k_reciprocal_rerank
-from utils import evaluation, extraction, sources
+from utils import evaluation, extraction
 from utils.datasets import check_splits, load_reid, parse_spec, read_source
-from utils.evaluation import PROTOCOLS, RANKS, Findings, Side
-from utils.evaluation_page import Pictures, build_page, percent
+from utils.evaluation import MAX_RANK, PROTOCOLS, RANKS, Side
+from utils.evaluation_page import Findings, Pictures, build_page, percent
+from utils.folders import read_folders
 from utils.images import check_images
 from utils.loading import test_transform
 from utils.modeling import ReIDModel
 from utils.reporting import run_record, to_json, versions, write_csv, write_together
+from utils.thresholds import pair_statistics
 
 DEMO_MODEL = Path(__file__).parent / "utils" / "standins" / "clip"
 DEMO_DATA = "synthetic:domain=b,num_ids=16"
 DEMO_RESOLUTION = (128, 64)
 FEATURES = "features.safetensors"
-LABELLED_NAME = re.compile(r"(-?\d+)_c(\d+)")
 
 
 def parse_args(input_args=None):
@@ -203,8 +204,9 @@ def main(args):
 
     metrics = None
     if accelerator.is_main_process:
-        sides = [tuple(side.to(accelerator.device) for side in pair) for pair in sides]
-        metrics, findings = measure(args, sides)
+        splits_found = [measure(args, *(side.to(accelerator.device) for side in pair)) for pair in sides]
+        findings = splits_found[0]
+        metrics = combine(args, splits_found) if findings.result else nothing_measured(findings)
         metrics |= {"model": args.model, "data": data_name(args), "skipped_images": skipped, "versions": versions()}
         pictures = Pictures(images, *(rows for rows, *_ in splits[0]), model) if images is not None else None
         report = build_page(metrics, findings, pictures, num_random=args.report_queries, seed=args.seed)
@@ -227,7 +229,7 @@ def open_images(args):
     The splits of a small set are other choices among the same images: each image is there, and is extracted, once.
     """
     if args.query_dir:
-        pairs = [search_folders(args.query_dir, args.gallery_dir)]
+        pairs = [read_folders(args.query_dir, args.gallery_dir)]
     else:
         numbers = [{"split": number} for number in range(args.splits)] if args.splits else [{}]
         pairs = [query_and_gallery(args, number) for number in numbers]
@@ -271,44 +273,6 @@ def check_topk(args, splits):
     for _, (rows, *_) in splits:
         if args.topk and args.topk > len(rows):
             raise ValueError(f"--topk {args.topk} is more than the gallery's {len(rows)} images; ask for fewer")
-
-
-def search_folders(query_dir, gallery_dir):
-    """Two folders of images, with the labels of names such as 0001_c2_x.jpg, or of the folders they lie in, if any."""
-    found = []
-    for folder in (query_dir, gallery_dir):
-        if not Path(folder).is_dir():
-            raise ValueError(f"{folder} is not a folder; give one that holds images")
-        files = sorted(
-            path.relative_to(folder)
-            for path in Path(folder).rglob("*")
-            if path.suffix.lower() in sources.ENDINGS and not any(map(sources.hidden, path.relative_to(folder).parts))
-        )
-        if not files:
-            raise ValueError(
-                f"{folder} holds no images; expected {', '.join(sources.ENDINGS)} files in it or in folders below"
-            )
-        found.append((folder, [(path, *labels(path)) for path in files]))
-    names = sorted({label for _, rows in found for _, label, _ in rows if label is not None})
-    numbers = {
-        name: int(name) if all(re.fullmatch(r"-?\d+", one) for one in names) else place
-        for place, name in enumerate(names)
-    }
-    sides = []
-    for (folder, rows), split in zip(found, ("query", "gallery"), strict=True):
-        rows = [sources.Row(path.as_posix(), numbers.get(label, -1), camid) for path, label, camid in rows]
-        sides.append(sources.rows_to_dataset(rows, str(folder), Path(folder).name, split))
-    return tuple(sides)
-
-
-def labels(path):
-    """Identity as text or None, and camera or -1."""
-    match = LABELLED_NAME.match(path.name)
-    if match:
-        return str(int(match[1])), int(match[2])
-    camera = sources.CAMERA.search(path.name)
-    name = path.parent.name
-    return (str(int(name)) if name.isdigit() else name) or None, int(camera[1]) if camera else -1
 
 
 def model_kind(name):
@@ -462,104 +426,87 @@ def read_features(args):
 # Numbers
 
 
-def choose_protocol(args, queries, gallery):
+def measure(args, queries, gallery):
+    """Everything about one split."""
+    evaluation.check_sides(queries, gallery)
+    if args.topk and args.topk > len(gallery):
+        raise ValueError(f"--topk {args.topk} is more than the gallery's {len(gallery)} images; ask for fewer")
     has_cameras = bool((queries.camids >= 0).any() and (gallery.camids >= 0).any())
-    return args.protocol or ("market" if has_cameras else "all")
-
-
-def measure(args, sides):
-    """The content of metrics.json, and the first split's `Findings` for the page."""
-    results, curves = [], ([], [])
-    for number, (queries, gallery) in enumerate(sides):
-        evaluation.check_sides(queries, gallery)
-        if args.topk and args.topk > len(gallery):
-            raise ValueError(f"--topk {args.topk} is more than the gallery's {len(gallery)} images; ask for fewer")
-        options = {"protocol": choose_protocol(args, queries, gallery), "backend": args.backend}
-        reranking = rerank(args, queries, gallery) if args.rerank else None
-        if number == 0:
-            k = min(args.topk or 50, len(gallery))
-            findings = Findings(queries, gallery, options["protocol"])
-            findings.lists = evaluation.ranked_lists(queries, gallery, k, **options)
-            if reranking:
-                findings.reranked = evaluation.ranked_lists(queries, gallery, k, reranking=reranking, **options)
-        named = queries.pids[queries.pids != evaluation.UNKNOWN]
-        if args.query_dir and not torch.isin(named, gallery.pids).any():
-            # A search without labels: nothing can be measured, and nothing is wrong.
-            return search_metrics(findings, reranking), findings
-
-        result = evaluation.rank(queries, gallery, **options)
-        pairs = evaluation.pair_statistics(queries, gallery, protocol=options["protocol"])
-        results.append({**evaluation.summary(result), "thresholds": pairs.thresholds})
-        curves[0].append(result.cmc)
-        if reranking:
-            ids = queries.pids, gallery.pids, queries.camids, gallery.camids
-            again = reranking.metrics(*ids, max_rank=evaluation.MAX_RANK, protocol=options["protocol"])
-            results[-1]["reranked"] = evaluation.summary(again)
-            curves[1].append(again.cmc)
-        if number == 0:
-            findings.result, findings.pairs = result, pairs
-            findings.cameras = evaluation.camera_pairs(queries, gallery, **options)
-            findings.confusions = evaluation.confusions(queries, gallery, *findings.lists)
-
-    metrics = (
-        combine(results) | describe(findings) | {"backend": findings.result.backend, "cmc": mean_curve(curves[0])}
-    )
-    metrics["threshold_curve"] = findings.pairs.curve
-    metrics["num_match_pairs"], metrics["num_non_match_pairs"] = (
-        findings.pairs.num_matches,
-        findings.pairs.num_non_matches,
-    )
-    metrics["camera_pairs"] = dict(zip(("query_cameras", "gallery_cameras", "mAP"), findings.cameras, strict=True))
+    protocol = args.protocol or ("market" if has_cameras else "all")
+    options = {"protocol": protocol, "backend": args.backend}
+    findings = Findings(queries, gallery, protocol)
+    k = min(args.topk or MAX_RANK, len(gallery))
+    findings.lists = evaluation.ranked_lists(queries, gallery, k, **options)
     if args.rerank:
-        metrics["reranked"] |= rerank_options(args) | {"backend": reranking.backend, "cmc": mean_curve(curves[1])}
-    if args.splits:
-        metrics["splits"] = [{"split": number, **one} for number, one in enumerate(results)]
-    return metrics, findings
+        reranking = k_reciprocal_rerank(
+            queries.features, gallery.features, **rerank_options(args), backend=args.backend
+        )
+        findings.reranked_lists = evaluation.ranked_lists(queries, gallery, k, reranking=reranking, **options)
+    if args.query_dir and not evaluation.can_match(queries, gallery, protocol):
+        # A search without labels: nothing can be measured, and nothing is wrong.
+        return findings
 
-
-def mean_curve(curves):
-    return torch.stack(curves).mean(0)
+    findings.result = evaluation.rank(queries, gallery, **options)
+    findings.pairs = pair_statistics(queries, gallery, protocol=protocol)
+    findings.cameras = evaluation.camera_pairs(queries, gallery, **options)
+    findings.confusions = evaluation.confusions(queries, gallery, *findings.lists)
+    if args.rerank:
+        ids = queries.pids, gallery.pids, queries.camids, gallery.camids
+        findings.reranked = reranking.metrics(*ids, max_rank=MAX_RANK, protocol=protocol)
+    return findings
 
 
 def rerank_options(args):
     return {"k1": args.k1, "k2": args.k2, "lambda_value": args.lambda_value, "compat": args.rerank_compat}
 
 
-def rerank(args, queries, gallery):
-    return k_reciprocal_rerank(queries.features, gallery.features, **rerank_options(args), backend=args.backend)
+def combine(args, splits_found):
+    """The content of metrics.json: means over the splits, and beyond the numbers what is known of the first one."""
+    findings = splits_found[0]
+    metrics = averaged([evaluation.summary(one.result) for one in splits_found])
+    thresholds = [one.pairs.thresholds for one in splits_found]
+    metrics["thresholds"] = {rate: averaged([one[rate] for one in thresholds]) for rate in thresholds[0]}
+    metrics |= described(findings) | {"backend": findings.result.backend}
+    metrics["cmc"] = torch.stack([one.result.cmc for one in splits_found]).mean(0)
+    if args.rerank:
+        reranked = [one.reranked for one in splits_found]
+        metrics["reranked"] = averaged([evaluation.summary(one) for one in reranked]) | rerank_options(args)
+        metrics["reranked"]["backend"] = reranked[0].backend
+        metrics["reranked"]["cmc"] = torch.stack([one.cmc for one in reranked]).mean(0)
+    metrics["num_match_pairs"] = findings.pairs.num_matches
+    metrics["num_non_match_pairs"] = findings.pairs.num_non_matches
+    metrics["threshold_curve"] = findings.pairs.curve
+    metrics["camera_pairs"] = dict(zip(("query_cameras", "gallery_cameras", "mAP"), findings.cameras, strict=True))
+    if args.splits or len(splits_found) > 1:
+        metrics["splits"] = [
+            {"split": number, **evaluation.summary(one.result), "thresholds": one.pairs.thresholds}
+            for number, one in enumerate(splits_found)
+        ]
+    return metrics
 
 
-def describe(findings):
+def averaged(parts):
+    """One split's numbers as they are; of several the means, with the sample standard deviations under `std`."""
+    if len(parts) == 1:
+        return dict(parts[0])
+    mean, deviation = evaluation.mean_and_deviation(parts)
+    return {**mean, "std": deviation}
+
+
+def described(findings):
     return {"protocol": findings.protocol, "num_queries": len(findings.queries), "num_gallery": len(findings.gallery)}
 
 
-def search_metrics(findings, reranking):
+def nothing_measured(findings):
     names = ("mAP", "mINP", *(f"rank{rank}" for rank in RANKS), "num_valid", "num_skipped", "thresholds", "backend")
-    return dict.fromkeys(names) | describe(findings)
-
-
-def combine(results):
-    """One split's numbers as they are; of several the means, with the sample standard deviations under `std`."""
-    if len(results) == 1:
-        return dict(results[0])
-
-    def average(parts):
-        mean, deviation = evaluation.mean_and_deviation(parts)
-        return {**mean, "std": deviation}
-
-    combined = average([{key: value for key, value in one.items() if not isinstance(value, dict)} for one in results])
-    rates = results[0]["thresholds"]
-    combined["thresholds"] = {rate: average([one["thresholds"][rate] for one in results]) for rate in rates}
-    if "reranked" in results[0]:
-        combined["reranked"] = average([one["reranked"] for one in results])
-    return combined
+    return dict.fromkeys(names) | described(findings)
 
 
 # Results
 
 
 def write_results(args, metrics, findings, report):
-    lists = {"rankings.csv": findings.lists, "rankings_reranked.csv": findings.reranked}
+    lists = {"rankings.csv": findings.lists, "rankings_reranked.csv": findings.reranked_lists}
     with write_together(args.output_dir) as aside:
         aside("metrics.json").write_text(to_json(metrics))
         aside("args.json").write_text(to_json(run_record(args)))
@@ -568,7 +515,7 @@ def write_results(args, metrics, findings, report):
                 rows = ranking_rows(findings.queries, findings.gallery, *ranked)
                 write_csv(aside(name), ("query", "rank", "gallery", "distance", "match"), rows)
         report.write(aside("report.html"))
-    if findings.reranked is None:
+    if findings.reranked_lists is None:
         # One of an earlier run would not belong to these metrics.
         (Path(args.output_dir) / "rankings_reranked.csv").unlink(missing_ok=True)
 
@@ -594,15 +541,20 @@ def print_summary(say, metrics, output_dir):
     say(f"Results: {output_dir}; open {Path(output_dir) / 'report.html'}")
 
 
-def one_line(error):
-    return " ".join(str(error).split())
+def run(args):
+    """main, with what a user can do something about said in one line."""
+    try:
+        main(args)
+    except ValueError as error:
+        message = str(error)
+    except (OSError, SafetensorError) as error:
+        message = f"{error}; the results in {args.output_dir} are as they were before"
+    except torch.OutOfMemoryError as error:
+        message = f"{error}; lower --batch_size, now {args.batch_size}"
+    else:
+        return
+    sys.exit(f"evaluate.py: {' '.join(message.split())}")
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    try:
-        main(arguments)
-    except ValueError as error:
-        sys.exit(f"evaluate.py: {one_line(error)}")
-    except (OSError, SafetensorError) as error:
-        sys.exit(f"evaluate.py: {one_line(error)}; what was in {arguments.output_dir} before is unchanged")
+    run(parse_args())

@@ -21,7 +21,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, ResNet
 
 import evaluate
 from tests.test_reporting import Page
-from utils import evaluation, extraction
+from utils import evaluation, extraction, thresholds
 from utils.datasets import load_reid
 from utils.evaluation import Side
 from utils.loading import test_transform as make_transform
@@ -84,13 +84,13 @@ def dense(queries, gallery, protocol):
 @pytest.mark.parametrize("protocol", ["market", "all"])
 @pytest.mark.parametrize("seed", range(8))
 def test_thresholds_are_the_largest_within_the_rate(protocol, seed, monkeypatch):
-    monkeypatch.setattr(evaluation, "QUERY_TILE", 7)
-    monkeypatch.setattr(evaluation, "GALLERY_TILE", 16)
+    monkeypatch.setattr(thresholds, "QUERY_TILE", 7)
+    monkeypatch.setattr(thresholds, "GALLERY_TILE", 16)
     queries, gallery = people(30, 101, seed=seed)
     gallery.pids[:5] = -1
     queries.pids[0] = -1
     rates = (0.3, 0.1, 1e-2, 1e-3, 1e-4)
-    found = evaluation.pair_statistics(queries, gallery, protocol=protocol, rates=rates)
+    found = thresholds.pair_statistics(queries, gallery, protocol=protocol, rates=rates)
 
     distances, same, kept = dense(queries, gallery, protocol)
     named = queries.pids[:, None] != -1
@@ -121,10 +121,10 @@ def test_thresholds_of_real_features_agree_with_sorting(seed):
     ]
     # A camera of each image's own, so that no match is dropped.
     sides[1].camids = torch.full_like(pids[1], 9)
-    found = evaluation.pair_statistics(*sides)
+    found = thresholds.pair_statistics(*sides)
     distances, same, _ = dense(*sides, "market")
     others, matches = distances[~same].sort().values, distances[same]
-    for rate in evaluation.FALSE_MATCH_RATES:
+    for rate in thresholds.FALSE_MATCH_RATES:
         one, allowed = found.thresholds[f"{rate:g}"], int(rate * len(others))
         assert one["distance"] == pytest.approx(float(others[allowed]), abs=2e-6)
         assert one["false_match_rate"] == allowed / len(others)
@@ -139,11 +139,11 @@ def test_thresholds_of_real_features_agree_with_sorting(seed):
 
 def test_thresholds_without_matches_or_without_strangers():
     queries, gallery = people(4, 9, num_ids=1)
-    alone = evaluation.pair_statistics(queries, gallery, protocol="all")
+    alone = thresholds.pair_statistics(queries, gallery, protocol="all")
     assert alone.num_non_matches == 0
     assert all(one["distance"] is None and one["false_match_rate"] is None for one in alone.thresholds.values())
     gallery.pids += 5
-    strangers = evaluation.pair_statistics(queries, gallery, protocol="all")
+    strangers = thresholds.pair_statistics(queries, gallery, protocol="all")
     assert strangers.num_matches == 0 and strangers.thresholds["0.01"]["true_match_rate"] is None
     assert strangers.curve["distance"] == []
 
@@ -151,7 +151,7 @@ def test_thresholds_without_matches_or_without_strangers():
 def test_identical_features_have_no_threshold():
     queries, gallery = people(5, 20, num_ids=3, seed=1)
     queries.features[:], gallery.features[:] = 1.0, 1.0
-    found = evaluation.pair_statistics(queries, gallery)
+    found = thresholds.pair_statistics(queries, gallery)
     assert found.thresholds["0.01"] == {"distance": None, "true_match_rate": 0.0, "false_match_rate": 0.0}
 
 
@@ -336,6 +336,15 @@ def test_features_of_a_file_give_the_same_numbers(evaluated, tmp_path):
     assert len(Page((tmp_path / "out" / "report.html").read_text()).images) > 50
 
 
+@pytest.mark.skipif(not evaluate.DEMO_MODEL.is_dir(), reason="the stand-in CLIP is not in this checkout")
+def test_demo_says_that_it_is_one_and_finds_people(tmp_path, capsys):
+    metrics = run("--output_dir", tmp_path)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("Demo") and "--model" in first and "--data" in first
+    # By chance 1 in 16 people would be right.
+    assert metrics["rank1"] > 0.2
+
+
 def test_saved_model_and_its_backbone_agree(clip, evaluated, tmp_path):
     ReIDModel.from_backbone(clip, image_size=(64, 32), num_ids=3).save_pretrained(tmp_path / "model")
     metrics = run(
@@ -502,6 +511,15 @@ def test_search_reads_labels_of_files_and_folders(clip, tmp_path, name, protocol
         )
 
 
+def test_search_whose_labels_leave_no_match_still_ranks(clip, tmp_path):
+    """All of one camera: the protocol drops every match, so there are lists and no numbers."""
+    search = folders_of_people(tmp_path, lambda pid, camid, number: f"{pid:04d}_c1_{number}.png")
+    metrics = run("--model", clip, *search, "--output_dir", tmp_path / "out", "--report_queries", 1)
+    assert metrics["mAP"] is None and metrics["protocol"] == "market"
+    rows = read_rankings(tmp_path / "out" / "rankings.csv")
+    assert rows and {row["match"] for row in rows} == {"0"}
+
+
 def test_unreadable_images_are_listed_and_left_out(clip, tmp_path):
     search = folders_of_people(tmp_path, lambda pid, camid, number: f"{pid:04d}_c{camid + 1}_{number}.png")
     broken = sorted((tmp_path / "gallery").iterdir())[1]
@@ -656,5 +674,5 @@ def test_full_disk_keeps_the_old_results(tmp_path):
         "--features", tmp_path / "features.npz", "--output_dir", tmp_path / "out", "--seed", 3, launcher=("-c", limit)
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "before is unchanged" in done.stderr.strip().splitlines()[-1]
+    assert "as they were before" in done.stderr.strip().splitlines()[-1]
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

@@ -1,15 +1,18 @@
 """The page of an evaluation: numbers, curves, thresholds, cameras, confusions, ranked lists with their pictures."""
 
 import random
+from dataclasses import dataclass, field
 
 import torch
 from PIL import Image, ImageOps
 
+from kernels import RankMetrics
 from utils.charts import histogram, line_chart
-from utils.evaluation import RANKS, UNKNOWN, is_match
+from utils.evaluation import RANKS, UNKNOWN, Side, is_match
 from utils.loading import test_transform
 from utils.modeling import attention_maps
 from utils.reporting import Report, Tile, data_uri
+from utils.thresholds import PairStatistics
 
 SHOWN_RANKS = 10
 SHOWN_SEARCHES = 40
@@ -19,6 +22,22 @@ NOTES = {
     "mINP": "how early the last match comes",
     "rank1": "the first image is right",
 }
+
+
+@dataclass
+class Findings:
+    """What is known of one split. Without labels all but the ranked lists stays empty."""
+
+    queries: Side
+    gallery: Side
+    protocol: str
+    lists: tuple | None = None
+    reranked_lists: tuple | None = None
+    result: RankMetrics | None = None
+    reranked: RankMetrics | None = None
+    pairs: PairStatistics | None = None
+    cameras: tuple = ()
+    confusions: list = field(default_factory=list)
 
 
 class Pictures:
@@ -271,8 +290,8 @@ def add_searches(report, findings, pictures):
 def add_ranked(report, findings, pictures, row, note):
     query = query_tile(findings, pictures, row)
     lists = [("", result_tiles(findings, pictures, row, findings.lists))]
-    if findings.reranked is not None:
-        lists.append(("re-ranked", result_tiles(findings, pictures, row, findings.reranked)))
+    if findings.reranked_lists is not None:
+        lists.append(("re-ranked", result_tiles(findings, pictures, row, findings.reranked_lists)))
     report.ranked(query.name, query, lists, attention=pictures.attention(row), note=note)
 
 
