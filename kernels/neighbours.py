@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .dispatch import full_precision
-from .tiles import descending_key, hits, similarity_strips
+from .tiles import cosine_reference, descending_key, hits, similarity_strips
 from .topk import strip_topk
 
 # Rows and columns of a tile: 4 MiB, so that what follows the product reads it from the cache.
@@ -42,9 +42,9 @@ def self_neighbours(units, num_rows, k, path="torch"):
     return strip_neighbours(units, num_rows, k)
 
 
-def self_neighbours_reference(units, k):
+def self_neighbours_reference(features, k):
     """The definition, dense."""
-    similarities = units @ units.t()
+    similarities = cosine_reference(features, features)
     lowest = similarities.amin(1)
     similarities.fill_diagonal_(torch.inf)
     return Neighbours(similarities.sort(dim=1, descending=True, stable=True).indices[:, :k], lowest)

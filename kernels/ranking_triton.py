@@ -21,22 +21,24 @@ def match_scores_kernel(
     """Scores of the columns starts[i] .. starts[i] + counts[i] of each row, from slots[i] on."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < num_rows
-    start = tl.load(starts + rows, mask=valid, other=0)
-    count = tl.load(counts + rows, mask=valid, other=0)
-    slot = tl.load(slots + rows, mask=valid, other=0)
+    start = tl.load(starts + rows, mask=valid, other=0).to(tl.int32)
+    count = tl.load(counts + rows, mask=valid, other=0).to(tl.int32)
+    # The slots of a block lie together: offsets from its first fit 32 bits, and half the registers.
+    slot = tl.load(slots + rows, mask=valid, other=9223372036854775807)
+    base = tl.min(slot, axis=0)
+    shift = tl.where(valid, slot - base, 0).to(tl.int32) - start
     first = tl.min(tl.where(count > 0, start, num_columns), axis=0)
     last = tl.max(tl.where(count > 0, start + count, 0), axis=0)
     # From a tile's border on, as in the counting kernel.
     for left in range(first // BLOCK_N * BLOCK_N, last, BLOCK_N):
-        columns = (left + tl.arange(0, BLOCK_N)).to(tl.int32)
-        place = columns.to(tl.int64)[None, :] - start[:, None]
-        wanted = (place >= 0) & (place < count[:, None])
+        columns = left + tl.arange(0, BLOCK_N)
+        wanted = (columns[None, :] >= start[:, None]) & (columns[None, :] < (start + count)[:, None])
         if tl.max(tl.max(wanted.to(tl.int32), axis=1), axis=0) > 0:
             tile = similarity_tile(
                 queries, gallery, query_scale, gallery_scale, rows, columns, num_rows, num_columns, depth,
                 BLOCK_M, BLOCK_N, BLOCK_K, SCALED, PRECISION,
             )  # fmt: skip
-            tl.store(scores_out + slot[:, None] + place, tile, mask=wanted)
+            tl.store(scores_out + base + (shift[:, None] + columns[None, :]), tile, mask=wanted)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import torch
 from .dispatch import check_count, check_features, choose_backend
 from .jaccard import ENTRY_LIMIT, ONE, add_overlaps, check_compat, neighbour_vectors
 from .ranking import Labels, metrics_of_strips
-from .tiles import ROW_MULTIPLE, hits, padded, row_groups, similarity_strips, strip_height, unit_rows
+from .tiles import ROW_MULTIPLE, cosine_reference, hits, padded, row_groups, similarity_strips, strip_height, unit_rows
 from .topk import TopK, strip_topk
 
 
@@ -121,9 +121,8 @@ class ReRanking:
 def k_reciprocal_rerank_reference(queries, gallery, k1=20, k2=6, lambda_value=0.3, compat=None):
     """The definition, dense, a row at a time: (Q, G) final distances, as precise as the dtype of its inputs."""
     features = torch.cat([queries, gallery])
-    features = features / features.norm(dim=1, keepdim=True)
     num_rows = features.shape[0]
-    distance = 2 - 2 * features @ features.t()
+    distance = 2 - 2 * cosine_reference(features, features)
     largest = distance.amax(1, keepdim=True)
     flat = largest <= 32 * torch.finfo(distance.dtype).eps
     original = torch.where(flat, 0.0, distance / torch.where(flat, 1.0, largest))

@@ -48,6 +48,13 @@ def unit_rows(*named_features, spare=0):
     return units
 
 
+def cosine_reference(queries, gallery):
+    """All cosines, dense, as precise as the dtype of the inputs; equal rows have equal ones."""
+    queries = queries / queries.norm(dim=1, keepdim=True)
+    gallery = gallery / gallery.norm(dim=1, keepdim=True)
+    return torch.stack([(row * gallery).sum(1) for row in queries])
+
+
 def raise_on_bad_rows(name, largest):
     """Raise ValueError for rows whose largest magnitude is zero, NaN or infinite."""
     for problem, bad in (("NaN or infinite", ~torch.isfinite(largest)), ("all zero", largest == 0)):

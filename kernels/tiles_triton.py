@@ -13,7 +13,7 @@ from .tiles import raise_on_bad_rows, unit_rows
 
 # Rows, columns and depth of a tile, warps, stages: at most 96 KiB of shared memory, so that Ada and Ampere cards with
 # 100 KiB run them too. float32 products without tensor cores need the registers of smaller tiles.
-FLOAT_CONFIG = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+FLOAT_CONFIG = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3}
 HALF_CONFIG = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
 PRECISIONS = ("ieee", "tf32x3")
 # Programs that keep a card busy; rows alone may be too few, then the gallery is split.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .dispatch import check_count, check_features, choose_backend
-from .tiles import count_set, descending_key, hits, similarity_strips, unit_rows
+from .tiles import cosine_reference, count_set, descending_key, hits, similarity_strips, unit_rows
 
 GROUP = 32
 
@@ -55,9 +55,7 @@ def cosine_topk(queries, gallery, k, *, backend="auto"):
 
 def cosine_topk_reference(queries, gallery, k):
     """The definition, dense; as precise as the dtype of its inputs."""
-    queries = queries / queries.norm(dim=1, keepdim=True)
-    gallery = gallery / gallery.norm(dim=1, keepdim=True)
-    scores, indices = (queries @ gallery.t()).sort(dim=1, descending=True, stable=True)
+    scores, indices = cosine_reference(queries, gallery).sort(dim=1, descending=True, stable=True)
     return scores[:, :k], indices[:, :k]
 
 
