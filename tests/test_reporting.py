@@ -303,3 +303,6 @@ def test_pictures_are_scaled_down_and_never_up():
     assert size(picture(size=(100, 400))) == (40, 160)
     assert size(picture(size=(50, 100))) == (50, 100)
     assert size(Image.new("L", (3, 2000))) == (1, 160)
+    assert size(Image.new("L", (3200, 400))) == (320, 40)
+    original = picture(size=(100, 400))
+    assert data_uri(original) and original.size == (100, 400)

@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 from utils import sources
+from utils.evaluation import UNKNOWN
 
 LABELLED = re.compile(r"(-?\d+)_c(\d+)")
-UNKNOWN = -1
 
 
 def read_folders(query_dir, gallery_dir):

@@ -146,10 +146,9 @@ def run_record(args):
 
 
 def data_uri(image, height=160):
-    """A PIL image as a JPEG data URI, no taller than `height` pixels."""
+    """A PIL image as a JPEG data URI, no taller than `height` pixels and no wider than twice that."""
     image = image.convert("RGB")
-    if image.height > height:
-        image = image.resize((max(1, round(image.width * height / image.height)), height))
+    image.thumbnail((2 * height, height))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
