@@ -17,11 +17,18 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, ResNetConfig, ResNetModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    ResNetConfig,
+    ResNetModel,
+    SwinConfig,
+    SwinModel,
+)
 
 import evaluate
 from tests.test_evaluation import average_precision, dense, people
-from tests.test_reporting import Page
+from tests.test_reporting import Page, needs_chromium, seen_in_chromium
 from utils import extraction
 from utils.datasets import load_reid
 from utils.loading import test_transform as make_transform
@@ -125,6 +132,13 @@ def test_report_shows_queries_with_attention_and_every_section(evaluated):
     assert any(image["alt"].startswith("attention on") for image in page.images)
 
 
+@needs_chromium
+def test_report_in_chromium(evaluated, tmp_path):
+    html = (evaluated[0] / "report.html").read_text()
+    count = len(Page(html).images)
+    assert seen_in_chromium(tmp_path, html, 390) == f"loaded {count} of {count}, width 390"
+
+
 def test_same_command_extracts_nothing_again(evaluated, clip, capsys, monkeypatch):
     folder, before = evaluated
     monkeypatch.setattr(extraction, "extract_features", pytest.fail)
@@ -198,6 +212,13 @@ def resnet(folder):
         embedding_size=8, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1], layer_type="bottleneck"
     )
     ResNetModel(config).save_pretrained(folder)
+    return folder
+
+
+def swin(folder):
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4}
+    SwinModel(SwinConfig(image_size=64, **sizes)).save_pretrained(folder)
     return folder
 
 
@@ -365,13 +386,15 @@ def test_unreadable_images_are_listed_and_left_out(clip, tmp_path):
 # Export
 
 
-def test_onnx_export_takes_any_batch(clip, tmp_path):
+@pytest.mark.parametrize("family", ["clip", "resnet", "swin"])
+def test_onnx_export_takes_any_batch(family, clip, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    run("--model", clip, "--resolution", 64, 32, "--export", "onnx", tmp_path / "model.onnx")
-    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
-    model = ReIDModel.from_backbone(clip, image_size=(64, 32)).eval()
+    backbone = {"clip": lambda folder: clip, "resnet": resnet, "swin": swin}[family](tmp_path / "backbone")
+    run("--model", backbone, "--resolution", 64, 32, "--export", "onnx", tmp_path / "onnx" / "model.onnx")
+    assert [path.name for path in (tmp_path / "onnx").iterdir()] == ["model.onnx"]
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    model = ReIDModel.from_backbone(backbone, image_size=(64, 32)).eval()
     for batch in (1, 2, 7):
         images = torch.randn(batch, 3, 64, 32)
         with torch.no_grad():

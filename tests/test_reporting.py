@@ -123,14 +123,20 @@ def test_file_names_that_are_not_utf8_do_not_stop_a_page(tmp_path):
     assert "caf?.jpg" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+@needs_chromium
 @pytest.mark.parametrize("width", [1200, 390])
 def test_page_in_chromium(tmp_path, width):
-    """No console message, all pictures loaded, nothing wider than the window."""
-    html = full_page(NASTY + LONG).html()
-    (tmp_path / "page.html").write_text(html, encoding="utf-8")
-    shot = tmp_path / "page.png"
-    log = chromium(tmp_path, tmp_path / "page.html", width, f"--screenshot={shot}", "--enable-logging=stderr")
+    assert seen_in_chromium(tmp_path, full_page(NASTY + LONG).html(), width) == f"loaded 20 of 20, width {width}"
+
+
+def seen_in_chromium(folder, html, width):
+    """Which pictures a browser loads and how wide the page gets; asserts that it has nothing to say on its console."""
+    (folder / "page.html").write_text(html, encoding="utf-8")
+    shot = folder / "page.png"
+    log = chromium(folder, folder / "page.html", width, f"--screenshot={shot}", "--enable-logging=stderr")
     assert "CONSOLE" not in log
     image = Image.open(shot).convert("RGB")
     assert image.width == width and len(image.getcolors(maxcolors=1 << 24)) > 100
@@ -140,15 +146,15 @@ def test_page_in_chromium(tmp_path, width):
     probe = """<script>addEventListener("load", () => {
         const images = [...document.images];
         const loaded = images.filter(image => image.complete && image.naturalWidth > 0).length;
-        parent.document.title = `loaded ${loaded} of ${images.length}, width ${document.documentElement.scrollWidth}`;
+        const width = document.documentElement.scrollWidth;
+        parent.document.title = `loaded ${loaded} of ${images.length}, width ${width}`;
     })</script>"""
     open_page, found = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
     assert found == 1
     inner = escape(open_page.replace("</body>", probe + "</body>"), quote=True)
-    frame = f'<!doctype html><title></title><iframe width="{width}" style="border: 0" srcdoc="{inner}"></iframe>'
-    (tmp_path / "probe.html").write_text(frame, encoding="utf-8")
-    log = chromium(tmp_path, tmp_path / "probe.html", width, "--dump-dom")
-    assert f"<title>loaded 20 of 20, width {width}</title>" in log
+    frame = f'<title></title><iframe width="{width}" style="border: 0" srcdoc="{inner}"></iframe>'
+    (folder / "probe.html").write_text(f"<!doctype html>{frame}", encoding="utf-8")
+    return re.search("<title>(.*?)</title>", chromium(folder, folder / "probe.html", width, "--dump-dom"))[1]
 
 
 def chromium(folder, page, width, *arguments):
