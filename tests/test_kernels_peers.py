@@ -9,7 +9,7 @@ from tests.test_kernels import cosine, people
 
 
 def test_metrics_agree_with_torchreid():
-    rank = pytest.importorskip("torchreid.metrics.rank", exc_type=ImportError)
+    rank = pytest.importorskip("torchreid.reid.metrics.rank", exc_type=ImportError)
     queries, gallery, ids = people(60, 900, 32, seed=0, num_ids=30)
     distance = (2 - 2 * cosine(queries, gallery)).numpy()
     arrays = [array.numpy() for array in ids]
@@ -22,7 +22,7 @@ def test_metrics_agree_with_torchreid():
 
 @pytest.mark.parametrize("compat", [None, "torchreid"])
 def test_reranking_agrees_with_torchreid(compat):
-    peer = pytest.importorskip("torchreid.utils.rerank", exc_type=ImportError)
+    peer = pytest.importorskip("torchreid.reid.utils.rerank", exc_type=ImportError)
     queries, gallery, _ = people(40, 400, 32, seed=1, num_ids=30)
     parts = [(queries, gallery), (queries, queries), (gallery, gallery)]
     distances = [(2 - 2 * cosine(*pair)).clamp(min=0).numpy() for pair in parts]
