@@ -206,7 +206,9 @@ def add_cameras(report, query_cameras, gallery_cameras, table):
     values = [value for row in table for value in row if value is not None]
     low, spread = min(values, default=0), max(values, default=0) - min(values, default=0)
     shades = [[None if value is None else (value - low) / (spread or 1) for value in row] for row in table]
-    caption = "Cameras count from 0; the darker, the better. A dash: no query of that camera has a match there."
+    caption = (
+        "Cameras count from 0; the stronger the colour, the better. A dash: no query of that camera has a match there."
+    )
     report.table(columns, rows, shades=shades, caption=caption)
 
 
