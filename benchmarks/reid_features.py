@@ -17,9 +17,12 @@ GROUP_WEIGHT, CAMERA_WEIGHT, NOISE_WEIGHT, NOISE_SPREAD = 0.8, 0.65, 1.3, 0.35
 IDS_PER_GROUP = 15
 
 
-def directions(generator, count):
-    rows = generator.standard_normal((count, DEPTH), dtype=np.float32)
+def unit(rows):
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def directions(generator, count):
+    return unit(generator.standard_normal((count, DEPTH), dtype=np.float32))
 
 
 def reid_features(size, seed=0):
@@ -30,12 +33,12 @@ def reid_features(size, seed=0):
     cameras = CAMERA_WEIGHT * directions(generator, num_cams)
 
     def people(count):
-        return GROUP_WEIGHT * groups[generator.integers(0, len(groups), count)] + directions(generator, count)
+        near = groups[generator.integers(0, len(groups), count)]
+        return unit(GROUP_WEIGHT * near + directions(generator, count))
 
     def images(centres, cams):
         strength = NOISE_WEIGHT * np.exp(NOISE_SPREAD * generator.standard_normal((len(centres), 1), dtype=np.float32))
-        rows = centres + cameras[cams] + strength * directions(generator, len(centres))
-        return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+        return unit(centres + cameras[cams] + strength * directions(generator, len(centres))).astype(np.float32)
 
     # A query is one identity before one camera, all different; every identity is asked for at least once.
     views = generator.permuted(np.tile(np.arange(num_cams), (num_ids, 1)), axis=1)

@@ -52,7 +52,10 @@ def cosine_reference(queries, gallery):
     """All cosines, dense, as precise as the dtype of the inputs; equal rows have equal ones."""
     queries = queries / queries.norm(dim=1, keepdim=True)
     gallery = gallery / gallery.norm(dim=1, keepdim=True)
-    return torch.stack([(row * gallery).sum(1) for row in queries])
+    products, cosines = torch.empty_like(gallery), gallery.new_empty(queries.shape[0], gallery.shape[0])
+    for row, cosine in zip(queries, cosines, strict=True):
+        torch.sum(torch.mul(row, gallery, out=products), 1, out=cosine)
+    return cosines
 
 
 def raise_on_bad_rows(name, largest):
