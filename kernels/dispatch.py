@@ -9,6 +9,7 @@ BACKENDS = ("auto", "torch", "triton")
 # Card name -> operations that `python -m benchmarks.gpu_retrieval` measured faster in Triton than in torch there. No
 # card has been measured yet, so `auto` is torch everywhere.
 FASTER_ON: dict[str, tuple[str, ...]] = {}
+TRITON_MAX_K = 64
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -83,8 +84,8 @@ def interpreting(triton):
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def choose_backend(backend, features, operation):
-    """`torch` or `triton` for these features.
+def choose_backend(backend, features, operation, k=1):
+    """`torch` or `triton` for these features and, where there are some, `k` neighbours.
 
     Forcing `triton` where it cannot run raises ValueError. `auto` takes Triton only on a card that FASTER_ON lists for
     the operation, and never the interpreter.
@@ -94,6 +95,8 @@ def choose_backend(backend, features, operation):
     if backend == "torch":
         return "torch"
     obstacle = triton_obstacle(features.device, features.dtype)
+    if obstacle is None and k > TRITON_MAX_K:
+        obstacle = f"the kernels keep at most {TRITON_MAX_K} neighbours in registers, {k} were asked for"
     if backend == "triton":
         if obstacle:
             raise ValueError(f"backend='triton' cannot run here: {obstacle}")

@@ -68,7 +68,7 @@ def k_reciprocal_vectors(features, *, k1=20, k2=6, compat=None, backend="auto"):
     check_features(features, features)
     k1, k2 = check_count("k1", k1, 0), check_count("k2", k2, 0)
     check_compat(compat)
-    path = choose_backend(backend, features, "k_reciprocal_rerank")
+    path = choose_backend(backend, features, "k_reciprocal_rerank", min(max(k1 + 1, k2), features.shape[0]))
     units = unit_rows(("features", features))
     vectors, _ = neighbour_vectors(units, features.shape[0], k1, k2, compat == "torchreid", path)
     return SparseRows(vectors.offsets, vectors.columns, vectors.values.double().div_(ONE).float())

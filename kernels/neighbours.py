@@ -34,7 +34,8 @@ def self_neighbours(units, num_rows, k, path="torch"):
     if path == "triton":
         from .topk_triton import launch_topk
 
-        _, indices, lowest = launch_topk(units[:num_rows], units[:num_rows], k, itself=True)
+        rows = units[:num_rows]
+        _, indices, lowest = launch_topk(rows, rows, k, itself=True)
         return Neighbours(indices, lowest)
     worth_it = num_rows >= SYMMETRIC_MIN_ROWS and k * GROUP <= TILE_ROWS
     if units.device.type == "cpu" and units.dtype == torch.float32 and worth_it:

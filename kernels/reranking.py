@@ -6,6 +6,8 @@ with J of `jaccard.py` over X, the queries and then the gallery. J is 1 for all 
 neighbour with the query: a strip of final distances is a strip of similarities, scaled, and corrected at those.
 """
 
+import numbers
+
 import torch
 
 from .dispatch import check_count, check_features, choose_backend
@@ -22,10 +24,11 @@ def k_reciprocal_rerank(queries, gallery, *, k1=20, k2=6, lambda_value=0.3, comp
     """
     check_features(queries, gallery)
     k1, k2 = check_count("k1", k1, 0), check_count("k2", k2, 0)
-    if isinstance(lambda_value, bool) or not isinstance(lambda_value, int | float) or not 0 <= lambda_value <= 1:
+    if isinstance(lambda_value, bool) or not isinstance(lambda_value, numbers.Real) or not 0 <= lambda_value <= 1:
         raise ValueError(f"lambda_value must be a number between 0 and 1, got {lambda_value!r}")
     check_compat(compat)
-    path = choose_backend(backend, queries, "k_reciprocal_rerank")
+    wanted = min(max(k1 + 1, k2), queries.shape[0] + gallery.shape[0])
+    path = choose_backend(backend, queries, "k_reciprocal_rerank", wanted)
     return ReRanking(queries, gallery, k1, k2, float(lambda_value), compat == "torchreid", path)
 
 

@@ -89,6 +89,9 @@ class TileInputs:
 
 def paired_inputs(queries, gallery, precision):
     """TileInputs of both, either both scaled or neither, in one dtype."""
+    if gallery is queries:
+        same = TileInputs("features", queries, precision)
+        return same, same
     if queries.dtype != gallery.dtype:
         queries, gallery = queries.float(), gallery.float()
     pair = TileInputs("queries", queries, precision), TileInputs("gallery", gallery, precision)

@@ -38,7 +38,7 @@ def cosine_topk(queries, gallery, k, *, backend="auto"):
     """
     check_features(queries, gallery)
     k = check_count("k", k, 1, gallery.shape[0], hint=" (the number of gallery rows)")
-    path = choose_backend(backend, queries, "cosine_topk")
+    path = choose_backend(backend, queries, "cosine_topk", k)
     if path == "triton":
         from .topk_triton import launch_topk
 
