@@ -63,6 +63,7 @@ def offsets_of(rows, num_rows):
     return torch.searchsorted(rows, torch.arange(num_rows + 1, device=rows.device))
 
 
+@torch.no_grad()
 def k_reciprocal_vectors(features, *, k1=20, k2=6, compat=None, backend="auto"):
     """V' of every row of (N, D) features against all of them: SparseRows with float32 values, rows summing to 1."""
     check_features(features, features)

@@ -1,5 +1,6 @@
 """Overlaps of sparse neighbour vectors through an inverted index: one program an entry of a query row."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -29,7 +30,8 @@ def add_overlaps_triton(shared, rows, columns, values, inverted):
     """As `add_overlaps` of jaccard.py."""
     if rows.numel() == 0:
         return
-    overlap_kernel[(rows.shape[0],)](
-        shared, rows, columns, values, inverted.offsets, inverted.columns, inverted.values, shared.shape[1],
-        BLOCK=BLOCK,
-    )  # fmt: skip
+    with torch.cuda.device_of(shared):
+        overlap_kernel[(rows.shape[0],)](
+            shared, rows, columns, values, inverted.offsets, inverted.columns, inverted.values, shared.shape[1],
+            BLOCK=BLOCK,
+        )  # fmt: skip

@@ -38,6 +38,7 @@ class RankMetrics:
     backend: str
 
 
+@torch.no_grad()
 def rank_metrics(
     queries,
     gallery,

@@ -101,9 +101,10 @@ def match_ranks_triton(queries, gallery, labels, precision="ieee"):
     scores = torch.empty(rows.shape[0], dtype=torch.float32, device=device)
     tile_arguments = queries.rows, gallery.rows, queries.scale, gallery.scale
     flags = {"SCALED": queries.scaled, "PRECISION": queries.precision, **config}
-    match_scores_kernel[(row_blocks,)](
-        *tile_arguments, starts, counts, slots, scores, num_rows, num_columns, queries.depth, **flags
-    )  # fmt: skip
+    with torch.cuda.device_of(queries.rows):
+        match_scores_kernel[(row_blocks,)](
+            *tile_arguments, starts, counts, slots, scores, num_rows, num_columns, queries.depth, **flags
+        )  # fmt: skip
 
     # The kept matches of each query, best first, equal scores by gallery index.
     indices = labels.order[places]
@@ -119,10 +120,11 @@ def match_ranks_triton(queries, gallery, labels, precision="ieee"):
     before = torch.zeros(rows.shape[0], dtype=torch.int32, device=device)
     parts = splits(row_blocks, column_blocks)
     per_split = triton.cdiv(column_blocks, parts) * config["BLOCK_N"]
-    count_kernel[(row_blocks, triton.cdiv(num_columns, per_split))](
-        *tile_arguments, labels.query_pids[by_pid], labels.gallery_pids[labels.order], labels.order, begins, ends,
-        scores, indices, before, num_rows, num_columns, queries.depth, per_split, **flags,
-    )  # fmt: skip
+    with torch.cuda.device_of(queries.rows):
+        count_kernel[(row_blocks, triton.cdiv(num_columns, per_split))](
+            *tile_arguments, labels.query_pids[by_pid], labels.gallery_pids[labels.order], labels.order, begins, ends,
+            scores, indices, before, num_rows, num_columns, queries.depth, per_split, **flags,
+        )  # fmt: skip
     ranks = before.long() + 1 + torch.arange(rows.shape[0], device=device) - begins[rows]
     original = by_pid[rows]
     order = original.argsort(stable=True)

@@ -17,6 +17,7 @@ from .tiles import ROW_MULTIPLE, cosine_reference, hits, padded, row_groups, sim
 from .topk import TopK, strip_topk
 
 
+@torch.no_grad()
 def k_reciprocal_rerank(queries, gallery, *, k1=20, k2=6, lambda_value=0.3, compat=None, backend="auto"):
     """Re-rank (Q, D) queries against (G, D) gallery: a ReRanking.
 

@@ -11,6 +11,8 @@ from .dispatch import full_precision
 # BLAS libraries sum in another order at ragged edges and for single rows. With both row counts padded to a multiple
 # of 64 every entry is summed alike wherever it lies, so that equal rows get equal similarities.
 ROW_MULTIPLE = 64
+# More rows gain nothing on the CPU: its products are at full speed from 384 on.
+STRIP_ROWS = 512
 STRIP_BYTES = {"cpu": 160 << 20, "cuda": 256 << 20}
 NORMALISE_ROWS = 4096
 
@@ -69,10 +71,9 @@ def raise_on_bad_rows(name, largest):
 
 def strip_height(num_columns, device):
     """Rows of a strip: as many as the byte limit holds, a multiple of 64."""
-    element = 4
     limit = STRIP_BYTES.get(device.type, STRIP_BYTES["cpu"])
-    rows = limit // (element * padded(num_columns)) // ROW_MULTIPLE * ROW_MULTIPLE
-    return min(max(rows, ROW_MULTIPLE), 512)
+    rows = limit // (4 * padded(num_columns)) // ROW_MULTIPLE * ROW_MULTIPLE
+    return min(max(rows, ROW_MULTIPLE), STRIP_ROWS)
 
 
 def similarity_strips(queries, num_queries, gallery, num_gallery):

@@ -31,6 +31,7 @@ class TopK:
         return (self.scores, self.indices)[position]
 
 
+@torch.no_grad()
 def cosine_topk(queries, gallery, k, *, backend="auto"):
     """Cosine similarity and index of the k nearest gallery rows of each query.
 

@@ -71,11 +71,12 @@ def launch_topk_on(queries, gallery, k, itself):
     parts = triton.cdiv(num_columns, per_split)
     keys = torch.empty(parts, num_rows, width, dtype=torch.int64, device=queries.rows.device)
     lowest = torch.empty(parts, num_rows, dtype=torch.float32, device=queries.rows.device)
-    topk_kernel[(row_blocks, parts)](
-        queries.rows, gallery.rows, queries.scale, gallery.scale, keys, lowest,
-        num_rows, num_columns, queries.depth, per_split,
-        K=width, ITSELF=itself, SCALED=queries.scaled, PRECISION=queries.precision, **config,
-    )  # fmt: skip
+    with torch.cuda.device_of(queries.rows):
+        topk_kernel[(row_blocks, parts)](
+            queries.rows, gallery.rows, queries.scale, gallery.scale, keys, lowest,
+            num_rows, num_columns, queries.depth, per_split,
+            K=width, ITSELF=itself, SCALED=queries.scaled, PRECISION=queries.precision, **config,
+        )  # fmt: skip
     keys = keys.transpose(0, 1).reshape(num_rows, -1).sort(dim=1, descending=True).values[:, :k]
     ordered = (keys >> 32).to(torch.int32)
     scores = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)

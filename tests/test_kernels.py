@@ -306,6 +306,15 @@ def test_precision_settings_of_others_move_nothing():
     assert got.scores.equal(want.scores) and got.indices.equal(want.indices)
 
 
+def test_features_with_a_gradient_are_only_read():
+    queries, gallery, ids = people(6, 80, 16, seed=9)
+    want = rank_metrics(queries, gallery, *ids)
+    got = rank_metrics(queries.clone().requires_grad_(), gallery, *ids)
+    assert got.backend == "torch" and got.mAP == want.mAP
+    dense = k_reciprocal_rerank(queries.clone().requires_grad_(), gallery, k1=6).dense()
+    assert dense.equal(k_reciprocal_rerank(queries, gallery, k1=6).dense())
+
+
 def test_imports_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None; import torch; from kernels import cosine_topk\n"
