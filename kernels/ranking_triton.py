@@ -26,19 +26,21 @@ def match_scores_kernel(
     # The slots of a block lie together: offsets from its first fit 32 bits, and half the registers.
     slot = tl.load(slots + rows, mask=valid, other=9223372036854775807)
     base = tl.min(slot, axis=0)
-    shift = tl.where(valid, slot - base, 0).to(tl.int32) - start
+    shift = tl.where(valid, slot - base, 0).to(tl.int32)
     first = tl.min(tl.where(count > 0, start, num_columns), axis=0)
     last = tl.max(tl.where(count > 0, start + count, 0), axis=0)
     # From a tile's border on, as in the counting kernel.
     for left in range(first // BLOCK_N * BLOCK_N, last, BLOCK_N):
         columns = left + tl.arange(0, BLOCK_N)
-        wanted = (columns[None, :] >= start[:, None]) & (columns[None, :] < (start + count)[:, None])
-        if tl.max(tl.max(wanted.to(tl.int32), axis=1), axis=0) > 0:
+        overlap = tl.minimum(start + count, left + BLOCK_N) - tl.maximum(start, left)
+        if tl.max(overlap, axis=0) > 0:
             tile = similarity_tile(
                 queries, gallery, query_scale, gallery_scale, rows, columns, num_rows, num_columns, depth,
                 BLOCK_M, BLOCK_N, BLOCK_K, SCALED, PRECISION,
             )  # fmt: skip
-            tl.store(scores_out + base + (shift[:, None] + columns[None, :]), tile, mask=wanted)
+            place = columns[None, :] - start[:, None]
+            wanted = (place >= 0) & (place < count[:, None])
+            tl.store(scores_out + base + (shift[:, None] + place), tile, mask=wanted)
 
 
 @triton.jit
