@@ -129,7 +129,7 @@ def half():
     return torch.autocast("cpu", torch.bfloat16)
 
 
-def train_vae(people, steps, work_dir, batch=16):
+def train_vae(people, steps, work_dir, batch=8):
     """Reconstruction of pictures and of their edges, with a trace of KL; tall and squared pictures."""
     torch.manual_seed(0)
     vae = tiny.build_vae()
@@ -154,7 +154,7 @@ def train_vae(people, steps, work_dir, batch=16):
     return vae
 
 
-def train_clip(people, tokenizer, steps, work_dir, ids_per_batch=56):
+def train_clip(people, tokenizer, steps, work_dir, ids_per_batch=36):
     """Captions against pictures; two pictures of a person share one caption, so the camera has to be ignored."""
     torch.manual_seed(1)
     clip = tiny.build_clip(tokenizer)
@@ -304,8 +304,8 @@ def main(input_args=None):
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to train in this run")
     parser.add_argument("--num_ids", type=int, default=1500, help="identities of each domain")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on all numbers of steps")
-    parser.add_argument("--vae_steps", type=int, default=2600)
-    parser.add_argument("--clip_steps", type=int, default=900)
+    parser.add_argument("--vae_steps", type=int, default=2400)
+    parser.add_argument("--clip_steps", type=int, default=700)
     parser.add_argument("--captioner_steps", type=int, default=3000)
     parser.add_argument("--unet_steps", type=int, default=14000)
     args = parser.parse_args(input_args)
