@@ -20,7 +20,8 @@ import fsspec
 from fsspec.spec import AbstractFileSystem
 from PIL import Image, ImageDraw
 
-from utils.drawing import COLOURS, HAIR, SKIN, draw_image, shade
+from utils.drawing import COLOURS, HAIR, SKIN, shade
+from utils.scenery import draw_image
 
 SIZE = (128, 64)
 PROTOCOL = "synthetic"
