@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from utils import synthetic
+from utils.datasets import load_reid
 from utils.loading import IdentitySampler, ReIDImages, TestTransform, TrainTransform, test_transform, train_transform
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +111,13 @@ def test_same_key_same_tensor_other_key_other_tensor():
     assert torch.equal(images[3, "0/1/7"]["images"], images[3, "0/1/7"]["images"])
     assert not torch.equal(images[3, "0/1/7"]["images"], images[3, "0/2/7"]["images"])
     assert images[3]["labels"] == rows["pid"][3] and images[3]["indices"] == 3
+
+
+@pytest.mark.parametrize("load", [synthetic.load, lambda: load_reid("synthetic")])
+def test_a_freshly_started_worker_reads_drawn_pictures(load):
+    images = ReIDImages(load()["query"].select(range(3)), test_transform((32, 16)))
+    loader = DataLoader(images, batch_size=3, num_workers=1, multiprocessing_context="spawn")
+    assert torch.equal(next(iter(loader))["images"], torch.stack([images[row]["images"] for row in range(3)]))
 
 
 def test_labels_must_fit_the_images():

@@ -10,9 +10,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-# The data set may live behind the synthetic world's file system, also in worker processes that start afresh.
-from utils import synthetic  # noqa: F401
-
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 HALF = (0.5, 0.5, 0.5)
 

@@ -16,13 +16,13 @@ import random
 import re
 
 import datasets
-import fsspec
 from fsspec.spec import AbstractFileSystem
 from PIL import Image, ImageDraw
 
 from utils.domains import DOMAINS, INDOORS
 from utils.drawing import COLOURS, HAIR, SKIN, shade
 from utils.scenery import draw_image
+from utils.sources import features
 
 SIZE = (128, 64)
 PROTOCOL = "synthetic"
@@ -177,7 +177,10 @@ def parse_name(path):
 
 
 class SyntheticFileSystem(AbstractFileSystem):
-    """Files that are drawn when they are opened, so that an ordinary `datasets.Image` column reads them lazily."""
+    """Files that are drawn when they are opened, so that an ordinary `datasets.Image` column reads them lazily.
+
+    `utils.images` registers it by name.
+    """
 
     protocol = PROTOCOL
     cachable = True
@@ -194,19 +197,6 @@ class SyntheticFileSystem(AbstractFileSystem):
         name = self._strip_protocol(path)
         parse_name(name)
         return {"name": name, "size": None, "type": "file"}
-
-
-fsspec.register_implementation(PROTOCOL, SyntheticFileSystem, clobber=True)
-
-FEATURES = datasets.Features(
-    {
-        "image": datasets.Image(),
-        "pid": datasets.Value("int64"),
-        "camid": datasets.Value("int64"),
-        "domain": datasets.Value("string"),
-        "path": datasets.Value("string"),
-    }
-)
 
 
 def check_request(domain, num_ids, images_per_id, seed):
@@ -247,7 +237,7 @@ def load(domain="a", num_ids=32, images_per_id=8, seed=0):
             "domain": [f"synthetic-{domain}"] * len(paths),
             "path": paths,
         }
-        splits[split] = datasets.Dataset.from_dict(columns, features=FEATURES, split=split)
+        splits[split] = datasets.Dataset.from_dict(columns, features=features(), split=split)
     return datasets.DatasetDict(splits)
 
 
