@@ -639,7 +639,7 @@ def test_written_files(tmp_path):
     assert config["backbone"]["model_type"] == "resnet" and config["num_ids"] == 5
     assert str(tmp_path) not in (tmp_path / "config.json").read_text()
     card = (tmp_path / "README.md").read_text()
-    assert card.startswith("---\n") and "48 x 32" in card and "32 numbers" in card
+    assert card.startswith("---\n") and "48 x 32" in card and "32 numbers" in card and "Made with" not in card
     tiny_model("clip").save_pretrained(tmp_path, card="# Mine")
     assert (tmp_path / "README.md").read_text() == "# Mine"
     assert json.loads((tmp_path / "preprocessor_config.json").read_text())["image_mean"] == [0.5, 0.5, 0.5]

@@ -10,6 +10,8 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from utils.reporting import model_card
+
 MODEL_TYPE = "diffreid"
 FILES = ("config.json", "preprocessor_config.json", "README.md", "model.safetensors")
 # A complete new save that has not been moved into place yet.
@@ -109,18 +111,10 @@ def check_fit(wanted, found, name):
         raise ValueError(f"the weights in {str(name)!r} do not fit its config.json: {'; '.join(wrong[:5])}{more}")
 
 
-def model_card(model):
-    height, width = model.image_size
-    return f"""---
-library_name: diffreid
-pipeline_tag: image-feature-extraction
-tags:
-- person-re-identification
----
-
-# Person re-identification encoder
-
-A {model.backbone.config.model_type} backbone with BNNeck. An image of {height} x {width} (height x width) becomes
+def card_text(model):
+    """What a model is and how it is used, in Markdown: the text of its card."""
+    (height, width), kind = model.image_size, model.backbone.config.model_type
+    return f"""A {kind} backbone with BNNeck. An image of {height} x {width} (height x width) becomes
 {model.num_features} numbers of unit length; the larger the dot product of two, the likelier they show the same person.
 
 ```python
@@ -134,5 +128,15 @@ Images are RGB in 0..1, resized ({model.resample}), then normalised with mean {l
 standard deviation {list(model.image_std)}. The classifier tells {model.num_ids} training identities apart; retrieval
 does not need it.
 
-Finding people again across cameras is surveillance: use it only where the law and the people concerned allow it.
-"""
+Finding people again across cameras is surveillance: use it only where the law and the people concerned allow it."""
+
+
+def plain_card(model):
+    """The card of a model of which no more is known than itself."""
+    return model_card(
+        "Person re-identification encoder",
+        text=card_text(model),
+        library_name="diffreid",
+        pipeline_tag="image-feature-extraction",
+        tags=["person-re-identification"],
+    )

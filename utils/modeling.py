@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from utils.backbones import ClipBackbone, backbone_from_config, load_backbone
 from utils.dcac_checkpoint import read_dcac_checkpoint
-from utils.model_folder import MODEL_TYPE, check_fit, model_card, read_model_folder, write_model_folder
+from utils.model_folder import MODEL_TYPE, check_fit, plain_card, read_model_folder, write_model_folder
 
 RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
@@ -140,7 +140,7 @@ class ReIDModel(nn.Module):
         A model already in `folder` stays whole until the new one is complete.
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_model_folder(folder, self.configuration(), self.preprocessing(), tensors, card or model_card(self))
+        write_model_folder(folder, self.configuration(), self.preprocessing(), tensors, card or plain_card(self))
 
     @classmethod
     def from_pretrained(

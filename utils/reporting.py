@@ -214,8 +214,9 @@ class Report:
         self.blocks.append({"kind": kind, **content})
 
 
-def model_card(title, *, text, command, metrics=None, details=None, **metadata):
-    """Markdown of a model card. `metrics` is {data set: {"mAP": 0..1, ...}}, `details` a dict shown as a table.
+def model_card(title, *, text, command=None, metrics=None, details=None, **metadata):
+    """Markdown of a model card. `metrics` is {data set: {"mAP": 0..1, ...}}, `details` a dict shown as a table,
+    `command` what made the model where that is known.
 
     `metadata` goes to `huggingface_hub.ModelCardData`: license, base_model, tags, datasets, library_name,
     pipeline_tag.
