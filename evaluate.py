@@ -16,6 +16,7 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import Accelerator
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
@@ -195,6 +196,9 @@ def main(args):
         kind = model_kind(args.model)
         images, splits, skipped = open_images(args) if not args.export_only else (None, [], [])
         check_topk(args, splits)
+        if images is not None and images.info.description:
+            # Which identities a drawn split tests on.
+            say(images.info.description)
         model = open_model(args, kind).to(accelerator.device).eval()
         if args.export and accelerator.is_main_process:
             say(export_onnx(model, Path(args.export[1])))
@@ -286,8 +290,11 @@ def model_kind(name):
         found = ", ".join(sorted(one.name for one in path.iterdir())[:5]) or "nothing"
         raise ValueError(f"{name} is no model folder: it has no config.json (found: {found})")
     try:
-        config = PreTrainedConfig.get_config_dict(name)[0]
-    except OSError as error:
+        # One question to the Hub or its cache: without network, transformers would try for half a minute.
+        folder = path if path.is_dir() else snapshot_download(name, allow_patterns=["config.json"])
+        config = PreTrainedConfig.get_config_dict(folder)[0]
+    # The Hub's client raises classes of its own, and of the HTTP library under it.
+    except Exception as error:
         raise ValueError(f"no model at {name}, neither a local folder nor a readable Hub id: {error}") from None
     return "reid" if config.get("model_type") == "diffreid" else "backbone"
 

@@ -304,10 +304,13 @@ def small_viper(root, num_ids=632):
             )
 
 
-def test_splits_are_averaged_and_each_image_extracted_once(clip, tmp_path):
+def test_splits_are_averaged_and_each_image_extracted_once(clip, tmp_path, capsys):
     small_viper(tmp_path)
     common = ("--model", clip, "--resolution", 32, 16, "--data_root", tmp_path, "--report_queries", 1)
     mean = run(*common, "--data", "viper", "--splits", 3, "--output_dir", tmp_path / "mean")
+    said = capsys.readouterr().out
+    for split in range(3):
+        assert said.count(f"viper: split {split} of 10, drawn from the seed") == 1
     kept = load_file(tmp_path / "mean" / "features.safetensors")
     assert len(kept["features"]) <= 2 * 632 and kept["0.q_pid"].shape == (316,)
     single = run(*common, "--data", "viper:split=1", "--output_dir", tmp_path / "single")
@@ -505,6 +508,18 @@ def test_bad_input_stops_before_a_model_loads(arguments, message, clip, tmp_path
     arguments = [argument.format(tmp=tmp_path, clip=clip) for argument in arguments]
     with pytest.raises(ValueError, match=message):
         run(*arguments, "--output_dir", tmp_path / "out")
+
+
+def test_a_hub_out_of_reach_is_said_at_once():
+    """Without the retries of transformers, which take half a minute; nothing listens at this port."""
+    code = "import sys, time, evaluate; start = time.monotonic()\n"
+    code += "try:\n    evaluate.model_kind('nobody/nothing')\n"
+    code += "except ValueError as error:\n    print(time.monotonic() - start, error)"
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    seconds, message = run.stdout.split(" ", 1)
+    assert float(seconds) < 5 and message.startswith("no model at nobody/nothing, neither a local folder nor")
 
 
 def test_user_errors_end_in_one_line_without_a_traceback(tmp_path):
