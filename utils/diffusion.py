@@ -1,0 +1,241 @@
+"""The Stable Diffusion side of training: what a checkpoint is, its parts, what of the U-Net trains, the noise loss.
+
+info = check_diffusion("stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=(128, 128))   # configuration only
+schedule = NoiseSchedule.from_pretrained(name)
+unet = load_unet(name, "lora", rank=8, dtype=torch.bfloat16)         # frozen weights in half, trained ones in float32
+loss = noise_loss(unet, schedule, latents, noise, timesteps, condition)    # half weights want torch.autocast
+save_unet(unet, "lora", "out")                                       # out/unet_lora, for load_lora_weights
+"""
+
+import importlib.metadata
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+
+from utils.diffusion_folder import WEIGHTS, DiffusionInfo, check_diffusion, noise_schedule, one_line, read_config
+from utils.reporting import to_json, write_together
+
+__all__ = [
+    "UNET_MODES",
+    "DiffusionInfo",
+    "NoiseSchedule",
+    "check_diffusion",
+    "enable_memory_efficient_attention",
+    "load_unet",
+    "load_vae",
+    "noise_loss",
+    "save_unet",
+    "set_unet_mode",
+]
+
+UNET_MODES = ("lora", "frozen", "partial-1", "partial-2", "full", "scratch")
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj"]
+OUTER = ("up_blocks.", "time_embedding.", "conv_norm_out.", "conv_out.")
+# First parts of the names of the U-Net's own weights that train.
+TRAINED = {
+    "lora": (),
+    "frozen": (),
+    "partial-1": OUTER,
+    "partial-2": (*OUTER, "mid_block."),
+    "full": ("",),
+    "scratch": ("",),
+}
+
+
+def load_vae(name_or_path, *, dtype=torch.float32, revision=None, token=None):
+    """The frozen AutoencoderKL of a checkpoint."""
+    vae = load_part(AutoencoderKL, "vae", name_or_path, dtype, revision, token)
+    return vae.requires_grad_(False).eval()
+
+
+def load_unet(name_or_path, mode, *, rank=8, dtype=torch.float32, seed=0, revision=None, token=None):
+    """The U-Net of a checkpoint, ready to train in one of UNET_MODES; `dtype` is that of weights that stay frozen."""
+    if mode == "scratch":
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(read_config(str(name_or_path), "unet", revision, token))
+        unet.to_empty(device="cpu")
+    else:
+        # What trains must not be rounded on its way.
+        whole = dtype if mode in ("lora", "frozen") else torch.float32
+        unet = load_part(UNet2DConditionModel, "unet", name_or_path, whole, revision, token)
+    return set_unet_mode(unet, mode, rank=rank, dtype=dtype, seed=seed)
+
+
+def load_part(model_class, part, name, dtype, revision, token):
+    try:
+        model, report = model_class.from_pretrained(
+            name,
+            subfolder=part,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            revision=revision,
+            token=token,
+        )
+    except Exception as error:
+        # Absent, truncated and unfitting files raise classes of three libraries.
+        raise ValueError(f"the {part} of {str(name)!r} cannot be loaded: {one_line(error)}") from error
+    wrong = [f"{key} is missing" for key in report["missing_keys"]]
+    wrong += [f"{key} is not part of the model" for key in report["unexpected_keys"]]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"the {part} weights in {str(name)!r} do not fit its config.json: {'; '.join(wrong[:3])}{more}"
+        )
+    return model
+
+
+def set_unet_mode(unet, mode, *, rank=8, dtype=torch.float32, seed=0):
+    """Choose what of a plain U-Net trains: LoRA is added, "scratch" draws all weights anew. Returns the U-Net.
+
+    Trained weights become float32, frozen ones `dtype`. Works on the meta device too.
+    """
+    if mode not in UNET_MODES:
+        raise ValueError(f"the U-Net mode must be one of {', '.join(UNET_MODES)}, got {mode!r}")
+    if mode == "lora" and rank < 1:
+        raise ValueError(f"the rank of LoRA must be at least 1, got {rank}")
+    with seeded(seed, unet.device):
+        if mode == "lora":
+            unet.add_adapter(LoraConfig(r=rank, lora_alpha=1, target_modules=LORA_TARGETS))
+        if mode == "scratch":
+            for module in unet.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+    for name, parameter in unet.named_parameters():
+        trained = ".lora_" in name or name.startswith(TRAINED[mode])
+        parameter.requires_grad_(trained)
+        parameter.data = parameter.data.to(torch.float32 if trained else dtype)
+    return unet.train(mode != "frozen")
+
+
+@contextmanager
+def seeded(seed, device):
+    """Draws inside belong to the seed, those after it go on as if nothing had been drawn."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+class NoiseSchedule(nn.Module):
+    """How much noise each step of diffusion has, and what the U-Net is to predict of it.
+
+    Made from a diffusers scheduler or its configuration. With a the cumulated product of 1 - beta up to step t:
+    x_t = sqrt(a) x + sqrt(1 - a) noise; the target is the noise ("epsilon") or v = sqrt(a) noise - sqrt(1 - a) x
+    ("v_prediction"). Computes in float32.
+    """
+
+    def __init__(self, scheduler, name="the configuration given"):
+        super().__init__()
+        config = dict(getattr(scheduler, "config", scheduler))
+        self.prediction_type, alphas_cumprod = noise_schedule(config, name)
+        self.num_steps = len(alphas_cumprod)
+        self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, *, revision=None, token=None):
+        return cls(read_config(str(name_or_path), "scheduler", revision, token), str(name_or_path))
+
+    def _apply(self, fn, recurse=True):
+        # model.half() and DeepSpeed would round the schedule: near the last step little of it is left.
+        exact = self.alphas_cumprod
+        super()._apply(fn, recurse)
+        self.alphas_cumprod = exact.to(self.alphas_cumprod.device)
+        return self
+
+    def parts(self, latents, timesteps):
+        """sqrt(a) and sqrt(1 - a) of each image, float32, shaped to be multiplied with the latents."""
+        cumulated = self.alphas_cumprod[timesteps].view(-1, *[1] * (latents.ndim - 1))
+        return cumulated.sqrt(), (1 - cumulated).sqrt()
+
+    def add_noise(self, latents, noise, timesteps):
+        signal, strength = self.parts(latents, timesteps)
+        return signal * latents + strength * noise
+
+    def target(self, latents, noise, timesteps):
+        if self.prediction_type == "epsilon":
+            return noise
+        signal, strength = self.parts(latents, timesteps)
+        return signal * noise - strength * latents
+
+    def denoised(self, noised, prediction, timesteps):
+        """The latents without noise, as the prediction has them."""
+        signal, strength = self.parts(noised, timesteps)
+        if self.prediction_type == "epsilon":
+            return (noised - strength * prediction) / signal
+        return signal * noised - strength * prediction
+
+
+def noise_loss(unet, schedule, latents, noise, timesteps, condition):
+    """Mean squared error of the U-Net's prediction in float32; condition (B, T, W) gets gradient in every mode."""
+    noised = schedule.add_noise(latents.float(), noise.float(), timesteps)
+    # The first weight is that of the convolution that takes the latents.
+    dtype = next(unet.parameters()).dtype
+    prediction = unet(noised.to(dtype), timesteps, encoder_hidden_states=condition.to(dtype)).sample
+    return F.mse_loss(prediction.float(), schedule.target(latents.float(), noise.float(), timesteps))
+
+
+def save_unet(unet, mode, output_dir):
+    """Write what was trained, whole or not at all; `unet` as load_unet gave it, not wrapped.
+
+    lora: unet_lora/pytorch_lora_weights.safetensors for `StableDiffusionPipeline.load_lora_weights(folder)`;
+    frozen: nothing; other modes: unet/, a diffusers folder.
+    """
+    if mode == "frozen":
+        return
+    if mode == "lora":
+        config = unet.peft_config["default"]
+        state = get_peft_model_state_dict(unet)
+        # The format has no alpha of its own and means a factor of 1, so alpha / rank goes into the second matrix.
+        state = {
+            key: value * (config.lora_alpha / config.r) if ".lora_B." in key else value for key, value in state.items()
+        }
+        state = {f"unet.{key}": value for key, value in convert_state_dict_to_diffusers(state).items()}
+        with write_together(Path(output_dir) / "unet_lora") as aside:
+            save_tensors(state, aside("pytorch_lora_weights.safetensors"))
+        return
+    config = json.loads(unet.to_json_string())
+    # Where the weights once came from may be a path of this disk.
+    config.pop("_name_or_path", None)
+    with write_together(Path(output_dir) / "unet") as aside:
+        aside("config.json").write_text(to_json(config), encoding="utf-8")
+        save_tensors(unet.state_dict(), aside(WEIGHTS))
+
+
+def save_tensors(state, path):
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def enable_memory_efficient_attention(unet):
+    """xformers instead of torch's own attention; ValueError where its kernels do not run here."""
+    device = torch.device("cuda") if torch.cuda.is_available() else unet.device
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        # Kernels built for another torch refuse at first use only.
+        tiny = torch.zeros(1, 16, 1, 32, device=device, dtype=torch.float16, requires_grad=True)
+        memory_efficient_attention(tiny, tiny, tiny).sum().backward()
+        unet.enable_xformers_memory_efficient_attention()
+    except Exception as error:
+        try:
+            found = importlib.metadata.version("xformers")
+        except importlib.metadata.PackageNotFoundError:
+            found = "is not installed"
+        raise ValueError(
+            f"xformers cannot run here (xformers {found}, torch {torch.__version__}, {device.type}): "
+            f"{one_line(error)[:200]}. "
+            "Leave it off: torch's scaled-dot-product attention is the default and as lean"
+        ) from error
