@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from utils.evaluation import Side
-from utils.images import storage_of
+from utils.images import DRAWN, storage_of
 
 CHUNK_BATCHES = 8
+DRAWING = ("synthetic", "domains", "drawing", "scenery")
 NAMES = {
     "qf": ("qf", "query_features"),
     "gf": ("gf", "gallery_features"),
@@ -49,27 +50,43 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def image_identities(dataset):
-    """What tells each image from any other: its name with the file's size and time, or a digest of its bytes."""
-    found = []
+    """What tells each image from any other: its name with the file's size and time, or a digest of its bytes.
+
+    Of a drawn image it is the name and the code that draws.
+    """
+    found, drawing = [], drawing_digest()
     for path, stored in zip(dataset["path"], storage_of(dataset, "image").to_pylist(), strict=True):
         if stored["bytes"] is not None:
             found.append([path, hashlib.sha256(stored["bytes"]).hexdigest()])
         elif os.path.isfile(stored["path"]):
             status = os.stat(stored["path"])
             found.append([path, status.st_size, status.st_mtime_ns])
+        elif stored["path"].startswith(DRAWN):
+            found.append([path, drawing])
         else:
             found.append([path, stored["path"]])
     return found
 
 
-def extraction_key(model, identities, **settings):
-    """A name for these features: it changes with the weights, the images' `identities` and any of the `settings`."""
+def drawing_digest():
+    folder = Path(__file__).parent
+    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in DRAWING)).hexdigest()
+
+
+def weights_digest(model, skip=()):
+    """SHA-256 of the names, types, shapes and values of a model's tensors, but of those whose name starts so."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    digest.update(json.dumps([settings, identities]).encode())
-    return digest.hexdigest()[:32]
+        if not name.startswith(tuple(skip)):
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def extraction_key(model, identities, **settings):
+    """A name for these features: it changes with the weights, the images' `identities` and any of the `settings`."""
+    text = json.dumps([weights_digest(model), settings, identities])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @torch.inference_mode()
@@ -88,42 +105,28 @@ def extract_features(model, pictures, names, *, accelerator, folder, key, batch_
     missing = [[start for start in starts if not _is_whole(chunks / _name(start), sizes[start])]]
     # One process looks for all: a fast neighbour's new chunk must not shift the shares of the others.
     missing = broadcast_object_list(missing)[0]
-    share = missing[accelerator.process_index :: accelerator.num_processes]
-
-    batches = [
-        _batch(start, sizes[begin], begin, batch_size)
-        for begin in share
-        for start in range(0, sizes[begin], batch_size)
-    ]
-    loader = torch.utils.data.DataLoader(
-        pictures, batch_sampler=batches, num_workers=num_workers, pin_memory=accelerator.device.type == "cuda"
-    )
     model = model.to(accelerator.device).eval()
-    done = len(pictures) - sum(sizes[start] for start in missing)
-    bar = tqdm(
+
+    def compute(images):
+        with accelerator.autocast():
+            return model(images)
+
+    for rows, features in computed_in_chunks(
+        pictures,
+        [range(start, start + sizes[start]) for start in missing],
+        compute,
+        accelerator=accelerator,
+        batch_size=batch_size,
+        num_workers=num_workers,
         total=len(pictures),
-        initial=done,
         desc="extracting",
-        unit="image",
-        disable=None if accelerator.is_main_process else True,
-    )
-    stream = iter(loader)
-    for begin in share:
-        parts = []
-        for start in range(begin, begin + sizes[begin], batch_size):
-            images = next(stream).to(accelerator.device, non_blocking=True)
-            with accelerator.autocast():
-                features = model(images).float()
-            features = features[: begin + sizes[begin] - start]
-            if not features.isfinite().all():
-                row = start + int((~features.isfinite().all(1)).nonzero()[0])
-                raise ValueError(f"the features of {names[row]} are not finite; run without --mixed_precision")
-            parts.append(features.cpu())
-            bar.update(min(len(features) * accelerator.num_processes, bar.total - bar.n))
-        part = chunks / f"{_name(begin)}.part"
-        save_file({"features": torch.cat(parts).contiguous()}, part)
-        os.replace(part, chunks / _name(begin))
-    bar.close()
+    ):
+        if not features.isfinite().all():
+            row = rows[int((~features.isfinite().all(1)).nonzero()[0])]
+            raise ValueError(f"the features of {names[row]} are not finite; run without --mixed_precision")
+        name = _name(rows[0])
+        save_file({"features": features}, chunks / f"{name}.part")
+        os.replace(chunks / f"{name}.part", chunks / name)
     accelerator.wait_for_everyone()
     try:
         found = [load_file(chunks / _name(start))["features"] for start in starts]
@@ -134,6 +137,37 @@ def extract_features(model, pictures, names, *, accelerator, folder, key, batch_
     # Nobody may remove the chunks (forget_chunks) while another process still reads them.
     accelerator.wait_for_everyone()
     return torch.cat(found)
+
+
+def computed_in_chunks(pictures, chunks, compute, *, accelerator, batch_size, num_workers, total, desc):
+    """This process's share of `chunks` (sequences of rows): yields the rows and what `compute` makes of them.
+
+    `compute` gets images (B, 3, H, W) on the device and returns (B, ...); yielded is float32 on the CPU. The bar
+    counts the images of all processes, `total` with those that are in none of the chunks.
+    """
+    share = chunks[accelerator.process_index :: accelerator.num_processes]
+    batches = [rows[start : start + batch_size] for rows in share for start in range(0, len(rows), batch_size)]
+    loader = torch.utils.data.DataLoader(
+        pictures,
+        batch_sampler=[[*rows, *rows[-1:] * (batch_size - len(rows))] for rows in map(list, batches)],
+        num_workers=num_workers if batches else 0,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    stream = iter(loader)
+    with tqdm(
+        total=total,
+        initial=total - sum(map(len, chunks)),
+        desc=desc,
+        unit="image",
+        disable=None if accelerator.is_main_process else True,
+    ) as bar:
+        for rows in share:
+            parts = []
+            for start in range(0, len(rows), batch_size):
+                images = next(stream).to(accelerator.device, non_blocking=True)
+                parts.append(compute(images)[: len(rows) - start].float().cpu())
+                bar.update(min(len(parts[-1]) * accelerator.num_processes, bar.total - bar.n))
+            yield rows, torch.cat(parts)
 
 
 def forget_chunks(folder):
@@ -152,11 +186,6 @@ def _is_whole(path, size):
             return file.get_slice("features").get_shape()[0] == size
     except (OSError, SafetensorError):
         return False
-
-
-def _batch(start, size, begin, batch_size):
-    rows = list(range(begin + start, begin + min(start + batch_size, size)))
-    return rows + rows[-1:] * (batch_size - len(rows))
 
 
 def save_features(path, features, splits, **metadata):
