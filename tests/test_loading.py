@@ -1,6 +1,7 @@
 """Transforms, the P x K sampler and the data set of tensors."""
 
 import collections
+import json
 import os
 import random
 import subprocess
@@ -13,9 +14,18 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from benchmarks import loading as benchmark
 from utils import synthetic
 from utils.datasets import load_reid
-from utils.loading import IdentitySampler, ReIDImages, TestTransform, TrainTransform, test_transform, train_transform
+from utils.loading import (
+    IdentitySampler,
+    ReIDImages,
+    TestTransform,
+    TrainTransform,
+    test_transform,
+    to_tensor,
+    train_transform,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,6 +48,14 @@ def test_test_transform_is_resize_and_normalise(resample):
     want = (want - (0.1, 0.5, 0.9)) / (0.2, 0.5, 0.7)
     assert got.shape == (3, 256, 128) and got.dtype == torch.float32
     np.testing.assert_allclose(got.permute(1, 2, 0), want, atol=1e-5)
+
+
+def test_tensors_have_the_very_bits_of_the_formula():
+    image, mean, std = picture(), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 255.0
+    want = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    got = to_tensor(image, mean, std)
+    assert torch.equal(got, want) and got.is_contiguous()
 
 
 def test_grey_pictures_become_rgb():
@@ -218,3 +236,13 @@ def test_two_real_processes_get_the_pixels_of_one(tmp_path):
         )
         output.append([line for line in run.stdout.splitlines() if len(line) == 64])
     assert len(output[0]) >= 32 and output[0] == output[1]
+
+
+@pytest.mark.slow
+def test_throughput_is_measured(tmp_path, capsys):
+    benchmark.main(["--num_ids", "64", "--rounds", "1", "--json", str(tmp_path / "loading.json")])
+    rows = json.loads((tmp_path / "loading.json").read_text())["rows"]
+    assert len(rows) == 4 and all(row["images_a_second"] > 20 for row in rows)
+    assert all(row["source"] in capsys.readouterr().out for row in rows[:1])
+    with pytest.raises(SystemExit):
+        benchmark.main(["--rounds", "0"])

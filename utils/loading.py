@@ -16,9 +16,10 @@ HALF = (0.5, 0.5, 0.5)
 
 def to_tensor(image, mean, std):
     """An RGB picture as a float tensor (3, H, W), normalised."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255.0
+    # The planes are sorted out as bytes: four times less to move.
+    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-    return ((pixels - mean) / std).contiguous()
+    return planes.float().div_(255.0).sub_(mean).div_(std)
 
 
 def resized(image, image_size, resample):

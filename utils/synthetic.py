@@ -189,7 +189,8 @@ class SyntheticFileSystem(AbstractFileSystem):
         if mode != "rb":
             raise ValueError(f"the synthetic world can only be read, got mode {mode!r}")
         buffer = io.BytesIO()
-        render(**parse_name(self._strip_protocol(path))).save(buffer, "PNG", compress_level=1)
+        # Stored, not deflated: that would take as long as the drawing.
+        render(**parse_name(self._strip_protocol(path))).save(buffer, "PNG", compress_level=0)
         buffer.seek(0)
         return buffer
 
