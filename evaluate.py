@@ -9,16 +9,13 @@ anyone's features.
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
 import datasets
 import torch
 from accelerate import Accelerator
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig
 
 from kernels import k_reciprocal_rerank
 from utils import evaluation, extraction
@@ -28,6 +25,7 @@ from utils.evaluation_page import Findings, Pictures, build_page, percent
 from utils.folders import read_folders
 from utils.images import check_images
 from utils.loading import test_transform
+from utils.model_folder import model_kind
 from utils.modeling import ReIDModel
 from utils.reporting import run_record, to_json, versions, write_csv, write_together
 from utils.thresholds import pair_statistics
@@ -277,26 +275,6 @@ def check_topk(args, splits):
     for _, (rows, *_) in splits:
         if args.topk and args.topk > len(rows):
             raise ValueError(f"--topk {args.topk} is more than the gallery's {len(rows)} images; ask for fewer")
-
-
-def model_kind(name):
-    """`file`, `reid` or `backbone`, found out before anything is loaded."""
-    path = Path(name)
-    if path.is_file():
-        return "file"
-    if not path.exists() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise ValueError(f"{name} does not exist; give a model folder, a .pth file or a Hub id such as user/name")
-    if path.is_dir() and not (path / "config.json").is_file():
-        found = ", ".join(sorted(one.name for one in path.iterdir())[:5]) or "nothing"
-        raise ValueError(f"{name} is no model folder: it has no config.json (found: {found})")
-    try:
-        # One question to the Hub or its cache: without network, transformers would try for half a minute.
-        folder = path if path.is_dir() else snapshot_download(name, allow_patterns=["config.json"])
-        config = PreTrainedConfig.get_config_dict(folder)[0]
-    # The Hub's client raises classes of its own, and of the HTTP library under it.
-    except Exception as error:
-        raise ValueError(f"no model at {name}, neither a local folder nor a readable Hub id: {error}") from None
-    return "reid" if config.get("model_type") == "diffreid" else "backbone"
 
 
 def open_model(args, kind):

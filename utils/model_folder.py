@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig
 
 from utils.reporting import model_card
 
@@ -140,3 +142,23 @@ def plain_card(model):
         pipeline_tag="image-feature-extraction",
         tags=["person-re-identification"],
     )
+
+
+def model_kind(name):
+    """`file`, `reid` or `backbone`, found out before anything is loaded."""
+    path = Path(name)
+    if path.is_file():
+        return "file"
+    if not path.exists() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise ValueError(f"{name} does not exist; give a model folder, a .pth file or a Hub id such as user/name")
+    if path.is_dir() and not (path / "config.json").is_file():
+        found = ", ".join(sorted(one.name for one in path.iterdir())[:5]) or "nothing"
+        raise ValueError(f"{name} is no model folder: it has no config.json (found: {found})")
+    try:
+        # One question to the Hub or its cache: without network, transformers would try for half a minute.
+        folder = path if path.is_dir() else snapshot_download(name, allow_patterns=["config.json"])
+        config = PreTrainedConfig.get_config_dict(folder)[0]
+    # The Hub's client raises classes of its own, and of the HTTP library under it.
+    except Exception as error:
+        raise ValueError(f"no model at {name}, neither a local folder nor a readable Hub id: {error}") from None
+    return "reid" if config.get("model_type") == MODEL_TYPE else "backbone"

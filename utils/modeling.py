@@ -18,7 +18,14 @@ from transformers import AutoConfig
 
 from utils.backbones import ClipBackbone, backbone_from_config, load_backbone
 from utils.dcac_checkpoint import read_dcac_checkpoint
-from utils.model_folder import MODEL_TYPE, check_fit, plain_card, read_model_folder, write_model_folder
+from utils.model_folder import (
+    MODEL_TYPE,
+    check_fit,
+    model_kind,
+    plain_card,
+    read_model_folder,
+    write_model_folder,
+)
 
 RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
@@ -125,6 +132,25 @@ class ReIDModel(nn.Module):
             name_or_path, image_size, attn_implementation=attn_implementation, revision=revision, token=token
         )
         return cls(backbone, num_ids, image_mean=image_mean, image_std=image_std, resample=resample).eval()
+
+    @classmethod
+    def for_training(cls, name_or_path, *, num_ids, image_size, resample="bilinear"):
+        """With a new classifier, from a plain backbone, a saved Re-ID model, or a checkpoint of DCAC's authors."""
+        kind = model_kind(name_or_path)
+        if kind == "backbone":
+            return cls.from_backbone(name_or_path, num_ids=num_ids, image_size=image_size, resample=resample)
+        if kind == "file":
+            model = cls.from_dcac_checkpoint(name_or_path, image_size)
+        else:
+            model = cls.from_pretrained(name_or_path, num_ids=0, dtype=torch.float32)
+        if tuple(model.image_size) != tuple(image_size):
+            raise ValueError(
+                f"{name_or_path} takes images of {' x '.join(map(str, model.image_size))}, not of "
+                f"{' x '.join(map(str, image_size))}; set --resolution to the same"
+            )
+        model.resample = resample
+        model.reset_classifier(num_ids)
+        return model
 
     @classmethod
     def from_dcac_checkpoint(cls, path, image_size=None):

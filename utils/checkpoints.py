@@ -1,0 +1,214 @@
+"""Checkpoints of a training: written aside and renamed, checked when read, old ones removed last.
+
+    checkpoint-120/
+        state.json            step, place in the epoch, arguments: whatever the script keeps there
+        model.safetensors     what training changes (frozen weights of a known origin stay out)
+        optimizer.pt, rng-0.pt, ...
+        files.json            SHA-256 of all others: a folder without it, or that differs from it, is damaged
+
+With DeepSpeed the model and optimizer files are DeepSpeed's own, in `deepspeed/`.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
+
+from utils.reporting import to_json
+
+NAME = re.compile(r"checkpoint-(\d+)")
+MANIFEST, STATE, MODEL, OPTIMIZER = "files.json", "state.json", "model.safetensors", "optimizer.pt"
+LATEST = "latest"
+
+
+def list_checkpoints(folder):
+    """{step: path} of the checkpoints in a folder, in order of steps."""
+    folder = Path(folder)
+    entries = folder.iterdir() if folder.is_dir() else ()
+    found = {int(match[1]): path for path in entries if (match := NAME.fullmatch(path.name)) and path.is_dir()}
+    return dict(sorted(found.items()))
+
+
+def find_checkpoint(output_dir, asked):
+    """The folder `--resume_from_checkpoint` means: `latest` (None where there is none yet), a name or a path."""
+    if asked == LATEST:
+        return next(reversed(list_checkpoints(output_dir).values()), None)
+    for path in (Path(output_dir) / asked, Path(asked)):
+        if path.is_dir():
+            return path
+    known = ", ".join(path.name for path in list_checkpoints(output_dir).values()) or "none"
+    raise ValueError(f"there is no checkpoint {asked!r}, neither in {output_dir} (found: {known}) nor as a path")
+
+
+def read_state(path, script):
+    """The content of state.json, once every file of the checkpoint is found whole and `script` is its writer."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, digest in manifest["files"].items():
+            if not (path / name).is_file():
+                raise ValueError(f"{name} is missing")
+            if sha256(path / name) != digest:
+                raise ValueError(f"{name} has changed since it was written")
+        state = json.loads((path / STATE).read_text())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        others = [one.name for one in list_checkpoints(path.parent).values() if one != path]
+        advice = f"; the others there: {', '.join(others)}" if others else ""
+        raise ValueError(f"{path} is damaged or no checkpoint of ours: {error}{advice}") from None
+    if state.get("script") != script:
+        raise ValueError(f"{path} was written by {state.get('script')}, not by {script}")
+    return state
+
+
+def open_state(args, script, *, effective_batch_size, data, free, say=print):
+    """(checkpoint to go on from or None, the state it stands in): that of the checkpoint, or of a fresh start.
+
+    A state holds what a training must know to go on: step, epoch and batches done in it, the history of its
+    measurements, and the arguments and data it belongs to. Arguments named in `free` may differ.
+    """
+    arguments = {**json.loads(to_json(vars(args))), "effective_batch_size": effective_batch_size, "data": data}
+    fresh = {"script": script, "step": 0, "epoch": 1, "batch": 0, "history": [], "arguments": arguments}
+    if not args.resume_from_checkpoint:
+        return None, fresh
+    path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if path is None:
+        say(f"No checkpoint in {args.output_dir} yet: starting from step 0")
+        return None, fresh
+    state = read_state(path, script)
+    check_arguments(path, state["arguments"], arguments, free)
+    say(f"Going on from {path}, step {state['step']}")
+    return path, state | {"arguments": arguments}
+
+
+def check_arguments(path, before, now, free):
+    """ValueError naming the arguments that differ from the checkpoint's; those in `free` may."""
+    names = [name for name in {**before, **now} if name not in free and before.get(name) != now.get(name)]
+    if names:
+        if names == ["data"]:
+            raise ValueError(f"{path} was trained on other images than the source holds now")
+        told = "; ".join(
+            f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in sorted(names) if name != "data"
+        )
+        raise ValueError(
+            f"{path} belongs to a run with other arguments: {told}. Give the same, or another --output_dir"
+        )
+
+
+def save_checkpoint(output_dir, step, state, model, optimizer, *, accelerator, limit=None):
+    """Write `checkpoint-STEP`; called by every process. Returns its path."""
+    final = Path(output_dir) / f"checkpoint-{step}"
+    aside = Path(output_dir) / f".checkpoint-{step}.part"
+    main = accelerator.is_main_process
+    if main:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    torch.save(random_states(), aside / f"rng-{accelerator.process_index}.pt")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        model.save_checkpoint(str(aside / "deepspeed"), "state", exclude_frozen_parameters=True)
+    elif main:
+        save_file(changing_tensors(accelerator.unwrap_model(model)), aside / MODEL)
+        kept = {"optimizer": optimizer.state_dict()}
+        if accelerator.scaler is not None:
+            kept["scaler"] = accelerator.scaler.state_dict()
+        torch.save(kept, aside / OPTIMIZER)
+    accelerator.wait_for_everyone()
+    if main:
+        (aside / STATE).write_text(to_json(state))
+        names = sorted(str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file())
+        (aside / MANIFEST).write_text(to_json({"files": {name: sha256(aside / name) for name in names}}))
+        for path in aside.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        # A checkpoint of that step may be there from before a resume at an earlier one.
+        if final.exists():
+            outdated = final.with_name(f".{final.name}.old")
+            os.replace(final, outdated)
+            os.replace(aside, final)
+            shutil.rmtree(outdated)
+        else:
+            os.replace(aside, final)
+        if limit:
+            for path in list(list_checkpoints(output_dir).values())[:-limit]:
+                shutil.rmtree(path)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def load_checkpoint(path, model, optimizer, *, accelerator):
+    """Fill model, optimizer, loss scale and random states from a checkpoint that `read_state` found whole."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if not (path / "deepspeed").is_dir():
+            raise ValueError(f"{path} was written without DeepSpeed; go on without it")
+        model.load_checkpoint(str(path / "deepspeed"), "state", load_module_strict=False)
+    else:
+        if not (path / MODEL).is_file():
+            raise ValueError(f"{path} was written with DeepSpeed; go on with it")
+        bare = accelerator.unwrap_model(model)
+        tensors, wanted = load_file(path / MODEL), changing_tensors(bare)
+        if unlike := sorted(name for name in {**tensors, **wanted} if _shape(tensors, name) != _shape(wanted, name)):
+            raise ValueError(f"{path} holds another model: {', '.join(unlike[:3])} differ in shape or are missing")
+        bare.load_state_dict(tensors, strict=False)
+        kept = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(kept["optimizer"])
+        if (accelerator.scaler is None) != ("scaler" not in kept):
+            raise ValueError(f"{path} was written with another --mixed_precision")
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(kept["scaler"])
+    states = path / f"rng-{accelerator.process_index}.pt"
+    # With more processes than before, the new ones have no state of their own and keep theirs.
+    if states.is_file():
+        set_random_states(torch.load(states, weights_only=True))
+
+
+def changing_tensors(model):
+    """The tensors of a model that training changes, on the CPU: trained parameters and all buffers."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in frozen
+    }
+
+
+def _shape(tensors, name):
+    return tensors[name].shape if name in tensors else None
+
+
+def random_states():
+    """Of Python, NumPy and torch, as tensors and plain values."""
+    version, numbers, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    states = {
+        "python": {"version": version, "numbers": torch.tensor(numbers), "gauss": gauss},
+        "numpy": {"keys": torch.from_numpy(keys.astype(np.int64)), "rest": [position, has_gauss, cached]},
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states):
+    python, numpy = states["python"], states["numpy"]
+    random.setstate((python["version"], tuple(python["numbers"].tolist()), python["gauss"]))
+    np.random.set_state(("MT19937", numpy["keys"].numpy().astype(np.uint32), *numpy["rest"]))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

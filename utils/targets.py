@@ -1,0 +1,121 @@
+"""Data sets a training is measured on: opened and checked before it, evaluated during it."""
+
+from typing import NamedTuple
+
+import datasets
+import torch
+from tqdm.auto import tqdm
+
+from kernels import k_reciprocal_rerank
+from utils import evaluation
+from utils.datasets import load_reid
+from utils.evaluation import Side
+from utils.extraction import Pictures
+from utils.reporting import to_json, write_together
+
+
+class Target(NamedTuple):
+    """A data set with query and gallery, under the very name it was asked for."""
+
+    spec: str
+    query: datasets.Dataset
+    gallery: datasets.Dataset
+
+
+def open_targets(specs, root=None, *, skip_unreadable=False):
+    """ValueError for a set without query and gallery, with a damaged image, or none of whose queries has a match."""
+    targets = []
+    for spec in dict.fromkeys(specs):
+        data = load_reid(spec, root, skip_unreadable=skip_unreadable)
+        if not {"query", "gallery"} <= set(data):
+            raise ValueError(f"--target {spec} has no query and gallery, only {', '.join(data)}; choose another")
+        targets.append(Target(spec, data["query"], data["gallery"]))
+    return targets
+
+
+@torch.inference_mode()
+def extract(model, dataset, transform, *, accelerator, batch_size=64, num_workers=0, desc=None):
+    """Test features (N, D) float32 on the CPU, the same on every process, by the model in eval mode.
+
+    Each process takes every n-th batch, and every batch has the same shape: any number of processes gives one result.
+    """
+    was_training = model.training
+    model.eval()
+    batch_size = min(batch_size, len(dataset))
+    rows = torch.arange(-(-len(dataset) // batch_size) * batch_size).clamp(max=len(dataset) - 1).view(-1, batch_size)
+    mine = rows[accelerator.process_index :: accelerator.num_processes].tolist()
+    loader = torch.utils.data.DataLoader(
+        Pictures(dataset, transform),
+        batch_sampler=mine,
+        num_workers=num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    parts = []
+    quiet = None if desc and accelerator.is_main_process else True
+    for images in tqdm(loader, desc=desc, leave=False, disable=quiet):
+        with accelerator.autocast():
+            parts.append(model(images.to(accelerator.device, non_blocking=True)).float())
+    model.train(was_training)
+    features = torch.stack(parts) if parts else torch.zeros(0, batch_size, model.num_features)
+    if accelerator.num_processes > 1:
+        # [processes * most batches, B, D]; the ranks that have one batch less fill up with zeros.
+        most = -(-len(rows) // accelerator.num_processes)
+        filled = features.new_zeros(most, batch_size, model.num_features, device=accelerator.device)
+        filled[: len(features)] = features.to(accelerator.device)
+        gathered = accelerator.gather(filled).unflatten(0, (accelerator.num_processes, most))
+        features = gathered.transpose(0, 1).flatten(0, 1)
+    return features.flatten(0, 1)[: len(dataset)].cpu()
+
+
+def evaluate_target(model, target, transform, *, accelerator, batch_size=64, num_workers=0, rerank=None):
+    """mAP, mINP, Rank-k and the rest; `rerank` is None or the options of `kernels.k_reciprocal_rerank`."""
+    images = datasets.concatenate_datasets([target.query, target.gallery])
+    features = extract(
+        model,
+        images,
+        transform,
+        accelerator=accelerator,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        desc=f"evaluating {target.spec}",
+    ).to(accelerator.device)
+    pids = torch.tensor(images["pid"][:], device=accelerator.device)
+    camids = torch.tensor(images["camid"][:], device=accelerator.device)
+    cut, paths = len(target.query), list(images["path"])
+    queries, gallery = (
+        Side(features[part], pids[part], camids[part], paths[part]) for part in (slice(cut), slice(cut, None))
+    )
+    evaluation.check_sides(queries, gallery)
+    has_cameras = bool((queries.camids >= 0).any() and (gallery.camids >= 0).any())
+    protocol = "market" if has_cameras else "all"
+    metrics = evaluation.summary(evaluation.rank(queries, gallery, protocol=protocol))
+    if rerank is not None:
+        reranking = k_reciprocal_rerank(queries.features, gallery.features, **rerank)
+        ids = queries.pids, gallery.pids, queries.camids, gallery.camids
+        reranked = reranking.metrics(*ids, max_rank=evaluation.MAX_RANK, protocol=protocol)
+        metrics["reranked"] = evaluation.summary(reranked)
+    return metrics
+
+
+def measure_targets(state, epoch, model, targets, transform, *, accelerator, output_dir, **options):
+    """Each target's numbers into `state["history"]` and metrics.json; printed, and sent to the trackers."""
+    for target in targets:
+        metrics = evaluate_target(model, target, transform, accelerator=accelerator, **options)
+        place = {"epoch": epoch, "target": target.spec}
+        # A run that goes on in the middle of an epoch measures that epoch again, at its end.
+        others = [one for one in state["history"] if {key: one[key] for key in place} != place]
+        state["history"] = [*others, place | metrics]
+        accelerator.print(
+            f"epoch {epoch}: {target.spec} mAP {100 * metrics['mAP']:.1f} %, Rank-1 {100 * metrics['rank1']:.1f} %"
+        )
+        numbers = {f"{target.spec}/{name}": value for name, value in metrics.items() if isinstance(value, float)}
+        accelerator.log(numbers, step=state["step"])
+    if accelerator.is_main_process:
+        with write_together(output_dir) as aside:
+            aside("metrics.json").write_text(to_json(results(state["history"])))
+
+
+def results(history):
+    """The content of metrics.json: the newest numbers of each target, and all of them."""
+    newest = {one["target"]: {key: one[key] for key in one if key != "target"} for one in history}
+    return {"targets": newest, "history": history}

@@ -1,0 +1,275 @@
+"""What every training loop has: arguments with recipes, optimiser, learning rate, the log of steps, a way to stop."""
+
+import argparse
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DistributedType, LoggerType
+from diffusers.optimization import SchedulerType, get_scheduler
+from huggingface_hub import HfApi
+
+OWN_SCHEDULE = "warmup_multistep"
+SCHEDULES = (OWN_SCHEDULE, *(one.value for one in SchedulerType if one is not SchedulerType.PIECEWISE_CONSTANT))
+# What a shell reports for a process that SIGTERM ended.
+EXIT_SIGTERM = 128 + signal.SIGTERM
+OPTIMIZERS = ("adam", "adamw", "sgd")
+
+
+def parse_with_recipes(parser, recipes, input_args=None):
+    """Parse with the values of `--recipe` as defaults; flags win. Returns (args, {name: flag | recipe | default})."""
+    unset = object()
+    names = [action.dest for action in parser._actions if action.dest != "help"]
+    # argparse fills in a default only where the namespace has nothing: what stays unset was not given.
+    seen = parser.parse_args(input_args, argparse.Namespace(**dict.fromkeys(names, unset)))
+    given = {name for name in names if getattr(seen, name) is not unset}
+    recipe = recipes.get(seen.recipe, {}) if "recipe" in given else {}
+    if unknown := set(recipe) - set(names):
+        raise AssertionError(f"the recipe sets arguments that do not exist: {unknown}")
+    parser.set_defaults(**recipe)
+    args = parser.parse_args(input_args)
+    origin = {name: "flag" if name in given else "recipe" if name in recipe else "default" for name in names}
+    return args, origin
+
+
+def describe_origin(args, origin):
+    """Lines that say which values came from the recipe and which from flags."""
+    lines = []
+    for source in ("recipe", "flag"):
+        names = [name for name, where in origin.items() if where == source and name != "recipe"]
+        if names:
+            told = ", ".join(f"{name} {_shown(getattr(args, name))}" for name in names)
+            lines.append(f"From {f'--recipe {args.recipe}' if source == 'recipe' else 'the command line'}: {told}")
+    return lines
+
+
+def _shown(value):
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def check_ranges(parser, args, *, one_or_more=(), positive=(), not_negative=(), fractions=()):
+    """parser.error for the first argument out of its range; None is never out."""
+    kinds = (
+        (one_or_more, "1 or more", lambda value: value >= 1),
+        (positive, "above 0", lambda value: value > 0),
+        (not_negative, "0 or more", lambda value: value >= 0),
+        (fractions, "between 0 and 1", lambda value: 0 <= value <= 1),
+    )
+    for names, words, fits in kinds:
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not fits(value):
+                parser.error(f"--{name} must be {words}, got {value}")
+
+
+def start_accelerator(args, *, find_unused_parameters=False):
+    """The Accelerator of a training script: one process, DDP, or DeepSpeed ZeRO-1 and -2."""
+    accelerator = Accelerator(
+        # Without it, accelerate takes several processes of torchrun on a machine without a GPU for single ones.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=args.mixed_precision,
+        log_with=check_trackers(args.report_to) or None,
+        project_dir=args.output_dir,
+        # Buffers are computed from the whole batch and equal everywhere.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=find_unused_parameters)
+        ],
+    )
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin.zero_stage > 2:
+            raise ValueError(f"ZeRO-{plugin.zero_stage} splits weights that evaluation needs whole; use ZeRO-2")
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        plugin.deepspeed_config["gradient_accumulation_steps"] = 1
+        if args.max_grad_norm:
+            plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm
+    elif kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(f"distributed training by {kind.value} is not known here; use DDP or DeepSpeed")
+    if args.push_to_hub:
+        try:
+            HfApi().whoami()
+        except Exception as error:
+            raise ValueError(f"--push_to_hub needs a login that works: {error}; run `hf auth login`") from None
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def global_batch_size(args, accelerator):
+    """Images of one step: of all passes and processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+
+
+def check_trackers(names):
+    """The list for `Accelerator(log_with=...)`; ValueError for one that is unknown or not installed."""
+    names = [name for name in names or () if name != "none"]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(f"--report_to {name} is unknown; known: none, {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+        if LoggerType(name) not in get_available_trackers():
+            raise ValueError(f"--report_to {name} needs a package that is not installed: pip install {name}")
+    return names
+
+
+def build_optimizer(
+    groups, name="adam", *, learning_rate, weight_decay=0.0, betas=(0.9, 0.999), epsilon=1e-8, use_8bit=False
+):
+    """adam (weight decay as L2), adamw (decoupled) or sgd (momentum betas[0]) over parameter groups.
+
+    In 8 bit, bitsandbytes' Adam and AdamW both decouple the decay.
+    """
+    if use_8bit:
+        if name == "sgd":
+            raise ValueError("--use_8bit_adam goes with --optimizer adam or adamw, not sgd")
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise ValueError(f"--use_8bit_adam needs bitsandbytes ({error}); pip install bitsandbytes") from None
+        kind = bitsandbytes.optim.Adam8bit if name == "adam" else bitsandbytes.optim.AdamW8bit
+        return kind(groups, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=learning_rate, momentum=betas[0], weight_decay=weight_decay)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    return kind(groups, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay)
+
+
+def warmup_multistep(epoch, warmup_epochs, warmup_factor, milestones, gamma):
+    """Factor on the learning rate in an epoch (from 1): linear from `warmup_factor` at epoch 0, then steps down."""
+    if epoch < warmup_epochs:
+        return warmup_factor + (1 - warmup_factor) * epoch / warmup_epochs
+    return gamma ** sum(epoch >= milestone for milestone in milestones)
+
+
+class LearningRate:
+    """Sets each group's rate to its own `initial_lr` times a factor of (epoch, step), so it resumes by itself.
+
+    `warmup_multistep` moves with epochs; diffusers' schedules with steps out of `num_steps`.
+    """
+
+    def __init__(
+        self,
+        optimizer,
+        name=OWN_SCHEDULE,
+        *,
+        warmup_epochs=0,
+        warmup_factor=0.1,
+        milestones=(),
+        gamma=0.1,
+        warmup_steps=0,
+        num_steps=None,
+    ):
+        self.groups = optimizer.param_groups
+        for group in self.groups:
+            group.setdefault("initial_lr", group["lr"])
+        if name == OWN_SCHEDULE:
+            self.factor = lambda epoch, step: warmup_multistep(epoch, warmup_epochs, warmup_factor, milestones, gamma)
+        else:
+            # diffusers' schedules are factors of the step; the optimiser below only carries them.
+            carrier = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+            by_step = get_scheduler(name, carrier, num_warmup_steps=warmup_steps, num_training_steps=num_steps)
+            self.factor = lambda epoch, step: by_step.lr_lambdas[0](step)
+
+    def set(self, epoch, step):
+        """For the step about to be taken: `epoch` from 1, `step` from 0. Returns the first group's rate."""
+        factor = self.factor(epoch, step)
+        for group in self.groups:
+            group["lr"] = group["initial_lr"] * factor
+        return self.groups[0]["lr"]
+
+
+class StepLog:
+    """`log.jsonl`: one line a step, in whole lines, and nothing in it that differs between two equal runs.
+
+    Values are tensors that stay on the device until `flush`, which reads them all at once, averages them over the
+    processes, and raises where one is not finite.
+    """
+
+    def __init__(self, path, accelerator, *, every=1, describe=None):
+        self.path, self.accelerator, self.every = Path(path), accelerator, every
+        # Turns the rows of a step into what an error should name.
+        self.describe = describe or (lambda rows: "")
+        self.waiting, self.last = [], None
+
+    def cut(self, step):
+        """Keep the lines up to a checkpoint's step; 0 starts anew."""
+        if self.accelerator.is_main_process:
+            lines = self.path.read_text().splitlines(keepends=True) if step and self.path.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            if len(kept) < step:
+                raise ValueError(f"{self.path} has {len(kept)} lines, the checkpoint {step} steps; is it of this run?")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            aside = self.path.with_name(self.path.name + ".part")
+            aside.write_text("".join(kept))
+            os.replace(aside, self.path)
+        self.accelerator.wait_for_everyone()
+
+    def add(self, step, epoch, lr, values, rows=None):
+        """True when the lines were written."""
+        self.waiting.append(({"step": step, "epoch": epoch, "lr": lr}, values, rows))
+        if len(self.waiting) >= self.every:
+            self.flush()
+        return not self.waiting
+
+    def flush(self):
+        if not self.waiting:
+            return
+        waiting, self.waiting = self.waiting, []
+        names = list(waiting[0][1])
+        table = torch.stack(
+            [torch.stack([values[name].detach().float() for name in names]) for _, values, _ in waiting]
+        )
+        # The gradient norm and the losses of the whole batch are the same everywhere; the others are shares.
+        table = self.accelerator.reduce(table, reduction="mean")
+        lines = [
+            head | dict(zip(names, row, strict=True))
+            for (head, _, _), row in zip(waiting, table.tolist(), strict=True)
+        ]
+        bad = [self.not_finite(line, names) for line in lines]
+        good = next((number for number, found in enumerate(bad) if found), len(lines))
+        if self.accelerator.is_main_process:
+            with open(self.path, "a") as file:
+                file.write("".join(json.dumps(_without_infinity(line)) + "\n" for line in lines[:good]))
+        for line in lines[:good]:
+            self.accelerator.log({name: line[name] for name in ("lr", *names)}, step=line["step"])
+            self.last = line
+        if good < len(lines):
+            raise ValueError(
+                f"not finite at step {lines[good]['step']}: {bad[good]}. {self.describe(waiting[good][2])}"
+                "Lower --learning_rate, or train without --mixed_precision fp16; the last checkpoint is kept"
+            )
+
+    def not_finite(self, line, names):
+        # With a loss scale the norm may overflow: the scaler leaves out that step and lowers the scale.
+        allowed = ("grad_norm",) if self.accelerator.scaler else ()
+        bad = [name for name in names if not math.isfinite(line[name]) and name not in allowed]
+        return ", ".join(f"{name} {line[name]}" for name in bad)
+
+
+def _without_infinity(line):
+    return {name: value if math.isfinite(value) else None for name, value in line.items()}
+
+
+class StopSignal:
+    """SIGTERM, which clusters send before they kill: asked for between steps, so that a checkpoint can be written."""
+
+    def __init__(self):
+        self.received = False
+        self.before = signal.signal(signal.SIGTERM, self.receive)
+
+    def receive(self, number, frame):
+        self.received = True
+
+    def asked(self, accelerator):
+        """Whether any process was told to stop; all of them must ask at the same place."""
+        if accelerator.num_processes == 1:
+            return self.received
+        flag = torch.tensor(float(self.received), device=accelerator.device)
+        return bool(accelerator.reduce(flag, reduction="sum").item())
+
+    def close(self):
+        signal.signal(signal.SIGTERM, self.before)

@@ -1,0 +1,101 @@
+"""The page of a training: numbers before and after, curves, samples."""
+
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from utils.charts import line_chart
+from utils.evaluation_page import percent
+from utils.reporting import Report, Tile, data_uri
+
+NUMBERS = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mINP": "mINP"}
+SCALE = {"loss": "all losses", "grad_norm": "length of the gradient", "lr": "learning rate"}
+
+
+def before_and_after(history):
+    """Rows of text: target, number, before, after, difference in points; of re-ranking too where it was measured."""
+    rows = []
+    for spec in dict.fromkeys(one["target"] for one in history):
+        its = [one for one in history if one["target"] == spec]
+        first, last = its[0], its[-1]
+        kinds = [("", first, last)]
+        if "reranked" in last:
+            kinds.append((" (re-ranked)", first["reranked"], last["reranked"]))
+        for word, old, new in kinds:
+            for key in ("mAP", "rank1"):
+                difference = f"{100 * (new[key] - old[key]):+.1f}"
+                rows.append([spec + word, NUMBERS[key], percent(old[key]), percent(new[key]), difference])
+    return rows
+
+
+def text_table(columns, rows):
+    widths = [max(len(str(row[place])) for row in [columns, *rows]) for place in range(len(columns))]
+    lines = []
+    for row in [columns, ["-" * width for width in widths], *rows]:
+        cells = [
+            str(cell).ljust(width) if place < 2 else str(cell).rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def build_page(title, output_dir, history, *, lead="", facts=(), samples=(), sample_words=""):
+    """A `Report` from the history of measurements, log.jsonl, and pictures (name, file) of samples."""
+    report = Report(title, subtitle=lead, facts=facts)
+    if history:
+        add_numbers(report, history)
+    add_losses(report, read_log(Path(output_dir) / "log.jsonl"))
+    if samples:
+        report.section("Samples", sample_words)
+        tiles = []
+        for name, path in samples:
+            with Image.open(path) as picture:
+                tiles.append(Tile(data_uri(picture, height=picture.height), name))
+        report.pictures(tiles)
+    return report
+
+
+def add_numbers(report, history):
+    report.section("Before and after", "Epoch 0 is the model before any training.")
+    targets = list(dict.fromkeys(one["target"] for one in history))
+    for spec in targets:
+        its = [one for one in history if one["target"] == spec]
+        note = f"was {{}}, {spec}"
+        report.tiles(
+            [(NUMBERS[key], percent(its[-1][key]), note.format(percent(its[0][key]))) for key in ("mAP", "rank1")]
+        )
+    report.table(["target", "number", "before", "after", "points"], before_and_after(history), text_columns=2)
+    charts = []
+    for key in ("mAP", "rank1"):
+        series = []
+        for spec in targets:
+            its = [one for one in history if one["target"] == spec]
+            series.append((spec, [one["epoch"] for one in its], [one[key] for one in its]))
+        chart = line_chart(
+            series, title=f"{NUMBERS[key]} by epoch", x_label="epoch", y_label=NUMBERS[key], percent=True, dots=True
+        )
+        charts.append((chart, f"{NUMBERS[key]} of each target; more is better."))
+    report.charts(charts)
+
+
+def add_losses(report, lines):
+    if not lines:
+        return
+    names = [name for name in lines[0] if name.startswith("loss") and any(line[name] for line in lines)]
+    steps = [line["step"] for line in lines]
+    report.section("Training", f"{len(lines):,} steps; long curves show means of neighbouring steps.")
+    charts = []
+    for name in (*names, "grad_norm", "lr"):
+        values = [line[name] if line[name] is not None else float("nan") for line in lines]
+        chart = line_chart([(name, steps, values)], title=name, x_label="step", y_label=name)
+        charts.append((chart, SCALE.get(name, "one of the parts of the loss")))
+    report.charts(charts)
+
+
+def read_log(path):
+    if not path.exists():
+        return []
+    with open(path) as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
