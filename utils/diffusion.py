@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
+from torch.amp import is_autocast_available
 
 from utils.diffusion_folder import WEIGHTS, DiffusionInfo, check_diffusion, noise_schedule, one_line, read_config
 from utils.reporting import to_json, write_together
@@ -106,6 +108,9 @@ def set_unet_mode(unet, mode, *, rank=8, dtype=torch.float32, seed=0):
     with seeded(seed, unet.device):
         if mode == "lora":
             unet.add_adapter(LoraConfig(r=rank, lora_alpha=1, target_modules=LORA_TARGETS))
+            for module in unet.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module.register_forward_pre_hook(cast_where_needed)
         if mode == "scratch":
             for module in unet.modules():
                 if hasattr(module, "reset_parameters"):
@@ -115,6 +120,12 @@ def set_unet_mode(unet, mode, *, rank=8, dtype=torch.float32, seed=0):
         parameter.requires_grad_(trained)
         parameter.data = parameter.data.to(torch.float32 if trained else dtype)
     return unet.train(mode != "frozen")
+
+
+def cast_where_needed(layer, inputs):
+    """peft casts LoRA's input to float32; autocast only undoes that, and the backward pass keeps one more copy."""
+    kind = inputs[0].device.type
+    layer.cast_input_dtype_enabled = not (is_autocast_available(kind) and torch.is_autocast_enabled(kind))
 
 
 @contextmanager

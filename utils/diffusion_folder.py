@@ -46,12 +46,12 @@ def check_diffusion(name_or_path, *, resolution=None, revision=None, token=None)
     resolution: (height, width) of the images in pixels, or None.
     """
     name = str(name_or_path)
-    files = list_files(name, revision, token)
+    files, folder = open_checkpoint(name, revision, token)
     missing = [file for file in CONFIGS.values() if file not in files]
     if missing:
         found = ", ".join(sorted({file.split("/")[0] for file in files})[:8]) or "nothing"
         raise ValueError(f"{name!r} is not a whole diffusers checkpoint: it has no {missing[0]} (found: {found})")
-    unet, vae, scheduler = (read_config(name, part, revision, token) for part in CONFIGS)
+    unet, vae, scheduler = (read_config(folder or name, part, revision, token) for part in CONFIGS)
     classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
     for (part, wanted), config in zip(classes.items(), (unet, vae), strict=True):
         if config.get("_class_name") != wanted.__name__:
@@ -64,8 +64,8 @@ def check_diffusion(name_or_path, *, resolution=None, revision=None, token=None)
     prediction_type, alphas_cumprod = noise_schedule(scheduler, name)
     for part in classes:
         check_weight_files(name, part, files)
-    if Path(name).is_dir():
-        check_weights(Path(name) / "unet", unet["cross_attention_dim"])
+    if folder:
+        check_weights(folder / "unet", unet["cross_attention_dim"])
     vae_scale = 2 ** (len(vae["block_out_channels"]) - 1)
     info = DiffusionInfo(
         unet["cross_attention_dim"],
@@ -164,29 +164,32 @@ def check_weights(folder, width):
         )
 
 
-def list_files(name, revision, token):
-    """Names of all files of a folder, or of a Hub repository with one question."""
+def open_checkpoint(name, revision, token):
+    """(names of all files, their folder) of a checkpoint; the folder is None for one that is on the Hub only."""
     folder = Path(name)
-    if folder.is_dir():
-        return {path.relative_to(folder).as_posix() for path in folder.glob("*/*")}
     if folder.is_file():
         raise ValueError(f"{name!r} is a file; a diffusers folder with unet, vae and scheduler is needed")
-    try:
-        return {file.rfilename for file in HfApi(token=token).model_info(name, revision=revision).siblings}
-    except Exception as error:
-        # The Hub client raises classes of its own, and of the HTTP library under it. Offline, its cache will do.
+    if not folder.is_dir():
         try:
-            cached = Path(hf_hub_download(name, CONFIGS["unet"], revision=revision, local_files_only=True))
-        except Exception:
-            raise ValueError(
-                f"no diffusion checkpoint at {name!r}, neither a local folder nor a readable Hub id: {one_line(error)}"
-            ) from error
-        return list_files(str(cached.parent.parent), None, None)
+            found = HfApi(token=token).model_info(name, revision=revision)
+            return {file.rfilename for file in found.siblings}, None
+        except Exception as error:
+            # The Hub client raises classes of its own, and of the HTTP library under it. Offline, its cache will do.
+            try:
+                config = hf_hub_download(name, CONFIGS["unet"], revision=revision, local_files_only=True)
+            except Exception:
+                raise ValueError(
+                    f"no diffusion checkpoint at {name!r}, neither a local folder nor a readable Hub id: "
+                    f"{one_line(error)}"
+                ) from error
+            folder = Path(config).parent.parent
+    return {path.relative_to(folder).as_posix() for path in folder.glob("*/*")}, folder
 
 
 def read_config(name, part, revision=None, token=None):
     if Path(name).is_dir():
         return read_json(Path(name) / CONFIGS[part])
+    name = str(name)
     try:
         return read_json(Path(hf_hub_download(name, CONFIGS[part], revision=revision, token=token)))
     except Exception as error:

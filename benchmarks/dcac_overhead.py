@@ -1,0 +1,247 @@
+"""What DCAC costs beside its baseline: trainable parameters and FLOPs, counted at the paper's sizes without a GPU.
+
+    python -m benchmarks.dcac_overhead --table
+    python -m benchmarks.dcac_overhead --table --json TABLE.json --step_json STEPS.json
+
+The real architectures (CLIP ViT-B/16 at 256x128, Stable Diffusion 1.5 at 128x128, 751 identities, batch 64) are built
+from their configuration on the meta device, by the functions training uses, and run there: no weights, no memory.
+Forward TFLOPs include the VAE, as the paper's do. A whole step is counted through a real backward pass in two ways.
+ours: latents come from the cache, activations are kept. paper: the VAE encodes every image and the U-Net's residual
+and transformer blocks are computed twice; paper_whole: the same with all of the U-Net computed twice.
+"""
+
+# isort: off
+# First, so that bitsandbytes is quiet about our package of kernels.
+import utils  # noqa: F401
+
+# isort: on
+import argparse
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig
+
+from benchmarks.retrieval import environment
+from utils.backbones import backbone_from_config
+from utils.diffusion import NoiseSchedule, noise_loss, set_unet_mode
+from utils.modeling import ReIDModel
+from utils.reporting import to_json, versions, write_together
+
+NUM_IDS, BATCH, RANK, TAU = 751, 64, 8, 0.6
+IMAGE_SIZE, LATENT_SIZE, WIDTH = (256, 128), (4, 16, 16), 768
+CLIP = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "patch_size": 16,
+    "image_size": 224,
+    "projection_dim": 512,
+}
+UNET = {
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "cross_attention_dim": WIDTH,
+}
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": LATENT_SIZE[0],
+}
+SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+# Published: millions of trainable parameters, forward TFLOPs.
+PAPER = {
+    "inference": (85.55, 1.46),
+    "baseline": (85.94, 1.46),
+    "frozen": (86.51, 8.50),
+    "lora": (89.01, 8.52),
+    "partial-1": (599.37, 8.50),
+    "partial-2": (696.41, 8.50),
+    "full": (946.03, 8.50),
+}
+MODES = tuple(PAPER)[2:]
+WAYS = ("ours", "paper", "paper_whole")
+
+
+class Parts(NamedTuple):
+    encoder: nn.Module
+    prompts: nn.Parameter
+    prototypes: torch.Tensor
+    vae: nn.Module
+    unet: nn.Module | None
+    schedule: nn.Module
+
+
+class Recomputed(nn.Module):
+    """A network that keeps no activations at all for the backward pass."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, *args, **options):
+        return checkpoint(self.network, *args, use_reentrant=False, **options)
+
+
+def build_parts(mode, device="meta"):
+    """The parts of a run in one U-Net mode, or of the baseline."""
+    with torch.device(device):
+        encoder = ReIDModel(backbone_from_config(CLIPVisionConfig(**CLIP), IMAGE_SIZE), NUM_IDS)
+        prompts = nn.Parameter(torch.randn(NUM_IDS, WIDTH))
+        prototypes = F.normalize(torch.randn(NUM_IDS, encoder.num_features), dim=1)
+        vae = AutoencoderKL(**VAE).requires_grad_(False).eval()
+        unet = UNet2DConditionModel(**UNET) if mode in MODES else None
+    if unet is not None:
+        set_unet_mode(unet, mode, rank=RANK)
+    return Parts(encoder, prompts, prototypes, vae, unet, NoiseSchedule(SCHEDULE).to(device))
+
+
+def build_batch(device="meta"):
+    with torch.device(device):
+        return {
+            "images": torch.randn(BATCH, 3, *IMAGE_SIZE),
+            "labels": torch.randint(NUM_IDS, (BATCH,)),
+            "squares": torch.randn(BATCH, 3, 128, 128),
+            "latents": torch.randn(BATCH, *LATENT_SIZE),
+            "noise": torch.randn(BATCH, *LATENT_SIZE),
+            "timesteps": torch.randint(1000, (BATCH,)),
+        }
+
+
+def training_loss(parts, batch, way):
+    """The three losses of one step; without a U-Net the baseline's two."""
+    output = parts.encoder(batch["images"])
+    loss = F.cross_entropy(output.logits, batch["labels"], label_smoothing=0.1)
+    similarities = F.normalize(output.bn_features.float(), dim=1) @ parts.prototypes.t()
+    loss = loss + F.cross_entropy(similarities / 0.01, batch["labels"])
+    if parts.unet is None:
+        return loss
+    latents, unet = batch["latents"], parts.unet
+    if way != "ours":
+        with torch.no_grad():
+            latents = parts.vae.encode(batch["squares"]).latent_dist.sample() * parts.vae.config.scaling_factor
+    if way == "paper":
+        unet.enable_gradient_checkpointing()
+    else:
+        unet.disable_gradient_checkpointing()
+    if way == "paper_whole":
+        unet = Recomputed(unet)
+    condition = (torch.softmax(output.logits / TAU, dim=1) @ parts.prompts)[:, None]
+    # The authors' blocks are computed again to their end, needed or not.
+    with nullcontext() if way == "ours" else set_checkpoint_early_stop(False):
+        return loss + noise_loss(unet, parts.schedule, latents, batch["noise"], batch["timesteps"], condition)
+
+
+def trainable(modules):
+    parameters = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+    return sum(parameter.numel() for parameter in parameters.values())
+
+
+def count_parameters(mode, parts):
+    if mode == "inference":
+        return trainable([parts.encoder.backbone])
+    extra = 0 if parts.unet is None else parts.prompts.numel() + trainable([parts.unet])
+    return trainable([parts.encoder]) + extra
+
+
+def count_flops(run):
+    counter = FlopCounterMode(display=False)
+    with counter:
+        run()
+    return counter.get_total_flops() / 1e12
+
+
+def forward_flops(mode, parts, batch):
+    with torch.no_grad():
+        if mode == "inference":
+            return count_flops(lambda: parts.encoder.eval()(batch["images"]))
+        parts.encoder.train()
+        # The way that runs the VAE and, without gradient, recomputes nothing.
+        return count_flops(lambda: training_loss(parts, batch, "paper_whole"))
+
+
+def step_flops(parts, batch, way):
+    parts.encoder.train()
+    return count_flops(lambda: training_loss(parts, batch, way).backward())
+
+
+def count_all():
+    """(table, steps): per mode, parameters and forward TFLOPs beside the paper's, and TFLOPs of a whole step."""
+    table, steps = {}, {}
+    batch = build_batch()
+    for mode, (paper_params, paper_tflops) in PAPER.items():
+        parts = build_parts(mode)
+        params = count_parameters(mode, parts) / 1e6
+        tflops = forward_flops(mode, parts, batch)
+        table[mode] = {
+            "ours": {"params_m": round(params, 4), "tflops": round(tflops, 4)},
+            "paper": {"params_m": paper_params, "tflops": paper_tflops},
+        }
+        if mode != "inference":
+            ways = WAYS if mode in MODES else WAYS[:1]
+            counted = {way: step_flops(parts, batch, way) for way in ways}
+            steps[mode] = {way: {"tflops": round(value, 4)} for way, value in counted.items()}
+    for row in steps.values():
+        for step in row.values():
+            step["ratio"] = round(step["tflops"] / steps["baseline"]["ours"]["tflops"], 4)
+    return table, steps
+
+
+def print_table(table, steps):
+    print(f"{'':<12}{'trainable parameters (M)':^26}{'forward TFLOPs, batch 64':^26}")
+    print(f"{'mode':<12}{'ours':>13}{'paper':>13}{'ours':>13}{'paper':>13}")
+    for mode, row in table.items():
+        ours, paper = row["ours"], row["paper"]
+        numbers = ours["params_m"], paper["params_m"], ours["tflops"], paper["tflops"]
+        print(f"{mode:<12}" + "".join(f"{number:>13.2f}" for number in numbers))
+    print(f"\n{'':<12}{'TFLOPs of a whole step, forward and backward (times the baseline)':^66}")
+    print(f"{'mode':<12}{'ours':>18}{'the paper’s way':>22}{'all U-Net twice':>22}")
+    for mode, row in steps.items():
+        cells = [f"{row[way]['tflops']:.2f} ({row[way]['ratio']:.2f}x)" for way in WAYS if way in row]
+        print(f"{mode:<12}{cells[0]:>18}" + "".join(f"{cell:>22}" for cell in cells[1:]))
+
+
+def write(path, content):
+    with write_together(path.parent) as aside:
+        aside(path.name).write_text(to_json(content), encoding="utf-8")
+
+
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="count parameters and FLOPs; a minute on a CPU")
+    parser.add_argument("--json", type=Path, help="file for parameters and forward TFLOPs of each mode")
+    parser.add_argument("--step_json", type=Path, help="file for TFLOPs of a whole step, with versions")
+    args = parser.parse_args(input_args)
+    if not args.table:
+        parser.error("nothing to do: give --table")
+    return args
+
+
+def main(input_args=None):
+    args = parse_args(input_args)
+    table, steps = count_all()
+    print_table(table, steps)
+    if args.json:
+        write(args.json, table)
+    if args.step_json:
+        packages = {
+            name: number for name, number in versions().items() if name in ("diffusers", "peft", "transformers")
+        }
+        record = {**environment(), **packages, "batch": BATCH, "steps": steps}
+        write(args.step_json, record)
+
+
+if __name__ == "__main__":
+    main()
