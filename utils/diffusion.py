@@ -61,6 +61,7 @@ def load_vae(name_or_path, *, dtype=torch.float32, revision=None, token=None):
 
 def load_unet(name_or_path, mode, *, rank=8, dtype=torch.float32, seed=0, revision=None, token=None):
     """The U-Net of a checkpoint, ready to train in one of UNET_MODES; `dtype` is that of weights that stay frozen."""
+    check_mode(mode, rank)
     if mode == "scratch":
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(read_config(str(name_or_path), "unet", revision, token))
@@ -101,10 +102,7 @@ def set_unet_mode(unet, mode, *, rank=8, dtype=torch.float32, seed=0):
 
     Trained weights become float32, frozen ones `dtype`. Works on the meta device too.
     """
-    if mode not in UNET_MODES:
-        raise ValueError(f"the U-Net mode must be one of {', '.join(UNET_MODES)}, got {mode!r}")
-    if mode == "lora" and rank < 1:
-        raise ValueError(f"the rank of LoRA must be at least 1, got {rank}")
+    check_mode(mode, rank)
     with seeded(seed, unet.device):
         if mode == "lora":
             unet.add_adapter(LoraConfig(r=rank, lora_alpha=1, target_modules=LORA_TARGETS))
@@ -120,6 +118,13 @@ def set_unet_mode(unet, mode, *, rank=8, dtype=torch.float32, seed=0):
         parameter.requires_grad_(trained)
         parameter.data = parameter.data.to(torch.float32 if trained else dtype)
     return unet.train(mode != "frozen")
+
+
+def check_mode(mode, rank):
+    if mode not in UNET_MODES:
+        raise ValueError(f"the U-Net mode must be one of {', '.join(UNET_MODES)}, got {mode!r}")
+    if mode == "lora" and rank < 1:
+        raise ValueError(f"the rank of LoRA must be at least 1, got {rank}")
 
 
 def cast_where_needed(layer, inputs):
