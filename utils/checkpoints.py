@@ -6,12 +6,14 @@
         optimizer.pt, rng-0.pt, ...
         files.json            SHA-256 of all others: a folder without it, or that differs from it, is damaged
 
-With DeepSpeed the model and optimizer files are DeepSpeed's own, in `deepspeed/`.
+With DeepSpeed the model and optimizer files are DeepSpeed's own, in `deepspeed/`. What a killed run leaves is hidden
+(`.checkpoint-120.part`, `.checkpoint-80.old`) and goes with the next checkpoint.
 """
 
 import hashlib
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -20,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from utils.reporting import to_json
@@ -50,18 +53,19 @@ def find_checkpoint(output_dir, asked):
 
 def read_state(path, script):
     """The content of state.json, once every file of the checkpoint is found whole and `script` is its writer."""
+    name = MANIFEST
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        for name, digest in manifest["files"].items():
-            if not (path / name).is_file():
-                raise ValueError(f"{name} is missing")
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        for name, digest in ({STATE: None} | files).items():
             if sha256(path / name) != digest:
-                raise ValueError(f"{name} has changed since it was written")
+                raise ValueError("changed since it was written")
+        name = STATE
         state = json.loads((path / STATE).read_text())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = "missing" if isinstance(error, FileNotFoundError) else error
         others = [one.name for one in list_checkpoints(path.parent).values() if one != path]
         advice = f"; the others there: {', '.join(others)}" if others else ""
-        raise ValueError(f"{path} is damaged or no checkpoint of ours: {error}{advice}") from None
+        raise ValueError(f"{path} is damaged or no checkpoint of ours: {name}: {reason}{advice}") from None
     if state.get("script") != script:
         raise ValueError(f"{path} was written by {state.get('script')}, not by {script}")
     return state
@@ -102,45 +106,71 @@ def check_arguments(path, before, now, free):
 
 
 def save_checkpoint(output_dir, step, state, model, optimizer, *, accelerator, limit=None):
-    """Write `checkpoint-STEP`; called by every process. Returns its path."""
+    """Write `checkpoint-STEP`; called by every process. Returns its path.
+
+    Then go the oldest beyond `limit`, and those of later steps: this training has replaced the one they are of.
+    """
     final = Path(output_dir) / f"checkpoint-{step}"
     aside = Path(output_dir) / f".checkpoint-{step}.part"
     main = accelerator.is_main_process
     if main:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in Path(output_dir).glob(".checkpoint-*"):
+            shutil.rmtree(left)
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
+    try:
+        write_share(aside, model, optimizer, accelerator)
+        accelerator.wait_for_everyone()
+        if main:
+            seal(aside, state)
+    # torch and safetensors have errors of their own for a full disk.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        free = shutil.disk_usage(output_dir).free / 1e9
+        raise OSError(f"{final} could not be written ({free:.1f} GB are free there): {error}") from error
+    if main:
+        replaced = final.with_name(f".{final.name}.old")
+        if final.exists():
+            os.replace(final, replaced)
+        os.replace(aside, final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        found = list_checkpoints(output_dir)
+        kept = [number for number in found if number <= step][-(limit or 0) :]
+        for number in found.keys() - set(kept):
+            put_away(found[number])
+    accelerator.wait_for_everyone()
+    return final
+
+
+def write_share(aside, model, optimizer, accelerator):
+    """What this process has to write of a checkpoint."""
     torch.save(random_states(), aside / f"rng-{accelerator.process_index}.pt")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         model.save_checkpoint(str(aside / "deepspeed"), "state", exclude_frozen_parameters=True)
-    elif main:
+    elif accelerator.is_main_process:
         save_file(changing_tensors(accelerator.unwrap_model(model)), aside / MODEL)
         kept = {"optimizer": optimizer.state_dict()}
         if accelerator.scaler is not None:
             kept["scaler"] = accelerator.scaler.state_dict()
         torch.save(kept, aside / OPTIMIZER)
-    accelerator.wait_for_everyone()
-    if main:
-        (aside / STATE).write_text(to_json(state))
-        names = sorted(str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file())
-        (aside / MANIFEST).write_text(to_json({"files": {name: sha256(aside / name) for name in names}}))
-        for path in aside.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        # A checkpoint of that step may be there from before a resume at an earlier one.
-        if final.exists():
-            outdated = final.with_name(f".{final.name}.old")
-            os.replace(final, outdated)
-            os.replace(aside, final)
-            shutil.rmtree(outdated)
-        else:
-            os.replace(aside, final)
-        if limit:
-            for path in list(list_checkpoints(output_dir).values())[:-limit]:
-                shutil.rmtree(path)
-    accelerator.wait_for_everyone()
-    return final
+
+
+def seal(aside, state):
+    """Add the state and the digests of all files, and wait until everything is on the disk."""
+    (aside / STATE).write_text(to_json(state))
+    names = sorted(str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file())
+    (aside / MANIFEST).write_text(to_json({"files": {name: sha256(aside / name) for name in names}}))
+    for path in aside.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def put_away(path):
+    """Remove a checkpoint; killed in the middle, no half of one is left under its name."""
+    hidden = path.with_name(f".{path.name}.old")
+    os.replace(path, hidden)
+    shutil.rmtree(hidden)
 
 
 def load_checkpoint(path, model, optimizer, *, accelerator):
@@ -157,7 +187,7 @@ def load_checkpoint(path, model, optimizer, *, accelerator):
         if unlike := sorted(name for name in {**tensors, **wanted} if _shape(tensors, name) != _shape(wanted, name)):
             raise ValueError(f"{path} holds another model: {', '.join(unlike[:3])} differ in shape or are missing")
         bare.load_state_dict(tensors, strict=False)
-        kept = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+        kept = load_plain(path / OPTIMIZER)
         optimizer.load_state_dict(kept["optimizer"])
         if (accelerator.scaler is None) != ("scaler" not in kept):
             raise ValueError(f"{path} was written with another --mixed_precision")
@@ -166,7 +196,16 @@ def load_checkpoint(path, model, optimizer, *, accelerator):
     states = path / f"rng-{accelerator.process_index}.pt"
     # With more processes than before, the new ones have no state of their own and keep theirs.
     if states.is_file():
-        set_random_states(torch.load(states, weights_only=True))
+        set_random_states(load_plain(states))
+
+
+def load_plain(path):
+    """Tensors and plain values of a file of torch.save; code in it does not run, but is an error."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} holds more than tensors and plain values, or is damaged: {reason}") from None
 
 
 def changing_tensors(model):

@@ -9,7 +9,7 @@ from PIL import Image
 @torch.no_grad()
 def denoise(unet, schedule, latents, noise, condition, *, start=0.6, num_steps=10):
     """Latents noised up to the share `start` of the schedule and brought back under `condition`, by DDIM."""
-    times = torch.linspace(start * schedule.num_steps, 0, num_steps + 1).long().tolist()
+    times = torch.linspace(start * (schedule.num_steps - 1), 0, num_steps + 1).long().tolist()
     times = [torch.full((len(latents),), time, device=latents.device) for time in times]
     dtype = next(unet.parameters()).dtype
     noised = schedule.add_noise(latents, noise, times[0])

@@ -55,6 +55,14 @@ class PrototypeMemory(nn.Module):
             # Samples of one identity all write the same row.
             self.prototypes[labels] = F.normalize(torch.lerp(hardest, old, self.momentum), dim=1)
 
+    def _apply(self, fn, recurse=True):
+        # model.half() and DeepSpeed would round the prototypes.
+        def keep_precision(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_precision, recurse)
+
     @torch.no_grad()
     def rebuild(self, features, labels):
         """Every prototype anew: the mean direction of its identity's features."""

@@ -11,6 +11,7 @@ from utils import evaluation
 from utils.datasets import load_reid
 from utils.evaluation import Side
 from utils.extraction import Pictures
+from utils.images import check_images
 from utils.reporting import to_json, write_together
 
 
@@ -29,7 +30,10 @@ def open_targets(specs, root=None, *, skip_unreadable=False):
         data = load_reid(spec, root, skip_unreadable=skip_unreadable)
         if not {"query", "gallery"} <= set(data):
             raise ValueError(f"--target {spec} has no query and gallery, only {', '.join(data)}; choose another")
-        targets.append(Target(spec, data["query"], data["gallery"]))
+        sides = {split: data[split] for split in ("query", "gallery")}
+        if not skip_unreadable:
+            sides, _ = check_images(sides, where=spec)
+        targets.append(Target(spec, sides["query"], sides["gallery"]))
     return targets
 
 

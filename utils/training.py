@@ -163,23 +163,26 @@ class LearningRate:
         warmup_steps=0,
         num_steps=None,
     ):
-        self.groups = optimizer.param_groups
-        for group in self.groups:
+        # Not its groups: loading a state puts others in their place.
+        self.optimizer = optimizer
+        for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         if name == OWN_SCHEDULE:
             self.factor = lambda epoch, step: warmup_multistep(epoch, warmup_epochs, warmup_factor, milestones, gamma)
         else:
-            # diffusers' schedules are factors of the step; the optimiser below only carries them.
-            carrier = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+            # diffusers' schedules are factors of the step, one of them also of the rate; the optimiser below only
+            # carries them.
+            rate = optimizer.param_groups[0]["initial_lr"]
+            carrier = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
             by_step = get_scheduler(name, carrier, num_warmup_steps=warmup_steps, num_training_steps=num_steps)
             self.factor = lambda epoch, step: by_step.lr_lambdas[0](step)
 
     def set(self, epoch, step):
         """For the step about to be taken: `epoch` from 1, `step` from 0. Returns the first group's rate."""
         factor = self.factor(epoch, step)
-        for group in self.groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        return self.groups[0]["lr"]
+        return self.optimizer.param_groups[0]["lr"]
 
 
 class StepLog:
@@ -199,9 +202,12 @@ class StepLog:
         """Keep the lines up to a checkpoint's step; 0 starts anew."""
         if self.accelerator.is_main_process:
             lines = self.path.read_text().splitlines(keepends=True) if step and self.path.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
             if len(kept) < step:
-                raise ValueError(f"{self.path} has {len(kept)} lines, the checkpoint {step} steps; is it of this run?")
+                raise ValueError(
+                    f"{self.path} has {len(kept)} lines up to the checkpoint's step {step}: it is of another run or "
+                    "damaged. Start anew without --resume_from_checkpoint, or give another --output_dir"
+                )
             self.path.parent.mkdir(parents=True, exist_ok=True)
             aside = self.path.with_name(self.path.name + ".part")
             aside.write_text("".join(kept))
@@ -248,6 +254,13 @@ class StepLog:
         allowed = ("grad_norm",) if self.accelerator.scaler else ()
         bad = [name for name in names if not math.isfinite(line[name]) and name not in allowed]
         return ", ".join(f"{name} {line[name]}" for name in bad)
+
+
+def _step_of(line):
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _without_infinity(line):

@@ -62,9 +62,8 @@ def add_numbers(report, history):
     targets = list(dict.fromkeys(one["target"] for one in history))
     for spec in targets:
         its = [one for one in history if one["target"] == spec]
-        note = f"was {{}}, {spec}"
         report.tiles(
-            [(NUMBERS[key], percent(its[-1][key]), note.format(percent(its[0][key]))) for key in ("mAP", "rank1")]
+            [(NUMBERS[key], percent(its[-1][key]), f"was {percent(its[0][key])}, {spec}") for key in ("mAP", "rank1")]
         )
     report.table(["target", "number", "before", "after", "points"], before_and_after(history), text_columns=2)
     charts = []
