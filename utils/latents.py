@@ -243,7 +243,8 @@ def complaint(posterior, path, vae, vae_name, dtype):
             f"the posterior of {path} reaches {posterior.abs().max():.4g} in the VAE {vae_name}, too much for "
             f"{_plain(dtype)}; keep it in float32"
         )
-    return f"the posterior of {path} is not finite in the VAE {vae_name}, run in {_plain(vae.dtype)}; try float32"
+    advice = "" if vae.dtype == torch.float32 else f" in {_plain(vae.dtype)}; run it in float32"
+    return f"the posterior of {path} is not finite in the VAE {vae_name}{advice}"
 
 
 def _plain(dtype):
