@@ -1,4 +1,14 @@
-"""What is asked about every picture: one question an attribute."""
+"""Words about people: what is asked about every picture, how answers become one description, and prompts of it."""
+
+import csv
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 QUESTIONS = {
     "upper": "what is the person wearing on the upper body?",
@@ -11,3 +21,168 @@ QUESTIONS = {
     "view": "from which side is the person seen?",
     "scene": "where is the person?",
 }
+# What generated pictures vary: each of them draws one of every list.
+DIVERSITY = {
+    "scene": [
+        "outdoors", "indoors", "on a street in the rain", "in the snow", "in an indoor hall", "on a bright campus",
+        "on a street at night", "in a metro station", "in a shop", "in a park", "at an airport", "on a square",
+    ],
+    "action": ["walking", "standing"],
+    "carried": [
+        "nothing", "black backpack", "red backpack", "blue backpack", "brown handbag", "black handbag",
+        "green shoulder bag", "black shoulder bag",
+    ],
+    "view": ["front", "behind", "side"],
+}  # fmt: skip
+CLASS_PROMPT = "a photo of a person"
+ABSENT = {"nothing", "none", "no", "no one", "nobody"}
+UNKNOWN = {
+    "unknown", "unclear", "not visible", "not sure", "unsure", "can t tell", "cannot tell", "i don t know", "n a",
+    "yes", "person", "unanswerable",
+}  # fmt: skip
+MAX_ANSWER_WORDS = 6
+MAX_CAPTION_WORDS = 40
+ARTICLE = re.compile(r"^(a|an|the|his|her|their) ")
+
+
+def clean(answer, max_words=MAX_ANSWER_WORDS):
+    """An answer as it can stand in a prompt, or "" where it says nothing."""
+    text = " ".join(re.sub(r"[^\w\s'-]", " ", answer.lower()).split())
+    # Some tokenizers take compounds apart: t - shirt.
+    text = ARTICLE.sub("", re.sub(r"(?<=\w) - (?=\w)", "-", text))
+    known = re.sub(r"[^\w]+", " ", text)
+    return "" if known in UNKNOWN or not known.strip() or len(text.split()) > max_words else text
+
+
+def majority(answers):
+    """The most frequent of the answers that say something, the first seen of equals, or ""."""
+    counts = Counter(answer for answer in answers if answer)
+    return max(counts, key=counts.get, default="")
+
+
+def compose(attributes, class_prompt=CLASS_PROMPT, caption=""):
+    """P_LPE*: the class prompt and everything known; what is absent is not spoken of."""
+    known = {key: value for key, value in attributes.items() if value and value not in ABSENT}
+    worn = [article(known["upper"])] if "upper" in known else []
+    worn += [known[key] for key in ("lower", "shoes") if key in known]
+    parts = [caption] if caption else []
+    if worn:
+        parts.append("wearing " + " and ".join(filter(None, [", ".join(worn[:-1]), worn[-1]])))
+    phrases = {
+        "hair": "with {}",
+        "carried": "carrying {}",
+        "hat": "in {}",
+        "action": "{}",
+        "view": "{}",
+        "scene": "{}",
+    }
+    for key, phrase in phrases.items():
+        if key in known:
+            value = article(known[key]) if key in ("carried", "hat") else known[key]
+            parts.append(phrase.format(seen_from(value) if key == "view" else value))
+    return ", ".join([class_prompt, *parts])
+
+
+def article(words):
+    plural = words.endswith("s") and not words.endswith(("ss", "us", "dress"))
+    if plural or re.match(r"(a|an|the|two|some|\d+) ", words):
+        return words
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def seen_from(words):
+    if words.startswith(("seen", "from")):
+        return words
+    return f"seen from {'' if words in ('behind', 'above', 'below') else 'the '}{words}"
+
+
+def with_token(prompt, token, noun):
+    """P_E: the identity token before the noun; "a person" becomes "TOKEN person"."""
+    found = re.search(rf"\b(?:(?:a|an|the) )?({re.escape(noun)})\b", prompt)
+    if found is None:
+        raise ValueError(f"the prompt {prompt!r} has no {noun!r} for the identity token to stand before")
+    return f"{prompt[: found.start()]}{token} {prompt[found.start(1) :]}"
+
+
+def fit(prompt, tokenizer, room=0):
+    """The prompt, cut at a word where it is longer than the tokenizer's window less `room` tokens."""
+    window = tokenizer.model_max_length - room
+    words = prompt.split(" ")
+    while len(words) > 1 and len(tokenizer(" ".join(words)).input_ids) > window:
+        words.pop()
+    return " ".join(words).rstrip(",")
+
+
+def draw_attributes(attributes, lists, *seed):
+    """The attributes with one drawn from each list in place of their own."""
+    rng = random.Random("/".join(map(str, ("attributes", *seed))))
+    return attributes | {key: rng.choice(values) for key, values in sorted(lists.items())}
+
+
+def read_lists(path):
+    """A user's own lists: JSON such as {"scene": ["in a park", ...]}; those that are absent stay as they are."""
+    try:
+        lists = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(lists, dict):
+        raise ValueError(f'{path} must hold lists by name, such as {{"scene": ["in a park"]}}')
+    for key, values in lists.items():
+        if key not in QUESTIONS:
+            raise ValueError(f"{path} has a list {key!r}; known are {', '.join(QUESTIONS)}")
+        if not (isinstance(values, list) and values and all(isinstance(one, str) and one.strip() for one in values)):
+            raise ValueError(f"{path}: {key!r} must be a list of at least one phrase, got {values!r}")
+    return DIVERSITY | lists
+
+
+# Captions on disk
+
+
+def captions_table(captions):
+    """captions.parquet: a row an identity, in the order given."""
+    answer = pa.struct([("path", pa.string()), ("caption", pa.string()), *((key, pa.string()) for key in QUESTIONS)])
+    fields = [("domain", pa.string()), ("pid", pa.int64()), ("camid", pa.int64())]
+    fields += [("prompt", pa.string()), ("identity_prompt", pa.string()), ("caption", pa.string())]
+    fields += [(key, pa.string()) for key in QUESTIONS]
+    schema = pa.schema([*fields, ("images", pa.list_(answer))])
+    rows = [
+        {**one, **{key: one["attributes"].get(key, "") for key in QUESTIONS}, "images": [
+            {"path": image["path"], "caption": image["caption"], **image["answers"]} for image in one["images"]
+        ]}
+        for one in captions
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def read_captions(path):
+    """Rows of captions.parquet, or of a csv or jsonl with some of its columns: {(domain or None, pid): row}."""
+    path = Path(path)
+    try:
+        if path.suffix == ".parquet":
+            rows = pq.read_table(path).to_pylist()
+        elif path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        elif path.suffix == ".csv":
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        else:
+            raise ValueError("it must end in .parquet, .csv or .jsonl")
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read as captions: {error}") from error
+    found = {}
+    for number, row in enumerate(rows, start=1):
+        try:
+            key = (row.get("domain") or None, int(row["pid"]))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ValueError(f"{path}: row {number} has no whole number as `pid`") from None
+        words = {name: row.get(name) or "" for name in ("prompt", "caption", *QUESTIONS)}
+        if bad := [name for name, value in words.items() if not isinstance(value, str)]:
+            raise ValueError(f"{path}: `{bad[0]}` of identity {key[1]} must be text, got {row[bad[0]]!r}")
+        if key in found:
+            raise ValueError(f"{path} has identity {key[1]} twice")
+        if not any(words.values()):
+            raise ValueError(f"{path}: identity {key[1]} has neither a prompt nor attributes")
+        found[key] = words
+    if not found:
+        raise ValueError(f"{path} has no rows")
+    return found
