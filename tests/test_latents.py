@@ -73,7 +73,10 @@ def forked(cache_dir, num_ids, **environment):
         os.environ.update(environment)
         AcceleratorState._reset_state(reset_partial_state=True)
         torch.manual_seed(0)
-        build(people(num_ids), tiny.build_vae(), cache_dir)
+        vae = tiny.build_vae()
+        with counted(vae) as seen:
+            build(people(num_ids), vae, cache_dir)
+        cache_dir.with_name(f"batches-{environment.get('RANK')}").write_text(str(len(seen)))
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
@@ -323,6 +326,8 @@ def test_two_processes_write_the_same_bytes_as_one(vae, tmp_path):
         rank.join(120)
     assert [rank.exitcode for rank in ranks] == [0, 0]
     assert files(tmp_path / "one") == files(tmp_path / "two") and len(files(tmp_path / "one")) == 3
+    # Three chunks of eight batches, shared.
+    assert [(tmp_path / f"batches-{rank}").read_text() for rank in "01"] == ["16", "8"]
 
 
 @pytest.mark.slow
@@ -396,11 +401,19 @@ def test_latents_are_mapped_not_read(vae, tmp_path):
     assert all(str(cache.folder / name) in mapped.read_text() for name in cache.names)
 
 
-def test_the_vae_stays_where_it_was_when_nothing_is_missing(vae, tmp_path):
-    build(people(2), vae, tmp_path)
-    with counted(vae) as seen:
-        build(people(2), vae, tmp_path)
-    assert vae.device.type == "cpu" and not seen
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_vae_is_on_the_gpu_only_to_compute(vae, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    data, devices = people(), set()
+    with vae.encoder.register_forward_pre_hook(lambda _, inputs: devices.add(inputs[0].device.type)):
+        cache = build(data, vae, tmp_path, accelerator=Accelerator(), dtype=torch.float32)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert devices == {"cuda"} and vae.device.type == "cpu"
+    mean, std = cache.posterior(range(32), pin_memory=True)
+    assert mean.is_pinned() and std.is_pinned()
+    want = direct(vae, data, range(32))
+    torch.testing.assert_close(mean, want.mean, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(std, want.std, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("value, dtype", [(7e4, torch.float16), (float("nan"), torch.float32)])

@@ -80,9 +80,9 @@ class LatentCache:
         return tuple(self.chunks[0].shape[2:])
 
     def posterior(self, rows, pin_memory=False):
-        """Mean and std, each (B, C, h, w) float32, of these rows of the data set."""
+        """Mean and std, each (B, C, h, w) float32, of these rows; pinned if asked and there is a GPU."""
         places = self.places[np.asarray(rows, dtype=np.int64)].tolist()
-        values = torch.empty(2, len(places), *self.shape, pin_memory=pin_memory)
+        values = torch.empty(2, len(places), *self.shape, pin_memory=pin_memory and torch.cuda.is_available())
         for number, (chunk, place) in enumerate(places):
             values[:, number] = self.chunks[chunk][place]
         return values[0], values[1]
@@ -109,8 +109,8 @@ def build_latent_cache(
 ):
     """The posteriors of all images of `dataset`; what is not in the cache is computed, each process its share.
 
-    `size` is (height, width) in pixels, `dtype` that of the file. The VAE goes to the device only to compute, and
-    back. All processes must see `cache_dir`.
+    `size` is (height, width) in pixels, `dtype` that of the file, `vae_name` for errors. The VAE goes to the device
+    only to compute, and back. All processes must see `cache_dir`.
     """
     folder = Path(cache_dir).expanduser() / "latents" / cache_key(vae, size, dtype)
     main, home, pictures = accelerator.is_main_process, vae.device, VaeImages(dataset, size)
@@ -126,6 +126,7 @@ def build_latent_cache(
             break
         if main:
             prepare(folder)
+        accelerator.wait_for_everyone()
         vae.to(accelerator.device)
         step = batch_size * CHUNK_BATCHES
         for rows, posteriors in computed_in_chunks(
