@@ -1,0 +1,273 @@
+"""PrototypeMemory against its definition, written out as plain loops in float64."""
+
+import math
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from utils.losses import PrototypeMemory, class_means
+
+SIZES = [(1, 1, 3), (8, 5, 16), (16, 40, 33), (64, 16, 128)]
+
+
+def rows(count, width, seed):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def batch_of(size, num_ids, width, seed=0):
+    """Features and labels; some identities come once, some often, most not at all where there are many."""
+    generator = torch.Generator().manual_seed(seed + 100)
+    return 3 * rows(size, width, seed), torch.randint(num_ids, (size,), generator=generator)
+
+
+def unit(row):
+    length = math.sqrt(sum(value * value for value in row))
+    return [value / length for value in row]
+
+
+def dot(one, other):
+    return sum(a * b for a, b in zip(one, other, strict=True))
+
+
+def loss_and_gradient(features, labels, prototypes, temperature):
+    """Mean cross-entropy of cosines / temperature, and its gradient to the features, derived by hand."""
+    memory = [unit(row) for row in prototypes.double().tolist()]
+    total, gradient = 0.0, []
+    for raw, label in zip(features.double().tolist(), labels.tolist(), strict=True):
+        direction = unit(raw)
+        logits = [dot(direction, prototype) / temperature for prototype in memory]
+        top = max(logits)
+        weights = [math.exp(value - top) for value in logits]
+        total += math.log(sum(weights)) + top - logits[label]
+        shares = [weight / sum(weights) - (number == label) for number, weight in enumerate(weights)]
+        pull = [dot(shares, column) / temperature / len(labels) for column in zip(*memory, strict=True)]
+        # Only what is across the feature changes its direction.
+        along, length = dot(pull, direction), math.sqrt(dot(raw, raw))
+        gradient.append([(a - along * u) / length for a, u in zip(pull, direction, strict=True)])
+    return total / len(labels), gradient
+
+
+def updated(features, labels, prototypes, momentum):
+    memory = [unit(row) for row in prototypes.double().tolist()]
+    hardest = {}
+    for raw, label in zip(features.double().tolist(), labels.tolist(), strict=True):
+        direction = unit(raw)
+        likeness = dot(direction, memory[label])
+        if label not in hardest or likeness < hardest[label][0]:
+            hardest[label] = (likeness, direction)
+    for label, (_, direction) in hardest.items():
+        mixed = zip(memory[label], direction, strict=True)
+        memory[label] = unit([momentum * old + (1 - momentum) * new for old, new in mixed])
+    return memory
+
+
+def assert_close(got, want, tolerance=2e-5):
+    want = torch.as_tensor(want, dtype=torch.float64)
+    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance * max(1, want.abs().max()))
+
+
+@pytest.mark.parametrize("size, num_ids, width", SIZES)
+@pytest.mark.parametrize("temperature, momentum", [(0.01, 0.2), (0.5, 0.9)])
+def test_loss_gradient_and_update_follow_the_definition(size, num_ids, width, temperature, momentum):
+    features, labels = batch_of(size, num_ids, width)
+    prototypes = 5 * rows(num_ids, width, 7)
+    memory = PrototypeMemory(prototypes, temperature, momentum)
+    features.requires_grad_()
+    loss = memory(features, labels)
+    loss.backward()
+    value, gradient = loss_and_gradient(features.detach(), labels, prototypes, temperature)
+    assert loss.dtype == torch.float32 and loss.ndim == 0
+    assert_close(loss, value)
+    assert_close(features.grad, gradient)
+    memory.update(features, labels)
+    assert_close(memory.prototypes, updated(features.detach(), labels, prototypes, momentum))
+
+
+def test_several_updates_drift_no_further_than_rounding():
+    prototypes = rows(6, 12, 1)
+    memory, want = PrototypeMemory(prototypes), prototypes
+    for seed in range(20):
+        features, labels = batch_of(24, 6, 12, seed)
+        memory.update(features, labels)
+        want = torch.tensor(updated(features, labels, want, 0.2), dtype=torch.float64)
+    assert_close(memory.prototypes, want)
+    assert_close(memory.prototypes.norm(dim=1), torch.ones(6))
+
+
+def test_one_two_and_all_samples_of_an_identity():
+    memory = PrototypeMemory(torch.eye(4))
+    features = torch.tensor([[5.0, 1, 0, 0], [1, 1, 0, 0], [0, 3, 0, 1], [2, 2, 0, 0]])
+    memory.update(features, torch.tensor([0, 0, 1, 0]))
+    diagonal, other = unit([0.2 + 0.8 * 0.5**0.5, 0.8 * 0.5**0.5, 0, 0]), unit([0, 3, 0, 1])
+    want = [diagonal, unit([0.8 * b + 0.2 * (n == 1) for n, b in enumerate(other)]), [0, 0, 1, 0], [0, 0, 0, 1]]
+    # Rows 1 and 3 have one direction: a tie that changes nothing.
+    assert_close(memory.prototypes, want)
+
+
+def test_the_first_of_equally_hard_samples_is_taken():
+    features = torch.tensor([[0.0, 1, 0], [0, 0, 1], [0, -1, 0]])
+    memory = PrototypeMemory(torch.tensor([[1.0, 0, 0]]))
+    memory.update(features, torch.zeros(3, dtype=torch.int64))
+    assert_close(memory.prototypes, [unit([0.2, 0.8, 0])])
+    memory = PrototypeMemory(torch.tensor([[1.0, 0, 0]]))
+    memory.update(features.flip(0), torch.zeros(3, dtype=torch.int64))
+    assert_close(memory.prototypes, [unit([0.2, -0.8, 0])])
+
+
+def test_only_the_batch_s_identities_move_and_order_does_not_matter():
+    features, labels = batch_of(12, 30, 8)
+    memory, shuffled = PrototypeMemory(rows(30, 8, 3)), PrototypeMemory(rows(30, 8, 3))
+    before = memory.prototypes.clone()
+    memory.update(features, labels)
+    moved = (memory.prototypes != before).any(1)
+    assert moved.nonzero().flatten().tolist() == sorted(set(labels.tolist()))
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    shuffled.update(features[order], labels[order])
+    assert torch.equal(memory.prototypes, shuffled.prototypes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_features_are_compared_in_float32(dtype):
+    features, labels = batch_of(16, 10, 32)
+    features = features.to(dtype).requires_grad_()
+    memory = PrototypeMemory(rows(10, 32, 2))
+    loss = memory(features, labels)
+    loss.backward()
+    value, gradient = loss_and_gradient(features.detach(), labels, rows(10, 32, 2), 0.01)
+    assert loss.dtype == torch.float32 and features.grad.dtype == dtype
+    assert_close(loss, value)
+    assert_close(features.grad, gradient, 2e-2)
+    memory.update(features, labels)
+    assert_close(memory.prototypes, updated(features.detach(), labels, rows(10, 32, 2), 0.2))
+
+
+def test_autocast_changes_no_bit():
+    features, labels = batch_of(16, 10, 32)
+    got = []
+    for enabled in (False, True):
+        memory, mine = PrototypeMemory(rows(10, 32, 2)), features.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = memory(mine, labels)
+            memory.update(mine, labels)
+            means = class_means(mine.detach(), labels, 10)
+        loss.backward()
+        got.append((loss.detach(), mine.grad, memory.prototypes, memory.similarities(features), means))
+    for plain, cast in zip(*got, strict=True):
+        assert cast.dtype == torch.float32 and torch.equal(plain, cast)
+
+
+def test_an_update_before_the_backward_pass_does_not_change_the_gradient():
+    features, labels = batch_of(16, 10, 32)
+    first, second = features.clone().requires_grad_(), features.clone().requires_grad_()
+    memory = PrototypeMemory(rows(10, 32, 2))
+    memory(first, labels).backward()
+    loss = memory(second, labels)
+    memory.update(second, labels)
+    loss.backward()
+    assert torch.equal(first.grad, second.grad)
+
+
+def test_prototypes_take_no_gradient_and_are_kept_with_the_model():
+    given = rows(3, 4, 0).requires_grad_()
+    memory = PrototypeMemory(given)
+    features = rows(3, 4, 1).requires_grad_()
+    memory(features, torch.arange(3)).backward()
+    memory.update(features, torch.arange(3))
+    assert given.grad is None and not list(memory.parameters())
+    assert not memory.prototypes.requires_grad and memory.prototypes.grad_fn is None
+    assert list(memory.state_dict()) == ["prototypes"]
+    with torch.no_grad():
+        given.zero_()
+    assert memory.prototypes.any()
+
+
+@pytest.mark.parametrize("change", [torch.nn.Module.half, torch.nn.Module.bfloat16, torch.nn.Module.double])
+def test_prototypes_stay_float32_in_a_model_of_another_precision(change):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), PrototypeMemory(rows(3, 4, 0)))
+    exact = model[1].prototypes.clone()
+    change(model)
+    assert model[0].weight.dtype != torch.float32
+    assert model[1].prototypes.dtype == torch.float32 and torch.equal(model[1].prototypes, exact)
+    model[1](rows(3, 4, 1), torch.arange(3))
+    assert model.to("meta")[1].prototypes.device.type == "meta"
+
+
+def test_no_step_copies_from_the_device_or_branches_on_a_value():
+    with FakeTensorMode():
+        # A fake tensor has no values: whatever asked for one would raise.
+        features, labels = torch.randn(8, 16, requires_grad=True), torch.zeros(8, dtype=torch.int64)
+        memory = PrototypeMemory(torch.randn(5, 16))
+        memory(features, labels).backward()
+        memory.update(features, labels)
+        memory.rebuild(features.detach(), labels)
+
+
+def test_it_compiles_without_a_break():
+    features, labels = batch_of(16, 10, 32)
+    plain, compiled = PrototypeMemory(rows(10, 32, 2)), PrototypeMemory(rows(10, 32, 2))
+
+    def step(memory):
+        loss = memory(features, labels)
+        memory.update(features, labels)
+        return loss
+
+    graph = torch.compile(step, fullgraph=True, backend="eager")
+    for _ in range(2):
+        assert torch.equal(graph(compiled), step(plain))
+    assert torch.equal(plain.prototypes, compiled.prototypes)
+
+
+def test_a_feature_without_direction_is_unlike_all_alike():
+    memory = PrototypeMemory(torch.eye(3))
+    features = torch.zeros(2, 3, requires_grad=True)
+    loss = memory(features, torch.tensor([0, 1]))
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(3)) and features.grad.isfinite().all()
+    memory.update(features, torch.tensor([0, 1]))
+    assert torch.equal(memory.prototypes, torch.eye(3))
+
+
+@pytest.mark.parametrize(
+    "prototypes, options, words",
+    [
+        (torch.zeros(3), {}, r"\(identities, width\), got \(3,\)"),
+        (torch.zeros(2, 3), {"temperature": 0}, "temperature must be above 0, got 0"),
+        (torch.zeros(2, 3), {"temperature": float("nan")}, "temperature must be above 0, got nan"),
+        (torch.zeros(2, 3), {"momentum": 1.5}, "momentum must be between 0 and 1, got 1.5"),
+    ],
+)
+def test_impossible_settings_are_refused(prototypes, options, words):
+    with pytest.raises(ValueError, match=words):
+        PrototypeMemory(prototypes, **options)
+
+
+def test_momentum_bounds():
+    features, labels = batch_of(6, 3, 5)
+    kept, replaced = PrototypeMemory(rows(3, 5, 2), momentum=1), PrototypeMemory(rows(3, 5, 2), momentum=0)
+    before = kept.prototypes.clone()
+    kept.update(features, labels)
+    replaced.update(features, labels)
+    torch.testing.assert_close(kept.prototypes, before)
+    assert_close(replaced.prototypes, updated(features, labels, rows(3, 5, 2), 0.0))
+
+
+def test_means_of_directions_and_rebuilding():
+    features, labels = batch_of(40, 7, 16)
+    features[0] *= 1000
+    labels[labels == 4] = 3
+    want = []
+    for label in range(7):
+        its = [
+            unit(row) for row, owner in zip(features.double().tolist(), labels.tolist(), strict=True) if owner == label
+        ]
+        mean = [sum(column) / len(its) for column in zip(*its, strict=True)] if its else [0.0] * 16
+        want.append(unit(mean) if its else mean)
+    got = class_means(features, labels, 7)
+    assert got.dtype == torch.float32 and not got[4].any()
+    assert_close(got, want)
+    assert torch.equal(class_means(features.half(), labels, 7), class_means(features.half().float(), labels, 7))
+    memory = PrototypeMemory(rows(7, 16, 0))
+    address = memory.prototypes.data_ptr()
+    memory.rebuild(features, labels)
+    assert torch.equal(memory.prototypes, got) and memory.prototypes.data_ptr() == address
