@@ -181,6 +181,12 @@ def expected_to_train(name, mode):
 def test_what_trains_and_gets_gradient(original, mode, autocast):
     unet = load_unet(original, mode, dtype=autocast)
     assert unet.training == (mode != "frozen")
+    saved = load_file(original / "unet" / WEIGHTS)
+    for name, parameter in unet.named_parameters():
+        name = name.replace(".base_layer", "")
+        if name in saved and mode != "scratch":
+            # What trains must not have been rounded on its way.
+            assert torch.equal(parameter, saved[name].to(parameter.dtype)), name
     if mode == "lora":
         # The second matrices start at 0, so the first would get no gradient yet.
         for name, parameter in unet.named_parameters():
