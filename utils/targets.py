@@ -37,7 +37,7 @@ def open_targets(specs, root=None, *, skip_unreadable=False):
     return targets
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def extract(model, dataset, transform, *, accelerator, batch_size=64, num_workers=0, desc=None):
     """Test features (N, D) float32 on the CPU, the same on every process, by the model in eval mode.
 
