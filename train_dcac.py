@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from utils import tiny
-from utils.checkpoints import LATEST, find_checkpoint, load_checkpoint, open_state, save_checkpoint
+from utils.checkpoints import load_checkpoint, open_state, save_checkpoint
 from utils.denoising import decode, denoise, sheet
 from utils.diffusion import (
     UNET_MODES,
@@ -108,7 +108,7 @@ RECIPES = {
 CARD = (
     "A person re-identification encoder: an image becomes one vector of unit length, and the larger the dot product "
     "of two, the likelier they show the same person. For retrieval among images whose subjects consented or where the "
-    "law gives a clear right, not for covert or mass surveillance. `utils.modeling.ReIDModel.from_pretrained` loads it."
+    "law gives a clear right, not for covert or mass surveillance. `ReIDModel.from_pretrained` of diffreid loads it."
 )
 # What may differ from the checkpoint's run without changing what it trains.
 FREE_ON_RESUME = (
@@ -321,8 +321,6 @@ def check_args(parser, args):
         parser.error("--use_8bit_adam goes with --optimizer adam or adamw, not sgd")
     if args.diffusion == "none" and args.enable_xformers_memory_efficient_attention:
         parser.error("--enable_xformers_memory_efficient_attention is of the U-Net, and --diffusion none has none")
-    if args.resume_from_checkpoint and args.resume_from_checkpoint != LATEST:
-        find_checkpoint(args.output_dir, args.resume_from_checkpoint)
 
 
 # The method

@@ -1,0 +1,483 @@
+"""train_dcac.py: the method against its definition, the loop against interruptions, bad input against clear words."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import train_dcac
+from train_dcac import DCAC, Condition, draw_noise, parse_args
+from utils import tiny
+from utils.diffusion import NoiseSchedule, load_unet, load_vae
+from utils.latents import encode, sample_latents
+from utils.losses import PrototypeMemory
+from utils.modeling import ReIDModel
+
+ROOT = Path(__file__).parent.parent
+NUM_IDS, BATCH = 6, 8
+DATA = ["--source", "synthetic:domain=a,num_ids=6,images_per_id=4", "--target", "synthetic:domain=b,num_ids=3"]
+SMALL = ["--train_batch_size", "8", "--diffusion_resolution", "64", "64", "--validation_ids", "2", "--eval_every", "9"]
+
+
+@pytest.fixture(scope="session")
+def standins(tmp_path_factory):
+    """Random stand-ins, but smaller still: only the wiring counts here."""
+    folder = tmp_path_factory.mktemp("standins")
+    tiny.build_all(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(standins):
+    return [*DATA, *SMALL, "--pretrained_model_name_or_path", str(standins / "stable-diffusion")]
+
+
+def environment(**more):
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+
+
+def launch(*arguments, processes=1, check=True, **env):
+    start = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *start, str(ROOT / "train_dcac.py"), *map(str, arguments)]
+    run = subprocess.run(command, env=environment(**env), capture_output=True, text=True, cwd=ROOT)
+    assert not check or run.returncode == 0, run.stderr[-3000:]
+    return run
+
+
+@pytest.fixture
+def train():
+    """A run in this process, with one thread as in the others: sums differ between numbers of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield lambda *arguments: train_dcac.main(parse_args([str(one) for one in arguments]))
+    torch.set_num_threads(threads)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def method(
+    standins, *, kind="correlation", probabilities="classifier", bottleneck="none", mode="lora", pass_size=BATCH
+):
+    """A DCAC module of stand-ins with a classifier that is not at its start, and one batch for it."""
+    torch.manual_seed(0)
+    encoder = ReIDModel.from_backbone(standins / "clip", num_ids=NUM_IDS, image_size=(128, 64)).train()
+    torch.nn.init.normal_(encoder.classifier.weight, std=0.3)
+    memory = PrototypeMemory(torch.randn(NUM_IDS, encoder.num_features), 0.05)
+    name = standins / "stable-diffusion"
+    condition = Condition(
+        kind,
+        probabilities,
+        bottleneck,
+        num_ids=NUM_IDS,
+        num_features=encoder.num_features,
+        width=tiny.TEXT_WIDTH,
+        tau=0.6,
+    )
+    unet = load_unet(name, mode, rank=2)
+    model = DCAC(
+        encoder,
+        memory,
+        condition,
+        unet,
+        NoiseSchedule.from_pretrained(name),
+        ldm_weight=0.7,
+        label_smoothing=0.1,
+        pass_size=pass_size,
+    ).train()
+    batch = {
+        "images": torch.randn(BATCH, 3, 128, 64),
+        "labels": torch.arange(BATCH) // 2,
+        "latents": torch.randn(BATCH, 4, 8, 8),
+        "noise": torch.randn(BATCH, 4, 8, 8),
+        "timesteps": torch.randint(1000, (BATCH,)),
+    }
+    return model, batch
+
+
+# The method
+
+
+@pytest.mark.parametrize("probabilities", ["classifier", "prototype", "mean"])
+def test_loss_is_the_one_that_is_written_down(standins, probabilities):
+    model, batch = method(standins, probabilities=probabilities)
+    loss, values, bn_features, labels = model(**batch)
+    with torch.no_grad():
+        feature = model.encoder.backbone(batch["images"]).double()
+        centred = feature - feature.mean(0)
+        bn = centred / (feature.var(0, correction=0) + model.encoder.bnneck.eps).sqrt() * model.encoder.bnneck.weight
+        logits = bn @ model.encoder.classifier.weight.double().t()
+        target = torch.full((BATCH, NUM_IDS), 0.1 / NUM_IDS, dtype=torch.double)
+        target[range(BATCH), batch["labels"]] += 0.9
+        loss_id = -(target * logits.log_softmax(1)).sum(1).mean()
+        unit = bn / bn.norm(dim=1, keepdim=True)
+        similar = unit @ model.memory.prototypes.double().t() / 0.05
+        loss_pcl = -similar.log_softmax(1)[range(BATCH), batch["labels"]].mean()
+        by_classifier, by_prototype = (logits / 0.6).softmax(1), similar.softmax(1)
+        p = {"classifier": by_classifier, "prototype": by_prototype, "mean": (by_classifier + by_prototype) / 2}
+        tokens = (p[probabilities] @ model.condition.prompts.double()).float()[:, None]
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.double) ** 2
+        signal_share = (1 - betas).cumprod(0)[batch["timesteps"]].view(-1, 1, 1, 1)
+        noised = signal_share.sqrt() * batch["latents"] + (1 - signal_share).sqrt() * batch["noise"]
+        guess = model.unet(noised.float(), batch["timesteps"], encoder_hidden_states=tokens).sample
+        loss_ldm = (guess - batch["noise"]).square().mean()
+    for name, wanted in (("loss_id", loss_id), ("loss_pcl", loss_pcl), ("loss_ldm", loss_ldm)):
+        assert values[name].item() == pytest.approx(wanted.item(), rel=2e-4), name
+    assert loss.item() == pytest.approx((loss_id + loss_pcl + 0.7 * loss_ldm).item(), rel=2e-4)
+    assert not bn_features.requires_grad
+    torch.testing.assert_close(bn_features.double(), bn, rtol=1e-3, atol=1e-4)
+
+
+def reached(model):
+    """Which parts have a gradient that is not zero."""
+
+    def any_gradient(parameters):
+        return any(parameter.grad is not None and bool(parameter.grad.abs().max() > 0) for parameter in parameters)
+
+    named = dict(model.unet.named_parameters())
+    return {
+        "encoder": any_gradient(model.encoder.backbone.parameters()),
+        "neck": any_gradient(model.encoder.bnneck.parameters()),
+        "classifier": any_gradient(model.encoder.classifier.parameters()),
+        "prompts": any_gradient([model.condition.prompts]),
+        "lora": any_gradient(value for name, value in named.items() if ".lora_" in name),
+        "unet": any_gradient(value for name, value in named.items() if ".lora_" not in name),
+        "prototypes": model.memory.prototypes.requires_grad,
+    }
+
+
+@pytest.mark.parametrize("mode", ["lora", "frozen", "partial-1", "partial-2", "full", "scratch"])
+@pytest.mark.parametrize("kind", ["correlation", "class", "instance"])
+def test_where_the_gradient_of_the_noise_loss_arrives(standins, kind, mode):
+    model, batch = method(standins, kind=kind, mode=mode)
+    vae = load_vae(standins / "stable-diffusion")
+    mean, std = encode(vae, torch.randn(BATCH, 3, 64, 64).clamp(-1, 1))
+    batch["latents"] = sample_latents(mean, std, torch.randn_like(mean), 0.18215)
+    # From the loss of the noise alone: the two others are left out of the sum.
+    features = model.encoder.backbone(batch["images"])
+    bn_features, logits = model.encoder.neck(features)
+    condition = model.condition(logits, bn_features, batch["labels"], model.memory)
+    model.denoise(batch["latents"], batch["noise"], batch["timesteps"], condition).backward()
+    found = reached(model)
+    through = kind != "class"
+    assert found == {
+        "encoder": through,
+        "neck": through,
+        # Under `instance` the feature weighs the prompts, and the classifier has no part in it.
+        "classifier": kind == "correlation",
+        "prompts": True,
+        "lora": mode == "lora",
+        "unet": mode not in ("lora", "frozen"),
+        "prototypes": False,
+    }
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in vae.parameters())
+    patches = model.encoder.backbone.tower.embeddings.patch_embedding
+    assert patches.weight.grad is None
+
+
+@pytest.mark.parametrize("bottleneck", ["silu", "bn", "bn-silu", "condition-net"])
+def test_bottlenecks(bottleneck):
+    torch.manual_seed(0)
+    width = 32
+    condition = Condition("class", "classifier", bottleneck, num_ids=5, num_features=8, width=width, tau=1.0).double()
+    labels = torch.tensor([0, 1, 2, 3, 4, 4])
+    found = condition(None, None, labels, None)
+    tokens = condition.prompts[labels]
+
+    def normal(values):
+        return (values - values.mean(0)) / (values.var(0, correction=0) + 1e-5).sqrt()
+
+    if bottleneck == "condition-net":
+        first, second = (layer.weight for layer in condition.bottleneck if isinstance(layer, torch.nn.Linear))
+        assert first.shape == (width // 8, width) and 0.8 < first.std() < 1.2
+        wanted = F.silu(normal(F.silu(normal(tokens)) @ first.t())) @ second.t()
+    else:
+        wanted = normal(tokens) if "bn" in bottleneck else tokens
+        wanted = F.silu(wanted) if "silu" in bottleneck else wanted
+    torch.testing.assert_close(found, wanted[:, None])
+
+
+def test_passes_give_the_losses_and_gradients_of_one_batch(standins):
+    results = []
+    for pass_size in (BATCH, 2):
+        model, batch = method(standins, bottleneck="condition-net", pass_size=pass_size)
+        loss, values, *_ = model(**batch)
+        loss.backward()
+        results.append((values, {name: value.grad for name, value in model.named_parameters() if value.requires_grad}))
+    (whole, whole_grads), (parts, part_grads) = results
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-6)
+    assert len(whole_grads) > 50
+    for name, grad in whole_grads.items():
+        # What BatchNorm takes out again leaves only rounding in some gradients.
+        assert (part_grads[name] - grad).norm() <= 1e-3 * grad.norm() + 1e-4, name
+
+
+def test_noise_belongs_to_seed_and_step():
+    first = draw_noise(3, 7, (8, 4, 2, 2), 1000)
+    again = draw_noise(3, 7, (8, 4, 2, 2), 1000)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    for other in (draw_noise(3, 8, (8, 4, 2, 2), 1000), draw_noise(4, 7, (8, 4, 2, 2), 1000)):
+        assert not any(torch.equal(one, two) for one, two in zip(first, other, strict=True))
+    posterior, noise, timesteps = draw_noise(0, 0, (4096, 1, 4, 4), 1000)
+    assert not torch.equal(posterior, noise)
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    assert 0 <= timesteps.min() < 10 and 990 < timesteps.max() < 1000
+
+
+# Arguments
+
+
+def test_recipes_set_the_published_values_and_flags_win():
+    args = parse_args(["--recipe", "ms-ma", "--data_root", "/data", "--rank", "8"])
+    assert (args.source, args.target, args.rank, args.tau) == (["msmt17"], ["market1501"], 8, 1.0)
+    assert (args.train_batch_size, args.images_per_id, args.num_train_epochs) == (64, 4, 60)
+    assert (args.learning_rate, args.lr_warmup_epochs, args.lr_milestones) == (5e-6, 10, [30, 50])
+    assert (args.resolution, args.diffusion_resolution) == ([256, 128], [128, 128])
+    assert args.origin["rank"] == "flag" and args.origin["tau"] == "recipe" and args.origin["seed"] == "default"
+    published = {"ma-ms": (8, 0.6), "d-ma": (8, 0.6), "ms-ma": (32, 1.0), "c3-ma": (8, 0.1), "multi": (32, 1.0)}
+    for name, (rank, tau) in published.items():
+        args = parse_args(["--recipe", name])
+        assert (args.rank, args.tau, args.adam_weight_decay, args.ldm_weight) == (rank, tau, 1e-4, 1.0)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--tau", "0"], "--tau must be above 0"),
+        (["--condition", "class", "--probabilities", "mean"], "--condition correlation"),
+        (["--use_8bit_adam", "--optimizer", "sgd"], "not sgd"),
+        (["--resolution", "4", "4"], "at least 8"),
+        (["--rank", "0"], "--rank must be 1 or more"),
+        (["--unet_mode", "half"], "invalid choice"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(arguments)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+# Whole runs
+
+
+def test_two_passes_train_as_one(small, train, tmp_path):
+    """The same effective batch: log files agree, whatever the number of passes."""
+    steps = ["--max_train_steps", "3", "--bottleneck", "bn"]
+    logs = []
+    for name, passes in (("one", []), ("two", ["--train_batch_size", "4", "--gradient_accumulation_steps", "2"])):
+        train(*small, *steps, *passes, "--output_dir", tmp_path / name, "--cache_dir", tmp_path / "cache")
+        logs.append(log_of(tmp_path / name))
+    for one, two in zip(*logs, strict=True):
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
+
+
+@pytest.fixture(scope="session")
+def finished(small, tmp_path_factory):
+    """A whole small run: its folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    run = launch(
+        *small, "--num_train_epochs", "2", "--checkpointing_steps", "2", "--rerank", "--output_dir", folder / "out",
+        "--cache_dir", folder / "cache",
+    )  # fmt: skip
+    (folder / "printed").write_text(run.stdout)
+    return folder
+
+
+def test_what_a_run_leaves(finished):
+    out = finished / "out"
+    lines = log_of(out)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    keys = ["step", "epoch", "lr", "grad_norm", "loss", "loss_id", "loss_pcl", "loss_ldm"]
+    assert all(list(line) == keys for line in lines)
+    assert all(line["loss_ldm"] > 0 and line["grad_norm"] > 0 for line in lines)
+    assert lines[0]["lr"] == pytest.approx(3e-4 * (0.1 + 0.9 / 2)) and lines[-1]["lr"] == pytest.approx(3e-4)
+    metrics = json.loads((out / "metrics.json").read_text())
+    spec = "synthetic:domain=b,num_ids=3"
+    assert [(one["epoch"], one["target"]) for one in metrics["history"]] == [(0, spec), (2, spec)]
+    assert 0 < metrics["targets"][spec]["mAP"] <= 1 and 0 < metrics["targets"][spec]["reranked"]["rank1"] <= 1
+    model = ReIDModel.from_pretrained(out / "model")
+    assert model.num_ids == 6
+    prompts = load_file(out / "prompts.safetensors")["prompts"]
+    assert prompts.shape == (6, tiny.TEXT_WIDTH)
+    assert (out / "unet_lora" / "pytorch_lora_weights.safetensors").is_file()
+    page = (out / "report.html").read_text()
+    assert "Before and after" in page and "Rank-1" in page and "data:image/jpeg" in page
+    printed = (finished / "printed").read_text()
+    assert "before" in printed and "Rank-1" in printed
+    assert json.loads((out / "args.json").read_text())["arguments"]["seed"] == 0
+    assert not list(out.glob("**/*.part")) and not list(out.glob(".checkpoint*"))
+    card = (out / "model" / "README.md").read_text()
+    assert "train_dcac.py --source" in card
+
+
+def test_lora_file_opens_in_a_pipeline(finished, standins):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(standins / "stable-diffusion")
+    pipeline.load_lora_weights(finished / "out" / "unet_lora")
+    assert any(".lora_" in name for name, _ in pipeline.unet.named_parameters())
+
+
+def test_a_cut_training_goes_on_to_the_same_numbers(small, finished, train, tmp_path, capsys):
+    """Cut in the middle of an epoch, and gone on with: the log is that of the run in one piece, to the last digit."""
+    common = [*small, "--num_train_epochs", "2", "--checkpointing_steps", "2", "--rerank", "--output_dir", tmp_path]
+    common += ["--cache_dir", finished / "cache"]
+    train(*common, "--max_train_steps", "1")
+    first = log_of(tmp_path)
+    train(*common, "--resume_from_checkpoint", "latest")
+    assert "Going on from" in capsys.readouterr().out
+    whole = (finished / "out" / "log.jsonl").read_text()
+    assert len(first) == 1 and (tmp_path / "log.jsonl").read_text() == whole
+    weights, wanted = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path, finished / "out"))
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    metrics, one_piece = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, finished / "out"))
+    assert metrics["targets"] == one_piece["targets"]
+    # And once more, after its end.
+    assert train(*common, "--resume_from_checkpoint", "latest") == 0
+    assert (tmp_path / "log.jsonl").read_text() == whole
+
+
+def killed(arguments, folder, when, sign):
+    """Starts a run and sends it `sign` once `when(folder)` holds."""
+    command = [sys.executable, str(ROOT / "train_dcac.py"), *map(str, arguments)]
+    process = subprocess.Popen(
+        command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 240
+    while not when(folder) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(sign)
+    printed = process.communicate(timeout=240)[0]
+    return process.returncode, printed
+
+
+def lines_written(folder):
+    path = Path(folder) / "log.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_kill_and_go_on(small, finished, tmp_path):
+    """SIGKILL after some step, then go on: the log file is the unbroken run's, byte by byte."""
+    common = [*small, "--num_train_epochs", "2", "--checkpointing_steps", "1", "--rerank", "--output_dir", tmp_path]
+    common += ["--cache_dir", finished / "cache"]
+    code, _ = killed(common, tmp_path, lambda folder: lines_written(folder) >= 2, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    launch(*common, "--resume_from_checkpoint", "latest")
+    assert (tmp_path / "log.jsonl").read_text() == (finished / "out" / "log.jsonl").read_text()
+
+
+def test_sigterm_writes_a_checkpoint(small, finished, tmp_path):
+    common = [*small, "--num_train_epochs", "50", "--output_dir", tmp_path, "--cache_dir", finished / "cache"]
+    code, printed = killed(common, tmp_path, lambda folder: lines_written(folder) >= 1, signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM, printed[-2000:]
+    assert "SIGTERM" in printed and "--resume_from_checkpoint latest" in printed
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    assert json.loads((checkpoint / "state.json").read_text())["step"] == lines_written(tmp_path)
+
+
+def test_two_processes_train_as_one(small, train, tmp_path):
+    """The same global batch on two processes: BatchNorm of neck and condition, memory, sampler, noise and losses."""
+    steps = ["--max_train_steps", "6", "--bottleneck", "condition-net", "--mixed_precision", "no"]
+    steps += ["--num_train_epochs", "9", "--cache_dir", tmp_path / "cache"]
+    train(*small, *steps, "--output_dir", tmp_path / "one")
+    launch(*small, *steps, "--train_batch_size", "4", "--output_dir", tmp_path / "two", processes=2)
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    for left, right in zip(one, two, strict=True):
+        assert left == pytest.approx(right, rel=1e-4, abs=1e-4)
+    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    assert max(float((first[name].float() - second[name].float()).abs().max()) for name in first) < 1e-3
+
+
+# Bad input
+
+
+def refused(capsys, *arguments):
+    """The one line a run ends with, within which no model was loaded."""
+    with pytest.raises(SystemExit) as stop:
+        train_dcac.run_script(parse_args([str(one) for one in arguments]))
+    assert stop.value.code not in (0, None)
+    assert "\n" not in str(stop.value.code).strip()
+    return str(stop.value.code)
+
+
+def test_bad_input_is_told_in_one_line(small, standins, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ReIDModel, "for_training", None)
+    out = ["--output_dir", tmp_path / "out"]
+    assert "10" in refused(capsys, *small, *out, "--train_batch_size", "10")
+    many = refused(capsys, *small, *out, "--train_batch_size", "32")
+    assert "8 identities" in many and "only 6" in many
+    assert "no query and gallery" in refused(capsys, *small, *out, "--target", str(folder_of(tmp_path, ["train"])))
+    assert "one image only" in refused(capsys, *small, *out, "--source", str(folder_of(tmp_path / "s", single=True)))
+    assert "did you mean" in refused(capsys, *small, *out, "--source", "market1502")
+    assert "no checkpoint 'checkpoint-7'" in refused(capsys, *small, *out, "--resume_from_checkpoint", "checkpoint-7")
+
+
+def folder_of(root, splits=("train",), single=False):
+    from utils.datasets import load_reid
+
+    data = load_reid("synthetic", domain="a", num_ids=4, images_per_id=4)["train"]
+    for split in splits:
+        for number, row in enumerate(data):
+            folder = root / split / f"{row['pid']:04d}"
+            if single and row["pid"] == data[0]["pid"] and folder.exists():
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            row["image"].save(folder / f"{row['pid']:04d}_c{row['camid'] + 1}_{number}.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    "part, change, words",
+    [
+        ("unet", {"cross_attention_dim": 96}, "cross_attention_dim"),
+        ("scheduler", {"prediction_type": "sample"}, "sample"),
+        ("unet", {"in_channels": 9}, "9"),
+    ],
+)
+def test_diffusion_checkpoints_that_do_not_fit(small, standins, tmp_path, capsys, part, change, words):
+    name = tmp_path / "sd"
+    shutil.copytree(standins / "stable-diffusion", name)
+    path = name / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    found = refused(capsys, *small, "--pretrained_model_name_or_path", name, "--output_dir", tmp_path / "out")
+    assert words in found
+
+
+def test_going_on_with_other_arguments_names_them(small, finished, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(finished / "out", folder)
+    common = [*small, "--num_train_epochs", "2", "--rerank", "--output_dir", folder, "--cache_dir", finished / "cache"]
+    common += ["--resume_from_checkpoint", "latest"]
+    assert "tau was 0.6, is 0.5" in refused(capsys, *common, "--tau", "0.5")
+    others = "synthetic:domain=a,num_ids=7,images_per_id=4"
+    assert "source was" in refused(capsys, *common, "--source", others)
+    newest = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[-1]
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    damaged = refused(capsys, *common)
+    assert "model.safetensors" in damaged and "damaged" in damaged
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_images(small, tmp_path, capsys):
+    found = refused(
+        capsys, *small, "--learning_rate", "1e20", "--lr_warmup_epochs", "0", "--checkpointing_steps", "1",
+        "--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache",
+    )  # fmt: skip
+    assert "not finite at step" in found and "synthetic-a/s0/" in found
+    steps = [line["step"] for line in log_of(tmp_path / "out")]
+    assert steps and f"at step {steps[-1] + 1}" in found
