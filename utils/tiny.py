@@ -78,13 +78,13 @@ def build_clip_tokenizer():
     )
     bpe.train_from_iterator(sentences(), trainer)
     state = json.loads(bpe.to_str())["model"]
-    vocab = dict(state["vocab"])
-    # A byte at the end of a word is a token of its own in CLIP's vocabulary.
-    for token in sorted(alphabet):
-        vocab.setdefault(f"{token}</w>", len(vocab))
-    for token in ("<|startoftext|>", "<|endoftext|>"):
-        vocab.setdefault(token, len(vocab))
     merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in state["merges"]]
+    # The trainer numbers the bytes that it saw at the end of a word anew in every process: they are sorted here.
+    ends = sorted(f"{token}</w>" for token in alphabet)
+    seen = [token for token in ends if token in state["vocab"]]
+    # The other ends of words follow: in CLIP's vocabulary, every byte has both tokens.
+    tokens = [*sorted(alphabet), *seen, *map("".join, merges), *ends, "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=WINDOW)
 
 
@@ -231,7 +231,9 @@ def save_all(output_dir, clip, diffusion, captioner, processor, dtype=torch.floa
     tokenizer = diffusion.tokenizer
     clip.to(dtype).save_pretrained(output_dir / "clip")
     build_clip_processor(tokenizer).save_pretrained(output_dir / "clip")
-    diffusion.to(dtype=dtype).save_pretrained(output_dir / "stable-diffusion")
+    if dtype != torch.float32:
+        diffusion.to(dtype=dtype)
+    diffusion.save_pretrained(output_dir / "stable-diffusion")
     captioner.to(dtype).save_pretrained(output_dir / "blip-vqa")
     processor.save_pretrained(output_dir / "blip-vqa")
 
