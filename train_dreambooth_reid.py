@@ -38,14 +38,24 @@ from utils import captions, tiny
 from utils.captioners import Captioner, check_captioner, quantization
 from utils.diffusion import check_diffusion, enable_memory_efficient_attention, save_unet
 from utils.diffusion_folder import one_line
-from utils.generated_set import CAPTIONS, FAILED, IMAGES, image_path, keep_settings, merge, portable, save_image
-from utils.generation_measures import Measures
+from utils.generated_set import (
+    CAPTIONS,
+    FAILED,
+    IMAGES,
+    command_of,
+    image_path,
+    keep_settings,
+    merge,
+    portable,
+    save_image,
+)
+from utils.generation_measures import Measures, check_measures
 from utils.generation_page import REFERENCES, SHOWN
 from utils.image_sequences import choose, open_identities
 from utils.latents import encode, image_for_vae, sample_latents
 from utils.reporting import versions
-from utils.text_to_image import SOLVERS, TextToImage, load_tokenizer
-from utils.training import build_optimizer, check_ranges, describe_origin, parse_with_recipes
+from utils.text_to_image import SOLVERS, TextToImage, check_text_encoder, load_tokenizer
+from utils.training import SCHEDULES, build_optimizer, check_ranges, describe_origin, parse_with_recipes
 from utils.worklist import Progress, Worklist, seed_of, share
 
 DEMO_SOURCE = ["synthetic:domain=a,num_ids=4"]
@@ -152,7 +162,7 @@ def build_parser():
     )
     group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches a step; default 1")
     group.add_argument("--learning_rate", type=float, default=2e-3, help="default 2e-3, for the stand-in's LoRA")
-    group.add_argument("--lr_scheduler", default="constant", help="one of diffusers' schedules; default constant")
+    group.add_argument("--lr_scheduler", choices=SCHEDULES[1:], default="constant", help="default constant")
     group.add_argument("--lr_warmup_steps", type=int, default=0, help="default 0")
     group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="of AdamW; default 1e-2")
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="clip gradients to this norm; default 1")
@@ -221,6 +231,8 @@ def check_args(parser, args):
         parser.error("--identity_token must not be empty")
     if args.save_adapters and args.finetune != "lora":
         parser.error("--save_adapters keeps LoRA, so it needs --finetune lora: a whole U-Net an identity is too much")
+    if args.save_adapters and args.train_text_encoder:
+        parser.error("--save_adapters keeps LoRA of the U-Net only; leave out --train_text_encoder")
     if args.merge and args.captions_only:
         parser.error("--merge makes nothing new, so leave out --captions_only")
 
@@ -250,17 +262,6 @@ def caption_identity(captioner, identity, made_with):
     }
 
 
-def apply_edit(record, row, args, tokenizer):
-    """A row of an edited table over a record: another prompt is taken as it is, other attributes are put together."""
-    words = {key: row[key] for key in captions.QUESTIONS if row[key]}
-    composed = captions.fit(captions.compose(words, args.class_prompt), tokenizer) if words else ""
-    if row["prompt"] and row["prompt"] not in (record.get("prompt"), composed):
-        return record | {"text": row["prompt"]}
-    if words and words != record["attributes"]:
-        return record | {"attributes": words, "text": ""}
-    return record
-
-
 def add_prompts(record, run, identity):
     """P_LPE* and P_E, short enough for the text encoder."""
     args, token = run.args, token_of(run.args, identity)
@@ -283,10 +284,8 @@ def caption_stage(run, mine):
     Edits of captions.parquet hold for all at once, so that no merge can undo them.
     """
     args, work = run.args, run.work
-    kept = Path(args.prompts) if args.prompts else work.folder / "captions.parquet"
-    edits = captions.read_captions(kept) if args.prompts or kept.is_file() else {}
-    if args.prompts:
-        check_prompts(run, edits)
+    kept = work.folder / "captions.parquet"
+    edits = run.prompts or (captions.read_captions(kept) if kept.is_file() else {})
     made_with = {name: portable(getattr(args, name)) for name in CAPTIONING}
     names, records, captioner = {one.name for one in mine}, {}, None
     for identity in run.identities:
@@ -299,9 +298,11 @@ def caption_stage(run, mine):
             else:
                 run.progress.stage(identity.name, "captions")
                 captioner = captioner or load_captioner(run)
-                record = caption_identity(captioner, identity, made_with)
-        row = edits.get((identity.domain, identity.pid)) or edits.get((None, identity.pid))
-        record = apply_edit(record, row, args, run.tokenizer) if row else record
+                record = attempt(run, identity, caption_identity, captioner, identity, made_with)
+                if record is None:
+                    continue
+        row = captions.row_of(edits, identity)
+        record = captions.edited(record, row, run.fit, identity, args.class_prompt) if row else record
         records[identity.name] = add_prompts(record, run, identity)
         if records[identity.name] != before:
             work.commit(identity.name, CAPTIONS, records[identity.name])
@@ -310,22 +311,6 @@ def caption_stage(run, mine):
 
 CAPTIONING = ("captioner_model_name_or_path", "captioner_bits", "max_sequence_images")
 NOTHING_SEEN = {"attributes": {}, "caption": "", "images": [], "made_with": None}
-
-
-def check_prompts(run, edits):
-    known = {(one.domain, one.pid) for one in run.everyone} | {(None, one.pid) for one in run.everyone}
-    if absent := [key for key in edits if key not in known]:
-        raise ValueError(f"{run.args.prompts} names identity {absent[0][1]}, of which the source has no images")
-    missing = [
-        one.name
-        for one in run.identities
-        if (one.domain, one.pid) not in edits and (None, one.pid) not in edits
-    ]  # fmt: skip
-    if missing:
-        raise ValueError(
-            f"{run.args.prompts} has no row for {len(missing)} identities, {missing[0]} for one; add them, or choose "
-            "those it has with --ids"
-        )
 
 
 def load_captioner(run):
@@ -570,6 +555,7 @@ def make_identity(run, identity, record):
             identity.name, IMAGES, made | {"measures": measures, "features": features, "images": rows}, folders
         )
     work.forget(identity.name, FAILED)
+    return True
 
 
 def save_adapter(run, identity, folder):
@@ -588,22 +574,26 @@ def is_done(work, record):
 
 def advice(run, error):
     """What to do about a full memory, in numbers of this model."""
-    args, count = run.args, sum(weight.numel() for weight in run.weights)
-    words = [f"out of memory ({str(error).splitlines()[0][:120]}); what saves how much:"]
+    args, words = run.args, [f"out of memory ({one_line(error)[:120]}); what saves how much:"]
+    if run.model is None:
+        return " ".join(
+            [*words, "--captioner_bits 8 half of the captioner's weights, --captioner_batch_size 1 the rest"]
+        )
+    count = sum(weight.numel() for weight in run.weights)
     if args.finetune == "full":
-        words.append(f"--finetune lora {16 * count / 2**30:.1f} GiB (gradients, optimiser, the copy, half weights);")
+        words.append(
+            f"--finetune lora {16 * count / 2**30:.1f} GiB of gradients, optimiser, copy and half the weights;"
+        )
         if not args.use_8bit_adam:
             words.append(f"--use_8bit_adam {6 * count / 2**30:.1f} GiB;")
     if not args.gradient_checkpointing:
-        words.append("--gradient_checkpointing most of the activations of a step;")
+        words.append("--gradient_checkpointing most activations of a step;")
     if args.train_batch_size > 1:
-        words.append(
-            f"--train_batch_size 1 activations of {args.train_batch_size - 1} in {args.train_batch_size} images;"
-        )
+        words.append(f"--train_batch_size 1 {1 - 1 / args.train_batch_size:.0%} of them;")
     height, width = args.resolution
-    if width * 2 > height:
-        words.append(f"--resolution {height} {height // 2} {1 - height / 2 / width:.0%} of the activations;")
-    words.append(f"--sample_batch_size below {args.sample_batch_size} if it happened while drawing")
+    if 2 * width > height:
+        words.append(f"--resolution {height} {height // 2} {1 - height / 2 / width:.0%} of them;")
+    words.append(f"--sample_batch_size, now {args.sample_batch_size}, where it happens while images are drawn")
     return " ".join(words)
 
 
@@ -621,6 +611,7 @@ class Run:
     identities: list
     tokenizer: object
     lists: dict
+    prompts: dict = None
     first_id: int = 0
     progress: Progress = None
     model: TextToImage = None
@@ -645,8 +636,9 @@ class Run:
         fitted = captions.fit(prompt, self.tokenizer, room)
         if fitted != prompt:
             self.progress.once(
+                "cut",
                 f"Prompts longer than the text encoder's {self.tokenizer.model_max_length} tokens are cut at a word, "
-                f"that of {identity.name} for one"
+                f"that of {identity.name} for one",
             )
         return fitted
 
@@ -663,7 +655,8 @@ def main(args):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     greet(args, accelerator.print)
     run = open_run(args, accelerator)
-    arguments = deciding(args, run.lists)
+    arguments = {name: portable(value) for name, value in vars(args).items() if name not in FREE}
+    arguments["attribute_lists"] = run.lists
     if not args.merge:
         if accelerator.is_main_process:
             keep_settings(run.work, arguments, {name: one for name, one in versions().items() if name != "device"})
@@ -704,23 +697,22 @@ def open_run(args, accelerator):
     lists = captions.read_lists(args.attribute_lists) if args.attribute_lists else captions.DIVERSITY
     run = Run(args, accelerator, work, everyone, identities, None, lists)
     if not args.merge:
-        scale = check_diffusion(args.pretrained_model_name_or_path, revision=args.revision).vae_scale
-        if any(side % scale for side in args.resolution):
-            raise ValueError(f"--resolution must be multiples of {scale} for this model, got {args.resolution}")
-        if not args.prompts:
+        info = check_diffusion(args.pretrained_model_name_or_path, revision=args.revision)
+        check_text_encoder(args.pretrained_model_name_or_path, info.condition_width, args.revision)
+        if any(side % info.vae_scale for side in args.resolution):
+            raise ValueError(f"--resolution must be multiples of {info.vae_scale} for this model: {args.resolution}")
+        if args.prompts:
+            run.prompts = captions.read_captions(args.prompts)
+            captions.check_rows(run.prompts, everyone, identities, args.prompts)
+        else:
             check_captioner(args.captioner_model_name_or_path)
             quantization(args.captioner_bits)
+        check_measures(clip_name(args), args.reid_model)
         run.tokenizer = load_tokenizer(args.pretrained_model_name_or_path, args.revision)
         run.first_id = len(run.tokenizer)
         add_tokens(run.tokenizer, args, identities)
     run.progress = Progress(work, IMAGES, "images", args.num_images, main=accelerator.is_main_process)
     return run
-
-
-def deciding(args, lists):
-    """The arguments that decide which images are made, as they may be written down."""
-    kept = {name: portable(value) for name, value in vars(args).items() if name not in FREE}
-    return kept | {"attribute_lists": lists}
 
 
 def work_on(run):
@@ -735,23 +727,23 @@ def work_on(run):
         return
     open_model(run)
     for identity in todo:
-        try:
-            make_identity(run, identity, records[identity.name])
-            reason = None
-        except torch.OutOfMemoryError as error:
-            reason = advice(run, error)
-        except Exception as error:
-            # Whatever goes wrong with one person, thousands of others wait.
-            reason = f"{type(error).__name__}: {one_line(error)}"
-        record_failure(run, identity, reason)
+        if attempt(run, identity, make_identity, run, identity, records[identity.name]):
+            run.progress.finished(identity.name)
 
 
-def record_failure(run, identity, reason):
-    if reason:
-        run.work.commit(identity.name, FAILED, {"error": reason})
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+def attempt(run, identity, function, *arguments):
+    """What the function returns, or None: whatever goes wrong with one person, thousands of others wait."""
+    try:
+        return function(*arguments)
+    except torch.OutOfMemoryError as error:
+        reason = advice(run, error)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+    run.work.commit(identity.name, FAILED, {"error": reason})
     run.progress.finished(identity.name, reason)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
 
 
 def open_model(run):
@@ -780,8 +772,17 @@ def open_model(run):
     run.token = IdentityToken(run.model.text_encoder, run.first_id, noun_id).to(accelerator.device)
     run.weights = run.model.trained_weights() + ([run.token.row] if is_new(args) else [])
     run.start = [weight.detach().clone() for weight in run.weights]
-    clip = None if args.clip_model_name_or_path == "none" else args.clip_model_name_or_path
-    run.measures = Measures.from_pretrained(clip, args.reid_model, accelerator.device)
+    run.measures = Measures.from_pretrained(clip_name(args), args.reid_model, accelerator.device)
+    made = next(filter(None, (run.work.read(name, IMAGES) for name in run.work.recorded(IMAGES))), None)
+    if made and made["model"] != run.model.digest:
+        raise ValueError(
+            f"the images in {run.work.folder} were made by the model {made['model']}, this one is "
+            f"{run.model.digest}; give the same model, or another --output_dir"
+        )
+
+
+def clip_name(args):
+    return None if args.clip_model_name_or_path == "none" else args.clip_model_name_or_path
 
 
 def finish(run, arguments):
@@ -790,25 +791,13 @@ def finish(run, arguments):
     kind = CAPTIONS if args.captions_only else IMAGES
     missing = [one for one in work.pieces if not (work.has(one, kind) or work.has(one, FAILED))]
     if args.merge or not missing:
-        count, images, failures = merge(work, run.identities, arguments, command(args), args.validation_ids)
+        count, images, failures = merge(work, run.identities, arguments, command_of(args, FREE), args.validation_ids)
         if not missing:
             work.tidy()
         print(f"{images} images of {count} identities: {work.folder}; open {work.folder / 'report.html'}")
         return failures
     print(f"{len(missing)} of {len(work.pieces)} identities are still with other shards; the last one merges")
     return {}
-
-
-def command(args):
-    """What to type for the same images, without places of this machine."""
-    shown = ["accelerate launch train_dreambooth_reid.py"]
-    for name, where in args.origin.items():
-        if name in FREE and name != "recipe" or where != "flag":
-            continue
-        value = portable(getattr(args, name))
-        words = value if isinstance(value, list) else [] if value is True else [value]
-        shown.append(" ".join([f"--{name}", *map(str, words)]))
-    return " ".join(shown)
 
 
 def start(args):

@@ -108,7 +108,7 @@ def fit(prompt, tokenizer, room=0):
     """The prompt, cut at a word where it is longer than the tokenizer's window less `room` tokens."""
     window = tokenizer.model_max_length - room
     words = prompt.split(" ")
-    while len(words) > 1 and len(tokenizer(" ".join(words)).input_ids) > window:
+    while len(words) > 1 and len(tokenizer(" ".join(words), verbose=False).input_ids) > window:
         words.pop()
     return " ".join(words).rstrip(",")
 
@@ -186,3 +186,30 @@ def read_captions(path):
     if not found:
         raise ValueError(f"{path} has no rows")
     return found
+
+
+def row_of(rows, identity):
+    return rows.get((identity.domain, identity.pid)) or rows.get((None, identity.pid))
+
+
+def check_rows(rows, everyone, wanted, path):
+    """Rows are of identities that have images, and everybody wanted has one."""
+    known = {(domain, one.pid) for one in everyone for domain in (one.domain, None)}
+    if absent := [pid for domain, pid in rows if (domain, pid) not in known]:
+        raise ValueError(f"{path} names identity {absent[0]}, of which the source has no images")
+    if missing := [one.name for one in wanted if row_of(rows, one) is None]:
+        raise ValueError(
+            f"{path} has no row for {len(missing)} identities, {missing[0]} for one; add them, or choose those it has "
+            "with --ids"
+        )
+
+
+def edited(record, row, fit, identity, class_prompt=CLASS_PROMPT):
+    """A record after an edited row: another prompt is taken as it is, other attributes make another prompt."""
+    words = {key: row[key] for key in QUESTIONS if row[key]}
+    composed = fit(compose(words, class_prompt), identity) if words else ""
+    if row["prompt"] and row["prompt"] not in (record.get("prompt"), composed):
+        return record | {"text": row["prompt"]}
+    if words and words != record["attributes"]:
+        return record | {"attributes": words, "text": ""}
+    return record

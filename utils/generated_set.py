@@ -94,6 +94,16 @@ def keep_settings(work, arguments, versions):
     work.write(SETTINGS, to_json({"arguments": arguments, "versions": versions}))
 
 
+def command_of(args, apart):
+    """What to type for the same images, without what concerns this machine alone."""
+    words = ["accelerate launch train_dreambooth_reid.py"]
+    for name, origin in args.origin.items():
+        if origin == "flag" and (name not in apart or name == "recipe"):
+            value = portable(getattr(args, name))
+            words += [f"--{name}", *(value if isinstance(value, list) else [] if value is True else [value])]
+    return " ".join(map(str, words))
+
+
 def merge(work, identities, arguments, command, validation_ids=0):
     """All tables and pages, from what lies in the folder. Returns (identities with images, images, failed ones)."""
     records = [work.read(name, IMAGES) for name in work.recorded(IMAGES)]

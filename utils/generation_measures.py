@@ -2,12 +2,29 @@
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoProcessor, CLIPModel
+from transformers import AutoProcessor, CLIPModel, PreTrainedConfig
 
 from utils.loading import test_transform
+from utils.model_folder import MODEL_TYPE
 from utils.modeling import ReIDModel
 
 BATCH = 32
+
+
+def check_measures(clip_name=None, reid_name=None):
+    """ValueError, from configurations alone, where these are no CLIP and no Re-ID model."""
+    for name, flag, wanted in (
+        (clip_name, "--clip_model_name_or_path", "clip"),
+        (reid_name, "--reid_model", MODEL_TYPE),
+    ):
+        if not name:
+            continue
+        try:
+            kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+        except Exception as error:
+            raise ValueError(f"{flag}: no model at {name!r}: {' '.join(str(error).split())}") from error
+        if kind != wanted:
+            raise ValueError(f"{flag}: {name!r} is a {kind or 'nameless'} model, expected {wanted}")
 
 
 class Measures:

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 from peft import LoraConfig
 from PIL import Image
-from transformers import AutoTokenizer, CLIPTextModel
+from transformers import AutoConfig, AutoTokenizer, CLIPTextModel
 
 from utils.diffusion import NoiseSchedule, load_unet, load_vae, set_unet_mode
 from utils.diffusion_folder import one_line
@@ -35,6 +35,20 @@ def load_tokenizer(name, revision=None):
         raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {one_line(error)}") from error
 
 
+def check_text_encoder(name, width, revision=None):
+    """ValueError, from the configuration alone, where there is none whose width the U-Net takes."""
+    try:
+        config = AutoConfig.from_pretrained(name, subfolder="text_encoder", revision=revision)
+    except Exception as error:
+        raise ValueError(f"{name!r} has no text encoder that can be read: {one_line(error)}") from error
+    if config.model_type not in ("clip_text_model", "clip"):
+        raise ValueError(f"the text encoder of {name!r} is a {config.model_type}; only CLIP's is supported")
+    if config.hidden_size != width:
+        raise ValueError(
+            f"the text encoder of {name!r} has width {config.hidden_size}, its U-Net takes conditions of {width}"
+        )
+
+
 class TextToImage:
     """All parts on the device. `mode` is what trains: "lora" or "full", of the U-Net and, if asked, the text encoder.
 
@@ -55,7 +69,7 @@ class TextToImage:
         autocast=nullcontext,
         revision=None,
     ):
-        self.tokenizer, self.device, self.dtype, self.autocast = tokenizer, device, dtype, autocast
+        self.tokenizer, self.device, self.dtype, self.autocast = tokenizer, torch.device(device), dtype, autocast
         self.schedule = NoiseSchedule.from_pretrained(name, revision=revision).to(device)
         self.scheduler_config = DDIMScheduler.load_config(name, subfolder="scheduler", revision=revision)
         self.vae = load_vae(name, dtype=dtype, revision=revision).to(device)
