@@ -30,7 +30,7 @@ import datasets
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
@@ -707,7 +707,9 @@ def build_model(args, accelerator, num_ids, info):
             tau=args.tau,
         )
         unet = load_unet(name, args.unet_mode, rank=args.rank, dtype=half, seed=args.seed, revision=revision)
-        unet.to(memory_format=torch.channels_last)
+        # DeepSpeed sends weights around as they lie in memory.
+        if accelerator.distributed_type != DistributedType.DEEPSPEED:
+            unet.to(memory_format=torch.channels_last)
         schedule = NoiseSchedule.from_pretrained(name, revision=revision)
         vae = load_vae(name, dtype=half, revision=revision)
         if args.enable_xformers_memory_efficient_attention:

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType, LoggerType
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -69,9 +69,15 @@ def check_ranges(parser, args, *, one_or_more=(), positive=(), not_negative=(), 
 
 def start_accelerator(args, *, find_unused_parameters=False):
     """The Accelerator of a training script: one process, DDP, or DeepSpeed ZeRO-1 and -2."""
+    # Without `cpu`, accelerate takes several processes of torchrun on a machine without a GPU for single ones.
+    cpu = not torch.accelerator.is_available()
+    if cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        # With `cpu`, accelerate leaves DeepSpeed out: its processes are joined first, and then it is not told.
+        PartialState(cpu=True)
+        os.environ["ACCELERATE_USE_CPU"] = "false"
+        cpu = False
     accelerator = Accelerator(
-        # Without it, accelerate takes several processes of torchrun on a machine without a GPU for single ones.
-        cpu=not torch.accelerator.is_available(),
+        cpu=cpu,
         mixed_precision=args.mixed_precision,
         log_with=check_trackers(args.report_to) or None,
         project_dir=args.output_dir,
@@ -87,6 +93,8 @@ def start_accelerator(args, *, find_unused_parameters=False):
             raise ValueError(f"ZeRO-{plugin.zero_stage} splits weights that evaluation needs whole; use ZeRO-2")
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         plugin.deepspeed_config["gradient_accumulation_steps"] = 1
+        # Offloaded, our optimiser runs too; DeepSpeed's own would have to be compiled first.
+        plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
         if args.max_grad_norm:
             plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm
     elif kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
