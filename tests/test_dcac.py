@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train_dcac
@@ -58,7 +59,14 @@ def train():
     """A run in this process, with one thread as in the others: sums differ between numbers of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield lambda *arguments: train_dcac.main(parse_args([str(one) for one in arguments]))
+
+    def run(*arguments):
+        # accelerate keeps the precision of the first Accelerator of a process.
+        AcceleratorState._reset_state(True)
+        return train_dcac.main(parse_args([str(one) for one in arguments]))
+
+    yield run
+    AcceleratorState._reset_state(True)
     torch.set_num_threads(threads)
 
 
@@ -281,6 +289,97 @@ def test_two_passes_train_as_one(small, train, tmp_path):
         logs.append(log_of(tmp_path / name))
     for one, two in zip(*logs, strict=True):
         assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
+
+
+def plain(small, cache):
+    return [*small, "--max_train_steps", "2", "--validation_ids", "0", "--cache_dir", cache]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_recomputation_and_an_absent_cache_change_no_number(small, train, cache, tmp_path):
+    variants = {"plain": [], "recomputed": ["--gradient_checkpointing"], "uncached": ["--cache_dir", "none"]}
+    for name, more in variants.items():
+        train(*plain(small, cache), *more, "--output_dir", tmp_path / name)
+    wanted = log_of(tmp_path / "plain")
+    for line, other in zip(wanted, log_of(tmp_path / "recomputed"), strict=True):
+        assert other == pytest.approx(line, rel=1e-5)
+    for line, other in zip(wanted, log_of(tmp_path / "uncached"), strict=True):
+        # The cache keeps posteriors in half precision.
+        assert other == pytest.approx(line, rel=5e-3)
+        assert other["loss_id"] == pytest.approx(line["loss_id"], rel=1e-4)
+
+
+def test_precisions_and_optimisers(small, train, cache, tmp_path):
+    train(*plain(small, cache), "--output_dir", tmp_path / "plain")
+    wanted = log_of(tmp_path / "plain")[0]
+    for name, more, tolerance in (
+        ("bf16", ["--mixed_precision", "bf16"], 0.05),
+        ("8bit", ["--use_8bit_adam"], 1e-5),
+        ("adamw", ["--optimizer", "adamw", "--lr_scheduler", "cosine", "--lr_warmup_steps", "4"], 1e-5),
+    ):
+        train(*plain(small, cache), *more, "--output_dir", tmp_path / name)
+        first, second = log_of(tmp_path / name)
+        for key in ("loss_id", "loss_pcl", "loss_ldm"):
+            # The first losses come before any step.
+            assert first[key] == pytest.approx(wanted[key], rel=tolerance), (name, key)
+        assert first["loss"] != second["loss"]
+        weights = load_file(tmp_path / name / "model" / "model.safetensors")
+        assert all(tensor.dtype == torch.float32 for tensor in weights.values() if tensor.is_floating_point())
+    assert [line["lr"] for line in log_of(tmp_path / "adamw")] == pytest.approx([0, 3e-4 / 4])
+
+
+def test_baseline_and_late_diffusion(small, train, cache, tmp_path):
+    train(*plain(small, cache), "--diffusion", "none", "--output_dir", tmp_path / "none")
+    assert all(line["loss_ldm"] == 0 for line in log_of(tmp_path / "none"))
+    assert not (tmp_path / "none" / "prompts.safetensors").exists()
+    late = ["--ldm_start_epoch", "2", "--max_train_steps", "9", "--num_train_epochs", "2"]
+    train(*plain(small, cache), *late, "--output_dir", tmp_path / "late")
+    lines = log_of(tmp_path / "late")
+    assert {line["epoch"] for line in lines} == {1, 2}
+    assert all((line["loss_ldm"] > 0) == (line["epoch"] == 2) for line in lines)
+    # Until then the two are the same training.
+    baseline = log_of(tmp_path / "none")[0]
+    assert lines[0]["loss_id"] == baseline["loss_id"] and lines[0]["grad_norm"] == baseline["grad_norm"]
+
+
+def test_several_sources_and_targets(small, train, cache, tmp_path):
+    sources = ["synthetic:domain=a,num_ids=3,images_per_id=4", "synthetic:domain=c,num_ids=3,images_per_id=4"]
+    targets = ["synthetic:domain=b,num_ids=3", "synthetic:domain=d,num_ids=3"]
+    more = ["--source", *sources, "--target", *targets, "--output_dir", tmp_path, "--unet_mode", "full"]
+    train(*plain(small, cache), *more)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(metrics["targets"]) == targets
+    assert ReIDModel.from_pretrained(tmp_path / "model").num_ids == 6
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_deepspeed_trains_and_goes_on(small, train, cache, tmp_path, offload):
+    env = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+    env["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"] = offload
+    common = [*small, "--unet_mode", "full", "--validation_ids", "0", "--cache_dir", cache, "--num_train_epochs", "9"]
+    half = [*common, "--train_batch_size", "4"]
+    launch(*half, "--max_train_steps", "4", "--output_dir", tmp_path / "whole", processes=2, **env)
+    launch(*half, "--max_train_steps", "2", "--output_dir", tmp_path / "cut", processes=2, **env)
+    more = ["--resume_from_checkpoint", "latest"]
+    launch(*half, "--max_train_steps", "4", "--output_dir", tmp_path / "cut", *more, processes=2, **env)
+    assert (tmp_path / "cut" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+    assert any((tmp_path / "cut" / "checkpoint-4" / "deepspeed").rglob("*optim_states.pt"))
+    train(*common, "--max_train_steps", "4", "--output_dir", tmp_path / "one")
+    assert log_of(tmp_path / "whole")[0] == pytest.approx(log_of(tmp_path / "one")[0], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_compiled_trains_alike(small, train, cache, tmp_path):
+    train(*plain(small, cache), "--output_dir", tmp_path / "plain")
+    train(*plain(small, cache), "--torch_compile", "--output_dir", tmp_path / "compiled")
+    for line, other in zip(log_of(tmp_path / "plain"), log_of(tmp_path / "compiled"), strict=True):
+        assert other == pytest.approx(line, rel=1e-3)
 
 
 @pytest.fixture(scope="session")
