@@ -354,6 +354,10 @@ def test_a_log_is_cut_to_the_checkpoint_s_step(tmp_path, accelerator):
         file.write('{"step": 7, "epo')
     log.cut(6)
     assert log.path.read_text() == "".join(before)
+    # Without its end a line is not whole, whatever stands in it: the next would be glued to it.
+    log.path.write_text("".join(before)[:-1])
+    with pytest.raises(ValueError, match="has 5 lines up to the checkpoint's step 6"):
+        log.cut(6)
     log.cut(4)
     assert log.path.read_text() == "".join(before[:4])
     log.add(5, 1, 0.1, values(5))
