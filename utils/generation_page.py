@@ -98,18 +98,17 @@ def add_sheets(report, work, identities, records, number):
     for record in shown:
         identity = known[f"{record['domain']}/{record['pid']:04d}"]
         source = [
-            Tile(data_uri(identity.dataset[row]["image"]), path, "source")
+            Tile(data_uri(identity.dataset[row]["image"]), path)
             for path, row in zip(identity.paths[: SHOWN["source"]], identity.rows, strict=False)
         ]
-        reference = [
-            Tile(data_uri(image), f"reference {number}", "reference")
-            for number, image in enumerate(previews(work, record["reference"]))
-        ]
+        reference = [Tile(data_uri(image), "reference") for image in previews(work, record["reference"])]
         made = [
             Tile(data_uri(Image.open(work.folder / image["path"])), image["path"], ", ".join(image["drawn"]))
             for image in record["images"][: SHOWN["generated"]]
         ]
-        report.cards([{"title": identity.name, "note": record["prompt"], "tiles": source + reference + made}])
+        lists = [("other source images", source[1:]), ("the untouched model", reference), ("the tuned model", made)]
+        lists = [(label, tiles) for label, tiles in lists if tiles]
+        report.ranked(identity.name, source[0], lists, note=record["prompt"])
 
 
 def previews(work, key):
