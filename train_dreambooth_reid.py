@@ -156,12 +156,12 @@ def build_parser():
     group.add_argument("--rank", type=int, default=8, help="of LoRA; default 8")
     group.add_argument("--train_text_encoder", **yes, help="the text encoder learns with the U-Net, in the same way")
     group.add_argument("--resolution", **size, default=[128, 64], help="in pixels, multiples of 8; default 128 64")
-    group.add_argument("--max_train_steps", type=int, default=60, help="default 60")
+    group.add_argument("--max_train_steps", type=int, default=200, help="default 200")
     group.add_argument(
         "--train_batch_size", type=int, default=4, help="own images a step, as many reference; default 4"
     )
     group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches a step; default 1")
-    group.add_argument("--learning_rate", type=float, default=2e-3, help="default 2e-3, for the stand-in's LoRA")
+    group.add_argument("--learning_rate", type=float, default=1e-2, help="default 1e-2, for the stand-in's LoRA")
     group.add_argument("--lr_scheduler", choices=SCHEDULES[1:], default="constant", help="default constant")
     group.add_argument("--lr_warmup_steps", type=int, default=0, help="default 0")
     group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="of AdamW; default 1e-2")
@@ -659,11 +659,16 @@ def main(args):
     arguments["attribute_lists"] = run.lists
     if not args.merge:
         if accelerator.is_main_process:
-            keep_settings(run.work, arguments, {name: one for name, one in versions().items() if name != "device"})
+            keep_settings(
+                run.work,
+                arguments,
+                command_of(args, FREE),
+                {name: one for name, one in versions().items() if name != "device"},
+            )
         accelerator.wait_for_everyone()
         work_on(run)
     accelerator.wait_for_everyone()
-    failures = finish(run, arguments) if accelerator.is_main_process else {}
+    failures = finish(run) if accelerator.is_main_process else {}
     accelerator.end_training()
     return failures
 
@@ -785,13 +790,13 @@ def clip_name(args):
     return None if args.clip_model_name_or_path == "none" else args.clip_model_name_or_path
 
 
-def finish(run, arguments):
+def finish(run):
     """Whoever finds everything done writes tables and page. Returns the failures."""
     args, work = run.args, run.work
     kind = CAPTIONS if args.captions_only else IMAGES
     missing = [one for one in work.pieces if not (work.has(one, kind) or work.has(one, FAILED))]
     if args.merge or not missing:
-        count, images, failures = merge(work, run.identities, arguments, command_of(args, FREE), args.validation_ids)
+        count, images, failures = merge(work, run.identities, args.validation_ids)
         if not missing:
             work.tidy()
         print(f"{images} images of {count} identities: {work.folder}; open {work.folder / 'report.html'}")

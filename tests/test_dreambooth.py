@@ -448,8 +448,10 @@ def test_two_shards_and_a_merge_equal_one_run(whole, models, tmp_path):
     assert files(out) == files(whole[0])
     for name in ("metadata.parquet", "report.html", "captions.parquet", "README.md", "measures.csv"):
         (out / name).unlink()
-    run(models, out, "--merge")
+    run(models, out, "--merge", "--guidance_scale", "9")
     assert files(out) == files(whole[0])
+    with pytest.raises(ValueError, match="holds no run, as it has no args.json"):
+        run(models, tmp_path / "elsewhere", "--merge")
 
 
 def test_a_second_run_does_nothing_but_what_is_missing(whole, models, tmp_path, monkeypatch):
@@ -505,6 +507,7 @@ def test_other_settings_in_the_same_folder_are_refused(whole, models, tmp_path):
     assert json.loads((out / "args.json").read_text())["arguments"]["guidance_scale"] == 5
 
 
+@pytest.mark.slow
 def test_other_weights_under_the_same_name_are_refused(whole, models, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole[0], out)
@@ -542,6 +545,7 @@ def test_edited_captions_make_new_images_and_only_those(whole, models, tmp_path)
     assert files(out) == after
 
 
+@pytest.mark.slow
 def test_captions_only_then_the_rest_equals_one_run(whole, models, tmp_path):
     out = tmp_path / "out"
     run(models, out, "--captions_only")
@@ -575,8 +579,14 @@ def test_long_captions_are_cut_and_said_once(models, tmp_path, capfd):
     "flags",
     [
         "--finetune full --use_8bit_adam --gradient_checkpointing",
-        "--finetune full --train_text_encoder --snr_gamma 5 --lr_scheduler cosine --lr_warmup_steps 1",
-        "--train_text_encoder --num_reference_images 0 --gradient_accumulation_steps 2 --image_format png",
+        pytest.param(
+            "--finetune full --train_text_encoder --snr_gamma 5 --lr_scheduler cosine --lr_warmup_steps 1",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "--train_text_encoder --num_reference_images 0 --gradient_accumulation_steps 2 --image_format png",
+            marks=pytest.mark.slow,
+        ),
         "--mixed_precision bf16 --save_adapters --solver ddim --guidance_scale 1 --resolution 72 40",
     ],
 )
@@ -714,6 +724,28 @@ def test_the_command_line_ends_with_one_line(models, tmp_path):
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     assert text.strip().splitlines()[-1].startswith("train_dreambooth_reid.py: --ids 99: the source has no images")
+
+
+@pytest.mark.slow
+def test_compiled_once_for_all_identities(models, tmp_path, monkeypatch):
+    """Weights go back in place, so the second and third identity meet what the first has compiled."""
+    graphs, compiled = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(None)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend=backend))
+    made, plain = [], script.make_identity
+
+    def counted(run, *rest):
+        plain(run, *rest)
+        made.append(len(graphs))
+        return True
+
+    monkeypatch.setattr(script, "make_identity", counted)
+    assert run(models, tmp_path / "out", "--torch_compile", "--num_images", "2") == {}
+    assert made[0] > 0 and made == [made[0]] * 3
 
 
 @needs_chromium

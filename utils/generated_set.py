@@ -75,14 +75,18 @@ def portable(value):
     return value
 
 
-def keep_settings(work, arguments, versions):
-    """Write down what decides the images; ValueError where images made with other settings lie there."""
-    path = work.folder / SETTINGS
-    arguments = json.loads(to_json(arguments))
+def read_settings(work):
+    """What args.json says, or None."""
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))["arguments"]
-    except (FileNotFoundError, ValueError, KeyError):
-        before = None
+        return json.loads((work.folder / SETTINGS).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def keep_settings(work, arguments, command, versions):
+    """Write down what decides the images; ValueError where images made with other settings lie there."""
+    arguments = json.loads(to_json(arguments))
+    before = (read_settings(work) or {}).get("arguments")
     if before == arguments:
         return
     if before is not None and work.recorded(IMAGES):
@@ -91,7 +95,7 @@ def keep_settings(work, arguments, versions):
             f"{work.folder} holds images of a run with other settings: {changed}. Give the same settings, or another "
             "--output_dir"
         )
-    work.write(SETTINGS, to_json({"arguments": arguments, "versions": versions}))
+    work.write(SETTINGS, to_json({"command": command, "arguments": arguments, "versions": versions}))
 
 
 def command_of(args, apart):
@@ -104,8 +108,12 @@ def command_of(args, apart):
     return " ".join(map(str, words))
 
 
-def merge(work, identities, arguments, command, validation_ids=0):
+def merge(work, identities, validation_ids=0):
     """All tables and pages, from what lies in the folder. Returns (identities with images, images, failed ones)."""
+    settings = read_settings(work)
+    if settings is None:
+        raise ValueError(f"{work.folder} holds no run, as it has no {SETTINGS}; give the --output_dir of one")
+    arguments, command = settings["arguments"], settings["command"]
     records = [work.read(name, IMAGES) for name in work.recorded(IMAGES)]
     records = sorted(filter(None, records), key=lambda one: (one["domain"], one["pid"]))
     described = [work.read(name, CAPTIONS) for name in work.recorded(CAPTIONS)]
