@@ -178,7 +178,7 @@ def load_checkpoint(path, model, optimizer, *, accelerator):
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if not (path / "deepspeed").is_dir():
             raise ValueError(f"{path} was written without DeepSpeed; go on without it")
-        model.load_checkpoint(str(path / "deepspeed"), "state", load_module_strict=False)
+        load_deepspeed(path / "deepspeed", model)
     else:
         if not (path / MODEL).is_file():
             raise ValueError(f"{path} was written with DeepSpeed; go on with it")
@@ -199,12 +199,29 @@ def load_checkpoint(path, model, optimizer, *, accelerator):
         set_random_states(load_plain(states))
 
 
-def load_plain(path):
+def load_deepspeed(folder, model):
+    """By DeepSpeed, which by itself would unpickle anything: here nothing but the classes that it writes itself."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    usual = model.checkpoint_engine.load
+    model.checkpoint_engine.load = load_plain
+    try:
+        with torch.serialization.safe_globals(classes):
+            model.load_checkpoint(str(folder), "state", load_module_strict=False)
+    finally:
+        model.checkpoint_engine.load = usual
+
+
+def load_plain(path, map_location="cpu"):
     """Tensors and plain values of a file of torch.save; code in it does not run, but is an error."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        # torch's advice, to allow whatever was found, is left out.
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition(". ")[0]
         raise ValueError(f"{path} holds more than tensors and plain values, or is damaged: {reason}") from None
 
 
