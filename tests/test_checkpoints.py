@@ -439,7 +439,7 @@ def killed(folder, turns):
 
 
 def test_no_kill_leaves_a_checkpoint_that_does_not_read(tmp_path):
-    newest, inside = killed(tmp_path, 25)
+    newest, inside = killed(tmp_path, 20)
     assert newest > 4 and inside > 5
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -134,8 +135,8 @@ model = ReIDModel.from_pretrained(sys.argv[1])
 transform = test_transform(model.image_size, model.image_mean, model.image_std, model.resample)
 rows = synthetic.load("b", num_ids=4)["gallery"]
 found = {}
-# 1 batch for two processes, an even and an odd number of them, and the last one full and not.
-for count in (1, 3, 8, 9, 12, 14):
+# One batch for two processes, three with the last one full and not.
+for count in (1, 9, 12):
     features = extract(model, rows.select(range(count)), transform, accelerator=accelerator, batch_size=4)
     found[str(count)] = features.clone()
 (target,) = open_targets(["synthetic:domain=b,num_ids=3"])
@@ -148,21 +149,27 @@ accelerator.end_training()
 """
 
 
-def test_two_processes_have_the_bits_of_one(tmp_path, folder):
-    (tmp_path / "two.py").write_text(TWO)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    for count in (1, 2):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if count == 2 else []
-        run = subprocess.run(
-            [sys.executable, *launch, str(tmp_path / "two.py"), str(folder / "model"), str(tmp_path), str(count)],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr[-3000:]
+def test_two_processes_have_the_bits_of_one(tmp_path, folder, monkeypatch):
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    arguments = [str(script), str(folder / "model"), str(tmp_path)]
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments, "2"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", [*arguments, "1"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        runpy.run_path(str(script))
+    finally:
+        torch.set_num_threads(threads)
     one, *two = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
-    assert {"1", "3", "8", "9", "12", "14", "mAP", "rank1", "reranked mAP"} <= set(one)
+    assert {"1", "9", "12", "mAP", "rank1", "reranked mAP"} <= set(one)
     for other in two:
         assert set(other) == set(one)
         assert [name for name in one if not torch.equal(one[name], other[name])] == []
