@@ -236,6 +236,10 @@ def save_all(output_dir, clip, diffusion, captioner, processor, dtype=torch.floa
     diffusion.save_pretrained(output_dir / "stable-diffusion")
     captioner.to(dtype).save_pretrained(output_dir / "blip-vqa")
     processor.save_pretrained(output_dir / "blip-vqa")
+    for folder in ("clip", "blip-vqa", "stable-diffusion/text_encoder"):
+        # transformers opens a model in the type that its configuration names: half is only for the file.
+        path = output_dir / folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def build_all(output_dir, seed=0):
