@@ -156,7 +156,7 @@ def build_parser():
     group.add_argument("--rank", type=int, default=8, help="of LoRA; default 8")
     group.add_argument("--train_text_encoder", **yes, help="the text encoder learns with the U-Net, in the same way")
     group.add_argument("--resolution", **size, default=[128, 64], help="in pixels, multiples of 8; default 128 64")
-    group.add_argument("--max_train_steps", type=int, default=200, help="default 200")
+    group.add_argument("--max_train_steps", type=int, default=150, help="default 150")
     group.add_argument(
         "--train_batch_size", type=int, default=4, help="own images a step, as many reference; default 4"
     )
