@@ -652,6 +652,8 @@ def main(args):
         mixed_precision=args.mixed_precision,
         kwargs_handlers=[patience],
     )
+    # Where no flag is given, accelerate's own setting decides.
+    args.mixed_precision = accelerator.mixed_precision
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     greet(args, accelerator.print)
     run = open_run(args, accelerator)
@@ -713,6 +715,8 @@ def open_run(args, accelerator):
             check_captioner(args.captioner_model_name_or_path)
             quantization(args.captioner_bits)
         check_measures(clip_name(args), args.reid_model)
+        if args.use_8bit_adam:
+            build_optimizer([nn.Parameter(torch.zeros(1))], "adamw", learning_rate=1.0, use_8bit=True)
         run.tokenizer = load_tokenizer(args.pretrained_model_name_or_path, args.revision)
         run.first_id = len(run.tokenizer)
         add_tokens(run.tokenizer, args, identities)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 import train_dreambooth_reid as script
+from tests.test_captions import save_git
 from tests.test_reporting import needs_chromium, seen_in_chromium
 from utils import captions, tiny
 from utils.datasets import load_reid
@@ -571,6 +572,17 @@ def test_long_captions_are_cut_and_said_once(models, tmp_path, capfd):
     tokenizer.add_tokens(["<iir-0000>"])
     prompt = record(tmp_path / "out", NAMES[0])["identity_prompt"]
     assert 74 <= len(tokenizer(prompt).input_ids) <= 77 and prompt.split()[-1] in long
+
+
+def test_a_captioner_without_answers_gives_its_caption(models, tmp_path):
+    torch.manual_seed(0)
+    save_git(tmp_path / "git")
+    out = tmp_path / "out"
+    run(models, out, "--captioner_model_name_or_path", tmp_path / "git", "--captions_only", "--ids", "2")
+    row = pq.read_table(out / "captions.parquet").to_pylist()[0]
+    said = [captions.clean(image["caption"], captions.MAX_CAPTION_WORDS) for image in row["images"]]
+    assert row["caption"] == captions.majority(said)
+    assert row["prompt"] == ", ".join(filter(None, ["a photo of a person", row["caption"]]))
 
 
 # Flags
