@@ -59,6 +59,8 @@ from utils.training import SCHEDULES, build_optimizer, check_ranges, describe_or
 from utils.worklist import Progress, Worklist, seed_of, share
 
 DEMO_SOURCE = ["synthetic:domain=a,num_ids=4"]
+# The paper says size, rate, steps and numbers of images; solver, guidance, precision and the token's rate are ours,
+# and 8-bit Adam and recomputation are for a card of 24 GB.
 PUBLISHED = {
     "pretrained_model_name_or_path": "CompVis/stable-diffusion-v1-4",
     "captioner_model_name_or_path": "Salesforce/blip2-opt-2.7b",
@@ -74,11 +76,17 @@ PUBLISHED = {
     "num_inference_steps": 25,
     "guidance_scale": 7.5,
     "mixed_precision": "fp16",
+    "use_8bit_adam": True,
+    "gradient_checkpointing": True,
 }
 LEAN = {"resolution": [512, 256], "finetune": "lora", "learning_rate": 5e-4, "train_batch_size": 2}
 LEAN |= {"max_train_steps": 400, "num_reference_images": 64, "num_inference_steps": 20}
+LEAN |= {"use_8bit_adam": False, "gradient_checkpointing": False}
 CHECK_EVERY = 20
 RECIPES = {"paper": PUBLISHED, "lora": PUBLISHED | LEAN}
+# What decides the captions, and a record of an identity whose images nobody was asked about.
+CAPTIONING = ("captioner_model_name_or_path", "captioner_bits", "max_sequence_images")
+NOTHING_SEEN = {"attributes": {}, "caption": "", "images": [], "made_with": None}
 # What changes no image but by rounding, or only which images are made.
 FREE = (
     "output_dir", "data_root", "num_shards", "shard", "ids", "merge", "captions_only", "prompts", "sample_batch_size",
@@ -307,10 +315,6 @@ def caption_stage(run, mine):
         if records[identity.name] != before:
             work.commit(identity.name, CAPTIONS, records[identity.name])
     return records
-
-
-CAPTIONING = ("captioner_model_name_or_path", "captioner_bits", "max_sequence_images")
-NOTHING_SEEN = {"attributes": {}, "caption": "", "images": [], "made_with": None}
 
 
 def load_captioner(run):

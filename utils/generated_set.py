@@ -36,6 +36,8 @@ METADATA = pa.schema(
     ]
 )
 DESCRIPTION, SOFTWARE = 0x010E, 0x0131
+# The images and the table beside them; references and records are not part of the set.
+CARD_FILES = ["images/**", "metadata.parquet"]
 CARD = """{count:,} images of {people:,} identities, all of them made by a diffusion model that was fine-tuned to each
 identity of {sources}; none is a photograph. Every file says so in its EXIF data. `metadata.parquet` has, for each
 image, the identity, the data set it comes from, the prompt, seed, steps, guidance and a hash of the model.
@@ -153,7 +155,3 @@ def card(records, arguments, command):
         task_categories=["image-feature-extraction"],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": CARD_FILES}]}],
     )
-
-
-# The images and the table beside them; references and records are not part of the set.
-CARD_FILES = ["images/**", "metadata.parquet"]

@@ -10,6 +10,7 @@ from utils.reporting import Report, Tile, data_uri
 
 REFERENCES = "references"
 SHOWN = {"source": 4, "reference": 4, "generated": 8}
+SIDES = ("source", "generated")
 MEASURES = {
     "text_similarity": ("like its prompt", "CLIP, image and its own prompt"),
     "image_similarity": ("like the source", "CLIP, generated and source images"),
@@ -80,9 +81,6 @@ def add_numbers(report, records):
     more = f" The first {MAX_ROWS}; all are in measures.csv." if len(records) > MAX_ROWS else ""
     columns = ["identity", "images", *(MEASURES[name][0] for name in names)]
     report.table(columns, rows, caption=f"Each identity by itself.{more}")
-
-
-SIDES = ("source", "generated")
 
 
 def add_sheets(report, work, identities, records, number):
