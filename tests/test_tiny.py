@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
     BlipForQuestionAnswering,
@@ -162,3 +163,49 @@ def test_both_tokenizers_know_the_words_of_the_world(folder, tokenizer):
     for text in QUESTIONS.values():
         assert asked.unk_token_id not in asked(text).input_ids
         assert asked.decode(asked(text).input_ids, skip_special_tokens=True).replace(" ?", "?") == text
+
+
+def test_shipped_ones_are_small_and_whole():
+    sizes = {path: path.stat().st_size for path in tiny.STANDINS.rglob("*") if path.is_file()}
+    assert {path.name for path in tiny.STANDINS.iterdir()} == {"blip-vqa", "clip", "stable-diffusion"}
+    assert sum(sizes.values()) <= 16 * 2**20
+    assert not [path for path in sizes if path.suffix not in (".json", ".safetensors", ".txt")]
+
+
+def test_shipped_ones_are_those_that_the_code_builds(folder):
+    """Every tensor has the shape of the code's, and the vocabulary the same tokens."""
+    for path in sorted(folder.rglob("*.safetensors")):
+        built, shipped = load_file(path), load_file(tiny.STANDINS / path.relative_to(folder))
+        assert {name: value.shape for name, value in built.items()} == {
+            name: value.shape for name, value in shipped.items()
+        }
+        assert all(value.isfinite().all() for value in shipped.values())
+    vocab = CLIPTokenizer.from_pretrained(folder / "clip").get_vocab()
+    for place in (tiny.CLIP_DIR, f"{tiny.DIFFUSION_DIR}/tokenizer"):
+        assert CLIPTokenizer.from_pretrained(place).get_vocab().keys() == vocab.keys()
+
+
+def test_the_shipped_pipeline_draws():
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny.DIFFUSION_DIR, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.Generator().manual_seed(0)
+    image = pipeline("a person", height=128, width=64, num_inference_steps=4, generator=noise).images[0]
+    assert image.size == (64, 128) and np.asarray(image).std() > 10
+
+
+def test_the_shipped_clip_finds_captions():
+    """Of 32 captions of people it never saw, an image's own is nearest far oftener than by chance."""
+    model, processor = CLIPModel.from_pretrained(tiny.CLIP_DIR), CLIPProcessor.from_pretrained(tiny.CLIP_DIR)
+    images, words = zip(*benchmark.pictures("f", 32, 3000)[::2], strict=True)
+    texts = [synthetic.caption(one) for one in words]
+    with torch.inference_mode():
+        inputs = processor(text=texts, images=list(images), padding=True, return_tensors="pt")
+        scores = model.float()(**inputs).logits_per_image
+    assert (scores.argmax(1) == torch.arange(32)).float().mean() > 0.3
+
+
+def test_the_shipped_question_answerer_knows_colours():
+    """On domain a, of which it learned nothing, it does better than the commonest answer."""
+    found = benchmark.accuracies(*benchmark.load_answerer(), benchmark.pictures("a", 24), keys=("upper", "lower"))
+    for name in ("upper_colour", "lower_colour", "lower"):
+        assert found[name]["accuracy"] > found[name]["commonest"] + 0.1
