@@ -69,9 +69,8 @@ def add_numbers(report, records):
         counts = torch.histc(values, bins=20, min=low, max=high).tolist()
         edges = torch.linspace(low, high, 21).tolist()
         label, note = MEASURES[name]
-        charts.append(
-            (histogram([("identities", counts)], edges, title=label, x_label=note, y_label="identities"), "")
-        )
+        chart = histogram([("identities", counts)], edges, title=label, x_label="value", y_label="identities")
+        charts.append((chart, f"{label.capitalize()}: {note}."))
     if len(records) > 3:
         report.charts(charts)
     rows = [
