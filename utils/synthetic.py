@@ -3,9 +3,9 @@
     python -m utils.synthetic --domain a --num_ids 8 --out sheet.png
 
 A domain is a set of cameras with a place, a light and a palette of clothes; an identity is body, skin, hair, garments,
-shoes, bag and hat. (domain, seed, pid, camid, index) decides every pixel, on every machine. The true attributes are
-there as words, so captions and filters can be checked against truth. Domains a to e are for training and testing,
-f to h only for pre-training the stand-in models.
+shoes, bag and hat. (domain, seed, pid, camid, index) decides every pixel, on every machine with the same Pillow:
+another version moves a few edges by a shade. The true attributes are there as words, so captions and filters can be
+checked against truth. Domains a to e are for training and testing, f to h only for pre-training the stand-in models.
 """
 
 import argparse
