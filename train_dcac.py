@@ -73,12 +73,15 @@ from utils.training import (
 from utils.training_data import SINGLE_IMAGE_IDS, RemainingBatches, digest_of, open_source
 from utils.training_page import before_and_after, build_page, text_table
 
-DEMO_SOURCE, DEMO_TARGET = "synthetic:domain=a", "synthetic:domain=b"
+DEMO_SOURCE, DEMO_TARGET = "synthetic:domain=a,num_ids=128", "synthetic:domain=b"
 PUBLISHED = {
     "backbone": "openai/clip-vit-base-patch16",
     "pretrained_model_name_or_path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "resolution": [256, 128],
     "diffusion_resolution": [128, 128],
+    "padding": 10,
+    "erasing": 0.5,
+    "memory_temperature": 0.01,
     "train_batch_size": 64,
     "images_per_id": 4,
     "num_train_epochs": 60,
@@ -150,9 +153,11 @@ def build_parser():
         type=int,
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
-        default=[128, 128],
-        help="input of the VAE in pixels, the picture is stretched to it; default 128 128",
+        default=[128, 64],
+        help="input of the VAE in pixels, the picture is stretched to it; default 128 64",
     )
+    group.add_argument("--padding", type=int, default=5, help="pixels around, of which a crop is taken; default 5")
+    group.add_argument("--erasing", type=float, default=0.0, help="probability of random erasing; default 0")
     group.add_argument(
         "--single_image_ids",
         choices=SINGLE_IMAGE_IDS,
@@ -212,7 +217,7 @@ def build_parser():
     group.add_argument("--ldm_weight", type=float, default=1.0, help="lambda, weight of L_ldm; default 1")
     group.add_argument("--ldm_start_epoch", type=int, default=1, help="first epoch with L_ldm; default 1")
     group.add_argument("--lr_multiplier", type=float, default=1.0, help="on the rate of U-Net and prompts; default 1")
-    group.add_argument("--memory_temperature", type=float, default=0.01, help="of L_pcl; default 0.01")
+    group.add_argument("--memory_temperature", type=float, default=0.05, help="of L_pcl; default 0.05")
     group.add_argument("--memory_momentum", type=float, default=0.2, help="what a prototype keeps; default 0.2")
     group.add_argument("--label_smoothing", type=float, default=0.1, help="of L_id; default 0.1")
 
@@ -226,16 +231,16 @@ def build_parser():
         "pass is computed a second time in the backward pass; default 1",
     )
     group.add_argument("--images_per_id", type=int, default=4, help="K: images of each identity in a batch; default 4")
-    group.add_argument("--num_train_epochs", type=int, default=12, help="default 12")
+    group.add_argument("--num_train_epochs", type=int, default=8, help="default 8")
     group.add_argument("--max_train_steps", type=int, help="stop after so many steps; default: all epochs")
-    group.add_argument("--learning_rate", type=float, default=3e-4, help="default 3e-4, for the stand-ins")
+    group.add_argument("--learning_rate", type=float, default=1e-3, help="default 1e-3, for the stand-ins")
     group.add_argument(
         "--lr_scheduler", choices=SCHEDULES, default="warmup_multistep", help="default warmup_multistep"
     )
-    group.add_argument("--lr_warmup_epochs", type=int, default=2, help="of warmup_multistep; default 2")
+    group.add_argument("--lr_warmup_epochs", type=int, default=1, help="of warmup_multistep; default 1")
     group.add_argument("--lr_warmup_factor", type=float, default=0.1, help="of the rate at epoch 0; default 0.1")
     group.add_argument(
-        "--lr_milestones", type=int, nargs="*", default=[9], help="epochs from which the rate is lower; default 9"
+        "--lr_milestones", type=int, nargs="*", default=[7], help="epochs from which the rate is lower; default 7"
     )
     group.add_argument("--lr_gamma", type=float, default=0.1, help="factor at each milestone; default 0.1")
     group.add_argument("--lr_warmup_steps", type=int, default=0, help="of diffusers' schedules, in steps; default 0")
@@ -309,9 +314,9 @@ def check_args(parser, args):
         positive=["tau", "memory_temperature", "learning_rate", "lr_multiplier", "adam_epsilon"],
         not_negative=[
             "ldm_weight", "adam_weight_decay", "max_grad_norm", "dataloader_num_workers", "validation_ids",
-            "lr_warmup_epochs", "lr_warmup_steps", "seed",
+            "lr_warmup_epochs", "lr_warmup_steps", "seed", "padding",
         ],
-        fractions=["memory_momentum", "label_smoothing", "lambda_value", "lr_warmup_factor", "lr_gamma"],
+        fractions=["erasing", "memory_momentum", "label_smoothing", "lambda_value", "lr_warmup_factor", "lr_gamma"],
     )  # fmt: skip
     if min(args.resolution + args.diffusion_resolution) < 8:
         parser.error("--resolution and --diffusion_resolution must be at least 8 pixels")
@@ -736,7 +741,9 @@ def build_model(args, accelerator, num_ids, info):
 
 def build_loader(run, sampler):
     args, accelerator, encoder = run.args, run.accelerator, run.model.encoder
-    transform = train_transform(encoder.image_size, encoder.image_mean, encoder.image_std)
+    transform = train_transform(
+        encoder.image_size, encoder.image_mean, encoder.image_std, padding=args.padding, erasing=args.erasing
+    )
     cache, vae_size = None, None
     if run.vae is not None:
         run.vae.to(accelerator.device)

@@ -104,8 +104,17 @@ def start_accelerator(args, *, find_unused_parameters=False):
             HfApi().whoami()
         except Exception as error:
             raise ValueError(f"--push_to_hub needs a login that works: {error}; run `hf auth login`") from None
+    if accelerator.device.type == "cpu":
+        use_all_cores(accelerator.num_processes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
+
+
+def use_all_cores(num_processes):
+    """`accelerate launch` gives a process on the CPU one thread, unless told otherwise: then it gets its share."""
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if by_accelerate and num_processes == 1:
+        torch.set_num_threads(os.cpu_count())
 
 
 def global_batch_size(args, accelerator):

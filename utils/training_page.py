@@ -10,7 +10,14 @@ from utils.evaluation_page import percent
 from utils.reporting import Report, Tile, data_uri
 
 NUMBERS = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mINP": "mINP"}
-SCALE = {"loss": "all losses", "grad_norm": "length of the gradient", "lr": "learning rate"}
+WORDS = {
+    "loss": "The sum of all losses.",
+    "loss_id": "Identity classification.",
+    "loss_pcl": "Comparison with the prototypes.",
+    "loss_ldm": "Noise prediction of the diffusion model.",
+    "grad_norm": "Length of the gradient, before any clipping.",
+    "lr": "Learning rate.",
+}
 
 
 def before_and_after(history):
@@ -89,7 +96,7 @@ def add_losses(report, lines):
     for name in (*names, "grad_norm", "lr"):
         values = [line[name] if line[name] is not None else float("nan") for line in lines]
         chart = line_chart([(name, steps, values)], title=name, x_label="step", y_label=name)
-        charts.append((chart, SCALE.get(name, "one of the parts of the loss")))
+        charts.append((chart, WORDS.get(name, "A part of the loss.")))
     report.charts(charts)
 
 
