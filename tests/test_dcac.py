@@ -26,7 +26,21 @@ from utils.modeling import ReIDModel
 ROOT = Path(__file__).parent.parent
 NUM_IDS, BATCH = 6, 8
 DATA = ["--source", "synthetic:domain=a,num_ids=6,images_per_id=4", "--target", "synthetic:domain=b,num_ids=3"]
-SMALL = ["--train_batch_size", "8", "--diffusion_resolution", "64", "64", "--validation_ids", "2", "--eval_every", "9"]
+SMALL = [
+    "--train_batch_size",
+    "8",
+    "--learning_rate",
+    "3e-4",
+    "--lr_warmup_epochs",
+    "2",
+    "--diffusion_resolution",
+    "64",
+    "64",
+    "--validation_ids",
+    "2",
+    "--eval_every",
+    "9",
+]
 
 
 @pytest.fixture(scope="session")
