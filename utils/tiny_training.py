@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from utils import synthetic, tiny
 from utils.captions import QUESTIONS
+from utils.loading import TrainTransform
 
 DOMAINS = ("f", "g", "h")
 IMAGES_PER_ID = 4
@@ -169,7 +170,10 @@ def train_vae(people, steps, work_dir, batch=8):
 
 
 def train_clip(people, tokenizer, steps, work_dir, ids_per_batch=36):
-    """Captions against pictures; two pictures of a person share one caption, so the camera has to be ignored."""
+    """Captions against pictures; two pictures of a person share one caption, so the camera has to be ignored.
+
+    Half of the pictures lose a rectangle, as in Re-ID training: what is left must do.
+    """
     torch.manual_seed(1)
     clip = tiny.build_clip(tokenizer)
 
@@ -179,8 +183,11 @@ def train_clip(people, tokenizer, steps, work_dir, ids_per_batch=36):
         groups = torch.randperm(len(people) // IMAGES_PER_ID, generator=generator)[:ids_per_batch]
         picks = torch.rand(ids_per_batch, IMAGES_PER_ID, generator=generator).argsort(1)[:, :2]
         numbers = (groups[:, None] * IMAGES_PER_ID + picks).flatten()
-        squared = step % 5 == 4
-        images = people.images(numbers, (128, 128) if squared else (128, 64), generator, jitter=0.15)
+        size = (128, 128) if step % 5 == 4 else (128, 64)
+        images = people.images(numbers, size, generator, jitter=0.15)
+        eraser = TrainTransform(size, erasing_area=(0.02, 0.3))
+        for number in (torch.rand(len(images), generator=generator) < 0.5).nonzero().flatten().tolist():
+            eraser.erase(images[number], rng)
         texts = [spoken(people.words(number), rng) for number in numbers[::2].tolist()]
         tokens = tokenizer(texts, padding=True, return_tensors="pt")
         with half():
@@ -243,29 +250,31 @@ def train_captioner(people, clip, steps, work_dir, batch=24, questions_each=5):
         rng = random.Random(step)
         numbers = torch.randint(len(people), (batch,), generator=generator)
         images = (people.images(numbers, size, generator, jitter=0.2) / 2 + 0.5 - mean) / std
-        asked, answers = [], []
-        for number in numbers.tolist():
-            truth = answers_of(people.words(number))
-            # A mirrored picture still shows a side: the view has no left or right.
-            keys = rng.sample(list(QUESTIONS), questions_each)
-            asked += [QUESTIONS[key] for key in keys]
-            answers += [truth[key] for key in keys]
-        ask = tokenizer(asked, padding=True, return_tensors="pt")
-        say = tokenizer(answers, padding=True, return_tensors="pt").input_ids
-        labels = say.masked_fill(say == tokenizer.pad_token_id, -100)
-        # An answer opens with the decoder's own start token in place of [CLS], which is never asked for.
-        say[:, 0] = captioner.decoder_start_token_id
-        labels[:, 0] = -100
+        truths = [answers_of(people.words(number)) for number in numbers.tolist()]
         with half():
-            seen = captioner.vision_model(pixel_values=images)[0].repeat_interleave(questions_each, 0)
-            thought = captioner.text_encoder(
-                input_ids=ask.input_ids,
-                attention_mask=ask.attention_mask,
-                encoder_hidden_states=seen,
-                return_dict=False,
-            )[0]
-            logits = captioner.text_decoder(input_ids=say, encoder_hidden_states=thought).logits
-        return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+            seen = captioner.vision_model(pixel_values=images)[0]
+        losses = []
+        # One question for all pictures at a time, as it will be asked: a padded one would be read with its padding.
+        for key in rng.sample(list(QUESTIONS), questions_each):
+            ask = tokenizer([QUESTIONS[key]] * batch, return_tensors="pt")
+            # A mirrored picture still shows a side: the view has no left or right.
+            say = tokenizer([truth[key] for truth in truths], padding=True, return_tensors="pt").input_ids
+            labels = say.masked_fill(say == tokenizer.pad_token_id, -100)
+            # An answer opens with the decoder's own start token in place of [CLS], which is never asked for.
+            say[:, 0] = captioner.decoder_start_token_id
+            labels[:, 0] = -100
+            with half():
+                thought = captioner.text_encoder(
+                    input_ids=ask.input_ids,
+                    attention_mask=ask.attention_mask,
+                    encoder_hidden_states=seen,
+                    return_dict=False,
+                )[0]
+                logits = captioner.text_decoder(input_ids=say, encoder_hidden_states=thought).logits
+            losses.append(
+                F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+            )
+        return sum(losses) / len(losses)
 
     train("captioner", [captioner], loss_of, steps, 8e-4, work_dir)
     return captioner, processor
@@ -319,7 +328,7 @@ def main(input_args=None):
     parser.add_argument("--num_ids", type=int, default=1500, help="identities of each domain")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on all numbers of steps")
     parser.add_argument("--vae_steps", type=int, default=2400)
-    parser.add_argument("--clip_steps", type=int, default=700)
+    parser.add_argument("--clip_steps", type=int, default=1400)
     parser.add_argument("--captioner_steps", type=int, default=3000)
     parser.add_argument("--unet_steps", type=int, default=14000)
     args = parser.parse_args(input_args)
