@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import CLIPTokenizer
 
 import train_dreambooth_reid as script
@@ -301,7 +302,7 @@ def test_references_are_drawn_from_the_untouched_weights(whole, models):
     latents = model.sample(condition, seeds, resolution=(64, 32), steps=2, guidance=3.0, batch_size=2)
     kept = load_file(folder / f"references/{first['reference']}.safetensors")
     torch.testing.assert_close(kept["latents"].float(), latents, rtol=2e-3, atol=2e-3)
-    assert torch.equal(kept["preview"], model.decode(latents))
+    assert (kept["preview"].int() - model.decode(latents).int()).abs().max() <= 1
 
 
 def test_every_identity_starts_from_the_same_weights_and_ends_elsewhere(whole):
@@ -425,7 +426,8 @@ def test_images_are_those_of_diffusers_own_pipeline(models, solver):
     pixels = model.decode(latents, batch_size=2)
     theirs = pipeline(prompts, latents=noise, output_type="pt", **sizes).images
     assert (pixels.float() - theirs * 255).abs().max() <= 1.01
-    assert model.pictures(latents)[1].tobytes() == pixels[1].permute(1, 2, 0).contiguous().numpy().tobytes()
+    picture = pil_to_tensor(model.pictures(latents)[1])
+    assert (picture.int() - pixels[1].int()).abs().max() <= 1  # other batches may round another way
 
 
 def test_without_guidance_the_prompt_alone_counts(models):
