@@ -203,5 +203,8 @@ def add_overlaps(shared, rows, columns, values, inverted, path="torch"):
         add_overlaps_triton(shared, rows, columns, values, inverted)
         return
     entry, place = expand_ranges(inverted.offsets[columns], inverted.counts[columns])
-    flat = (rows * shared.shape[1])[entry].add_(inverted.columns[place])
-    shared.view(-1).index_add_(0, flat, torch.minimum(values[entry], inverted.values[place]))
+    # On the CPU index_select is several times as fast as indexing.
+    flat = (rows * shared.shape[1]).index_select(0, entry).add_(inverted.columns.index_select(0, place))
+    shared.view(-1).index_add_(
+        0, flat, torch.minimum(values.index_select(0, entry), inverted.values.index_select(0, place))
+    )

@@ -130,7 +130,7 @@ def expand_ranges(starts, counts):
     """For ranges (start, count): the number of the range of every element, and the element, one after the other."""
     owner = torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts)
     shift = starts - (counts.cumsum(0) - counts)
-    return owner, shift[owner].add_(torch.arange(owner.shape[0], device=counts.device))
+    return owner, shift.index_select(0, owner).add_(torch.arange(owner.shape[0], device=counts.device))
 
 
 def row_groups(costs, limit):
