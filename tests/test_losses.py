@@ -1,12 +1,20 @@
-"""PrototypeMemory against its definition, written out as plain loops in float64."""
+"""The losses against their definitions, written out as plain loops in float64."""
 
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from utils.losses import PrototypeMemory, class_means
+from utils.losses import (
+    PrototypeMemory,
+    circle_logits,
+    class_means,
+    distances,
+    hard_triplet,
+    weighted_triplet,
+)
 
 SIZES = [(1, 1, 3), (8, 5, 16), (16, 40, 33), (64, 16, 128)]
 
@@ -271,3 +279,135 @@ def test_means_of_directions_and_rebuilding():
     address = memory.prototypes.data_ptr()
     memory.rebuild(features, labels)
     assert torch.equal(memory.prototypes, got) and memory.prototypes.data_ptr() == address
+
+
+# Losses of the fine-tuning methods
+
+
+def grouped(ids, images, width=7, seed=0):
+    """P x K features, some of them alike, and their labels in mixed order."""
+    features = rows(ids * images, width, seed)
+    labels = torch.arange(ids * images) % ids
+    return features + rows(ids, width, seed + 1)[labels], labels
+
+
+def far(one, other):
+    return math.sqrt(sum((a - b) ** 2 for a, b in zip(one, other, strict=True)))
+
+
+def softplus(value):
+    return max(value, 0) + math.log1p(math.exp(-abs(value)))
+
+
+def triplet_by_hand(features, labels, margin):
+    features, total = features.double().tolist(), 0.0
+    for anchor, label in zip(features, labels.tolist(), strict=True):
+        pairs = list(zip(features, labels.tolist(), strict=True))
+        farthest = max(far(anchor, other) for other, its in pairs if its == label)
+        nearest = min(far(anchor, other) for other, its in pairs if its != label)
+        gap = farthest - nearest
+        total += softplus(gap) if margin is None else max(0.0, gap + margin)
+    return total / len(features)
+
+
+def weighted_by_hand(features, labels):
+    features, labels, total = features.double().tolist(), labels.tolist(), 0.0
+    for number, anchor in enumerate(features):
+        sums = []
+        for own, sign in ((True, 1), (False, -1)):
+            pairs = [
+                far(anchor, other)
+                for place, other in enumerate(features)
+                if place != number and (labels[place] == labels[number]) == own
+            ]
+            weights = [math.exp(sign * distance) for distance in pairs]
+            sums.append(sum(w * d for w, d in zip(weights, pairs, strict=True)) / sum(weights))
+        total += softplus(sums[0] - sums[1])
+    return total / len(features)
+
+
+def circle_by_hand(cosines, labels, scale, margin):
+    total = 0.0
+    for row, label in zip(cosines.double().tolist(), labels.tolist(), strict=True):
+        own = scale * max(0.0, 1 + margin - row[label]) * (row[label] - (1 - margin))
+        others = [
+            math.exp(scale * max(0.0, s + margin) * (s - margin)) for place, s in enumerate(row) if place != label
+        ]
+        # Circle loss as in its paper: log(1 + sum exp(other) exp(-own)).
+        total += math.log1p(sum(others) * math.exp(-own))
+    return total / len(cosines)
+
+
+def numeric_gradient(function, features, step=1e-5):
+    features = features.double()
+    gradient = torch.zeros_like(features)
+    for place in range(features.numel()):
+        shift = torch.zeros_like(features).view(-1)
+        shift[place] = step
+        shift = shift.view_as(features)
+        gradient.view(-1)[place] = (function(features + shift) - function(features - shift)) / (2 * step)
+    return gradient
+
+
+@pytest.mark.parametrize("margin", [None, 0.3, 1.2])
+@pytest.mark.parametrize("ids, images", [(2, 2), (3, 4), (5, 3)])
+def test_hard_triplet_against_loops(ids, images, margin):
+    features, labels = grouped(ids, images)
+    mine = features.clone().requires_grad_()
+    loss = hard_triplet(mine, labels, margin)
+    loss.backward()
+    assert_close(loss, triplet_by_hand(features, labels, margin))
+    assert_close(mine.grad, numeric_gradient(lambda x: triplet_by_hand(x, labels, margin), features), 1e-4)
+
+
+@pytest.mark.parametrize("ids, images", [(2, 2), (3, 4), (5, 3)])
+def test_weighted_triplet_against_loops(ids, images):
+    features, labels = grouped(ids, images)
+    mine = features.clone().requires_grad_()
+    loss = weighted_triplet(mine, labels)
+    loss.backward()
+    assert_close(loss, weighted_by_hand(features, labels))
+    assert_close(mine.grad, numeric_gradient(lambda x: weighted_by_hand(x, labels), features), 1e-4)
+
+
+@pytest.mark.parametrize("scale, margin", [(64.0, 0.35), (8.0, 0.25)])
+def test_circle_loss_against_its_paper(scale, margin):
+    features, labels = grouped(4, 3, width=5)
+    cosines = (F.normalize(features, dim=1) @ F.normalize(rows(6, 5, 9), dim=1).t()).requires_grad_()
+    loss = F.cross_entropy(circle_logits(cosines, labels, scale, margin), labels)
+    loss.backward()
+    assert_close(loss, circle_by_hand(cosines.detach(), labels, scale, margin))
+    # The gradient of the paper: the weights count as constants.
+    shares = circle_logits(cosines.detach(), labels, scale, margin).softmax(1) - F.one_hot(labels, 6)
+    mine = F.one_hot(labels, 6).bool()
+    fixed = cosines.detach()
+    weights = torch.where(mine, (1 + margin - fixed).clamp(min=0), (fixed + margin).clamp(min=0))
+    assert_close(cosines.grad, scale * weights * shares / len(labels))
+
+
+def test_triplets_of_equal_features_and_lone_identities_stay_finite():
+    for loss in (hard_triplet, weighted_triplet):
+        features = torch.ones(6, 4, requires_grad=True)
+        value = loss(features, torch.tensor([0, 0, 1, 1, 2, 2]))
+        value.backward()
+        assert_close(value, math.log(2))
+        assert features.grad.isfinite().all()
+        for labels in (torch.zeros(6, dtype=torch.int64), torch.arange(6)):
+            features = rows(6, 4, 0).requires_grad_()
+            value = loss(features, labels)
+            value.backward()
+            assert value.isfinite() and features.grad.isfinite().all()
+
+
+def test_triplets_compute_in_float32_under_autocast():
+    features, labels = grouped(3, 4)
+    for loss in (hard_triplet, weighted_triplet):
+        plain = loss(features, labels)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(loss(features, labels), plain)
+
+
+def test_near_features_keep_their_distance():
+    one = torch.full((1, 64), 3.0)
+    pair = torch.cat([one, one + 1e-3])
+    assert_close(distances(pair)[0, 1], 1e-3 * 8, 1e-3)

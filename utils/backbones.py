@@ -130,11 +130,14 @@ class ResNetBackbone(Backbone):
     def feature_map(self, images):
         hidden = self.model.embedder(images.to(self.model.embedder.embedder.convolution.weight.dtype))
         for stage in self.model.encoder.stages:
-            if self.gradient_checkpointing and self.training:
-                hidden = checkpoint(stage, hidden, use_reentrant=False, context_fn=lambda s=stage: recompute(s))
-            else:
-                hidden = stage(hidden)
+            hidden = self.run(stage, hidden)
         return hidden
+
+    def run(self, module, hidden):
+        """A part of the network, computed a second time in the backward pass where activations are not kept."""
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(module, hidden, use_reentrant=False, context_fn=lambda: recompute(module))
+        return module(hidden)
 
     def enable_gradient_checkpointing(self):
         # transformers has none for ResNet.

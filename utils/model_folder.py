@@ -116,7 +116,8 @@ def check_fit(wanted, found, name):
 def card_text(model):
     """What a model is and how it is used, in Markdown: the text of its card."""
     (height, width), kind = model.image_size, model.backbone.config.model_type
-    return f"""A {kind} backbone with BNNeck. An image of {height} x {width} (height x width) becomes
+    head = "BNNeck" if model.method == "bot" else f"the head of {model.method.upper()}"
+    return f"""A {kind} backbone with {head}. An image of {height} x {width} (height x width) becomes
 {model.num_features} numbers of unit length; the larger the dot product of two, the likelier they show the same person.
 
 ```python

@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 from utils.backbones import ClipBackbone, backbone_from_config, load_backbone
 from utils.dcac_checkpoint import read_dcac_checkpoint
+from utils.heads import BNNeck, HeadOutput, build_head
 from utils.model_folder import (
     MODEL_TYPE,
     check_fit,
@@ -40,32 +41,15 @@ class ReIDOutput(NamedTuple):
     logits: torch.Tensor | None
 
 
-class BNNeck(nn.BatchNorm1d):
-    """BatchNorm with its bias frozen at 0. Always computes, and keeps its weights, in at least float32."""
-
-    def __init__(self, num_features):
-        super().__init__(num_features)
-        self.bias.requires_grad_(False)
-
-    def forward(self, features):
-        return super().forward(features.to(self.weight.dtype))
-
-    def _apply(self, fn, recurse=True):
-        # model.half() and model.to(torch.bfloat16) would round the running averages.
-        def keep_precision(tensor):
-            moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
-
-        return super()._apply(keep_precision, recurse)
-
-
 class ReIDModel(nn.Module):
     """`model(images)`: a ReIDOutput in training mode, unit-length test features (B, D) float32 in eval mode.
 
-    `image_size` (height, width), `image_mean`, `image_std` and `resample` say how its images are to be prepared.
+    `method` is what follows the backbone: `bot`, BNNeck and a classifier, or a head of `utils.heads`; then training
+    gives a HeadOutput. `image_size` (height, width), `image_mean`, `image_std` and `resample` say how its images are
+    to be prepared.
     """
 
-    def __init__(self, backbone, num_ids=0, *, image_mean=None, image_std=None, resample="bilinear"):
+    def __init__(self, backbone, num_ids=0, *, image_mean=None, image_std=None, resample="bilinear", method="bot"):
         super().__init__()
         usual = HALVES if isinstance(backbone, ClipBackbone) else IMAGENET
         self.backbone = backbone
@@ -79,8 +63,10 @@ class ReIDModel(nn.Module):
         if resample not in RESAMPLE:
             raise ValueError(f"resample must be one of {', '.join(RESAMPLE)}, got {resample!r}")
         self.resample = resample
-        self.num_features = backbone.num_features
-        self.bnneck = BNNeck(self.num_features)
+        self.method = method
+        self.head = build_head(method, backbone)
+        self.num_features = backbone.num_features if self.head is None else self.head.num_features
+        self.bnneck = BNNeck(self.num_features) if self.head is None else None
         self.reset_classifier(num_ids)
 
     def reset_classifier(self, num_ids):
@@ -89,7 +75,9 @@ class ReIDModel(nn.Module):
         if self.num_ids < 0:
             raise ValueError(f"num_ids must be 0 or more, got {num_ids}")
         self.classifier = None
-        if self.num_ids:
+        if self.head is not None:
+            self.head.reset_classifiers(self.num_ids)
+        elif self.num_ids:
             self.classifier = nn.Linear(self.num_features, self.num_ids, bias=False)
             self.classifier.to(self.bnneck.weight.device)
             nn.init.normal_(self.classifier.weight, std=0.001)
@@ -97,13 +85,27 @@ class ReIDModel(nn.Module):
     def forward(self, images):
         if not images.is_floating_point():
             raise ValueError(f"images must be normalised floats (see image_mean, image_std), got {images.dtype}")
-        features = self.backbone(images)
+        pooled = self.pool(images)
         if self.training:
-            return ReIDOutput(features, *self.neck(features))
-        return F.normalize(self.bnneck(features).float(), dim=1)
+            return ReIDOutput(pooled, *self.neck(pooled)) if self.head is None else self.head(pooled)
+        features = self.bnneck(pooled) if self.head is None else self.head(pooled).features
+        return F.normalize(features.float(), dim=1)
+
+    def pool(self, images, rng=None):
+        """Features of each image by itself: (B, C), or (B, groups, C) of a head. `rng` is for what a head draws."""
+        return self.backbone(images) if self.head is None else self.head.pool(self.backbone, images, rng)
+
+    def outputs(self, pooled):
+        """What losses of any method look at: `pool`'s features of the whole batch -> HeadOutput."""
+        if self.head is not None:
+            return self.head(pooled)
+        bn_features, logits = self.neck(pooled)
+        return HeadOutput([pooled], [] if logits is None else [logits], bn_features)
 
     def neck(self, features):
         """Features after BatchNorm, and logits. Apart, so that several processes can gather `features` before it."""
+        if self.head is not None:
+            raise ValueError(f"a model of method {self.method} has a head instead of a BNNeck; train it with its own")
         bn_features = self.bnneck(features)
         if self.classifier is None:
             return bn_features, None
@@ -123,6 +125,7 @@ class ReIDModel(nn.Module):
         image_mean=None,
         image_std=None,
         resample="bilinear",
+        method="bot",
         attn_implementation=None,
         revision=None,
         token=None,
@@ -131,14 +134,17 @@ class ReIDModel(nn.Module):
         backbone = load_backbone(
             name_or_path, image_size, attn_implementation=attn_implementation, revision=revision, token=token
         )
-        return cls(backbone, num_ids, image_mean=image_mean, image_std=image_std, resample=resample).eval()
+        options = {"image_mean": image_mean, "image_std": image_std, "resample": resample, "method": method}
+        return cls(backbone, num_ids, **options).eval()
 
     @classmethod
-    def for_training(cls, name_or_path, *, num_ids, image_size, resample="bilinear"):
+    def for_training(cls, name_or_path, *, num_ids, image_size, resample="bilinear", method="bot"):
         """With a new classifier, from a plain backbone, a saved Re-ID model, or a checkpoint of DCAC's authors."""
         kind = model_kind(name_or_path)
         if kind == "backbone":
-            return cls.from_backbone(name_or_path, num_ids=num_ids, image_size=image_size, resample=resample)
+            return cls.from_backbone(
+                name_or_path, num_ids=num_ids, image_size=image_size, resample=resample, method=method
+            )
         if kind == "file":
             model = cls.from_dcac_checkpoint(name_or_path, image_size)
         else:
@@ -148,6 +154,11 @@ class ReIDModel(nn.Module):
                 f"{name_or_path} takes images of {' x '.join(map(str, model.image_size))}, not of "
                 f"{' x '.join(map(str, image_size))}; set --resolution to the same"
             )
+        if model.method not in ("bot", method):
+            raise ValueError(f"{name_or_path} is a model of method {model.method}, it cannot start one of {method}")
+        if model.method != method:
+            known = {"image_mean": model.image_mean, "image_std": model.image_std}
+            model = cls(model.backbone, method=method, **known).eval()
         model.resample = resample
         model.reset_classifier(num_ids)
         return model
@@ -191,6 +202,7 @@ class ReIDModel(nn.Module):
                 image_mean=preprocessor["image_mean"],
                 image_std=preprocessor["image_std"],
                 resample={number: name for name, number in RESAMPLE.items()}[preprocessor["resample"]],
+                method=config.get("method", "bot"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the configuration in {str(name_or_path)!r} is not valid: {error!r}") from error
@@ -220,6 +232,7 @@ class ReIDModel(nn.Module):
             "backbone": backbone,
             "num_ids": self.num_ids,
             "image_size": list(self.image_size),
+            **({} if self.head is None else {"method": self.method}),
         }
 
     def preprocessing(self):
@@ -243,7 +256,8 @@ def attention_maps(model, images):
 
     CLIP: attention rollout from the class token (attention averaged over heads, half identity for the skip
     connection, multiplied over the layers). Others: what each place adds to the length of the test feature, which is
-    Grad-CAM of that length in closed form, since mean pooling and BatchNorm are linear.
+    Grad-CAM of that length in closed form, since mean pooling and BatchNorm are linear; with another head than
+    BNNeck, the length of the map at each place.
     """
     was_training = model.training
     model.eval()
@@ -252,10 +266,13 @@ def attention_maps(model, images):
             heat = attention_rollout(model.backbone, images)
         else:
             feature_map = model.backbone.feature_map(images).float()
-            neck = model.bnneck
-            bn_features = neck(feature_map.mean(dim=(2, 3)))
-            slope = neck.weight * torch.rsqrt(neck.running_var + neck.eps)
-            heat = torch.einsum("bc,bchw->bhw", bn_features * slope, feature_map).clamp(min=0)
+            if model.head is None:
+                neck = model.bnneck
+                bn_features = neck(feature_map.mean(dim=(2, 3)))
+                slope = neck.weight * torch.rsqrt(neck.running_var + neck.eps)
+                heat = torch.einsum("bc,bchw->bhw", bn_features * slope, feature_map).clamp(min=0)
+            else:
+                heat = feature_map.norm(dim=1)
     finally:
         model.train(was_training)
     return heat / heat.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
