@@ -48,6 +48,7 @@ from utils.diffusion import (
     load_unet,
     load_vae,
     noise_loss,
+    recompute_activations,
     save_unet,
 )
 from utils.latents import VaeImages, build_latent_cache, encode, image_for_vae, sample_latents
@@ -117,7 +118,7 @@ CARD = (
 FREE_ON_RESUME = (
     "output_dir", "data_root", "cache_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit",
     "log_every", "report_to", "dataloader_num_workers", "max_train_steps", "eval_batch_size", "recipe", "push_to_hub",
-    "hub_model_id", "train_batch_size", "gradient_accumulation_steps", "demo", "origin",
+    "hub_model_id", "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "demo", "origin",
 )  # fmt: skip
 
 
@@ -255,7 +256,14 @@ def build_parser():
     group.add_argument("--use_8bit_adam", **yes, help="bitsandbytes' 8-bit optimiser")
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="default accelerate's setting")
     group.add_argument("--allow_tf32", **yes, help="TF32 matrix products on Ampere and newer")
-    group.add_argument("--gradient_checkpointing", **yes, help="recompute activations: less memory, more time")
+    group.add_argument(
+        "--gradient_checkpointing",
+        nargs="?",
+        choices=["all", "outer"],
+        const="all",
+        help="recompute activations, less memory for more time: all of encoder and U-Net, or only those of the "
+        "U-Net's outer blocks, which hold most; without a word all",
+    )
     group.add_argument(
         "--enable_xformers_memory_efficient_attention", **yes, help="xformers in the U-Net; default torch's SDPA"
     )
@@ -719,9 +727,10 @@ def build_model(args, accelerator, num_ids, info):
         vae = load_vae(name, dtype=half, revision=revision)
         if args.enable_xformers_memory_efficient_attention:
             enable_memory_efficient_attention(unet)
-    for part in (encoder, unet):
-        if part is not None and args.gradient_checkpointing:
-            part.enable_gradient_checkpointing()
+    if args.gradient_checkpointing == "all":
+        encoder.enable_gradient_checkpointing()
+    if args.gradient_checkpointing and unet is not None:
+        recompute_activations(unet, args.gradient_checkpointing)
     if args.torch_compile:
         encoder.backbone.compile()
         if unet is not None:

@@ -1,7 +1,10 @@
-"""What DCAC costs beside its baseline: trainable parameters and FLOPs, counted at the paper's sizes without a GPU.
+"""What DCAC costs beside its baseline: parameters, FLOPs and memory, counted without a GPU, and time, measured.
 
     python -m benchmarks.dcac_overhead --table
     python -m benchmarks.dcac_overhead --table --json TABLE.json --step_json STEPS.json
+    python -m benchmarks.dcac_overhead --memory --json MEMORY.json        # GiB of tensors alive; three minutes
+    python -m benchmarks.dcac_overhead --step --json STEP.json            # on a GPU: ms, ratios, peak GiB
+    python -m benchmarks.dcac_overhead --step --size block --modes lora   # the same on a CPU
 
 The real architectures (CLIP ViT-B/16 at 256x128, Stable Diffusion 1.5 at 128x128, 751 identities, batch 64) are built
 from their configuration on the meta device, by the functions training uses, and run there: no weights, no memory.
@@ -28,6 +31,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
 
+from benchmarks import dcac_step
 from benchmarks.retrieval import environment
 from utils.backbones import backbone_from_config
 from utils.diffusion import NoiseSchedule, noise_loss, set_unet_mode
@@ -220,27 +224,46 @@ def write(path, content):
 
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="count parameters and FLOPs; a minute on a CPU")
-    parser.add_argument("--json", type=Path, help="file for parameters and forward TFLOPs of each mode")
-    parser.add_argument("--step_json", type=Path, help="file for TFLOPs of a whole step, with versions")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--table", action="store_true", help="count parameters and FLOPs; a minute on a CPU")
+    what.add_argument("--memory", action="store_true", help="count the memory of a step, for several batch sizes")
+    what.add_argument("--step", action="store_true", help="time steps; on the GPU where there is one")
+    parser.add_argument("--json", type=Path, help="file for what was found")
+    parser.add_argument("--step_json", type=Path, help="with --table: file for TFLOPs of a whole step, with versions")
+    parser.add_argument("--size", choices=["paper", "block", "tiny"], default="paper", help="default paper")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the U-Net; default all")
+    parser.add_argument("--batches", type=int, nargs="+", help="images a step; default: of the size")
+    parser.add_argument("--mixed_precision", choices=["bf16", "fp16", "no"], help="default bf16 on a GPU, else no")
+    parser.add_argument("--rounds", type=int, default=3, help="through all configurations; default 3")
+    parser.add_argument("--steps", type=int, default=10, help="timed in each round; default 10")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them; default 3")
+    parser.add_argument("--compile", action="store_true", help="measure --torch_compile too")
     args = parser.parse_args(input_args)
-    if not args.table:
-        parser.error("nothing to do: give --table")
+    args.mixed_precision = args.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
+    default = [16, 32, 64, 128] if args.memory and args.size == "paper" else [dcac_step.sizes()[args.size].batch]
+    args.batches = args.batches or default
+    if args.rounds * args.steps < 2:
+        parser.error("--rounds x --steps must be at least 2, for quartiles")
     return args
 
 
 def main(input_args=None):
     args = parse_args(input_args)
+    if not args.table:
+        found = dcac_step.count_memory(args) if args.memory else dcac_step.time_steps(args)
+        if args.json:
+            write(args.json, {**environment(), **packages(), **found})
+        return
     table, steps = count_all()
     print_table(table, steps)
     if args.json:
         write(args.json, table)
     if args.step_json:
-        packages = {
-            name: number for name, number in versions().items() if name in ("diffusers", "peft", "transformers")
-        }
-        record = {**environment(), **packages, "batch": BATCH, "steps": steps}
-        write(args.step_json, record)
+        write(args.step_json, {**environment(), **packages(), "batch": BATCH, "steps": steps})
+
+
+def packages():
+    return {name: number for name, number in versions().items() if name in ("diffusers", "peft", "transformers")}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.alive import gpu_autocast, hollow
 from utils import tiny
 from utils.diffusion import (
     UNET_MODES,
@@ -25,10 +27,12 @@ from utils.diffusion import (
     load_unet,
     load_vae,
     noise_loss,
+    recompute_activations,
     save_unet,
     set_unet_mode,
 )
 
+BF16 = torch.bfloat16
 WIDTH = tiny.TEXT_WIDTH
 SD1 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 SD2 = SD1 | {"prediction_type": "v_prediction"}
@@ -278,17 +282,39 @@ def test_lora_under_autocast_keeps_no_float32_copies(original):
 @pytest.mark.parametrize("mode", ["lora", "frozen", "partial-1"])
 def test_recomputation_changes_no_gradient(original, mode):
     found = []
-    for recompute in (False, True):
+    for which in (None, "all", "outer"):
         unet = load_unet(original, mode, dtype=torch.bfloat16)
-        if recompute:
-            unet.enable_gradient_checkpointing()
+        if which:
+            recompute_activations(unet, which)
         latents, noise, timesteps, condition = draws()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = noise_loss(unet, NoiseSchedule(SD1), latents, noise, timesteps, condition)
         loss.backward()
         trained = [parameter.grad for parameter in unet.parameters() if parameter.requires_grad]
         found.append([loss.detach(), condition.grad, *trained])
-    assert all(map(torch.equal, *found))
+    assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
+
+
+def test_outer_blocks_alone_are_computed_again(original):
+    unet = load_unet(original, "lora")
+    recompute_activations(unet, "outer")
+    again = {
+        name.split(".resnets")[0].split(".attentions")[0]
+        for name, module in unet.named_modules()
+        if getattr(module, "gradient_checkpointing", False)
+    }
+    assert {"down_blocks.0", f"up_blocks.{len(unet.up_blocks) - 1}"} <= again
+    assert not [name for name in again if name.startswith(("mid_block", "down_blocks.1", "up_blocks.0"))]
+
+
+@pytest.mark.parametrize("mode, kinds", [("lora", (BF16, BF16)), ("partial-1", (BF16, torch.float32))])
+def test_frozen_norms_stay_in_half_under_the_autocast_of_a_gpu(original, mode, kinds):
+    """Shapes and types only: the GPU need not be there. partial-1 trains what follows the last block, its norm too."""
+    unet = load_unet(original, mode, dtype=BF16)
+    with FakeTensorMode(), gpu_autocast(BF16):
+        for norm, kind in zip((unet.down_blocks[0].resnets[0].norm1, unet.conv_norm_out), kinds, strict=True):
+            values = torch.empty(2, norm.num_channels, 4, 4, dtype=BF16, device="cuda")
+            assert hollow(norm, "cuda")(values).dtype == kind
 
 
 def test_what_is_drawn_belongs_to_the_seed(original, copy):

@@ -10,6 +10,7 @@ save_unet(unet, "lora", "out")                                       # out/unet_
 import importlib.metadata
 import json
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ __all__ = [
     "load_unet",
     "load_vae",
     "noise_loss",
+    "recompute_activations",
     "save_unet",
     "set_unet_mode",
 ]
@@ -117,6 +119,9 @@ def set_unet_mode(unet, mode, *, rank=8, dtype=torch.float32, seed=0):
         trained = ".lora_" in name or name.startswith(TRAINED[mode])
         parameter.requires_grad_(trained)
         parameter.data = parameter.data.to(torch.float32 if trained else dtype)
+    for module in unet.modules():
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and not module.weight.requires_grad:
+            module.forward = partial(in_its_own_type, module)
     return unet.train(mode != "frozen")
 
 
@@ -131,6 +136,31 @@ def cast_where_needed(layer, inputs):
     """peft casts LoRA's input to float32; autocast only undoes that, and the backward pass keeps one more copy."""
     kind = inputs[0].device.type
     layer.cast_input_dtype_enabled = not (is_autocast_available(kind) and torch.is_autocast_enabled(kind))
+
+
+def in_its_own_type(norm, values):
+    """Autocast would run a frozen norm in float32, and keep what goes in and out of it twice as large.
+
+    In half precision its sums are in float32 all the same.
+    """
+    kind, dtype = values.device.type, norm.weight.dtype
+    if not is_autocast_available(kind) or dtype == torch.float32:
+        return type(norm).forward(norm, values)
+    with torch.autocast(kind, enabled=False):
+        return type(norm).forward(norm, values.to(dtype))
+
+
+def recompute_activations(unet, which):
+    """Compute activations again in the backward pass: "all", or those of the "outer" blocks.
+
+    The outermost blocks have the most pixels: much memory for little arithmetic.
+    """
+    unet.enable_gradient_checkpointing()
+    if which == "outer":
+        for block in (*unet.down_blocks[1:], unet.mid_block, *unet.up_blocks[:-1]):
+            for module in block.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing = False
 
 
 @contextmanager
