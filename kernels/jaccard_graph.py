@@ -1,0 +1,71 @@
+"""Which rows lie within a Jaccard distance of each other: a sparse graph for clustering, in memory linear in the rows.
+
+J of `jaccard.py` is 1 for two rows that share no neighbour. The others are few, and only those up to a given distance
+are kept; the overlaps are counted for a strip of rows at a time.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .dispatch import check_count, check_features, choose_backend
+from .jaccard import ENTRY_LIMIT, ONE, SparseRows, add_overlaps, check_compat, neighbour_vectors
+from .tiles import hits, padded, row_groups, strip_height, unit_rows
+
+
+class JaccardGraph(NamedTuple):
+    """`near`: each row's rows within the distance, itself included, with float32 distances; symmetric.
+
+    `reach` (N, `nearest`): the smallest distances of each row, ascending, its own 0 first.
+    """
+
+    near: SparseRows
+    reach: torch.Tensor
+    backend: str
+
+
+@torch.no_grad()
+def jaccard_graph(features, *, k1=20, k2=6, max_distance=1.0, nearest=1, compat=None, backend="auto"):
+    """The JaccardGraph of (N, D) features; pairs that share no neighbour are left out at any `max_distance`."""
+    check_features(features, features)
+    k1, k2 = check_count("k1", k1, 0), check_count("k2", k2, 0)
+    num_rows = features.shape[0]
+    nearest = check_count("nearest", nearest, 1, num_rows, hint=" (the number of rows)")
+    check_compat(compat)
+    path = choose_backend(backend, features, "k_reciprocal_rerank", min(max(k1 + 1, k2), num_rows))
+    units = unit_rows(("features", features))
+    vectors, _ = neighbour_vectors(units, num_rows, k1, k2, compat == "torchreid", path)
+    del units
+    inverted = vectors.by_column(0, num_rows, num_rows)
+    height = strip_height(num_rows, features.device)
+    shared = torch.zeros(min(height, num_rows), padded(num_rows), dtype=torch.int32, device=features.device)
+    mask = torch.empty_like(shared, dtype=torch.bool)
+    counts, columns, values, reach = [], [], [], []
+    for start in range(0, num_rows, height):
+        stop = min(start + height, num_rows)
+        rows, entry_columns, _ = vectors.entries(start, stop)
+        costs = torch.zeros(stop - start, dtype=torch.int64, device=features.device)
+        costs.index_add_(0, rows, inverted.counts[entry_columns])
+        for begin, end in row_groups(costs.cpu(), ENTRY_LIMIT):
+            begin, end = start + begin, start + end
+            counted = shared[: end - begin]
+            add_overlaps(counted, *vectors.entries(begin, end), inverted, path)
+            # A row's own values may add up to a rounding less than one.
+            counted.diagonal(begin).fill_(ONE)
+            reach.append(distance_of(counted.topk(nearest, dim=1).values))
+            row, column, place = hits(torch.ne(counted, 0, out=mask[: end - begin]))
+            distance = distance_of(counted.view(-1)[place])
+            kept = distance <= max_distance
+            counts.append(torch.bincount(row[kept], minlength=end - begin))
+            columns.append(column[kept])
+            values.append(distance[kept])
+            counted.zero_()
+    counts = torch.cat(counts)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return JaccardGraph(SparseRows(offsets, torch.cat(columns), torch.cat(values)), torch.cat(reach), path)
+
+
+def distance_of(overlap):
+    """J from overlaps in units of 1 / ONE."""
+    share = (overlap.double() / ONE).clamp_(max=1)
+    return (1 - share / (2 - share)).float()

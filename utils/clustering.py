@@ -1,0 +1,114 @@
+"""Pseudo labels from features: DBSCAN on sparse k-reciprocal Jaccard distances.
+
+    found = cluster(features, eps=0.6)      # Clusters: labels (N,) int64, -1 for noise
+    check_clusters(found)                   # ValueError where they collapsed, with what to turn
+    agreement(found.labels, truth)          # ARI, NMI: for a report
+
+`features` (N, D) need not be unit length. Nothing of N x N is kept: memory is that of the pairs within eps.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse
+import torch
+from sklearn.cluster import DBSCAN
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+from kernels.jaccard_graph import jaccard_graph
+
+NOISE = -1
+SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Labels 0..num_clusters-1 in the order of their first rows, -1 for noise.
+
+    `reach` (N,) is the distance within which a row has `min_samples` rows, itself included: the eps from which on it
+    is a core of a cluster.
+    """
+
+    labels: torch.Tensor
+    reach: torch.Tensor
+    eps: float
+    min_samples: int
+
+    @property
+    def num_clusters(self):
+        return int(self.labels.max()) + 1
+
+    @property
+    def noise(self):
+        """Share of the rows that belong to no cluster."""
+        return float((self.labels == NOISE).double().mean())
+
+
+def cluster(features, *, eps=0.6, min_samples=4, k1=30, k2=6, backend="auto"):
+    """One `Clusters` for a number `eps`, a list of them for several: the distances are computed once."""
+    several = isinstance(eps, (list, tuple))
+    scales = list(eps) if several else [eps]
+    check_settings(len(features), scales, min_samples, k1)
+    graph = jaccard_graph(features, k1=k1, k2=k2, max_distance=max(scales), nearest=min_samples, backend=backend)
+    near, reach = as_matrix(graph.near), graph.reach[:, -1].cpu()
+    found = [Clusters(dbscan(near, one, min_samples), reach, one, min_samples) for one in scales]
+    return found if several else found[0]
+
+
+def check_settings(num_rows, scales, min_samples, k1):
+    if num_rows <= k1:
+        raise ValueError(
+            f"{num_rows} images cannot be clustered by their k1 = {k1} nearest: every image would be a neighbour of "
+            f"every other. Give more images, or lower --k1 well below {num_rows}"
+        )
+    if not 2 <= min_samples <= num_rows:
+        raise ValueError(f"min_samples must be between 2 and the {num_rows} images, got {min_samples}")
+    if not all(0 < one < 1 for one in scales):
+        raise ValueError(f"eps must be above 0 and below 1, the largest Jaccard distance, got {scales}")
+
+
+def as_matrix(near):
+    """SparseRows as SciPy's matrix; a stored 0 is a distance of 0, an absent entry is far away."""
+    offsets, columns = near.offsets.cpu().numpy(), near.columns.cpu().numpy()
+    return scipy.sparse.csr_matrix((near.values.cpu().numpy(), columns, offsets), shape=[len(offsets) - 1] * 2)
+
+
+def dbscan(near, eps, min_samples):
+    """int64 labels from a sparse matrix of distances."""
+    labels = DBSCAN(eps=eps, min_samples=min_samples, metric="precomputed").fit(near).labels_
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def check_clusters(found, *, where="the images", least=2):
+    """ValueError for fewer than `least` clusters: all is noise, or all is one."""
+    if found.num_clusters >= least:
+        return
+    quantiles = torch.quantile(found.reach.double(), torch.tensor(SHARES, dtype=torch.float64)).tolist()
+    told = ", ".join(f"{share:.0%} of them within {value:.2f}" for share, value in zip(SHARES, quantiles, strict=True))
+    if found.noise > 0.5:
+        seen = f"{found.noise:.0%} of {where} are in no cluster"
+        turn = f"Raise --eps {found.eps:g}, or lower --min_samples {found.min_samples}; or start from a better model"
+    else:
+        seen = f"{1 - found.noise:.0%} of {where} fell into {max(found.num_clusters, 1)}"
+        turn = f"Lower --eps {found.eps:g} or --k1; or start from a better model"
+    raise ValueError(
+        f"the clusters collapsed: {seen}. Distances to the nearest {found.min_samples - 1} others: {told}. {turn}"
+    )
+
+
+def agreement(labels, truth):
+    """ARI and NMI of labels with the true ones, both (N,); every image of the noise counts as a cluster of its own."""
+    alone = singled_out(torch.as_tensor(labels)).numpy()
+    truth = np.asarray(truth)
+    return {
+        "ari": float(adjusted_rand_score(truth, alone)),
+        "nmi": float(normalized_mutual_info_score(truth, alone)),
+    }
+
+
+def singled_out(labels):
+    """Labels in which every row of the noise has one of its own, numbered after the clusters."""
+    noise = labels == NOISE
+    numbers = labels.clone()
+    numbers[noise] = labels.max() + 1 + torch.arange(int(noise.sum()))
+    return numbers
