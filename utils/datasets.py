@@ -230,11 +230,11 @@ def labels_of(dataset):
     return np.array([labels[key] for key in people], dtype=np.int64)
 
 
-def subset(data, *, image_fraction=None, identity_fraction=None, seed=0):
+def subset(data, *, image_fraction=None, identity_fraction=None, min_images=1, seed=0):
     """A part of the training images: `image_fraction` for few-shot, `identity_fraction` for small-scale.
 
     A part is the beginning of one seeded order, so that smaller parts lie inside larger ones. Every identity that
-    stays keeps its share of images, and one at least. Of a `DatasetDict` only `train` is cut.
+    stays keeps its share of images, and at least `min_images` of those it has. Of a `DatasetDict` only `train` is cut.
     """
     for name, value in (("image_fraction", image_fraction), ("identity_fraction", identity_fraction)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -243,7 +243,8 @@ def subset(data, *, image_fraction=None, identity_fraction=None, seed=0):
     if isinstance(data, dict):
         if "train" not in data:
             raise ValueError(f"a fraction is one of train, and the data has only {', '.join(data)}")
-        part = subset(data["train"], image_fraction=image_fraction, identity_fraction=identity_fraction, seed=seed)
+        fractions = {"image_fraction": image_fraction, "identity_fraction": identity_fraction}
+        part = subset(data["train"], **fractions, min_images=min_images, seed=seed)
         return datasets.DatasetDict({**data, "train": part})
     images = {}
     for row, (person, path) in enumerate(zip(people_of(data), data["path"][:], strict=True)):
@@ -254,13 +255,16 @@ def subset(data, *, image_fraction=None, identity_fraction=None, seed=0):
     order = []
     for person in people:
         # Each identity's images are spread over the order at its own phase, so that rounding favours nobody; the
-        # first of everyone comes before all others.
+        # first ones of everyone come before all others.
         phase = int.from_bytes(draw(seed, *person)[:6], "big") / 2**48
         ranked = sorted(images[person])
-        order += [((rank + phase) / len(ranked) if rank else -1.0, row) for rank, (_, row) in enumerate(ranked)]
+        order += [
+            ((rank + phase) / len(ranked) if rank >= min_images else -1.0, row) for rank, (_, row) in enumerate(ranked)
+        ]
     order.sort()
     if image_fraction is not None:
-        order = order[: max(len(people), round(image_fraction * len(order)))]
+        least = sum(min(min_images, len(images[person])) for person in people)
+        order = order[: max(least, round(image_fraction * len(order)))]
     return data.select(sorted(row for _, row in order))
 
 

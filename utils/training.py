@@ -122,6 +122,15 @@ def global_batch_size(args, accelerator):
     return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
 
+def gather_with_gradient(tensor):
+    """The whole batch from each process's share, in order; accelerate's `gather` would stop the gradient."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return tensor
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(tensor.contiguous()))
+
+
 def check_trackers(names):
     """The list for `Accelerator(log_with=...)`; ValueError for one that is unknown or not installed."""
     names = [name for name in names or () if name != "none"]
@@ -165,7 +174,8 @@ def warmup_multistep(epoch, warmup_epochs, warmup_factor, milestones, gamma):
 class LearningRate:
     """Sets each group's rate to its own `initial_lr` times a factor of (epoch, step), so it resumes by itself.
 
-    `warmup_multistep` moves with epochs; diffusers' schedules with steps out of `num_steps`.
+    `warmup_multistep` moves with epochs; diffusers' schedules with steps out of `num_steps`. A function of epoch and
+    step in place of a name is the factor itself.
     """
 
     def __init__(
@@ -184,7 +194,9 @@ class LearningRate:
         self.optimizer = optimizer
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
-        if name == OWN_SCHEDULE:
+        if callable(name):
+            self.factor = name
+        elif name == OWN_SCHEDULE:
             self.factor = lambda epoch, step: warmup_multistep(epoch, warmup_epochs, warmup_factor, milestones, gamma)
         else:
             # diffusers' schedules are factors of the step, one of them also of the rate; the optimiser below only

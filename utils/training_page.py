@@ -7,13 +7,16 @@ from PIL import Image
 
 from utils.charts import line_chart
 from utils.evaluation_page import percent
-from utils.reporting import Report, Tile, data_uri
+from utils.reporting import Report, data_uri
 
+SHEETS = 3
+SHEET_WIDTH = 400
 NUMBERS = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mINP": "mINP"}
 WORDS = {
     "loss": "The sum of all losses.",
     "loss_id": "Identity classification.",
     "loss_pcl": "Comparison with the prototypes.",
+    "loss_triplet": "Images of one identity nearer than those of others.",
     "loss_ldm": "Noise prediction of the diffusion model.",
     "grad_norm": "Length of the gradient, before any clipping.",
     "lr": "Learning rate.",
@@ -56,12 +59,21 @@ def build_page(title, output_dir, history, *, lead="", facts=(), samples=(), sam
     add_losses(report, read_log(Path(output_dir) / "log.jsonl"))
     if samples:
         report.section("Samples", sample_words)
-        tiles = []
-        for name, path in samples:
+        sheets = []
+        for name, path in spread(samples, SHEETS):
             with Image.open(path) as picture:
-                tiles.append(Tile(data_uri(picture, height=picture.height), name))
-        report.pictures(tiles)
+                times = max(1, round(SHEET_WIDTH / picture.width))
+                larger = picture.resize((times * picture.width, times * picture.height))
+            sheets.append((data_uri(larger, height=larger.height, width=larger.width), name, ""))
+        report.sheets(sheets)
     return report
+
+
+def spread(items, most):
+    """The first, the last, and as many evenly between them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
 
 
 def add_numbers(report, history):
