@@ -191,6 +191,40 @@ def test_line_chart_leaves_gaps_and_averages_long_series():
     assert "nothing to draw" in histogram([("a", [0, 0])], [0, 1, 2], title="t", x_label="x")
 
 
+def test_ticks_of_an_axis_are_written_alike():
+    chart = charts.line_chart([("lr", [0, 10], [0.0002, 0.0012])], title="lr", x_label="step", y_label="lr")
+    assert re.findall(r'text-anchor="end">([^<]+)<', chart) == [
+        "0.0002",
+        "0.0004",
+        "0.0006",
+        "0.0008",
+        "0.001",
+        "0.0012",
+    ]
+    small = charts.line_chart([("lr", [0, 10], [1e-6, 5e-6])], title="lr", x_label="step", y_label="lr")
+    assert ">2e-6<" in small and ">5e-6<" in small
+
+
+@pytest.mark.parametrize("count, lines", [(2, 1), (3, 2), (6, 3)])
+def test_a_long_legend_takes_as_many_lines_as_it_needs(count, lines):
+    names = [f"synthetic:domain={letter}" for letter in "abcdef"[:count]]
+    chart = charts.line_chart([(name, [0, 1], [0, 1]) for name in names], title="t", x_label="x", y_label="y")
+    top, height = (int(value) for value in re.search(r'viewBox="0 (-?\d+) 460 (\d+)"', chart).groups())
+    assert (top, height) == (-18 * (lines - 1), 280 + 18 * (lines - 1))
+    found = re.findall(r'class="label" x="(\d+)" y="(-?\d+)">([^<]+)<title>', chart)
+    assert [name for _, _, name in found] == names
+    for x, y, name in found:
+        assert int(x) + 7 * len(name) <= 460 - 16 and int(y) - 12 >= top
+    assert len({(x, y) for x, y, _ in found}) == count
+
+
+def test_a_name_longer_than_the_chart_is_cut_and_whole_on_hover():
+    chart = charts.line_chart(
+        [("n" * 200, [0, 1], [0, 1]), ("b", [0, 1], [1, 0])], title="t", x_label="x", y_label="y"
+    )
+    assert f"…<title>{'n' * 200}</title>" in chart and chart.count("n" * 60) == 3
+
+
 @pytest.mark.parametrize("low, high, expected", [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 50, [0, 10, 20, 30, 40, 50])])
 def test_ticks_are_round(low, high, expected):
     assert charts._ticks(low, high) == pytest.approx(expected)

@@ -1,5 +1,7 @@
 """The page of a training: its numbers, its curves, and names that try to be something else."""
 
+import base64
+import io
 import json
 
 import pytest
@@ -96,6 +98,22 @@ def test_a_page_has_numbers_curves_and_samples(tmp_path):
     assert page.tags.count("svg") == 6 and len(page.images) == 2
     assert "loss_id" in html and "loss_ldm" not in html
     assert "<script" not in html and "http://" not in html.replace("http://www.w3.org/2000/svg", "")
+
+
+def picture_of(attributes):
+    content = base64.b64decode(attributes["src"].removeprefix("data:image/jpeg;base64,"))
+    return Image.open(io.BytesIO(content))
+
+
+def test_of_many_samples_the_first_the_last_and_some_between_are_shown_large(tmp_path):
+    samples = []
+    for epoch in range(9):
+        Image.new("RGB", (60, 40), "navy").save(tmp_path / f"{epoch}.png")
+        samples.append((f"epoch {epoch}", tmp_path / f"{epoch}.png"))
+    page = Page(build_page("DCAC", tmp_path, [], samples=samples).html())
+    assert len(page.images) == 3
+    assert [f"epoch {epoch}" in page.text for epoch in range(9)] == [epoch in (0, 4, 8) for epoch in range(9)]
+    assert [picture_of(image).size for image in page.images] == [(420, 280)] * 3
 
 
 def test_a_page_without_numbers_log_or_samples_still_reads(tmp_path):

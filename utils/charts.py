@@ -11,6 +11,7 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 460, 280
 LEFT, RIGHT, TOP, BOTTOM = 66, 16, 34, 44
+LEGEND_LINE = 18
 MAX_POINTS = 400
 
 
@@ -39,8 +40,8 @@ def line_chart(
                     '<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="2.6"><title>{}: {}</title></circle>'
                 ).format(number % 6, x_scale(x), y_scale(y), f"{name}, {_number(x)}", value)
             )
-    parts.append(_legend([name for name, _ in drawable]))
-    return _svg(title, parts)
+    legend, lines = _legend([name for name, _ in drawable])
+    return _svg(title, [*parts, legend], lines)
 
 
 def histogram(groups, edges, *, title, x_label, y_label="share", markers=()):
@@ -74,8 +75,8 @@ def histogram(groups, edges, *, title, x_label, y_label="share", markers=()):
         labels.append(text.format(x_scale(x) + side, TOP + 12 + 14 * index, anchor, label))
     # All lines before all labels, so that none is crossed out.
     parts += lines + labels
-    parts.append(_legend([name for name, _ in shares]))
-    return _svg(title, parts)
+    legend, lines = _legend([name for name, _ in shares])
+    return _svg(title, [*parts, legend], lines)
 
 
 class _Scale:
@@ -110,10 +111,12 @@ def _log_ticks(low, high):
     return decades if len(decades) > 1 else sorted({low, high})
 
 
-def _number(value):
+def _number(value, largest=None):
+    """Short text of a value; the ticks of an axis are written alike, by the `largest` of them."""
     if value == 0:
         return "0"
-    if abs(value) >= 1e5 or abs(value) < 1e-3:
+    size = abs(value if largest is None else largest)
+    if size >= 1e5 or size < 1e-3:
         mantissa, power = f"{value:.0e}".split("e")
         return f"{mantissa}e{int(power)}"
     return f"{value:.4g}"
@@ -151,8 +154,9 @@ def _shares(counts):
 
 def _axes(x_scale, y_scale, x_label, y_label, percent):
     parts = []
+    largest = {scale: None if scale.log else max(map(abs, scale.ticks), default=None) for scale in (x_scale, y_scale)}
     for tick in y_scale.ticks:
-        label = f"{100 * tick:.4g} %" if percent else _number(tick)
+        label = f"{100 * tick:.4g} %" if percent else _number(tick, largest[y_scale])
         parts.append(
             Markup(
                 '<line class="grid" x1="{}" x2="{}" y1="{y:.1f}" y2="{y:.1f}"/>'
@@ -162,7 +166,7 @@ def _axes(x_scale, y_scale, x_label, y_label, percent):
     for tick in x_scale.ticks:
         parts.append(
             Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
-                x_scale(tick), HEIGHT - BOTTOM + 17, _number(tick)
+                x_scale(tick), HEIGHT - BOTTOM + 17, _number(tick, largest[x_scale])
             )
         )
     parts.append(
@@ -185,17 +189,28 @@ def _axes(x_scale, y_scale, x_label, y_label, percent):
 
 
 def _legend(names):
+    """Names above the chart, in as many lines as they need: (parts, lines)."""
     if len(names) < 2:
-        return Markup("")
-    parts, x = [], LEFT
-    for number, name in enumerate(names):
+        return Markup(""), 1
+    room = WIDTH - RIGHT - LEFT - 28
+    places, x, line = [], LEFT, 0
+    for name in map(str, names):
+        short = name if 7 * len(name) <= room else name[: room // 7 - 1] + "…"
+        if x > LEFT and x + 28 + 7 * len(short) > WIDTH - RIGHT:
+            x, line = LEFT, line + 1
+        places.append((short, name, x, line))
+        x += 44 + 7 * len(short)
+    parts = []
+    for number, (short, name, x, its) in enumerate(places):
+        # The last line stands where a single one would; those before it rise above the chart's upper edge.
+        y = 14 - LEGEND_LINE * (line - its)
         parts.append(
             Markup(
-                '<line class="line s{}" x1="{}" x2="{}" y1="14" y2="14"/><text class="label" x="{}" y="18">{}</text>'
-            ).format(number % 6, x, x + 22, x + 28, name)
+                '<line class="line s{}" x1="{}" x2="{}" y1="{y}" y2="{y}"/>'
+                '<text class="label" x="{}" y="{}">{}<title>{}</title></text>'
+            ).format(number % 6, x, x + 22, x + 28, y + 4, short, name, y=y)
         )
-        x += 44 + 7 * len(str(name))
-    return Markup("").join(parts)
+    return Markup("").join(parts), line + 1
 
 
 def _empty(title):
@@ -203,7 +218,8 @@ def _empty(title):
     return _svg(title, [text.format(WIDTH / 2, HEIGHT / 2)])
 
 
-def _svg(title, parts):
-    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        WIDTH, HEIGHT, escape(title), Markup("").join(parts)
+def _svg(title, parts, legend_lines=1):
+    above = LEGEND_LINE * (legend_lines - 1)
+    return Markup('<svg class="chart" viewBox="0 {} {} {}" role="img" aria-label="{}">{}</svg>').format(
+        -above, WIDTH, HEIGHT + above, escape(title), Markup("").join(parts)
     )

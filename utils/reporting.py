@@ -145,10 +145,10 @@ def run_record(args):
     return {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "arguments": vars(args), "versions": versions()}
 
 
-def data_uri(image, height=160):
-    """A PIL image as a JPEG data URI, no taller than `height` pixels and no wider than twice that."""
+def data_uri(image, height=160, width=None):
+    """A PIL image as a JPEG data URI, at most `height` pixels tall and `width`, or twice the height, wide."""
     image = image.convert("RGB")
-    image.thumbnail((2 * height, height))
+    image.thumbnail((width or 2 * height, height))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -191,6 +191,10 @@ class Report:
     def pictures(self, tiles, *, caption=""):
         """A grid of `Tile`."""
         self._add("pictures", tiles=tiles, caption=caption)
+
+    def sheets(self, sheets):
+        """Large pictures side by side where there is room: a list of (data URI, title, caption)."""
+        self._add("sheets", sheets=sheets)
 
     def cards(self, cards):
         """Small groups of pictures side by side: a list of {"title", "note", "tiles"}."""
