@@ -156,6 +156,15 @@ def start(tmp_path, **changes):
     return start_accelerator(SimpleNamespace(**settings | changes, output_dir=str(tmp_path)))
 
 
+def test_lines_reach_a_pipe_when_they_are_printed(tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as told, os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        start(tmp_path).print("epoch 0")
+        os.set_blocking(reader, False)
+        assert told.readline() == "epoch 0\n"
+
+
 def test_the_accelerator_of_one_process(tmp_path, monkeypatch):
     accelerator = start(tmp_path, mixed_precision="bf16")
     assert accelerator.num_processes == 1 and accelerator.mixed_precision == "bf16"

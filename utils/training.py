@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -69,6 +70,9 @@ def check_ranges(parser, args, *, one_or_more=(), positive=(), not_negative=(), 
 
 def start_accelerator(args, *, find_unused_parameters=False):
     """The Accelerator of a training script: one process, DDP, or DeepSpeed ZeRO-1 and -2."""
+    # Into a file or a pipe, lines would wait for the buffer to fill: hours of a training.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)
     # Without `cpu`, accelerate takes several processes of torchrun on a machine without a GPU for single ones.
     cpu = not torch.accelerator.is_available()
     if cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
