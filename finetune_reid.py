@@ -14,11 +14,11 @@ starts from a backbone of `pretrain_backbone.py`, with the values AGW was publis
     bdb  mean to 512; without a rectangle, maximum to 1024    2 x classes, smoothed; 2 x soft hard triplets
 
 In a ResNet the last stage keeps its resolution (stride 1), but for MGN's global branch. Swin and CLIP compare all
-places in every block, so AGW and SBS add no non-local blocks to them; their maps have signs, so GeM takes positive and
-negative parts apart; and MGN's branches share the one map of tokens, of which they pool the stripes. A reduction is
-never wider than the backbone. Not part of it: AGW's and BoT's centre loss, SBS's AutoAugment, MGN's mirrored images
-at test time. BatchNorm inside a backbone, and in BDB's bottleneck, sees each process's images; all else the batch of
-all processes.
+places in every block, so AGW and SBS add no non-local blocks to them, and MGN's branches share their one map of
+tokens, of which they pool the stripes. CLIP's class token stands in for GeM, BDB's mean and MGN's global branch;
+Swin's maps have signs, so GeM takes their positive and negative parts apart. A reduction is never wider than the
+backbone. Left out: AGW's and BoT's centre loss, SBS's AutoAugment, MGN's mirrored images at test time. BatchNorm
+inside a backbone, and in BDB's bottleneck, sees each process's images; all else the batch of all processes.
 """
 
 import argparse
@@ -484,6 +484,7 @@ def main(args):
     run = Run(args, accelerator, train, labels, targets, state, FineTuning(model, args))
     loader = build_loader(run, sampler)
     run.method, optimizer = accelerator.prepare(run.method, optimizer_of(args, model))
+    num_steps = sampler.steps_of(args.num_train_epochs)
     rates = LearningRate(
         optimizer,
         partial(delayed_cosine, args=args) if args.lr_scheduler == DELAYED_COSINE else args.lr_scheduler,
@@ -492,7 +493,7 @@ def main(args):
         milestones=args.lr_milestones,
         gamma=args.lr_gamma,
         warmup_steps=args.lr_warmup_steps,
-        num_steps=sampler.steps_of(args.num_train_epochs),
+        num_steps=num_steps,
     )
     if path:
         load_checkpoint(path, run.method, optimizer, accelerator=accelerator)
@@ -508,14 +509,16 @@ def main(args):
         args,
         accelerator,
         state,
-        run.method,
-        optimizer,
         loader,
         sampler,
         rates,
+        kept=run.method,
+        optimizer=optimizer,
+        num_steps=num_steps,
         step=lambda batch: training_step(run, batch, optimizer, params),
         measure=lambda epoch: measure(run, epoch),
-        describe=lambda rows: files(run, rows),
+        before=lambda epoch: run.method.train(),
+        rows=lambda rows: files(run, rows),
     )
     if stopped_at:
         accelerator.print(f"SIGTERM: {stopped_at} is written; go on with --resume_from_checkpoint latest")

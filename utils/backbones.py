@@ -38,7 +38,12 @@ class Backbone(nn.Module):
         self.num_features = num_features
 
     def forward(self, images):
-        return self.feature_map(images).mean(dim=(2, 3))
+        return self.summary_and_map(images)[0]
+
+    def summary_and_map(self, images):
+        """What `forward` and `feature_map` give, at the price of one of them."""
+        feature_map = self.feature_map(images)
+        return feature_map.mean(dim=(2, 3)), feature_map
 
     def enable_gradient_checkpointing(self):
         # Newer versions of transformers have another name for it and warn about this one.
@@ -108,6 +113,10 @@ class ClipBackbone(Backbone):
 
     def forward(self, images):
         return self.project(self.tokens(images)[:, 0])
+
+    def summary_and_map(self, images):
+        tokens = self.project(self.tokens(images))
+        return tokens[:, 0], tokens[:, 1:].transpose(1, 2).unflatten(2, self.grid)
 
     def save_pretrained(self, folder):
         """As a `transformers` folder; positions go back to the square grid of the configuration, bilinearly."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.resnet.modeling_resnet import ResNetBottleNeckLayer
 
-from utils.backbones import ResNetBackbone
+from utils.backbones import ClipBackbone, ResNetBackbone
 
 EPSILON = 1e-6
 METHODS = ("bot", "agw", "sbs", "mgn", "bdb")
@@ -172,7 +172,8 @@ class Head(nn.Module):
 class GemHead(Head):
     """AGW and SBS: non-local blocks in a ResNet, GeM pooling, BNNeck and one classifier.
 
-    With `cosine`, SBS, the logits are cosines: those its circle loss is made of.
+    CLIP's class token is its own learned pooling and stands in for GeM. With `cosine`, SBS, the logits are cosines:
+    those its circle loss is made of.
     """
 
     def __init__(self, backbone, *, cosine):
@@ -180,11 +181,13 @@ class GemHead(Head):
         super().__init__([channels])
         add_non_local(backbone)
         self.cosine, self.num_features = cosine, channels
-        self.pooling = GeM(signed=not isinstance(backbone, ResNetBackbone))
+        signed = not isinstance(backbone, ResNetBackbone)
+        self.pooling = None if isinstance(backbone, ClipBackbone) else GeM(signed)
         self.bnneck = BNNeck(channels)
 
     def pool(self, backbone, images, rng=None):
-        return self.pooling(backbone.feature_map(images))[:, None]
+        pooled = backbone(images) if self.pooling is None else self.pooling(backbone.feature_map(images))
+        return pooled[:, None]
 
     def forward(self, pooled):
         features = pooled[:, 0]
@@ -203,7 +206,7 @@ class MgnHead(Head):
     The triplet loss compares the 3 reduced whole-body features; classifiers look at these before the reduction and at
     the 5 stripes after it. In a ResNet the branches part after the first block of the last stage but one, and only
     the global one has the last stage's stride of 2. An attention network has no such place: there the branches share
-    its one map of tokens.
+    its one map of tokens, and CLIP's class token is the global branch.
     """
 
     STRIPES = (1, 2, 3)
@@ -224,8 +227,14 @@ class MgnHead(Head):
             restore_stride(backbone)
 
     def pool(self, backbone, images, rng=None):
-        maps = self.maps(backbone, images)
+        token = None
+        if isinstance(backbone, ClipBackbone):
+            token, feature_map = backbone.summary_and_map(images)
+            maps = [feature_map] * len(self.STRIPES)
+        else:
+            maps = self.maps(backbone, images)
         whole = [feature_map.amax(dim=(2, 3)) for feature_map in maps]
+        whole[0] = whole[0] if token is None else token
         parts = [
             part
             for feature_map, stripes in zip(maps[1:], self.STRIPES[1:], strict=True)
@@ -262,7 +271,10 @@ def restore_stride(backbone):
 
 
 class BdbHead(Head):
-    """BDB: a global branch (mean, 512) and one that loses a rectangle, the same of all images (maximum, 1024)."""
+    """BDB: a global branch (mean, 512) and one that loses a rectangle, the same of all images (maximum, 1024).
+
+    The global branch of CLIP has the class token instead of the mean.
+    """
 
     HEIGHT_RATIO, WIDTH_RATIO = 0.33, 1.0
 
@@ -279,11 +291,11 @@ class BdbHead(Head):
 
     def pool(self, backbone, images, rng=None):
         """`rng`, equal on all processes, draws the rectangle; without it, or in eval mode, nothing is lost."""
-        feature_map = backbone.feature_map(images)
+        whole, feature_map = backbone.summary_and_map(images)
         part = self.bottleneck(feature_map)
         if self.training and rng is not None:
             part = part * self.kept(part.shape[2:], rng).to(part)
-        return torch.stack([feature_map.mean(dim=(2, 3)), part.amax(dim=(2, 3))], dim=1)
+        return torch.stack([whole, part.amax(dim=(2, 3))], dim=1)
 
     def kept(self, size, rng):
         """1 where the map stays, 0 in the rectangle: (h, w)."""

@@ -1,7 +1,4 @@
-"""The loop around a script's training step: learning rate, log, measurements, checkpoints, SIGTERM.
-
-The step itself, and what is measured, stand in the script.
-"""
+"""The loop every training runs: epochs and steps from where a checkpoint stands, logs, measurements, a way to stop."""
 
 from pathlib import Path
 
@@ -11,38 +8,50 @@ from utils.checkpoints import save_checkpoint
 from utils.training import StepLog, StopSignal
 
 
-def train_epochs(args, accelerator, state, model, optimizer, loader, sampler, rates, *, step, measure, describe=None):
+def train_epochs(
+    args,
+    accelerator,
+    state,
+    loader,
+    sampler,
+    rates,
+    *,
+    kept,
+    optimizer,
+    num_steps,
+    step,
+    measure,
+    before=None,
+    rows=None,
+):
     """All epochs from where `state` stands. Returns the checkpoint's path if SIGTERM ended them, else None.
 
-    `loader` draws from `sampler`, a RemainingBatches. `step(batch)` trains on a batch and returns the values to log,
-    tensors on the device; `measure(epoch)` is called every `args.eval_every` epochs and at the end; `describe(rows)`
-    turns `batch["indices"]` into what an error should name.
+    `step(batch)` takes one step and returns its values, `measure(epoch)` evaluates, `before(epoch)` is called when an
+    epoch starts anew or goes on. `kept` is the module whose tensors a checkpoint holds, `rows(batch indices)` names
+    images for an error. `sampler` is a `RemainingBatches`, `loader` gives batches that hold their `indices`.
     """
-    log = StepLog(Path(args.output_dir) / "log.jsonl", accelerator, every=args.log_every, describe=describe)
+    log = StepLog(Path(args.output_dir) / "log.jsonl", accelerator, every=args.log_every, describe=rows)
     log.cut(state["step"])
     stop, saved = StopSignal(), state["step"]
-    steps = sampler.steps_of(args.num_train_epochs)
     bar = tqdm(
-        total=min(steps, args.max_train_steps or steps),
+        total=min(num_steps, args.max_train_steps or num_steps),
         initial=state["step"],
         desc="training",
         disable=None if accelerator.is_main_process else True,
     )
 
-    def done():
-        return args.max_train_steps is not None and state["step"] >= args.max_train_steps
-
     def save():
         log.flush()
         limit = args.checkpoints_total_limit
         return save_checkpoint(
-            args.output_dir, state["step"], state, model, optimizer, accelerator=accelerator, limit=limit
+            args.output_dir, state["step"], state, kept, optimizer, accelerator=accelerator, limit=limit
         )
 
-    while state["epoch"] <= args.num_train_epochs and not done():
+    while state["epoch"] <= args.num_train_epochs and not done(args, state):
         epoch = state["epoch"]
         sampler.set_epoch(epoch, done=state["batch"])
-        model.train()
+        if before is not None:
+            before(epoch)
         for batch in loader:
             rate = rates.set(epoch, state["step"])
             values = step(batch)
@@ -52,13 +61,13 @@ def train_epochs(args, accelerator, state, model, optimizer, loader, sampler, ra
                 bar.set_postfix({name: f"{log.last[name]:.3f}" for name in values}, refresh=False)
                 if stop.asked(accelerator):
                     return save()
-            if done():
+            if done(args, state):
                 break
             if state["step"] % args.checkpointing_steps == 0:
                 saved = state["step"]
                 save()
         # A training that --max_train_steps cuts keeps its place in the epoch, for one that goes on.
-        ended = done()
+        ended = done(args, state)
         if not ended:
             state["epoch"], state["batch"] = epoch + 1, 0
         if epoch % args.eval_every == 0 or epoch == args.num_train_epochs or ended:
@@ -69,3 +78,7 @@ def train_epochs(args, accelerator, state, model, optimizer, loader, sampler, ra
     bar.close()
     stop.close()
     return None
+
+
+def done(args, state):
+    return args.max_train_steps is not None and state["step"] >= args.max_train_steps
