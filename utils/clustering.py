@@ -112,3 +112,45 @@ def singled_out(labels):
     numbers = labels.clone()
     numbers[noise] = labels.max() + 1 + torch.arange(int(noise.sum()))
     return numbers
+
+
+def reliable(middle, tight, loose, threshold=None):
+    """SpCL's self-paced labels from clusterings at three scales: those of `middle`, unreliable rows singled out to -1.
+
+    A row's independence is 1 - |C n C_loose| / |C u C_loose| with C its cluster and C_loose its cluster at the looser
+    scale; compactness likewise with the tighter one; both are 0 where the clusters are the same. A cluster is as
+    independent as its best row. Clusters above `threshold` are dissolved (None: the 90 % quantile of this clustering's
+    own, returned for later epochs), and of the others the rows less compact than their best row leave.
+    Returns (labels numbered as in `cluster`, threshold).
+    """
+    labels = singled_out(middle.labels)
+    independence = unlike(labels, singled_out(loose.labels))
+    compactness = unlike(labels, singled_out(tight.labels))
+    best = torch.full((len(labels),), torch.inf, dtype=torch.float64)
+    by_independence = best.scatter_reduce(0, labels, independence, "amin")
+    by_compactness = best.scatter_reduce(0, labels, compactness, "amin")
+    if threshold is None:
+        several = (labels.bincount(minlength=len(labels)) > 1).nonzero().flatten()
+        ordered = by_independence[several].sort().values.tolist()
+        threshold = ordered[min(len(ordered) - 1, round(0.9 * len(ordered)))] if ordered else 0.0
+    kept = (by_independence[labels] <= threshold) & (compactness <= by_compactness[labels])
+    left = torch.where(kept & (middle.labels != NOISE), middle.labels, NOISE)
+    # A cluster of one image is none.
+    counts = torch.bincount(left[left != NOISE], minlength=len(left))
+    left[(left != NOISE) & (counts[left] < 2)] = NOISE
+    return renumbered(left), threshold
+
+
+def unlike(labels, others):
+    """1 - |A n B| / |A u B| of every row's two clusters, float64."""
+    pairs = labels * (int(others.max()) + 1) + others
+    _, pair, shared = pairs.unique(return_inverse=True, return_counts=True)
+    shared, ours, theirs = shared[pair], labels.bincount()[labels], others.bincount()[others]
+    return 1 - shared.double() / (ours + theirs - shared)
+
+
+def renumbered(labels):
+    """Labels 0 and up without gaps, in the same order; noise stays."""
+    kept = labels[labels != NOISE].unique()
+    numbers = torch.searchsorted(kept, labels) if len(kept) else labels
+    return torch.where(labels == NOISE, NOISE, numbers)
