@@ -196,3 +196,41 @@ class IdentitySampler(torch.utils.data.Sampler):
     def __len__(self):
         """Batches of the current epoch; with identities of different sizes it may differ between epochs."""
         return sum(1 for _ in self.global_batches(self.epoch))
+
+
+class ShuffleSampler(torch.utils.data.Sampler):
+    """Batches of all images in a new order each epoch, one rank's share of every global batch; a rest is left out.
+
+    Yields lists of (number, key of the draw), as `IdentitySampler` does.
+    """
+
+    def __init__(self, num_images, batch_size, seed=0, rank=0, num_processes=1):
+        if batch_size < 1 or batch_size % num_processes:
+            raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {num_processes} processes")
+        if num_images < batch_size:
+            raise ValueError(f"a batch of {batch_size} images cannot be made of {num_images}: use a smaller batch")
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.rank, self.num_processes = rank, num_processes
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def global_batches(self, epoch):
+        """All batches of an epoch, as lists of numbers."""
+        order = random.Random(f"batches/{self.seed}/{epoch}").sample(range(self.num_images), self.num_images)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield order[start : start + self.batch_size]
+
+    def __iter__(self):
+        share = self.batch_size // self.num_processes
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        for number, batch in enumerate(self.global_batches(self.epoch)):
+            keyed = [
+                (image, f"{self.seed}/{self.epoch}/{number * self.batch_size + place}")
+                for place, image in enumerate(batch)
+            ]
+            yield keyed[mine]
+
+    def __len__(self):
+        return self.num_images // self.batch_size

@@ -1,0 +1,38 @@
+"""BatchNorm inside a backbone over the batch of all processes, so that their number does not change the training."""
+
+import torch
+from torch import nn
+
+
+class GlobalBatchNorm(nn.BatchNorm2d):
+    """What `torch.nn.SyncBatchNorm` does on a GPU, on any device."""
+
+    def forward(self, images):
+        if not self.training:
+            return super().forward(images)
+        # Not at the head: torch warns on machines without distributed.
+        from torch.distributed.nn.functional import all_reduce
+
+        processes, values = torch.distributed.get_world_size(), images.float()
+        mean = all_reduce(values.mean(dim=(0, 2, 3))) / processes
+        centred = values - mean.view(1, -1, 1, 1)
+        variance = all_reduce(centred.square().mean(dim=(0, 2, 3))) / processes
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            count = processes * values.numel() / values.shape[1]
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(images.dtype)
+
+
+def share_batch_statistics(model, device):
+    """Every BatchNorm2d of a model over all processes; with one process the model stays as it is."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return model
+    if torch.device(device).type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = GlobalBatchNorm
+    return model

@@ -1,0 +1,89 @@
+"""Stronger augmentation for pre-training: RandAugment before the usual transform, and the crops of self-distillation.
+
+torchvision draws from torch's generator; here each image's draws belong to its own key, as in `utils.loading`.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torchvision.transforms import v2
+
+from utils.loading import HALF, TrainTransform, to_tensor
+
+
+@contextmanager
+def drawn_by(rng):
+    """torch's generator starts from `rng` inside, and is as it was behind."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.getrandbits(63))
+        yield
+
+
+def as_bytes(mean):
+    return [round(255 * value) for value in mean]
+
+
+class RandAugmentTransform:
+    """RandAugment on the picture, then `TrainTransform`: PIL image and `random.Random` -> (3, H, W)."""
+
+    def __init__(self, image_size=(256, 128), mean=HALF, std=HALF, *, num_ops=2, magnitude=9, **options):
+        self.usual = TrainTransform(image_size, mean, std, **options)
+        self.first = None
+        if num_ops:
+            bilinear = v2.InterpolationMode.BILINEAR
+            self.first = v2.RandAugment(num_ops, magnitude, interpolation=bilinear, fill=as_bytes(mean))
+
+    def __call__(self, image, rng):
+        if self.first is not None:
+            with drawn_by(rng):
+                image = self.first(image)
+        return self.usual(image, rng)
+
+
+class MultiCrop:
+    """Two crops of most of a person and several of parts: {"whole": (2, 3, H, W), "parts": (n, 3, h, w)}.
+
+    Crops keep the aspect of a person. Colours, blur and solarisation are those of DINO.
+    """
+
+    def __init__(
+        self, image_size, part_size, mean=HALF, std=HALF, *, num_parts=8, whole_area=(0.4, 1.0), part_area=(0.05, 0.4)
+    ):
+        self.mean, self.std, self.num_parts = mean, std, num_parts
+        blur = v2.GaussianBlur(kernel_size=_odd(image_size[0] // 16), sigma=(0.1, 2.0))
+        first, second, part = (
+            [blur],
+            [v2.RandomApply([blur], 0.1), v2.RandomSolarize(128, 0.2)],
+            [v2.RandomApply([blur], 0.5)],
+        )
+        self.wholes = [self.crop(image_size, whole_area, last) for last in (first, second)]
+        self.part = self.crop(part_size, part_area, part)
+
+    @staticmethod
+    def crop(size, area, last):
+        aspect = size[1] / size[0]
+        return v2.Compose(
+            [
+                v2.RandomResizedCrop(
+                    size, area, (aspect * 3 / 4, aspect * 4 / 3), interpolation=v2.InterpolationMode.BICUBIC
+                ),
+                v2.RandomHorizontalFlip(),
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+                v2.RandomGrayscale(0.2),
+                *last,
+            ]
+        )
+
+    def __call__(self, image, rng):
+        image = image.convert("RGB")
+        with drawn_by(rng):
+            wholes = [crop(image) for crop in self.wholes]
+            parts = [self.part(image) for _ in range(self.num_parts)]
+        crops = {"whole": torch.stack([to_tensor(crop, self.mean, self.std) for crop in wholes])}
+        if parts:
+            crops["parts"] = torch.stack([to_tensor(crop, self.mean, self.std) for crop in parts])
+        return crops
+
+
+def _odd(size):
+    return max(3, size // 2 * 2 + 1)
