@@ -1,0 +1,495 @@
+"""pretrain_backbone.py: the objectives against their definitions, whole runs, interruptions, who opens the result."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+import evaluate
+import pretrain_backbone
+import train_dcac
+from pretrain_backbone import Classification, SelfDistillation, distillation_loss, momentum, parse_args
+from utils import tiny
+from utils.backbone_names import open_backbone
+from utils.backbones import load_backbone
+from utils.loading import test_transform as picture_transform
+from utils.mixing import Mix
+from utils.modeling import ReIDModel
+from utils.reporting import to_json
+
+ROOT = Path(__file__).parent.parent
+TARGET = "synthetic:domain=b,num_ids=3,images_per_id=4"
+SMALL = [
+    *("--source", "synthetic:domain=a,num_ids=6,images_per_id=4", "--resolution", "64", "32"),
+    *("--train_batch_size", "8", "--num_train_epochs", "2", "--checkpointing_steps", "2", "--eval_every", "9"),
+]
+MIXED = ["--mixup", "0.8", "--cutmix", "1", "--randaugment_ops", "1"]
+DINO = [*("--objective", "dino", "--local_crops", "2", "--prototypes", "32", "--head_width", "32")]
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """As in the runs that are processes of their own: sums differ between numbers of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(*arguments, script=pretrain_backbone):
+    # accelerate keeps the precision of the first Accelerator of a process.
+    AcceleratorState._reset_state(True)
+    try:
+        return script.main(script.parse_args([str(one) for one in arguments]))
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+# The objectives
+
+
+def test_classification_is_cross_entropy_with_mixed_and_smoothed_labels():
+    torch.manual_seed(0)
+    model = Classification(open_backbone("resnet-small", (64, 32), from_scratch=True), 5, label_smoothing=0.1)
+    images, labels = torch.randn(6, 3, 64, 32), torch.tensor([0, 1, 2, 3, 4, 4])
+    for mix in (Mix(), Mix(0.3), Mix(0.75, (0, 32, 0, 16))):
+        loss, values = model(images, labels, mix)
+        swapped = [1, 0, 3, 2, 5, 4]
+        mixed = images.clone() if mix.box else mix.share * images + (1 - mix.share) * images[swapped]
+        if mix.box:
+            mixed[:, :, 0:32, 0:16] = images[swapped][:, :, 0:32, 0:16]
+        with torch.no_grad():
+            logits = model.classifier(model.backbone(mixed)).double()
+        own, other = (F.one_hot(one, 5).double() for one in (labels, labels[swapped]))
+        soft = 0.9 * (mix.share * own + (1 - mix.share) * other) + 0.1 / 5
+        assert loss.item() == pytest.approx(-(soft * logits.log_softmax(1)).sum(1).mean().item(), rel=1e-5)
+        hits = [(logits.argmax(1) == one).double().mean().item() for one in (labels, labels[swapped])]
+        assert values["accuracy"].item() == pytest.approx(mix.share * hits[0] + (1 - mix.share) * hits[1])
+
+
+def test_distillation_loss_is_dinos():
+    """As DINO's authors write it: over teacher's crops, over student's other crops."""
+    torch.manual_seed(0)
+    student, teacher, centre = torch.randn(5, 4, 7), torch.randn(2, 4, 7), torch.randn(7)
+    loss, entropy = distillation_loss(student, teacher, centre, 0.1, 0.04)
+    total, terms, entropies = 0.0, 0, []
+    for place, scores in enumerate(teacher.double()):
+        wanted = ((scores - centre.double()) / 0.04).softmax(1)
+        entropies.append(-(wanted * wanted.log()).sum(1).mean())
+        for number, told in enumerate(student.double()):
+            if number != place:
+                total += -(wanted * (told / 0.1).log_softmax(1)).sum(1).mean()
+                terms += 1
+    assert terms == 8
+    assert loss.item() == pytest.approx((total / terms).item(), rel=1e-5)
+    assert entropy.item() == pytest.approx(torch.stack(entropies).mean().item(), rel=1e-4)
+
+
+def test_scores_are_cosines_with_the_prototypes():
+    torch.manual_seed(0)
+    model = SelfDistillation(open_backbone("resnet-small", (64, 32), from_scratch=True), 9, 16).eval()
+    crops = torch.randn(4, 3, 3, 32, 16)
+    with torch.no_grad():
+        scores = model.scores(crops)
+        code = model.head(model.backbone(crops[2, 1:2]))
+        wanted = F.cosine_similarity(code, model.prototypes.weight)
+    assert scores.shape == (3, 4, 9)
+    torch.testing.assert_close(scores[1, 2], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_schedules_of_the_running_mean_and_the_temperature():
+    args = parse_args([*SMALL, *DINO, "--teacher_momentum", "0.9", "--teacher_temperature", "0.07"])
+    assert [momentum(args, step, 10) for step in (0, 5, 10)] == pytest.approx([0.9, 0.95, 1.0])
+    assert momentum(args, 3, 10) == pytest.approx(1 - 0.1 * (math.cos(math.pi * 0.3) + 1) / 2)
+    args.teacher_warmup_epochs = 3
+    told = [pretrain_backbone.teacher_temperature(args, epoch) for epoch in (1, 2, 3, 4, 50)]
+    assert told == pytest.approx([0.04, 0.05, 0.06, 0.07, 0.07])
+    args = parse_args([*SMALL, "--ema_decay", "0.99"])
+    assert [momentum(args, step, 10) for step in (0, 8, 5000)] == pytest.approx([0.1, 0.5, 0.99])
+
+
+@pytest.mark.parametrize("more", [["--ema_decay", "0.4", *MIXED], DINO], ids=["classification", "dino"])
+def test_running_mean_of_all_steps(tmp_path, more):
+    """Each checkpoint's mean follows from the one before and its own weights; the result is the mean."""
+    args = [*SMALL, *more, "--checkpointing_steps", "1", "--checkpoints_total_limit", "9", "--output_dir", tmp_path]
+    train(*args, "--max_train_steps", "4")
+    states = [load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in range(1, 5)]
+    parsed = parse_args([str(one) for one in args])
+    name = "backbone.model.encoder.stages.3.layers.0.layer.1.normalization.running_var"
+    moved = 0.0
+    for step in range(1, 4):
+        keep = momentum(parsed, step, 6)
+        for key in ("backbone.model.embedder.embedder.convolution.weight", *([] if more == DINO else [name])):
+            before, now = (states[place][f"average.module.{key}"] for place in (step - 1, step))
+            weights = states[step][f"model.{key}"]
+            torch.testing.assert_close(now, keep * before + (1 - keep) * weights, rtol=1e-4, atol=1e-6)
+            moved += float((now - weights).abs().max())
+    assert moved > 0
+    saved = load_file(tmp_path / "backbone" / "model.safetensors")
+    assert torch.equal(
+        saved["embedder.embedder.convolution.weight"],
+        states[-1]["average.module.backbone.model.embedder.embedder.convolution.weight"],
+    )
+
+
+def test_prototypes_rest_and_the_centre_follows_the_teacher(tmp_path):
+    common = [*SMALL, *DINO, "--checkpointing_steps", "1", "--checkpoints_total_limit", "9", "--max_train_steps", "4"]
+    train(*common, "--output_dir", tmp_path)
+    states = [load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in range(1, 5)]
+    prototypes = [state["model.prototypes.weight"] for state in states]
+    # The rate of the first step is 0 anyway; the first epoch has three.
+    assert torch.equal(prototypes[0], prototypes[2]) and not torch.equal(prototypes[2], prototypes[3])
+    centres = [state["model.centre"] for state in states]
+    assert all(0 < float(centre.abs().max()) < 1 for centre in centres)
+    # Of the first step: a tenth of what the teacher, then the student's twin, says of the first batch.
+    args = parse_args(common)
+    AcceleratorState._reset_state(True)
+    accelerator = pretrain_backbone.start_accelerator(args)
+    rows, labels = pretrain_backbone.open_train(args)
+    model, average = pretrain_backbone.build_model(args, accelerator, 6)
+    sampler = pretrain_backbone.ShuffleSampler(len(rows), 8, args.seed)
+    sampler.set_epoch(1)
+    batch = next(iter(pretrain_backbone.build_loader(args, rows, labels, model.backbone, sampler, "cpu")))
+    AcceleratorState._reset_state(True)
+    with torch.no_grad():
+        scores = average.module.scores(batch["images"]["whole"])
+    torch.testing.assert_close(centres[0], 0.1 * scores.mean((0, 1)), rtol=1e-3, atol=1e-5)
+    assert batch["images"]["whole"].shape == (8, 2, 3, 64, 32) and batch["images"]["parts"].shape == (8, 2, 3, 32, 16)
+
+
+# Arguments
+
+
+def test_recipe_sets_the_published_values_and_flags_win():
+    args = parse_args(["--recipe", "diff-person", "--source", "somewhere", "--no-from_scratch", "--cutmix", "0.5"])
+    assert (args.backbone, args.num_train_epochs, args.learning_rate) == ("resnet50", 300, 4e-3)
+    assert (args.adam_weight_decay, args.train_batch_size, args.lr_warmup_epochs) == (0.05, 512, 20)
+    assert (args.lr_scheduler, args.resolution, args.objective) == ("cosine", [256, 128], "classification")
+    assert args.mixup > 0 and args.randaugment_ops > 0 and args.erasing > 0 and args.label_smoothing > 0
+    assert args.cutmix == 0.5 and args.from_scratch is False and args.target == []
+    assert parse_args(["--recipe", "diff-person", "--source", "x"]).from_scratch is True
+    assert parse_args([]).from_scratch is True and parse_args(["--backbone", "resnet50"]).from_scratch is False
+    assert parse_args(["--recipe", "diff-person-dino", "--source", "x"]).objective == "dino"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--image_fraction", "1.5"], "--image_fraction must be between 0 and 1, got 1.5"),
+        (["--identity_fraction", "0"], "--identity_fraction must be above 0"),
+        (["--train_batch_size", "1"], "BatchNorm needs two images or more"),
+        (["--train_batch_size", "7", "--mixup", "1"], "must be even"),
+        (["--lr_warmup_epochs", "10"], "leaves nothing of --num_train_epochs 10"),
+        (["--randaugment_magnitude", "31"], "0 to 30"),
+        (["--recipe", "diff-person"], "needs --source"),
+        (["--objective", "dino", "--ema_decay", "0.9"], "--teacher_momentum"),
+        (["--objective", "dino", "--local_crops", "0"], "--local_crops must be 1 or more"),
+        (["--layer_decay", "1.2"], "between 0 and 1"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(arguments)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+# Whole runs
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A whole small run: its folder."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    train(*SMALL, *MIXED, "--ema_decay", "0.9", "--layer_decay", "0.9", "--target", TARGET, "--output_dir", out)
+    return out
+
+
+def test_what_a_run_leaves(finished):
+    lines = log_of(finished)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(list(line) == ["step", "epoch", "lr", "grad_norm", "loss", "accuracy"] for line in lines)
+    # One epoch of rise, one of half a cosine; of the classifier, which learns at the full rate.
+    factors = [0, 1 / 3, 2 / 3, 1, 0.75, 0.25]
+    assert [line["lr"] for line in lines] == pytest.approx([2e-3 * factor for factor in factors])
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert [(one["epoch"], one["target"]) for one in metrics["history"]] == [(0, TARGET), (2, TARGET)]
+    assert 0 < metrics["targets"][TARGET]["mAP"] <= 1
+    page = (finished / "report.html").read_text()
+    assert "Before and after" in page and "identity classification" in page
+    assert json.loads((finished / "args.json").read_text())["arguments"]["ema_decay"] == 0.9
+    names = {"args.json", "backbone", "checkpoint-4", "checkpoint-6", "log.jsonl", "metrics.json", "report.html"}
+    assert {path.name for path in finished.iterdir()} == names
+
+
+def test_plain_transformers_opens_the_backbone(finished):
+    """Weights, image processor and, but for the last stride, the features."""
+    folder = finished / "backbone"
+    assert AutoConfig.from_pretrained(folder).model_type == "resnet"
+    model, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    ours = load_backbone(folder, (64, 32)).eval()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(ours.model.state_dict()[name], tensor), name
+    processor = AutoImageProcessor.from_pretrained(folder)
+    row = pretrain_backbone.open_train(parse_args(SMALL))[0][0]["image"]
+    seen = processor(row, return_tensors="pt")["pixel_values"]
+    encoder = ReIDModel(ours)
+    wanted = picture_transform((64, 32), encoder.image_mean, encoder.image_std)(row)[None]
+    assert seen.shape == (1, 3, 64, 32) and (seen - wanted).abs().mean() < 0.02
+    model.encoder.stages[-1].layers[0].shortcut.convolution.stride = (1, 1)
+    model.encoder.stages[-1].layers[0].layer[0].convolution.stride = (1, 1)
+    with torch.no_grad():
+        plain = model.eval()(seen).pooler_output.flatten(1)
+        torch.testing.assert_close(ours(seen), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluate_finds_the_numbers_of_the_training(finished, tmp_path):
+    model = ["--model", finished / "backbone", "--resolution", "64", "32"]
+    train(*model, "--data", TARGET, "--output_dir", tmp_path, script=evaluate)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    wanted = json.loads((finished / "metrics.json").read_text())["targets"][TARGET]
+    for name in ("mAP", "rank1", "rank5", "mINP"):
+        assert found[name] == pytest.approx(wanted[name], abs=1e-4), name
+
+
+def test_dcac_starts_from_the_backbone(finished, tmp_path):
+    train(
+        *("--source", "synthetic:domain=a,num_ids=6,images_per_id=4", "--backbone", finished / "backbone"),
+        *("--resolution", "64", "32", "--diffusion", "none", "--train_batch_size", "8", "--max_train_steps", "1"),
+        *("--target", TARGET, "--output_dir", tmp_path, "--validation_ids", "0"),
+        script=train_dcac,
+    )
+    assert len(log_of(tmp_path)) == 1
+    first = json.loads((tmp_path / "metrics.json").read_text())["history"][0]
+    ended = json.loads((finished / "metrics.json").read_text())["targets"][TARGET]
+    assert first["epoch"] == 0 and first["mAP"] == pytest.approx(ended["mAP"], abs=1e-4)
+
+
+def test_a_reid_model_is_a_start_too(tmp_path):
+    """A saved Re-ID model gives its backbone; `--from_scratch` its shape only."""
+    torch.manual_seed(1)
+    model = ReIDModel(open_backbone("resnet-small", (64, 32), from_scratch=True), num_ids=3)
+    model.save_pretrained(tmp_path)
+    kept = open_backbone(str(tmp_path), (64, 32))
+    name = "embedder.embedder.convolution.weight"
+    assert torch.equal(kept.model.state_dict()[name], model.backbone.model.state_dict()[name])
+    fresh = open_backbone(str(tmp_path), (64, 32), from_scratch=True)
+    assert not torch.equal(fresh.model.state_dict()[name], model.backbone.model.state_dict()[name])
+    with pytest.raises(ValueError, match="takes images of 64 x 32, not of 128 x 64; set --resolution"):
+        open_backbone(str(tmp_path), (128, 64))
+
+
+def test_a_cut_training_goes_on_to_the_same_numbers(finished, tmp_path, capsys):
+    common = [*SMALL, *MIXED, "--ema_decay", "0.9", "--layer_decay", "0.9", "--target", TARGET]
+    common += ["--output_dir", tmp_path]
+    train(*common, "--max_train_steps", "1")
+    assert len(log_of(tmp_path)) == 1
+    train(*common, "--resume_from_checkpoint", "latest")
+    assert "Going on from" in capsys.readouterr().out
+    assert (tmp_path / "log.jsonl").read_text() == (finished / "log.jsonl").read_text()
+    weights, wanted = (load_file(folder / "backbone" / "model.safetensors") for folder in (tmp_path, finished))
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    assert train(*common, "--resume_from_checkpoint", "latest") == 0
+
+
+def killed(arguments, folder, lines, sign):
+    """Starts a run and sends it `sign` once so many lines are written."""
+    command = [sys.executable, str(ROOT / "pretrain_backbone.py"), *map(str, arguments)]
+    process = subprocess.Popen(
+        command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    path, deadline = Path(folder) / "log.jsonl", time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if path.exists() and path.read_text().count("\n") >= lines:
+            break
+        time.sleep(0.02)
+    process.send_signal(sign)
+    printed = process.communicate(timeout=240)[0]
+    return process.returncode, printed
+
+
+def test_kill_and_go_on(tmp_path):
+    """SIGKILL after some step of DINO, then go on: the log file is the unbroken run's, byte by byte."""
+    common = [*SMALL, *DINO, "--checkpointing_steps", "1"]
+    train(*common, "--output_dir", tmp_path / "whole")
+    code, printed = killed([*common, "--output_dir", tmp_path / "cut"], tmp_path / "cut", 2, signal.SIGKILL)
+    assert code == -signal.SIGKILL, printed[-2000:]
+    train(*common, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest")
+    assert (tmp_path / "cut" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+    names = ("cut", "whole")
+    cut, whole = (load_file(tmp_path / name / "backbone" / "model.safetensors") for name in names)
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_sigterm_writes_a_checkpoint(tmp_path):
+    common = [*SMALL, "--num_train_epochs", "50", "--output_dir", tmp_path]
+    code, printed = killed(common, tmp_path, 1, signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM, printed[-2000:]
+    assert "SIGTERM" in printed and "--resume_from_checkpoint latest" in printed
+    assert list(tmp_path.glob("checkpoint-*"))
+
+
+def in_two_processes(arguments):
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command = [*start, str(ROOT / "pretrain_backbone.py"), *map(str, arguments)]
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([*MIXED, "--ema_decay", "0.9"], id="classification"),
+        pytest.param(DINO, id="dino", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_train_as_one(tmp_path, more):
+    """The same global batch: BatchNorm of the backbone, mixing, centre, losses and gradients."""
+    common = [*SMALL, *more, "--max_train_steps", "3"]
+    train(*common, "--output_dir", tmp_path / "one")
+    in_two_processes([*common, "--train_batch_size", "4", "--output_dir", tmp_path / "two"])
+    for left, right in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert left == pytest.approx(right, rel=1e-3, abs=1e-4)
+    first, second = (load_file(tmp_path / name / "backbone" / "model.safetensors") for name in ("one", "two"))
+    assert max(float((first[name].float() - second[name].float()).abs().max()) for name in first) < 1e-3
+
+
+@pytest.mark.parametrize("more", [MIXED, DINO], ids=["classification", "dino"])
+def test_two_passes_train_as_one(tmp_path, more):
+    """With a backbone that looks at each image by itself."""
+    common = [*SMALL, *more, "--max_train_steps", "2", "--backbone", tiny.CLIP_DIR, "--resolution", "32", "32"]
+    train(*common, "--output_dir", tmp_path / "one")
+    passes = ["--train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    train(*common, *passes, "--output_dir", tmp_path / "two")
+    for left, right in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert left == pytest.approx(right, rel=1e-3, abs=1e-4)
+
+
+def test_precisions_and_recomputation(tmp_path):
+    common = [*SMALL, "--max_train_steps", "2"]
+    train(*common, "--output_dir", tmp_path / "plain")
+    wanted = log_of(tmp_path / "plain")
+    for name, more, tolerance in (
+        ("bf16", ["--mixed_precision", "bf16"], 0.02),
+        ("recomputed", ["--gradient_checkpointing"], 1e-5),
+        ("8bit", ["--use_8bit_adam"], 1e-5),
+    ):
+        train(*common, *more, "--output_dir", tmp_path / name)
+        found = log_of(tmp_path / name)
+        assert found[0]["loss"] == pytest.approx(wanted[0]["loss"], rel=tolerance), name
+        weights = load_file(tmp_path / name / "backbone" / "model.safetensors")
+        assert all(tensor.dtype == torch.float32 for tensor in weights.values() if tensor.is_floating_point())
+        if name == "recomputed":
+            assert found == [pytest.approx(line, rel=1e-4) for line in wanted]
+
+
+def test_fractions_are_seeded_and_nested():
+    def rows(**more):
+        flags = [word for name, value in more.items() for word in (f"--{name}", str(value))]
+        train, labels = pretrain_backbone.open_train(parse_args([*SMALL, *flags]))
+        assert labels.unique().tolist() == list(range(len(labels.unique())))
+        return set(train["path"][:]), len(labels.unique())
+
+    whole, half, quarter = (rows(image_fraction=share) for share in (1, 0.5, 0.25))
+    assert [len(paths) for paths, _ in (whole, half, quarter)] == [24, 12, 6]
+    assert quarter[0] < half[0] < whole[0] and quarter[1] == half[1] == whole[1] == 6
+    few, fewer = (rows(identity_fraction=share) for share in (0.5, 0.34))
+    assert few[1] == 3 and fewer[1] == 2 and fewer[0] < few[0] < whole[0] and len(few[0]) == 12
+    assert rows(image_fraction=0.5) == half and rows(image_fraction=0.5, fraction_seed=1) != half
+
+
+def test_clip_and_swin_are_pretrained_and_open_again(tmp_path):
+    """Their folders are plain transformers ones; positions of CLIP go back to its square grid."""
+    from transformers import SwinConfig, SwinModel
+
+    swin = SwinModel(SwinConfig(image_size=64, embed_dim=16, depths=[1, 1], num_heads=[1, 2], window_size=4))
+    swin.save_pretrained(tmp_path / "swin")
+    for name, backbone in (("swin", tmp_path / "swin"), ("clip", tiny.CLIP_DIR)):
+        out = tmp_path / f"{name}-out"
+        more = ["--backbone", backbone, "--layer_decay", "0.8", "--max_train_steps", "2", "--output_dir", out]
+        train(*SMALL, *MIXED, *more)
+        before, after = (load_backbone(folder, (64, 32)) for folder in (backbone, out / "backbone"))
+        moved = [
+            float((old - new).detach().abs().max())
+            for old, new in zip(before.parameters(), after.parameters(), strict=True)
+            if old.requires_grad
+        ]
+        assert all(math.isfinite(value) for value in moved) and max(moved) > 1e-5
+        AutoModel.from_pretrained(out / "backbone")
+
+
+# Bad input
+
+
+def refused(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        AcceleratorState._reset_state(True)
+        pretrain_backbone.run_script(parse_args([str(one) for one in arguments]))
+    assert stop.value.code not in (0, None)
+    assert "\n" not in str(stop.value.code).strip()
+    return str(stop.value.code)
+
+
+def test_bad_input_is_told_in_one_line(tmp_path, monkeypatch):
+    out = ["--output_dir", tmp_path / "out"]
+    (tmp_path / "empty").mkdir()
+    # Within which no model is built.
+    monkeypatch.setattr(pretrain_backbone, "open_backbone", None)
+    assert "a batch of 32 images cannot be made of 24" in refused(*SMALL, *out, "--train_batch_size", "32")
+    assert "did you mean" in refused(*SMALL, *out, "--source", "market1502")
+    assert "the short names are" in refused(*SMALL, *out, "--backbone", "resnet51")
+    assert "no config.json" in refused(*SMALL, *out, "--backbone", tmp_path / "empty")
+    assert "needs two identities" in refused(*SMALL, *out, "--identity_fraction", "0.1", "--train_batch_size", "2")
+    assert "no checkpoint 'checkpoint-7'" in refused(*SMALL, *out, "--resume_from_checkpoint", "checkpoint-7")
+
+
+def test_going_on_with_other_arguments_names_them(finished, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    common = [*SMALL, *MIXED, "--ema_decay", "0.9", "--target", TARGET, "--output_dir", folder]
+    common += ["--resume_from_checkpoint", "latest"]
+    assert "layer_decay was 0.9, is 1.0" in refused(*common)
+    weights = folder / "checkpoint-6" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert "damaged" in refused(*common, "--layer_decay", "0.9")
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_images(tmp_path):
+    found = refused(*SMALL, "--learning_rate", "1e25", "--output_dir", tmp_path / "out")
+    assert "not finite at step" in found and "synthetic-a/s0/" in found
+    assert not (tmp_path / "out" / "backbone").exists()
+
+
+def test_the_last_backbone_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    backbone = open_backbone("resnet-small", (64, 32), from_scratch=True)
+    pretrain_backbone.save_backbone(backbone, tmp_path / "backbone", "first")
+    monkeypatch.setattr(pretrain_backbone, "to_json", lambda value: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pretrain_backbone.save_backbone(backbone, tmp_path / "backbone", "second")
+    assert (tmp_path / "backbone" / "README.md").read_text() == "first"
+    monkeypatch.setattr(pretrain_backbone, "to_json", to_json)
+    pretrain_backbone.save_backbone(backbone, tmp_path / "backbone", "third")
+    assert (tmp_path / "backbone" / "README.md").read_text() == "third"
+    assert [path.name for path in tmp_path.iterdir()] == ["backbone"]
