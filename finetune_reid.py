@@ -533,6 +533,8 @@ def training_step(run, batch, optimizer, params):
     images, labels = (batch[name].to(accelerator.device, non_blocking=True) for name in ("images", "labels"))
     # The same draw on every process, and again after a resume.
     rng = random.Random(f"step/{args.seed}/{step}")
+    # Swin drops paths by torch's own generator, from which measurements and loaders draw too.
+    torch.manual_seed(random.Random(f"paths/{args.seed}/{step}/{accelerator.process_index}").getrandbits(62))
     loss, values = run.method(images, labels, rng=rng, frozen=step < args.freeze_steps)
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(params, args.max_grad_norm or float("inf"))
