@@ -31,14 +31,12 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from tqdm.auto import tqdm
 
 from utils import tiny
-from utils.checkpoints import load_checkpoint, open_state, save_checkpoint
+from utils.checkpoints import load_checkpoint, open_state
 from utils.denoising import decode, denoise, sheet
 from utils.diffusion import (
     UNET_MODES,
@@ -62,16 +60,18 @@ from utils.training import (
     OPTIMIZERS,
     SCHEDULES,
     LearningRate,
-    StepLog,
-    StopSignal,
     build_optimizer,
     check_ranges,
     describe_origin,
+    end_with,
+    gather_with_gradient,
     global_batch_size,
     parse_with_recipes,
     start_accelerator,
+    tracked,
 )
 from utils.training_data import SINGLE_IMAGE_IDS, RemainingBatches, digest_of, open_source
+from utils.training_loop import name_images, train_epochs
 from utils.training_page import before_and_after, build_page, text_table
 
 DEMO_SOURCE, DEMO_TARGET = "synthetic:domain=a,num_ids=128", "synthetic:domain=b"
@@ -424,15 +424,6 @@ class DCAC(nn.Module):
         return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
 
 
-def gather_with_gradient(tensor):
-    """The whole batch from each process's share, in order; accelerate's `gather` would stop the gradient."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return tensor
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(tensor.contiguous()))
-
-
 def share_of(batch, size):
     start = torch.distributed.get_rank() * size if len(batch) > size else 0
     return slice(start, start + size)
@@ -541,69 +532,28 @@ def main(args):
 
     if not path:
         measure(run, 0)
-    stopped_at = train_epochs(run, loader, sampler, optimizer, rates)
+    params = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    stopped_at = train_epochs(
+        args,
+        accelerator,
+        state,
+        loader,
+        sampler,
+        rates,
+        kept=run.model,
+        optimizer=optimizer,
+        num_steps=sampler.steps_of(args.num_train_epochs),
+        step=lambda batch: training_step(run, batch, optimizer, params),
+        measure=partial(measure, run),
+        before=partial(start_epoch, run),
+        rows=partial(name_images, accelerator, train),
+    )
     if stopped_at:
         accelerator.print(f"SIGTERM: {stopped_at} is written; go on with --resume_from_checkpoint latest")
     else:
         finish(run)
     accelerator.end_training()
     return EXIT_SIGTERM if stopped_at else 0
-
-
-def train_epochs(run, loader, sampler, optimizer, rates):
-    """All epochs from where `run.state` stands. Returns the checkpoint's path if SIGTERM ended them, else None."""
-    args, accelerator, state, model = run.args, run.accelerator, run.state, run.model
-    params = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    log = StepLog(Path(args.output_dir) / "log.jsonl", accelerator, every=args.log_every, describe=partial(files, run))
-    log.cut(state["step"])
-    stop, saved = StopSignal(), state["step"]
-    steps = sampler.steps_of(args.num_train_epochs)
-    bar = tqdm(
-        total=min(steps, args.max_train_steps or steps),
-        initial=state["step"],
-        desc="training",
-        disable=None if accelerator.is_main_process else True,
-    )
-
-    def save():
-        log.flush()
-        limit = args.checkpoints_total_limit
-        return save_checkpoint(
-            args.output_dir, state["step"], state, model, optimizer, accelerator=accelerator, limit=limit
-        )
-
-    while state["epoch"] <= args.num_train_epochs and not done(args, state):
-        epoch = state["epoch"]
-        sampler.set_epoch(epoch, done=state["batch"])
-        if state["batch"] == 0:
-            rebuild_memory(run)
-        model.train()
-        for batch in loader:
-            rate = rates.set(epoch, state["step"])
-            values = training_step(run, batch, optimizer, params)
-            state["step"], state["batch"] = state["step"] + 1, state["batch"] + 1
-            bar.update()
-            if log.add(state["step"], epoch, rate, values, batch["indices"]):
-                bar.set_postfix({name: f"{log.last[name]:.3f}" for name in values}, refresh=False)
-                if stop.asked(accelerator):
-                    return save()
-            if done(args, state):
-                break
-            if state["step"] % args.checkpointing_steps == 0:
-                saved = state["step"]
-                save()
-        # A training that --max_train_steps cuts keeps its place in the epoch, for one that goes on.
-        ended = done(args, state)
-        if not ended:
-            state["epoch"], state["batch"] = epoch + 1, 0
-        if epoch % args.eval_every == 0 or epoch == args.num_train_epochs or ended:
-            log.flush()
-            measure(run, epoch)
-    if state["step"] > saved:
-        save()
-    bar.close()
-    stop.close()
-    return None
 
 
 def training_step(run, batch, optimizer, params):
@@ -644,9 +594,13 @@ def draw_noise(seed, step, shape, num_steps):
     return posterior, noise, torch.randint(num_steps, shape[:1], generator=generator)
 
 
-def rebuild_memory(run):
+def start_epoch(run, epoch):
     """Every prototype anew, from the test features of all training images."""
     args, encoder = run.args, run.bare.encoder
+    if run.state["batch"]:
+        # Resumed within it: the checkpoint holds the prototypes.
+        run.model.train()
+        return
     transform = test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, "bicubic")
     features = extract(
         encoder,
@@ -658,16 +612,7 @@ def rebuild_memory(run):
         desc="prototypes",
     )
     run.bare.memory.rebuild(features, run.labels)
-
-
-def done(args, state):
-    return args.max_train_steps is not None and state["step"] >= args.max_train_steps
-
-
-def files(run, rows):
-    """The images of a batch, of all processes, for an error."""
-    rows = run.accelerator.gather(rows.to(run.accelerator.device)).tolist()
-    return f"Images of that batch: {', '.join(run.train[row]['path'] for row in sorted(set(rows)))}. "
+    run.model.train()
 
 
 # What the training is made of
@@ -687,11 +632,6 @@ def introduce(args, say):
         )
     for line in describe_origin(args, args.origin):
         say(line)
-
-
-def tracked(args):
-    """The arguments as trackers take them: plain values."""
-    return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in vars(args).items()}
 
 
 def build_model(args, accelerator, num_ids, info):
@@ -918,19 +858,11 @@ def sample_name(epoch):
 
 
 def run_script(args):
-    """main, with what a user can do something about said in one line."""
-    try:
-        code = main(args)
-    except ValueError as error:
-        code = str(error)
-    except (OSError, SafetensorError) as error:
-        code = f"{error}; checkpoints and results in {args.output_dir} are as they were before"
-    except torch.OutOfMemoryError as error:
-        code = (
-            f"{error}; lower --train_batch_size {args.train_batch_size} and raise --gradient_accumulation_steps by as "
-            "much (the training stays the same), or add --gradient_checkpointing"
-        )
-    sys.exit(code if isinstance(code, int) else f"train_dcac.py: {' '.join(code.split())}")
+    lean = (
+        f"lower --train_batch_size {args.train_batch_size} and raise --gradient_accumulation_steps by as much (the "
+        "training stays the same), or add --gradient_checkpointing"
+    )
+    end_with(main, args, "train_dcac.py", lean=lean)
 
 
 if __name__ == "__main__":

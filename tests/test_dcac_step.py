@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import dcac_overhead, dcac_step
+from benchmarks import dcac_curves, dcac_overhead, dcac_step
 from benchmarks.alive import Alive
 from benchmarks.dcac_overhead import Parts, training_loss
 
@@ -62,9 +62,9 @@ def test_a_step_is_the_loss_that_flops_are_counted_of(way):
 
 
 def test_memory_falls_as_more_is_computed_twice():
-    gib = {way: dcac_step.counted_memory(SIZES["tiny"], "lora", way, batch=64) for way in ("ours", "outer", "paper")}
+    gib = {way: dcac_step.counted_memory(SIZES["tiny"], "lora", way, batch=64) for way in ("ours", "outer", "all")}
     baseline = dcac_step.counted_memory(SIZES["tiny"], "baseline", "ours", batch=64)
-    assert baseline < gib["outer"] < gib["ours"]
+    assert gib["all"] < baseline < gib["outer"] < gib["ours"]
     assert dcac_step.counted_memory(SIZES["tiny"], "full", "ours", batch=64) > gib["ours"]
     # Twice the images: twice the activations, the weights stay.
     smaller = dcac_step.counted_memory(SIZES["tiny"], "lora", "ours", batch=32)
@@ -77,9 +77,34 @@ def test_timing_writes_ratios_to_the_baseline_and_to_the_papers_way(tmp_path, ca
     dcac_overhead.main([*words.split(), "--json", str(file)])
     found = json.loads(file.read_text())
     rows = found["batches"]["4"]
-    assert set(rows) == {"baseline", "frozen"} and set(rows["frozen"]) == {"ours", "outer", "paper"}
+    assert set(rows) == {"baseline", "frozen"} and set(rows["frozen"]) == set(dcac_step.TIMED)
     ours, paper = rows["frozen"]["ours"], rows["frozen"]["paper"]
     assert ours["times_paper"] == pytest.approx(ours["ms"] / paper["ms"], abs=1e-3)
     assert ours["times_baseline"] == pytest.approx(ours["ms"] / rows["baseline"]["ours"]["ms"], abs=1e-3)
     assert ours["images_per_second"] == pytest.approx(4000 / ours["ms"], rel=1e-2) and ours["steps"] == 2
     assert "frozen" in capsys.readouterr().out and found["torch"] == torch.__version__
+
+
+def test_the_largest_difference_of_two_curves_and_its_step():
+    wanted = [{"step": step, "lr": 1.0, "loss": 2.0 * step, "loss_id": 1.0} for step in (1, 2, 3)]
+    found = [dict(line) for line in wanted]
+    found[1]["loss"] += 1.0
+    found[2]["loss"] -= 0.5
+    rows = dcac_curves.largest_differences(wanted, found)
+    assert rows == {
+        "loss": {"absolute": 1.0, "relative": 0.25, "step": 2},
+        "loss_id": {"absolute": 0.0, "relative": 0.0, "step": 1},
+    }
+    with pytest.raises(ValueError):
+        dcac_curves.largest_differences(wanted, found[:2])
+
+
+@pytest.mark.slow
+def test_the_same_training_twice_and_with_the_vae_in_every_step(tmp_path):
+    file = tmp_path / "curves.json"
+    words = "--steps 3 --source synthetic:domain=a,num_ids=16 --json"
+    dcac_curves.main([*words.split(), str(file), "--variants", "again", "vae in every step"])
+    found = json.loads(file.read_text())
+    assert found["steps"] == len(found["plain"]) == 3
+    assert found["largest"]["again"]["loss"]["absolute"] == 0
+    assert 0 < found["largest"]["vae in every step"]["loss"]["relative"] < 0.05

@@ -14,6 +14,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType, LoggerType
 from diffusers.optimization import SchedulerType, get_scheduler
 from huggingface_hub import HfApi
+from safetensors import SafetensorError
 
 OWN_SCHEDULE = "warmup_multistep"
 SCHEDULES = (OWN_SCHEDULE, *(one.value for one in SchedulerType if one is not SchedulerType.PIECEWISE_CONSTANT))
@@ -319,3 +320,21 @@ class StopSignal:
 
     def close(self):
         signal.signal(signal.SIGTERM, self.before)
+
+
+def tracked(args):
+    """The arguments as trackers take them: plain values."""
+    return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in vars(args).items()}
+
+
+def end_with(main, args, script, *, lean="lower --train_batch_size, or add --gradient_checkpointing"):
+    """main(args) and exit, with what a user can do something about said in one line; `lean` is for a full card."""
+    try:
+        code = main(args)
+    except ValueError as error:
+        code = str(error)
+    except (OSError, SafetensorError) as error:
+        code = f"{error}; checkpoints and results in {args.output_dir} are as they were before"
+    except torch.OutOfMemoryError as error:
+        code = f"{error}; {lean}"
+    sys.exit(code if isinstance(code, int) else f"{script}: {' '.join(code.split())}")

@@ -82,3 +82,9 @@ def train_epochs(
 
 def done(args, state):
     return args.max_train_steps is not None and state["step"] >= args.max_train_steps
+
+
+def name_images(accelerator, dataset, rows):
+    """The images of a batch, of all processes, for an error."""
+    rows = accelerator.gather(rows.to(accelerator.device)).tolist()
+    return f"Images of that batch: {', '.join(dataset[row]['path'] for row in sorted(set(rows)))}. "
