@@ -1,0 +1,179 @@
+"""Does a better start show? Two starts x settings x seeds through finetune_reid.py: table, deviations, mAP by epoch.
+
+    python -m benchmarks.starts --output_dir output/starts
+    python -m benchmarks.starts --starts imagenet=microsoft/resnet-50 diff-person=output/pretrain/backbone \\
+        --source market1501 --finetune "--recipe published --data_root ~/reid --num_train_epochs 10"
+
+The first, on drawn people, makes its own starts: a small ResNet pre-trained by pretrain_backbone.py on many people of
+domain a, and the same network with random weights, fine-tuned with few labels of domain b; half an hour on two cores.
+Every run is a process of its own and its own folder: the same command goes on after a stop, and runs nothing twice.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.retrieval import RESULTS, environment
+from utils.backbone_names import open_backbone
+from utils.charts import line_chart
+from utils.reporting import Report, to_json, write_together
+from utils.training_page import text_table
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = ["few-shot:0.1", "few-shot:0.3", "supervised", "small-scale:0.1", "small-scale:0.3"]
+SOURCE = "synthetic:domain=b,num_ids=64,images_per_id=12"
+FINETUNE = "--train_batch_size 16 --learning_rate 1e-3 --lr_milestones 8"
+PRETRAIN = "--source synthetic:domain=a,num_ids=512 --backbone resnet-small --num_train_epochs 20"
+SCRATCH, PRETRAINED = "scratch", "pretrained"
+NUMBERS = {"mAP": "mAP %", "rank1": "Rank-1 %"}
+
+
+def run(script, folder, arguments, done):
+    """A script's run in `folder`, unless its result is there; ValueError where that is of other arguments."""
+    command = [*arguments, "--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
+    record = folder / "args.json"
+    if record.exists():
+        before = json.loads(record.read_text())["command"][1:]
+        if before != command:
+            raise ValueError(f"{folder} holds a run of {shlex.join(before)}; give another --output_dir")
+    if not (folder / done).exists():
+        print(f"{script} {shlex.join(command)}", flush=True)
+        if subprocess.run([sys.executable, script, *command], cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+            sys.exit(f"{script} stopped, it said why above; the same command goes on from there")
+
+
+def own_starts(args):
+    """{name: folder of a seed} of the network that --pretrain names, as it is drawn and as it comes out."""
+    words = shlex.split(args.pretrain)
+    name = words[words.index("--backbone") + 1]
+    run("pretrain_backbone.py", args.output_dir / "pretrain", words, "backbone/model.safetensors")
+    for seed in args.seeds:
+        folder = args.output_dir / f"{SCRATCH}-{seed}"
+        if not (folder / "model.safetensors").exists():
+            torch.manual_seed(seed)
+            open_backbone(name, (128, 64), from_scratch=True).save_pretrained(folder)
+    return {
+        SCRATCH: lambda seed: str(args.output_dir / f"{SCRATCH}-{seed}"),
+        PRETRAINED: lambda seed: str(args.output_dir / "pretrain" / "backbone"),
+    }
+
+
+def finetune(args, start, backbone, setting, seed):
+    """The history of one run: an entry an epoch."""
+    kind, _, fraction = setting.partition(":")
+    folder = args.output_dir / "runs" / f"{start}-{kind}{fraction and '-' + fraction}-{seed}"
+    words = ["--source", args.source, "--method", args.method, "--backbone", backbone, "--setting", kind]
+    words += ["--fraction", fraction] if fraction else []
+    words += ["--seed", str(seed), "--fraction_seed", str(seed), "--eval_every", "1"]
+    words += ["--num_train_epochs", str(args.epochs), *shlex.split(args.finetune)]
+    run("finetune_reid.py", folder, words, "model/model.safetensors")
+    return json.loads((folder / "metrics.json").read_text())["history"]
+
+
+def shown(values, sign=""):
+    """Mean and standard deviation, in percent."""
+    percents = [100 * value for value in values]
+    deviation = f" ± {statistics.stdev(percents):.1f}" if len(percents) > 1 else ""
+    return f"{statistics.fmean(percents):{sign}.1f}{deviation}"
+
+
+def rows_of(runs, settings, starts):
+    """One row a setting: both starts, and the second's gain, run by run of one seed."""
+    rows = []
+    for setting in settings:
+        for key, name in NUMBERS.items():
+            last = {start: [one["history"][-1][key] for one in at(runs, setting, start)] for start in starts}
+            gains = [new - old for old, new in zip(*(last[start] for start in starts), strict=True)]
+            rows.append([setting, name, *(shown(last[start]) for start in starts), shown(gains, "+")])
+    return rows
+
+
+def at(runs, setting, start):
+    return [one for one in runs if (one["setting"], one["start"]) == (setting, start)]
+
+
+def build_page(args, runs, starts, columns, rows):
+    page = Report(
+        "Two starts, the same training",
+        subtitle=f"{' against '.join(starts)}, fine-tuned with the same labels, batches and seeds.",
+        facts=[("Method", args.method), ("Source", args.source), ("Seeds", ", ".join(map(str, args.seeds)))],
+    )
+    page.section("After training", "Mean and standard deviation over the seeds; the gain is that of one seed's pair.")
+    page.table(columns, rows, text_columns=2)
+    page.section("By epoch", "The mean of the seeds. Epoch 0 is before any training.")
+    charts = []
+    for setting in args.settings:
+        series = []
+        for start in starts:
+            histories = [one["history"] for one in at(runs, setting, start)]
+            epochs = [one["epoch"] for one in histories[0]]
+            series.append((start, epochs, [statistics.fmean(line) for line in zip(*maps(histories), strict=True)]))
+        charts.append(
+            (
+                line_chart(series, title=setting, x_label="epoch", y_label="mAP", percent=True, dots=True),
+                f"{setting}: mAP of both starts on the same people.",
+            )
+        )
+    page.charts(charts)
+    return page
+
+
+def maps(histories):
+    return [[one["mAP"] for one in history] for history in histories]
+
+
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--starts", nargs=2, metavar="NAME=BACKBONE", help="two folders or Hub ids; default: its own")
+    parser.add_argument("--pretrain", default=PRETRAIN, help=f"of pretrain_backbone.py; default {PRETRAIN!r}")
+    parser.add_argument("--source", default=SOURCE, help=f"labelled set, also measured on; default {SOURCE}")
+    parser.add_argument("--method", default="agw", help="of finetune_reid.py; default agw")
+    parser.add_argument(
+        "--settings", nargs="+", default=SETTINGS, help=f"SETTING or SETTING:FRACTION; default {' '.join(SETTINGS)}"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
+    parser.add_argument("--epochs", type=int, default=10, help="default 10")
+    parser.add_argument("--finetune", default=FINETUNE, help=f"more of finetune_reid.py's; default {FINETUNE!r}")
+    parser.add_argument("--output_dir", type=Path, default=Path("output/starts"), help="default output/starts")
+    parser.add_argument("--json", type=Path, default=RESULTS / "starts.json", help="default benchmarks/results")
+    args = parser.parse_args(input_args)
+    args.output_dir = args.output_dir.absolute()
+    named = [one.partition("=") for one in args.starts or ()]
+    if any(not (name and backbone) for name, _, backbone in named) or len({name for name, *_ in named}) != len(named):
+        parser.error(f"--starts takes two NAME=BACKBONE with different names, got {' '.join(args.starts)}")
+    args.named = {name: backbone for name, _, backbone in named}
+    return args
+
+
+def main(input_args=None):
+    args = parse_args(input_args)
+    if args.named:
+        starts = {name: lambda seed, backbone=backbone: backbone for name, backbone in args.named.items()}
+    else:
+        starts = own_starts(args)
+    runs = []
+    for setting in args.settings:
+        for seed in args.seeds:
+            for start, backbone in starts.items():
+                history = finetune(args, start, backbone(seed), setting, seed)
+                kept = [{key: one[key] for key in ("epoch", *NUMBERS)} for one in history]
+                runs.append({"setting": setting, "start": start, "seed": seed, "history": kept})
+    columns = ["setting", "number", *starts, "gain"]
+    rows = rows_of(runs, args.settings, list(starts))
+    print(text_table(columns, rows))
+    with write_together(args.output_dir) as aside:
+        build_page(args, runs, list(starts), columns, rows).write(aside("report.html"))
+    with write_together(args.json.parent) as aside:
+        content = {"environment": environment(), "columns": columns, "table": rows, "runs": runs}
+        aside(args.json.name).write_text(to_json(content))
+    print(f"Page: {args.output_dir / 'report.html'}; numbers: {args.json}")
+
+
+if __name__ == "__main__":
+    main()
