@@ -17,22 +17,24 @@ from benchmarks.retrieval import RESULTS, environment
 from utils.reporting import to_json
 from utils.training_page import text_table
 
+# Sources, identities of each, targets.
 SETTINGS = {
-    "single": (["a"], ["b", "c", "d"]),
-    "multi": (["a", "c", "d"], ["b", "e"]),
+    "single": (["a"], 128, ["b", "c", "d"]),
+    "multi": (["a", "c", "d"], 48, ["b", "e"]),
 }
 METHODS = {"baseline": ["--diffusion", "none"], "DCAC": []}
 SPEC = "synthetic:domain={}"
 
 
-def train(folder, sources, targets, seed, more):
+def train(folder, sources, num_ids, targets, seed, more):
     """metrics.json of a run, and its seconds (None if it was there before)."""
     done, seconds = folder / "model" / "model.safetensors", None
     if not done.exists():
         start = time.perf_counter()
-        command = [sys.executable, "train_dcac.py", "--source", *map(SPEC.format, sources), "--target"]
+        command = [sys.executable, "train_dcac.py", "--source"]
+        command += [*(f"{SPEC.format(source)},num_ids={num_ids}" for source in sources), "--target"]
         command += [*map(SPEC.format, targets), "--seed", str(seed), "--output_dir", str(folder), *more]
-        command += ["--validation_ids", "0", "--resume_from_checkpoint", "latest"]
+        command += ["--validation_ids", "0", "--eval_every", "4", "--resume_from_checkpoint", "latest"]
         subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - start
     return json.loads((folder / "metrics.json").read_text()), seconds
@@ -53,12 +55,12 @@ def main():
     args = parser.parse_args()
     runs, rows = [], []
     for setting in args.settings:
-        sources, targets = SETTINGS[setting]
+        sources, num_ids, targets = SETTINGS[setting]
         for method, more in METHODS.items():
             found = []
             for seed in args.seeds:
                 folder = Path(args.output_dir) / f"{setting}-{method.lower()}-{seed}"
-                metrics, seconds = train(folder, sources, targets, seed, more)
+                metrics, seconds = train(folder, sources, num_ids, targets, seed, more)
                 history = metrics["history"]
                 found.append({one: metrics["targets"][SPEC.format(one)] for one in targets})
                 before = {
@@ -69,8 +71,8 @@ def main():
                 after = {one: {key: found[-1][one][key] for key in ("mAP", "rank1")} for one in targets}
                 runs.append(
                     {
-                        "setting": setting, "sources": sources, "method": method, "seed": seed, "seconds": seconds,
-                        "before": before, "after": after,
+                        "setting": setting, "sources": sources, "num_ids": num_ids, "method": method, "seed": seed,
+                        "seconds": seconds, "before": before, "after": after,
                     }
                 )  # fmt: skip
             for target in targets:

@@ -1,0 +1,108 @@
+"""README's tables, made from the files in `benchmarks/results/`.
+
+python -m benchmarks.tables            # writes them between their marks
+python -m benchmarks.tables --check    # exits with 1 where README and files differ
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from benchmarks.reid_features import SIZES
+from utils.reporting import write_together
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+CARDS = (8, 12, 16, 24)
+# GiB of a card that CUDA's context, workspaces and gaps between tensors take.
+ASIDE = 1.5
+
+
+def read(name):
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(columns, rows, *, words=1):
+    """Lines of a Markdown table; all but the first `words` columns are numbers."""
+    marks = ["---"] * words + ["---:"] * (len(columns) - words)
+    return [f"| {' | '.join(map(str, row))} |" for row in (columns, marks, *rows)]
+
+
+def dcac_cost():
+    counted, steps = read("dcac_table"), read("dcac_step_flops")["steps"]
+    rows = []
+    for mode, row in counted.items():
+        if mode == "inference":
+            continue
+        ways = steps[mode]
+        paper = f"{ways['paper']['ratio']:.2f} x" if "paper" in ways else ""
+        numbers = [f"{row['ours']['params_m']:.2f}", f"{row['ours']['tflops']:.2f}"]
+        rows.append([f"`{mode}`", *numbers, f"{ways['ours']['ratio']:.2f} x", paper])
+    return table(
+        ["what trains", "million parameters", "TFLOPs forward", "a step, ours", "a step, the paper's way"], rows
+    )
+
+
+def dcac_cards():
+    counted = read("dcac_memory")["counted"]
+    rows = []
+    for mode, ways in counted.items():
+        for way, flag in (("ours", ""), ("outer", "outer"), ("all", "all")):
+            if way in ways:
+                gib = {int(batch): value for batch, value in ways[way].items()}
+                held = [max((batch for batch in gib if gib[batch] + ASIDE <= card), default=None) for card in CARDS]
+                rows.append([f"`{mode}`", flag, f"{gib[64]:.1f}", *(batch or "-" for batch in held)])
+    columns = ["what trains", "recomputed", "GiB at batch 64", *(f"{card} GB card" for card in CARDS)]
+    return table(columns, rows, words=2)
+
+
+def retrieval():
+    rows, peers = [], read("retrieval_peers")["rows"]
+    words = {"metrics": "mAP, CMC, mINP", "rerank": "re-ranking too"}
+    for row in read("retrieval")["rows"]:
+        if row["size"] == "S":
+            continue
+        cells = [f"{row['seconds']:.1f} s", f"{row['gib']:.2f}"]
+        for name in ("torchreid", "faiss"):
+            found = [
+                peer for peer in peers if (peer["size"], peer["work"], peer["who"]) == (row["size"], row["work"], name)
+            ]
+            cells += [f"{found[0]['seconds']:.1f} s", f"{found[0]['gib']:.2f}"] if found else ["-", "-"]
+        queries, gallery = SIZES[row["size"]][:2]
+        rows.append([f"{queries:,} x {gallery:,}", words[row["work"]], *cells])
+    columns = ["query x gallery", "", "ours", "GiB", "torchreid", "GiB", "faiss + k-reciprocal", "GiB"]
+    return table(columns, rows, words=2)
+
+
+TABLES = {"dcac-cost": dcac_cost, "dcac-cards": dcac_cards, "retrieval": retrieval}
+
+
+def with_tables(text):
+    """The README with every marked table made anew; ValueError for a mark that no table has."""
+
+    def made(match):
+        name = match[1]
+        if name not in TABLES:
+            raise ValueError(f"README.md marks a table {name!r}; known are {', '.join(TABLES)}")
+        return "\n".join([f"<!-- table: {name} -->", *TABLES[name](), "<!-- end -->"])
+
+    return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
+
+
+def main(input_args=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only tell whether README.md is as the files are")
+    args = parser.parse_args(input_args)
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    made = with_tables(text)
+    if args.check:
+        sys.exit(0 if made == text else "README.md differs from benchmarks/results: python -m benchmarks.tables")
+    with write_together(ROOT) as aside:
+        aside("README.md").write_text(made, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
