@@ -36,9 +36,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, send_to_device, set_seed
 from huggingface_hub import HfApi
-from safetensors import SafetensorError
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 
 from utils.backbone_names import NAMED, check_backbone, open_backbone
 from utils.backbones import ClipBackbone
@@ -51,6 +51,7 @@ from utils.modeling import ReIDModel
 from utils.parameter_groups import parameter_groups
 from utils.pretraining_transforms import MultiCrop, RandAugmentTransform
 from utils.reporting import model_card, run_record, to_json, write_together
+from utils.streaming import StreamedImages, StreamLoader, open_stream
 from utils.targets import measure_targets, open_targets, results
 from utils.training import (
     EXIT_SIGTERM,
@@ -58,12 +59,14 @@ from utils.training import (
     build_optimizer,
     check_ranges,
     describe_origin,
+    end_with,
     global_batch_size,
     parse_with_recipes,
     start_accelerator,
+    tracked,
 )
 from utils.training_data import RemainingBatches, digest_of, open_source
-from utils.training_loop import train_epochs
+from utils.training_loop import name_images, train_epochs
 from utils.training_page import before_and_after, build_page, text_table
 
 DEMO_SOURCE, DEMO_TARGET = "synthetic:domain=a,num_ids=256", "synthetic:domain=b"
@@ -153,6 +156,12 @@ def build_parser():
         metavar=("HEIGHT", "WIDTH"),
         default=[128, 64],
         help="input of the backbone in pixels; default 128 64",
+    )
+    group.add_argument(
+        "--streaming",
+        **yes,
+        help="read images from the Hub, or from a folder of parquet files or images with metadata, only as they are "
+        "needed; the order then depends on the numbers of processes and workers",
     )
     group.add_argument("--skip_unreadable", **yes, help="leave out images that do not decode, and list them")
     group.add_argument(
@@ -296,6 +305,8 @@ def check_args(parser, args):
             "teacher_momentum", "centre_momentum",
         ],
     )  # fmt: skip
+    if args.streaming and len(args.source) > 1:
+        parser.error(f"--streaming reads one source, got {len(args.source)}; merge them into one set first")
     if args.randaugment_magnitude not in range(31):
         parser.error(f"--randaugment_magnitude must be 0 to 30, got {args.randaugment_magnitude}")
     if min(args.resolution + (args.local_resolution or [])) < 8:
@@ -432,18 +443,22 @@ def main(args):
         raise ValueError("DeepSpeed has no use for a backbone of this size; train by DDP, without it")
     # What can be wrong with data and configuration shows before a model is loaded.
     check_backbone(args.backbone, args.from_scratch)
-    train, labels = open_train(args)
+    train, labels, stream = open_train(args)
     targets = open_targets(args.target, args.data_root, skip_unreadable=args.skip_unreadable)
     batch_size = global_batch_size(args, accelerator)
     share = accelerator.process_index, accelerator.num_processes
     sampler = RemainingBatches(ShuffleSampler(len(train), batch_size, args.seed, *share))
-    steps_an_epoch = len(sampler)
+    steps_an_epoch, free = len(sampler), FREE_ON_RESUME
+    if stream is not None:
+        # They decide which image comes when.
+        args.num_processes = accelerator.num_processes
+        free = [name for name in free if name != "dataloader_num_workers"]
     path, state = open_state(
         args,
         "pretrain_backbone.py",
         effective_batch_size=batch_size,
         data=digest_of(train, labels),
-        free=FREE_ON_RESUME,
+        free=free,
         say=accelerator.print,
     )
     accelerator.print(
@@ -452,7 +467,17 @@ def main(args):
     )
 
     model, average = build_model(args, accelerator, num_ids=int(labels.max()) + 1)
-    loader = build_loader(args, train, labels, model.backbone, sampler, accelerator.device)
+    transform, on_gpu = build_transform(args, model.backbone), accelerator.device.type == "cuda"
+    workers = {"num_workers": args.dataloader_num_workers, "pin_memory": on_gpu}
+    if stream is None:
+        images = ReIDImages(train, transform, labels.tolist())
+        keep = args.dataloader_num_workers > 0
+        loader = DataLoader(images, batch_sampler=sampler, persistent_workers=keep, **workers)
+    else:
+        images = StreamedImages(
+            stream, train, labels.tolist(), transform, batch_size=batch_size // share[1], seed=args.seed, share=share
+        )
+        loader = sampler = StreamLoader(images, steps_an_epoch, **workers)
     prepared, optimizer = accelerator.prepare(model, optimizer_of(args, model))
     run = Run(
         args, accelerator, train, labels, targets, state, prepared, average, steps_an_epoch * args.num_train_epochs
@@ -481,7 +506,7 @@ def main(args):
         step=partial(training_step, run, optimizer=optimizer, params=params),
         measure=partial(measure, run),
         before=lambda epoch: model.train(),
-        rows=partial(files, run),
+        rows=partial(name_images, accelerator, train),
     )
     if stopped_at:
         accelerator.print(f"SIGTERM: {stopped_at} is written; go on with --resume_from_checkpoint latest")
@@ -552,13 +577,6 @@ def momentum(args, step, num_steps):
     return min(args.ema_decay, (1 + step) / (10 + step))
 
 
-def files(run, rows):
-    """The images of a batch, of all processes, for an error."""
-    rows = run.accelerator.gather(rows.to(run.accelerator.device)).tolist()
-    names = [run.train[row]["path"] for row in sorted(set(rows))[:8]]
-    return f"Images of that batch: {', '.join(names)}{', ...' if len(set(rows)) > 8 else ''}. "
-
-
 # What the training is made of
 
 
@@ -575,17 +593,17 @@ def introduce(args, say):
         say(line)
 
 
-def tracked(args):
-    """The arguments as trackers take them: plain values."""
-    return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in vars(args).items()}
-
-
 def open_train(args):
-    """Training rows and their labels, cut to the fractions."""
-    # A single image of an identity is a class too.
-    train, labels, _ = open_source(
-        args.source, args.data_root, single_image_ids="repeat", skip_unreadable=args.skip_unreadable
-    )
+    """Training rows and their labels, cut to the fractions, and the stream of their images where they are streamed."""
+    stream = None
+    if args.streaming:
+        train, stream = open_stream(args.source[0])
+        labels = torch.from_numpy(labels_of(train))
+    else:
+        # A single image of an identity is a class too.
+        train, labels, _ = open_source(
+            args.source, args.data_root, single_image_ids="repeat", skip_unreadable=args.skip_unreadable
+        )
     fractions = {"image_fraction": args.image_fraction, "identity_fraction": args.identity_fraction}
     if any(value is not None for value in fractions.values()):
         train = subset(train, **fractions, seed=args.fraction_seed)
@@ -594,7 +612,7 @@ def open_train(args):
         raise ValueError(
             f"--source {' + '.join(args.source)}: classification needs two identities or more, there is one; give more"
         )
-    return train, labels
+    return train, labels, stream
 
 
 def build_model(args, accelerator, num_ids):
@@ -622,11 +640,11 @@ def build_model(args, accelerator, num_ids):
     return model, average
 
 
-def build_loader(args, train, labels, backbone, sampler, device):
+def build_transform(args, backbone):
     encoder = ReIDModel(backbone)
     mean, std = encoder.image_mean, encoder.image_std
     if args.objective == "classification":
-        transform = RandAugmentTransform(
+        return RandAugmentTransform(
             args.resolution,
             mean,
             std,
@@ -635,17 +653,8 @@ def build_loader(args, train, labels, backbone, sampler, device):
             padding=args.padding,
             erasing=args.erasing,
         )
-    else:
-        half = args.resolution if isinstance(backbone, ClipBackbone) else [side // 2 for side in args.resolution]
-        parts = args.local_resolution or half
-        transform = MultiCrop(args.resolution, parts, mean, std, num_parts=args.local_crops)
-    return torch.utils.data.DataLoader(
-        ReIDImages(train, transform, labels.tolist()),
-        batch_sampler=sampler,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=torch.device(device).type == "cuda",
-        persistent_workers=args.dataloader_num_workers > 0,
-    )
+    half = args.resolution if isinstance(backbone, ClipBackbone) else [side // 2 for side in args.resolution]
+    return MultiCrop(args.resolution, args.local_resolution or half, mean, std, num_parts=args.local_crops)
 
 
 def optimizer_of(args, model):
@@ -761,19 +770,11 @@ def write_page(run, history):
 
 
 def run_script(args):
-    """main, with what a user can do something about said in one line."""
-    try:
-        code = main(args)
-    except ValueError as error:
-        code = str(error)
-    except (OSError, SafetensorError) as error:
-        code = f"{error}; checkpoints and results in {args.output_dir} are as they were before"
-    except torch.OutOfMemoryError as error:
-        code = (
-            f"{error}; lower --train_batch_size {args.train_batch_size} and raise --gradient_accumulation_steps by as "
-            "much, or add --gradient_checkpointing"
-        )
-    sys.exit(code if isinstance(code, int) else f"pretrain_backbone.py: {' '.join(code.split())}")
+    lean = (
+        f"lower --train_batch_size {args.train_batch_size} and raise --gradient_accumulation_steps by as much, or add "
+        "--gradient_checkpointing"
+    )
+    end_with(main, args, "pretrain_backbone.py", lean=lean)
 
 
 if __name__ == "__main__":

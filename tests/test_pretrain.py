@@ -24,6 +24,7 @@ from pretrain_backbone import Classification, SelfDistillation, distillation_los
 from utils import tiny
 from utils.backbone_names import open_backbone
 from utils.backbones import load_backbone
+from utils.loading import ReIDImages, ShuffleSampler
 from utils.loading import test_transform as picture_transform
 from utils.mixing import Mix
 from utils.modeling import ReIDModel
@@ -165,11 +166,12 @@ def test_prototypes_rest_and_the_centre_follows_the_teacher(tmp_path):
     args = parse_args(common)
     AcceleratorState._reset_state(True)
     accelerator = pretrain_backbone.start_accelerator(args)
-    rows, labels = pretrain_backbone.open_train(args)
+    rows, labels, _ = pretrain_backbone.open_train(args)
     model, average = pretrain_backbone.build_model(args, accelerator, 6)
-    sampler = pretrain_backbone.ShuffleSampler(len(rows), 8, args.seed)
+    sampler = ShuffleSampler(len(rows), 8, args.seed)
     sampler.set_epoch(1)
-    batch = next(iter(pretrain_backbone.build_loader(args, rows, labels, model.backbone, sampler, "cpu")))
+    images = ReIDImages(rows, pretrain_backbone.build_transform(args, model.backbone), labels.tolist())
+    batch = next(iter(torch.utils.data.DataLoader(images, batch_sampler=sampler)))
     AcceleratorState._reset_state(True)
     with torch.no_grad():
         scores = average.module.scores(batch["images"]["whole"])
@@ -408,7 +410,7 @@ def test_precisions_and_recomputation(tmp_path):
 def test_fractions_are_seeded_and_nested():
     def rows(**more):
         flags = [word for name, value in more.items() for word in (f"--{name}", str(value))]
-        train, labels = pretrain_backbone.open_train(parse_args([*SMALL, *flags]))
+        train, labels, _ = pretrain_backbone.open_train(parse_args([*SMALL, *flags]))
         assert labels.unique().tolist() == list(range(len(labels.unique())))
         return set(train["path"][:]), len(labels.unique())
 

@@ -85,6 +85,7 @@ def done(args, state):
 
 
 def name_images(accelerator, dataset, rows):
-    """The images of a batch, of all processes, for an error."""
-    rows = accelerator.gather(rows.to(accelerator.device)).tolist()
-    return f"Images of that batch: {', '.join(dataset[row]['path'] for row in sorted(set(rows)))}. "
+    """The images of a batch, of all processes, for an error; the first 64 of a large one."""
+    rows = sorted(set(accelerator.gather(rows.to(accelerator.device)).tolist()))
+    more = f" and {len(rows) - 64} others" if len(rows) > 64 else ""
+    return f"Images of that batch: {', '.join(dataset[row]['path'] for row in rows[:64])}{more}. "
