@@ -17,8 +17,7 @@ In a ResNet the last stage keeps its resolution (stride 1), but for MGN's global
 places in every block, so AGW and SBS add no non-local blocks to them, and MGN's branches share their one map of
 tokens, of which they pool the stripes. CLIP's class token stands in for GeM, BDB's mean and MGN's global branch;
 Swin's maps have signs, so GeM takes their positive and negative parts apart. A reduction is never wider than the
-backbone. Left out: AGW's and BoT's centre loss, SBS's AutoAugment, MGN's mirrored images at test time. BatchNorm
-inside a backbone, and in BDB's bottleneck, sees each process's images; all else the batch of all processes.
+backbone. Left out: AGW's and BoT's centre loss, SBS's AutoAugment, MGN's mirrored images at test time.
 """
 
 import argparse
@@ -36,12 +35,12 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig
 
 from utils import tiny
 from utils.backbones import read_config
+from utils.batch_norm import share_batch_statistics
 from utils.checkpoints import load_checkpoint, open_state
 from utils.datasets import labels_of, subset
 from utils.heads import METHODS
@@ -59,12 +58,14 @@ from utils.training import (
     build_optimizer,
     check_ranges,
     describe_origin,
+    end_with,
     gather_with_gradient,
     parse_with_recipes,
     start_accelerator,
+    tracked,
 )
 from utils.training_data import SINGLE_IMAGE_IDS, RemainingBatches, digest_of, open_source
-from utils.training_loop import train_epochs
+from utils.training_loop import name_images, train_epochs
 from utils.training_page import before_and_after, build_page, text_table
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=64"
@@ -481,6 +482,10 @@ def main(args):
     )
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    # The necks see the gathered batch anyway.
+    for part in (model.backbone, getattr(model.head, "branches", None), getattr(model.head, "bottleneck", None)):
+        if part is not None:
+            share_batch_statistics(part, accelerator.device)
     run = Run(args, accelerator, train, labels, targets, state, FineTuning(model, args))
     loader = build_loader(run, sampler)
     run.method, optimizer = accelerator.prepare(run.method, optimizer_of(args, model))
@@ -518,7 +523,7 @@ def main(args):
         step=lambda batch: training_step(run, batch, optimizer, params),
         measure=lambda epoch: measure(run, epoch),
         before=lambda epoch: run.method.train(),
-        rows=lambda rows: files(run, rows),
+        rows=partial(name_images, accelerator, train),
     )
     if stopped_at:
         accelerator.print(f"SIGTERM: {stopped_at} is written; go on with --resume_from_checkpoint latest")
@@ -541,12 +546,6 @@ def training_step(run, batch, optimizer, params):
     optimizer.step()
     optimizer.zero_grad()
     return {"grad_norm": torch.as_tensor(0.0 if norm is None else norm, device=loss.device), **values}
-
-
-def files(run, rows):
-    """The images of a batch, of all processes, for an error."""
-    rows = run.accelerator.gather(rows.to(run.accelerator.device)).tolist()
-    return f"Images of that batch: {', '.join(run.train[row]['path'] for row in sorted(set(rows)))}. "
 
 
 # What the training is made of
@@ -574,11 +573,6 @@ def part_of(args, train, labels):
     kind = "image_fraction" if args.setting == "few-shot" else "identity_fraction"
     train = subset(train, **{kind: args.fraction}, min_images=2, seed=args.fraction_seed)
     return train, torch.from_numpy(labels_of(train))
-
-
-def tracked(args):
-    """The arguments as trackers take them: plain values."""
-    return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in vars(args).items()}
 
 
 def build_loader(run, sampler):
@@ -676,16 +670,7 @@ def write_page(run, history):
 
 
 def run_script(args):
-    """main, with what a user can do something about said in one line."""
-    try:
-        code = main(args)
-    except ValueError as error:
-        code = str(error)
-    except (OSError, SafetensorError) as error:
-        code = f"{error}; checkpoints and results in {args.output_dir} are as they were before"
-    except torch.OutOfMemoryError as error:
-        code = f"{error}; lower --train_batch_size {args.train_batch_size}, or add --gradient_checkpointing"
-    sys.exit(code if isinstance(code, int) else f"finetune_reid.py: {' '.join(code.split())}")
+    end_with(main, args, "finetune_reid.py")
 
 
 if __name__ == "__main__":

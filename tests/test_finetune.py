@@ -343,11 +343,18 @@ def test_bf16_and_few_images(starts, train, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["bot", "mgn", "agw"])
-def test_two_processes_train_as_one(starts, train, tmp_path, method):
-    """The same global batch: BatchNorm, classifiers and triplets of all, with and without a frozen start."""
-    frozen = ["--freeze_steps", "1"] if method == "bot" else []
-    common = [*SMALL, "--method", method, "--backbone", starts / "clip", "--max_train_steps", "4", *frozen]
+@pytest.mark.parametrize(
+    "method, family, more",
+    [
+        ("bot", "clip", ["--freeze_steps", "1"]),
+        ("mgn", "resnet", ["--gradient_checkpointing"]),
+        ("bdb", "resnet", []),
+        ("agw", "resnet", []),
+    ],
+)
+def test_two_processes_train_as_one(starts, train, tmp_path, method, family, more):
+    """The same global batch: BatchNorm, classifiers, triplets and dropped rectangles of all."""
+    common = [*SMALL, "--method", method, "--backbone", starts / family, "--max_train_steps", "3", *more]
     train(*common, "--output_dir", tmp_path / "one")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "finetune_reid.py")]
     command += [*map(str, common), "--train_batch_size", "4", "--output_dir", str(tmp_path / "two")]
