@@ -69,7 +69,8 @@ from utils.training_loop import train_epochs
 from utils.training_page import before_and_after, build_page, text_table
 from utils.unlabelled import open_unlabelled
 
-DEMO_SOURCE, DEMO_TARGET = "synthetic:domain=a,num_ids=64", "synthetic:domain=b,num_ids=64"
+DEMO_SOURCE = "synthetic:domain=a,num_ids=64"
+DEMO_TARGET = "synthetic:domain=b,num_ids=32,images_per_id=16"
 METHODS = {"unsupervised": ("cluster-contrast", "spcl"), "adaptation": ("spcl", "idm")}
 PUBLISHED = {
     "target": ["market1501"],
@@ -170,9 +171,9 @@ def build_parser():
     )
 
     group = parser.add_argument_group("clustering")
-    group.add_argument("--eps", type=float, default=0.5, help="distance of neighbours in DBSCAN, 0 to 1; default 0.5")
+    group.add_argument("--eps", type=float, default=0.4, help="distance of neighbours in DBSCAN, 0 to 1; default 0.4")
     group.add_argument("--min_samples", type=int, default=4, help="neighbours that make a core; default 4")
-    group.add_argument("--k1", type=int, default=12, help="reciprocal neighbours of an image; default 12")
+    group.add_argument("--k1", type=int, default=20, help="reciprocal neighbours of an image; default 20")
     group.add_argument("--k2", type=int, default=4, help="neighbours that are averaged over; default 4")
     group.add_argument(
         "--eps_gap", type=float, default=0.02, help="of spcl: looser and tighter scale are this far from eps; 0.02"
@@ -211,7 +212,7 @@ def build_parser():
     group.add_argument("--num_train_epochs", type=int, default=8, help="default 8")
     group.add_argument("--steps_per_epoch", type=int, help="between clusterings; default: as many as the images fill")
     group.add_argument("--max_train_steps", type=int, help="stop after so many steps; default: all epochs")
-    group.add_argument("--learning_rate", type=float, default=3e-4, help="default 3e-4, for the stand-ins")
+    group.add_argument("--learning_rate", type=float, default=1e-4, help="default 1e-4, for the stand-ins")
     group.add_argument(
         "--lr_scheduler", choices=SCHEDULES, default="warmup_multistep", help="default warmup_multistep"
     )
@@ -237,7 +238,7 @@ def build_parser():
     group.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentation; default 0")
 
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval_every", type=int, default=1, help="epochs between evaluations; default 1")
+    group.add_argument("--eval_every", type=int, default=4, help="epochs between evaluations; default 4")
     group.add_argument("--eval_batch_size", type=int, default=64, help="images a process; default 64")
 
     group = parser.add_argument_group("output")

@@ -26,8 +26,11 @@ def directions(generator, count):
 
 
 def reid_features(size, seed=0):
-    """A dictionary of queries, gallery (float32) and query_pids, gallery_pids, query_cams, gallery_cams (int64)."""
-    num_queries, num_gallery, num_ids, num_cams, strangers = SIZES[size]
+    """A dictionary of queries, gallery (float32) and query_pids, gallery_pids, query_cams, gallery_cams (int64).
+
+    `size` is a name of SIZES or numbers such as theirs.
+    """
+    num_queries, num_gallery, num_ids, num_cams, strangers = SIZES.get(size, size)
     generator = np.random.default_rng(seed)
     groups = directions(generator, max(8, num_ids // IDS_PER_GROUP))
     cameras = CAMERA_WEIGHT * directions(generator, num_cams)
