@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetModel
 
 import adapt_reid
-from adapt_reid import Adaptation, Mixer, by_domain, parse_args
+from adapt_reid import Adaptation, by_domain, parse_args
 from utils import tiny
 from utils.datasets import load_reid, put, save
 from utils.domain_norms import DomainNorm
+from utils.intermediate import Mixer
 from utils.modeling import ReIDModel
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +31,7 @@ SOURCE = ["--setting", "adaptation", "--source", "synthetic:domain=a,num_ids=5,i
 SMALL = [
     "--train_batch_size", "8", "--images_per_id", "2", "--steps_per_epoch", "3", "--num_train_epochs", "2",
     "--k1", "6", "--k2", "2", "--eps", "0.5", "--min_samples", "2", "--eval_every", "9", "--lr_warmup_epochs", "0",
-    "--learning_rate", "1e-4",
+    "--learning_rate", "1e-4", "--resolution", "64", "32",
 ]  # fmt: skip
 KINDS = {
     "cluster-contrast": [],
@@ -38,6 +39,12 @@ KINDS = {
     "spcl-adaptation": SOURCE,
     "idm": [*SOURCE, "--method", "idm", "--mix_stage", "1"],
 }
+
+
+def kinds(*quick):
+    """All methods as parameters; those that are not named are slow."""
+    slow = pytest.mark.slow
+    return pytest.mark.parametrize("kind", [pytest.param(one, marks=[] if one in quick else slow) for one in KINDS])
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +101,7 @@ def weights_of(folder):
 
 def module(standin, *arguments, num_source=5, num_images=12):
     torch.manual_seed(0)
-    encoder = ReIDModel.for_training(standin, num_ids=0, image_size=(128, 64))
+    encoder = ReIDModel.for_training(standin, num_ids=0, image_size=(64, 32))
     args = parse_args(["--target", TARGET, *map(str, arguments)])
     model = Adaptation(encoder, args, num_source, num_images).train()
     model.pseudo_labels.copy_(torch.arange(num_images) // 4)
@@ -105,7 +112,7 @@ def test_joint_loss_of_spcl(standin):
     model = module(standin, *SOURCE, "--memory_temperature", "0.1")
     model.memory.prototypes.copy_(F.normalize(torch.randn(17, model.encoder.num_features), dim=1))
     model.memory.labels.copy_(torch.cat([torch.arange(5), 5 + model.pseudo_labels]))
-    images, rows = torch.randn(8, 3, 128, 64), torch.tensor([0, 0, 3, 3, 5, 6, 12, 16])
+    images, rows = torch.randn(8, 3, 64, 32), torch.tensor([0, 0, 3, 3, 5, 6, 12, 16])
     loss, values, bn_features, seen = model(images, rows)
     with torch.no_grad():
         features = model.encoder.backbone(images)
@@ -160,7 +167,7 @@ def test_losses_of_idm(standin):
 def test_mixed_maps(standin, stage):
     """Features of the mixed third are those of maps put together by hand; ratios sum to 1 and learn."""
     model = module(standin, *SOURCE, "--method", "idm", "--mix_stage", stage)
-    images, rows = torch.randn(4, 3, 128, 64), torch.tensor([0, 0, 5, 6])
+    images, rows = torch.randn(4, 3, 64, 32), torch.tensor([0, 0, 5, 6])
     place, seen = model.mixer.place(model.encoder.backbone), []
     hook = place.register_forward_hook(lambda module, inputs, output: seen.append(output))
     features = model.encoder.backbone(images)
@@ -271,7 +278,7 @@ def test_the_saved_model_is_the_one_that_was_measured(finished):
         assert found["mAP"] == pytest.approx(told["mAP"], abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@kinds("cluster-contrast", "idm")
 def test_a_cut_training_goes_on_to_the_same_numbers(small, finished, train, tmp_path, kind):
     """Cut in the middle of the second epoch, whose pseudo labels and memory are the checkpoint's."""
     common = [*small, *KINDS[kind], "--checkpointing_steps", "2", "--output_dir", tmp_path]
@@ -285,6 +292,7 @@ def test_a_cut_training_goes_on_to_the_same_numbers(small, finished, train, tmp_
     assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.slow
 def test_kill_and_go_on(small, finished, tmp_path):
     """SIGKILL in an epoch, then go on: the log file is the unbroken run's, byte by byte."""
     common = [*small, *KINDS["spcl-adaptation"], "--checkpointing_steps", "1", "--output_dir", str(tmp_path)]
@@ -318,7 +326,7 @@ def two_copies(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@kinds("spcl-adaptation", "idm")
 def test_labels_of_the_target_are_never_read(small, two_copies, train, tmp_path, kind):
     """With other labels every number of the training stays, to the last digit; only what a report says differs."""
     for name in ("true", "random"):
@@ -334,7 +342,7 @@ def test_labels_of_the_target_are_never_read(small, two_copies, train, tmp_path,
         assert (one["clusters"], one["noise"]) == (other["clusters"], other["noise"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@kinds("idm")
 def test_two_processes_train_as_one(small, finished, tmp_path, kind):
     """The same global batch on two processes: BatchNorm of each domain, memory, batches, mixture, clusters."""
     launch(*small, *KINDS[kind], "--train_batch_size", "4", "--output_dir", tmp_path, processes=2)
