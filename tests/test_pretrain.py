@@ -201,7 +201,7 @@ def test_recipe_sets_the_published_values_and_flags_win():
         (["--identity_fraction", "0"], "--identity_fraction must be above 0"),
         (["--train_batch_size", "1"], "BatchNorm needs two images or more"),
         (["--train_batch_size", "7", "--mixup", "1"], "must be even"),
-        (["--lr_warmup_epochs", "10"], "leaves nothing of --num_train_epochs 10"),
+        (["--lr_warmup_epochs", "12"], "leaves nothing of --num_train_epochs 12"),
         (["--randaugment_magnitude", "31"], "0 to 30"),
         (["--recipe", "diff-person"], "needs --source"),
         (["--objective", "dino", "--ema_decay", "0.9"], "--teacher_momentum"),
