@@ -7,8 +7,8 @@
 The first is a demo on drawn people with the shipped stand-in CLIP, about two minutes on two CPU cores; the second
 starts from a backbone of `pretrain_backbone.py`, with the values AGW was published with.
 
-    bot  mean, BNNeck                                         classes, smoothed; hard triplets, margin 0.3
-    agw  non-local blocks, GeM, BNNeck                        classes, smoothed; weighted triplets
+    bot  mean, BNNeck                                         classes, smoothed; hard triplets, margin 0.3; centres
+    agw  non-local blocks, GeM, BNNeck                        classes, smoothed; weighted triplets; centres
     sbs  non-local blocks, GeM, BNNeck                        circle loss of classes, smoothed; soft hard triplets
     mgn  3 branches, whole + 2 + 3 stripes, each to 256       8 x classes; 3 x hard triplets (whole), margin 1.2
     bdb  mean to 512; without a rectangle, maximum to 1024    2 x classes, smoothed; 2 x soft hard triplets
@@ -17,7 +17,7 @@ In a ResNet the last stage keeps its resolution (stride 1), but for MGN's global
 places in every block, so AGW and SBS add no non-local blocks to them, and MGN's branches share their one map of
 tokens, of which they pool the stripes. CLIP's class token stands in for GeM, BDB's mean and MGN's global branch;
 Swin's maps have signs, so GeM takes their positive and negative parts apart. A reduction is never wider than the
-backbone. Left out: AGW's and BoT's centre loss, SBS's AutoAugment, MGN's mirrored images at test time.
+backbone. Left out: SBS's AutoAugment, MGN's mirrored images at test time.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from utils.checkpoints import load_checkpoint, open_state
 from utils.datasets import labels_of, subset
 from utils.heads import METHODS
 from utils.loading import IdentitySampler, ReIDImages, test_transform, train_transform
-from utils.losses import circle_logits, hard_triplet, weighted_triplet
+from utils.losses import CentreLoss, circle_logits, hard_triplet, weighted_triplet
 from utils.model_folder import model_kind
 from utils.modeling import ReIDModel
 from utils.reporting import model_card, run_record, to_json, write_together
@@ -74,11 +74,11 @@ DELAYED_COSINE = "delayed_cosine"
 SOFT = "soft"
 # What a method's losses are made of; MGN takes the mean over its groups, BDB the sum, as their authors do.
 LOSSES = {
-    "bot": {"triplet": "hard", "margin": 0.3, "label_smoothing": 0.1, "groups": "sum"},
-    "agw": {"triplet": "weighted", "margin": SOFT, "label_smoothing": 0.1, "groups": "sum"},
-    "sbs": {"triplet": "hard", "margin": SOFT, "label_smoothing": 0.1, "groups": "sum"},
-    "mgn": {"triplet": "hard", "margin": 1.2, "label_smoothing": 0.0, "groups": "mean"},
-    "bdb": {"triplet": "hard", "margin": SOFT, "label_smoothing": 0.1, "groups": "sum"},
+    "bot": {"triplet": "hard", "margin": 0.3, "label_smoothing": 0.1, "groups": "sum", "centre_weight": 5e-4},
+    "agw": {"triplet": "weighted", "margin": SOFT, "label_smoothing": 0.1, "groups": "sum", "centre_weight": 5e-4},
+    "sbs": {"triplet": "hard", "margin": SOFT, "label_smoothing": 0.1, "groups": "sum", "centre_weight": 0.0},
+    "mgn": {"triplet": "hard", "margin": 1.2, "label_smoothing": 0.0, "groups": "mean", "centre_weight": 0.0},
+    "bdb": {"triplet": "hard", "margin": SOFT, "label_smoothing": 0.1, "groups": "sum", "centre_weight": 0.0},
 }
 # SBS is also how it is trained, at any size.
 DEMO = {"sbs": {"lr_scheduler": DELAYED_COSINE, "lr_warmup_steps": 16, "lr_delay_epochs": 4, "freeze_steps": 16}}
@@ -216,6 +216,11 @@ def build_parser():
         "--groups", choices=["sum", "mean"], help="of a method with several features: their losses' sum, or mean (mgn)"
     )
     group.add_argument("--triplet_weight", type=float, default=1.0, help="beside the class loss; default 1")
+    group.add_argument(
+        "--centre_weight",
+        type=float,
+        help="of the distance to the identity's centre; default 5e-4 of bot and agw, else 0",
+    )
     group.add_argument("--circle_scale", type=float, default=64.0, help="of sbs; default 64")
     group.add_argument("--circle_margin", type=float, default=0.35, help="of sbs; default 0.35")
 
@@ -313,6 +318,7 @@ def check_args(parser, args):
         not_negative=[
             "adam_weight_decay", "max_grad_norm", "dataloader_num_workers", "lr_warmup_epochs", "lr_warmup_steps",
             "lr_delay_epochs", "freeze_steps", "seed", "fraction_seed", "padding", "triplet_weight",
+            "centre_weight",
         ],
         fractions=[
             "erasing", "label_smoothing", "lambda_value", "lr_warmup_factor", "lr_gamma", "lr_final_factor",
@@ -331,6 +337,8 @@ def check_args(parser, args):
             )
     if args.margin != SOFT and not 0 <= args.margin < math.inf:
         parser.error(f"--margin must be 0 or more, or `soft`, got {args.margin}")
+    if args.centre_weight and args.method in ("mgn", "bdb"):
+        parser.error(f"--centre_weight {args.centre_weight} is for one feature an image; {args.method} has several")
     if args.triplet == "weighted" and args.margin != SOFT:
         parser.error(f"--margin {args.margin} is of --triplet hard; the weighted one has none, use --margin soft")
     if min(args.resolution) < 8:
@@ -370,6 +378,7 @@ class FineTuning(nn.Module):
     def __init__(self, model, args):
         super().__init__()
         self.model, self.args = model, args
+        self.centres = CentreLoss(model.num_ids, model.backbone.num_features) if args.centre_weight else None
         self.trained = [parameter for parameter in model.backbone.parameters() if parameter.requires_grad]
 
     def forward(self, images, labels, rng=None, frozen=False):
@@ -380,9 +389,13 @@ class FineTuning(nn.Module):
             output = self.model.outputs(pooled.float())
             loss_id = self.together([self.class_loss(logits, labels) for logits in output.logits])
             loss_triplet = self.together([self.triplet_loss(features, labels) for features in output.compared])
-        loss = loss_id + self.args.triplet_weight * loss_triplet
-        values = {"loss": loss, "loss_id": loss_id, "loss_triplet": loss_triplet}
-        return loss, {name: value.detach() for name, value in values.items()}
+            loss_centre = torch.zeros_like(loss_id)
+            if self.centres is not None:
+                loss_centre = self.centres(output.compared[0], labels)
+        loss = loss_id + self.args.triplet_weight * loss_triplet + self.args.centre_weight * loss_centre
+        values = {"loss": loss, "loss_id": loss_id, "loss_triplet": loss_triplet, "loss_centre": loss_centre}
+        compared = [features.detach() for features in output.compared]
+        return loss, {name: value.detach() for name, value in values.items()}, compared, labels
 
     def class_loss(self, logits, labels):
         if self.args.method == "sbs":
@@ -540,11 +553,14 @@ def training_step(run, batch, optimizer, params):
     rng = random.Random(f"step/{args.seed}/{step}")
     # Swin drops paths by torch's own generator, from which measurements and loaders draw too.
     torch.manual_seed(random.Random(f"paths/{args.seed}/{step}/{accelerator.process_index}").getrandbits(62))
-    loss, values = run.method(images, labels, rng=rng, frozen=step < args.freeze_steps)
+    loss, values, compared, labels = run.method(images, labels, rng=rng, frozen=step < args.freeze_steps)
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(params, args.max_grad_norm or float("inf"))
     optimizer.step()
     optimizer.zero_grad()
+    bare = accelerator.unwrap_model(run.method)
+    if bare.centres is not None:
+        bare.centres.update(compared[0], labels)
     return {"grad_norm": torch.as_tensor(0.0 if norm is None else norm, device=loss.device), **values}
 
 

@@ -176,4 +176,7 @@ def main(input_args=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"benchmarks.starts: {error}")

@@ -77,11 +77,11 @@ def test_published_values_and_flags_that_win():
         "bdb": ([384, 128], 128, 4, 400, "adam", 1e-3, 5e-4, 0.5),
     }
     losses = {
-        "bot": ("hard", 0.3, 0.1, "sum"),
-        "agw": ("weighted", "soft", 0.1, "sum"),
-        "sbs": ("hard", "soft", 0.1, "sum"),
-        "mgn": ("hard", 1.2, 0.0, "mean"),
-        "bdb": ("hard", "soft", 0.1, "sum"),
+        "bot": ("hard", 0.3, 0.1, "sum", 5e-4),
+        "agw": ("weighted", "soft", 0.1, "sum", 5e-4),
+        "sbs": ("hard", "soft", 0.1, "sum", 0),
+        "mgn": ("hard", 1.2, 0.0, "mean", 0),
+        "bdb": ("hard", "soft", 0.1, "sum", 0),
     }
     for method in METHODS:
         args = parse_args(["--recipe", "published", "--method", method])
@@ -93,7 +93,8 @@ def test_published_values_and_flags_that_win():
         assert (args.source, args.backbone) == (["market1501"], "microsoft/resnet-50")
         # What a method compares is the same without its recipe.
         for one in (args, parse_args(["--method", method])):
-            assert (one.triplet, one.margin, one.label_smoothing, one.groups) == losses[method]
+            found = one.triplet, one.margin, one.label_smoothing, one.groups, one.centre_weight
+            assert found == losses[method]
     args = parse_args(["--method", "bdb", "--recipe", "published", "--learning_rate", "0.5", "--margin", "0.7"])
     assert (args.learning_rate, args.margin, args.lr_warmup_epochs, args.lr_milestones) == (0.5, 0.7, 50, [200, 300])
     assert args.origin["learning_rate"] == "flag" and args.origin["lr_milestones"] == "recipe"
@@ -124,6 +125,7 @@ def test_delayed_cosine_by_hand():
         (["--margin", "-1"], "--margin must be 0 or more"),
         (["--margin", "wide"], "invalid margin value: 'wide'"),
         (["--method", "agw", "--margin", "0.3"], "the weighted one has none"),
+        (["--method", "mgn", "--centre_weight", "0.1"], "is for one feature an image; mgn has several"),
         (["--method", "pcb"], "invalid choice: 'pcb'"),
         (["--lr_scheduler", "delayed_cosine", "--lr_delay_epochs", "8"], "leaves no epoch of 8"),
         (["--use_8bit_adam", "--optimizer", "sgd"], "not sgd"),
@@ -198,13 +200,17 @@ def triplets(features, labels, kind, margin):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_loss_is_the_one_that_is_written_down(method):
-    args = parse_args(["--method", method, "--triplet_weight", "0.7"])
+    weight = 0.05 if method in ("bot", "agw") else 0
+    args = parse_args(["--method", method, "--triplet_weight", "0.7", "--centre_weight", str(weight)])
     model = tiny("resnet", method)
     for layer in [model.classifier] if method == "bot" else model.head.classifiers:
         torch.nn.init.normal_(layer.weight, std=0.3)
     training = FineTuning(model, args).train()
     images, labels = people(8), torch.arange(8) // 2
-    loss, values = training(images, labels)
+    loss, values, compared, _ = training(images, labels)
+    loss_centre = torch.tensor(0.0)
+    if weight:
+        loss_centre = (compared[0] - training.centres.centres[labels]).double().square().sum(1).mean()
     with torch.no_grad():
         output = model.outputs(model.pool(images))
         scores = [logits.double() for logits in output.logits]
@@ -222,7 +228,8 @@ def test_loss_is_the_one_that_is_written_down(method):
             loss_id, loss_triplet = loss_id / 8, loss_triplet / 3
     assert values["loss_id"].item() == pytest.approx(loss_id.item(), rel=1e-4)
     assert values["loss_triplet"].item() == pytest.approx(loss_triplet.item(), rel=1e-4)
-    assert loss.item() == pytest.approx((loss_id + 0.7 * loss_triplet).item(), rel=1e-4)
+    assert values["loss_centre"].item() == pytest.approx(loss_centre.item(), rel=1e-4)
+    assert loss.item() == pytest.approx((loss_id + 0.7 * loss_triplet + weight * loss_centre).item(), rel=1e-4)
 
 
 def test_a_frozen_backbone_stays_as_it_is(starts, train, tmp_path):
@@ -275,7 +282,7 @@ def whole_run(starts):
 def test_what_a_run_leaves(finished, tmp_path, capsys):
     lines = log_of(finished)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)) and len(lines) == 6
-    keys = ["step", "epoch", "lr", "grad_norm", "loss", "loss_id", "loss_triplet"]
+    keys = ["step", "epoch", "lr", "grad_norm", "loss", "loss_id", "loss_triplet", "loss_centre"]
     assert all(list(line) == keys and line["grad_norm"] > 0 for line in lines)
     metrics = json.loads((finished / "metrics.json").read_text())
     assert [(one["epoch"], one["target"]) for one in metrics["history"]] == [(epoch, SPEC) for epoch in range(3)]

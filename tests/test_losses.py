@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from utils.losses import (
+    CentreLoss,
     PrototypeMemory,
     circle_logits,
     class_means,
@@ -411,3 +412,26 @@ def test_near_features_keep_their_distance():
     one = torch.full((1, 64), 3.0)
     pair = torch.cat([one, one + 1e-3])
     assert_close(distances(pair)[0, 1], 1e-3 * 8, 1e-3)
+
+
+def test_centres_follow_as_by_gradient_descent():
+    features, labels = grouped(4, 3)
+    torch.manual_seed(0)
+    loss = CentreLoss(6, features.shape[1])
+    centres = loss.centres.double().clone().requires_grad_()
+    descent = torch.optim.SGD([centres], lr=0.5)
+    for step in range(3):
+        mine = (features + step).requires_grad_()
+        value = loss(mine, labels)
+        value.backward()
+        loss.update(mine, labels)
+        wanted = 0
+        for feature, label in zip(mine.detach().double(), labels.tolist(), strict=True):
+            wanted = wanted + (feature - centres[label]).square().sum() / len(labels)
+        assert_close(value, wanted.detach())
+        assert_close(mine.grad, 2 * (mine.detach().double() - centres.detach()[labels]) / len(labels))
+        descent.zero_grad()
+        wanted.backward()
+        descent.step()
+        assert_close(loss.centres, centres.detach())
+    assert not list(loss.parameters()) and list(loss.state_dict()) == ["centres"]

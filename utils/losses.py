@@ -120,3 +120,28 @@ def circle_logits(cosines, labels, scale=64.0, margin=0.35):
     other = (fixed + margin).clamp(min=0) * (cosines - margin)
     mine = F.one_hot(labels, cosines.shape[1]).bool()
     return scale * torch.where(mine, own, other)
+
+
+class CentreLoss(nn.Module):
+    """Mean squared distance of features to the centre of their identity; the centres follow the features.
+
+    loss = centres(features, labels)      # gradient to the features only
+    centres.update(features, labels)      # after the backward pass
+
+    The update is the authors': a step of plain gradient descent of rate 0.5 on the centres, whatever the loss weighs
+    elsewhere, so `c <- c + sum (f - c) / B` over the identity's features in a batch of B.
+    """
+
+    def __init__(self, num_ids, width):
+        super().__init__()
+        self.register_buffer("centres", torch.randn(num_ids, width))
+
+    def forward(self, features, labels):
+        with torch.autocast(features.device.type, enabled=False):
+            # The update writes into the centres, also while a graph still needs the old ones.
+            return (features.float() - self.centres[labels]).square().sum(1).mean()
+
+    @torch.no_grad()
+    def update(self, features, labels):
+        gaps = features.float() - self.centres[labels]
+        self.centres.index_add_(0, labels, gaps / len(labels))

@@ -17,6 +17,7 @@ WORDS = {
     "loss_id": "Identity classification.",
     "loss_pcl": "Comparison with the prototypes.",
     "loss_triplet": "Images of one identity nearer than those of others.",
+    "loss_centre": "Distance of images to the centre of their identity.",
     "loss_ldm": "Noise prediction of the diffusion model.",
     "grad_norm": "Length of the gradient, before any clipping.",
     "lr": "Learning rate.",
