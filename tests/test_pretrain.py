@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 import evaluate
+import finetune_reid
 import pretrain_backbone
 import train_dcac
 from pretrain_backbone import Classification, SelfDistillation, distillation_loss, momentum, parse_args
@@ -275,12 +276,15 @@ def test_evaluate_finds_the_numbers_of_the_training(finished, tmp_path):
         assert found[name] == pytest.approx(wanted[name], abs=1e-4), name
 
 
-def test_dcac_starts_from_the_backbone(finished, tmp_path):
+@pytest.mark.parametrize("script", [train_dcac, finetune_reid], ids=lambda script: script.__name__)
+def test_other_trainings_start_from_the_backbone(finished, tmp_path, script):
+    """They measure, before their first step, what the pre-training measured last."""
+    own = ["--diffusion", "none", "--validation_ids", "0"] if script is train_dcac else []
     train(
         *("--source", "synthetic:domain=a,num_ids=6,images_per_id=4", "--backbone", finished / "backbone"),
-        *("--resolution", "64", "32", "--diffusion", "none", "--train_batch_size", "8", "--max_train_steps", "1"),
-        *("--target", TARGET, "--output_dir", tmp_path, "--validation_ids", "0"),
-        script=train_dcac,
+        *("--resolution", "64", "32", "--train_batch_size", "8", "--max_train_steps", "1"),
+        *("--target", TARGET, "--output_dir", tmp_path, *own),
+        script=script,
     )
     assert len(log_of(tmp_path)) == 1
     first = json.loads((tmp_path / "metrics.json").read_text())["history"][0]
