@@ -2,6 +2,7 @@
 
     python -m benchmarks.standins
     python -m benchmarks.standins --domain h --first_pid 2000 --json FILE
+    python -m benchmarks.standins --samples samples.png        # ten captions drawn, below the true people
 
 An answer is right where it is the synthetic world's own, word by word; beside it stands how often the commonest true
 answer would be. Colours, patterns and kinds of clothes are also counted alone. Some pictures cannot tell: the person
@@ -13,14 +14,16 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from tqdm import tqdm
 from transformers import BlipForQuestionAnswering, BlipProcessor
 
 from benchmarks.retrieval import RESULTS, environment
 from utils import synthetic
 from utils.captions import QUESTIONS
+from utils.denoising import sheet
 from utils.reporting import to_json, write_together
-from utils.tiny import CAPTIONER_DIR
+from utils.tiny import CAPTIONER_DIR, DIFFUSION_DIR
 from utils.tiny_training import answers_of
 
 BATCH_SIZE = 50
@@ -83,13 +86,39 @@ def shares(said, true):
     return {"accuracy": right / len(true), "commonest": Counter(true).most_common(1)[0][1] / len(true)}
 
 
+def sample_sheet(num_captions=10, first_pid=5000, guidances=(3.0, 5.0), steps=20):
+    """People of domains f to h that nobody learned from, and what the shipped diffusion model draws of their words."""
+    pipeline = StableDiffusionPipeline.from_pretrained(DIFFUSION_DIR, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    rows = [
+        ("fgh"[number % 3], pid, synthetic.camera_of("fgh"[number % 3], pid, 0), 0)
+        for number, pid in enumerate(range(first_pid, first_pid + num_captions))
+    ]
+    words = [synthetic.caption(synthetic.describe(*row)) for row in rows]
+    lines = [[synthetic.render(*row) for row in rows]]
+    for guidance in guidances:
+        generator = torch.Generator().manual_seed(0)
+        height, width = synthetic.SIZE
+        settings = {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": guidance}
+        lines.append(pipeline(words, generator=generator, **settings).images)
+    return sheet(lines), words
+
+
 def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--domain", default="a", choices=sorted(synthetic.DOMAINS), help="whose people; default a")
     parser.add_argument("--num_ids", type=int, default=200, help="identities, in two pictures each; default 200")
     parser.add_argument("--first_pid", type=int, default=0, help="number of the first identity; default 0")
     parser.add_argument("--json", type=Path, default=RESULTS / "standins.json", help="file to write")
+    parser.add_argument("--samples", type=Path, help="draw a sheet of samples into this PNG, and nothing else")
     args = parser.parse_args(input_args)
+    if args.samples:
+        picture, words = sample_sheet()
+        print("\n".join(words))
+        with write_together(args.samples.parent) as aside:
+            picture.save(aside(args.samples.name), "PNG")
+        return
     if args.num_ids < 1 or args.first_pid < 0:
         parser.error(f"--num_ids must be 1 or more and --first_pid 0 or more, got {args.num_ids} and {args.first_pid}")
     examples = pictures(args.domain, args.num_ids, args.first_pid)

@@ -11,6 +11,7 @@ import argparse
 import math
 import random
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -287,8 +288,9 @@ def train_unet(people, vae, clip, tokenizer, steps, work_dir, batch=16):
     scheduler = tiny.build_scheduler()
     signal = scheduler.alphas_cumprod
     weight = (5.0 * (1 - signal) / signal).clamp(max=1.0)
-    pools = {}
-    for size in ((128, 64), (128, 128)):
+
+    @cache
+    def pool(size):
         means, stds = [], []
         for numbers in tqdm(torch.arange(len(people)).split(64), desc=f"latents {size}", mininterval=10, disable=None):
             with torch.no_grad(), half():
@@ -296,13 +298,13 @@ def train_unet(people, vae, clip, tokenizer, steps, work_dir, batch=16):
                 posterior = vae.encode(people.images(numbers, size, mirror)).latent_dist
             means.append(posterior.mean.float())
             stds.append(posterior.std.float())
-        pools[size] = torch.cat(means), torch.cat(stds)
+        return torch.cat(means), torch.cat(stds)
 
     def loss_of(step):
         generator = torch.Generator().manual_seed(step)
         rng = random.Random(step)
         squared = step % 4 == 3
-        means, stds = pools[(128, 128) if squared else (128, 64)]
+        means, stds = pool((128, 128) if squared else (128, 64))
         numbers = torch.randint(len(people), (batch // 2 if squared else batch,), generator=generator)
         noise = torch.randn(2, len(numbers), *means.shape[1:], generator=generator)
         latents = (means[numbers] + stds[numbers] * noise[0]) * vae.config.scaling_factor
