@@ -45,11 +45,12 @@ from utils.backbones import ClipBackbone
 from utils.batch_norm import share_batch_statistics
 from utils.checkpoints import load_checkpoint, open_state
 from utils.datasets import labels_of, subset
+from utils.denoising import sheet
 from utils.loading import ReIDImages, ShuffleSampler, test_transform
 from utils.mixing import Mixing, mix_images, mixed_loss
 from utils.modeling import ReIDModel
 from utils.parameter_groups import parameter_groups
-from utils.pretraining_transforms import MultiCrop, RandAugmentTransform
+from utils.pretraining_transforms import MultiCrop, RandAugmentTransform, to_picture
 from utils.reporting import model_card, run_record, to_json, write_together
 from utils.streaming import StreamedImages, StreamLoader, open_stream
 from utils.targets import measure_targets, open_targets, results
@@ -521,6 +522,8 @@ def training_step(run, batch, *, optimizer, params):
     """Losses and gradients of all passes, the optimiser's step, then the running mean."""
     args, accelerator, model = run.args, run.accelerator, run.model
     batch = send_to_device(batch, accelerator.device, non_blocking=True)
+    if run.state["step"] == 0 and accelerator.is_main_process:
+        draw_batch(run, batch["images"])
     loss_of = classify if args.objective == "classification" else distil
     values, passes = [], args.gradient_accumulation_steps
     for number in range(passes):
@@ -544,10 +547,12 @@ def training_step(run, batch, *, optimizer, params):
     return {"grad_norm": norm, **values}
 
 
+def mix_of(args, step):
+    return Mixing(args.mixup, args.cutmix, args.seed).draw(step, args.resolution)
+
+
 def classify(run, batch, part):
-    args = run.args
-    mix = Mixing(args.mixup, args.cutmix, args.seed).draw(run.state["step"], args.resolution)
-    return run.model(batch["images"][part], batch["labels"][part], mix)
+    return run.model(batch["images"][part], batch["labels"][part], mix_of(run.args, run.state["step"]))
 
 
 def distil(run, batch, part):
@@ -734,6 +739,21 @@ def finish(run):
         print(f"Uploaded: {api.upload_folder(repo_id=repo_id, folder_path=output_dir / 'backbone')}")
 
 
+def draw_batch(run, images):
+    """The first images as the network sees them: `samples/batch.png`."""
+    args, encoder = run.args, ReIDModel(run.bare.backbone)
+    if args.objective == "classification":
+        rows = mix_images(images[:16], mix_of(args, 0)).split(8)
+        rows = [row for row in rows if len(row) == len(rows[0])]
+    else:
+        size = {"size": args.resolution, "mode": "bilinear"}
+        parts = [F.interpolate(crops, **size) for crops in images["parts"][:4]]
+        rows = [torch.cat(pair) for pair in zip(images["whole"][:4], parts, strict=True)]
+    pictures = [[to_picture(image, encoder.image_mean, encoder.image_std) for image in row] for row in rows]
+    with write_together(Path(args.output_dir) / "samples") as aside:
+        sheet(pictures).save(aside("batch.png"), "PNG")
+
+
 def save_backbone(backbone, folder, card):
     """A `transformers` folder with its image processor and card, written aside; an older one goes last."""
     aside, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
@@ -765,6 +785,8 @@ def write_page(run, history):
             ("Batch", run.state["arguments"]["effective_batch_size"]),
             ("Seed", args.seed),
         ],
+        samples=[("first batch", path) for path in [output_dir / "samples" / "batch.png"] if path.exists()],
+        sample_words="Images as the network sees them: augmented and mixed, or each with its crops.",
     )
     with write_together(output_dir) as aside:
         page.write(aside("report.html"))

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
@@ -242,7 +243,10 @@ def test_what_a_run_leaves(finished):
     assert "Before and after" in page and "identity classification" in page
     assert json.loads((finished / "args.json").read_text())["arguments"]["ema_decay"] == 0.9
     names = {"args.json", "backbone", "checkpoint-4", "checkpoint-6", "log.jsonl", "metrics.json", "report.html"}
-    assert {path.name for path in finished.iterdir()} == names
+    assert {path.name for path in finished.iterdir()} == names | {"samples"}
+    assert "data:image/jpeg" in page and all(f">{name}</text>" in page for name in ("accuracy", "loss", "lr"))
+    with Image.open(finished / "samples" / "batch.png") as sheet:
+        assert sheet.size == (8 * 32 + 7 * 4, 64)
 
 
 def test_plain_transformers_opens_the_backbone(finished):

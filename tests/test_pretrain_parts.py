@@ -17,10 +17,10 @@ from pretrain_backbone import Classification, optimizer_of, parse_args, rates_of
 from utils.backbone_names import NAMED, check_backbone, named_config, open_backbone
 from utils.backbones import backbone_from_config
 from utils.batch_norm import GlobalBatchNorm
-from utils.loading import ShuffleSampler, TrainTransform
+from utils.loading import ShuffleSampler, TrainTransform, to_tensor
 from utils.mixing import Mix, Mixing, cut, mix_images, mixed_loss, neighbours
 from utils.parameter_groups import decays, depths, parameter_groups
-from utils.pretraining_transforms import MultiCrop, RandAugmentTransform
+from utils.pretraining_transforms import MultiCrop, RandAugmentTransform, to_picture
 from utils.training_data import RemainingBatches
 
 PUBLISHED = ["--recipe", "diff-person", "--source", "somewhere"]
@@ -302,6 +302,11 @@ def test_crops_of_an_image():
     }
     assert not torch.equal(crops["whole"][0], crops["whole"][1])
     assert all(crop.min() >= -1 and crop.max() <= 1 and crop.std() > 0.05 for crop in crops.values())
+
+
+def test_a_tensor_is_the_picture_again():
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    assert to_picture(to_tensor(picture(), mean, std), mean, std).tobytes() == picture().tobytes()
 
 
 # BatchNorm of all processes

@@ -6,6 +6,7 @@ torchvision draws from torch's generator; here each image's draws belong to its 
 from contextlib import contextmanager
 
 import torch
+from PIL import Image
 from torchvision.transforms import v2
 
 from utils.loading import HALF, TrainTransform, to_tensor
@@ -87,3 +88,10 @@ class MultiCrop:
 
 def _odd(size):
     return max(3, size // 2 * 2 + 1)
+
+
+def to_picture(tensor, mean, std):
+    """What `to_tensor` made a tensor of: (3, H, W) -> PIL."""
+    mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+    pixels = (tensor.detach().cpu().float() * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())

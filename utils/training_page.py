@@ -19,9 +19,13 @@ WORDS = {
     "loss_triplet": "Images of one identity nearer than those of others.",
     "loss_centre": "Distance of images to the centre of their identity.",
     "loss_ldm": "Noise prediction of the diffusion model.",
+    "accuracy": "Share of images whose identity is told; of mixed images, by the shares of both.",
+    "teacher_entropy": "Of the teacher's answers; near 0 or near the logarithm of their number it has collapsed.",
     "grad_norm": "Length of the gradient, before any clipping.",
     "lr": "Learning rate.",
 }
+# What every line has beside the losses and measures of its training.
+PLACE = ("step", "epoch", "lr", "grad_norm")
 
 
 def before_and_after(history):
@@ -103,6 +107,7 @@ def add_losses(report, lines):
     if not lines:
         return
     names = [name for name in lines[0] if name.startswith("loss") and any(line[name] for line in lines)]
+    names += [name for name in lines[0] if name not in (*names, *PLACE) and not name.startswith("loss")]
     steps = [line["step"] for line in lines]
     report.section("Training", f"{len(lines):,} steps; long curves show means of neighbouring steps.")
     charts = []
