@@ -5,7 +5,8 @@
         --backbone output/pretrain/backbone --source market1501 --data_root ~/reid --output_dir output/agw-10
 
 The first is a demo on drawn people with the shipped stand-in CLIP, about two minutes on two CPU cores; the second
-starts from a backbone of `pretrain_backbone.py`, with the values AGW was published with.
+starts from a backbone of `pretrain_backbone.py`, with the values AGW was published with. What a method makes of the
+backbone's map, and its losses:
 
     bot  mean, BNNeck                                         classes, smoothed; hard triplets, margin 0.3; centres
     agw  non-local blocks, GeM, BNNeck                        classes, smoothed; weighted triplets; centres

@@ -236,6 +236,10 @@ def test_a_frozen_backbone_stays_as_it_is(starts, train, tmp_path):
     common = [*SMALL, "--backbone", starts / "resnet", "--method", "sbs", "--lr_delay_epochs", "1"]
     common += ["--freeze_steps", "2", "--output_dir", tmp_path, "--lr_warmup_steps", "0"]
     train(*common, "--max_train_steps", "2")
+    args = parse_args(list(map(str, common)))
+    for line in log_of(tmp_path):
+        rate = args.learning_rate * delayed_cosine(line["epoch"], line["step"] - 1, args)
+        assert line["lr"] == pytest.approx(rate) and rate > 0
     wanted = ResNetModel.from_pretrained(starts / "resnet").state_dict()
 
     def moved():
