@@ -36,7 +36,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
-from safetensors import SafetensorError
 from torch import nn
 
 from utils import tiny
@@ -61,12 +60,14 @@ from utils.training import (
     build_optimizer,
     check_ranges,
     describe_origin,
+    end_with,
     gather_with_gradient,
     parse_with_recipes,
     start_accelerator,
+    tracked,
 )
 from utils.training_data import SINGLE_IMAGE_IDS, digest_of, open_source
-from utils.training_loop import train_epochs
+from utils.training_loop import name_images, train_epochs
 from utils.training_page import before_and_after, build_page, text_table
 from utils.unlabelled import open_unlabelled
 
@@ -636,7 +637,7 @@ def main(args):
         step=lambda batch: training_step(run, batch, optimizer, params),
         measure=partial(measure, run),
         before=partial(start_epoch, run, sampler),
-        rows=partial(files, run),
+        rows=partial(name_images, accelerator, both(run)),
     )
     if stopped_at:
         accelerator.print(f"SIGTERM: {stopped_at} is written; go on with --resume_from_checkpoint latest")
@@ -662,13 +663,6 @@ def training_step(run, batch, optimizer, params):
     return {"grad_norm": torch.as_tensor(0.0 if norm is None else norm, device=loss.device), **values}
 
 
-def files(run, rows):
-    """The images of a batch, of all processes, for an error."""
-    rows = run.accelerator.gather(rows.to(run.accelerator.device)).tolist()
-    images = both(run)
-    return f"Images of that batch: {', '.join(images[row]['path'] for row in sorted(set(rows)))}. "
-
-
 # What the training is made of
 
 
@@ -685,11 +679,6 @@ def introduce(args, say):
         )
     for line in describe_origin(args, args.origin):
         say(line)
-
-
-def tracked(args):
-    """The arguments as trackers take them: plain values."""
-    return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in vars(args).items()}
 
 
 def both(run):
@@ -810,16 +799,7 @@ def write_page(run, history, found, labels, features):
 
 
 def run_script(args):
-    """main, with what a user can do something about said in one line."""
-    try:
-        code = main(args)
-    except ValueError as error:
-        code = str(error)
-    except (OSError, SafetensorError) as error:
-        code = f"{error}; checkpoints and results in {args.output_dir} are as they were before"
-    except torch.OutOfMemoryError as error:
-        code = f"{error}; lower --train_batch_size {args.train_batch_size}, or add --gradient_checkpointing"
-    sys.exit(code if isinstance(code, int) else f"adapt_reid.py: {' '.join(code.split())}")
+    end_with(main, args, "adapt_reid.py")
 
 
 if __name__ == "__main__":
