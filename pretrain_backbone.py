@@ -192,7 +192,10 @@ def build_parser():
     group.add_argument("--mixup", type=float, default=0.0, help="classification: alpha of Mixup; default 0, none")
     group.add_argument("--cutmix", type=float, default=0.0, help="classification: alpha of CutMix; default 0, none")
     group.add_argument(
-        "--randaugment_ops", type=int, default=0, help="classification: operations of RandAugment; default 0, none"
+        "--randaugment_ops",
+        type=int,
+        default=2,
+        help="classification: operations of RandAugment, 0 for none; default 2",
     )
     group.add_argument("--randaugment_magnitude", type=int, default=9, help="their strength, 0 to 30; default 9")
     group.add_argument("--erasing", type=float, default=0.25, help="probability of random erasing; default 0.25")
@@ -659,8 +662,14 @@ def build_transform(args, backbone):
             padding=args.padding,
             erasing=args.erasing,
         )
-    half = args.resolution if isinstance(backbone, ClipBackbone) else [side // 2 for side in args.resolution]
-    return MultiCrop(args.resolution, args.local_resolution or half, mean, std, num_parts=args.local_crops)
+    of_one_size = isinstance(backbone, ClipBackbone)
+    parts = args.local_resolution or [side if of_one_size else side // 2 for side in args.resolution]
+    if of_one_size and list(parts) != list(args.resolution):
+        raise ValueError(
+            f"--local_resolution {' '.join(map(str, parts))}: CLIP takes images of one size; leave it out, or "
+            "choose a ResNet or a Swin"
+        )
+    return MultiCrop(args.resolution, parts, mean, std, num_parts=args.local_crops)
 
 
 def optimizer_of(args, model):

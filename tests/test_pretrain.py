@@ -475,6 +475,19 @@ def test_bad_input_is_told_in_one_line(tmp_path, monkeypatch):
     assert "no checkpoint 'checkpoint-7'" in refused(*SMALL, *out, "--resume_from_checkpoint", "checkpoint-7")
 
 
+def test_crops_of_clip_have_its_size(tmp_path):
+    clip = ["--backbone", tiny.CLIP_DIR, "--local_resolution", "32", "16", "--output_dir", tmp_path / "out"]
+    assert "CLIP takes images of one size" in refused(*SMALL, *DINO, *clip)
+
+
+def test_weights_of_another_memory_layout_are_saved_alike(tmp_path):
+    backbone = open_backbone("resnet-small", (64, 32), from_scratch=True)
+    wanted = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+    pretrain_backbone.save_backbone(backbone.to(memory_format=torch.channels_last), tmp_path / "backbone", "card")
+    found = load_backbone(tmp_path / "backbone", (64, 32)).model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
 def test_going_on_with_other_arguments_names_them(finished, tmp_path):
     folder = tmp_path / "out"
     shutil.copytree(finished, folder)
