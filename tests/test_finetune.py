@@ -175,6 +175,14 @@ def test_two_images_are_kept_of_those_that_have_two():
     assert len(subset(train.select(rows), image_fraction=0.01)) == 3
 
 
+def test_many_identities_of_few_images_take_nothing_from_one_of_many():
+    train = load_reid("synthetic", domain="a", num_ids=13, images_per_id=40)["train"]
+    labels = labels_of(train)
+    rows = [row for label in range(13) for row in (labels == label).nonzero()[0][: 40 if label == 0 else 3]]
+    kept = subset(train.select(rows), image_fraction=0.25, min_images=2)
+    assert torch.from_numpy(labels_of(kept)).bincount().tolist() == [10] + [2] * 12
+
+
 # The method
 
 

@@ -230,11 +230,12 @@ def labels_of(dataset):
     return np.array([labels[key] for key in people], dtype=np.int64)
 
 
-def subset(data, *, image_fraction=None, identity_fraction=None, min_images=1, seed=0):
+def subset(data, *, image_fraction=None, identity_fraction=None, min_images=None, seed=0):
     """A part of the training images: `image_fraction` for few-shot, `identity_fraction` for small-scale.
 
     A part is the beginning of one seeded order, so that smaller parts lie inside larger ones. Every identity that
-    stays keeps its share of images, and at least `min_images` of those it has. Of a `DatasetDict` only `train` is cut.
+    stays keeps its share of images, and one at least: the sum is the fraction of all. With `min_images` every identity
+    keeps its own fraction, or so many of those it has where that is more. Of a `DatasetDict` only `train` is cut.
     """
     for name, value in (("image_fraction", image_fraction), ("identity_fraction", identity_fraction)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -252,20 +253,22 @@ def subset(data, *, image_fraction=None, identity_fraction=None, min_images=1, s
     people = sorted(images, key=lambda person: draw(seed, *person))
     if identity_fraction is not None:
         people = people[: max(1, round(identity_fraction * len(people)))]
-    order = []
+    order, least = [], []
     for person in people:
-        # Each identity's images are spread over the order at its own phase, so that rounding favours nobody; the
-        # first ones of everyone come before all others.
+        # Each identity's images are spread over the order at its own phase, so that rounding favours nobody.
         phase = int.from_bytes(draw(seed, *person)[:6], "big") / 2**48
-        ranked = sorted(images[person])
-        order += [
-            ((rank + phase) / len(ranked) if rank >= min_images else -1.0, row) for rank, (_, row) in enumerate(ranked)
-        ]
-    order.sort()
-    if image_fraction is not None:
-        least = sum(min(min_images, len(images[person])) for person in people)
-        order = order[: max(least, round(image_fraction * len(order)))]
-    return data.select(sorted(row for _, row in order))
+        rows = [row for _, row in sorted(images[person])]
+        order += [((rank + phase) / len(rows), rank, row) for rank, row in enumerate(rows)]
+        least += rows[: min_images or 1]
+    if image_fraction is None:
+        return data.select(sorted(row for *_, row in order))
+    if min_images is None:
+        # The first of everyone comes before all others.
+        order.sort(key=lambda one: (one[1] > 0, one))
+        kept = order[: max(len(people), round(image_fraction * len(order)))]
+    else:
+        kept = [one for one in order if one[0] < image_fraction]
+    return data.select(sorted({row for *_, row in kept} | set(least)))
 
 
 def draw(seed, *words):
