@@ -407,9 +407,9 @@ def distillation_loss(student, teacher, centre, student_temperature, teacher_tem
     told = (student / student_temperature).log_softmax(-1)
     # [teacher's crops, student's crops]: means over the batch; a crop is not compared with itself.
     losses = -torch.einsum("tbk,sbk->ts", wanted, told) / wanted.shape[1]
-    others = torch.ones_like(losses, dtype=torch.bool).fill_diagonal_(False)
-    entropy = torch.special.entr(wanted).sum(-1).mean()
-    return losses[others].mean(), entropy
+    itself = torch.eye(*losses.shape, dtype=torch.bool, device=losses.device)
+    loss = losses.masked_fill(itself, 0.0).sum() / (losses.numel() - len(losses))
+    return loss, torch.special.entr(wanted).sum(-1).mean()
 
 
 # Training
