@@ -354,6 +354,16 @@ def test_two_processes_train_as_one(small, finished, tmp_path, kind):
     assert max(float((first[name].float() - second[name].float()).abs().max()) for name in first) < 2e-3
 
 
+@pytest.mark.slow
+def test_a_resnet_on_two_processes(small, train, tmp_path):
+    """Norms of two and of three domains inside the backbone, each over both processes."""
+    common = [*small, *KINDS["idm"], "--num_train_epochs", "1", "--backbone", resnet(tmp_path / "resnet")]
+    train(*common, "--output_dir", tmp_path / "one")
+    launch(*common, "--train_batch_size", "4", "--output_dir", tmp_path / "two", processes=2)
+    for left, right in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert left == pytest.approx(right, rel=1e-3, abs=1e-3)
+
+
 def test_half_precision(small, finished, train, tmp_path):
     train(*small, *KINDS["idm"], "--mixed_precision", "bf16", "--max_train_steps", "1", "--output_dir", tmp_path)
     (line,), wanted = log_of(tmp_path), log_of(finished / "idm")[0]

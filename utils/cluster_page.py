@@ -9,11 +9,11 @@ from utils.reporting import Tile, data_uri
 
 BINS = 40
 SHOWN, PICTURES = 3, 8
-WORDS = {
-    "clusters": "Clusters that were found.",
-    "noise": "Share of the images that are in no cluster.",
-    "ari": "Adjusted Rand index with the true identities; an image of the noise counts as a cluster of its own.",
-    "nmi": "Normalised mutual information with the true identities.",
+CURVES = {
+    "clusters": ("Clusters", "Clusters that were found."),
+    "noise": ("Noise", "Share of the images that are in no cluster."),
+    "ari": ("ARI", "Adjusted Rand index with the true identities; an image in no cluster counts as one of its own."),
+    "nmi": ("NMI", "Normalised mutual information with the true identities."),
 }
 
 
@@ -35,10 +35,11 @@ def add_clusters(report, records, found=None):
     )
     epochs = [record["epoch"] for record in records]
     charts = []
-    for name, words in WORDS.items():
-        if records[-1].get(name) is not None:
-            values = [record[name] for record in records]
-            chart = line_chart([(name, epochs, values)], title=name, x_label="epoch", y_label=name, dots=True)
+    for key, (name, words) in CURVES.items():
+        if records[-1].get(key) is not None:
+            series = [(name, epochs, [record[key] for record in records])]
+            percent = key == "noise"
+            chart = line_chart(series, title=name, x_label="epoch", y_label=name, percent=percent, dots=True)
             charts.append((chart, words))
     if found is not None:
         counts = torch.histc(found.reach.float(), BINS, 0, 1).tolist()
