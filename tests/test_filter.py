@@ -1,0 +1,293 @@
+"""filter_generated.py: scores against formulas, the choice, interruptions, processes, what comes out, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from PIL import Image
+from transformers import CLIPModel, CLIPProcessor
+
+import filter_generated as script
+from utils import filtering, generated_images, tiny
+from utils.datasets import load_reid
+from utils.drawn_generated import BROKEN, World, write_drawn
+from utils.modeling import ReIDModel
+
+ROOT = Path(__file__).parent.parent
+SOURCE = "synthetic:domain=a,num_ids=4,images_per_id=6"
+PIECE = 8
+SMALL = ["--source", SOURCE, "--resolution", "64", "32", "--num_train_epochs", "1", "--train_batch_size", "8"]
+SMALL += ["--eval_batch_size", "8", "--dataloader_num_workers", "0"]
+COLUMNS = ["path", "clip_score", "cctf_score", "reid_score", "reid_match", "nearest", "perceptual_hash", "error"]
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(generated_images, "PIECE", PIECE)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    return write_drawn(tmp_path_factory.mktemp("drawn") / "set", World(num_ids=4)).parent
+
+
+def run(generated, output_dir, *more):
+    # accelerate keeps one precision for the life of a process.
+    AcceleratorState._reset_state(True)
+    arguments = ["--generated", generated, "--output_dir", output_dir, *SMALL, *more]
+    try:
+        return script.main(script.parse_args([str(one) for one in arguments]))
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def whole(drawn, tmp_path_factory):
+    """An unbroken run that trains its models."""
+    folder = tmp_path_factory.mktemp("whole")
+    before, generated_images.PIECE = generated_images.PIECE, PIECE
+    run(drawn, folder, "--keep_fraction", "0.5")
+    generated_images.PIECE = before
+    return folder
+
+
+def trained(whole):
+    names = {"reid_model": "reid-synthetic-a", "classifier_model": "classifier-synthetic-a"}
+    return [word for flag, name in names.items() for word in (f"--{flag}", str(whole / "models" / name))]
+
+
+def table(folder, columns=None):
+    return pq.read_table(folder / "scores.parquet", columns=columns)
+
+
+def same_scores(one, other):
+    for name in COLUMNS:
+        left, right = (table(folder)[name] for folder in (one, other))
+        if pa.types.is_floating(left.type):
+            left, right = (np.array(side.to_pylist(), float) for side in (left, right))
+            np.testing.assert_allclose(left, right, atol=1e-5)
+        else:
+            assert left.equals(right), name
+
+
+def test_scores_are_those_of_the_formulas(drawn, whole):
+    rows = [row for row in table(whole).to_pylist() if row["error"] is None]
+    pictures = [Image.open(drawn / row["path"]).convert("RGB") for row in rows]
+    train = load_reid(SOURCE)["train"]
+    pids = np.array(train["pid"][:])
+    clip, processor = CLIPModel.from_pretrained(tiny.CLIP_DIR), CLIPProcessor.from_pretrained(tiny.CLIP_DIR)
+    sentences = ["a photo of a person", *script.OTHER_SENTENCES]
+    reid = ReIDModel.from_pretrained(whole / "models" / "reid-synthetic-a").eval()
+    classifier = ReIDModel.from_pretrained(whole / "models" / "classifier-synthetic-a").eval()
+
+    def seen_by(model, images):
+        transform = script.transform_of(model)
+        return torch.stack([transform(image.convert("RGB")) for image in images])
+
+    with torch.no_grad():
+        inputs = processor(text=sentences, images=pictures, padding=True, return_tensors="pt")
+        person = clip(**inputs).logits_per_image.softmax(1)[:, 0]
+        raw = classifier.backbone(seen_by(classifier, pictures))
+        shares = classifier.neck(raw)[1].softmax(1)
+        cosines = reid(seen_by(reid, pictures)) @ reid(seen_by(reid, train["image"][:])).T
+    for number, row in enumerate(rows):
+        own = sorted((cosines[number].numpy())[pids == row["pid"]])[-3:]
+        label = sorted(set(pids)).index(row["pid"])
+        assert row["clip_score"] == pytest.approx(person[number].item(), abs=1e-4)
+        assert row["cctf_score"] == pytest.approx(shares[number, label].item(), abs=1e-4)
+        assert row["reid_score"] == pytest.approx(float(np.mean(own)), abs=1e-4)
+        top = train["path"][:].index(row["nearest"])
+        assert cosines[number, top] == pytest.approx(cosines[number].max().item(), abs=1e-4)
+        assert row["reid_match"] == (pids[top] == row["pid"])
+
+
+def test_reid_scores_of_made_up_features():
+    generator = torch.Generator().manual_seed(0)
+    features, gallery = (F.normalize(torch.randn(n, 16, generator=generator), dim=1) for n in (7, 11))
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 2])
+    gallery_labels = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2, 1, 1, 1])
+    scores, nearest, match = script.reid_scores(features, labels, gallery, gallery_labels)
+    for row, label in enumerate(labels.tolist()):
+        cosines = [float(features[row] @ one) for one in gallery]
+        own = sorted(one for one, its in zip(cosines, gallery_labels.tolist(), strict=True) if its == label)
+        assert scores[row].item() == pytest.approx(np.mean(own[-3:]), abs=1e-5)
+        assert nearest[row] == np.argmax(cosines)
+        assert match[row] == (gallery_labels[nearest[row]] == label)
+
+
+def test_calibration_scores_of_made_up_features():
+    generator = torch.Generator().manual_seed(1)
+    features = F.normalize(torch.randn(12, 8, generator=generator), dim=1)
+    labels, held_out = torch.arange(12) % 3, torch.arange(12) >= 9
+    genuine, impostor = script.calibration_scores(features, labels, held_out)
+    want = {True: [], False: []}
+    for query in range(9, 12):
+        for label in range(3):
+            own = [float(features[query] @ features[row]) for row in range(9) if labels[row] == label]
+            want[bool(labels[query] == label)].append(np.mean(sorted(own)[-3:]))
+    np.testing.assert_allclose(sorted(genuine), sorted(want[True]), atol=1e-5)
+    np.testing.assert_allclose(sorted(impostor), sorted(want[False]), atol=1e-5)
+
+
+def test_what_does_not_decode_is_rejected_with_its_reason(whole):
+    rows = table(whole).to_pylist()
+    bad = [row for row in rows if row["error"]]
+    assert len(bad) == 2 and all(row["truth"] == BROKEN and not row["kept"] for row in bad)
+    assert {row["rejected"] for row in bad} == {filtering.UNREADABLE}
+    assert json.loads((whole / "summary.json").read_text())["rejected"][filtering.UNREADABLE] == 2
+
+
+def test_choosing_again_loads_no_model(drawn, whole, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a model is loaded")
+
+    before = table(whole, COLUMNS)
+    for kind in (ReIDModel, CLIPModel):
+        monkeypatch.setattr(kind, "from_pretrained", refuse)
+    run(drawn, whole, "--filter", "clip", "--threshold", "0.0", "--target_per_id", "3")
+    rows = table(whole).to_pylist()
+    for pid in (0, 2, 4, 6):
+        mine = [row for row in rows if row["pid"] == pid and row["error"] is None]
+        best = sorted(mine, key=lambda row: -row["clip_score"])[:3]
+        assert {row["path"] for row in mine if row["kept"]} == {row["path"] for row in best}
+    assert table(whole, COLUMNS).equals(before)
+    assert len(load_reid(str(whole / "dataset"))["train"]) == 12
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_the_set_opens_everywhere_and_holds_the_very_files(drawn, whole, kind):
+    run(drawn, whole, "--keep_fraction", "0.5", "--format", kind)
+    kept = {row["path"]: row for row in table(whole).to_pylist() if row["kept"]}
+    opened = load_reid(str(whole / "dataset"))["train"]
+    assert sorted(opened["path"][:]) == sorted(kept)
+    for row in opened:
+        assert row["pid"] == kept[row["path"]]["pid"] and row["domain"] == "synthetic-a"
+        with Image.open(drawn / row["path"]) as image:
+            np.testing.assert_array_equal(np.array(row["image"]), np.array(image.convert("RGB")))
+    plain = datasets.load_dataset(str(whole / "dataset"), split="train", cache_dir=str(whole / "cache" / kind))
+    assert len(plain) == len(kept) and all(plain["synthetic"][:])
+    card = (whole / "dataset" / "README.md").read_text()
+    assert f"{len(kept)} images" in card and str(whole.parent) not in card
+    assert "Disagreements" in (whole / "report.html").read_text()
+
+
+CHILD = """
+import os, signal, sys
+from utils import filter_scoring, generated_images
+import filter_generated
+generated_images.PIECE = {piece}
+write, left = filter_scoring.pq.write_table, [{stop}]
+def write_table(*args, **options):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(*args, **options)
+filter_scoring.pq.write_table = write_table
+filter_generated.main(filter_generated.parse_args(sys.argv[1:]))
+"""
+
+
+def child(tmp_path, generated, output_dir, *more, stop=0, launcher=()):
+    code = tmp_path / "child.py"
+    code.write_text(CHILD.format(piece=PIECE, stop=stop))
+    command = [sys.executable, *launcher, code, "--generated", generated, "--output_dir", output_dir, *SMALL, *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_killed_in_the_middle_it_goes_on_to_the_same_scores(drawn, whole, tmp_path):
+    folder = tmp_path / "out"
+    more = [*trained(whole), "--keep_fraction", "0.5"]
+    killed = child(tmp_path, drawn, folder, *more, stop=3)
+    assert killed.returncode == -signal.SIGKILL
+    pieces = sorted(path.name for path in (folder / ".pieces").glob("*.parquet"))
+    assert pieces == ["00000000.parquet", "00000008.parquet"] and not (folder / "scores.parquet").exists()
+    run(drawn, folder, *more)
+    same_scores(whole, folder)
+    assert not (folder / ".pieces").exists()
+
+
+def test_two_processes_give_the_same_scores(drawn, whole, tmp_path):
+    folder = tmp_path / "out"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = child(tmp_path, drawn, folder, *trained(whole), "--keep_fraction", "0.5", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    same_scores(whole, folder)
+
+
+def test_nothing_left_keeps_the_scores_and_names_a_threshold(drawn, whole, tmp_path):
+    folder = tmp_path / "out"
+    with pytest.raises(ValueError, match="nothing is left of 40 images") as error:
+        run(drawn, folder, *trained(whole), "--threshold", "1.5")
+    same_scores(whole, folder)
+    assert not (folder / "dataset").exists()
+    words = str(error.value).split("--threshold ")[1].split(" ")[0]
+    run(drawn, folder, *trained(whole), "--threshold", words)
+    rows = table(folder).to_pylist()
+    could = sum(bool(row["reid_match"]) for row in rows)
+    assert sum(row["kept"] for row in rows) == max(1, could // 2)
+
+
+def test_scores_of_other_models_are_refused(drawn, whole):
+    with pytest.raises(ValueError, match="scores of other models or images: reid_model was 'trained'"):
+        run(drawn, whole, *trained(whole)[:2], "--keep_fraction", "0.5")
+    with pytest.raises(ValueError, match="seed was 0 and is 3"):
+        run(drawn, whole, "--seed", "3", "--keep_fraction", "0.5")
+
+
+def test_the_source_is_found_in_the_generated_folder(drawn, tmp_path):
+    (drawn / "args.json").write_text(json.dumps({"arguments": {"source": ["synthetic:domain=b,num_ids=4"]}}))
+    args = script.parse_args(["--generated", str(drawn), "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="has images of synthetic-a, --source only synthetic-b"):
+        script.main(args)
+    (drawn / "args.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--source", "synthetic:domain=a,num_ids=2"], "2 identities that the source does not have"),
+        (["--threshold", "other=0.5"], "'other' is not both named there and a source"),
+        (["--reid_model", "a", "b", "c"], "names 3 models for 1 sources"),
+        (["--clip_model", "nowhere/at/all"], "--clip_model: no model at 'nowhere/at/all'"),
+        (["--reid_model", str(tiny.CLIP_DIR)], "is a clip model, expected"),
+        (["--source", SOURCE, "--holdout_fraction", "0"], "so --false_match_rate cannot be calibrated"),
+    ],
+)
+def test_bad_data_and_models(drawn, whole, tmp_path, flags, words):
+    more = trained(whole) if "calibrated" in words else []
+    with pytest.raises(ValueError, match=words):
+        run(drawn, tmp_path / "out", *more, *flags)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--source", SOURCE], "without --generated"),
+        (["--threshold", "0.5", "--keep_fraction", "0.5"], "both set the threshold"),
+        (["--threshold", "much"], "'much' is not as expected"),
+        (["--threshold", "0.5", "a=0.4"], "give one kind"),
+        (["--keep_fraction", "1.5"], "at most 1"),
+        (["--filter", "clip"], "needs --threshold"),
+        (["--filter", "clip", "--clip_model", "none", "--threshold", "0"], "cannot choose without its model"),
+        (["--filter", "cctf", "--false_match_rate", "0.1"], "is calibrated for --filter reid"),
+        (["--holdout_fraction", "1"], "below 1"),
+        (["--train_batch_size", "6"], "no multiple"),
+        (["--min_per_id", "0"], "--min_per_id must be 1 or more"),
+    ],
+)
+def test_bad_flags(flags, words, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(flags)
+    assert words in capsys.readouterr().err

@@ -1,0 +1,145 @@
+"""Choosing among scored images, and reading generated sets, against hand-made cases and brute force."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from utils import filtering, generated_images
+from utils.drawn_generated import TRUTHS, World, draw, write_drawn
+from utils.generated_images import open_generated
+
+
+def scores(person, values, *, sound=None, match=None, source=None, hashes=None):
+    count = len(person)
+    given = {"clip": np.full(count, np.nan, np.float32), "cctf": np.full(count, np.nan, np.float32)}
+    source = np.zeros(count, np.int16) if source is None else np.array(source, np.int16)
+    domains = [f"d{number}" for number in range(source.max() + 1)]
+    return filtering.Scores(
+        people=[("d0", number) for number in range(max(person) + 1)],
+        domains=domains,
+        person=np.array(person, np.int32),
+        source=source,
+        sound=np.ones(count, bool) if sound is None else np.array(sound),
+        match=np.ones(count, bool) if match is None else np.array(match),
+        hashes=np.zeros(count, np.uint64) if hashes is None else np.array(hashes, np.uint64),
+        values=given | {"reid": np.array(values, np.float32)},
+    )
+
+
+def test_reasons_come_in_order():
+    found = scores([0] * 6, [0.9, 0.8, 0.7, 0.1, 0.6, 0.5], sound=[0, 1, 1, 1, 1, 1], match=[1, 0, 1, 1, 1, 1])
+    found.sound = found.sound.astype(bool)
+    found.match = found.match.astype(bool)
+    choice = filtering.choose(found, "reid", {"d0": 0.4}, target_per_id=2)
+    words = [filtering.REASONS[number] for number in choice.reason]
+    assert words == [filtering.UNREADABLE, filtering.STRANGER, "", filtering.BELOW, "", filtering.SURPLUS]
+    assert choice.kept.tolist() == [False, False, True, False, True, False]
+
+
+def test_doubles_go_before_the_count_and_small_identities_last():
+    hashes = [0b0, 0b1, 0b111111, 0b0, 0b0]
+    found = scores([0, 0, 0, 1, 1], [0.5, 0.9, 0.4, 0.3, 0.2], hashes=hashes)
+    duplicates = filtering.duplicate_finder(found, "perceptual", 1, None)
+    choice = filtering.choose(found, "reid", {"d0": 0.0}, min_per_id=2, duplicates=duplicates)
+    words = [filtering.REASONS[number] for number in choice.reason]
+    assert words == [filtering.DOUBLE, "", "", filtering.FEW, filtering.DOUBLE]
+
+
+def test_feature_doubles():
+    features = np.array([[1, 0], [1, 0.01], [0, 1]], np.float16)
+    found = scores([0, 0, 0], [0.5, 0.6, 0.7])
+    duplicates = filtering.duplicate_finder(found, "feature", None, features)
+    choice = filtering.choose(found, "reid", {"d0": 0.0}, duplicates=duplicates)
+    assert choice.kept.tolist() == [False, True, True]
+
+
+def test_a_double_of_a_dropped_double_stays():
+    distances = np.array([[0, 1, 2], [1, 0, 1], [2, 1, 0]])
+    assert filtering.repeated(distances, 1).tolist() == [False, True, False]
+
+
+def test_thresholds_of_each_source():
+    found = scores([0] * 8, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], source=[0, 0, 0, 0, 1, 1, 1, 1])
+    shares = {"d0": 0.5, "d1": 0.25}
+    limits = filtering.thresholds_of(found, "reid", keep_fraction=shares)
+    choice = filtering.choose(found, "reid", limits)
+    assert choice.kept.tolist() == [False, False, True, True, False, False, False, True]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01, 0.1, 0.5, 1.0])
+def test_calibrated_threshold_is_the_least_that_keeps_the_rate(rate):
+    impostors = np.random.default_rng(0).normal(size=203).round(1).astype(np.float32)
+    threshold = filtering.calibrated(impostors, rate)
+    assert (impostors >= threshold).mean() <= rate
+    lower = impostors[impostors < threshold]
+    assert not len(lower) or (impostors >= lower.max()).mean() > rate
+
+
+def test_area_under_curve_by_counting_pairs():
+    rng = np.random.default_rng(1)
+    values, good = rng.integers(0, 9, 60).astype(float), rng.random(60) < 0.4
+    pairs = [(one > other) + 0.5 * (one == other) for one in values[good] for other in values[~good]]
+    assert filtering.area_under_curve(values, good) == pytest.approx(np.mean(pairs))
+    assert filtering.area_under_curve(values, np.ones(60, bool)) is None
+
+
+def test_share_below():
+    assert filtering.share_below([3, 1, 5, 5], [1, 2, 5, 6]) == [0.0, 0.25, 0.5, 1.0]
+
+
+def test_perceptual_hash_knows_a_smaller_copy_from_another_picture():
+    (one, _), (other, _) = (draw(World(), pid, 1) for pid in (0, 2))
+    codes = [filtering.perceptual_hash(image) for image in (one, one.resize((48, 96), Image.Resampling.BOX), other)]
+    bits = filtering.hash_distances(np.array(codes, np.uint64))
+    assert bits[0, 1] <= 4 < bits[0, 2]
+    assert bits[0, 2] == bin(codes[0] ^ codes[2]).count("1")
+
+
+def test_pieces_do_not_depend_on_groups_of_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(generated_images, "PIECE", 7)
+    file = write_drawn(tmp_path / "set", World(num_ids=2))
+    table = pq.read_table(file)
+    pq.write_table(table, file, row_group_size=3)
+    opened = open_generated(str(tmp_path / "set"))
+    pieces = list(opened.pieces())
+    assert [(start, len(part)) for start, part, _ in pieces] == [(0, 7), (7, 7), (14, 6)]
+    names = [name for _, part, _ in pieces for name in part["path"].to_pylist()]
+    assert names == table["path"].to_pylist() and len(opened) == 20
+    read = [one() for _, _, readers in opened.pieces({7}) for one in readers or ()]
+    assert read == [(tmp_path / "set" / name).read_bytes() for name in names[7:14]]
+    assert opened.counts == {("synthetic-a", 0): 10, ("synthetic-a", 2): 10}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda table: table.drop_columns(["pid"]), "needs the columns path"),
+        (lambda table: pa.concat_tables([table, table.slice(0, 1)]), "names an image twice"),
+        (lambda table: table.slice(0, 0), "holds no images"),
+        (lambda table: table.set_column(2, "pid", pa.array(["x"] * len(table))), "must hold whole numbers"),
+        (lambda table: table.drop_columns(["domain"]), "there are 0 sources"),
+    ],
+)
+def test_tables_that_are_not_as_expected(tmp_path, change, words):
+    file = write_drawn(tmp_path / "set", World(num_ids=1))
+    pq.write_table(change(pq.read_table(file)), file)
+    with pytest.raises(ValueError, match=words):
+        open_generated(str(tmp_path / "set"))
+
+
+def test_files_outside_the_folder_are_refused(tmp_path):
+    file = write_drawn(tmp_path / "set", World(num_ids=1))
+    table = pq.read_table(file)
+    names = pa.array(["../secret.jpg", *table["file_name"].to_pylist()[1:]])
+    pq.write_table(table.set_column(0, "file_name", names), file)
+    with pytest.raises(ValueError, match="secret"):
+        list(open_generated(str(tmp_path / "set")).pieces())
+
+
+def test_drawn_images_are_the_same_everywhere_and_of_every_kind():
+    found = [draw(World(num_ids=3), 2, number) for number in range(10)]
+    again = [draw(World(num_ids=3), 2, number) for number in range(10)]
+    assert {truth for _, truth in found} == set(TRUTHS)
+    assert all(one[0].tobytes() == other[0].tobytes() for one, other in zip(found, again, strict=True))

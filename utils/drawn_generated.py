@@ -1,0 +1,134 @@
+"""A generated set drawn by code, so that what a filter should say of every image is known.
+
+It has the files and columns of a set by `train_dreambooth_reid.py`, and one column more, `truth`.
+"""
+
+import dataclasses
+import random
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageFilter
+
+from utils.domains import DOMAINS
+from utils.generated_set import METADATA, image_path, save_image
+from utils.scenery import background, draw_image
+from utils.synthetic import SIZE, camera_of, person, pose_of, render
+from utils.worklist import sync
+
+SOURCE, NEW, WRONG, BROKEN, NOBODY = (
+    "right, as in the source",
+    "right, new scene",
+    "wrong identity",
+    "broken",
+    "nobody",
+)
+TRUTHS = (SOURCE, NEW, WRONG, BROKEN, NOBODY)
+# What the images of an identity are, over and over.
+CYCLE = (NEW, SOURCE, WRONG, NEW, BROKEN, SOURCE, WRONG, NEW, NOBODY, BROKEN)
+SCENES = "bcde"
+PIECE = 8
+SCHEMA = METADATA.append(pa.field("truth", pa.string()))
+# Pictures of the source have the first numbers.
+FIRST_INDEX = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Which people of the synthetic world to draw."""
+
+    domain: str = "a"
+    num_ids: int = 32
+    images_per_id: int = 10
+    seed: int = 0
+
+
+def draw(world, pid, number):
+    """(picture, truth) of one generated image; None for a file that is to be damaged."""
+    truth = CYCLE[number % len(CYCLE)]
+    rng = random.Random(f"generated/{world}/{pid}/{number}")
+    index = FIRST_INDEX + number
+    if truth == NOBODY:
+        return empty_scene(rng), truth
+    if truth == WRONG:
+        others = [other for other in range(0, 2 * world.num_ids, 2) if other != pid] or [pid + 1]
+        pid = rng.choice(others)
+    scene = (
+        world.domain if truth in (SOURCE, BROKEN) or (truth == WRONG and rng.random() < 0.4) else rng.choice(SCENES)
+    )
+    picture = in_scene(world, pid, scene, index)
+    return (broken(picture, rng) if truth == BROKEN else picture), truth
+
+
+def in_scene(world, pid, scene, index):
+    """A person of the world in a scene that may be another domain's."""
+    if scene == world.domain:
+        return render(scene, pid, camera_of(scene, pid, index, world.seed), index, world.seed)
+    camid = camera_of(scene, pid, index, world.seed)
+    pose, rng = pose_of(scene, pid, camid, index, world.seed)
+    return draw_image(person(world.domain, pid, world.seed), pose, DOMAINS[scene]["cameras"][camid], rng, SIZE)
+
+
+def empty_scene(rng):
+    camera = rng.choice(DOMAINS[rng.choice(SCENES)]["cameras"])
+    height, width = SIZE
+    scene = background(camera["style"], camera["variant"], width * 6, height * 2)
+    left = rng.randint(0, scene.width - 2 * width)
+    return scene.crop((left, 0, left + 2 * width, 2 * height)).resize((width, height), Image.Resampling.BOX)
+
+
+def broken(picture, rng):
+    """What goes wrong in sampling: pieces that do not fit together, a person dissolved, nothing but noise."""
+    width, height = picture.size
+    kind = rng.choice(("pieces", "dissolved", "noise"))
+    if kind == "noise":
+        noise = Image.frombytes("RGB", picture.size, rng.randbytes(3 * width * height))
+        return Image.blend(picture, noise.filter(ImageFilter.GaussianBlur(1.5)), 0.93)
+    if kind == "dissolved":
+        return picture.resize((2, 3), Image.Resampling.BOX).resize(picture.size, Image.Resampling.BICUBIC)
+    corners = [(left, top) for top in range(0, height, PIECE) for left in range(0, width, PIECE)]
+    mixed = Image.new("RGB", picture.size)
+    for (left, top), place in zip(rng.sample(corners, len(corners)), corners, strict=True):
+        mixed.paste(picture.crop((left, top, left + PIECE, top + PIECE)).rotate(rng.choice((0, 90, 180))), place)
+    return mixed
+
+
+def write_drawn(folder, world=World(), *, num_damaged=2, size=None):
+    """The set in `folder`, written aside and renamed; left alone where it is already there. Returns its metadata file.
+
+    The last `num_damaged` files are cut off in the middle. `size` (height, width) is another size than the drawn.
+    """
+    folder = Path(folder)
+    if (folder / "metadata.parquet").is_file():
+        return folder / "metadata.parquet"
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    total = world.num_ids * world.images_per_id
+    with pq.ParquetWriter(aside / "metadata.parquet", SCHEMA) as writer:
+        for person_number in range(world.num_ids):
+            pid, rows = 2 * person_number, []
+            for number in range(world.images_per_id):
+                picture, truth = draw(world, pid, number)
+                if size is not None:
+                    picture = picture.resize(size[::-1], Image.Resampling.BOX)
+                name = image_path(f"synthetic-{world.domain}/{pid:04d}", number, "jpg")
+                path = aside / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_image(picture, path, quality=95, prompt="a photo of a person", seed=number, model="drawn")
+                if person_number * world.images_per_id + number >= total - num_damaged:
+                    path.write_bytes(path.read_bytes()[:200])
+                    truth = BROKEN
+                rows.append(metadata_of(world, pid, number, name, truth))
+            writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+    sync(aside / "metadata.parquet")
+    aside.rename(folder)
+    return folder / "metadata.parquet"
+
+
+def metadata_of(world, pid, number, name, truth):
+    fixed = {"prompt": "a photo of a person", "steps": 0, "guidance": 0.0, "model": "drawn", "synthetic": True}
+    labels = {"pid": pid, "domain": f"synthetic-{world.domain}", "camid": -1, "seed": number, "truth": truth}
+    return {"file_name": name, "path": name} | labels | fixed

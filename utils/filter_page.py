@@ -1,0 +1,273 @@
+"""The page of a filtered set: what each filter keeps and drops, where they disagree, scores, identities."""
+
+import io
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from utils import filtering, generated_images
+from utils.charts import histogram, line_chart
+from utils.drawn_generated import TRUTHS
+from utils.filtered_set import NAMES, TABLE_COLUMNS, number
+from utils.images import as_rgb
+from utils.reporting import Report, Tile, data_uri
+
+SHOWN = 6
+BARS = 40
+RATES = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0001)
+LABELS = {"clip": "CLIP", "cctf": "CCTF", "reid": "Re-ID CTF"}
+MAX_SOURCES = 6
+
+
+def build_page(run, scores_path, scores, choice, calibration, summary):
+    """A `Report` of scores and choice."""
+    masks = masks_of(scores, choice, summary["filter"])
+    facts = [
+        ("Generated", run.args.generated),
+        ("Source", " + ".join(run.sources)),
+        ("Filter", LABELS[summary["filter"]]),
+        ("Threshold", ", ".join(f"{domain} {number(value)}" for domain, value in choice.thresholds.items())),
+    ]
+    lead = f"{summary['kept']:,} of {summary['images']:,} generated images are kept; none of them is a photograph."
+    report = Report("Filtered people", subtitle=lead, facts=facts)
+    add_counts(report, summary)
+    truths = read_truths(scores_path)
+    if truths is not None:
+        add_truth(report, scores, choice, truths, summary["filter"])
+    pictures = Pictures(run, scores_path)
+    add_examples(report, scores, masks, pictures)
+    add_disagreements(report, scores, masks, pictures)
+    pictures.load()
+    add_histograms(report, scores, choice, summary["filter"])
+    add_calibration(report, calibration)
+    add_identities(report, scores, choice, run.sources, summary)
+    return report
+
+
+def masks_of(scores, choice, chosen):
+    """{filter: rows it keeps}; the others keep as many images as the chosen one's threshold does."""
+    floor = np.array([choice.thresholds[domain] for domain in scores.domains], np.float64)[scores.source]
+    own = filtering.eligible(scores, chosen) & (scores.values[chosen] >= floor)
+    names = [name for name in filtering.FILTERS if scores.has(name)]
+    return {name: own if name == chosen else filtering.equal_share(scores, name, int(own.sum())) for name in names}
+
+
+def add_counts(report, summary):
+    spread = summary["images_per_identity"]
+    report.section("Counts")
+    report.tiles(
+        [
+            ("kept", f"{summary['kept']:,}", f"of {summary['images']:,} images"),
+            ("identities", f"{summary['identities']:,}", f"in {len(summary['sources'])} sources"),
+            ("images an identity", f"{spread['mean']:.1f}", f"{spread['min']} to {spread['max']}"),
+        ]
+    )
+    rows = [
+        [domain, one["generated"], one["kept"], one["identities"], one["identities_without"], number(one["threshold"])]
+        for domain, one in summary["sources"].items()
+    ]
+    columns = ["source", "generated", "kept", "identities", "identities without", "threshold"]
+    report.table(
+        columns, [[row[0], *(f"{one:,}" if isinstance(one, int) else one for one in row[1:])] for row in rows]
+    )
+    rejected = [[why, f"{count:,}"] for why, count in summary["rejected"].items() if count]
+    if rejected:
+        report.table(["left out because", "images"], rejected)
+
+
+def read_truths(scores_path):
+    """The column `truth` of drawn images, or None."""
+    if "truth" not in pq.read_schema(scores_path).names:
+        return None
+    return np.array(pq.read_table(scores_path, columns=["truth"])["truth"].to_pylist(), dtype=object)
+
+
+def truth_table(scores_path, scores, choice, chosen):
+    """(columns, rows) of text: AUC of each filter, and the share it keeps of every kind; None where nobody knows."""
+    truths = read_truths(scores_path)
+    return None if truths is None else truth_rows(scores, choice, truths, chosen)
+
+
+def truth_rows(scores, choice, truths, chosen):
+    kinds = [kind for kind in TRUTHS if (truths == kind).any()]
+    good = np.array([str(truth).startswith("right") for truth in truths])
+    rows = []
+    masks = masks_of(scores, choice, chosen)
+    for name, mask in masks.items():
+        values = scores.values[name].astype(np.float64)
+        lowest = np.nanmin(np.where(np.isfinite(values), values, np.inf)) - 1
+        values = np.where(scores.sound & np.isfinite(values), values, lowest)
+        shares = [f"{100 * mask[truths == kind].mean():.0f} %" for kind in kinds]
+        rows.append([LABELS[name], f"{filtering.area_under_curve(values, good):.3f}", *shares])
+    return ["filter", "AUC", *kinds], rows
+
+
+def add_truth(report, scores, choice, truths, chosen):
+    columns, rows = truth_rows(scores, choice, truths, chosen)
+    report.section(
+        "Against the truth",
+        "These images are drawn, and what each shows is known. AUC: how often an image of the right person, whatever "
+        "the scene, scores higher than one that is wrong, broken or empty. Then the share each filter keeps of every "
+        "kind, where all of them keep as many images.",
+    )
+    report.table(columns, rows)
+
+
+class Pictures:
+    """Tiles of rows, asked for by number and filled in one pass over the set."""
+
+    def __init__(self, run, scores_path):
+        self.run, self.path, self.wanted = run, scores_path, {}
+
+    def tile(self, row, match=None):
+        tile = Tile(None, "", "", match)
+        self.wanted.setdefault(int(row), []).append(tile)
+        return tile
+
+    def load(self):
+        for start, table, readers in self.run.generated.pieces(self.starts()):
+            if table is None:
+                continue
+            scored = self.scored(start, len(table))
+            for row in [row for row in self.wanted if start <= row < start + len(table)]:
+                one = scored[row - start]
+                for tile in self.wanted[row]:
+                    tile.name = one["path"]
+                    tile.note = note_of(one)
+                    tile.uri = picture_of(readers[row - start])
+
+    def starts(self):
+        return {row - row % generated_images.PIECE for row in self.wanted}
+
+    def scored(self, start, size):
+        with pq.ParquetFile(self.path, pre_buffer=False) as file:
+            return file.read_row_group(start // generated_images.PIECE).to_pylist()[:size]
+
+
+def note_of(row):
+    words = [row["error"]] if row["error"] else []
+    for name, column in filtering.FILTERS.items():
+        if row[column] is not None:
+            words.append(f"{LABELS[name]} {row[column]:.2f}")
+    if row["reid_match"] is False:
+        words.append("nearest is another")
+    if row.get("truth"):
+        words.append(row["truth"])
+    return ", ".join(words)
+
+
+def picture_of(read):
+    try:
+        return data_uri(as_rgb(Image.open(io.BytesIO(read()))))
+    except Exception:
+        return None
+
+
+def spread_over(rows, count=SHOWN):
+    """At most `count` of the rows, evenly over their order."""
+    if len(rows) <= count:
+        return list(rows)
+    return [rows[place] for place in np.linspace(0, len(rows) - 1, count).round().astype(int)]
+
+
+def add_examples(report, scores, masks, pictures):
+    report.section(
+        "Kept and rejected",
+        "Of each filter, images next to the threshold: the least it keeps and the best it rejects, then a sample of "
+        "all it rejects. All filters keep as many images. A mark says what this filter does.",
+    )
+    for name, mask in masks.items():
+        values = scores.values[name]
+        order = np.argsort(-np.where(np.isfinite(values), values, -np.inf), kind="stable")
+        kept, dropped = order[mask[order]], order[~mask[order]]
+        groups = [
+            ("kept", "a sample", spread_over(kept), True),
+            ("kept, the least", "just above", kept[-SHOWN:], True),
+            ("rejected, the best", "just below", dropped[:SHOWN], False),
+            ("rejected", "a sample", spread_over(dropped), False),
+        ]
+        cards = [
+            {"title": f"{LABELS[name]}: {title}", "note": note, "tiles": [pictures.tile(row, match) for row in rows]}
+            for title, note, rows, match in groups
+            if len(rows)
+        ]
+        report.cards(cards)
+
+
+def add_disagreements(report, scores, masks, pictures):
+    pairs = [(one, other) for one in masks for other in masks if one != other]
+    cards, rows = [], []
+    for one, other in pairs:
+        found = np.flatnonzero(masks[one] & ~masks[other])
+        rows.append([f"{LABELS[one]} keeps, {LABELS[other]} rejects", f"{len(found):,}"])
+        tiles = [pictures.tile(row) for row in spread_over(found)]
+        if tiles:
+            note = f"{len(found):,} images"
+            cards.append({"title": f"{LABELS[one]} keeps, {LABELS[other]} rejects", "note": note, "tiles": tiles})
+    if rows:
+        report.section("Disagreements", "Where two filters differ, while both keep as many images.")
+        report.table(["between", "images"], rows)
+        report.cards(cards)
+
+
+def add_histograms(report, scores, choice, chosen):
+    report.section("Scores", "Of all images that decode, by source.")
+    charts = []
+    for name in filtering.FILTERS:
+        values = scores.values[name]
+        seen = values[np.isfinite(values)]
+        if not len(seen):
+            continue
+        low, high = (0.0, 1.0) if name != "reid" else (float(seen.min()) - 0.01, float(seen.max()) + 0.01)
+        edges = np.linspace(low, high, BARS + 1)
+        groups, markers = [], []
+        for place, domain in enumerate(scores.domains[:MAX_SOURCES]):
+            groups.append((domain, np.histogram(values[(scores.source == place) & np.isfinite(values)], edges)[0]))
+            limit = choice.thresholds[domain]
+            if name == chosen and low <= limit <= high:
+                markers.append((limit, f"threshold {limit:.2f}"))
+        chart = histogram(groups, edges.tolist(), title=LABELS[name], x_label="score", markers=markers)
+        charts.append((chart, f"{NAMES[name][:1].upper()}{NAMES[name][1:]}."))
+    report.charts(charts)
+
+
+def add_calibration(report, calibration):
+    rows = [
+        [domain, f"{rate:g}", number(threshold), "" if genuine is None else f"{100 * genuine:.1f} %"]
+        for domain, rate, threshold, genuine in filtering.calibration_rows(calibration, RATES)
+        if len(calibration[domain]["impostor"])
+    ]
+    if rows:
+        report.section(
+            "Calibration",
+            "Held-out source images against the others: at each threshold, the share of scores with other people's "
+            "images that reach it, and of those with their own. Generated images are further from the source than "
+            "these are.",
+        )
+        report.table(["source", "false-match rate", "threshold", "true-match rate"], rows)
+
+
+def add_identities(report, scores, choice, sources, summary):
+    counts = filtering.images_per_person(scores, choice.kept)
+    counts = counts[counts > 0]
+    theirs = np.concatenate([source.labels.bincount().numpy() for source in sources.values()])
+    top = int(max(counts.max(), theirs.max())) + 1
+    xs = np.unique(np.linspace(0, top, min(top + 1, 200)).round().astype(int)).tolist()
+    chart = line_chart(
+        [("kept", xs, filtering.share_below(counts, xs)), ("source", xs, filtering.share_below(theirs, xs))],
+        title="Images an identity",
+        x_label="X images",
+        y_label="identities with fewer",
+        percent=True,
+        y_range=(0, 1),
+    )
+    report.section("Identities", "The share of identities that have fewer than X images.")
+    report.charts([(chart, "Identities with no kept image are not counted.")])
+    spread = summary["distribution"]
+    rows = [
+        [str(x), f"{100 * a:.1f} %", f"{100 * b:.1f} %"]
+        for x, a, b in zip(spread["limits"], spread["kept"], spread["source"], strict=True)
+    ]
+    report.table(["X", "kept", "source"], rows)
+    report.table(["", *TABLE_COLUMNS], [["this set", *map(str, summary["row"])]], text_columns=1)

@@ -1,0 +1,115 @@
+"""Scoring a large set piece by piece: every piece is written whole or not at all, so a killed run goes on after it."""
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from tqdm.auto import tqdm
+
+from utils import filtering, generated_images
+from utils.filtered_set import write_scores
+from utils.generated_images import SCORED
+from utils.images import as_rgb, reason_of
+from utils.loading import test_transform
+from utils.reporting import write_together
+
+PIECES, SCORES, FEATURES = ".pieces", "scores.parquet", "features.npy"
+
+
+def score_pieces(folder, generated, score_piece, *, accelerator):
+    """scores.parquet and features.npy; `score_piece(table, readers)` gives the columns of `SCORED` and features.
+
+    Each process takes every n-th piece that is not there yet. All must see `folder`.
+    """
+    size = generated_images.PIECE
+    pieces = folder / PIECES
+    pieces.mkdir(parents=True, exist_ok=True)
+    starts = list(range(0, len(generated), size))
+    missing = {start for start in starts if not (pieces / f"{start:08d}.parquet").is_file()}
+    # All have looked before one writes.
+    accelerator.wait_for_everyone()
+    mine = missing & set(starts[accelerator.process_index :: accelerator.num_processes])
+    bar = tqdm(
+        total=len(generated),
+        initial=sum(min(size, len(generated) - start) for start in starts if start not in mine),
+        desc="scoring",
+        unit="image",
+        disable=None if accelerator.is_main_process else True,
+    )
+    for start, table, readers in generated.pieces(mine):
+        if table is None:
+            continue
+        columns, features = score_piece(table, readers)
+        for name, kind in zip(SCORED.names, SCORED.types, strict=True):
+            table = table.append_column(name, pa.array(columns[name], kind))
+        with write_together(pieces) as aside:
+            # np.save would put an ending of its own behind the name for now.
+            with open(aside(f"{start:08d}.npy"), "wb") as file:
+                np.save(file, features)
+            pq.write_table(table, aside(f"{start:08d}.parquet"))
+        bar.update(len(table))
+    bar.close()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        gather_pieces(folder, [pieces / f"{start:08d}" for start in starts], len(generated))
+        shutil.rmtree(pieces)
+    accelerator.wait_for_everyone()
+
+
+def gather_pieces(folder, names, size):
+    """The pieces become scores.parquet and features.npy, one piece in memory at a time; scores.parquet comes last."""
+    with write_together(folder) as aside:
+        width = np.load(f"{names[0]}.npy", mmap_mode="r").shape[1]
+        start = 0
+        with open(aside(FEATURES), "wb") as file:
+            header = {"descr": "<f2", "fortran_order": False, "shape": (size, width)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for name in names:
+                part = np.load(f"{name}.npy")
+                file.write(part.astype("<f2").tobytes())
+                start += len(part)
+        assert start == size
+        write_scores(aside(SCORES), (pq.read_table(f"{name}.parquet") for name in names))
+
+
+class Preparation:
+    """Reads an image and makes of it what each model takes: row -> (row, {model: tensor} or None, hash or reason)."""
+
+    def __init__(self, readers, models, clip_processor=None):
+        self.readers, self.clip_processor = readers, clip_processor
+        self.transforms = {name: transform_of(model) for name, model in models.items() if model is not None}
+
+    def __call__(self, row):
+        try:
+            # decoders raise whatever the parser of their format stumbles over
+            image = as_rgb(open_image(self.readers[row]()))
+        except Exception as error:
+            return row, None, reason_of(error)
+        inputs = {name: transform(image) for name, transform in self.transforms.items()}
+        if self.clip_processor is not None:
+            inputs["clip"] = self.clip_processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return row, inputs, filtering.perceptual_hash(image)
+
+
+def open_image(held):
+    image = Image.open(pa.BufferReader(held))
+    image.load()
+    return image
+
+
+def transform_of(model):
+    return test_transform(model.image_size, model.image_mean, model.image_std, model.resample)
+
+
+def batches_ahead(prepare, rows, *, batch_size, num_threads):
+    """Batches of prepared images; the threads work on the next while the models work on this one."""
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    with ThreadPoolExecutor(max(1, num_threads)) as pool:
+        waiting = [pool.submit(prepare, row) for row in batches[0]] if batches else []
+        for number in range(len(batches)):
+            following = batches[number + 1] if number + 1 < len(batches) else []
+            ready, waiting = waiting, [pool.submit(prepare, row) for row in following]
+            yield [one.result() for one in ready]

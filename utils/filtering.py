@@ -1,0 +1,244 @@
+"""Choosing among scored images: thresholds, calibration, near-duplicates, numbers for each identity.
+
+Everything here works on a few numbers an image (about 40 bytes), read from scores.parquet; no model takes part.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.parquet as pq
+
+FILTERS = {"clip": "clip_score", "cctf": "cctf_score", "reid": "reid_score"}
+UNREADABLE = "unreadable"
+STRANGER = "nearest source image shows somebody else"
+BELOW = "score below the threshold"
+DOUBLE = "near-duplicate"
+SURPLUS = "more than wanted of its identity"
+FEW = "too few left of its identity"
+REASONS = ("", UNREADABLE, STRANGER, BELOW, DOUBLE, SURPLUS, FEW)
+
+
+@dataclass
+class Scores:
+    """Columns of scores.parquet as arrays. `people` are (domain, pid); `person` and `source` number them by row."""
+
+    people: list
+    domains: list
+    person: np.ndarray
+    source: np.ndarray
+    sound: np.ndarray
+    match: np.ndarray
+    hashes: np.ndarray
+    values: dict
+
+    def __len__(self):
+        return len(self.person)
+
+    def has(self, name):
+        return bool(np.isfinite(self.values[name]).any())
+
+
+def read_scores(path):
+    """`Scores` of a parquet file, a group of rows at a time."""
+    people, domains, parts = {}, {}, []
+    columns = ["domain", "pid", "error", "reid_match", "perceptual_hash", *FILTERS.values()]
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        for batch in file.iter_batches(8192, columns=columns):
+            labels = list(zip(batch["domain"].to_pylist(), batch["pid"].to_pylist(), strict=True))
+            part = {
+                "person": np.array([people.setdefault(one, len(people)) for one in labels], np.int32),
+                "source": np.array([domains.setdefault(one, len(domains)) for one, _ in labels], np.int16),
+                "sound": batch["error"].is_null().to_numpy(zero_copy_only=False),
+                "match": batch["reid_match"].fill_null(False).to_numpy(zero_copy_only=False),
+                "hashes": batch["perceptual_hash"].fill_null(0).to_numpy(zero_copy_only=False),
+            }
+            for name, column in FILTERS.items():
+                part[name] = batch[column].cast("float32").to_numpy(zero_copy_only=False).astype(np.float32)
+            parts.append(part)
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    values = {name: arrays.pop(name) for name in FILTERS}
+    return Scores(list(people), list(domains), **arrays, values=values)
+
+
+@dataclass
+class Choice:
+    """What is kept: a mask, the number of the reason in `REASONS` for each row, a threshold for each source."""
+
+    kept: np.ndarray
+    reason: np.ndarray
+    thresholds: dict
+
+
+def eligible(scores, name):
+    """Rows that a threshold of this filter decides on: they decode and, for Re-ID CTF, match."""
+    return scores.sound & scores.match if name == "reid" else scores.sound & np.isfinite(scores.values[name])
+
+
+def thresholds_of(scores, name, *, threshold=None, keep_fraction=None, false_match_rate=None, calibration=None):
+    """{domain: least score that is kept}. Each of `threshold` and `keep_fraction` is {domain: number}."""
+    values, may = scores.values[name], eligible(scores, name)
+    found = {}
+    for number, domain in enumerate(scores.domains):
+        mine = scores.source == number
+        if threshold is not None:
+            found[domain] = float(threshold[domain])
+        elif keep_fraction is not None:
+            wanted = round(keep_fraction[domain] * int(mine.sum()))
+            found[domain] = score_of_rank(values[mine & may], wanted)
+        elif false_match_rate is not None:
+            found[domain] = calibrated(calibration[domain]["impostor"], false_match_rate)
+        else:
+            found[domain] = -np.inf
+    return found
+
+
+def score_of_rank(values, wanted):
+    """The least score among the best `wanted`; infinity for none of them."""
+    if wanted < 1 or not len(values):
+        return np.inf
+    return float(np.sort(values)[-min(wanted, len(values))])
+
+
+def calibrated(impostors, rate):
+    """The least threshold that no more than `rate` of the impostors' scores reach."""
+    descending = np.sort(np.asarray(impostors, dtype=np.float32))[::-1]
+    allowed = int(np.floor(rate * len(descending) + 1e-9))
+    if allowed >= len(descending):
+        return float("-inf")
+    return float(np.nextafter(descending[allowed], np.float32(np.inf)))
+
+
+def calibration_rows(calibration, rates):
+    """(domain, rate, threshold, true-match rate) at each rate."""
+    rows = []
+    for domain, pair in calibration.items():
+        for rate in rates:
+            threshold = calibrated(pair["impostor"], rate)
+            genuine = float((pair["genuine"] >= threshold).mean()) if len(pair["genuine"]) else None
+            rows.append((domain, rate, threshold, genuine))
+    return rows
+
+
+def choose(scores, name, thresholds, *, target_per_id=None, min_per_id=1, duplicates=None):
+    """A `Choice`. `duplicates` is a function (rows of one identity, best first) -> mask of those to drop."""
+    values = scores.values[name]
+    reason = np.zeros(len(scores), np.int8)
+
+    def reject(rows, why):
+        reason[rows & (reason == 0)] = REASONS.index(why)
+
+    reject(~scores.sound, UNREADABLE)
+    if name == "reid":
+        reject(~scores.match, STRANGER)
+    floor = np.array([thresholds[domain] for domain in scores.domains], np.float64)[scores.source]
+    # A score that is missing is below every threshold.
+    reject(~(values.astype(np.float64) >= floor), BELOW)
+    if duplicates is not None or target_per_id or min_per_id > 1:
+        left = np.flatnonzero(reason == 0)
+        # By identity, best first, first of equals.
+        order = left[np.lexsort((left, -values[left], scores.person[left]))]
+        starts = np.flatnonzero(np.diff(scores.person[order], prepend=-1))
+        for rows in np.split(order, starts[1:]):
+            if duplicates is not None and len(rows) > 1:
+                double = duplicates(rows)
+                reason[rows[double]] = REASONS.index(DOUBLE)
+                rows = rows[~double]
+            if target_per_id:
+                reason[rows[target_per_id:]] = REASONS.index(SURPLUS)
+                rows = rows[:target_per_id]
+            if len(rows) < min_per_id:
+                reason[rows] = REASONS.index(FEW)
+    return Choice(reason == 0, reason, thresholds)
+
+
+def repeated(distances, limit):
+    """Which of items in order of preference lie within `limit` of an earlier one that stays: (N, N) -> mask (N,)."""
+    double = np.zeros(len(distances), bool)
+    for row in range(1, len(distances)):
+        double[row] = bool((distances[row, :row][~double[:row]] <= limit).any())
+    return double
+
+
+def hash_distances(hashes):
+    """Bits in which 64-bit hashes differ, (N,) -> (N, N)."""
+    return np.bitwise_count(hashes[:, None] ^ hashes[None, :])
+
+
+def cosine_distances(features):
+    units = features.astype(np.float32)
+    units /= np.maximum(np.linalg.norm(units, axis=1, keepdims=True), 1e-12)
+    return 1 - units @ units.T
+
+
+def perceptual_hash(image):
+    """64 bits: whether each of 16 x 4 cells is brighter than the one to its right, on a person's own aspect."""
+    cells = np.asarray(image.convert("L").resize((5, 16), 4), dtype=np.int16)
+    return int.from_bytes(np.packbits(cells[:, :-1] > cells[:, 1:]).tobytes(), "big")
+
+
+def equal_share(scores, name, count):
+    """Mask of the `count` best of a filter: what it keeps where all filters keep as many."""
+    values = np.where(eligible(scores, name), scores.values[name], -np.inf)
+    best = np.argsort(-values, kind="stable")[:count]
+    mask = np.zeros(len(scores), bool)
+    mask[best[np.isfinite(values[best])]] = True
+    return mask
+
+
+def area_under_curve(values, good):
+    """How often a good row has the higher value than a bad one, ties half; None where one kind is missing."""
+    good = np.asarray(good, bool)
+    bad = np.sort(values[~good])
+    if not good.any() or not len(bad):
+        return None
+    above = np.searchsorted(bad, values[good], side="left") + np.searchsorted(bad, values[good], side="right")
+    return float(above.mean() / (2 * len(bad)))
+
+
+def images_per_person(scores, kept):
+    return np.bincount(scores.person[kept], minlength=len(scores.people))
+
+
+def share_below(counts, limits):
+    """Share of identities that have fewer than X images, for each X."""
+    ordered = np.sort(np.asarray(counts))
+    return [float(np.searchsorted(ordered, limit, side="left") / max(len(ordered), 1)) for limit in limits]
+
+
+def numbers_by_domain(numbers, domains, flag):
+    """{domain: number} of {domain or None for all: number}, or None; ValueError unless it names each domain once."""
+    if numbers is None:
+        return None
+    if None in numbers:
+        return dict.fromkeys(domains, numbers[None])
+    odd = [domain for domain in {**numbers, **dict.fromkeys(domains)} if (domain in numbers) != (domain in domains)]
+    if odd:
+        raise ValueError(f"{flag}: {odd[0]!r} is not both named there and a source ({', '.join(domains)})")
+    return numbers
+
+
+def nothing_left(scores, choice, name):
+    """Why nothing is kept, and the threshold that would keep half."""
+    may, words = eligible(scores, name), []
+    for number, domain in enumerate(scores.domains):
+        values = scores.values[name][may & (scores.source == number)]
+        if len(values):
+            half = score_of_rank(values, max(1, len(values) // 2))
+            words.append(f"{domain}={np.floor(half * 1e4) / 1e4:.4f}")
+    counts = np.bincount(choice.reason, minlength=len(REASONS))
+    why = ", ".join(f"{counts[place]} {word}" for place, word in enumerate(REASONS) if word and counts[place])
+    advice = "no image could be kept at any threshold"
+    if words:
+        advice = f"--threshold {' '.join(words)} is reached by half of the images it could keep"
+    return f"nothing is left of {len(scores)} images ({why}); all of them are scored. {advice}"
+
+
+def duplicate_finder(scores, kind, limit, features):
+    """A function for `choose`, or None: `kind` keep, perceptual or feature; `features` has a row an image."""
+    if kind == "keep":
+        return None
+    if kind == "perceptual":
+        bits = 4 if limit is None else limit
+        return lambda rows: repeated(hash_distances(scores.hashes[rows]), bits)
+    distance = 0.02 if limit is None else limit
+    return lambda rows: repeated(cosine_distances(features[rows]), distance)
