@@ -1,5 +1,6 @@
 """Pseudo labels: sparse distances against the dense definition, DBSCAN on them against DBSCAN on the matrix."""
 
+import os
 import subprocess
 import sys
 
@@ -180,3 +181,21 @@ print(status("VmHWM") - before)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 800
+
+
+@pytest.mark.slow
+def test_triton_finds_the_same_graph():
+    """In the interpreter, so in a process of its own."""
+    script = """
+import torch
+from kernels.jaccard_graph import jaccard_graph
+from tests.test_clustering import people
+features = people(60, 6)[0]
+found, want = (jaccard_graph(features, k1=8, k2=3, max_distance=0.8, backend=one) for one in ("triton", "torch"))
+assert (found.backend, want.backend) == ("triton", "torch")
+assert torch.equal(found.near.columns, want.near.columns)
+torch.testing.assert_close(found.near.values, want.near.values, rtol=0, atol=1e-6)
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
