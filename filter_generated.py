@@ -128,7 +128,7 @@ def build_parser():
         default=[128, 64],
         help="input in pixels; default 128 64",
     )
-    group.add_argument("--num_train_epochs", type=int, default=6, help="default 6")
+    group.add_argument("--num_train_epochs", type=int, default=10, help="default 10")
     group.add_argument("--train_batch_size", type=int, default=32, help="images a step; default 32")
     group.add_argument("--images_per_id", type=int, default=4, help="of each identity in a step; default 4")
     group.add_argument("--learning_rate", type=float, default=1e-4, help="default 1e-4, for the stand-ins")

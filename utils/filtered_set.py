@@ -27,6 +27,8 @@ from utils.sources import check_listed
 IMAGES_A_FILE = 5000
 IMAGES_A_GROUP = 100
 QUALITY = 95
+# Columns of scores.parquet that say nothing about an image that is kept.
+UNSAVED = ("file_name", "error", "kept", "rejected", "perceptual_hash")
 LIMITS = (10, 30, 50, 70, 90, 110, 130, 150, 170, 190, 210, 250, 300)
 # What `datasets` reads from a parquet file's own notes.
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -187,8 +189,8 @@ def resized(held, size):
 def schema_of(row):
     """Features of the kept rows: the image, then what is known of it."""
     kinds = {bool: "bool", int: "int64", float: "float64"}
-    types = {"clip_score": "float32", "cctf_score": "float32", "reid_score": "float32", "perceptual_hash": "uint64"}
-    names = [name for name in row if name not in ("file_name", "error", "kept", "rejected")]
+    types = {"clip_score": "float32", "cctf_score": "float32", "reid_score": "float32"}
+    names = [name for name in row if name not in UNSAVED]
     columns = {name: datasets.Value(types.get(name, kinds.get(type(row[name]), "string"))) for name in names}
     return datasets.Features({"image": datasets.Image()} | columns)
 
