@@ -76,7 +76,31 @@ def retrieval():
     return table(columns, rows, words=2)
 
 
-TABLES = {"dcac-cost": dcac_cost, "dcac-cards": dcac_cards, "retrieval": retrieval}
+def clustering():
+    by_size = {}
+    for row in read("clustering")["rows"]:
+        by_size.setdefault(row["images"], {})[row["who"]] = row
+    rows = []
+    for images, who in by_size.items():
+        cells = []
+        for name in ("ours", "dense"):
+            cells += [f"{who[name]['cpu_seconds']:.0f} s", f"{who[name]['gib']:.1f}"]
+        rows.append([f"{images:,}", *cells])
+    return table(["images", "ours, one core", "GiB", "N x N arrays", "GiB"], rows)
+
+
+def dcac_synthetic():
+    found = read("dcac_synthetic")
+    return table(found["columns"], found["table"], words=2)
+
+
+TABLES = {
+    "dcac-cost": dcac_cost,
+    "dcac-cards": dcac_cards,
+    "dcac-synthetic": dcac_synthetic,
+    "retrieval": retrieval,
+    "clustering": clustering,
+}
 
 
 def with_tables(text):
