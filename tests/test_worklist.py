@@ -3,7 +3,9 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -123,9 +125,24 @@ def test_killed_at_any_moment_a_commit_is_old_new_or_not_done(tmp_path):
     assert code == 0 and calls > 10 and seen == {"old", None, "new"}
 
 
+def test_a_place_taken_away_by_another_writer_is_no_error(tmp_path, monkeypatch):
+    work, rename = Worklist(tmp_path, PIECES), os.rename
+    commit(work, "a/0001", "old")
+
+    def other_was_faster(source, target):
+        if Path(source) == tmp_path / "images/a/0001":
+            shutil.rmtree(source)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", other_was_faster)
+    commit(work, "a/0001", "new")
+    assert work.read("a/0001", "images")["text"] == "new"
+    assert (tmp_path / "images/a/0001/2.txt").read_text() == "a/0001 2 new"
+
+
 def commit_many(folder):
     work = Worklist(folder, PIECES)
-    for _ in range(20):
+    for _ in range(50):
         for piece in PIECES:
             commit(work, piece)
 

@@ -105,9 +105,9 @@ class Worklist:
                     os.chmod(file, 0o644)
                     sync(file)
             place.parent.mkdir(parents=True, exist_ok=True)
-            if place.exists():
-                with self.scratch() as old:
-                    os.rename(place, old / "old")
+            # Another process at the same piece may have taken it away: so never "if it is there, then".
+            with self.scratch() as old, suppress(FileNotFoundError):
+                os.rename(place, old / "old")
             try:
                 os.rename(aside, place)
             except OSError as error:
