@@ -7,7 +7,6 @@ captions.parquet, measures.csv, README.md, report.html
 """
 
 import json
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +14,7 @@ from PIL import Image
 
 from utils.captions import captions_table
 from utils.generation_page import build_page
-from utils.reporting import data_card, to_json, write_csv
+from utils.reporting import data_card, portable, to_json, write_csv
 from utils.worklist import differences
 
 CAPTIONS, IMAGES, FAILED = "captions", "images", "failed"
@@ -66,15 +65,6 @@ def save_image(image, path, *, quality, prompt, seed, model):
     exif[SOFTWARE] = "diffreid"
     options = {"quality": quality, "subsampling": 0} if path.suffix == ".jpg" else {}
     image.save(path, exif=exif, **options)
-
-
-def portable(value):
-    """A setting as it may be written down: of a path of this machine only the last name."""
-    if isinstance(value, (list, tuple)):
-        return [portable(one) for one in value]
-    if isinstance(value, (str, Path)) and Path(value).exists():
-        return Path(value).resolve().name
-    return value
 
 
 def read_settings(work):

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-import torch
 from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 from markupsafe import Markup
 
@@ -88,7 +87,7 @@ def _indented(value, margin):
 
 
 def _plain(value):
-    if isinstance(value, torch.Tensor):
+    if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -121,7 +120,10 @@ def versions():
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+    # A run that has not loaded torch used no GPU.
+    torch = sys.modules.get("torch")
+    with_gpu = torch is not None and torch.cuda.is_available()
+    found["device"] = torch.cuda.get_device_name() if with_gpu else platform.processor() or "cpu"
     found["git"] = git_revision()
     return found
 
@@ -143,6 +145,15 @@ def git_revision():
 def run_record(args):
     """What `args.json` holds: the command, its arguments, versions."""
     return {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "arguments": vars(args), "versions": versions()}
+
+
+def portable(value):
+    """A setting as it may be written down: of a path of this machine only the last name."""
+    if isinstance(value, (list, tuple)):
+        return [portable(one) for one in value]
+    if isinstance(value, (str, Path)) and Path(value).exists():
+        return Path(value).resolve().name
+    return value
 
 
 def data_uri(image, height=160, width=None):

@@ -29,9 +29,7 @@ from transformers import (
 from utils import synthetic
 from utils.captions import QUESTIONS
 from utils.drawing import COLOURS, HAIR
-
-STANDINS = Path(__file__).parent / "standins"
-CLIP_DIR, DIFFUSION_DIR, CAPTIONER_DIR = (str(STANDINS / name) for name in ("clip", "stable-diffusion", "blip-vqa"))
+from utils.standin_folders import CAPTIONER_DIR, CLIP_DIR, DIFFUSION_DIR, STANDINS  # noqa: F401
 
 TEXT_WIDTH = 128
 WINDOW = 77

@@ -1,0 +1,70 @@
+"""Arguments of the scripts: recipes under flags, ranges, and an end that says in one line what was wrong.
+
+torch is not imported here, so that what needs no model can start at once.
+"""
+
+import argparse
+import sys
+
+from safetensors import SafetensorError
+
+
+def parse_with_recipes(parser, recipes, input_args=None):
+    """Parse with the values of `--recipe` as defaults; flags win. Returns (args, {name: flag | recipe | default})."""
+    unset = object()
+    names = [action.dest for action in parser._actions if action.dest != "help"]
+    # argparse fills in a default only where the namespace has nothing: what stays unset was not given.
+    seen = parser.parse_args(input_args, argparse.Namespace(**dict.fromkeys(names, unset)))
+    given = {name for name in names if getattr(seen, name) is not unset}
+    recipe = recipes.get(seen.recipe, {}) if "recipe" in given else {}
+    if unknown := set(recipe) - set(names):
+        raise AssertionError(f"the recipe sets arguments that do not exist: {unknown}")
+    parser.set_defaults(**recipe)
+    args = parser.parse_args(input_args)
+    origin = {name: "flag" if name in given else "recipe" if name in recipe else "default" for name in names}
+    return args, origin
+
+
+def describe_origin(args, origin):
+    """Lines that say which values came from the recipe and which from flags."""
+    lines = []
+    for source in ("recipe", "flag"):
+        names = [name for name, where in origin.items() if where == source and name != "recipe"]
+        if names:
+            told = ", ".join(f"{name} {_shown(getattr(args, name))}" for name in names)
+            lines.append(f"From {f'--recipe {args.recipe}' if source == 'recipe' else 'the command line'}: {told}")
+    return lines
+
+
+def _shown(value):
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def check_ranges(parser, args, *, one_or_more=(), positive=(), not_negative=(), fractions=()):
+    """parser.error for the first argument out of its range; None is never out."""
+    kinds = (
+        (one_or_more, "1 or more", lambda value: value >= 1),
+        (positive, "above 0", lambda value: value > 0),
+        (not_negative, "0 or more", lambda value: value >= 0),
+        (fractions, "between 0 and 1", lambda value: 0 <= value <= 1),
+    )
+    for names, words, fits in kinds:
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not fits(value):
+                parser.error(f"--{name} must be {words}, got {value}")
+
+
+def end_with(main, args, script, *, lean="lower --train_batch_size, or add --gradient_checkpointing"):
+    """main(args) and exit, with what a user can do something about said in one line; `lean` is for a full card."""
+    try:
+        code = main(args)
+    except ValueError as error:
+        code = str(error)
+    except (OSError, SafetensorError) as error:
+        code = f"{error}; checkpoints and results in {args.output_dir} are as they were before"
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        code = f"{error}; {lean}"
+    sys.exit(code if isinstance(code, int) else f"{script}: {' '.join(code.split())}")
