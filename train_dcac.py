@@ -23,7 +23,7 @@ import hashlib
 import shlex
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import datasets
@@ -69,6 +69,7 @@ from utils.training import (
     parse_with_recipes,
     start_accelerator,
     tracked,
+    whole_weights,
 )
 from utils.training_data import SINGLE_IMAGE_IDS, RemainingBatches, digest_of, open_source
 from utils.training_loop import name_images, train_epochs
@@ -478,8 +479,20 @@ class Run:
         return self.accelerator.unwrap_model(self.model)
 
 
+def on_whole_weights(function):
+    """For what reads the model's weights outside of a training step."""
+
+    @wraps(function)
+    def call(run, *arguments):
+        with whole_weights(run.model, run.accelerator):
+            return function(run, *arguments)
+
+    return call
+
+
 def main(args):
-    accelerator = start_accelerator(args, find_unused_parameters=args.diffusion == "ldm" and args.ldm_start_epoch > 1)
+    late = args.diffusion == "ldm" and args.ldm_start_epoch > 1
+    accelerator = start_accelerator(args, find_unused_parameters=late, max_zero_stage=3)
     introduce(args, accelerator.print)
     # What can be wrong with data and configuration shows before a model is loaded.
     info = None
@@ -563,7 +576,9 @@ def training_step(run, batch, optimizer, params):
     diffusion = {}
     if run.bare.unet is not None and state["epoch"] >= args.ldm_start_epoch:
         diffusion = diffusion_inputs(run, batch)
-    loss, values, bn_features, labels = run.model(batch["images"], batch["labels"], **diffusion)
+    # Only DeepSpeed does not do so by itself.
+    with accelerator.autocast():
+        loss, values, bn_features, labels = run.model(batch["images"], batch["labels"], **diffusion)
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(params, args.max_grad_norm or float("inf"))
     optimizer.step()
@@ -594,6 +609,7 @@ def draw_noise(seed, step, shape, num_steps):
     return posterior, noise, torch.randint(num_steps, shape[:1], generator=generator)
 
 
+@on_whole_weights
 def start_epoch(run, epoch):
     """Every prototype anew, from the test features of all training images."""
     args, encoder = run.args, run.bare.encoder
@@ -740,6 +756,7 @@ def optimizer_of(args, model):
 # Results
 
 
+@on_whole_weights
 def measure(run, epoch):
     """Every target's numbers, and what the U-Net makes of the conditions."""
     args, accelerator, encoder = run.args, run.accelerator, run.bare.encoder
@@ -789,6 +806,7 @@ def denoised_pictures(run):
     return list(zip(*columns, strict=True))
 
 
+@on_whole_weights
 def finish(run):
     """The trained model, what the diffusion side learned, the card and the page."""
     args, model = run.args, run.bare

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,8 +25,8 @@ EXIT_SIGTERM = 128 + signal.SIGTERM
 OPTIMIZERS = ("adam", "adamw", "sgd")
 
 
-def start_accelerator(args, *, find_unused_parameters=False):
-    """The Accelerator of a training script: one process, DDP, or DeepSpeed ZeRO-1 and -2."""
+def start_accelerator(args, *, find_unused_parameters=False, max_zero_stage=2):
+    """The Accelerator of a training script: one process, DDP, or DeepSpeed; ZeRO-3 needs `whole_weights` there."""
     # Into a file or a pipe, lines would wait for the buffer to fill: hours of a training.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)
@@ -49,8 +50,22 @@ def start_accelerator(args, *, find_unused_parameters=False):
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         plugin = accelerator.state.deepspeed_plugin
-        if plugin.zero_stage > 2:
-            raise ValueError(f"ZeRO-{plugin.zero_stage} splits weights that evaluation needs whole; use ZeRO-2")
+        if plugin.zero_stage > max_zero_stage:
+            raise ValueError(
+                f"ZeRO-{plugin.zero_stage} splits weights that evaluation needs whole; use ZeRO-{max_zero_stage}"
+            )
+        if accelerator.mixed_precision == "fp16":
+            raise ValueError("DeepSpeed in fp16 would cast all weights and buffers; use --mixed_precision bf16 or no")
+        if accelerator.mixed_precision == "bf16":
+            # So would its bf16; with this, `accelerator.autocast` computes in bf16 as it does without DeepSpeed.
+            plugin.deepspeed_config["bf16"] = {"enabled": False}
+            accelerator.native_amp = True
+            torch.set_autocast_dtype(accelerator.device.type, torch.bfloat16)
+        if plugin.zero_stage == 3:
+            # Else transformers splits weights as it loads them, before they are put together into our model.
+            from transformers.integrations import unset_hf_deepspeed_config
+
+            unset_hf_deepspeed_config()
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         plugin.deepspeed_config["gradient_accumulation_steps"] = 1
         # Offloaded, our optimiser runs too; DeepSpeed's own would have to be compiled first.
@@ -68,6 +83,18 @@ def start_accelerator(args, *, find_unused_parameters=False):
         use_all_cores(accelerator.num_processes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
+
+
+@contextmanager
+def whole_weights(model, accelerator):
+    """Under ZeRO-3 every process holds a part of each weight; while this lasts, all hold all of them."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED or model.zero_optimization_stage() < 3:
+        yield
+        return
+    from deepspeed.runtime.zero import unwrap_model_for_generation
+
+    with unwrap_model_for_generation(model):
+        yield
 
 
 def use_all_cores(num_processes):
