@@ -14,11 +14,17 @@ backbone's map, and its losses:
     mgn  3 branches, whole + 2 + 3 stripes, each to 256       8 x classes; 3 x hard triplets (whole), margin 1.2
     bdb  mean to 512; without a rectangle, maximum to 1024    2 x classes, smoothed; 2 x soft hard triplets
 
+With `--setting generalisation` several sources are trained on and others measured, VIPeR, GRID, PRID and iLIDS on the
+means of ten splits; beside these methods there is then
+
+    metabin  mean, BNNeck; a ResNet's norms are mixtures     as bot, without centres; after each step the mixtures
+             of batch and instance norm                      follow what helps held-out sources, see utils/metabin.py
+
 In a ResNet the last stage keeps its resolution (stride 1), but for MGN's global branch. Swin and CLIP compare all
 places in every block, so AGW and SBS add no non-local blocks to them, and MGN's branches share their one map of
 tokens, of which they pool the stripes. CLIP's class token stands in for GeM, BDB's mean and MGN's global branch;
 Swin's maps have signs, so GeM takes their positive and negative parts apart. A reduction is never wider than the
-backbone. Left out: SBS's AutoAugment, MGN's mirrored images at test time.
+backbone. Left out: SBS's AutoAugment, MGN's mirrored images at test time, MetaBIN's colour jitter.
 """
 
 import argparse
@@ -35,7 +41,7 @@ import datasets
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -44,9 +50,10 @@ from utils.backbones import read_config
 from utils.batch_norm import share_batch_statistics
 from utils.checkpoints import load_checkpoint, open_state
 from utils.datasets import labels_of, subset
-from utils.heads import METHODS
+from utils.heads import METHODS as HEADS
 from utils.loading import IdentitySampler, ReIDImages, test_transform, train_transform
 from utils.losses import CentreLoss, circle_logits, hard_triplet, weighted_triplet
+from utils.metabin import MetaBatches, add_batch_instance_norms, domains_held_in, inner_rate, meta_step
 from utils.model_folder import model_kind
 from utils.modeling import ReIDModel
 from utils.reporting import model_card, run_record, to_json, write_together
@@ -70,7 +77,12 @@ from utils.training_loop import name_images, train_epochs
 from utils.training_page import before_and_after, build_page, text_table
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=64"
-SETTINGS = ("supervised", "few-shot", "small-scale")
+DEMO_SOURCES = [f"synthetic:domain={name},num_ids=32" for name in "abc"]
+DEMO_TARGETS = ["synthetic:domain=d", "synthetic:domain=e"]
+SETTINGS = ("supervised", "few-shot", "small-scale", "generalisation")
+PARTS = ("few-shot", "small-scale")
+METABIN = "metabin"
+METHODS = (*HEADS, METABIN)
 DELAYED_COSINE = "delayed_cosine"
 SOFT = "soft"
 # What a method's losses are made of; MGN takes the mean over its groups, BDB the sum, as their authors do.
@@ -80,6 +92,7 @@ LOSSES = {
     "sbs": {"triplet": "hard", "margin": SOFT, "label_smoothing": 0.1, "groups": "sum", "centre_weight": 0.0},
     "mgn": {"triplet": "hard", "margin": 1.2, "label_smoothing": 0.0, "groups": "mean", "centre_weight": 0.0},
     "bdb": {"triplet": "hard", "margin": SOFT, "label_smoothing": 0.1, "groups": "sum", "centre_weight": 0.0},
+    METABIN: {"triplet": "hard", "margin": 0.3, "label_smoothing": 0.1, "groups": "sum", "centre_weight": 0.0},
 }
 # SBS is also how it is trained, at any size.
 DEMO = {"sbs": {"lr_scheduler": DELAYED_COSINE, "lr_warmup_steps": 16, "lr_delay_epochs": 4, "freeze_steps": 16}}
@@ -138,6 +151,19 @@ PUBLISHED = {
         "lr_warmup_epochs": 50,
         "lr_milestones": [200, 300],
     },
+    METABIN: BAG_OF_TRICKS
+    | {
+        "setting": "generalisation",
+        "source": [f"{name}:all_for_training=true" for name in ("market1501", "cuhk02", "cuhk03np", "cuhksysu")],
+        "target": ["prid", "grid", "viper", "ilids"],
+        "erasing": 0.0,
+        "train_batch_size": 80,
+        "num_train_epochs": 100,
+        "optimizer": "sgd",
+        "learning_rate": 0.01,
+        "lr_warmup_factor": 0.01,
+        "meta_first_order": True,
+    },
 }
 CARD = (
     "A person re-identification model: an image becomes one vector of unit length, and the larger the dot product of "
@@ -177,7 +203,8 @@ def build_parser():
         choices=SETTINGS,
         default="supervised",
         help="supervised: all images; few-shot: --fraction of each identity's images, at least 2; small-scale: "
-        "--fraction of the identities. With one seed, smaller parts lie inside larger ones; default supervised",
+        "--fraction of the identities; generalisation: several sources, other targets. With one seed, smaller parts "
+        "lie inside larger ones; default supervised",
     )
     group.add_argument("--fraction", type=float, help="of few-shot and small-scale, above 0, at most 1; default 0.1")
     group.add_argument("--fraction_seed", type=int, default=0, help="which part it is; default 0")
@@ -224,6 +251,24 @@ def build_parser():
     )
     group.add_argument("--circle_scale", type=float, default=64.0, help="of sbs; default 64")
     group.add_argument("--circle_margin", type=float, default=0.35, help="of sbs; default 0.35")
+
+    group.add_argument(
+        "--meta_rate", type=float, default=0.1, help="of metabin: rate of the mixtures of norms; default 0.1"
+    )
+    group.add_argument(
+        "--meta_inner_rates",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=[0.001, 0.1],
+        help="of metabin: between these the rate of its inner step goes up and down; default 0.001 0.1",
+    )
+    group.add_argument(
+        "--meta_period", type=float, default=5.0, help="of metabin: epochs in which it does so once; default 5"
+    )
+    group.add_argument(
+        "--meta_first_order", **yes, help="of metabin: without second derivatives, as the authors' code: less work"
+    )
 
     group = parser.add_argument_group("training")
     group.add_argument("--train_batch_size", type=int, default=32, help="images a process; default 32")
@@ -299,8 +344,10 @@ def parse_args(input_args=None):
     parser.set_defaults(**LOSSES.get(method, {}), **DEMO.get(method, {}))
     args, args.origin = parse_with_recipes(parser, {"published": PUBLISHED.get(method, {})}, input_args)
     args.demo = args.source is None and args.target is None
+    if args.demo and args.setting == "generalisation":
+        args.source, args.target = DEMO_SOURCES, DEMO_TARGETS
     args.source = args.source or [DEMO_SOURCE]
-    if args.setting != "supervised" and args.fraction is None:
+    if args.setting in PARTS and args.fraction is None:
         args.fraction = 0.1
     check_args(parser, args)
     return args
@@ -315,7 +362,7 @@ def check_args(parser, args):
             "num_train_epochs", "max_train_steps", "eval_every", "eval_batch_size", "checkpointing_steps",
             "checkpoints_total_limit", "log_every", "k1", "k2",
         ],
-        positive=["learning_rate", "adam_epsilon", "circle_scale"],
+        positive=["learning_rate", "adam_epsilon", "circle_scale", "meta_rate", "meta_period"],
         not_negative=[
             "adam_weight_decay", "max_grad_norm", "dataloader_num_workers", "lr_warmup_epochs", "lr_warmup_steps",
             "lr_delay_epochs", "freeze_steps", "seed", "fraction_seed", "padding", "triplet_weight",
@@ -328,8 +375,13 @@ def check_args(parser, args):
     )  # fmt: skip
     if args.fraction is not None and not 0 < args.fraction <= 1:
         parser.error(f"--fraction must be above 0 and at most 1, got {args.fraction}")
-    if args.fraction is not None and args.setting == "supervised":
+    if args.fraction is not None and args.setting not in PARTS:
         parser.error(f"--fraction {args.fraction} belongs to --setting few-shot or small-scale")
+    if args.method == METABIN and args.setting != "generalisation":
+        parser.error(f"--method {METABIN} learns from several domains: it belongs to --setting generalisation")
+    low, high = args.meta_inner_rates
+    if not 0 <= low <= high < math.inf:
+        parser.error(f"--meta_inner_rates must be 0 or more, the lower one first, got {low} {high}")
     for name in ("train_batch_size", "images_per_id"):
         if getattr(args, name) < 2:
             parser.error(
@@ -354,16 +406,24 @@ def check_args(parser, args):
 
 def check_start(args):
     """Whether --backbone can start the method, told from its configuration."""
+    family = "clip"
     if model_kind(args.backbone) == "reid":
         method = PreTrainedConfig.get_config_dict(args.backbone)[0].get("method", "bot")
         if method not in ("bot", args.method):
             raise ValueError(
                 f"--backbone {args.backbone} is a model of method {method}; it can start --method {method} only"
             )
+        family = PreTrainedConfig.get_config_dict(args.backbone)[0]["backbone"]["model_type"]
     elif model_kind(args.backbone) == "backbone":
         config = read_config(args.backbone, revision=None, token=None)
+        family = config.model_type
         if args.method == "mgn" and config.model_type == "resnet" and len(config.hidden_sizes) < 2:
             raise ValueError(f"--backbone {args.backbone} has one stage; mgn parts in the last stage but one")
+    if args.method == METABIN and family != "resnet":
+        raise ValueError(
+            f"--backbone {args.backbone} is a {family}: it has no BatchNorm, which --method {METABIN} mixes with "
+            "InstanceNorm; give a ResNet, such as backbone/ of pretrain_backbone.py --backbone resnet50"
+        )
 
 
 # The method
@@ -447,6 +507,8 @@ class Run:
     accelerator: Accelerator
     train: datasets.Dataset
     labels: torch.Tensor
+    domains: torch.Tensor
+    period: int
     targets: list
     state: dict
     method: FineTuning
@@ -462,12 +524,20 @@ def main(args):
     introduce(args, accelerator.print)
     # What can be wrong with data and configuration shows before a model is loaded.
     check_start(args)
+    if args.method == METABIN and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(f"--method {METABIN} moves norms behind DeepSpeed's back; start it without DeepSpeed")
     train, labels, data = open_source(
         args.source, args.data_root, single_image_ids=args.single_image_ids, skip_unreadable=args.skip_unreadable
     )
     num_all, (train, labels) = len(train), part_of(args, train, labels)
+    domains = domains_of(args, train)
     own = args.source if len(args.source) == 1 and {"query", "gallery"} <= set(data) else []
-    targets = open_targets(args.target or own, args.data_root, skip_unreadable=args.skip_unreadable)
+    targets = open_targets(
+        args.target or own,
+        args.data_root,
+        skip_unreadable=args.skip_unreadable,
+        all_splits=args.setting == "generalisation",
+    )
     batch_size = args.train_batch_size * accelerator.num_processes
     if batch_size < 2 * args.images_per_id:
         raise ValueError(
@@ -475,7 +545,11 @@ def main(args):
             "takes two; raise --train_batch_size or lower --images_per_id"
         )
     share = accelerator.process_index, accelerator.num_processes
-    sampler = RemainingBatches(IdentitySampler(labels.tolist(), batch_size, args.images_per_id, args.seed, *share))
+    sampler = IdentitySampler(labels.tolist(), batch_size, args.images_per_id, args.seed, *share)
+    if args.method == METABIN:
+        each = max(2, batch_size // args.images_per_id // (int(domains.max()) + 1))
+        sampler = MetaBatches(sampler, labels.tolist(), domains.tolist(), each, args.images_per_id, args.seed)
+    sampler = RemainingBatches(sampler)
     path, state = open_state(
         args,
         "finetune_reid.py",
@@ -491,16 +565,18 @@ def main(args):
     )
 
     set_seed(args.seed)
-    model = ReIDModel.for_training(
-        args.backbone, num_ids=num_ids, image_size=tuple(args.resolution), method=args.method
-    )
+    head = "bot" if args.method == METABIN else args.method
+    model = ReIDModel.for_training(args.backbone, num_ids=num_ids, image_size=tuple(args.resolution), method=head)
+    if args.method == METABIN:
+        add_batch_instance_norms(model.backbone)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     # The necks see the gathered batch anyway.
     for part in (model.backbone, getattr(model.head, "branches", None), getattr(model.head, "bottleneck", None)):
         if part is not None:
             share_batch_statistics(part, accelerator.device)
-    run = Run(args, accelerator, train, labels, targets, state, FineTuning(model, args))
+    period = max(2, round(args.meta_period * sampler.steps_of(1)))
+    run = Run(args, accelerator, train, labels, domains, period, targets, state, FineTuning(model, args))
     loader = build_loader(run, sampler)
     run.method, optimizer = accelerator.prepare(run.method, optimizer_of(args, model))
     num_steps = sampler.steps_of(args.num_train_epochs)
@@ -550,6 +626,10 @@ def main(args):
 def training_step(run, batch, optimizer, params):
     args, accelerator, step = run.args, run.accelerator, run.state["step"]
     images, labels = (batch[name].to(accelerator.device, non_blocking=True) for name in ("images", "labels"))
+    # Of metabin, what its meta-step takes comes after the batch.
+    (images, meta_images), (labels, meta_labels) = (
+        (whole[: args.train_batch_size], whole[args.train_batch_size :]) for whole in (images, labels)
+    )
     # The same draw on every process, and again after a resume.
     rng = random.Random(f"step/{args.seed}/{step}")
     # Swin drops paths by torch's own generator, from which measurements and loaders draw too.
@@ -562,7 +642,26 @@ def training_step(run, batch, optimizer, params):
     bare = accelerator.unwrap_model(run.method)
     if bare.centres is not None:
         bare.centres.update(compared[0], labels)
+    if args.method == METABIN:
+        domains = run.domains[batch["indices"][args.train_batch_size :]].to(labels.device)
+        values = {**values, **balance(run, meta_images, meta_labels, domains)}
     return {"grad_norm": torch.as_tensor(0.0 if norm is None else norm, device=loss.device), **values}
+
+
+def balance(run, images, labels, domains):
+    """MetaBIN's second half of a step: every norm's mixture moves, and nothing else. Its losses."""
+    args, step = run.args, run.state["step"]
+    return meta_step(
+        run.model.backbone,
+        images,
+        labels,
+        domains,
+        domains_held_in(int(run.domains.max()) + 1, f"{args.seed}/{step}"),
+        inner_rate=inner_rate(step, run.period, *args.meta_inner_rates),
+        outer_rate=args.meta_rate,
+        first_order=args.meta_first_order,
+        reduce=partial(run.accelerator.reduce, reduction="mean"),
+    )
 
 
 # What the training is made of
@@ -585,11 +684,23 @@ def introduce(args, say):
 
 def part_of(args, train, labels):
     """The training images of the setting, with labels 0..N-1."""
-    if args.setting == "supervised":
+    if args.setting not in PARTS:
         return train, labels
     kind = "image_fraction" if args.setting == "few-shot" else "identity_fraction"
     train = subset(train, **{kind: args.fraction}, min_images=2, seed=args.fraction_seed)
     return train, torch.from_numpy(labels_of(train))
+
+
+def domains_of(args, train):
+    """The number of each image's domain; ValueError where several are asked for and one is there."""
+    names = train["domain"][:]
+    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
+    if args.setting == "generalisation" and len(numbers) < 2:
+        raise ValueError(
+            f"--setting generalisation learns from several domains; {' + '.join(args.source)} has one, "
+            f"{next(iter(numbers))}: name more with --source, or choose --setting supervised"
+        )
+    return torch.tensor([numbers[name] for name in names])
 
 
 def build_loader(run, sampler):

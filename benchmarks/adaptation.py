@@ -1,93 +1,242 @@
-"""Training without labels on the built-in world, beside direct transfer and labels: several seeds and starts.
+"""Training without labels, across domains and for unseen domains, on the built-in world: seeds, starts, deviations.
 
     python -m benchmarks.adaptation
-    python -m benchmarks.adaptation --starts pretrained=output/pretrain/backbone --seeds 0 1 2
 
-Domain b is the target: its labels are used by `labels of b` alone. Each run is a script in a process of its own with
-its own defaults; finished ones are not run again.
+People of domain b are learned without labels, or with those of domain a alone; domains d and e are only measured on.
+It starts from a small ResNet of random weights, and from the same pre-trained by pretrain_backbone.py on 256 people of
+domain h. All images are drawn once, at the size that is trained on. Every run has a process and a folder of its own:
+the same command goes on after a stop, and runs nothing twice.
 """
 
 import argparse
 import json
-import subprocess
+import multiprocessing
+import os
+import statistics
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from benchmarks.dcac_synthetic import shown
+import datasets
+import torch
+
+import adapt_reid
+import finetune_reid
+import pretrain_backbone
 from benchmarks.retrieval import RESULTS, environment
-from utils import tiny
-from utils.reporting import to_json
+from utils.backbone_names import open_backbone
+from utils.charts import line_chart
+from utils.datasets import load_reid, save
+from utils.reporting import Report, to_json, write_together
 from utils.training_page import text_table
 
-SOURCE, TARGET = "synthetic:domain=a,num_ids=64", "synthetic:domain=b,num_ids=32,images_per_id=16"
-ADAPTATION = ["adapt_reid.py", "--setting", "adaptation", "--source", SOURCE, "--target", TARGET]
+SIZE = (64, 32)
+BACKBONE = "resnet-small"
+SCRATCH, PRETRAINED = "random weights", "pre-trained"
+# Identities and images of each; h is for pre-training alone.
+DOMAINS = {"a": (64, 8), "b": (32, 16), "c": (64, 8), "d": (32, 8), "e": (32, 8), "h": (256, 8)}
+WORDS = ["--resolution", *map(str, SIZE), "--padding", "3", "--eval_every", "1", "--log_every", "16"]
+LABELS = [*WORDS, "--num_train_epochs", "8", "--lr_milestones", "7", "--learning_rate", "1e-3"]
+CLUSTERS = [*WORDS, "--num_train_epochs", "12", "--lr_milestones", "9", "--learning_rate", "5e-4"]
+ADAPT = [*CLUSTERS, "--setting", "adaptation", "--source", "a", "--target", "b"]
+GENERAL = [*LABELS, "--setting", "generalisation", "--source", "a", "b", "c", "--target", "d", "e"]
 RUNS = {
-    "direct transfer a -> b": ["finetune_reid.py", "--source", SOURCE, "--target", TARGET],
-    "cluster-contrast on b": ["adapt_reid.py", "--target", TARGET],
-    "spcl on b": ["adapt_reid.py", "--target", TARGET, "--method", "spcl"],
-    "spcl a -> b": [*ADAPTATION, "--method", "spcl"],
-    "idm a -> b": [*ADAPTATION, "--method", "idm"],
-    "labels of b": ["finetune_reid.py", "--source", TARGET, "--target", TARGET],
+    "a's labels -> b": (finetune_reid, [*LABELS, "--source", "a", "--target", "b"]),
+    "b, cluster contrast": (adapt_reid, [*CLUSTERS, "--target", "b"]),
+    "b, SpCL": (adapt_reid, [*CLUSTERS, "--target", "b", "--method", "spcl"]),
+    "a's labels and b, SpCL": (adapt_reid, [*ADAPT, "--method", "spcl"]),
+    "a's labels and b, IDM": (adapt_reid, [*ADAPT, "--method", "idm"]),
+    "b's labels": (finetune_reid, [*LABELS, "--source", "b", "--target", "b"]),
+    "labels of a, b, c": (finetune_reid, GENERAL),
+    "labels of a, b, c, MetaBIN": (finetune_reid, [*GENERAL, "--method", "metabin"]),
 }
+COLUMNS = ["start", "training", "measured on", "mAP % before", "mAP %", "Rank-1 %", "ARI x 100"]
 
 
-def train(folder, command, seed, start):
-    """metrics.json and clusters.json (or none) of a run, and its seconds (None if it was there before)."""
-    seconds = None
-    if not (folder / "model" / "model.safetensors").exists():
-        began = time.perf_counter()
-        words = [*command, "--backbone", start, "--seed", str(seed), "--eval_every", "1", "--output_dir", str(folder)]
-        subprocess.run(
-            [sys.executable, *words, "--resume_from_checkpoint", "latest"],
-            check=True,
-            cwd=Path(__file__).parent.parent,
-            stdout=subprocess.DEVNULL,
+def stored(folder, domain):
+    """The drawn people of a domain in a folder, at the size of training."""
+    place = folder / "data" / domain
+    if not place.exists():
+        ids, images = DOMAINS[domain]
+        data = load_reid(f"synthetic:domain={domain},num_ids={ids},images_per_id={images}")
+        small = {
+            split: rows.map(lambda row: {"image": row["image"].resize(SIZE[::-1])}) for split, rows in data.items()
+        }
+        place.parent.mkdir(parents=True, exist_ok=True)
+        save(datasets.DatasetDict(small if domain != "h" else {"train": small["train"]}), place)
+    return str(place)
+
+
+def start_of(folder, start, seed):
+    """The folder of a backbone: of random weights, a seed's own; pre-trained, one for all."""
+    if start == PRETRAINED:
+        words = ["--source", stored(folder, "h"), "--backbone", BACKBONE, "--from_scratch"]
+        words += ["--resolution", *map(str, SIZE), "--num_train_epochs", "12", "--eval_every", "12"]
+        run(folder / "pretrain", pretrain_backbone, words, "backbone/model.safetensors")
+        return str(folder / "pretrain" / "backbone")
+    place = folder / f"random-{seed}"
+    if not (place / "model.safetensors").exists():
+        torch.manual_seed(seed)
+        open_backbone(BACKBONE, SIZE, from_scratch=True).save_pretrained(place)
+    return str(place)
+
+
+def run(folder, script, words, done):
+    """A script's run in `folder`, unless its result is there; ValueError where that is of other arguments."""
+    command = [*words, "--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
+    record = folder / "args.json"
+    if record.exists() and json.loads(record.read_text())["command"][1:] != command:
+        raise ValueError(f"{folder} holds a run of other arguments; give another --output_dir")
+    if (folder / done).exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{script.__name__}.py {folder.name}", end=" ", flush=True)
+    began = time.perf_counter()
+    # Forked, a process has everything imported.
+    process = multiprocessing.get_context("fork").Process(target=child, args=(folder, script, command))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise ValueError(
+            f"{script.__name__}.py stopped, {folder / 'said.txt'} ends with why; the same command goes on"
         )
-        seconds = time.perf_counter() - began
+    print(f"{time.perf_counter() - began:.0f} s", flush=True)
+
+
+def child(folder, script, command):
+    sys.argv = [f"{script.__name__}.py", *command]
+    with open(folder / "said.txt", "w") as said, redirect_stdout(said), redirect_stderr(said):
+        script.run_script(script.parse_args())
+
+
+def found_in(folder, start, name, seed):
+    """What is kept of a run: each target's numbers by epoch, and its clusterings."""
     clusters = folder / "clusters.json"
-    metrics = json.loads((folder / "metrics.json").read_text())
-    return metrics, json.loads(clusters.read_text()) if clusters.exists() else [], seconds
+    history = json.loads((folder / "metrics.json").read_text())["history"]
+    seconds = (folder / "args.json").stat().st_mtime
+    targets = {}
+    for one in history:
+        numbers = {key: one[key] for key in ("epoch", "mAP", "rank1")}
+        targets.setdefault(Path(one["target"]).name, []).append(numbers)
+    return {
+        "start": start,
+        "training": name,
+        "seed": seed,
+        "seconds": round((folder / "metrics.json").stat().st_mtime - seconds),
+        "targets": targets,
+        "clusters": json.loads(clusters.read_text()) if clusters.exists() else [],
+    }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--starts", nargs="+", default=[], metavar="NAME=FOLDER", help="backbones beside the stand-in CLIP"
+def shown(values):
+    """Mean and standard deviation, in percent."""
+    percents = [100 * value for value in values]
+    deviation = f" ± {statistics.stdev(percents):.1f}" if len(percents) > 1 else ""
+    return f"{statistics.fmean(percents):.1f}{deviation}"
+
+
+def rows_of(runs):
+    """A row of each start, training and target."""
+    rows = []
+    for start, name in dict.fromkeys((one["start"], one["training"]) for one in runs):
+        its = [one for one in runs if (one["start"], one["training"]) == (start, name)]
+        for target in its[0]["targets"]:
+            curves = [one["targets"][target] for one in its]
+            numbers = [shown([curve[-1][key] for curve in curves]) for key in ("mAP", "rank1")]
+            agreed = shown([one["clusters"][-1]["ari"] for one in its]) if its[0]["clusters"] else "-"
+            rows.append([start, name, target, shown([curve[0]["mAP"] for curve in curves]), *numbers, agreed])
+    return rows
+
+
+def build_page(runs, rows, seeds):
+    page = Report(
+        "Without labels, across domains, for unseen domains",
+        subtitle="Drawn people and a small ResNet: that everything learns, not what it gives on cameras.",
+        facts=[("Seeds", ", ".join(map(str, seeds))), ("Images", " x ".join(map(str, SIZE)))],
     )
-    parser.add_argument("--output_dir", type=Path, default="output/adaptation", help="where the runs are kept")
-    parser.add_argument("--json", type=Path, default=RESULTS / "adaptation.json")
-    args = parser.parse_args()
-    starts = {"stand-in CLIP": tiny.CLIP_DIR} | dict(one.split("=", 1) for one in args.starts)
-    runs, rows = [], []
-    for start, backbone in starts.items():
-        for name in args.runs:
-            found, first = [], []
-            for seed in args.seeds:
-                folder = args.output_dir / f"{start}-{name}-{seed}".replace(" ", "-").replace(">", "")
-                metrics, clusters, seconds = train(folder, RUNS[name], seed, str(backbone))
-                found.append(metrics["targets"][TARGET])
-                first.append(next(one for one in metrics["history"] if one["epoch"] == 0))
-                curve = [{key: one[key] for key in ("epoch", "mAP", "rank1")} for one in metrics["history"]]
-                runs.append(
-                    {"start": start, "run": name, "seed": seed, "seconds": seconds, "history": curve}
-                    | {"clusters": clusters}
-                )
-            numbers = [shown([one[key] for one in found]) for key in ("mAP", "rank1")]
-            agreed = [one["clusters"][-1]["ari"] for one in runs[-len(args.seeds) :] if one["clusters"]]
-            rows.append(
-                [start, name, shown([one["mAP"] for one in first]), *numbers, shown(agreed) if agreed else "-"]
+    page.section("After training", "Mean and standard deviation over the seeds.")
+    page.table(COLUMNS, rows, text_columns=3)
+    page.section("By epoch", "The mean of the seeds. Epoch 0 is before any training.")
+    charts = []
+    for start in dict.fromkeys(one["start"] for one in runs):
+        for target in ("b", "d", "e"):
+            curves = {
+                name: [
+                    one["targets"][target]
+                    for one in runs
+                    if (one["start"], one["training"]) == (start, name) and target in one["targets"]
+                ]
+                for name in RUNS
+            }
+            series = [(name, *mean_of(found, "mAP")) for name, found in curves.items() if found]
+            if series:
+                charts.append((drawn(series, f"mAP on {target}, {start}", "mAP"), "More is better."))
+        series = [
+            (name, *mean_of(found, "ari"))
+            for name in RUNS
+            if (
+                found := [
+                    one["clusters"]
+                    for one in runs
+                    if (one["start"], one["training"]) == (start, name) and one["clusters"]
+                ]
             )
-            columns = ["start", "training", "mAP % before", "mAP %", "Rank-1 %", "ARI x 100"]
-            content = {"environment": environment(), "columns": columns, "table": rows, "runs": runs}
-            aside = args.json.with_suffix(".part")
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(to_json(content))
-            aside.replace(args.json)
-    print(text_table(columns, rows))
+        ]
+        if series:
+            charts.append((drawn(series, f"ARI of the clusters, {start}", "ARI"), "1: clusters are identities."))
+    page.charts(charts)
+    return page
+
+
+def mean_of(curves, key):
+    """Epochs, and the mean of several runs at each."""
+    epochs = [one["epoch"] for one in curves[0]]
+    return epochs, [
+        statistics.fmean(values) for values in zip(*([one[key] for one in c] for c in curves), strict=True)
+    ]
+
+
+def drawn(series, title, label):
+    return line_chart(series, title=title, x_label="epoch", y_label=label, percent=label == "mAP", dots=True)
+
+
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="default all")
+    parser.add_argument("--starts", nargs="+", choices=[SCRATCH, PRETRAINED], default=[PRETRAINED, SCRATCH])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
+    parser.add_argument("--output_dir", type=Path, default=Path("output/adaptation"), help="where the runs are kept")
+    parser.add_argument("--json", type=Path, default=RESULTS / "adaptation.json", help="default benchmarks/results")
+    return parser.parse_args(input_args)
+
+
+def main(input_args=None):
+    args = parse_args(input_args)
+    folder, runs = args.output_dir.absolute(), []
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
+    for seed in args.seeds:
+        for start in args.starts:
+            backbone = start_of(folder, start, seed)
+            for name in args.runs:
+                script, words = RUNS[name]
+                words = [stored(folder, word) if word in DOMAINS else word for word in words]
+                place = folder / "-".join(f"{start} {name} {seed}".replace("'s", "").replace(",", "").split())
+                place = place.with_name(place.name.replace("->", "to"))
+                run(place, script, [*words, "--backbone", backbone, "--seed", str(seed)], "model/model.safetensors")
+                runs.append(found_in(place, start, name, seed))
+        # Every row has the same seeds.
+        rows = rows_of(runs)
+        with write_together(folder) as aside:
+            build_page(runs, rows, args.seeds).write(aside("report.html"))
+        with write_together(args.json.parent) as aside:
+            content = {"environment": environment(), "columns": COLUMNS, "table": rows, "runs": runs}
+            aside(args.json.name).write_text(to_json(content))
+    print(text_table(COLUMNS, rows))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"benchmarks.adaptation: {error}")

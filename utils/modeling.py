@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from utils.backbones import ClipBackbone, backbone_from_config, load_backbone
 from utils.dcac_checkpoint import read_dcac_checkpoint
 from utils.heads import BNNeck, HeadOutput, build_head
+from utils.metabin import add_batch_instance_norms, has_batch_instance_norms
 from utils.model_folder import (
     MODEL_TYPE,
     check_fit,
@@ -31,6 +32,7 @@ from utils.model_folder import (
 RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
 HALVES = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+BATCH_INSTANCE = "batch-instance"
 
 
 class ReIDOutput(NamedTuple):
@@ -196,6 +198,8 @@ class ReIDModel(nn.Module):
                     f"image_size {config['image_size']} in config.json, {size} in preprocessor_config.json"
                 )
             backbone = backbone_from_config(AutoConfig.for_model(**config["backbone"]), size)
+            if config.get("norms") == BATCH_INSTANCE:
+                add_batch_instance_norms(backbone)
             model = cls(
                 backbone,
                 config["num_ids"],
@@ -233,6 +237,7 @@ class ReIDModel(nn.Module):
             "num_ids": self.num_ids,
             "image_size": list(self.image_size),
             **({} if self.head is None else {"method": self.method}),
+            **({"norms": BATCH_INSTANCE} if has_batch_instance_norms(self.backbone) else {}),
         }
 
     def preprocessing(self):

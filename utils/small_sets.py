@@ -13,6 +13,7 @@ from pathlib import Path
 from utils.sources import Form, Reading, number_and_camera, read_names
 
 NUM_SPLITS = 10
+SMALL_SETS = ("viper", "grid", "prid", "ilids")
 VIPER = Form(re.compile(r"(\d{3})_(\d{1,3})\.bmp"), "001_45.bmp")
 GRID = Form(re.compile(r"(\d{4})_(\d)_(\d{5})_.*\.jpeg"), "0001_1_25004_107_32_106_221.jpeg")
 PRID = Form(re.compile(r"person_(\d{4})\.png"), "person_0001.png")
