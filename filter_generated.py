@@ -28,29 +28,20 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
-from transformers import CLIPModel, CLIPProcessor
 
 from kernels import cosine_topk
-from utils import filtering, tiny
-from utils.drawn_generated import World, write_drawn
-from utils.filter_models import check_models, given, left_out, settings_of
+from utils import filtering
+from utils.arguments import check_ranges, describe_origin, end_with, parse_with_recipes
+from utils.filter_models import check_models, left_out, settings_of
 from utils.filter_page import build_page, truth_table
-from utils.filter_scoring import FEATURES, PIECES, SCORES, Preparation, batches_ahead, score_pieces, transform_of
+from utils.filter_scoring import FEATURES, PIECES, SCORES, Preparation, batch_of, batches_ahead, score_pieces, view_of
 from utils.filter_sources import check_identities, check_sources, open_sources
-from utils.filter_training import train_model
 from utils.filtered_set import pieces_of, summary_of, write_scores, write_set
 from utils.generated_images import METADATA, SCORED, open_generated
-from utils.generated_set import portable
-from utils.modeling import ReIDModel
-from utils.reporting import run_record, to_json, write_together
-from utils.targets import extract
-from utils.training import check_ranges, describe_origin, end_with, parse_with_recipes, use_all_cores
-from utils.training_page import text_table
+from utils.reporting import portable, run_record, text_table, to_json, write_together
+from utils.standin_folders import CLIP_DIR
 from utils.worklist import differences
 
 DEMO_SOURCE, DEMO_GENERATED = "synthetic:domain=a,num_ids=32,images_per_id=12", "output/generated"
@@ -58,11 +49,12 @@ OTHER_SENTENCES = ("a photo of a dog", "a photo of a car", "an empty street", "a
 RECIPES = {
     "diff-person": {
         "clip_model": "openai/clip-vit-large-patch14",
-        "backbone": "openai/clip-vit-base-patch16",
+        "backbone": "microsoft/resnet-50",
         "resolution": [256, 128],
         "train_batch_size": 64,
         "num_train_epochs": 60,
-        "learning_rate": 5e-6,
+        "classifier_epochs": 60,
+        "learning_rate": 3.5e-4,
         "dataloader_num_workers": 8,
         "eval_batch_size": 128,
     }
@@ -93,9 +85,7 @@ def build_parser():
     group.add_argument("--skip_unreadable", **yes, help="leave out source images that do not decode; default: stop")
 
     group = parser.add_argument_group("models")
-    group.add_argument(
-        "--clip_model", default=tiny.CLIP_DIR, help="folder or Hub id, or none; default: the stand-in CLIP"
-    )
+    group.add_argument("--clip_model", default=CLIP_DIR, help="folder or Hub id, or none; default: the stand-in CLIP")
     group.add_argument("--clip_sentence", default="a photo of a person", help="what CLIP should see in an image")
     group.add_argument(
         "--clip_others",
@@ -116,10 +106,17 @@ def build_parser():
         help="Re-ID model folders whose classifier knows the source's identities in order of their numbers, one for "
         "each source; none leaves CCTF out; default: trained",
     )
+    group.add_argument(
+        "--clip_resolution",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="what CLIP sees, the whole image in any shape; default: its own square, 128 64 for the stand-in",
+    )
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="default accelerate's setting")
 
     group = parser.add_argument_group("training of the models that are not given")
-    group.add_argument("--backbone", default=tiny.CLIP_DIR, help="to start from; default: the stand-in CLIP")
+    group.add_argument("--backbone", default=CLIP_DIR, help="to start from; default: the stand-in CLIP")
     group.add_argument(
         "--resolution",
         type=int,
@@ -128,10 +125,17 @@ def build_parser():
         default=[128, 64],
         help="input in pixels; default 128 64",
     )
-    group.add_argument("--num_train_epochs", type=int, default=10, help="default 10")
+    group.add_argument(
+        "--reid_method",
+        choices=["bot", "agw", "mgn", "bdb"],
+        default="mgn",
+        help="head of the Re-ID models; parts as mgn has them see whether a body is whole; default mgn",
+    )
+    group.add_argument("--num_train_epochs", type=int, default=40, help="of the Re-ID models; default 40")
+    group.add_argument("--classifier_epochs", type=int, default=8, help="of CCTF's classifiers; default 8")
     group.add_argument("--train_batch_size", type=int, default=32, help="images a step; default 32")
     group.add_argument("--images_per_id", type=int, default=4, help="of each identity in a step; default 4")
-    group.add_argument("--learning_rate", type=float, default=1e-4, help="default 1e-4, for the stand-ins")
+    group.add_argument("--learning_rate", type=float, default=1e-3, help="default 1e-3, for the stand-ins")
     group.add_argument(
         "--holdout_fraction",
         type=float,
@@ -193,7 +197,8 @@ def parse_args(input_args=None):
         parser,
         args,
         one_or_more=[
-            "num_train_epochs", "train_batch_size", "images_per_id", "target_per_id", "min_per_id", "eval_batch_size",
+            "num_train_epochs", "classifier_epochs", "train_batch_size", "images_per_id", "target_per_id",
+            "min_per_id", "eval_batch_size",
         ],
         positive=["learning_rate"],
         not_negative=["dataloader_num_workers", "seed", "duplicate_distance"],
@@ -203,8 +208,8 @@ def parse_args(input_args=None):
         parser.error("--source is given without --generated; give the folder of the generated images")
     if args.train_batch_size % args.images_per_id:
         parser.error(f"--train_batch_size {args.train_batch_size} is no multiple of --images_per_id")
-    if min(args.resolution + (args.resize or [8])) < 8:
-        parser.error("--resolution and --resize must be at least 8 pixels")
+    if min(args.resolution + (args.resize or [8]) + (args.clip_resolution or [8])) < 8:
+        parser.error("--resolution, --clip_resolution and --resize must be at least 8 pixels")
     if args.holdout_fraction >= 1:
         parser.error("--holdout_fraction must be below 1: something must be left to train on")
     ways = [name for name in ("threshold", "keep_fraction", "false_match_rate") if getattr(args, name) is not None]
@@ -248,15 +253,13 @@ def numbers_of(parser, name, words):
 # The method
 
 
-def clip_scores(clip, sentences, images):
-    """Probability of the first of the sentences (S, D), unit length, by CLIP's own temperature: (B,)."""
-    features = F.normalize(as_features(clip.get_image_features(pixel_values=images)).float(), dim=1)
-    return (clip.logit_scale.float().exp() * features @ sentences.T).softmax(1)[:, 0]
+def clip_scores(features, sentences, scale):
+    """Probability of the first of the sentences (S, D), by CLIP's own temperature; all of unit length: (B,)."""
+    return (scale * features @ sentences.T).softmax(1)[:, 0]
 
 
-def cctf_scores(classifier, images, labels):
+def cctf_scores(logits, labels):
     """Probability of each image's identity: (B,)."""
-    _, logits = classifier.neck(classifier.backbone(images))
     return logits.float().softmax(1).gather(1, labels[:, None])[:, 0]
 
 
@@ -283,30 +286,15 @@ def calibration_scores(features, labels, held_out):
     return torch.cat(genuine).cpu(), torch.cat(impostor).cpu()
 
 
-# Sources and models
-
-
-@dataclass
-class Models:
-    """What scores the images of one source."""
-
-    reid: ReIDModel
-    classifier: ReIDModel | None
-    gallery: torch.Tensor
-    labels: torch.Tensor
-    label_of: dict
-    paths: list
-
-
 @dataclass
 class Run:
     """What the functions below share."""
 
     args: argparse.Namespace
-    accelerator: Accelerator
     sources: dict
     generated: object
     settings: dict
+    accelerator: object = None
 
     @property
     def folder(self):
@@ -316,7 +304,35 @@ class Run:
 # Scoring
 
 
-def score_piece(run, models, clip_parts, table, readers):
+def score(run):
+    """scores.parquet, features.npy and the calibration, from wherever an earlier run was stopped."""
+    # Choosing again waits for none of what this imports.
+    from utils.filter_loading import load_clip, load_models
+
+    args, accelerator = run.args, run.accelerator
+    if not args.skip_unreadable:
+        check_sources(run.sources)
+    check_models(args, run.sources)
+    if accelerator.is_main_process:
+        with write_together(run.folder) as aside:
+            aside(SETTINGS).write_text(to_json(run.settings), encoding="utf-8")
+    accelerator.wait_for_everyone()
+    models = load_models(args, run.sources, run.folder / "models", accelerator)
+    if accelerator.is_main_process:
+        calibration = {}
+        for domain, its in models.items():
+            calibration |= calibrate(run.sources[domain], its.gallery, its.labels, args.seed)
+        with write_together(run.folder) as aside:
+            save_file(calibration, aside(CALIBRATION))
+    clip = load_clip(args, accelerator.device)
+
+    def work(table, readers):
+        return score_piece(run, models, clip, table, readers)
+
+    score_pieces(run.folder, run.generated, work, accelerator=accelerator)
+
+
+def score_piece(run, models, clip, table, readers):
     """Columns of `SCORED` for the rows of a table, and the Re-ID features (rows, D) in float16."""
     args, device = run.args, run.accelerator.device
     columns = {name: [None] * len(table) for name in SCORED.names}
@@ -324,19 +340,19 @@ def score_piece(run, models, clip_parts, table, readers):
     domains, pids = table["domain"].to_pylist(), table["pid"].to_pylist()
     for domain in sorted(set(domains)):
         its = models[domain]
-        prepare = Preparation(readers, {"reid": its.reid, "cctf": its.classifier}, clip_parts[1])
-        rows = [row for row, one in enumerate(domains) if one == domain]
-        for batch in batches_ahead(
-            prepare, rows, batch_size=args.eval_batch_size, num_threads=args.dataloader_num_workers
-        ):
-            for row, inputs, found in batch:
-                columns["perceptual_hash" if inputs else "error"][row] = found
-            batch = [one for one in batch if one[1]]
-            if not batch:
+        views = {"reid": view_of(its.reid)} | ({"clip": clip.view} if clip else {})
+        views |= {"cctf": view_of(its.classifier)} if its.classifier else {}
+        mine = [row for row, one in enumerate(domains) if one == domain]
+        sizes = {"batch_size": args.eval_batch_size, "num_threads": args.dataloader_num_workers}
+        for batch in batches_ahead(Preparation(readers, views), mine, **sizes):
+            for row, pixels, found in batch:
+                columns["perceptual_hash" if pixels else "error"][row] = found
+            rows = [row for row, pixels, _ in batch if pixels]
+            if not rows:
                 continue
-            rows = [row for row, _, _ in batch]
+            images = batch_of([pixels for _, pixels, _ in batch if pixels], views, args.eval_batch_size, device)
             labels = torch.tensor([its.label_of[pids[row]] for row in rows], device=device)
-            found, vectors = score_batch(run, its, clip_parts, [inputs for _, inputs, _ in batch], labels)
+            found, vectors = score_batch(run, its, clip, images, labels)
             bad = ~np.isfinite(vectors).all(1)
             if bad.any():
                 path = table["path"][rows[int(bad.argmax())]].as_py()
@@ -349,82 +365,21 @@ def score_piece(run, models, clip_parts, table, readers):
 
 
 @torch.inference_mode()
-def score_batch(run, its, clip_parts, inputs, labels):
-    """{column: values} and features of one batch, filled up to the usual size: then any run rounds alike."""
-    device, count = run.accelerator.device, len(inputs)
-    clip, _, sentences = clip_parts
-    inputs = inputs + inputs[-1:] * (run.args.eval_batch_size - count)
-    stacked = {name: torch.stack([one[name] for one in inputs]).to(device) for name in inputs[0]}
-    columns = {}
+def score_batch(run, its, clip, images, labels):
+    """{column: values} and features of the first images of a batch, as many as there are labels."""
+    count, columns = len(labels), {}
     with run.accelerator.autocast():
-        features = its.reid(stacked["reid"])[:count].float()
-        if clip is not None:
-            columns["clip_score"] = clip_scores(clip, sentences, stacked["clip"])[:count].tolist()
-        if its.classifier is not None:
-            filled = torch.cat([labels, labels[-1:].expand(len(inputs) - count)])
-            columns["cctf_score"] = cctf_scores(its.classifier, stacked["cctf"], filled)[:count].tolist()
+        features = its.reid(images["reid"])[:count].float()
+        if clip:
+            found = clip_scores(clip.features(images["clip"])[:count], clip.sentences, clip.scale)
+            columns["clip_score"] = found.tolist()
+        if its.classifier:
+            _, logits = its.classifier.neck(its.classifier.backbone(images["cctf"]))
+            columns["cctf_score"] = cctf_scores(logits[:count], labels).tolist()
     scores, nearest, match = reid_scores(features, labels, its.gallery, its.labels)
     columns |= {"reid_score": scores.tolist(), "reid_match": match.tolist()}
     columns["nearest"] = [its.paths[row] for row in nearest.tolist()]
     return columns, features.cpu().numpy()
-
-
-def load_clip(args, accelerator):
-    """CLIP, its processor, and the unit-length features of the sentences."""
-    if args.clip_model == "none":
-        return None, None, None
-    clip = CLIPModel.from_pretrained(args.clip_model).to(accelerator.device).eval()
-    processor = CLIPProcessor.from_pretrained(args.clip_model)
-    sentences = [args.clip_sentence, *args.clip_others]
-    tokens = processor.tokenizer(sentences, padding=True, truncation=True, return_tensors="pt").to(accelerator.device)
-    with torch.inference_mode():
-        features = F.normalize(as_features(clip.get_text_features(**tokens)).float(), dim=1)
-    return clip, processor.image_processor, features
-
-
-def as_features(output):
-    """A tensor in older versions of transformers, an output object in newer ones."""
-    return output if isinstance(output, torch.Tensor) else output.pooler_output
-
-
-def load_models(run):
-    """{domain: Models}; those that are not given are trained, each by one process, and kept in models/."""
-    args, accelerator = run.args, run.accelerator
-    kinds = {"reid": given(args.reid_model, run.sources, "--reid_model")}
-    if not left_out(args, "cctf"):
-        kinds["classifier"] = given(args.classifier_model, run.sources, "--classifier_model")
-    places = {kind: names or {} for kind, names in kinds.items()}
-    wanted = [(kind, domain) for kind, names in kinds.items() if names is None for domain in run.sources]
-    for kind, domain in wanted:
-        places[kind][domain] = run.folder / "models" / f"{kind}-{domain}"
-    for kind, domain in wanted[accelerator.process_index :: accelerator.num_processes]:
-        if not (places[kind][domain] / "model.safetensors").is_file():
-            quiet = not accelerator.is_main_process
-            model = train_model(kind, run.sources[domain], args, accelerator.device, quiet)
-            model.save_pretrained(places[kind][domain])
-    accelerator.wait_for_everyone()
-    models, calibration = {}, {}
-    for domain, source in run.sources.items():
-        reid = ReIDModel.from_pretrained(places["reid"][domain], num_ids=0).to(accelerator.device)
-        classifier = None
-        if "classifier" in places:
-            classifier = ReIDModel.from_pretrained(places["classifier"][domain]).to(accelerator.device)
-        gallery = extract(
-            reid,
-            source.train,
-            transform_of(reid),
-            accelerator=accelerator,
-            batch_size=args.eval_batch_size,
-            desc=f"features of {domain}",
-        ).to(accelerator.device)
-        labels = source.labels.to(accelerator.device)
-        label_of = {pid: label for label, pid in enumerate(source.pids)}
-        models[domain] = Models(reid, classifier, gallery, labels, label_of, source.train["path"][:])
-        calibration |= calibrate(source, gallery, labels, args.seed)
-    if accelerator.is_main_process:
-        with write_together(run.folder) as aside:
-            save_file(calibration, aside(CALIBRATION))
-    return models
 
 
 def calibrate(source, features, labels, seed):
@@ -484,6 +439,33 @@ def choose(run):
 
 
 def main(args):
+    # Into a file or a pipe, lines would wait for the buffer to fill.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)
+    # The processes meet only to score, or before one draws the demo's images.
+    main_process = int(os.environ.get("RANK", 0)) == 0
+    say = print if main_process else lambda *_: None
+    fill_in(args, say)
+    run = open_run(args)
+    if is_scored(run):
+        say(f"All {len(run.generated):,} images are scored: choosing from {run.folder / SCORES}")
+    else:
+        run.accelerator = start_accelerator(args)
+        score(run)
+    if main_process:
+        finish(run)
+    if run.accelerator:
+        run.accelerator.end_training()
+    return 0
+
+
+def start_accelerator(args):
+    # As in `score`.
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    from utils.training import use_all_cores
+
     accelerator = Accelerator(
         # Without it, accelerate takes several processes of torchrun on a machine without a GPU for single ones.
         cpu=not torch.accelerator.is_available(),
@@ -491,57 +473,28 @@ def main(args):
         # One process may train for a day while the others wait for it.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=365))],
     )
-    args.mixed_precision = accelerator.mixed_precision
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)
-    fill_in(args, accelerator)
-    run = open_run(args, accelerator)
-    if is_scored(run):
-        accelerator.print(f"All {len(run.generated):,} images are scored: choosing from {run.folder / SCORES}")
-    else:
-        score(run)
-    if accelerator.is_main_process:
-        finish(run)
-    accelerator.end_training()
-    return 0
+    return accelerator
 
 
-def score(run):
-    """scores.parquet, features.npy and the calibration, from wherever an earlier run was stopped."""
-    if not run.args.skip_unreadable:
-        check_sources(run.sources)
-    check_models(run.args, run.sources)
-    if run.accelerator.is_main_process:
-        with write_together(run.folder) as aside:
-            aside(SETTINGS).write_text(to_json(run.settings), encoding="utf-8")
-    run.accelerator.wait_for_everyone()
-    models, clip_parts = load_models(run), load_clip(run.args, run.accelerator)
-
-    def work(table, readers):
-        return score_piece(run, models, clip_parts, table, readers)
-
-    score_pieces(run.folder, run.generated, work, accelerator=run.accelerator)
-
-
-def fill_in(args, accelerator):
+def fill_in(args, say):
     """What the demo filters, and the sources that a generated folder names."""
-    say = accelerator.print
+    # accelerate's own rule, which must be known before it is there: it decides the scores.
+    args.mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if args.demo:
         args.generated = DEMO_GENERATED
-        drawn = not (Path(DEMO_GENERATED) / METADATA).is_file()
         words = f"the images in {DEMO_GENERATED}"
-        if drawn:
+        if not (Path(DEMO_GENERATED) / METADATA).is_file():
             args.source, args.generated = [DEMO_SOURCE], str(Path(args.output_dir) / "drawn")
             words = "320 drawn images, of which it is known what is wrong with them"
-            if accelerator.is_main_process:
-                Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-                write_drawn(args.generated, World())
+            if not (Path(args.generated) / METADATA).is_file():
+                draw_demo(args)
         say(
             f"Demo: {words}, the shipped stand-in models, about two minutes on two cores. For your own: --generated "
             "DIR --source SPEC --data_root DIR, and --recipe diff-person for real models"
         )
-        accelerator.wait_for_everyone()
-    elif tiny.CLIP_DIR in (args.clip_model, args.backbone):
+    elif CLIP_DIR in (args.clip_model, args.backbone):
         say("Stand-in models, good for tests only, are used; --recipe diff-person has real ones")
     if args.source is None:
         try:
@@ -553,7 +506,18 @@ def fill_in(args, accelerator):
         say(line)
 
 
-def open_run(args, accelerator):
+def draw_demo(args):
+    # As in `score`.
+    from utils.drawn_generated import write_drawn
+
+    accelerator = start_accelerator(args)
+    if accelerator.is_main_process:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        write_drawn(args.generated)
+    accelerator.wait_for_everyone()
+
+
+def open_run(args):
     """Data and settings: all that can be wrong shows here, before a model is loaded."""
     sources = open_sources(
         args.source,
@@ -570,7 +534,7 @@ def open_run(args, accelerator):
             HfApi().whoami()
         except Exception as error:
             raise ValueError(f"--push_to_hub needs a login that works: {error}; run `hf auth login`") from None
-    return Run(args, accelerator, sources, generated, settings_of(args, generated, sources))
+    return Run(args, sources, generated, settings_of(args, generated, sources))
 
 
 def is_scored(run):
@@ -601,7 +565,7 @@ def finish(run):
         aside("args.json").write_text(to_json(run_record(args)), encoding="utf-8")
         aside("summary.json").write_text(to_json(summary), encoding="utf-8")
         page.write(aside("report.html"))
-    truth = truth_table(folder / SCORES, scores, choice, args.filter)
+    truth = truth_table(folder / SCORES, scores)
     if truth:
         print(text_table(*truth))
     print(

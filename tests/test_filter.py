@@ -92,7 +92,7 @@ def test_scores_are_those_of_the_formulas(drawn, whole):
     classifier = ReIDModel.from_pretrained(whole / "models" / "classifier-synthetic-a").eval()
 
     def seen_by(model, images):
-        transform = script.transform_of(model)
+        transform = script.view_of(model).transform()
         return torch.stack([transform(image.convert("RGB")) for image in images])
 
     with torch.no_grad():

@@ -28,8 +28,10 @@ SOURCE, NEW, WRONG, BROKEN, NOBODY = (
 TRUTHS = (SOURCE, NEW, WRONG, BROKEN, NOBODY)
 # What the images of an identity are, over and over.
 CYCLE = (NEW, SOURCE, WRONG, NEW, BROKEN, SOURCE, WRONG, NEW, NOBODY, BROKEN)
-SCENES = "bcde"
-PIECE = 8
+# Places that sources are from; the other domains taught the stand-ins.
+PLACES = "abcde"
+# Of pixels. No one size, which could be that of a model's own patches.
+PIECES = (5, 14)
 SCHEMA = METADATA.append(pa.field("truth", pa.string()))
 # Pictures of the source have the first numbers.
 FIRST_INDEX = 1000
@@ -51,12 +53,14 @@ def draw(world, pid, number):
     rng = random.Random(f"generated/{world}/{pid}/{number}")
     index = FIRST_INDEX + number
     if truth == NOBODY:
-        return empty_scene(rng), truth
+        return empty_scene(world, rng), truth
     if truth == WRONG:
         others = [other for other in range(0, 2 * world.num_ids, 2) if other != pid] or [pid + 1]
         pid = rng.choice(others)
     scene = (
-        world.domain if truth in (SOURCE, BROKEN) or (truth == WRONG and rng.random() < 0.4) else rng.choice(SCENES)
+        world.domain
+        if truth in (SOURCE, BROKEN) or (truth == WRONG and rng.random() < 0.4)
+        else rng.choice(other_places(world))
     )
     picture = in_scene(world, pid, scene, index)
     return (broken(picture, rng) if truth == BROKEN else picture), truth
@@ -71,8 +75,12 @@ def in_scene(world, pid, scene, index):
     return draw_image(person(world.domain, pid, world.seed), pose, DOMAINS[scene]["cameras"][camid], rng, SIZE)
 
 
-def empty_scene(rng):
-    camera = rng.choice(DOMAINS[rng.choice(SCENES)]["cameras"])
+def other_places(world):
+    return PLACES.replace(world.domain, "")
+
+
+def empty_scene(world, rng):
+    camera = rng.choice(DOMAINS[rng.choice(other_places(world))]["cameras"])
     height, width = SIZE
     scene = background(camera["style"], camera["variant"], width * 6, height * 2)
     left = rng.randint(0, scene.width - 2 * width)
@@ -88,10 +96,13 @@ def broken(picture, rng):
         return Image.blend(picture, noise.filter(ImageFilter.GaussianBlur(1.5)), 0.93)
     if kind == "dissolved":
         return picture.resize((2, 3), Image.Resampling.BOX).resize(picture.size, Image.Resampling.BICUBIC)
-    corners = [(left, top) for top in range(0, height, PIECE) for left in range(0, width, PIECE)]
-    mixed = Image.new("RGB", picture.size)
+    piece = rng.randint(*PIECES)
+    corners = [
+        (left, top) for top in range(0, height - piece + 1, piece) for left in range(0, width - piece + 1, piece)
+    ]
+    mixed = picture.copy()
     for (left, top), place in zip(rng.sample(corners, len(corners)), corners, strict=True):
-        mixed.paste(picture.crop((left, top, left + PIECE, top + PIECE)).rotate(rng.choice((0, 90, 180))), place)
+        mixed.paste(picture.crop((left, top, left + piece, top + piece)).rotate(rng.choice((0, 90, 180))), place)
     return mixed
 
 

@@ -1,21 +1,33 @@
-"""Which models score a set: what was asked for, checked before anything loads, and written down beside the scores."""
+"""Which models score a set: what was asked for, checked before anything loads, and written down beside the scores.
+
+transformers is imported only where a model is looked at: a run that only chooses again does not wait for it.
+"""
 
 import hashlib
 import json
 from pathlib import Path
 
-from transformers import PreTrainedConfig
-
-from utils.checkpoints import sha256
-from utils.model_folder import MODEL_TYPE, model_kind
 from utils.reporting import to_json
+from utils.standin_folders import CLIP_DIR
 
-TRAINING = ("backbone", "resolution", "train_batch_size", "images_per_id", "num_train_epochs", "learning_rate")
+TRAINING = (
+    "reid_method", "resolution", "train_batch_size", "images_per_id", "num_train_epochs", "classifier_epochs",
+    "learning_rate",
+)  # fmt: skip
+# The stand-in knows people in their own shape.
+STANDIN_SIZE = (128, 64)
 
 
 def left_out(args, name):
     """Whether the filter was switched off."""
     return {"clip": args.clip_model, "cctf": (args.classifier_model or [""])[0]}.get(name) == "none"
+
+
+def clip_size(args):
+    """(height, width) of what CLIP sees, None for its own square."""
+    if args.clip_resolution is None and args.clip_model == CLIP_DIR:
+        return STANDIN_SIZE
+    return args.clip_resolution and tuple(args.clip_resolution)
 
 
 def given(names, sources, flag):
@@ -29,6 +41,8 @@ def given(names, sources, flag):
 
 def check_models(args, sources):
     """ValueError, from configurations alone, where a model is not what it should be."""
+    from utils.model_folder import MODEL_TYPE, model_kind
+
     if not left_out(args, "clip"):
         check_kind("--clip_model", args.clip_model, "clip")
     reid = given(args.reid_model, sources, "--reid_model")
@@ -47,6 +61,8 @@ def check_models(args, sources):
 
 
 def check_kind(flag, name, wanted):
+    from transformers import PreTrainedConfig
+
     try:
         config = PreTrainedConfig.get_config_dict(name)[0]
     except Exception as error:
@@ -65,6 +81,7 @@ def settings_of(args, generated, sources):
         "generated": generated.digest,
         "source": images.hexdigest(),
         "clip_model": identity_of_model(args.clip_model),
+        "clip_resolution": clip_size(args),
         "clip_sentences": [args.clip_sentence, *args.clip_others],
         "holdout_fraction": args.holdout_fraction,
         "mixed_precision": args.mixed_precision,
@@ -86,3 +103,8 @@ def identity_of_model(name):
     files = sorted(path for path in Path(name).iterdir() if path.suffix in (".safetensors", ".json"))
     digest = hashlib.sha256("".join(f"{path.name} {sha256(path)}" for path in files).encode())
     return f"{Path(name).resolve().name} {digest.hexdigest()[:16]}"
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,10 +2,12 @@
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -13,7 +15,7 @@ from utils import filtering, generated_images
 from utils.filtered_set import write_scores
 from utils.generated_images import SCORED
 from utils.images import as_rgb, reason_of
-from utils.loading import test_transform
+from utils.loading import resized, test_transform
 from utils.reporting import write_together
 
 PIECES, SCORES, FEATURES = ".pieces", "scores.parquet", "features.npy"
@@ -75,12 +77,37 @@ def gather_pieces(folder, names, size):
         write_scores(aside(SCORES), (pq.read_table(f"{name}.parquet") for name in names))
 
 
-class Preparation:
-    """Reads an image and makes of it what each model takes: row -> (row, {model: tensor} or None, hash or reason)."""
+class View(NamedTuple):
+    """How a model wants its images: (height, width), resampling, mean and standard deviation of the channels."""
 
-    def __init__(self, readers, models, clip_processor=None):
-        self.readers, self.clip_processor = readers, clip_processor
-        self.transforms = {name: transform_of(model) for name, model in models.items() if model is not None}
+    size: tuple
+    resample: str
+    mean: tuple
+    std: tuple
+
+    def transform(self):
+        return test_transform(self.size, self.mean, self.std, self.resample)
+
+    def scaled(self, images):
+        """(B, 3, height, width) between 0 and 1 -> the model's own scale, in place."""
+        mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (self.mean, self.std))
+        return images.sub_(mean).div_(std)
+
+    def normalised(self, pixels):
+        """Bytes (B, height, width, 3) -> (B, 3, height, width), as `transform` gives them."""
+        return self.scaled(pixels.permute(0, 3, 1, 2).contiguous().float().div_(255.0))
+
+
+def view_of(model):
+    return View(tuple(model.image_size), model.resample, model.image_mean, model.image_std)
+
+
+class Preparation:
+    """Reads an image, once for all models: row -> (row, {(size, resample): bytes} or None, its hash or a reason)."""
+
+    def __init__(self, readers, views):
+        self.readers = readers
+        self.shapes = {(view.size, view.resample) for view in views.values()}
 
     def __call__(self, row):
         try:
@@ -88,10 +115,8 @@ class Preparation:
             image = as_rgb(open_image(self.readers[row]()))
         except Exception as error:
             return row, None, reason_of(error)
-        inputs = {name: transform(image) for name, transform in self.transforms.items()}
-        if self.clip_processor is not None:
-            inputs["clip"] = self.clip_processor(images=image, return_tensors="pt")["pixel_values"][0]
-        return row, inputs, filtering.perceptual_hash(image)
+        pixels = {shape: np.asarray(resized(image, *shape)) for shape in self.shapes}
+        return row, pixels, filtering.perceptual_hash(image)
 
 
 def open_image(held):
@@ -100,8 +125,13 @@ def open_image(held):
     return image
 
 
-def transform_of(model):
-    return test_transform(model.image_size, model.image_mean, model.image_std, model.resample)
+def batch_of(rows, views, size, device):
+    """{name: images} of prepared rows, filled up with the last one to `size`: then any run rounds alike."""
+    rows = rows + rows[-1:] * (size - len(rows))
+    pixels = {shape: torch.from_numpy(np.stack([row[shape] for row in rows])).to(device) for shape in rows[0]}
+    # Models that see alike share one batch.
+    seen = {view: view.normalised(pixels[view.size, view.resample]) for view in set(views.values())}
+    return {name: seen[view] for name, view in views.items()}
 
 
 def batches_ahead(prepare, rows, *, batch_size, num_threads):

@@ -33,8 +33,8 @@ LIMITS = (10, 30, 50, 70, 90, 110, 130, 150, 170, 190, 210, 250, 300)
 # What `datasets` reads from a parquet file's own notes.
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 TABLE_COLUMNS = ("images", "scene", "person IDs", "labeled", "environment", "crop size")
-CARD = """{kept:,} images of {identities:,} identities, all of them made by a diffusion model; none is a photograph,
-and the column `synthetic` says so of every row. They are what {filter} left of {images:,} generated images.
+CARD = """{kept:,} images of {identities:,} identities, {made_by}. {marked} They are what {filter} left of {images:,}
+generated images.
 
 ```python
 from datasets import load_dataset
@@ -69,6 +69,7 @@ A class is a pair of `domain` and `pid`: sources lie side by side, and the same 
 The people of the source images did not agree to these images one by one: the terms of each source hold for this set
 too. Finding people again across cameras is surveillance: use it only where the law and the people concerned allow
 it."""
+DRAWN, DIFFUSED, GENERATED = "drawn by code", "made by a diffusion model", "generated"
 NAMES = {"clip": "the CLIP filter", "cctf": "CCTF", "reid": "Re-ID CTF"}
 
 
@@ -148,7 +149,10 @@ def write_set(folder, generated, scores_path, summary, args, command):
         shutil.rmtree(left, ignore_errors=True)
     aside.mkdir(parents=True)
     write = write_parquet if args.format == "parquet" else write_files
-    sizes = write(aside, kept_rows(generated, scores_path, args.resize), summary["kept"])
+    origin = Origin()
+    rows = origin.noted(kept_rows(generated, scores_path, args.resize))
+    sizes = write(aside, rows, summary["kept"], schema_of(scores_path))
+    summary |= {"made_by": origin.words(), "models": sorted(origin.models), "synthetic": origin.synthetic}
     size = " x ".join(map(str, sizes.pop())) if len(sizes) == 1 else "vary"
     summary["row"] = [f"{summary['kept']:,}", "vary", f"{summary['identities']:,}", "yes", "vary", size]
     (aside / "README.md").write_text(card(args, summary, command), encoding="utf-8")
@@ -156,6 +160,27 @@ def write_set(folder, generated, scores_path, summary, args, command):
         os.replace(folder, old)
     os.replace(aside, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+class Origin:
+    """What the rows that pass by say of how their images were made."""
+
+    def __init__(self):
+        self.models, self.synthetic, self.sampled, self.count = set(), 0, 0, 0
+
+    def noted(self, rows):
+        for row, held in rows:
+            self.count += 1
+            self.synthetic += bool(row.get("synthetic"))
+            self.sampled += bool(row.get("steps"))
+            if row.get("model"):
+                self.models.add(row["model"])
+            yield row, held
+
+    def words(self):
+        if self.models == {"drawn"}:
+            return DRAWN
+        return DIFFUSED if self.sampled == self.count else GENERATED
 
 
 def kept_rows(generated, scores_path, size=None):
@@ -186,24 +211,19 @@ def resized(held, size):
     return buffer.getvalue()
 
 
-def schema_of(row):
+def schema_of(scores_path):
     """Features of the kept rows: the image, then what is known of it."""
-    kinds = {bool: "bool", int: "int64", float: "float64"}
-    types = {"clip_score": "float32", "cctf_score": "float32", "reid_score": "float32"}
-    names = [name for name in row if name not in UNSAVED]
-    columns = {name: datasets.Value(types.get(name, kinds.get(type(row[name]), "string"))) for name in names}
-    return datasets.Features({"image": datasets.Image()} | columns)
+    fields = [field for field in pq.read_schema(scores_path) if field.name not in UNSAVED]
+    return datasets.Features({"image": datasets.Image()} | datasets.Features.from_arrow_schema(pa.schema(fields)))
 
 
-def write_parquet(folder, rows, count):
+def write_parquet(folder, rows, count, features):
     """Files of some thousand images; one group of rows is in memory at a time. Returns the sizes seen."""
     (folder / "data").mkdir()
     files = math.ceil(count / IMAGES_A_FILE)
-    sizes, schema, writer, waiting = set(), None, None, []
+    sizes, schema, writer, waiting = set(), features.arrow_schema, None, []
     for number, (row, held) in enumerate(tqdm(rows, total=count, desc="writing", disable=None)):
         if number % IMAGES_A_FILE == 0:
-            if schema is None:
-                schema = schema_of(row).arrow_schema
             if writer:
                 writer.close()
             name = f"train-{number // IMAGES_A_FILE:05d}-of-{files:05d}.parquet"
@@ -217,9 +237,11 @@ def write_parquet(folder, rows, count):
     return sizes
 
 
-def write_files(folder, rows, count):
+def write_files(folder, rows, count, features):
     """Image files at their own paths and metadata.parquet beside them. Returns the sizes seen."""
-    sizes, writer, schema, waiting = set(), None, None, []
+    known = {name: kind for name, kind in features.items() if name != "image"}
+    schema = datasets.Features({"file_name": datasets.Value("string")} | known).arrow_schema.remove_metadata()
+    sizes, writer, waiting = set(), pq.ParquetWriter(folder / "metadata.parquet", schema), []
     for number, (row, held) in enumerate(tqdm(rows, total=count, desc="writing", disable=None)):
         name = os.path.normpath(row["path"])
         check_listed(str(folder), [name], "the metadata")
@@ -227,11 +249,6 @@ def write_files(folder, rows, count):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(held)
         sizes.add(size_of(held))
-        if schema is None:
-            fields = [(one, kind) for one, kind in schema_of(row).items() if one != "image"]
-            schema = datasets.Features({"file_name": datasets.Value("string"), **dict(fields)}).arrow_schema
-            schema = schema.remove_metadata()
-            writer = pq.ParquetWriter(folder / "metadata.parquet", schema)
         waiting.append(row | {"file_name": name})
         if len(waiting) == IMAGES_A_FILE or number == count - 1:
             writer.write_table(pa.Table.from_pylist(waiting, schema=schema))
@@ -264,6 +281,8 @@ def card(args, summary, command):
         kept=summary["kept"],
         identities=summary["identities"],
         images=summary["images"],
+        made_by=summary["made_by"],
+        marked=marked(summary),
         filter=NAMES[summary["filter"]],
         counts=markdown(heads, per_source),
         reasons=markdown(["reason", "images"], [[why, count] for why, count in summary["rejected"].items() if count]),
@@ -285,12 +304,20 @@ def card(args, summary, command):
         command=command,
         details={name: value for name, value in summary["choice"].items() if value is not None}
         | {"filter": summary["filter"]}
+        | ({"generated by": " ".join(summary["models"][:5])} if summary["models"] else {})
         | models,
         license=args.license,
         tags=["person-re-identification", "synthetic"],
         task_categories=["image-feature-extraction"],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": files}]}],
     )
+
+
+def marked(summary):
+    """One sentence: how many are no photographs."""
+    if summary["synthetic"] == summary["kept"]:
+        return "None is a photograph, and the column `synthetic` says so of every row."
+    return f"The column `synthetic` marks {summary['synthetic']:,} of them as no photographs."
 
 
 def markdown(columns, rows):

@@ -176,6 +176,16 @@ def perceptual_hash(image):
     return int.from_bytes(np.packbits(cells[:, :-1] > cells[:, 1:]).tobytes(), "big")
 
 
+def ranking(scores, name):
+    """Values in the order a filter would keep images: what cannot be kept last, strangers of Re-ID CTF before it."""
+    values = scores.values[name].astype(np.float64)
+    sound = scores.sound & np.isfinite(values)
+    top = values[sound].max() - values[sound].min() + 1 if sound.any() else 0.0
+    if name == "reid":
+        values = np.where(scores.match, values, values - top)
+    return np.where(sound, values, -np.inf)
+
+
 def equal_share(scores, name, count):
     """Mask of the `count` best of a filter: what it keeps where all filters keep as many."""
     values = np.where(eligible(scores, name), scores.values[name], -np.inf)

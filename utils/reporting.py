@@ -112,6 +112,19 @@ def write_csv(path, columns, rows):
         writer.writerows([safe(cell) for cell in row] for row in rows)
 
 
+def text_table(columns, rows):
+    """Aligned lines for a terminal; two columns of text, then numbers."""
+    widths = [max(len(str(row[place])) for row in [columns, *rows]) for place in range(len(columns))]
+    lines = []
+    for row in [columns, ["-" * width for width in widths], *rows]:
+        cells = [
+            str(cell).ljust(width) if place < 2 else str(cell).rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
 def versions():
     """Versions of Python and of the packages that decide the numbers, the device's name, the repository's revision."""
     found = {"python": platform.python_version()}

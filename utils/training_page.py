@@ -7,7 +7,7 @@ from PIL import Image
 
 from utils.charts import line_chart
 from utils.evaluation_page import percent
-from utils.reporting import Report, data_uri
+from utils.reporting import Report, data_uri, text_table  # noqa: F401
 
 SHEETS = 3
 SHEET_WIDTH = 400
@@ -52,18 +52,6 @@ def before_and_after(history):
                 difference = f"{100 * (new[key] - old[key]):+.1f}"
                 rows.append([spec + word, NUMBERS[key], percent(old[key]), percent(new[key]), difference])
     return rows
-
-
-def text_table(columns, rows):
-    widths = [max(len(str(row[place])) for row in [columns, *rows]) for place in range(len(columns))]
-    lines = []
-    for row in [columns, ["-" * width for width in widths], *rows]:
-        cells = [
-            str(cell).ljust(width) if place < 2 else str(cell).rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def build_page(title, output_dir, history, *, lead="", facts=(), samples=(), sample_words=""):
