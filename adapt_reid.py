@@ -24,8 +24,6 @@ With a source, BatchNorm has averages and weights of its own for each domain; th
 """
 
 import argparse
-import shlex
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,30 +43,39 @@ from utils.cluster_page import add_clusters, add_contact_sheet, told
 from utils.clustering import NOISE, agreement, check_clusters, check_settings, cluster, reliable, singled_out
 from utils.domain_norms import join_norms, split_norms
 from utils.intermediate import Mixer
-from utils.loading import ReIDImages, test_transform, train_transform
 from utils.losses import class_means, hard_triplet
 from utils.memories import UPDATES, ClusterMemory, HybridMemory
 from utils.modeling import ReIDModel
 from utils.pseudo_batches import PseudoBatches, in_groups
-from utils.reporting import model_card, run_record, to_json, write_together
-from utils.targets import extract, measure_targets, open_targets, results
+from utils.reid_training import (
+    FREE_ON_RESUME,
+    build_loader,
+    check_training,
+    introduce,
+    measure,
+    optimizer_of,
+    rates_of,
+    save_model,
+    say_goodbye,
+    trained,
+    transform_of,
+    write_arguments,
+)
+from utils.reporting import to_json, write_together
+from utils.targets import extract, open_targets, results
 from utils.training import (
     EXIT_SIGTERM,
     OPTIMIZERS,
     SCHEDULES,
-    LearningRate,
-    build_optimizer,
     check_ranges,
-    describe_origin,
     end_with,
     gather_with_gradient,
     parse_with_recipes,
     start_accelerator,
-    tracked,
 )
 from utils.training_data import SINGLE_IMAGE_IDS, digest_of, open_source
 from utils.training_loop import name_images, train_epochs
-from utils.training_page import before_and_after, build_page, text_table
+from utils.training_page import build_page
 from utils.unlabelled import open_unlabelled
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=64"
@@ -107,17 +114,6 @@ RECIPES = {
     "spcl-adaptation": PUBLISHED | ADAPTATION | {"method": "spcl", "memory_momentum": 0.2},
     "idm": PUBLISHED | ADAPTATION | {"method": "idm"},
 }
-CARD = (
-    "A person re-identification model: an image becomes one vector of unit length, and the larger the dot product of "
-    "two, the likelier they show the same person. For retrieval among images whose subjects consented or where the "
-    "law gives a clear right, not for covert or mass surveillance. `ReIDModel.from_pretrained` of diffreid loads it."
-)
-# What may differ from the checkpoint's run without changing what it trains.
-FREE_ON_RESUME = (
-    "output_dir", "data_root", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit",
-    "log_every", "report_to", "dataloader_num_workers", "max_train_steps", "eval_batch_size", "recipe", "push_to_hub",
-    "hub_model_id", "train_batch_size", "demo", "origin", "gradient_checkpointing",
-)  # fmt: skip
 
 
 def build_parser():
@@ -214,6 +210,9 @@ def build_parser():
     group.add_argument("--num_train_epochs", type=int, default=8, help="default 8")
     group.add_argument("--steps_per_epoch", type=int, help="between clusterings; default: as many as the images fill")
     group.add_argument("--max_train_steps", type=int, help="stop after so many steps; default: all epochs")
+    group.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="1: whole batches are looked at, not parts of them"
+    )
     group.add_argument("--learning_rate", type=float, default=1e-4, help="default 1e-4, for the stand-ins")
     group.add_argument(
         "--lr_scheduler", choices=SCHEDULES, default="warmup_multistep", help="default warmup_multistep"
@@ -242,6 +241,10 @@ def build_parser():
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval_every", type=int, default=4, help="epochs between evaluations; default 4")
     group.add_argument("--eval_batch_size", type=int, default=64, help="images a process; default 64")
+    group.add_argument("--rerank", **yes, help="k-reciprocal re-ranking beside the plain numbers")
+    group.add_argument("--rerank_k1", type=int, default=20, help="its reciprocal neighbours; default 20")
+    group.add_argument("--rerank_k2", type=int, default=6, help="its neighbours averaged over; default 6")
+    group.add_argument("--lambda_value", type=float, default=0.3, help="its weight of the plain distance; default 0.3")
 
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", default="output/adapt", help="default output/adapt")
@@ -287,7 +290,8 @@ def check_args(parser, args):
         args,
         one_or_more=[
             "train_batch_size", "num_train_epochs", "steps_per_epoch", "max_train_steps", "k1", "k2", "eval_every",
-            "eval_batch_size", "checkpointing_steps", "checkpoints_total_limit", "log_every",
+            "eval_batch_size", "checkpointing_steps", "checkpoints_total_limit", "log_every", "rerank_k1",
+            "rerank_k2",
         ],
         positive=["memory_temperature", "learning_rate", "adam_epsilon"],
         not_negative=[
@@ -296,6 +300,7 @@ def check_args(parser, args):
         ],
         fractions=[
             "erasing", "memory_momentum", "label_smoothing", "mix_weight", "lr_warmup_factor", "lr_gamma",
+            "lambda_value",
         ],
     )  # fmt: skip
     if not all(0 < eps < 1 for eps in scales(args)):
@@ -304,10 +309,7 @@ def check_args(parser, args):
     for name in ("min_samples", "images_per_id"):
         if getattr(args, name) < 2:
             parser.error(f"--{name} must be 2 or more, got {getattr(args, name)}")
-    if min(args.resolution) < 8:
-        parser.error(f"--resolution must be at least 8 pixels, got {' '.join(map(str, args.resolution))}")
-    if args.use_8bit_adam and args.optimizer == "sgd":
-        parser.error("--use_8bit_adam goes with --optimizer adam or adamw, not sgd")
+    check_training(parser, args)
 
 
 def scales(args):
@@ -556,7 +558,12 @@ class Run:
 
 def main(args):
     accelerator = start_accelerator(args)
-    introduce(args, accelerator.print)
+    introduce(
+        args,
+        f"Demo: {args.method} on drawn people, from the shipped stand-in CLIP; about two minutes on two cores. "
+        "For your own images: --target SPEC --data_root DIR --backbone DIR --recipe cluster-contrast",
+        accelerator.print,
+    )
     # What can be wrong with data and configuration shows before a model is loaded.
     target, truth, measurable = open_unlabelled(args.target, args.data_root, skip_unreadable=args.skip_unreadable)
     source, source_labels = None, torch.zeros(0, dtype=torch.int64)
@@ -599,31 +606,25 @@ def main(args):
         encoder.enable_gradient_checkpointing()
     run.model = Adaptation(encoder, args, num_source, len(target))
     share_batch_statistics(encoder.backbone, accelerator.device)
-    loader = build_loader(run, sampler)
+    # The target's labels are nowhere to be found in a batch.
+    labels = source_labels.tolist() + [-1] * len(target)
+    loader = build_loader(args, accelerator, encoder, both(run), labels, sampler)
     run.model, optimizer = accelerator.prepare(run.model, optimizer_of(args, run.model))
     num_steps = args.num_train_epochs * sampler.steps
-    rates = LearningRate(
-        optimizer,
-        args.lr_scheduler,
-        warmup_epochs=args.lr_warmup_epochs,
-        warmup_factor=args.lr_warmup_factor,
-        milestones=args.lr_milestones,
-        gamma=args.lr_gamma,
-        warmup_steps=args.lr_warmup_steps,
-        num_steps=num_steps,
-    )
+    rates = rates_of(args, optimizer, num_steps)
     if path:
         if args.method == "cluster-contrast":
             run.bare.memory.make_room(run.state["num_clusters"])
         load_checkpoint(path, run.model, optimizer, accelerator=accelerator)
-    if accelerator.is_main_process:
-        with write_together(args.output_dir) as aside:
-            aside("args.json").write_text(to_json(run_record(args)))
-    accelerator.init_trackers("diffreid-adapt", config=tracked(args))
+    write_arguments(args, accelerator, "diffreid-adapt")
+    rerank = args.rerank_k1, args.rerank_k2
+
+    def measure_all(epoch):
+        measure(args, accelerator, run.state, run.bare.encoder, measured, epoch, rerank)
 
     if not path:
-        measure(run, 0)
-    params = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+        measure_all(0)
+    params = trained(run.model)
     stopped_at = train_epochs(
         args,
         accelerator,
@@ -635,7 +636,7 @@ def main(args):
         optimizer=optimizer,
         num_steps=num_steps,
         step=lambda batch: training_step(run, batch, optimizer, params),
-        measure=partial(measure, run),
+        measure=measure_all,
         before=partial(start_epoch, run, sampler),
         rows=partial(name_images, accelerator, both(run)),
     )
@@ -666,21 +667,6 @@ def training_step(run, batch, optimizer, params):
 # What the training is made of
 
 
-def introduce(args, say):
-    if args.demo:
-        say(
-            f"Demo: {args.method} on drawn people, from the shipped stand-in CLIP; about two minutes on two cores. "
-            "For your own images: --target SPEC --data_root DIR --backbone DIR --recipe cluster-contrast"
-        )
-    elif args.backbone == tiny.CLIP_DIR:
-        say(
-            "No --backbone or --recipe given: using the shipped stand-in CLIP, which knows drawn people only. "
-            f"A real one: --backbone {PUBLISHED['backbone']}"
-        )
-    for line in describe_origin(args, args.origin):
-        say(line)
-
-
 def both(run):
     """Source and target as one data set, the source first."""
     if run.source is None:
@@ -689,54 +675,7 @@ def both(run):
     return datasets.concatenate_datasets([run.source.select_columns(columns), run.target])
 
 
-def transform_of(encoder):
-    return test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, encoder.resample)
-
-
-def build_loader(run, sampler):
-    args, encoder = run.args, run.model.encoder
-    transform = train_transform(
-        encoder.image_size, encoder.image_mean, encoder.image_std, padding=args.padding, erasing=args.erasing
-    )
-    # The target's labels are nowhere to be found in a batch.
-    labels = run.source_labels.tolist() + [-1] * len(run.target)
-    return torch.utils.data.DataLoader(
-        ReIDImages(both(run), transform, labels),
-        batch_sampler=sampler,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=run.accelerator.device.type == "cuda",
-        persistent_workers=args.dataloader_num_workers > 0,
-    )
-
-
-def optimizer_of(args, model):
-    return build_optimizer(
-        [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}],
-        args.optimizer,
-        learning_rate=args.learning_rate,
-        weight_decay=args.adam_weight_decay,
-        betas=(args.adam_beta1, args.adam_beta2),
-        epsilon=args.adam_epsilon,
-        use_8bit=args.use_8bit_adam,
-    )
-
-
 # Results
-
-
-def measure(run, epoch):
-    args, encoder = run.args, run.bare.encoder
-    measure_targets(
-        run.state,
-        epoch,
-        encoder,
-        run.measured,
-        transform_of(encoder),
-        accelerator=run.accelerator,
-        output_dir=args.output_dir,
-        batch_size=args.eval_batch_size,
-        num_workers=args.dataloader_num_workers,
-    )
 
 
 def finish(run):
@@ -748,28 +687,14 @@ def finish(run):
     run.accelerator.wait_for_everyone()
     if not run.accelerator.is_main_process:
         return
-    output_dir = Path(args.output_dir)
     final = results(state["history"])
-    card = model_card(
-        f"{args.method} trained on {' + '.join(args.target)}"
-        + (f" from {' + '.join(args.source)}" if run.source else ""),
-        text=CARD,
-        command=shlex.join(["adapt_reid.py", *sys.argv[1:]]),
-        metrics=final["targets"],
-        details={"images": len(run.target), **tracked(args)},
-        tags=["person-re-identification"],
-        pipeline_tag="image-feature-extraction",
-    )
+    title = f"{args.method} trained on {' + '.join(args.target)}"
+    title += f" from {' + '.join(args.source)}" if run.source else ""
     join_norms(encoder)
     encoder.reset_classifier(0)
-    encoder.save_pretrained(output_dir / "model", card=card)
+    card = save_model(args, "adapt_reid.py", encoder, title, final["targets"], {"images": len(run.target)})
     write_page(run, final["history"], found, labels, features)
-    if final["history"]:
-        print(text_table(["target", "number", "before", "after", "points"], before_and_after(final["history"])))
-    print(f"Results: {output_dir}; open {output_dir / 'report.html'}")
-    if args.push_to_hub:
-        repo_id = args.hub_model_id or output_dir.resolve().name
-        print(f"Uploaded: {encoder.push_to_hub(repo_id, card=card)}")
+    say_goodbye(args, encoder, card, final["history"])
 
 
 def write_page(run, history, found, labels, features):

@@ -30,8 +30,6 @@ backbone. Left out: SBS's AutoAugment, MGN's mirrored images at test time, MetaB
 import argparse
 import math
 import random
-import shlex
-import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -51,30 +49,39 @@ from utils.batch_norm import share_batch_statistics
 from utils.checkpoints import load_checkpoint, open_state
 from utils.datasets import labels_of, subset
 from utils.heads import METHODS as HEADS
-from utils.loading import IdentitySampler, ReIDImages, test_transform, train_transform
+from utils.loading import IdentitySampler
 from utils.losses import CentreLoss, circle_logits, hard_triplet, weighted_triplet
 from utils.metabin import MetaBatches, add_batch_instance_norms, domains_held_in, inner_rate, meta_step
 from utils.model_folder import model_kind
 from utils.modeling import ReIDModel
-from utils.reporting import model_card, run_record, to_json, write_together
-from utils.targets import measure_targets, open_targets, results
+from utils.reid_training import (
+    FREE_ON_RESUME,
+    build_loader,
+    check_training,
+    introduce,
+    measure,
+    optimizer_of,
+    rates_of,
+    save_model,
+    say_goodbye,
+    trained,
+    write_arguments,
+)
+from utils.reporting import write_together
+from utils.targets import open_targets, results
 from utils.training import (
     EXIT_SIGTERM,
     OPTIMIZERS,
     SCHEDULES,
-    LearningRate,
-    build_optimizer,
     check_ranges,
-    describe_origin,
     end_with,
     gather_with_gradient,
     parse_with_recipes,
     start_accelerator,
-    tracked,
 )
 from utils.training_data import SINGLE_IMAGE_IDS, RemainingBatches, digest_of, open_source
 from utils.training_loop import name_images, train_epochs
-from utils.training_page import before_and_after, build_page, text_table
+from utils.training_page import build_page
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=64"
 DEMO_SOURCES = [f"synthetic:domain={name},num_ids=32" for name in "abc"]
@@ -165,17 +172,6 @@ PUBLISHED = {
         "meta_first_order": True,
     },
 }
-CARD = (
-    "A person re-identification model: an image becomes one vector of unit length, and the larger the dot product of "
-    "two, the likelier they show the same person. For retrieval among images whose subjects consented or where the "
-    "law gives a clear right, not for covert or mass surveillance. `ReIDModel.from_pretrained` of diffreid loads it."
-)
-# What may differ from the checkpoint's run without changing what it trains.
-FREE_ON_RESUME = (
-    "output_dir", "data_root", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit",
-    "log_every", "report_to", "dataloader_num_workers", "max_train_steps", "eval_batch_size", "recipe", "push_to_hub",
-    "hub_model_id", "train_batch_size", "demo", "origin", "gradient_checkpointing",
-)  # fmt: skip
 
 
 def build_parser():
@@ -275,6 +271,9 @@ def build_parser():
     group.add_argument("--images_per_id", type=int, default=4, help="K: images of each identity in a batch; default 4")
     group.add_argument("--num_train_epochs", type=int, default=8, help="default 8")
     group.add_argument("--max_train_steps", type=int, help="stop after so many steps; default: all epochs")
+    group.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="1: whole batches are looked at, not parts of them"
+    )
     group.add_argument("--learning_rate", type=float, default=3e-4, help="default 3e-4, for the stand-ins")
     group.add_argument(
         "--freeze_steps", type=int, default=0, help="first steps in which the backbone stays as it is; default 0"
@@ -394,10 +393,7 @@ def check_args(parser, args):
         parser.error(f"--centre_weight {args.centre_weight} is for one feature an image; {args.method} has several")
     if args.triplet == "weighted" and args.margin != SOFT:
         parser.error(f"--margin {args.margin} is of --triplet hard; the weighted one has none, use --margin soft")
-    if min(args.resolution) < 8:
-        parser.error(f"--resolution must be at least 8 pixels, got {' '.join(map(str, args.resolution))}")
-    if args.use_8bit_adam and args.optimizer == "sgd":
-        parser.error("--use_8bit_adam goes with --optimizer adam or adamw, not sgd")
+    check_training(parser, args)
     if args.lr_scheduler == DELAYED_COSINE and args.lr_delay_epochs >= args.num_train_epochs:
         parser.error(
             f"--lr_delay_epochs {args.lr_delay_epochs} leaves no epoch of {args.num_train_epochs} for the cosine"
@@ -440,7 +436,7 @@ class FineTuning(nn.Module):
         super().__init__()
         self.model, self.args = model, args
         self.centres = CentreLoss(model.num_ids, model.backbone.num_features) if args.centre_weight else None
-        self.trained = [parameter for parameter in model.backbone.parameters() if parameter.requires_grad]
+        self.trained = trained(model.backbone)
 
     def forward(self, images, labels, rng=None, frozen=False):
         with self.frozen_backbone() if frozen else nullcontext():
@@ -521,7 +517,12 @@ class Run:
 
 def main(args):
     accelerator = start_accelerator(args, find_unused_parameters=args.freeze_steps > 0)
-    introduce(args, accelerator.print)
+    introduce(
+        args,
+        f"Demo: {args.method} on drawn people, from the shipped stand-in CLIP; about two minutes on two cores. "
+        "For your own data: --source SPEC --data_root DIR --backbone DIR --recipe published",
+        accelerator.print,
+    )
     # What can be wrong with data and configuration shows before a model is loaded.
     check_start(args)
     if args.method == METABIN and accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -577,29 +578,21 @@ def main(args):
             share_batch_statistics(part, accelerator.device)
     period = max(2, round(args.meta_period * sampler.steps_of(1)))
     run = Run(args, accelerator, train, labels, domains, period, targets, state, FineTuning(model, args))
-    loader = build_loader(run, sampler)
+    loader = build_loader(args, accelerator, model, train, labels.tolist(), sampler)
     run.method, optimizer = accelerator.prepare(run.method, optimizer_of(args, model))
     num_steps = sampler.steps_of(args.num_train_epochs)
-    rates = LearningRate(
-        optimizer,
-        partial(delayed_cosine, args=args) if args.lr_scheduler == DELAYED_COSINE else args.lr_scheduler,
-        warmup_epochs=args.lr_warmup_epochs,
-        warmup_factor=args.lr_warmup_factor,
-        milestones=args.lr_milestones,
-        gamma=args.lr_gamma,
-        warmup_steps=args.lr_warmup_steps,
-        num_steps=num_steps,
-    )
+    own_schedule = partial(delayed_cosine, args=args) if args.lr_scheduler == DELAYED_COSINE else None
+    rates = rates_of(args, optimizer, num_steps, own_schedule)
     if path:
         load_checkpoint(path, run.method, optimizer, accelerator=accelerator)
-    if accelerator.is_main_process:
-        with write_together(args.output_dir) as aside:
-            aside("args.json").write_text(to_json(run_record(args)))
-    accelerator.init_trackers("diffreid-finetune", config=tracked(args))
+    write_arguments(args, accelerator, "diffreid-finetune")
+
+    def measured(epoch):
+        measure(args, accelerator, state, run.model, targets, epoch, (args.k1, args.k2))
 
     if not path:
-        measure(run, 0)
-    params = [parameter for parameter in run.method.parameters() if parameter.requires_grad]
+        measured(0)
+    params = trained(run.method)
     stopped_at = train_epochs(
         args,
         accelerator,
@@ -611,7 +604,7 @@ def main(args):
         optimizer=optimizer,
         num_steps=num_steps,
         step=lambda batch: training_step(run, batch, optimizer, params),
-        measure=lambda epoch: measure(run, epoch),
+        measure=measured,
         before=lambda epoch: run.method.train(),
         rows=partial(name_images, accelerator, train),
     )
@@ -667,21 +660,6 @@ def balance(run, images, labels, domains):
 # What the training is made of
 
 
-def introduce(args, say):
-    if args.demo:
-        say(
-            f"Demo: {args.method} on drawn people, from the shipped stand-in CLIP; about two minutes on two cores. "
-            "For your own data: --source SPEC --data_root DIR --backbone DIR --recipe published"
-        )
-    elif args.backbone == tiny.CLIP_DIR:
-        say(
-            "No --backbone or --recipe given: using the shipped stand-in CLIP, which knows drawn people only. "
-            f"A real one: --backbone {BAG_OF_TRICKS['backbone']}"
-        )
-    for line in describe_origin(args, args.origin):
-        say(line)
-
-
 def part_of(args, train, labels):
     """The training images of the setting, with labels 0..N-1."""
     if args.setting not in PARTS:
@@ -703,49 +681,7 @@ def domains_of(args, train):
     return torch.tensor([numbers[name] for name in names])
 
 
-def build_loader(run, sampler):
-    args, model = run.args, run.method.model
-    transform = train_transform(
-        model.image_size, model.image_mean, model.image_std, padding=args.padding, erasing=args.erasing
-    )
-    return torch.utils.data.DataLoader(
-        ReIDImages(run.train, transform, run.labels.tolist()),
-        batch_sampler=sampler,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=run.accelerator.device.type == "cuda",
-        persistent_workers=args.dataloader_num_workers > 0,
-    )
-
-
-def optimizer_of(args, model):
-    return build_optimizer(
-        [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}],
-        args.optimizer,
-        learning_rate=args.learning_rate,
-        weight_decay=args.adam_weight_decay,
-        betas=(args.adam_beta1, args.adam_beta2),
-        epsilon=args.adam_epsilon,
-        use_8bit=args.use_8bit_adam,
-    )
-
-
 # Results
-
-
-def measure(run, epoch):
-    args, model = run.args, run.model
-    measure_targets(
-        run.state,
-        epoch,
-        model,
-        run.targets,
-        test_transform(model.image_size, model.image_mean, model.image_std, model.resample),
-        accelerator=run.accelerator,
-        output_dir=args.output_dir,
-        batch_size=args.eval_batch_size,
-        num_workers=args.dataloader_num_workers,
-        rerank={name: getattr(args, name) for name in ("k1", "k2", "lambda_value")} if args.rerank else None,
-    )
 
 
 def finish(run):
@@ -754,25 +690,12 @@ def finish(run):
     run.accelerator.wait_for_everyone()
     if not run.accelerator.is_main_process:
         return
-    output_dir = Path(args.output_dir)
     final = results(run.state["history"])
-    card = model_card(
-        f"{args.method.upper()} fine-tuned on {' + '.join(args.source)}",
-        text=CARD,
-        command=shlex.join(["finetune_reid.py", *sys.argv[1:]]),
-        metrics=final["targets"],
-        details={"images": len(run.train), "identities": model.num_ids, **tracked(args)},
-        tags=["person-re-identification"],
-        pipeline_tag="image-feature-extraction",
-    )
-    model.save_pretrained(output_dir / "model", card=card)
+    title = f"{args.method.upper()} fine-tuned on {' + '.join(args.source)}"
+    details = {"images": len(run.train), "identities": model.num_ids}
+    card = save_model(args, "finetune_reid.py", model, title, final["targets"], details)
     write_page(run, final["history"])
-    if final["history"]:
-        print(text_table(["target", "number", "before", "after", "points"], before_and_after(final["history"])))
-    print(f"Results: {output_dir}; open {output_dir / 'report.html'}")
-    if args.push_to_hub:
-        repo_id = args.hub_model_id or output_dir.resolve().name
-        print(f"Uploaded: {model.push_to_hub(repo_id, card=card)}")
+    say_goodbye(args, model, card, final["history"])
 
 
 def write_page(run, history):

@@ -228,6 +228,7 @@ def finished(small, tmp_path_factory):
     for kind, more in KINDS.items():
         AcceleratorState._reset_state(True)
         more = [*small, *more, "--checkpointing_steps", "2", "--output_dir", str(folder / kind)]
+        more += ["--rerank", "--rerank_k1", "5", "--rerank_k2", "3"] if kind == "spcl" else []
         assert adapt_reid.main(parse_args(more)) == 0
     AcceleratorState._reset_state(True)
     torch.set_num_threads(threads)
@@ -254,6 +255,7 @@ def test_what_a_run_leaves(finished, kind):
     assert all(-1 <= record["ari"] <= 1 and 0 <= record["nmi"] <= 1 for record in records)
     metrics = json.loads((out / "metrics.json").read_text())
     assert [(one["epoch"], one["target"]) for one in metrics["history"]] == [(0, TARGET), (2, TARGET)]
+    assert ("reranked" in metrics["targets"][TARGET]) == (kind == "spcl")
     model = ReIDModel.from_pretrained(out / "model")
     assert model.num_ids == 0 and not any("norms" in name for name in model.state_dict())
     page = (out / "report.html").read_text()
@@ -278,7 +280,7 @@ def test_the_saved_model_is_the_one_that_was_measured(finished):
         assert found["mAP"] == pytest.approx(told["mAP"], abs=1e-4)
 
 
-@kinds("cluster-contrast", "idm")
+@kinds("cluster-contrast")
 def test_a_cut_training_goes_on_to_the_same_numbers(small, finished, train, tmp_path, kind):
     """Cut in the middle of the second epoch, whose pseudo labels and memory are the checkpoint's."""
     common = [*small, *KINDS[kind], "--checkpointing_steps", "2", "--output_dir", tmp_path]
@@ -326,7 +328,7 @@ def two_copies(tmp_path_factory):
     return folder
 
 
-@kinds("spcl-adaptation", "idm")
+@kinds("idm")
 def test_labels_of_the_target_are_never_read(small, two_copies, train, tmp_path, kind):
     """With other labels every number of the training stays, to the last digit; only what a report says differs."""
     for name in ("true", "random"):
@@ -342,7 +344,8 @@ def test_labels_of_the_target_are_never_read(small, two_copies, train, tmp_path,
         assert (one["clusters"], one["noise"]) == (other["clusters"], other["noise"])
 
 
-@kinds("idm")
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_train_as_one(small, finished, tmp_path, kind):
     """The same global batch on two processes: BatchNorm of each domain, memory, batches, mixture, clusters."""
     launch(*small, *KINDS[kind], "--train_batch_size", "4", "--output_dir", tmp_path, processes=2)
@@ -372,9 +375,8 @@ def test_half_precision(small, finished, train, tmp_path):
     assert all(tensor.dtype == torch.float32 for tensor in weights_of(tmp_path).values() if tensor.is_floating_point())
 
 
-@pytest.mark.parametrize("more", [["--memory_update", "hard"], ["--memory_update", "mean"]])
-def test_updates_of_the_memory_differ(small, finished, train, tmp_path, more):
-    train(*small, *more, "--max_train_steps", "3", "--output_dir", tmp_path)
+def test_updates_of_the_memory_differ(small, finished, train, tmp_path):
+    train(*small, "--memory_update", "hard", "--max_train_steps", "3", "--output_dir", tmp_path)
     lines, wanted = log_of(tmp_path), log_of(finished / "cluster-contrast")[:3]
     assert lines[0] == wanted[0] and lines[2]["loss"] != wanted[2]["loss"]
 
@@ -457,6 +459,8 @@ def test_going_on_with_other_arguments_names_them(small, finished, tmp_path):
         (["--method", "spcl", "--eps", "0.1", "--eps_gap", "0.1"], "--eps 0.1 with --eps_gap 0.1 must be above 0"),
         (["--min_samples", "1"], "--min_samples must be 2 or more"),
         (["--memory_update", "soft"], "invalid choice"),
+        (["--gradient_accumulation_steps", "2"], "look at a whole batch at once"),
+        (["--rerank_k1", "0"], "--rerank_k1 must be 1 or more"),
     ],
 )
 def test_arguments_that_cannot_be(arguments, words, capsys):
