@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = "synthetic:domain=a,num_ids=4,images_per_id=6"
 PIECE = 8
 SMALL = ["--source", SOURCE, "--resolution", "64", "32", "--num_train_epochs", "1", "--train_batch_size", "8"]
-SMALL += ["--eval_batch_size", "8", "--dataloader_num_workers", "0"]
+SMALL += ["--eval_batch_size", "8", "--dataloader_num_workers", "0", "--classifier_epochs", "1"]
 COLUMNS = ["path", "clip_score", "cctf_score", "reid_score", "reid_match", "nearest", "perceptual_hash", "error"]
 
 
@@ -96,8 +97,9 @@ def test_scores_are_those_of_the_formulas(drawn, whole):
         return torch.stack([transform(image.convert("RGB")) for image in images])
 
     with torch.no_grad():
-        inputs = processor(text=sentences, images=pictures, padding=True, return_tensors="pt")
-        person = clip(**inputs).logits_per_image.softmax(1)[:, 0]
+        size = {"height": 128, "width": 64}
+        inputs = processor(text=sentences, images=pictures, padding=True, return_tensors="pt", size=size)
+        person = clip(**inputs, interpolate_pos_encoding=True).logits_per_image.softmax(1)[:, 0]
         raw = classifier.backbone(seen_by(classifier, pictures))
         shares = classifier.neck(raw)[1].softmax(1)
         cosines = reid(seen_by(reid, pictures)) @ reid(seen_by(reid, train["image"][:])).T
@@ -165,6 +167,72 @@ def test_choosing_again_loads_no_model(drawn, whole, monkeypatch):
     assert len(load_reid(str(whole / "dataset"))["train"]) == 12
 
 
+def test_choosing_again_waits_for_no_library_of_models(drawn, whole):
+    command = ["--generated", drawn, "--output_dir", whole, *SMALL, "--keep_fraction", "0.3"]
+    code = (
+        "import sys, filter_generated as script; from utils import generated_images\n"
+        f"generated_images.PIECE = {PIECE}\n"
+        "script.main(script.parse_args(sys.argv[1:]))\n"
+        "print([name for name in ('transformers', 'diffusers', 'accelerate') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        list(map(str, [sys.executable, "-c", code, *command])), cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "choosing from" in done.stdout and done.stdout.rstrip().endswith("[]")
+
+
+def put_together(folder, *sets):
+    """One generated folder of several."""
+    folder.mkdir()
+    tables = []
+    for one in sets:
+        shutil.copytree(one / "images", folder / "images", dirs_exist_ok=True)
+        tables.append(pq.read_table(one / "metadata.parquet"))
+    pq.write_table(pa.concat_tables(tables), folder / "metadata.parquet")
+    return folder
+
+
+def test_two_sources_each_with_its_models_and_threshold(drawn, tmp_path):
+    other = write_drawn(tmp_path / "c", World(domain="c", num_ids=3), num_damaged=0).parent
+    both = put_together(tmp_path / "both", drawn, other)
+    models = {}
+    for place, (domain, count) in enumerate((("a", 4), ("c", 3))):
+        torch.manual_seed(place)
+        model = ReIDModel.for_training(tiny.CLIP_DIR, num_ids=count, image_size=(64, 32)).eval()
+        models[domain] = model
+        model.save_pretrained(tmp_path / "models" / domain)
+    names = [str(tmp_path / "models" / domain) for domain in "ac"]
+    more = ["--source", "synthetic:domain=c,num_ids=3,images_per_id=6", SOURCE]
+    more += ["--reid_model", *names, "--classifier_model", *names, "--clip_model", "none"]
+    limits = {"synthetic-a": 0.9, "synthetic-c": 0.8}
+    folder = tmp_path / "out"
+    run(both, folder, *more, "--threshold", *(f"{domain}={limit}" for domain, limit in limits.items()))
+    rows = table(folder).to_pylist()
+    assert len(rows) == 70
+    for row in rows:
+        wanted = row["error"] is None and row["reid_match"] and row["reid_score"] >= limits[row["domain"]]
+        assert row["kept"] == wanted and row["clip_score"] is None
+    for domain, spec in (("a", SOURCE), ("c", more[1])):
+        train = load_reid(spec)["train"]
+        transform = script.view_of(models[domain]).transform()
+        gallery = torch.stack([transform(image.convert("RGB")) for image in train["image"][:]])
+        row = next(row for row in rows if row["domain"] == f"synthetic-{domain}" and row["error"] is None)
+        with torch.no_grad(), Image.open(both / row["path"]) as image:
+            cosines = models[domain](transform(image.convert("RGB"))[None]) @ models[domain](gallery).T
+        own = cosines[0][torch.tensor(train["pid"][:]) == row["pid"]]
+        assert row["reid_score"] == pytest.approx(own.topk(3).values.mean().item(), abs=1e-4)
+        assert row["nearest"].startswith(f"synthetic-{domain}/")
+    kept = [row for row in rows if row["kept"]]
+    opened = load_reid(str(folder / "dataset"))["train"]
+    assert sorted(zip(opened["domain"], opened["path"], strict=True)) == sorted(
+        (row["domain"], row["path"]) for row in kept
+    )
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {domain: one["threshold"] for domain, one in summary["sources"].items()} == limits
+    assert summary["identities"] == len({(row["domain"], row["pid"]) for row in kept})
+
+
 @pytest.mark.parametrize("kind", ["parquet", "folder"])
 def test_the_set_opens_everywhere_and_holds_the_very_files(drawn, whole, kind):
     run(drawn, whole, "--keep_fraction", "0.5", "--format", kind)
@@ -179,6 +247,7 @@ def test_the_set_opens_everywhere_and_holds_the_very_files(drawn, whole, kind):
     assert len(plain) == len(kept) and all(plain["synthetic"][:])
     card = (whole / "dataset" / "README.md").read_text()
     assert f"{len(kept)} images" in card and str(whole.parent) not in card
+    assert "drawn by code" in card and "diffusion model" not in card
     assert "Disagreements" in (whole / "report.html").read_text()
 
 

@@ -4,11 +4,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
-from utils import filtering, generated_images
+from utils import filtering, generated_images, scene_changes
 from utils.drawn_generated import TRUTHS, World, draw, write_drawn
+from utils.filter_scoring import View
+from utils.filtered_set import Origin
 from utils.generated_images import open_generated
+from utils.loading import resized
 
 
 def scores(person, values, *, sound=None, match=None, source=None, hashes=None):
@@ -83,6 +87,53 @@ def test_area_under_curve_by_counting_pairs():
     pairs = [(one > other) + 0.5 * (one == other) for one in values[good] for other in values[~good]]
     assert filtering.area_under_curve(values, good) == pytest.approx(np.mean(pairs))
     assert filtering.area_under_curve(values, np.ones(60, bool)) is None
+
+
+def test_ranking_puts_strangers_behind_and_what_is_broken_last():
+    found = scores(
+        [0] * 5, [0.9, 0.2, 0.5, -0.5, 0.95], sound=[True] * 4 + [False], match=[False, True, True, True, True]
+    )
+    assert np.argsort(-filtering.ranking(found, "reid"), kind="stable").tolist() == [2, 1, 3, 0, 4]
+    found.values["clip"] = np.array([0.1, 0.9, np.nan, 0.3, 0.8], np.float32)
+    assert np.argsort(-filtering.ranking(found, "clip"), kind="stable").tolist() == [1, 3, 0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        ([{"model": "drawn", "steps": 0, "synthetic": True}] * 2, "drawn by code"),
+        ([{"model": "464feff0", "steps": 30, "synthetic": True}] * 2, "made by a diffusion model"),
+        ([{"model": "464feff0", "steps": 30}, {"synthetic": True}], "generated"),
+        ([{"pid": 3}], "generated"),
+    ],
+)
+def test_how_images_were_made_is_taken_from_their_rows(rows, words):
+    origin = Origin()
+    assert [row for row, _ in origin.noted((row, b"") for row in rows)] == rows
+    assert origin.words() == words
+    assert origin.synthetic == sum(bool(row.get("synthetic")) for row in rows)
+
+
+def test_a_view_sees_what_the_transform_of_its_model_gives():
+    picture, _ = draw(World(), 4, 0)
+    view = View((96, 48), "bicubic", (0.4, 0.5, 0.6), (0.2, 0.3, 0.1))
+    pixels = torch.from_numpy(np.array(resized(picture, view.size, view.resample)))
+    torch.testing.assert_close(view.normalised(pixels[None])[0], view.transform()(picture))
+
+
+def test_other_places_leave_the_middle_and_other_cameras_the_order_of_brightness():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.arange(64).view(64, 1, 1, 1).expand(64, 3, 50, 40) / 64
+    moved = scene_changes.other_place(images.contiguous(), generator)
+    assert torch.equal(moved[:, :, 4:48, 12:28], images[:, :, 4:48, 12:28])
+    changed = (moved != images).flatten(1).any(1)
+    assert 0.4 < changed.float().mean() < 0.8
+    assert set(moved.unique().tolist()) <= set(images.unique().tolist())
+    ramp = torch.linspace(0, 1, 40).expand(8, 3, 50, 40).contiguous()
+    seen = scene_changes.other_camera(ramp, generator).mean(2)
+    assert (seen[..., 30] > seen[..., 5]).all() and seen.min() >= 0 and seen.max() <= 1
+    again = [scene_changes.change_scene(ramp, torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*again) and again[0].shape == ramp.shape
 
 
 def test_share_below():
