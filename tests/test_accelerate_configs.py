@@ -156,8 +156,9 @@ def test_deepspeed_trains_as_two_processes_do_and_goes_on(tmp_path, name):
     plain, whole = train("multi_gpu", "plain", 4), train(name, "whole", 4)
     train(name, "cut", 2)
     assert train(name, "cut", 4, "--resume_from_checkpoint", "latest") == whole
-    for line, other in zip(whole, plain, strict=True):
-        assert line == pytest.approx(other, rel=5e-3)
+    # Adam's first steps blow up what rounding leaves between two orders of a sum.
+    for line, other, apart in zip(whole, plain, (1e-3, 0.05, 0.05, 0.05), strict=True):
+        assert line == pytest.approx(other, rel=apart)
     one, other = (json.loads((tmp_path / folder / "metrics.json").read_text()) for folder in ("whole", "plain"))
     (target,) = one["targets"]
     assert one["targets"][target]["mAP"] == pytest.approx(other["targets"][target]["mAP"], abs=0.03)

@@ -32,7 +32,7 @@ def check_captioner(name):
     if not Path(name).is_dir() and Path(name).exists():
         raise ValueError(f"the captioner {name} is a file; give a model folder or a Hub id")
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         # The Hub's client raises classes of its own, and of the HTTP library under it.
         raise ValueError(
@@ -78,7 +78,7 @@ class Captioner:
         auto = AutoModelForVisualQuestionAnswering if kind == ANSWERS else AutoModelForImageTextToText
         settings = {"quantization_config": quantization(bits), "device_map": {"": device}} if bits in (4, 8) else {}
         try:
-            model = auto.from_pretrained(name, dtype=dtype, **settings)
+            model = auto.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False, **settings)
             processor = load_processor(name)
         except Exception as error:
             raise ValueError(f"the captioner {name!r} cannot be loaded: {one_line(error)}") from error
@@ -149,9 +149,10 @@ class ImagesAndWords:
 
 
 def load_processor(name):
-    processor = AutoProcessor.from_pretrained(name)
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     if hasattr(processor, "tokenizer"):
         # New text goes to the right of what was asked.
         processor.tokenizer.padding_side = "left"
         return processor
-    return ImagesAndWords(AutoImageProcessor.from_pretrained(name), AutoTokenizer.from_pretrained(name))
+    images = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    return ImagesAndWords(images, AutoTokenizer.from_pretrained(name, trust_remote_code=False))

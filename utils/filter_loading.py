@@ -56,7 +56,7 @@ def load_clip(args, device):
     """None where it is left out. A picture is squeezed into CLIP's square as a whole: its own crop would behead."""
     if left_out(args, "clip"):
         return None
-    clip = CLIPModel.from_pretrained(args.clip_model).to(device).eval()
+    clip = CLIPModel.from_pretrained(args.clip_model, use_safetensors=True).to(device).eval()
     processor = CLIPProcessor.from_pretrained(args.clip_model)
     sentences = [args.clip_sentence, *args.clip_others]
     tokens = processor.tokenizer(sentences, padding=True, truncation=True, return_tensors="pt").to(device)

@@ -38,8 +38,8 @@ class Measures:
         clip = processor = reid = None
         if clip_name:
             try:
-                clip = CLIPModel.from_pretrained(clip_name).to(device).eval()
-                processor = AutoProcessor.from_pretrained(clip_name)
+                clip = CLIPModel.from_pretrained(clip_name, use_safetensors=True).to(device).eval()
+                processor = AutoProcessor.from_pretrained(clip_name, trust_remote_code=False)
             except Exception as error:
                 raise ValueError(f"no CLIP model at {clip_name!r}: {' '.join(str(error).split())}") from error
         if reid_name:

@@ -30,7 +30,7 @@ TEXT_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 def load_tokenizer(name, revision=None):
     try:
-        return AutoTokenizer.from_pretrained(name, subfolder="tokenizer", revision=revision)
+        return AutoTokenizer.from_pretrained(name, subfolder="tokenizer", revision=revision, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {one_line(error)}") from error
 
@@ -38,7 +38,7 @@ def load_tokenizer(name, revision=None):
 def check_text_encoder(name, width, revision=None):
     """ValueError, from the configuration alone, where there is none whose width the U-Net takes."""
     try:
-        config = AutoConfig.from_pretrained(name, subfolder="text_encoder", revision=revision)
+        config = AutoConfig.from_pretrained(name, subfolder="text_encoder", revision=revision, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"{name!r} has no text encoder that can be read: {one_line(error)}") from error
     if config.model_type not in ("clip_text_model", "clip"):
@@ -155,7 +155,9 @@ class TextToImage:
 
 def load_text_encoder(name, dtype, revision=None):
     try:
-        text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype, revision=revision)
+        text_encoder = CLIPTextModel.from_pretrained(
+            name, subfolder="text_encoder", dtype=dtype, revision=revision, use_safetensors=True
+        )
     except Exception as error:
         raise ValueError(f"the text encoder of {name!r} cannot be loaded: {one_line(error)}") from error
     return text_encoder.requires_grad_(False).eval()
