@@ -36,13 +36,22 @@ from utils import filtering
 from utils.arguments import check_ranges, describe_origin, end_with, parse_with_recipes
 from utils.filter_models import check_models, left_out, settings_of
 from utils.filter_page import build_page, truth_table
-from utils.filter_scoring import FEATURES, PIECES, SCORES, Preparation, batch_of, batches_ahead, score_pieces, view_of
+from utils.filter_scoring import (
+    FEATURES,
+    SCORES,
+    SETTINGS,
+    Preparation,
+    batch_of,
+    batches_ahead,
+    is_scored,
+    score_pieces,
+    view_of,
+)
 from utils.filter_sources import check_identities, check_sources, open_sources
 from utils.filtered_set import pieces_of, summary_of, write_scores, write_set
 from utils.generated_images import METADATA, SCORED, open_generated
 from utils.reporting import portable, run_record, text_table, to_json, write_together
 from utils.standin_folders import CLIP_DIR
-from utils.worklist import differences
 
 DEMO_SOURCE, DEMO_GENERATED = "synthetic:domain=a,num_ids=32,images_per_id=12", "output/generated"
 OTHER_SENTENCES = ("a photo of a dog", "a photo of a car", "an empty street", "a picture of nothing")
@@ -61,7 +70,7 @@ RECIPES = {
 }
 BEST = 3
 MAX_CALIBRATION_QUERIES = 2000
-SETTINGS, CALIBRATION = "scoring.json", "calibration.safetensors"
+CALIBRATION = "calibration.safetensors"
 
 
 def build_parser():
@@ -222,32 +231,16 @@ def parse_args(input_args=None):
             parser.error(f"--filter {args.filter} needs --threshold, --keep_fraction or --target_per_id")
         args.false_match_rate = 0.01
     for name in ("threshold", "keep_fraction"):
-        setattr(args, name, numbers_of(parser, name, getattr(args, name)))
+        try:
+            setattr(args, name, filtering.numbers_of(getattr(args, name)))
+        except ValueError as error:
+            parser.error(f"--{name} {error}")
     if args.keep_fraction and not all(0 < value <= 1 for value in args.keep_fraction.values()):
         parser.error("--keep_fraction must be above 0 and at most 1")
     excluded = [name for name in ("clip", "cctf") if left_out(args, name)]
     if args.filter in excluded:
         parser.error(f"--filter {args.filter} cannot choose without its model")
     return args
-
-
-def numbers_of(parser, name, words):
-    """{domain or None for all: number} of `0.6` or `market1501=0.6 msmt17=0.5`."""
-    if words is None:
-        return None
-    found = {}
-    for word in words:
-        domain, equals, text = word.rpartition("=")
-        try:
-            number = float(text)
-        except ValueError:
-            number = float("nan")
-        if not np.isfinite(number) or bool(domain) != bool(equals) or domain in found:
-            parser.error(f"--{name} {word!r} is not as expected: a number, or DOMAIN=NUMBER for each source")
-        found[domain or None] = number
-    if None in found and len(found) > 1:
-        parser.error(f"--{name} has a number for all sources and others for single ones; give one kind")
-    return found
 
 
 # The method
@@ -447,7 +440,7 @@ def main(args):
     say = print if main_process else lambda *_: None
     fill_in(args, say)
     run = open_run(args)
-    if is_scored(run):
+    if is_scored(run.folder, run.settings):
         say(f"All {len(run.generated):,} images are scored: choosing from {run.folder / SCORES}")
     else:
         run.accelerator = start_accelerator(args)
@@ -537,29 +530,13 @@ def open_run(args):
     return Run(args, sources, generated, settings_of(args, generated, sources))
 
 
-def is_scored(run):
-    """Whether scores.parquet is that of these images and models; ValueError where it is another's."""
-    try:
-        before = json.loads((run.folder / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        before = None
-    scored = (run.folder / SCORES).is_file()
-    begun = scored or any((run.folder / PIECES).glob("*.parquet")) or (run.folder / "models").is_dir()
-    if begun and before != run.settings:
-        changed = "; ".join(differences(before or {}, run.settings))
-        raise ValueError(
-            f"{run.folder} holds scores of other models or images: {changed}. Give the same, or another --output_dir"
-        )
-    return scored
-
-
 def finish(run):
     """The choice, the set, the page."""
     args, folder = run.args, run.folder
     scores, choice, calibration = choose(run)
     summary = summary_of(args, run.generated, run.sources, scores, choice, calibration)
-    command = shlex.join(["filter_generated.py", *(str(portable(word)) for word in sys.argv[1:])])
-    write_set(folder / "dataset", run.generated, folder / SCORES, summary, args, command)
+    words = ["accelerate", "launch", "filter_generated.py", *(str(portable(word)) for word in sys.argv[1:])]
+    write_set(folder / "dataset", run.generated, folder / SCORES, summary, args, shlex.join(words))
     page = build_page(run, folder / SCORES, scores, choice, calibration, summary)
     with write_together(folder) as aside:
         aside("args.json").write_text(to_json(run_record(args)), encoding="utf-8")

@@ -331,11 +331,13 @@ def test_the_source_is_found_in_the_generated_folder(drawn, tmp_path):
         (["--reid_model", "a", "b", "c"], "names 3 models for 1 sources"),
         (["--clip_model", "nowhere/at/all"], "--clip_model: no model at 'nowhere/at/all'"),
         (["--reid_model", str(tiny.CLIP_DIR)], "is a clip model, expected"),
+        (["--classifier_model", "{models}/reid-synthetic-a"], "is a model of method mgn with several classifiers"),
         (["--source", SOURCE, "--holdout_fraction", "0"], "so --false_match_rate cannot be calibrated"),
     ],
 )
 def test_bad_data_and_models(drawn, whole, tmp_path, flags, words):
     more = trained(whole) if "calibrated" in words else []
+    flags = [flag.format(models=whole / "models") for flag in flags]
     with pytest.raises(ValueError, match=words):
         run(drawn, tmp_path / "out", *more, *flags)
 

@@ -52,10 +52,16 @@ def check_models(args, sources):
     if not left_out(args, "cctf"):
         classifiers = given(args.classifier_model, sources, "--classifier_model")
         for domain, name in (classifiers or {}).items():
-            found = check_kind("--classifier_model", name, MODEL_TYPE).get("num_ids")
-            wanted = len(sources[domain].pids)
-            if found != wanted:
-                raise ValueError(f"--classifier_model: {name!r} knows {found} identities, {domain} has {wanted}")
+            config, wanted = check_kind("--classifier_model", name, MODEL_TYPE), len(sources[domain].pids)
+            if config.get("num_ids") != wanted:
+                raise ValueError(
+                    f"--classifier_model: {name!r} knows {config.get('num_ids')} identities, {domain} has {wanted}"
+                )
+            if config.get("method", "bot") != "bot":
+                raise ValueError(
+                    f"--classifier_model: {name!r} is a model of method {config['method']} with several classifiers; "
+                    "give one of method bot"
+                )
     if reid is None or classifiers is None:
         model_kind(args.backbone)
 

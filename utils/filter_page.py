@@ -10,11 +10,12 @@ from utils import filtering, generated_images
 from utils.charts import histogram, line_chart
 from utils.filtered_set import NAMES, TABLE_COLUMNS, number
 from utils.images import as_rgb
-from utils.reporting import Report, Tile, data_uri
+from utils.reporting import Report, Tile, data_uri, portable
 
-SHOWN = 6
+SHOWN, HALF = 6, 3
 BARS = 40
 RATES = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0001)
+SHORT = {"clip": "CLIP", "cctf": "CCTF", "reid": "Re-ID"}
 LABELS = {"clip": "CLIP", "cctf": "CCTF", "reid": "Re-ID CTF"}
 MAX_SOURCES = 6
 
@@ -23,7 +24,7 @@ def build_page(run, scores_path, scores, choice, calibration, summary):
     """A `Report` of scores and choice."""
     masks = masks_of(scores, choice, summary["filter"])
     facts = [
-        ("Generated", run.args.generated),
+        ("Generated", portable(run.args.generated)),
         ("Source", " + ".join(run.sources)),
         ("Filter", LABELS[summary["filter"]]),
         ("Threshold", ", ".join(f"{domain} {number(value)}" for domain, value in choice.thresholds.items())),
@@ -58,7 +59,7 @@ def add_counts(report, summary):
     report.tiles(
         [
             ("kept", f"{summary['kept']:,}", f"of {summary['images']:,} images"),
-            ("identities", f"{summary['identities']:,}", f"in {len(summary['sources'])} sources"),
+            ("identities", f"{summary['identities']:,}", f"in {count_of(len(summary['sources']), 'source')}"),
             ("images an identity", f"{spread['mean']:.1f}", f"{spread['min']} to {spread['max']}"),
         ]
     )
@@ -73,6 +74,10 @@ def add_counts(report, summary):
     rejected = [[why, f"{count:,}"] for why, count in summary["rejected"].items() if count]
     if rejected:
         report.table(["left out because", "images"], rejected)
+
+
+def count_of(count, word):
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
 def read_truths(scores_path):
@@ -146,12 +151,12 @@ class Pictures:
 
 
 def note_of(row):
-    words = [row["error"]] if row["error"] else []
+    words = [f"identity {row['pid']}", *([row["error"]] if row["error"] else [])]
     for name, column in filtering.FILTERS.items():
         if row[column] is not None:
-            words.append(f"{LABELS[name]} {row[column]:.2f}")
+            words.append(f"{SHORT[name]} {row[column]:.2f}")
     if row["reid_match"] is False:
-        words.append("nearest is another")
+        words.append("nearer to another")
     if row.get("truth"):
         words.append(row["truth"])
     return ", ".join(words)
@@ -174,22 +179,25 @@ def spread_over(rows, count=SHOWN):
 def add_examples(report, scores, masks, pictures):
     report.section(
         "Kept and rejected",
-        "Of each filter, images next to the threshold: the least it keeps and the best it rejects, then a sample of "
-        "all it rejects. All filters keep as many images. A mark says what this filter does.",
+        "Of each filter a sample of what it keeps, the images next to its threshold, and a sample of what it rejects. "
+        "All filters keep as many images. A mark says what this filter does.",
     )
     for name, mask in masks.items():
         values = scores.values[name]
         order = np.argsort(-np.where(np.isfinite(values), values, -np.inf), kind="stable")
         kept, dropped = order[mask[order]], order[~mask[order]]
         groups = [
-            ("kept", "a sample", spread_over(kept), True),
-            ("kept, the least", "just above", kept[-SHOWN:], True),
-            ("rejected, the best", "just below", dropped[:SHOWN], False),
-            ("rejected", "a sample", spread_over(dropped), False),
+            ("kept", "a sample", spread_over(kept)),
+            ("at the threshold", "the least kept, the best rejected", [*kept[-HALF:], *dropped[:HALF]]),
+            ("rejected", "a sample", spread_over(dropped)),
         ]
         cards = [
-            {"title": f"{LABELS[name]}: {title}", "note": note, "tiles": [pictures.tile(row, match) for row in rows]}
-            for title, note, rows, match in groups
+            {
+                "title": f"{LABELS[name]}: {title}",
+                "note": note,
+                "tiles": [pictures.tile(row, bool(mask[row])) for row in rows],
+            }
+            for title, note, rows in groups
             if len(rows)
         ]
         report.cards(cards)
@@ -203,7 +211,7 @@ def add_disagreements(report, scores, masks, pictures):
         rows.append([f"{LABELS[one]} keeps, {LABELS[other]} rejects", f"{len(found):,}"])
         tiles = [pictures.tile(row) for row in spread_over(found)]
         if tiles:
-            note = f"{len(found):,} images"
+            note = count_of(len(found), "image")
             cards.append({"title": f"{LABELS[one]} keeps, {LABELS[other]} rejects", "note": note, "tiles": tiles})
     if rows:
         report.section("Disagreements", "Where two filters differ, while both keep as many images.")

@@ -1,5 +1,6 @@
 """Scoring a large set piece by piece: every piece is written whole or not at all, so a killed run goes on after it."""
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -17,8 +18,25 @@ from utils.generated_images import SCORED
 from utils.images import as_rgb, reason_of
 from utils.loading import resized, test_transform
 from utils.reporting import write_together
+from utils.worklist import differences
 
-PIECES, SCORES, FEATURES = ".pieces", "scores.parquet", "features.npy"
+PIECES, SCORES, FEATURES, SETTINGS = ".pieces", "scores.parquet", "features.npy", "scoring.json"
+
+
+def is_scored(folder, settings):
+    """Whether scores.parquet is that of these images and models; ValueError where it is another's."""
+    try:
+        before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = None
+    scored = (folder / SCORES).is_file()
+    begun = scored or any((folder / PIECES).glob("*.parquet")) or (folder / "models").is_dir()
+    if begun and before != settings:
+        changed = "; ".join(differences(before or {}, settings))
+        raise ValueError(
+            f"{folder} holds scores of other models or images: {changed}. Give the same, or another --output_dir"
+        )
+    return scored
 
 
 def score_pieces(folder, generated, score_piece, *, accelerator):

@@ -215,6 +215,25 @@ def share_below(counts, limits):
     return [float(np.searchsorted(ordered, limit, side="left") / max(len(ordered), 1)) for limit in limits]
 
 
+def numbers_of(words):
+    """{domain or None for all: number} of `0.6` or `market1501=0.6 msmt17=0.5`, None of None."""
+    if words is None:
+        return None
+    found = {}
+    for word in words:
+        domain, equals, text = word.rpartition("=")
+        try:
+            number = float(text)
+        except ValueError:
+            number = float("nan")
+        if not np.isfinite(number) or bool(domain) != bool(equals) or domain in found:
+            raise ValueError(f"{word!r} is not as expected: a number, or DOMAIN=NUMBER for each source")
+        found[domain or None] = number
+    if None in found and len(found) > 1:
+        raise ValueError("has a number for all sources and others for single ones; give one kind")
+    return found
+
+
 def numbers_by_domain(numbers, domains, flag):
     """{domain: number} of {domain or None for all: number}, or None; ValueError unless it names each domain once."""
     if numbers is None:
