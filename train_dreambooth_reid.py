@@ -784,7 +784,8 @@ def open_model(run):
     noun_id = run.tokenizer(run.noun, add_special_tokens=False).input_ids[0]
     run.token = IdentityToken(run.model.text_encoder, run.first_id, noun_id).to(accelerator.device)
     run.weights = run.model.trained_weights() + ([run.token.row] if is_new(args) else [])
-    run.start = [weight.detach().clone() for weight in run.weights]
+    # In the host's memory: a whole U-Net's is 3.2 GiB, and it is needed once an identity.
+    run.start = [weight.detach().to("cpu", copy=True) for weight in run.weights]
     run.measures = Measures.from_pretrained(clip_name(args), args.reid_model, accelerator.device)
     made = next(filter(None, (run.work.read(name, IMAGES) for name in run.work.recorded(IMAGES))), None)
     if made and made["model"] != run.model.digest:
@@ -807,7 +808,10 @@ def finish(run):
         count, images, failures = merge(work, run.identities, args.validation_ids)
         if not missing:
             work.tidy()
-        print(f"{images} images of {count} identities: {work.folder}; open {work.folder / 'report.html'}")
+        done = f"{images} images of {count} identities: {work.folder}"
+        if args.captions_only:
+            done = f"Captions of {len(work.pieces)} identities: {work.folder / 'captions.parquet'}"
+        print(f"{done}; open {work.folder / 'report.html'}")
         return failures
     print(f"{len(missing)} of {len(work.pieces)} identities are still with other shards; the last one merges")
     return {}

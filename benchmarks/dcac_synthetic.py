@@ -2,7 +2,7 @@
 
     python -m benchmarks.dcac_synthetic --output_dir output/dcac_synthetic
 
-Each run is `train_dcac.py` in a process of its own with the demo's settings; finished ones are not run again.
+Each run is `train_dcac.py` in a process of its own; finished ones are not run again.
 """
 
 import argparse
@@ -22,6 +22,7 @@ SETTINGS = {
     "single": (["a"], 128, ["b", "c", "d"]),
     "multi": (["a", "c", "d"], 48, ["b", "e"]),
 }
+TRAINING = ["--num_train_epochs", "8", "--lr_milestones", "7", "--memory_temperature", "0.05"]
 METHODS = {"baseline": ["--diffusion", "none"], "DCAC": []}
 SPEC = "synthetic:domain={}"
 
@@ -34,7 +35,7 @@ def train(folder, sources, num_ids, targets, seed, more):
         command = [sys.executable, "train_dcac.py", "--source"]
         command += [*(f"{SPEC.format(source)},num_ids={num_ids}" for source in sources), "--target"]
         command += [*map(SPEC.format, targets), "--seed", str(seed), "--output_dir", str(folder), *more]
-        command += ["--validation_ids", "0", "--eval_every", "4", "--resume_from_checkpoint", "latest"]
+        command += ["--validation_ids", "0", "--eval_every", "4", *TRAINING, "--resume_from_checkpoint", "latest"]
         subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - start
     return json.loads((folder / "metrics.json").read_text()), seconds

@@ -58,6 +58,16 @@ def dcac_cards():
     return table(columns, rows, words=2)
 
 
+def generation_cards():
+    rows = []
+    for way, sizes in read("generation_memory")["counted"].items():
+        for size, gib in sizes.items():
+            card = min((card for card in CARDS if max(gib.values()) + ASIDE <= card), default=None)
+            parts = [f"{gib[part]:.1f}" for part in ("fine_tuning", "drawing")]
+            rows.append([way, size, *parts, f"{card} GB" if card else "-"])
+    return table(["what trains", "pixels", "GiB fine-tuning", "GiB drawing", "smallest card"], rows, words=2)
+
+
 def retrieval():
     rows, peers = [], read("retrieval_peers")["rows"]
     words = {"metrics": "mAP, CMC, mINP", "rerank": "re-ranking too"}
@@ -98,6 +108,7 @@ TABLES = {
     "dcac-cost": dcac_cost,
     "dcac-cards": dcac_cards,
     "dcac-synthetic": dcac_synthetic,
+    "generation-cards": generation_cards,
     "retrieval": retrieval,
     "clustering": clustering,
 }
