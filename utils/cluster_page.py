@@ -79,9 +79,10 @@ def add_contact_sheet(report, dataset, labels, features, truth=None):
     noise = (labels == NOISE).nonzero().flatten()
     if len(noise):
         cards.append({"title": "In no cluster", "note": f"{len(noise)} images", "tiles": tiles(dataset, noise)})
-    report.section(
-        "What the clusters hold", "Of the model as it is now; framed by whether an image shows the most frequent one."
-    )
+    words = "Clusters of the trained model."
+    if truth is not None:
+        words += " Green: a cluster's most frequent identity; red: other people."
+    report.section("What the clusters hold", words)
     report.cards(cards)
 
 
