@@ -21,9 +21,7 @@ set that `filter_generated.py` wrote. What comes out is `backbone/`, a plain `tr
 
 import argparse
 import math
-import os
 import shlex
-import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -45,12 +43,13 @@ from utils.backbones import ClipBackbone
 from utils.batch_norm import share_batch_statistics
 from utils.checkpoints import load_checkpoint, open_state
 from utils.datasets import labels_of, subset
-from utils.denoising import sheet
 from utils.loading import ReIDImages, ShuffleSampler, test_transform
 from utils.mixing import Mixing, mix_images, mixed_loss
+from utils.model_folder import write_backbone_folder
 from utils.modeling import ReIDModel
 from utils.parameter_groups import parameter_groups
-from utils.pretraining_transforms import MultiCrop, RandAugmentTransform, to_picture
+from utils.pretraining_page import draw_batch, write_page
+from utils.pretraining_transforms import MultiCrop, RandAugmentTransform
 from utils.reporting import model_card, run_record, to_json, write_together
 from utils.streaming import StreamedImages, StreamLoader, open_stream
 from utils.targets import measure_targets, open_targets, results
@@ -68,7 +67,7 @@ from utils.training import (
 )
 from utils.training_data import RemainingBatches, digest_of, open_source
 from utils.training_loop import name_images, train_epochs
-from utils.training_page import before_and_after, build_page, text_table
+from utils.training_page import before_and_after, text_table
 
 DEMO_SOURCE = [f"synthetic:domain={domain},num_ids=64" for domain in "acde"]
 DEMO_TARGET = "synthetic:domain=b"
@@ -106,6 +105,8 @@ RECIPES = {
         "adam_weight_decay": 0.04,
         "lr_warmup_epochs": 10,
         "local_crops": 8,
+        "colours": 1.0,
+        "hidden_sides": 0.0,
         "prototypes": 65536,
         "head_width": 2048,
         "teacher_temperature": 0.07,
@@ -130,6 +131,7 @@ FREE_ON_RESUME = (
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     yes, either = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction, "default": None}
+    size = {"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")}
     parser.add_argument(
         "--recipe",
         choices=RECIPES,
@@ -149,16 +151,9 @@ def build_parser():
     group.add_argument("--image_fraction", type=float, help="keep this share of each identity's images; default all")
     group.add_argument("--identity_fraction", type=float, help="keep this share of the identities; default all")
     group.add_argument(
-        "--fraction_seed", type=int, default=0, help="which are kept: smaller parts lie in larger ones; default 0"
+        "--fraction_seed", type=int, default=0, help="which part; small ones lie in large ones; default 0"
     )
-    group.add_argument(
-        "--resolution",
-        type=int,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        default=[64, 32],
-        help="input of the backbone in pixels; default 64 32",
-    )
+    group.add_argument("--resolution", **size, default=[64, 32], help="of the backbone's input; default 64 32")
     group.add_argument(
         "--streaming",
         **yes,
@@ -166,15 +161,13 @@ def build_parser():
         "needed; the order then depends on the numbers of processes and workers",
     )
     group.add_argument("--skip_unreadable", **yes, help="leave out images that do not decode, and list them")
-    group.add_argument(
-        "--dataloader_num_workers", type=int, default=0, help="processes that prepare images; default 0"
-    )
+    group.add_argument("--dataloader_num_workers", type=int, default=0, help="that prepare images; default 0")
 
     group = parser.add_argument_group("model")
     group.add_argument(
         "--backbone",
         default="resnet-small",
-        help=f"{', '.join(NAMED)}, a folder, a Hub id, or a ReIDModel; default resnet-small",
+        help=f"{', '.join(NAMED)}, a folder, Hub id or ReIDModel; default resnet-small",
     )
     group.add_argument(
         "--from_scratch",
@@ -185,50 +178,34 @@ def build_parser():
     group = parser.add_argument_group("objective")
     group.add_argument("--objective", choices=["classification", "dino"], default="classification")
     group.add_argument("--ema_decay", type=float, help="the result is a running mean of the weights; default: not")
-    group.add_argument(
-        "--layer_decay", type=float, default=1.0, help="factor on the rate from a block to the one before; default 1"
-    )
+    group.add_argument("--layer_decay", type=float, default=1.0, help="factor on the rate, block by block; default 1")
     group.add_argument("--label_smoothing", type=float, default=0.1, help="classification; default 0.1")
     group.add_argument("--mixup", type=float, default=0.0, help="classification: alpha of Mixup; default 0, none")
     group.add_argument("--cutmix", type=float, default=0.0, help="classification: alpha of CutMix; default 0, none")
-    group.add_argument(
-        "--randaugment_ops",
-        type=int,
-        default=2,
-        help="classification: operations of RandAugment, 0 for none; default 2",
-    )
+    group.add_argument("--randaugment_ops", type=int, default=2, help="classification: of RandAugment; default 2")
     group.add_argument("--randaugment_magnitude", type=int, default=9, help="their strength, 0 to 30; default 9")
     group.add_argument("--erasing", type=float, default=0.25, help="probability of random erasing; default 0.25")
     group.add_argument("--padding", type=int, default=3, help="pixels around, of which a crop is taken; default 3")
     group.add_argument("--local_crops", type=int, default=4, help="dino: crops of parts of an image; default 4")
     group.add_argument(
-        "--local_resolution",
-        type=int,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        help="dino: size of those; default half of --resolution, of CLIP the whole",
+        "--local_resolution", **size, help="dino: of those; default half of --resolution, of CLIP the whole"
     )
+    group.add_argument(
+        "--colours", type=float, default=0.25, help="dino: how much they change, its own 1; default 0.25"
+    )
+    group.add_argument("--hidden_sides", type=float, default=0.8, help="dino: share of crops without; default 0.8")
     group.add_argument("--prototypes", type=int, default=512, help="dino: width of what is compared; default 512")
     group.add_argument("--head_width", type=int, default=256, help="dino: of the head's hidden layers; default 256")
     group.add_argument("--student_temperature", type=float, default=0.1, help="dino; default 0.1")
     group.add_argument("--teacher_temperature", type=float, default=0.04, help="dino; default 0.04")
-    group.add_argument(
-        "--teacher_warmup_epochs", type=int, default=0, help="dino: in which it rises from 0.04; default 0"
-    )
+    group.add_argument("--teacher_warmup_epochs", type=int, default=0, help="dino: of its rise from 0.04; default 0")
     group.add_argument("--teacher_momentum", type=float, default=0.99, help="dino: at first, 1 at last; default 0.99")
     group.add_argument("--centre_momentum", type=float, default=0.9, help="dino: what the centre keeps; default 0.9")
-    group.add_argument(
-        "--freeze_prototypes_epochs", type=int, default=1, help="dino: in which the last layer rests; default 1"
-    )
+    group.add_argument("--freeze_prototypes_epochs", type=int, default=1, help="dino: of the last layer; default 1")
 
     group = parser.add_argument_group("training")
     group.add_argument("--train_batch_size", type=int, default=64, help="images a process and forward; default 64")
-    group.add_argument(
-        "--gradient_accumulation_steps",
-        type=int,
-        default=1,
-        help="forward passes a step; BatchNorm sees each pass by itself; default 1",
-    )
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forwards a step; default 1")
     group.add_argument("--num_train_epochs", type=int, default=12, help="default 12")
     group.add_argument("--max_train_steps", type=int, help="stop after so many steps; default: all epochs")
     group.add_argument("--learning_rate", type=float, default=2e-3, help="default 2e-3, for resnet-small")
@@ -239,12 +216,8 @@ def build_parser():
     group.add_argument("--adam_beta1", type=float, default=0.9, help="default 0.9")
     group.add_argument("--adam_beta2", type=float, default=0.999, help="default 0.999")
     group.add_argument("--adam_epsilon", type=float, default=1e-8, help="default 1e-8")
-    group.add_argument(
-        "--adam_weight_decay", type=float, default=0.05, help="of AdamW, not on norms and biases; default 0.05"
-    )
-    group.add_argument(
-        "--max_grad_norm", type=float, default=0.0, help="clip gradients to this norm; default 0, never"
-    )
+    group.add_argument("--adam_weight_decay", type=float, default=0.05, help="not on norms, biases; default 0.05")
+    group.add_argument("--max_grad_norm", type=float, default=0.0, help="clip gradients; default 0, never")
     group.add_argument("--use_8bit_adam", **yes, help="bitsandbytes' 8-bit optimiser")
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="default accelerate's setting")
     group.add_argument("--allow_tf32", **yes, help="TF32 matrix products on Ampere and newer")
@@ -307,7 +280,7 @@ def check_args(parser, args):
         ],
         fractions=[
             "image_fraction", "identity_fraction", "erasing", "label_smoothing", "ema_decay", "layer_decay",
-            "teacher_momentum", "centre_momentum",
+            "teacher_momentum", "centre_momentum", "colours", "hidden_sides",
         ],
     )  # fmt: skip
     if args.streaming and len(args.source) > 1:
@@ -365,16 +338,20 @@ class SelfDistillation(nn.Module):
     Prototypes and what they are compared with have unit length, as in DINO with a last layer of norm 1.
     """
 
-    def __init__(self, backbone, prototypes, width, student_temperature=0.1, bottleneck=256):
+    def __init__(self, backbone, prototypes, width, student_temperature=0.1):
         super().__init__()
         self.backbone, self.student_temperature = backbone, student_temperature
-        bottleneck = min(bottleneck, width)
+        # 256 of 2048, as published: in fewer dimensions the scores of few prototypes differ enough.
+        bottleneck = max(2, width // 8)
+        # A ResNet's features are nearly the same for all images at first, and scores that are so stay so: where the
+        # backbone has norms of the batch, the head has them too.
+        normed = any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
+        norms = [nn.BatchNorm1d(width) if normed else nn.Identity() for _ in range(2)]
+        norms.append(nn.BatchNorm1d(bottleneck, affine=False) if normed else nn.Identity())
         self.head = nn.Sequential(
-            nn.Linear(backbone.num_features, width),
-            nn.GELU(),
-            nn.Linear(width, width),
-            nn.GELU(),
-            nn.Linear(width, bottleneck),
+            *(nn.Linear(backbone.num_features, width, bias=not normed), norms[0], nn.GELU()),
+            *(nn.Linear(width, width, bias=not normed), norms[1], nn.GELU()),
+            *(nn.Linear(width, bottleneck, bias=not normed), norms[2]),
         )
         self.prototypes = nn.Linear(bottleneck, prototypes, bias=False)
         for layer in (*self.head, self.prototypes):
@@ -526,7 +503,8 @@ def training_step(run, batch, *, optimizer, params):
     args, accelerator, model = run.args, run.accelerator, run.model
     batch = send_to_device(batch, accelerator.device, non_blocking=True)
     if run.state["step"] == 0 and accelerator.is_main_process:
-        draw_batch(run, batch["images"])
+        encoder = ReIDModel(run.bare.backbone)
+        draw_batch(args.output_dir, batch["images"], mix_of(args, 0), encoder.image_mean, encoder.image_std)
     loss_of = classify if args.objective == "classification" else distil
     values, passes = [], args.gradient_accumulation_steps
     for number in range(passes):
@@ -669,7 +647,8 @@ def build_transform(args, backbone):
             f"--local_resolution {' '.join(map(str, parts))}: CLIP takes images of one size; leave it out, or "
             "choose a ResNet or a Swin"
         )
-    return MultiCrop(args.resolution, parts, mean, std, num_parts=args.local_crops)
+    options = {"num_parts": args.local_crops, "colours": args.colours, "hidden": args.hidden_sides}
+    return MultiCrop(args.resolution, parts, mean, std, **options)
 
 
 def optimizer_of(args, model):
@@ -737,8 +716,18 @@ def finish(run):
         tags=["person-re-identification"],
         pipeline_tag="image-feature-extraction",
     )
-    save_backbone(run.result, output_dir / "backbone", card)
-    write_page(run, final["history"])
+    write_backbone_folder(run.result, output_dir / "backbone", ReIDModel(run.result).preprocessing(), card)
+    objective = {"classification": "identity classification", "dino": "self-distillation (DINO)"}[args.objective]
+    facts = [
+        ("Source", " + ".join(args.source)),
+        ("Images", f"{len(run.train):,} of {int(run.labels.max()) + 1:,} identities"),
+        ("Backbone", Path(args.backbone).name + (", from scratch" if args.from_scratch else "")),
+        ("Objective", objective),
+        ("Steps", f"{run.state['step']:,}"),
+        ("Batch", run.state["arguments"]["effective_batch_size"]),
+        ("Seed", args.seed),
+    ]
+    write_page(output_dir, final["history"], facts)
     if final["history"]:
         print(text_table(["target", "number", "before", "after", "points"], before_and_after(final["history"])))
     print(f"Results: {output_dir}; open {output_dir / 'report.html'}")
@@ -746,59 +735,6 @@ def finish(run):
         api = HfApi()
         repo_id = api.create_repo(args.hub_model_id or output_dir.resolve().name, exist_ok=True).repo_id
         print(f"Uploaded: {api.upload_folder(repo_id=repo_id, folder_path=output_dir / 'backbone')}")
-
-
-def draw_batch(run, images):
-    """The first images as the network sees them: `samples/batch.png`."""
-    args, encoder = run.args, ReIDModel(run.bare.backbone)
-    if args.objective == "classification":
-        rows = mix_images(images[:16], mix_of(args, 0)).split(8)
-        rows = [row for row in rows if len(row) == len(rows[0])]
-    else:
-        size = {"size": args.resolution, "mode": "bilinear"}
-        parts = [F.interpolate(crops, **size) for crops in images["parts"][:4]]
-        rows = [torch.cat(pair) for pair in zip(images["whole"][:4], parts, strict=True)]
-    pictures = [[to_picture(image, encoder.image_mean, encoder.image_std) for image in row] for row in rows]
-    with write_together(Path(args.output_dir) / "samples") as aside:
-        sheet(pictures).save(aside("batch.png"), "PNG")
-
-
-def save_backbone(backbone, folder, card):
-    """A `transformers` folder with its image processor and card, written aside; an older one goes last."""
-    aside, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
-    for left in (aside, old):
-        shutil.rmtree(left, ignore_errors=True)
-    backbone.save_pretrained(aside)
-    (aside / "preprocessor_config.json").write_text(to_json(ReIDModel(backbone).preprocessing()))
-    (aside / "README.md").write_text(card, encoding="utf-8")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_page(run, history):
-    args, output_dir = run.args, Path(run.args.output_dir)
-    objective = "identity classification" if args.objective == "classification" else "self-distillation (DINO)"
-    page = build_page(
-        "Pre-training",
-        output_dir,
-        history,
-        lead="A backbone, its plain features measured before and after on people it was not trained on.",
-        facts=[
-            ("Source", " + ".join(args.source)),
-            ("Images", f"{len(run.train):,} of {int(run.labels.max()) + 1:,} identities"),
-            ("Backbone", Path(args.backbone).name + (", from scratch" if args.from_scratch else "")),
-            ("Objective", objective),
-            ("Steps", f"{run.state['step']:,}"),
-            ("Batch", run.state["arguments"]["effective_batch_size"]),
-            ("Seed", args.seed),
-        ],
-        samples=[("first batch", path) for path in [output_dir / "samples" / "batch.png"] if path.exists()],
-        sample_words="Images as the network sees them: augmented and mixed, or each with its crops.",
-    )
-    with write_together(output_dir) as aside:
-        page.write(aside("report.html"))
 
 
 def run_script(args):

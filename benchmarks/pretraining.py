@@ -2,6 +2,7 @@
 
     python -m benchmarks.pretraining --json PRETRAINING.json          # on a GPU: 256x128, batch 512, bf16
     python -m benchmarks.pretraining --size tiny --mixed_precision no # on a CPU: that it runs, not how fast it is
+    python -m benchmarks.pretraining --recipe                         # the published rates, and what does not decay
 
 ours: the modules and optimiser of `pretrain_backbone.py`. compiled: the same with --torch_compile. plain: as people
 write it, torchvision's model in its usual memory layout, torchvision's Mixup and CutMix, the loss read every step.
@@ -17,6 +18,7 @@ import utils  # noqa: F401
 import argparse
 import gc
 import time
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -28,11 +30,12 @@ from torchvision.transforms import v2
 
 from benchmarks.dcac_step import GIB, numbers, shown, wait
 from benchmarks.retrieval import environment
-from pretrain_backbone import Classification, optimizer_of
+from pretrain_backbone import Classification, optimizer_of, rates_of
 from pretrain_backbone import parse_args as training_args
 from utils.backbone_names import open_backbone
 from utils.mixing import Mixing
 from utils.reporting import to_json, versions, write_together
+from utils.training_page import text_table
 
 # (height, width), images a batch, identities of the published set.
 SIZES = {"paper": ((256, 128), 512, 5183), "tiny": ((64, 32), 4, 10)}
@@ -40,6 +43,8 @@ TORCHVISION = {"resnet50": "resnet50", "swin-t": "swin_t", "swin-s": "swin_s", "
 # Dense bfloat16 with float32 sums, TFLOPS, from the makers' data sheets.
 DATA_SHEETS = {"H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "A100": 312.0, "L40S": 362.1, "RTX 4090": 165.2}
 WAYS = ("ours", "compiled", "plain")
+# Images of the published set, and epochs of its recipe to show.
+PUBLISHED_IMAGES, EPOCHS = 777_130, (1, 20, 21, 150, 300)
 
 
 def arguments(name):
@@ -178,6 +183,42 @@ def measure(args, device, dtype):
     return found
 
 
+def schedule_rows():
+    """Rate at the first and last step of some epochs of the recipe, from 1."""
+    args = arguments("resnet-small")
+    steps = PUBLISHED_IMAGES // args.train_batch_size
+    rates = rates_of(args, optimizer_of(args, our_model("resnet-small", (64, 32), 2)), steps)
+    ends = [[rates.set(epoch, step) for step in ((epoch - 1) * steps, epoch * steps - 1)] for epoch in EPOCHS]
+    return [[epoch, *(f"{rate:.3e}" for rate in both)] for epoch, both in zip(EPOCHS, ends, strict=True)]
+
+
+def decay_rows(name, size, num_ids):
+    """Tensors and millions of numbers by weight decay, and what kinds of tensors they are."""
+    with torch.device("meta"):
+        model = our_model(name, size, num_ids)
+    names = {parameter: key for key, parameter in model.named_parameters()}
+    rows = []
+    for group in optimizer_of(arguments(name), model).param_groups:
+        kinds = Counter(kind_of(model, names[parameter]) for parameter in group["params"])
+        numbers = sum(parameter.numel() for parameter in group["params"]) / 1e6
+        told = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        rows.append([name, group["weight_decay"], len(group["params"]), f"{numbers:.3f}", told])
+    return rows
+
+
+def kind_of(model, name):
+    """The layer's class and the tensor's name in it: `BatchNorm2d.weight`."""
+    place, _, last = name.rpartition(".")
+    return f"{type(model.get_submodule(place)).__name__}.{last}"
+
+
+def print_recipe(args):
+    size, _, num_ids = SIZES["paper"]
+    print(text_table(["epoch", "first step", "last step"], schedule_rows()) + "\n")
+    rows = [row for name in args.models for row in decay_rows(name, size, num_ids)]
+    print(text_table(["model", "decay", "tensors", "millions", "kinds"], rows))
+
+
 def add_shares(found, rate, sheet):
     for model in found.values():
         base = model["ways"].get("plain", {}).get("images_per_second")
@@ -209,6 +250,7 @@ def print_table(found):
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for what was found")
+    parser.add_argument("--recipe", action="store_true", help="only print the recipe's rates and decays")
     parser.add_argument("--size", choices=SIZES, default="paper", help="default paper")
     parser.add_argument("--models", nargs="+", choices=TORCHVISION, default=["resnet50", "swin-t"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["ours", "plain"], help="default ours plain")
@@ -227,6 +269,8 @@ def parse_args(input_args=None):
 
 def main(input_args=None):
     args = parse_args(input_args)
+    if args.recipe:
+        return print_recipe(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"bf16": torch.bfloat16, "no": torch.float32}[args.mixed_precision]
     width = 8192 if device == "cuda" else 512

@@ -2,9 +2,11 @@
 
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,8 +31,8 @@ from utils.backbones import load_backbone
 from utils.loading import ReIDImages, ShuffleSampler
 from utils.loading import test_transform as picture_transform
 from utils.mixing import Mix
+from utils.model_folder import write_backbone_folder
 from utils.modeling import ReIDModel
-from utils.reporting import to_json
 
 ROOT = Path(__file__).parent.parent
 TARGET = "synthetic:domain=b,num_ids=3,images_per_id=4"
@@ -40,6 +42,10 @@ SMALL = [
 ]
 MIXED = ["--mixup", "0.8", "--cutmix", "1", "--randaugment_ops", "1"]
 DINO = [*("--objective", "dino", "--local_crops", "2", "--prototypes", "32", "--head_width", "32")]
+EVERY_STEP = ["--checkpointing_steps", "1", "--checkpoints_total_limit", "9"]
+FINISHED = [*SMALL, *MIXED, *EVERY_STEP, "--ema_decay", "0.3", "--layer_decay", "0.9", "--target", TARGET]
+DISTILLED = [*SMALL, *DINO, *EVERY_STEP]
+CONVOLUTION = "backbone.model.embedder.embedder.convolution.weight"
 
 
 def environment():
@@ -64,8 +70,56 @@ def train(*arguments, script=pretrain_backbone):
         AcceleratorState._reset_state(True)
 
 
+def run_as(rank, processes, port, arguments):
+    """What one of several processes does."""
+    torch.set_num_threads(1)
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    if processes > 1:
+        os.environ.update({name: str(value) for name, value in place.items()})
+    train(*arguments)
+
+
+def started(arguments, processes=1):
+    """Runs in processes of their own, forked from one that has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [str(one) for one in arguments]
+    runs = [context.Process(target=run_as, args=(rank, processes, port, arguments)) for rank in range(processes)]
+    for run in runs:
+        run.start()
+    return runs
+
+
 def log_of(folder):
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def tensors_of(folder, step):
+    return load_file(Path(folder) / f"checkpoint-{step}" / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A whole small run: its folder."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    train(*FINISHED, "--output_dir", out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def distilled(tmp_path_factory):
+    out = tmp_path_factory.mktemp("distilled") / "out"
+    train(*DISTILLED, "--output_dir", out)
+    return out
 
 
 # The objectives
@@ -131,41 +185,35 @@ def test_schedules_of_the_running_mean_and_the_temperature():
     assert [momentum(args, step, 10) for step in (0, 8, 5000)] == pytest.approx([0.1, 0.5, 0.99])
 
 
-@pytest.mark.parametrize("more", [["--ema_decay", "0.4", *MIXED], DINO], ids=["classification", "dino"])
-def test_running_mean_of_all_steps(tmp_path, more):
+@pytest.mark.parametrize("name", ["finished", "distilled"])
+def test_running_mean_of_all_steps(name, request):
     """Each checkpoint's mean follows from the one before and its own weights; the result is the mean."""
-    args = [*SMALL, *more, "--checkpointing_steps", "1", "--checkpoints_total_limit", "9", "--output_dir", tmp_path]
-    train(*args, "--max_train_steps", "4")
-    states = [load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in range(1, 5)]
-    parsed = parse_args([str(one) for one in args])
-    name = "backbone.model.encoder.stages.3.layers.0.layer.1.normalization.running_var"
-    moved = 0.0
-    for step in range(1, 4):
+    folder, common = request.getfixturevalue(name), {"finished": FINISHED, "distilled": DISTILLED}[name]
+    states = {step: tensors_of(folder, step) for step in (3, 4, 5, 6)}
+    parsed, moved = parse_args(common), 0.0
+    norm = "backbone.model.encoder.stages.3.layers.0.layer.1.normalization.running_var"
+    for step in (3, 4, 5):
         keep = momentum(parsed, step, 6)
-        for key in ("backbone.model.embedder.embedder.convolution.weight", *([] if more == DINO else [name])):
-            before, now = (states[place][f"average.module.{key}"] for place in (step - 1, step))
-            weights = states[step][f"model.{key}"]
+        # The teacher's own forward moves its BatchNorm too.
+        for key in (CONVOLUTION, *([norm] if name == "finished" else [])):
+            before, now = (states[place][f"average.module.{key}"] for place in (step, step + 1))
+            weights = states[step + 1][f"model.{key}"]
             torch.testing.assert_close(now, keep * before + (1 - keep) * weights, rtol=1e-4, atol=1e-6)
             moved += float((now - weights).abs().max())
     assert moved > 0
-    saved = load_file(tmp_path / "backbone" / "model.safetensors")
-    assert torch.equal(
-        saved["embedder.embedder.convolution.weight"],
-        states[-1]["average.module.backbone.model.embedder.embedder.convolution.weight"],
-    )
+    saved = load_file(folder / "backbone" / "model.safetensors")
+    assert torch.equal(saved[CONVOLUTION.removeprefix("backbone.model.")], states[6][f"average.module.{CONVOLUTION}"])
 
 
-def test_prototypes_rest_and_the_centre_follows_the_teacher(tmp_path):
-    common = [*SMALL, *DINO, "--checkpointing_steps", "1", "--checkpoints_total_limit", "9", "--max_train_steps", "4"]
-    train(*common, "--output_dir", tmp_path)
-    states = [load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in range(1, 5)]
+def test_prototypes_rest_and_the_centre_follows_the_teacher(distilled):
+    states = [tensors_of(distilled, step) for step in range(1, 5)]
     prototypes = [state["model.prototypes.weight"] for state in states]
     # The rate of the first step is 0 anyway; the first epoch has three.
     assert torch.equal(prototypes[0], prototypes[2]) and not torch.equal(prototypes[2], prototypes[3])
     centres = [state["model.centre"] for state in states]
     assert all(0 < float(centre.abs().max()) < 1 for centre in centres)
     # Of the first step: a tenth of what the teacher, then the student's twin, says of the first batch.
-    args = parse_args(common)
+    args = parse_args(DISTILLED)
     AcceleratorState._reset_state(True)
     accelerator = pretrain_backbone.start_accelerator(args)
     rows, labels, _ = pretrain_backbone.open_train(args)
@@ -221,14 +269,6 @@ def test_arguments_that_cannot_be(arguments, words, capsys):
 # Whole runs
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A whole small run: its folder."""
-    out = tmp_path_factory.mktemp("finished") / "out"
-    train(*SMALL, *MIXED, "--ema_decay", "0.9", "--layer_decay", "0.9", "--target", TARGET, "--output_dir", out)
-    return out
-
-
 def test_what_a_run_leaves(finished):
     lines = log_of(finished)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -241,9 +281,9 @@ def test_what_a_run_leaves(finished):
     assert 0 < metrics["targets"][TARGET]["mAP"] <= 1
     page = (finished / "report.html").read_text()
     assert "Before and after" in page and "identity classification" in page
-    assert json.loads((finished / "args.json").read_text())["arguments"]["ema_decay"] == 0.9
-    names = {"args.json", "backbone", "checkpoint-4", "checkpoint-6", "log.jsonl", "metrics.json", "report.html"}
-    assert {path.name for path in finished.iterdir()} == names | {"samples"}
+    assert json.loads((finished / "args.json").read_text())["arguments"]["ema_decay"] == 0.3
+    names = {"args.json", "backbone", "log.jsonl", "metrics.json", "report.html", "samples"}
+    assert {path.name for path in finished.iterdir()} == names | {f"checkpoint-{step}" for step in range(1, 7)}
     assert "data:image/jpeg" in page and all(f">{name}</text>" in page for name in ("accuracy", "loss", "lr"))
     with Image.open(finished / "samples" / "batch.png") as sheet:
         assert sheet.size == (8 * 32 + 7 * 4, 64)
@@ -311,8 +351,7 @@ def test_a_reid_model_is_a_start_too(tmp_path):
 
 
 def test_a_cut_training_goes_on_to_the_same_numbers(finished, tmp_path, capsys):
-    common = [*SMALL, *MIXED, "--ema_decay", "0.9", "--layer_decay", "0.9", "--target", TARGET]
-    common += ["--output_dir", tmp_path]
+    common = [*FINISHED, "--output_dir", tmp_path]
     train(*common, "--max_train_steps", "1")
     assert len(log_of(tmp_path)) == 1
     train(*common, "--resume_from_checkpoint", "latest")
@@ -323,67 +362,55 @@ def test_a_cut_training_goes_on_to_the_same_numbers(finished, tmp_path, capsys):
     assert train(*common, "--resume_from_checkpoint", "latest") == 0
 
 
-def killed(arguments, folder, lines, sign):
-    """Starts a run and sends it `sign` once so many lines are written."""
-    command = [sys.executable, str(ROOT / "pretrain_backbone.py"), *map(str, arguments)]
-    process = subprocess.Popen(
-        command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def test_kill_and_go_on(distilled, tmp_path):
+    """SIGKILL after some step of DINO, then go on: the log file is the unbroken run's, byte by byte."""
+    common = [*DISTILLED, "--output_dir", tmp_path]
+    (process,) = started(common)
+    wait_for_lines(tmp_path, 2, process.is_alive)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    train(*common, "--resume_from_checkpoint", "latest")
+    assert (tmp_path / "log.jsonl").read_text() == (distilled / "log.jsonl").read_text()
+    cut, whole = (load_file(folder / "backbone" / "model.safetensors") for folder in (tmp_path, distilled))
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+
+
+def wait_for_lines(folder, count, alive):
     path, deadline = Path(folder) / "log.jsonl", time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline:
-        if path.exists() and path.read_text().count("\n") >= lines:
+    while alive() and time.monotonic() < deadline:
+        if path.exists() and path.read_text().count("\n") >= count:
             break
         time.sleep(0.02)
-    process.send_signal(sign)
-    printed = process.communicate(timeout=240)[0]
-    return process.returncode, printed
-
-
-def test_kill_and_go_on(tmp_path):
-    """SIGKILL after some step of DINO, then go on: the log file is the unbroken run's, byte by byte."""
-    common = [*SMALL, *DINO, "--checkpointing_steps", "1"]
-    train(*common, "--output_dir", tmp_path / "whole")
-    code, printed = killed([*common, "--output_dir", tmp_path / "cut"], tmp_path / "cut", 2, signal.SIGKILL)
-    assert code == -signal.SIGKILL, printed[-2000:]
-    train(*common, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest")
-    assert (tmp_path / "cut" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
-    names = ("cut", "whole")
-    cut, whole = (load_file(tmp_path / name / "backbone" / "model.safetensors") for name in names)
-    assert all(torch.equal(cut[name], whole[name]) for name in whole)
 
 
 @pytest.mark.slow
 def test_sigterm_writes_a_checkpoint(tmp_path):
-    common = [*SMALL, "--num_train_epochs", "50", "--output_dir", tmp_path]
-    code, printed = killed(common, tmp_path, 1, signal.SIGTERM)
-    assert code == 128 + signal.SIGTERM, printed[-2000:]
+    common = [*SMALL, "--num_train_epochs", "50", "--output_dir", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "pretrain_backbone.py"), *common]
+    process = subprocess.Popen(
+        command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_lines(tmp_path, 1, lambda: process.poll() is None)
+    process.send_signal(signal.SIGTERM)
+    printed = process.communicate(timeout=240)[0]
+    assert process.returncode == 128 + signal.SIGTERM, printed[-2000:]
     assert "SIGTERM" in printed and "--resume_from_checkpoint latest" in printed
     assert list(tmp_path.glob("checkpoint-*"))
 
 
-def in_two_processes(arguments):
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command = [*start, str(ROOT / "pretrain_backbone.py"), *map(str, arguments)]
-    run = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 0, run.stderr[-3000:]
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        pytest.param([*MIXED, "--ema_decay", "0.9"], id="classification"),
-        pytest.param(DINO, id="dino", marks=pytest.mark.slow),
-    ],
-)
-def test_two_processes_train_as_one(tmp_path, more):
-    """The same global batch: BatchNorm of the backbone, mixing, centre, losses and gradients."""
-    common = [*SMALL, *more, "--max_train_steps", "3"]
-    train(*common, "--output_dir", tmp_path / "one")
-    in_two_processes([*common, "--train_batch_size", "4", "--output_dir", tmp_path / "two"])
-    for left, right in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+@pytest.mark.parametrize("name", ["finished", "distilled"])
+def test_two_processes_train_as_one(name, request, tmp_path):
+    """The same global batch: BatchNorm of backbone and head, mixing, centre, running mean, losses and gradients."""
+    one, common = request.getfixturevalue(name), {"finished": FINISHED, "distilled": DISTILLED}[name]
+    runs = started([*common, "--train_batch_size", "4", "--max_train_steps", "3", "--output_dir", tmp_path], 2)
+    for run in runs:
+        run.join()
+    assert [run.exitcode for run in runs] == [0, 0]
+    for left, right in zip(log_of(one)[:3], log_of(tmp_path), strict=True):
         assert left == pytest.approx(right, rel=1e-3, abs=1e-4)
-    first, second = (load_file(tmp_path / name / "backbone" / "model.safetensors") for name in ("one", "two"))
-    assert max(float((first[name].float() - second[name].float()).abs().max()) for name in first) < 1e-3
+    first, second = (tensors_of(folder, 3) for folder in (one, tmp_path))
+    assert max(float((first[key].float() - second[key].float()).abs().max()) for key in first) < 1e-3
 
 
 @pytest.mark.parametrize("more", [MIXED, DINO], ids=["classification", "dino"])
@@ -483,7 +510,7 @@ def test_crops_of_clip_have_its_size(tmp_path):
 def test_weights_of_another_memory_layout_are_saved_alike(tmp_path):
     backbone = open_backbone("resnet-small", (64, 32), from_scratch=True)
     wanted = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
-    pretrain_backbone.save_backbone(backbone.to(memory_format=torch.channels_last), tmp_path / "backbone", "card")
+    write_backbone_folder(backbone.to(memory_format=torch.channels_last), tmp_path / "backbone", {}, "card")
     found = load_backbone(tmp_path / "backbone", (64, 32)).model.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
@@ -491,12 +518,11 @@ def test_weights_of_another_memory_layout_are_saved_alike(tmp_path):
 def test_going_on_with_other_arguments_names_them(finished, tmp_path):
     folder = tmp_path / "out"
     shutil.copytree(finished, folder)
-    common = [*SMALL, *MIXED, "--ema_decay", "0.9", "--target", TARGET, "--output_dir", folder]
-    common += ["--resume_from_checkpoint", "latest"]
-    assert "layer_decay was 0.9, is 1.0" in refused(*common)
+    common = [*FINISHED, "--output_dir", folder, "--resume_from_checkpoint", "latest"]
+    assert "layer_decay was 0.9, is 1.0" in refused(*common, "--layer_decay", "1")
     weights = folder / "checkpoint-6" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    assert "damaged" in refused(*common, "--layer_decay", "0.9")
+    assert "damaged" in refused(*common)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_images(tmp_path):
@@ -505,14 +531,12 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_images(tmp_path):
     assert not (tmp_path / "out" / "backbone").exists()
 
 
-def test_the_last_backbone_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+def test_the_last_backbone_stays_until_the_new_one_is_whole(tmp_path):
     backbone = open_backbone("resnet-small", (64, 32), from_scratch=True)
-    pretrain_backbone.save_backbone(backbone, tmp_path / "backbone", "first")
-    monkeypatch.setattr(pretrain_backbone, "to_json", lambda value: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        pretrain_backbone.save_backbone(backbone, tmp_path / "backbone", "second")
+    write_backbone_folder(backbone, tmp_path / "backbone", {}, "first")
+    with pytest.raises(TypeError):
+        write_backbone_folder(backbone, tmp_path / "backbone", {}, card=None)
     assert (tmp_path / "backbone" / "README.md").read_text() == "first"
-    monkeypatch.setattr(pretrain_backbone, "to_json", to_json)
-    pretrain_backbone.save_backbone(backbone, tmp_path / "backbone", "third")
+    write_backbone_folder(backbone, tmp_path / "backbone", {}, "third")
     assert (tmp_path / "backbone" / "README.md").read_text() == "third"
     assert [path.name for path in tmp_path.iterdir()] == ["backbone"]

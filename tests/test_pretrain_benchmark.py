@@ -1,6 +1,7 @@
 """benchmarks.pretraining: the two ways train the same network, FLOPs against published counts, one small run."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -44,6 +45,27 @@ def test_shares():
         "share_of_data_sheet": 0.25,
         "times_plain": 1.5,
     }
+
+
+def test_the_recipe_as_a_table(capsys):
+    """Rates by the formula; every tensor of a real network in one of two rows."""
+    pretraining.main(["--recipe", "--models", "swin-t"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rates = {int(line[0]): [float(word) for word in line[1:]] for line in lines if line and line[0].isdigit()}
+    steps = 777_130 // 512
+    for epoch, ends in rates.items():
+        for step, rate in zip(((epoch - 1) * steps, epoch * steps - 1), ends, strict=True):
+            done = step / steps
+            cosine = (1 + math.cos(math.pi * (done - 20) / 280)) / 2
+            assert rate == pytest.approx(4e-3 * (done / 20 if done < 20 else cosine), rel=2e-3, abs=1e-12)
+    assert list(rates) == [1, 20, 21, 150, 300]
+    rows = {line[1]: line for line in lines if line and line[0] == "swin-t"}
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in plain_model("swin-t", 5183).parameters()) / 1e6
+    assert float(rows["0.0"][3]) + float(rows["0.05"][3]) == pytest.approx(wanted, abs=2e-3)
+    free, decaying = (" ".join(rows[decay]) for decay in ("0.0", "0.05"))
+    assert "29 LayerNorm.weight" in free and "12 SwinRelativePositionBias" in free
+    assert decaying.endswith("1 Conv2d.weight, 76 Linear.weight")
 
 
 def test_a_small_run(tmp_path, capsys):

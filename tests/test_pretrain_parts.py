@@ -5,6 +5,7 @@ import random
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -265,8 +266,12 @@ def picture():
 
 @pytest.mark.parametrize(
     "transform",
-    [RandAugmentTransform((64, 32), padding=2, erasing=0.5), MultiCrop((64, 32), (32, 16), num_parts=3)],
-    ids=["randaugment", "crops"],
+    [
+        RandAugmentTransform((64, 32), padding=2, erasing=0.5),
+        MultiCrop((64, 32), (32, 16), num_parts=3),
+        MultiCrop((64, 32), (32, 16), num_parts=1, colours=0.2, hidden=1.0),
+    ],
+    ids=["randaugment", "crops", "hidden"],
 )
 def test_draws_of_torchvision_belong_to_the_key(transform):
     def told(key):
@@ -304,6 +309,35 @@ def test_crops_of_an_image():
     assert all(crop.min() >= -1 and crop.max() <= 1 and crop.std() > 0.05 for crop in crops.values())
 
 
+def test_noise_hides_what_is_beside_a_person():
+    """Left and right by 10 to 35 % of the width, anew each time; the middle stays as it is."""
+    before = torch.from_numpy(np.array(picture()))
+    widths = set()
+    for key in range(40):
+        crops = MultiCrop((64, 32), (32, 16), hidden=0.5)
+        image = crops.with_hidden_sides(picture(), random.Random(key))
+        changed = (torch.from_numpy(np.array(image)) != before).any(dim=(0, 2))
+        assert not changed[12:20].any()
+        left, right = changed[:16].sum().item(), changed[16:].sum().item()
+        assert torch.equal(changed, torch.cat([torch.arange(16) < left, torch.arange(16) >= 16 - right]))
+        assert (left, right) == (0, 0) or (3 <= left <= 11 and 3 <= right <= 11)
+        widths.add((left, right))
+    assert (0, 0) in widths and len(widths) > 10
+
+
+def test_fewer_colours_change_less():
+    """The hue of a red picture, over many crops; brightness changes as before."""
+    red = Image.new("RGB", (32, 64), (200, 40, 40))
+
+    def spread(colours):
+        crops = MultiCrop((64, 32), (32, 16), num_parts=1, colours=colours)
+        seen = torch.stack([crops(red, random.Random(key))["whole"][1].mean(dim=(1, 2)) for key in range(25)])
+        return (seen[:, 1] - seen[:, 2]).std(), seen.mean(dim=1).std()
+
+    (hue, _), (less, light) = spread(1.0), spread(0.0)
+    assert less < 0.02 < hue and light > 0.05
+
+
 def test_a_tensor_is_the_picture_again():
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     assert to_picture(to_tensor(picture(), mean, std), mean, std).tobytes() == picture().tobytes()
@@ -319,15 +353,20 @@ def one_process(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-def test_shared_batch_norm_is_torchs(one_process):
+@pytest.mark.parametrize(
+    "kind, size, affine",
+    [(nn.BatchNorm2d, (4, 3), True), (nn.BatchNorm1d, (), True), (nn.BatchNorm1d, (), False)],
+    ids=["2d", "1d", "plain"],
+)
+def test_shared_batch_norm_is_torchs(one_process, kind, size, affine):
     torch.manual_seed(0)
-    plain, shared = nn.BatchNorm2d(5), nn.BatchNorm2d(5)
-    for norm in (plain, shared):
+    plain, shared = kind(5, affine=affine), kind(5, affine=affine)
+    for norm in (plain, shared) if affine else ():
         nn.init.normal_(norm.weight, 1.0, generator=torch.Generator().manual_seed(1))
         nn.init.normal_(norm.bias, generator=torch.Generator().manual_seed(2))
     shared.__class__ = GlobalBatchNorm
     for _ in range(3):
-        images = torch.randn(6, 5, 4, 3) * 3 + 7
+        images = torch.randn(6, 5, *size) * 3 + 7
         seen = [images.clone().requires_grad_(), images.clone().requires_grad_()]
         outputs = [norm(one) for norm, one in zip((plain, shared), seen, strict=True)]
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
@@ -335,10 +374,11 @@ def test_shared_batch_norm_is_torchs(one_process):
         for output in outputs:
             (output * weight).sum().backward()
         torch.testing.assert_close(seen[0].grad, seen[1].grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(plain.weight.grad, shared.weight.grad, rtol=1e-4, atol=1e-4)
+    if affine:
+        torch.testing.assert_close(plain.weight.grad, shared.weight.grad, rtol=1e-4, atol=1e-4)
     for key, value in plain.state_dict().items():
         torch.testing.assert_close(shared.state_dict()[key], value, rtol=1e-5, atol=1e-5)
-    images = torch.randn(2, 5, 4, 3)
+    images = torch.randn(2, 5, *size)
     torch.testing.assert_close(plain.eval()(images), shared.eval()(images))
 
 

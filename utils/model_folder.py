@@ -1,4 +1,7 @@
-"""A saved Re-ID model on disk: four files that change together, whatever moment a process is killed at."""
+"""A saved Re-ID model on disk: four files that change together, whatever moment a process is killed at.
+
+And a plain backbone beside its image processor.
+"""
 
 import json
 import os
@@ -12,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
-from utils.reporting import model_card
+from utils.reporting import model_card, to_json
 
 MODEL_TYPE = "diffreid"
 FILES = ("config.json", "preprocessor_config.json", "README.md", "model.safetensors")
@@ -163,3 +166,18 @@ def model_kind(name):
     except Exception as error:
         raise ValueError(f"no model at {name}, neither a local folder nor a readable Hub id: {error}") from None
     return "reid" if config.get("model_type") == MODEL_TYPE else "backbone"
+
+
+def write_backbone_folder(backbone, folder, preprocessor, card):
+    """A plain `transformers` folder with its image processor and card, written aside; an older one goes last."""
+    folder = Path(folder)
+    aside, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    for left in (aside, old):
+        shutil.rmtree(left, ignore_errors=True)
+    backbone.save_pretrained(aside)
+    (aside / "preprocessor_config.json").write_text(to_json(preprocessor))
+    (aside / "README.md").write_text(card, encoding="utf-8")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -11,6 +11,9 @@ from torchvision.transforms import v2
 
 from utils.loading import HALF, TrainTransform, to_tensor
 
+# Shares of the width: people stand between.
+SIDES = (0.1, 0.35)
+
 
 @contextmanager
 def drawn_by(rng):
@@ -44,33 +47,45 @@ class RandAugmentTransform:
 class MultiCrop:
     """Two crops of most of a person and several of parts: {"whole": (2, 3, H, W), "parts": (n, 3, h, w)}.
 
-    Crops keep the aspect of a person. Colours, blur and solarisation are those of DINO.
+    Crops keep the aspect of a person. With `colours` 1 and `hidden` 0 they are changed as in DINO. Hues that change
+    less tell people apart better. `hidden` is the probability that noise covers what is left and right of a person,
+    anew in each crop: scenes, which all crops of an image share, would else be told apart before people are.
     """
 
     def __init__(
-        self, image_size, part_size, mean=HALF, std=HALF, *, num_parts=8, whole_area=(0.4, 1.0), part_area=(0.05, 0.4)
+        self,
+        image_size,
+        part_size,
+        mean=HALF,
+        std=HALF,
+        *,
+        num_parts=8,
+        whole_area=(0.4, 1.0),
+        part_area=(0.05, 0.4),
+        colours=1.0,
+        hidden=0.0,
     ):
         self.mean, self.std, self.num_parts = mean, std, num_parts
+        self.colours, self.hidden = colours, hidden
         blur = v2.GaussianBlur(kernel_size=_odd(image_size[0] // 16), sigma=(0.1, 2.0))
         first, second, part = (
             [blur],
-            [v2.RandomApply([blur], 0.1), v2.RandomSolarize(128, 0.2)],
+            [v2.RandomApply([blur], 0.1), v2.RandomSolarize(128, 0.2 * colours)],
             [v2.RandomApply([blur], 0.5)],
         )
         self.wholes = [self.crop(image_size, whole_area, last) for last in (first, second)]
         self.part = self.crop(part_size, part_area, part)
 
-    @staticmethod
-    def crop(size, area, last):
-        aspect = size[1] / size[0]
+    def crop(self, size, area, last):
+        aspect, jitter = size[1] / size[0], (0.4, 0.4, 0.2 * self.colours, 0.1 * self.colours)
         return v2.Compose(
             [
                 v2.RandomResizedCrop(
                     size, area, (aspect * 3 / 4, aspect * 4 / 3), interpolation=v2.InterpolationMode.BICUBIC
                 ),
                 v2.RandomHorizontalFlip(),
-                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
-                v2.RandomGrayscale(0.2),
+                v2.RandomApply([v2.ColorJitter(*jitter)], 0.8),
+                v2.RandomGrayscale(0.2 * self.colours),
                 *last,
             ]
         )
@@ -78,12 +93,22 @@ class MultiCrop:
     def __call__(self, image, rng):
         image = image.convert("RGB")
         with drawn_by(rng):
-            wholes = [crop(image) for crop in self.wholes]
-            parts = [self.part(image) for _ in range(self.num_parts)]
+            wholes = [crop(self.with_hidden_sides(image, rng)) for crop in self.wholes]
+            parts = [self.part(self.with_hidden_sides(image, rng)) for _ in range(self.num_parts)]
         crops = {"whole": torch.stack([to_tensor(crop, self.mean, self.std) for crop in wholes])}
         if parts:
             crops["parts"] = torch.stack([to_tensor(crop, self.mean, self.std) for crop in parts])
         return crops
+
+    def with_hidden_sides(self, image, rng):
+        if rng.random() >= self.hidden:
+            return image
+        image = image.copy()
+        for side in (0, 1):
+            width = round(rng.uniform(*SIDES) * image.width)
+            noise = Image.frombytes("RGB", (width, image.height), rng.randbytes(3 * width * image.height))
+            image.paste(noise, (side * (image.width - width), 0))
+        return image
 
 
 def _odd(size):
