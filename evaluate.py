@@ -113,7 +113,14 @@ def parse_args(input_args=None):
     )
 
     group = parser.add_argument_group("running")
-    group.add_argument("--batch_size", type=int, default=64, help="images per forward pass and process; default 64")
+    group.add_argument(
+        "--eval_batch_size",
+        "--batch_size",
+        dest="batch_size",
+        type=int,
+        default=64,
+        help="images a process; default 64",
+    )
     group.add_argument(
         "--dataloader_num_workers", type=int, default=0, help="processes that decode images; default 0, the main one"
     )
@@ -159,7 +166,9 @@ def check_args(parser, args):
         parser.error(f"--splits {args.splits} runs over all splits; leave split= out of --data {args.data}")
     if args.export and (args.export[0] != "onnx" or not args.export[1].endswith(".onnx")):
         parser.error(f"--export takes `onnx FILE.onnx`, got {' '.join(args.export)}")
-    for name in ("k1", "k2", "batch_size"):
+    if args.batch_size < 1:
+        parser.error(f"--eval_batch_size must be 1 or more, got {args.batch_size}")
+    for name in ("k1", "k2"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be 1 or more, got {getattr(args, name)}")
     for name in ("topk", "report_queries", "dataloader_num_workers", "seed"):
@@ -534,7 +543,7 @@ def run(args):
     except (OSError, SafetensorError) as error:
         message = f"{error}; the results in {args.output_dir} are as they were before"
     except torch.OutOfMemoryError as error:
-        message = f"{error}; lower --batch_size, now {args.batch_size}"
+        message = f"{error}; lower --eval_batch_size, now {args.batch_size}"
     else:
         return
     sys.exit(f"evaluate.py: {' '.join(message.split())}")

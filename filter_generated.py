@@ -35,7 +35,7 @@ from kernels import cosine_topk
 from utils import filtering
 from utils.arguments import check_ranges, describe_origin, end_with, parse_with_recipes
 from utils.filter_models import check_models, left_out, settings_of
-from utils.filter_page import build_page, truth_table
+from utils.filter_page import against_truth, build_page, truth_table
 from utils.filter_scoring import (
     FEATURES,
     SCORES,
@@ -94,7 +94,13 @@ def build_parser():
     group.add_argument("--skip_unreadable", **yes, help="leave out source images that do not decode; default: stop")
 
     group = parser.add_argument_group("models")
-    group.add_argument("--clip_model", default=CLIP_DIR, help="folder or Hub id, or none; default: the stand-in CLIP")
+    group.add_argument(
+        "--clip_model_name_or_path",
+        "--clip_model",
+        dest="clip_model",
+        default=CLIP_DIR,
+        help="folder or Hub id, or none; default: the stand-in CLIP",
+    )
     group.add_argument("--clip_sentence", default="a photo of a person", help="what CLIP should see in an image")
     group.add_argument(
         "--clip_others",
@@ -535,6 +541,7 @@ def finish(run):
     args, folder = run.args, run.folder
     scores, choice, calibration = choose(run)
     summary = summary_of(args, run.generated, run.sources, scores, choice, calibration)
+    summary["against_truth"] = against_truth(folder / SCORES, scores)
     words = ["accelerate", "launch", "filter_generated.py", *(str(portable(word)) for word in sys.argv[1:])]
     write_set(folder / "dataset", run.generated, folder / SCORES, summary, args, shlex.join(words))
     page = build_page(run, folder / SCORES, scores, choice, calibration, summary)
@@ -542,9 +549,8 @@ def finish(run):
         aside("args.json").write_text(to_json(run_record(args)), encoding="utf-8")
         aside("summary.json").write_text(to_json(summary), encoding="utf-8")
         page.write(aside("report.html"))
-    truth = truth_table(folder / SCORES, scores)
-    if truth:
-        print(text_table(*truth))
+    if summary["against_truth"]:
+        print(text_table(*truth_table(summary["against_truth"])))
     print(
         f"{summary['kept']:,} of {summary['images']:,} images of {summary['identities']:,} identities are kept: "
         f"{folder / 'dataset'}; open {folder / 'report.html'}"

@@ -472,7 +472,7 @@ def test_bad_features_are_refused_in_one_line(tmp_path, spoil, message):
         (["--rerank", "--lambda_value", "1.2"], "--lambda_value must be between 0 and 1, got 1.2"),
         (["--rerank", "--lambda_value", "nan"], "--lambda_value must be between 0 and 1, got nan"),
         (["--topk", "0"], "--topk"),
-        (["--batch_size", "0"], "--batch_size must be 1 or more"),
+        (["--batch_size", "0"], "--eval_batch_size must be 1 or more"),
         (["--query_dir", "q"], "belong together"),
         (["--query_dir", "q", "--gallery_dir", "g", "--data", "viper"], "leave out --data"),
         (["--features", "f.npz", "--model", "m"], "--features needs no model"),
