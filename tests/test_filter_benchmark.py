@@ -1,11 +1,11 @@
-"""benchmarks.filtering: the set of links is what it says, and a small run leaves a whole file of figures."""
+"""Benchmarks of filtering: the set of links is what it says, and small runs leave whole files of figures."""
 
 import json
 
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import filtering
+from benchmarks import filter_truth, filtering
 from utils.drawn_generated import World, write_drawn
 
 
@@ -28,3 +28,27 @@ def test_a_small_run(tmp_path):
     (row,) = report["rows"]
     assert row["images"] == 200 and row["images_a_second"] > 0 and row["peak_mib"] > 100
     assert report["command"] == "python -m benchmarks.filtering --sizes 200"
+
+
+@pytest.mark.slow
+def test_a_small_run_against_the_truth(tmp_path):
+    quick = [
+        "--num_train_epochs",
+        "1",
+        "--classifier_epochs",
+        "1",
+        "--resolution",
+        "64",
+        "32",
+        "--keep_fraction",
+        "0.5",
+    ]
+    file = tmp_path / "truth.json"
+    filter_truth.main(["--seeds", "3", "--num_ids", "3", "--json", str(file), "--flags", *quick])
+    report = json.loads(file.read_text())
+    assert set(report["auc"]) == {"clip", "cctf", "reid"} and report["flags"] == quick
+    found = report["seeds"]["3"]
+    # Of 30 images 15 are right, so every filter keeps 15.
+    sizes = dict(zip(found["clip"]["kept"], (9, 6, 6, 7, 2), strict=True))
+    for one in found.values():
+        assert sum(share * sizes[kind] for kind, share in one["kept"].items()) == pytest.approx(15)

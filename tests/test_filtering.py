@@ -9,6 +9,7 @@ from PIL import Image
 
 from utils import filtering, generated_images, scene_changes
 from utils.drawn_generated import TRUTHS, World, draw, write_drawn
+from utils.filter_page import against_truth, truth_table
 from utils.filter_scoring import View
 from utils.filtered_set import Origin
 from utils.generated_images import open_generated
@@ -96,6 +97,20 @@ def test_ranking_puts_strangers_behind_and_what_is_broken_last():
     assert np.argsort(-filtering.ranking(found, "reid"), kind="stable").tolist() == [2, 1, 3, 0, 4]
     found.values["clip"] = np.array([0.1, 0.9, np.nan, 0.3, 0.8], np.float32)
     assert np.argsort(-filtering.ranking(found, "clip"), kind="stable").tolist() == [1, 3, 0, 2, 4]
+
+
+def test_what_filters_keep_of_every_kind(tmp_path):
+    truths = ["right, new scene", "broken", "right, as in the source", "broken", "nobody"]
+    pq.write_table(pa.table({"truth": truths}), tmp_path / "scores.parquet")
+    found = scores([0] * 5, [0.9, 0.8, 0.7, 0.1, 0.2])
+    told = against_truth(tmp_path / "scores.parquet", found)
+    assert list(told) == ["reid"]
+    assert told["reid"]["auc"] == pytest.approx(5 / 6)
+    kept = {"right, new scene": 1.0, "broken": 0.5, "right, as in the source": 0.0, "nobody": 0.0}
+    assert told["reid"]["kept"] == kept
+    assert truth_table(told)[1] == [["Re-ID CTF", "0.833", "100 %", "50 %", "0 %", "0 %"]]
+    pq.write_table(pa.table({"path": truths}), tmp_path / "scores.parquet")
+    assert against_truth(tmp_path / "scores.parquet", found) is None
 
 
 @pytest.mark.parametrize(

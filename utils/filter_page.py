@@ -32,9 +32,8 @@ def build_page(run, scores_path, scores, choice, calibration, summary):
     lead = f"{summary['kept']:,} of {summary['images']:,} generated images are kept; they are {summary['made_by']}."
     report = Report("Filtered people", subtitle=lead, facts=facts)
     add_counts(report, summary)
-    truths = read_truths(scores_path)
-    if truths is not None:
-        add_truth(report, scores, truths)
+    if summary["against_truth"]:
+        add_truth(report, summary["against_truth"])
     pictures = Pictures(run, scores_path)
     add_examples(report, scores, masks, pictures)
     add_disagreements(report, scores, masks, pictures)
@@ -87,36 +86,41 @@ def read_truths(scores_path):
     return np.array(pq.read_table(scores_path, columns=["truth"])["truth"].to_pylist(), dtype=object)
 
 
-def truth_table(scores_path, scores):
-    """(columns, rows) of text: AUC of each filter, and the share it keeps of every kind; None where nobody knows."""
+def against_truth(scores_path, scores):
+    """{filter: {"auc", "kept": {kind: share}}} of drawn images, where each keeps as many as are right; else None."""
     truths = read_truths(scores_path)
-    return None if truths is None else truth_rows(scores, truths)
-
-
-def truth_rows(scores, truths):
-    kinds = list(dict.fromkeys(truths))
+    if truths is None:
+        return None
     good = np.array([str(truth).startswith("right") for truth in truths])
-    rows = []
+    found = {}
     for name in [name for name in filtering.FILTERS if scores.has(name)]:
         values = filtering.ranking(scores, name)
         kept = np.zeros(len(scores), bool)
         kept[np.argsort(-values, kind="stable")[: good.sum()]] = True
-        shares = [f"{100 * kept[truths == kind].mean():.0f} %" for kind in kinds]
-        rows.append([LABELS[name], f"{filtering.area_under_curve(values, good):.3f}", *shares])
+        shares = {kind: float(kept[truths == kind].mean()) for kind in dict.fromkeys(truths)}
+        found[name] = {"auc": filtering.area_under_curve(values, good), "kept": shares}
+    return found
+
+
+def truth_table(found):
+    """(columns, rows) of text."""
+    kinds = list(next(iter(found.values()))["kept"])
+    rows = [
+        [LABELS[name], f"{one['auc']:.3f}", *(f"{100 * one['kept'][kind]:.0f} %" for kind in kinds)]
+        for name, one in found.items()
+    ]
     return ["filter", "AUC", *kinds], rows
 
 
-def add_truth(report, scores, truths):
-    columns, rows = truth_rows(scores, truths)
+def add_truth(report, found):
     report.section(
         "Against the truth",
         "These images are drawn, and what each shows is known. AUC: how often an image of the right person, whatever "
         "the scene, comes before one that is wrong, broken or empty, where those that do not decode come last and, "
-        "for Re-ID CTF, those nearest to somebody else before them. Then the share of every kind among the best of "
-        f"each filter, if it keeps as many images as are right, {sum(str(one).startswith('right') for one in truths)} "
-        f"of {len(truths)}.",
+        "for Re-ID CTF, those nearest to somebody else before them. Then the share of every kind that each filter "
+        "keeps, if it keeps as many images as are right.",
     )
-    report.table(columns, rows)
+    report.table(*truth_table(found))
 
 
 class Pictures:
