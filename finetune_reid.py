@@ -84,8 +84,8 @@ from utils.training_loop import name_images, train_epochs
 from utils.training_page import build_page
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=64"
-DEMO_SOURCES = [f"synthetic:domain={name},num_ids=32" for name in "abc"]
-DEMO_TARGETS = ["synthetic:domain=d", "synthetic:domain=e"]
+DEMO_SOURCES = [f"synthetic:domain={name},num_ids=24" for name in "abc"]
+DEMO_TARGETS = ["synthetic:domain=d,num_ids=16", "synthetic:domain=e,num_ids=16"]
 SETTINGS = ("supervised", "few-shot", "small-scale", "generalisation")
 PARTS = ("few-shot", "small-scale")
 METABIN = "metabin"

@@ -409,7 +409,7 @@ def test_a_domain_with_one_camera(resnet, train, tmp_path):  # noqa: F811
     assert log_of(tmp_path / "out")[0]["loss_shuffle"] == 0
 
 
-def test_small_sets_are_measured_on_ten_splits(resnet, train, tmp_path):  # noqa: F811
+def test_small_sets_are_measured_on_ten_splits(resnet, train, tmp_path, capsys):  # noqa: F811
     """The means of ten splits with their deviations, as evaluate.py --splits 10 finds them."""
     for number, row in enumerate(load_reid("synthetic:domain=b,num_ids=16,images_per_id=4")["train"]):
         path = tmp_path / "viper" / ("cam_a", "cam_b")[number % 2] / f"{row['pid']:03d}_{90 * (number % 2)}.bmp"
@@ -427,6 +427,8 @@ def test_small_sets_are_measured_on_ten_splits(resnet, train, tmp_path):  # noqa
         assert found[key] == pytest.approx(wanted[key], abs=1e-6)
         assert found["std"][key] == pytest.approx(wanted["std"][key], abs=1e-6)
     assert found["std"]["mAP"] > 0
+    shown = f"{100 * found['mAP']:.1f} ± {100 * found['std']['mAP']:.1f} %"
+    assert shown in (tmp_path / "out" / "report.html").read_text() and shown in capsys.readouterr().out
     # A split that is named stays alone.
     train(*common, "--target", "viper:split=3", "--output_dir", tmp_path / "three")
     alone = json.loads((tmp_path / "three" / "metrics.json").read_text())["targets"]["viper:split=3"]

@@ -159,11 +159,9 @@ def measure_targets(state, epoch, model, targets, transform, *, accelerator, out
         # A run that goes on in the middle of an epoch measures that epoch again, at its end.
         others = [one for one in state["history"] if {key: one[key] for key in place} != place]
         state["history"] = [*others, place | metrics]
-        words = f", means of {len(metrics['splits'])} splits" if "splits" in metrics else ""
-        accelerator.print(
-            f"epoch {epoch}: {target.spec} mAP {100 * metrics['mAP']:.1f} %, "
-            f"Rank-1 {100 * metrics['rank1']:.1f} %{words}"
-        )
+        shown = f"mAP {100 * metrics['mAP']:.1f} %, Rank-1 {100 * metrics['rank1']:.1f} %"
+        more = f", means of {len(metrics['splits'])} splits" if "splits" in metrics else ""
+        accelerator.print(f"epoch {epoch}: {target.spec} {shown}{more}")
         numbers = {f"{target.spec}/{name}": value for name, value in metrics.items() if isinstance(value, float)}
         accelerator.log(numbers, step=state["step"])
     if accelerator.is_main_process:

@@ -50,8 +50,17 @@ def before_and_after(history):
         for word, old, new in kinds:
             for key in ("mAP", "rank1"):
                 difference = f"{100 * (new[key] - old[key]):+.1f}"
-                rows.append([spec + word, NUMBERS[key], percent(old[key]), percent(new[key]), difference])
+                rows.append(
+                    [spec + word, NUMBERS[key], with_deviation(old, key), with_deviation(new, key), difference]
+                )
     return rows
+
+
+def with_deviation(numbers, key):
+    """A share, and how far it differs between the splits of a set that has several."""
+    if "std" not in numbers:
+        return percent(numbers[key])
+    return f"{100 * numbers[key]:.1f} ± {100 * numbers['std'][key]:.1f} %"
 
 
 def build_page(title, output_dir, history, *, lead="", facts=(), samples=(), sample_words=""):
