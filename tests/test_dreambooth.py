@@ -314,6 +314,27 @@ def test_every_identity_starts_from_the_same_weights_and_ends_elsewhere(whole):
     assert {tuple(one[1:]) for one in seen["tuned"]} == {tuple(seen["start"][0][1:3])}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_the_hundredth_identity_starts_where_the_first_did(models, tmp_path, mode):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    more = ["--finetune", mode, "--train_text_encoder", "--max_train_steps", "1", "--learning_rate", "1e-3"]
+    source = ["--source", "synthetic:domain=a,num_ids=100,images_per_id=4"]
+    args = script.parse_args(arguments(models, tmp_path, *more, *source))
+    found = script.open_run(args, script.Accelerator(cpu=True))
+    script.open_model(found)
+    words = {"identity_prompt": f"a photo of {script.token_of(args, found.identities[0])} person"}
+    words["prompt"] = "a photo of a person"
+    starts, ends = set(), set()
+    for number, identity in enumerate(found.identities):
+        script.restore(found)
+        starts.add(tuple(weights_digest(part) for part in (found.model.unet, found.model.text_encoder, found.token)))
+        latents = torch.randn(3, 2, 4, 8, 4, generator=torch.Generator().manual_seed(number))
+        script.fine_tune(found, identity, words, (latents[0], latents[1].abs()), latents[2])
+        ends.add(weights_digest(found.model.unet))
+    assert len(found.identities) == 100 and len(starts) == 1 and len(ends) == 100
+
+
 def test_identities_of_the_same_words_share_a_reference_set(models, tmp_path):
     path = tmp_path / "p.csv"
     path.write_text('pid,prompt\n0,"a person in red"\n2,"a person in red"\n')
