@@ -34,6 +34,7 @@ from utils.training_page import text_table
 SIZE = (64, 32)
 BACKBONE = "resnet-small"
 SCRATCH, PRETRAINED = "random weights", "pre-trained"
+COLLAPSED = "collapsed.txt"
 # Identities and images of each; h is for pre-training alone.
 DOMAINS = {"a": (64, 8), "b": (32, 16), "c": (64, 8), "d": (32, 8), "e": (32, 8), "h": (128, 8)}
 WORDS = f"--resolution {SIZE[0]} {SIZE[1]} --padding 3 --eval_every 1 --log_every 16"
@@ -83,12 +84,15 @@ def start_of(folder, start, seed):
 
 
 def run(folder, script, words, done):
-    """A script's run in `folder`, unless its result is there; ValueError where that is of other arguments."""
+    """A script's run in `folder`, unless its result is there; ValueError where that is of other arguments.
+
+    A run whose clusters collapse ends there: what it said is kept as its result.
+    """
     command = [*words, "--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
     record = folder / "args.json"
     if record.exists() and json.loads(record.read_text())["command"][1:] != command:
         raise ValueError(f"{folder} holds a run of other arguments; give another --output_dir")
-    if (folder / done).exists():
+    if (folder / done).exists() or (folder / COLLAPSED).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{script.__name__}.py {folder.name}", end=" ", flush=True)
@@ -98,16 +102,22 @@ def run(folder, script, words, done):
     process.start()
     process.join()
     if process.exitcode:
-        raise ValueError(
-            f"{script.__name__}.py stopped, {folder / 'said.txt'} ends with why; the same command goes on"
-        )
+        last = (folder / "said.txt").read_text().strip().splitlines()[-1]
+        if "the clusters collapsed" not in last:
+            raise ValueError(f"{script.__name__}.py stopped: {last}; the same command goes on")
+        (folder / COLLAPSED).write_text(last)
     print(f"{time.perf_counter() - began:.0f} s", flush=True)
 
 
 def child(folder, script, command):
     sys.argv = [f"{script.__name__}.py", *command]
     with open(folder / "said.txt", "w") as said, redirect_stdout(said), redirect_stderr(said):
-        script.run_script(script.parse_args())
+        try:
+            script.run_script(script.parse_args())
+        except SystemExit as stop:
+            # A process of multiprocessing's would say it past the file.
+            print(stop.code)
+            sys.exit(1 if stop.code else 0)
 
 
 def found_in(folder, start, name, seed):
@@ -126,6 +136,7 @@ def found_in(folder, start, name, seed):
         "seconds": round((folder / "metrics.json").stat().st_mtime - seconds),
         "targets": targets,
         "clusters": json.loads(clusters.read_text()) if clusters.exists() else [],
+        "collapsed": (folder / COLLAPSED).exists(),
     }
 
 
@@ -145,7 +156,9 @@ def rows_of(runs):
             curves = [one["targets"][target] for one in its]
             numbers = [shown([curve[-1][key] for curve in curves]) for key in ("mAP", "rank1")]
             agreed = shown([one["clusters"][-1]["ari"] for one in its]) if its[0]["clusters"] else "-"
-            rows.append([start, name, target, shown([curve[0]["mAP"] for curve in curves]), *numbers, agreed])
+            lost = sum(one["collapsed"] for one in its)
+            words = f"{name} ({lost} of {len(its)} collapsed)" if lost else name
+            rows.append([start, words, target, shown([curve[0]["mAP"] for curve in curves]), *numbers, agreed])
     return rows
 
 

@@ -37,6 +37,8 @@ def runs(monkeypatch):
         if script is adapt_reid:
             records = [{"epoch": epoch, "clusters": 9, "noise": 0.1, "ari": 0.3 * epoch} for epoch in range(3)]
             (folder / "clusters.json").write_text(json.dumps(records))
+        if "idm" in words and seed:
+            (folder / adaptation.COLLAPSED).touch()
 
     monkeypatch.setattr(adaptation, "run", run)
     monkeypatch.setattr(adaptation, "stored", lambda folder, domain: f"stored/{domain}")
@@ -59,6 +61,7 @@ def test_table_of_all_runs(runs, tmp_path, capsys):
     for (_, name, target), row in rows.items():
         assert row[:3] == ["21.0 ± 1.4", "41.0 ± 1.4", "50.0 ± 0.0"] and target in ("b", "d", "e")
         assert row[3] == ("60.0 ± 0.0" if "SpCL" in name or "IDM" in name or "contrast" in name else "-")
+    assert ("pre-trained", "a's labels and b, IDM (1 of 2 collapsed)", "b") in rows
     one = content["runs"][1]
     assert one["training"] == "b, cluster contrast" and one["clusters"][2]["ari"] == 0.6
     assert [entry["epoch"] for entry in one["targets"]["b"]] == [0, 1, 2]
@@ -89,3 +92,17 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     (folder / "args.json").write_text(json.dumps({"command": ["adapt_reid.py", "--seed", "1"]}))
     with pytest.raises(ValueError, match="x holds a run of other arguments"):
         adaptation.run(folder, adapt_reid, ["--seed", "2"], "model/model.safetensors")
+
+
+def test_clusters_that_collapse_are_a_result(tmp_path, capsys):
+    """A run of its own that ends with the script's one line; anything else that goes wrong stops the whole."""
+    target = ["--target", "synthetic:domain=b,num_ids=4,images_per_id=4", "--k1", "6", "--eps", "0.001"]
+    small = ["--resolution", "32", "16", "--train_batch_size", "4", "--images_per_id", "2", "--min_samples", "6"]
+    for _ in range(2):
+        adaptation.run(tmp_path / "x", adapt_reid, [*target, *small], "model/model.safetensors")
+    said = (tmp_path / "x" / "collapsed.txt").read_text()
+    assert "are in no cluster" in said and capsys.readouterr().out.count("adapt_reid.py x") == 1
+    found = adaptation.found_in(tmp_path / "x", "pre-trained", "b, SpCL", 0)
+    assert found["collapsed"] and len(next(iter(found["targets"].values()))) == 1
+    with pytest.raises(ValueError, match="adapt_reid.py stopped: .*cannot be clustered by their k1 = 16"):
+        adaptation.run(tmp_path / "y", adapt_reid, [*target, *small, "--k1", "16"], "model/model.safetensors")
