@@ -231,7 +231,9 @@ def add_histograms(report, scores, choice, chosen):
         seen = values[np.isfinite(values)]
         if not len(seen):
             continue
-        low, high = (0.0, 1.0) if name != "reid" else (float(seen.min()) - 0.01, float(seen.max()) + 0.01)
+        # Probabilities start at 0; their upper end is where the highest is, in tenths.
+        low = 0.0 if name != "reid" else float(seen.min()) - 0.01
+        high = min(1.0, np.ceil(10 * float(seen.max()) + 1e-6) / 10) if name != "reid" else float(seen.max()) + 0.01
         edges = np.linspace(low, high, BARS + 1)
         groups, markers = [], []
         for place, domain in enumerate(scores.domains[:MAX_SOURCES]):
