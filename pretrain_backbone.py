@@ -106,7 +106,6 @@ RECIPES = {
         "lr_warmup_epochs": 10,
         "local_crops": 8,
         "colours": 1.0,
-        "hidden_sides": 0.0,
         "prototypes": 65536,
         "head_width": 2048,
         "teacher_temperature": 0.07,
@@ -132,6 +131,7 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     yes, either = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction, "default": None}
     size = {"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")}
+    area = {"type": float, "nargs": 2, "metavar": ("LEAST", "MOST")}
     parser.add_argument(
         "--recipe",
         choices=RECIPES,
@@ -190,10 +190,14 @@ def build_parser():
     group.add_argument(
         "--local_resolution", **size, help="dino: of those; default half of --resolution, of CLIP the whole"
     )
+    group.add_argument("--whole_area", **area, default=[0.4, 1.0], help="dino: of crops of the whole; default 0.4 1")
+    group.add_argument("--local_area", **area, default=[0.05, 0.4], help="dino: of crops of parts; default 0.05 0.4")
     group.add_argument(
         "--colours", type=float, default=0.25, help="dino: how much they change, its own 1; default 0.25"
     )
-    group.add_argument("--hidden_sides", type=float, default=0.8, help="dino: share of crops without; default 0.8")
+    group.add_argument(
+        "--hidden_sides", type=float, default=0.0, help="dino: share of crops with noise for sides; default 0"
+    )
     group.add_argument("--prototypes", type=int, default=512, help="dino: width of what is compared; default 512")
     group.add_argument("--head_width", type=int, default=256, help="dino: of the head's hidden layers; default 256")
     group.add_argument("--student_temperature", type=float, default=0.1, help="dino; default 0.1")
@@ -289,6 +293,10 @@ def check_args(parser, args):
         parser.error(f"--randaugment_magnitude must be 0 to 30, got {args.randaugment_magnitude}")
     if min(args.resolution + (args.local_resolution or [])) < 8:
         parser.error("--resolution and --local_resolution must be at least 8 pixels")
+    for name in ("whole_area", "local_area"):
+        least, most = getattr(args, name)
+        if not 0 < least <= most <= 1:
+            parser.error(f"--{name} must be two shares of an image, above 0 and at most 1, got {least} {most}")
     if args.lr_warmup_epochs >= args.num_train_epochs:
         parser.error(
             f"--lr_warmup_epochs {args.lr_warmup_epochs} leaves nothing of --num_train_epochs {args.num_train_epochs}"
@@ -647,7 +655,8 @@ def build_transform(args, backbone):
             f"--local_resolution {' '.join(map(str, parts))}: CLIP takes images of one size; leave it out, or "
             "choose a ResNet or a Swin"
         )
-    options = {"num_parts": args.local_crops, "colours": args.colours, "hidden": args.hidden_sides}
+    options = {"num_parts": args.local_crops, "whole_area": args.whole_area, "part_area": args.local_area}
+    options |= {"colours": args.colours, "hidden": args.hidden_sides}
     return MultiCrop(args.resolution, parts, mean, std, **options)
 
 

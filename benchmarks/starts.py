@@ -45,7 +45,7 @@ from utils.reporting import Report, to_json, write_together
 from utils.training_page import text_table
 
 # SETTING[:FRACTION][@EPOCHS]
-SETTINGS = ["few-shot:0.1@40", "few-shot:0.3@40", "supervised@8", "small-scale:0.1@60", "small-scale:0.3@25"]
+SETTINGS = ["few-shot:0.1@40", "few-shot:0.3@40", "supervised@8", "small-scale:0.1@60"]
 SOURCE = "synthetic:domain=b,num_ids=64,images_per_id=20"
 RESOLUTION = (64, 32)
 # A batch holds the six identities of a tenth.

@@ -257,6 +257,7 @@ def test_recipe_sets_the_published_values_and_flags_win():
         (["--objective", "dino", "--ema_decay", "0.9"], "--teacher_momentum"),
         (["--objective", "dino", "--local_crops", "0"], "--local_crops must be 1 or more"),
         (["--layer_decay", "1.2"], "between 0 and 1"),
+        (["--local_area", "0.5", "0.3"], "--local_area must be two shares of an image"),
     ],
 )
 def test_arguments_that_cannot_be(arguments, words, capsys):
