@@ -246,7 +246,8 @@ def main(input_args=None):
     with write_together(args.output_dir) as aside:
         build_page(args, runs, list(starts), columns, rows).write(aside("report.html"))
     with write_together(args.json.parent) as aside:
-        content = {"environment": environment(), "columns": columns, "table": rows, "runs": runs}
+        asked = {key: getattr(args, key) for key in ("pretrain", "source", "method", "settings", "finetune")}
+        content = {"environment": environment(), **asked, "columns": columns, "table": rows, "runs": runs}
         aside(args.json.name).write_text(to_json(content))
     print(f"Page: {args.output_dir / 'report.html'}; numbers: {args.json}")
 
