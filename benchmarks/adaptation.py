@@ -184,7 +184,8 @@ def build_page(runs, rows, seeds):
             }
             series = [(name, *mean_of(found, "mAP")) for name, found in curves.items() if found]
             if series:
-                charts.append((drawn(series, f"mAP on {target}, {start}", "mAP"), "More is better."))
+                words = f"mAP on {target}, {start}"
+                charts.append((drawn(series, words, "mAP"), f"{words}; more is better."))
         series = [
             (name, *mean_of(found, "ari"))
             for name in RUNS
@@ -197,7 +198,8 @@ def build_page(runs, rows, seeds):
             )
         ]
         if series:
-            charts.append((drawn(series, f"ARI of the clusters, {start}", "ARI"), "1: clusters are identities."))
+            words = f"ARI of the clusters, {start}"
+            charts.append((drawn(series, words, "ARI"), f"{words}; at 1 they are the identities."))
     page.charts(charts)
     return page
 
