@@ -11,7 +11,6 @@ Each under ten minutes on two cores. A step that is done is not run again, one t
 
 import argparse
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -25,6 +24,15 @@ from utils.training_page import text_table
 
 ROOT = Path(__file__).parent.parent
 LAST_LINES = 12
+# A process counts as its own what the one that forked it held: so a small one stands between.
+MEASURED = """
+import json, resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+with open(sys.argv[1], "w") as file:
+    json.dump([used.ru_utime + used.ru_stime, used.ru_maxrss], file)
+sys.exit(code if code >= 0 else 128 - code)
+"""
 
 
 @dataclass
@@ -133,23 +141,23 @@ def run(step, folder, small):
     record.parent.mkdir(parents=True, exist_ok=True)
     log = record.with_suffix(".log")
     before = time.perf_counter()
+    usage = record.with_suffix(".usage")
     with open(log, "w", encoding="utf-8") as said, open(record.with_suffix(".err"), "w", encoding="utf-8") as told:
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=said, stderr=told)
-        # Its own resources, which those of all children together would hide.
-        _, status, used = os.wait4(process.pid, 0)
-    process.returncode = code = os.waitstatus_to_exitcode(status)
+        words = [sys.executable, "-S", "-c", MEASURED, str(usage), sys.executable, *command]
+        code = subprocess.run(words, cwd=ROOT, stdout=said, stderr=told).returncode
     seconds = time.perf_counter() - before
     lines = log.read_text(encoding="utf-8").splitlines()
     print("\n".join(lines[-LAST_LINES:]), flush=True)
     if code:
         end = record.with_suffix(".err").read_text(encoding="utf-8").strip().splitlines()[-1:]
         raise ValueError(f"{command[0]} stopped with {code}: {' '.join(end)}; the same command goes on from there")
+    cpu_seconds, kilobytes = json.loads(usage.read_text(encoding="utf-8"))
     found = {
         "step": step.name,
         "command": shown,
         "seconds": round(seconds, 1),
-        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
-        "peak_gib": round(used.ru_maxrss / 2**20, 2),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "peak_gib": round(kilobytes / 2**20, 2),
         "said": [line.replace(f"{folder}/", "") for line in lines[-LAST_LINES:]],
     }
     with write_together(record.parent) as aside:

@@ -94,7 +94,7 @@ JOBS = {
     "filter": Job(
         f"filter_generated --source {PEOPLE} --generated {{inputs}}/drawn {SCORED} --output_dir {{out}}",
         "pieces/*.parquet",
-        ("features.npy", "dataset/*.parquet"),
+        ("features.npy", "dataset/**/*.parquet"),
     ),
     "evaluate": Job(
         "evaluate --model {inputs}/clip --resolution 64 32 --data synthetic:domain=b,num_ids=16 --batch_size 4 "

@@ -84,8 +84,7 @@ def test_from_one_domain_to_others(chained):
 def test_every_step_leaves_a_page_and_no_half_written_file(chained):
     folders = {chained / name / step.folder for name, step in STEPS}
     for folder in folders:
-        page = (folder / "report.html").read_text()
-        assert "<html" in page and str(chained) not in page.replace(str(folder), "")
+        assert (folder / "report.html").read_text().rstrip().endswith("</html>")
         assert (folder / "args.json").is_file()
         assert [path for path in folder.rglob("*") if path.name.endswith(".part") or path.name == ".work"] == []
 
