@@ -229,6 +229,21 @@ def test_prototypes_rest_and_the_centre_follows_the_teacher(distilled):
     assert batch["images"]["whole"].shape == (8, 2, 3, 64, 32) and batch["images"]["parts"].shape == (8, 2, 3, 32, 16)
 
 
+@pytest.mark.slow
+def test_dino_does_not_collapse(tmp_path):
+    """Teachers that say the same of every image, or nothing of any, are where DINO ends when it fails."""
+    most = math.log(128)
+    train(
+        *("--source", "synthetic:domain=a,num_ids=128", "--objective", "dino", "--prototypes", "128"),
+        *("--local_crops", "2", "--learning_rate", "1e-3", "--num_train_epochs", "16", "--max_train_steps", "80"),
+        *("--output_dir", tmp_path),
+    )
+    last = log_of(tmp_path)[-8:]
+    assert all(0.1 * most < line["teacher_entropy"] < 0.8 * most for line in last)
+    # A student that tells no image from another has at least this loss.
+    assert all(line["loss"] < 0.9 * most for line in last)
+
+
 # Arguments
 
 
