@@ -10,11 +10,11 @@ synthetic), and the same network with random weights. Both are fine-tuned alike 
 on other people of it; half an hour on a core. Every run is a process of its own and its own folder: the same command
 goes on after a stop, and runs nothing twice.
 
-Random weights learn more at three times that rate, and the other start less; what is left of the difference there:
+Random weights learn more at three times that rate, with a warm-up; what is left of the difference there:
 
     python -m benchmarks.starts --output_dir output/high_rate --settings few-shot:0.1@60 \\
         --json benchmarks/results/starts_high_rate.json --finetune "--resolution 64 32 --padding 3 \\
-        --train_batch_size 24 --learning_rate 3e-3 --lr_scheduler cosine"
+        --train_batch_size 24 --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 60"
 """
 
 import argparse
