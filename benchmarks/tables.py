@@ -99,18 +99,65 @@ def clustering():
     return table(["images", "ours, one core", "GiB", "N x N arrays", "GiB"], rows)
 
 
+def dcac_curves():
+    rows = []
+    for variant, losses in read("dcac_curves")["largest"].items():
+        rows.append([variant, *(f"{losses['loss'][kind]:.0e}" for kind in ("absolute", "relative"))])
+    return table(["against the plain run", "largest difference of the loss", "of its value"], rows)
+
+
+def loading():
+    rows = [[row["source"], f"{row['images_a_second']:.0f}"] for row in read("loading")["rows"]]
+    return table(["images", "a second"], rows)
+
+
 def dcac_synthetic():
     found = read("dcac_synthetic")
     return table(found["columns"], found["table"], words=2)
 
 
+def filter_truth():
+    found = read("filter_truth")
+    seeds = list(found["seeds"].values())
+    words = {"clip": "CLIP", "cctf": "image classifier (CCTF)", "reid": "Re-ID model (Re-ID CTF)"}
+    kinds = list(seeds[0]["reid"]["kept"])
+    rows = []
+    for name, word in words.items():
+        kept = [sum(one[name]["kept"][kind] for one in seeds) / len(seeds) for kind in kinds]
+        rows.append([word, f"{found['auc'][name]:.3f}", *(f"{100 * share:.0f} %" for share in kept)])
+    return table(["filter", "AUC", *kinds], rows)
+
+
+def starts():
+    names = {"few-shot": "{} of each identity's images", "small-scale": "{} of the identities"}
+    rows = []
+    for name in ("starts", "starts_high_rate"):
+        found = read(name)
+        rate = re.search(r"--learning_rate (\S+)", found["finetune"])[1]
+        for setting, *cells in found["table"]:
+            kind, _, fraction = setting.partition(":")
+            share = f"{100 * float(fraction):.0f} %" if fraction else ""
+            rows.append([names.get(kind, "all images").format(share), rate, *cells])
+    return table(["labels", "rate", "", "from scratch", "pre-trained", "gain"], rows, words=3)
+
+
+def adaptation():
+    found = read("adaptation")
+    return table(found["columns"], found["table"], words=3)
+
+
 TABLES = {
     "dcac-cost": dcac_cost,
     "dcac-cards": dcac_cards,
+    "dcac-curves": dcac_curves,
     "dcac-synthetic": dcac_synthetic,
     "generation-cards": generation_cards,
     "retrieval": retrieval,
+    "loading": loading,
     "clustering": clustering,
+    "filter-truth": filter_truth,
+    "starts": starts,
+    "adaptation": adaptation,
 }
 
 
