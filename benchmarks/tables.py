@@ -146,6 +146,19 @@ def adaptation():
     return table(found["columns"], found["table"], words=3)
 
 
+def faults():
+    found = read("faults")
+    return table(found["columns"], found["table"])
+
+
+def chain():
+    rows = []
+    for name, steps in read("chain")["usual"]["chains"].items():
+        for step in steps:
+            rows.append([name, step["step"], f"{step['cpu_seconds']:.0f} s", f"{step['peak_gib']:.1f}"])
+    return table(["chain", "step", "processor", "GiB"], rows, words=2)
+
+
 TABLES = {
     "dcac-cost": dcac_cost,
     "dcac-cards": dcac_cards,
@@ -158,6 +171,8 @@ TABLES = {
     "filter-truth": filter_truth,
     "starts": starts,
     "adaptation": adaptation,
+    "faults": faults,
+    "chain": chain,
 }
 
 
