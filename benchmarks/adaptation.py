@@ -9,6 +9,7 @@ the same command goes on after a stop, and runs nothing twice.
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -97,8 +98,10 @@ def run(folder, script, words, done):
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{script.__name__}.py {folder.name}", end=" ", flush=True)
     began = time.perf_counter()
-    # Forked, a process has everything imported.
-    process = multiprocessing.get_context("fork").Process(target=child, args=(folder, script, command))
+    # Forked from one that has imported everything and computed nothing: threads do not live on in a fork.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["adapt_reid", "finetune_reid", "pretrain_backbone"])
+    process = context.Process(target=child, args=(folder, script.__name__, command))
     process.start()
     process.join()
     if process.exitcode:
@@ -109,8 +112,9 @@ def run(folder, script, words, done):
     print(f"{time.perf_counter() - began:.0f} s", flush=True)
 
 
-def child(folder, script, command):
-    sys.argv = [f"{script.__name__}.py", *command]
+def child(folder, name, command):
+    script = importlib.import_module(name)
+    sys.argv = [f"{name}.py", *command]
     with open(folder / "said.txt", "w") as said, redirect_stdout(said), redirect_stderr(said):
         try:
             script.run_script(script.parse_args())
