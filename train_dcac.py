@@ -169,7 +169,7 @@ def build_parser():
     )
     group.add_argument("--skip_unreadable", **yes, help="leave out images that do not decode, and list them")
     group.add_argument(
-        "--dataloader_num_workers", type=int, default=0, help="processes that prepare images; default 0"
+        "--dataloader_num_workers", type=int, default=0, help="processes that prepare images; default 0, in the demo 1"
     )
     group.add_argument(
         "--cache_dir",
@@ -306,6 +306,9 @@ def parse_args(input_args=None):
     args.source = args.source or [DEMO_SOURCE]
     if args.demo:
         args.target = [DEMO_TARGET]
+        if args.origin["dataloader_num_workers"] == "default":
+            # People are drawn beside the steps, which leave a second core idle.
+            args.dataloader_num_workers = 1
     check_args(parser, args)
     return args
 

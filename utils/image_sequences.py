@@ -43,8 +43,8 @@ def open_identities(specs, data_root=None, *, max_images=32, skip_unreadable=Fal
                 raise ValueError(f"two of the sources have an identity {identity.name}; name each source once")
             if not FOLDER.fullmatch(identity.domain):
                 raise ValueError(
-                    f"{spec!r}: the domain {identity.domain!r} cannot name a folder; rename it to letters, digits, ., _ "
-                    "and -, or give such names in a column `domain` of its metadata"
+                    f"{spec!r}: the domain {identity.domain!r} cannot name a folder; rename it to letters, digits, . "
+                    "_ and -, or give such names in a column `domain` of its metadata"
                 )
             found[identity.name] = identity
     return [found[name] for name in sorted(found, key=lambda name: (found[name].domain, found[name].pid))]
