@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from kernels import k_reciprocal_rerank
 from utils import evaluation, extraction
+from utils.cpu import use_all_cores
 from utils.datasets import check_splits, load_reid, parse_spec, read_source
 from utils.evaluation import MAX_RANK, PROTOCOLS, RANKS, Side
 from utils.evaluation_page import Findings, Pictures, build_page, percent
@@ -187,6 +188,8 @@ def check_args(parser, args):
 def main(args):
     # Without `cpu`, accelerate takes several processes of torchrun on a machine without a GPU for single ones.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision)
+    if accelerator.device.type == "cpu":
+        use_all_cores(accelerator.num_processes)
     say = accelerator.print
     if args.demo:
         say(

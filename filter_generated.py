@@ -463,7 +463,7 @@ def start_accelerator(args):
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    from utils.training import use_all_cores
+    from utils.cpu import use_all_cores
 
     accelerator = Accelerator(
         # Without it, accelerate takes several processes of torchrun on a machine without a GPU for single ones.

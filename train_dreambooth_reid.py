@@ -36,6 +36,7 @@ from transformers import AddedToken
 
 from utils import captions, tiny
 from utils.captioners import Captioner, check_captioner, quantization
+from utils.cpu import use_all_cores
 from utils.diffusion import check_diffusion, enable_memory_efficient_attention, save_unet
 from utils.diffusion_folder import one_line
 from utils.generated_set import (
@@ -656,6 +657,8 @@ def main(args):
         mixed_precision=args.mixed_precision,
         kwargs_handlers=[patience],
     )
+    if accelerator.device.type == "cpu":
+        use_all_cores(accelerator.num_processes)
     # Where no flag is given, accelerate's own setting decides.
     args.mixed_precision = accelerator.mixed_precision
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32

@@ -22,7 +22,7 @@ SETTINGS = {
     "single": (["a"], 128, ["b", "c", "d"]),
     "multi": (["a", "c", "d"], 48, ["b", "e"]),
 }
-TRAINING = ["--num_train_epochs", "8", "--lr_milestones", "7", "--memory_temperature", "0.05"]
+TRAINING = ["--num_train_epochs", "5", "--lr_milestones", "4", "--memory_temperature", "0.1"]
 METHODS = {"baseline": ["--diffusion", "none"], "DCAC": []}
 SPEC = "synthetic:domain={}"
 
@@ -35,7 +35,7 @@ def train(folder, sources, num_ids, targets, seed, more):
         command = [sys.executable, "train_dcac.py", "--source"]
         command += [*(f"{SPEC.format(source)},num_ids={num_ids}" for source in sources), "--target"]
         command += [*map(SPEC.format, targets), "--seed", str(seed), "--output_dir", str(folder), *more]
-        command += ["--validation_ids", "0", "--eval_every", "4", *TRAINING, "--resume_from_checkpoint", "latest"]
+        command += ["--validation_ids", "0", "--eval_every", "5", *TRAINING, "--resume_from_checkpoint", "latest"]
         subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - start
     return json.loads((folder / "metrics.json").read_text()), seconds

@@ -17,6 +17,7 @@ from huggingface_hub import HfApi
 
 # Scripts find these here, beside what they train with.
 from utils.arguments import check_ranges, describe_origin, end_with, parse_with_recipes  # noqa: F401
+from utils.cpu import use_all_cores
 
 OWN_SCHEDULE = "warmup_multistep"
 SCHEDULES = (OWN_SCHEDULE, *(one.value for one in SchedulerType if one is not SchedulerType.PIECEWISE_CONSTANT))
@@ -95,13 +96,6 @@ def whole_weights(model, accelerator):
 
     with unwrap_model_for_generation(model):
         yield
-
-
-def use_all_cores(num_processes):
-    """`accelerate launch` gives a process on the CPU one thread, unless told otherwise: then it gets its share."""
-    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    if by_accelerate and num_processes == 1:
-        torch.set_num_threads(os.cpu_count())
 
 
 def global_batch_size(args, accelerator):
