@@ -233,7 +233,7 @@ def build_parser():
         "pass is computed a second time in the backward pass; default 1",
     )
     group.add_argument("--images_per_id", type=int, default=4, help="K: images of each identity in a batch; default 4")
-    group.add_argument("--num_train_epochs", type=int, default=6, help="default 6")
+    group.add_argument("--num_train_epochs", type=int, default=5, help="default 5")
     group.add_argument("--max_train_steps", type=int, help="stop after so many steps; default: all epochs")
     group.add_argument("--learning_rate", type=float, default=1e-3, help="default 1e-3, for the stand-ins")
     group.add_argument(
@@ -242,7 +242,7 @@ def build_parser():
     group.add_argument("--lr_warmup_epochs", type=int, default=1, help="of warmup_multistep; default 1")
     group.add_argument("--lr_warmup_factor", type=float, default=0.1, help="of the rate at epoch 0; default 0.1")
     group.add_argument(
-        "--lr_milestones", type=int, nargs="*", default=[5], help="epochs from which the rate is lower; default 5"
+        "--lr_milestones", type=int, nargs="*", default=[4], help="epochs from which the rate is lower; default 4"
     )
     group.add_argument("--lr_gamma", type=float, default=0.1, help="factor at each milestone; default 0.1")
     group.add_argument("--lr_warmup_steps", type=int, default=0, help="of diffusers' schedules, in steps; default 0")
