@@ -1,6 +1,7 @@
 """Names and specs, several sources, labels, parts of a set, portable copies, the command line."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,18 @@ def test_save_that_fails_leaves_nothing(folder, tmp_path):
     with pytest.raises(FileNotFoundError):
         save(data, tmp_path / "saved")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_save_clears_what_a_killed_one_left(folder, tmp_path):
+    write_table(folder / "metadata.csv", ROWS)
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    dead, alive = (f".saved.part-{platform.node()}-{pid}" for pid in (ended.pid, os.getppid()))
+    elsewhere = f".saved.part-elsewhere-{ended.pid}"
+    for name in (dead, alive, elsewhere):
+        (tmp_path / name / "written").mkdir(parents=True)
+    save(load_reid(folder), tmp_path / "saved")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "saved", alive, elsewhere}
 
 
 @pytest.mark.parametrize(

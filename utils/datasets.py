@@ -9,9 +9,11 @@ columns image, pid, camid (from 0), domain and path (below the source's folder).
 
 import argparse
 import difflib
+import glob
 import hashlib
 import inspect
 import os
+import platform
 import re
 import shutil
 import sys
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import psutil
 from huggingface_hub import HfApi
 
 from utils import benchmarks, own_data
@@ -302,7 +305,12 @@ def save(data, folder):
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists already; give a new folder")
-    aside = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    mine = f".{folder.name}.part-{platform.node()}-"
+    for left in folder.parent.glob(f"{glob.escape(mine)}*"):
+        # What a killed one left, which may be as large as the set.
+        if not psutil.pid_exists(int(left.name.removeprefix(mine))):
+            shutil.rmtree(left, ignore_errors=True)
+    aside = folder.with_name(f"{mine}{os.getpid()}")
     try:
         embedded(data, aside / "read").save_to_disk(str(aside / "written"))
         (aside / "written").rename(folder)
