@@ -402,6 +402,7 @@ class Adaptation(nn.Module):
             ],
             dim=1,
         )
+        # A label that learned would turn to the easier side; ratios learn by the mixed maps, the bridge, their spread.
         loss_mixed = (ratios.detach() * sides).sum(1).mean()
         loss_triplet = hard_triplet(features[: len(classes)], classes, args.margin)
         apart = torch.stack([(between - side).square().sum(1).clamp(min=1e-12).sqrt() for side in (source, target)], 1)

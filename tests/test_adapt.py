@@ -138,13 +138,16 @@ def test_losses_of_idm(standin):
     model = module(standin, *SOURCE, "--method", "idm", *weights)
     classes = torch.tensor([0, 0, 3, 3, 5, 5, 7, 7])
     rows = torch.tensor([0, 0, 3, 3, 5, 8, 13, 14])
-    features, logits = torch.randn(12, 16), torch.randn(12, 17)
+    features, logits = torch.randn(12, 16, requires_grad=True), torch.randn(12, 17, requires_grad=True)
     ratios = torch.rand(4, 1) * torch.tensor([[1.0, -1.0]]) + torch.tensor([[0.0, 1.0]])
+    inputs = features, logits, ratios.requires_grad_()
     loss, values = model.bridged_losses(features, logits, rows, ratios)
     log_odds = logits[:, :8].double().log_softmax(1)
     soft = 0.1 / 8 + 0.9 * F.one_hot(classes, 8).double()
     source, target, mixed = features.double().chunk(3)
-    blend = ratios[:, :1] * soft[:4] + ratios[:, 1:] * soft[4:]
+    # The mixed label is given, not learned: this loss moves the ratios through the mixed logits alone.
+    known = ratios.detach()
+    blend = known[:, :1] * soft[:4] + known[:, 1:] * soft[4:]
     distance = torch.cdist(features[:8].double(), features[:8].double())
     same = classes[:, None] == classes[None]
     far, near = (distance * same).amax(1), distance.masked_fill(same, 1e9).amin(1)
@@ -160,7 +163,19 @@ def test_losses_of_idm(standin):
     for name, value in want.items():
         assert values[name].item() == pytest.approx(value.item(), rel=1e-4), name
     shares = {"loss_id": 0.4, "loss_mixed": 0.6, "loss_triplet": 1, "loss_bridge": 0.2, "loss_diversity": 0.5}
-    assert loss.item() == pytest.approx(sum(share * want[name].item() for name, share in shares.items()), rel=1e-4)
+    whole = sum(share * want[name] for name, share in shares.items())
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-4)
+    for found, wanted in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(whole, inputs), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+
+
+def ratios_of(mixer, source, target):
+    """Softmax of three linear maps, one after the other: the first is of each image's means and maxima, and added."""
+    first, second, third = (part for part in mixer.modules() if isinstance(part, torch.nn.Linear))
+    added = 0
+    for tokens in (source, target):
+        added = added + torch.cat([tokens.mean(1), tokens.max(1).values], dim=1) @ first.weight.t() + first.bias
+    return F.softmax((added @ second.weight.t() + second.bias) @ third.weight.t() + third.bias, dim=1)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -179,6 +194,13 @@ def test_mixed_maps(standin, stage):
     source, target, mixed = whole.chunk(3)
     shares = ratios.view(2, 2, 1, 1)
     torch.testing.assert_close(mixed, shares[:, 0] * source + shares[:, 1] * target)
+    torch.testing.assert_close(ratios, ratios_of(model.mixer, source, target), rtol=1e-4, atol=1e-5)
+    # They do not change what they are made of.
+    weights = [one for one in model.encoder.parameters() if one.requires_grad]
+    assert not any(
+        one is not None
+        for one in torch.autograd.grad(ratios[:, 0].sum(), weights, retain_graph=True, allow_unused=True)
+    )
     model(images, rows)[0].backward()
     assert all(float(parameter.grad.abs().sum()) > 0 for parameter in model.mixer.parameters() if parameter.ndim > 1)
     model.eval()
@@ -207,6 +229,26 @@ def test_norms_after_the_mixture_have_three_domains(tmp_path):
     loss.backward()
     with pytest.raises(ValueError, match="--mix_stage 3 is past the last stage of the backbone, 2"):
         Mixer(encoder.backbone, 3)
+
+
+def test_activations_computed_twice_give_the_same_gradients(tmp_path):
+    """With the mixture inside a stage that is computed again in the backward pass."""
+    grads, means = [], []
+    for again in (False, True):
+        encoder = ReIDModel.for_training(resnet(tmp_path), num_ids=0, image_size=(64, 32))
+        if again:
+            encoder.enable_gradient_checkpointing()
+        args = parse_args(["--target", TARGET, *SOURCE, "--method", "idm", "--mix_stage", "1"])
+        torch.manual_seed(1)
+        model = Adaptation(encoder, args, 5, 12).train()
+        model.pseudo_labels.copy_(torch.arange(12) // 4)
+        model(torch.randn(8, 3, 64, 32), torch.tensor([0, 0, 3, 3, 5, 6, 12, 16]))[0].backward()
+        grads.append({name: one.grad for name, one in model.named_parameters() if one.grad is not None})
+        means.append({name: one for name, one in model.named_buffers() if "running" in name})
+    for one, other in (grads, means):
+        assert one.keys() == other.keys() and any("mixer" in name or "norms.2" in name for name in one)
+        for name in one:
+            torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-6)
 
 
 def test_domains_are_put_one_after_the_other(monkeypatch):

@@ -9,7 +9,9 @@ from utils.backbones import ClipBackbone, ResNetBackbone
 class Mixer(nn.Module):
     """After a stage of the backbone, mixes each source map with the target map at its place, as a third domain.
 
-    The two shares come from the means and maxima of both maps; `ratios` (B, 2) are those of the last batch.
+    The two shares come from the means and maxima of both maps; `ratios` (B, 2) are those of the last batch. Both
+    bridges favour a pure domain: in short trainings all ratios may go to one side before their spread counts, which
+    `loss_diversity`, minus the sum of their two deviations, then shows as 0.
     """
 
     def __init__(self, backbone, stage):
