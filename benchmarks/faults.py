@@ -33,7 +33,7 @@ from utils.training_page import text_table
 ROOT = Path(__file__).parent.parent
 PEOPLE = "synthetic:domain=a,num_ids=4,images_per_id=4"
 TARGET = "synthetic:domain=b,num_ids=2,images_per_id=4"
-SMALL = "--resolution 64 32 --train_batch_size 8 --num_train_epochs 2 --eval_every 9"
+SMALL = "--resolution 64 32 --train_batch_size 8 --eval_every 99"
 TRAINED = f"--source {PEOPLE} --target {TARGET} {SMALL} --checkpointing_steps 1 --resume_from_checkpoint latest"
 CLUSTERS = "--images_per_id 2 --steps_per_epoch 3 --k1 6 --k2 2 --eps 0.5 --min_samples 2 --lr_warmup_epochs 0"
 DRAWN = f"--source {PEOPLE} --resolution 64 32 --max_train_steps 2 --num_images 2 --num_reference_images 2 "
@@ -191,9 +191,13 @@ def build_latents(args):
 
 
 class Runner:
-    """Starts jobs, and kills them when they have used so much of the processor: the same moment on a busy machine."""
+    """Starts jobs, and kills them when they have used so much of the processor: the same moment on a busy machine.
 
-    def __init__(self):
+    `epochs` is how long trainings last; the longer, the fewer of their kills fall outside of the steps.
+    """
+
+    def __init__(self, epochs=2):
+        self.epochs = epochs
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.faults", "--serve"]
         self.folder = Path(tempfile.mkdtemp(prefix="faults-"))
@@ -215,7 +219,8 @@ class Runner:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def words(self, job, out, more=()):
-        return [*JOBS[job].command.format(inputs=self.inputs, out=out).split(), *more]
+        words = JOBS[job].command.format(inputs=self.inputs, out=out).split()
+        return [*words, *(["--num_train_epochs", str(self.epochs)] if JOBS[job].trains else []), *more]
 
     def run(self, words, *, kill=None, sign=signal.SIGKILL, limit=None):
         """(exit code, CPU seconds, what it said); `kill` is after how many CPU seconds."""
@@ -408,6 +413,7 @@ def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="default all")
     parser.add_argument("--kills", type=int, default=10, help="of each job; default 10")
+    parser.add_argument("--epochs", type=int, default=12, help="of each training; default 12")
     parser.add_argument("--seed", type=int, default=0, help="of the moments; default 0")
     parser.add_argument("--json", type=Path, default=RESULTS / "faults.json", help="default benchmarks/results")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -416,7 +422,7 @@ def main(input_args=None):
         return serve()
     columns = ["job", "kills", "SIGKILL", "SIGTERM", "saved at SIGTERM", "ends like one piece", "full disk"]
     columns += ["folder is a file", "lost"]
-    runner, rows, failed = Runner(), [], []
+    runner, rows, failed = Runner(args.epochs), [], []
     try:
         for job in args.jobs:
             try:
@@ -444,7 +450,7 @@ def write(args, columns, rows):
     table = [row for row in kept if row[0] not in {one[0] for one in rows}] + rows
     table.sort(key=lambda row: list(JOBS).index(row[0]))
     with write_together(args.json.parent) as aside:
-        content = {"environment": environment(), "seed": args.seed, "columns": columns, "table": table}
+        content = {"environment": environment(), "seed": args.seed, "epochs": args.epochs, "columns": columns, "table": table}
         aside(args.json.name).write_text(to_json(content), encoding="utf-8")
 
 
