@@ -20,6 +20,7 @@ from transformers import ResNetConfig, ResNetModel
 import adapt_reid
 from adapt_reid import Adaptation, by_domain, parse_args
 from utils import tiny
+from utils.clustering import cluster, reliable
 from utils.datasets import load_reid, put, save
 from utils.domain_norms import DomainNorm
 from utils.intermediate import Mixer
@@ -334,6 +335,30 @@ def test_a_cut_training_goes_on_to_the_same_numbers(small, finished, train, tmp_
     assert (tmp_path / "clusters.json").read_text() == (finished / kind / "clusters.json").read_text()
     weights, wanted = weights_of(tmp_path), weights_of(finished / kind)
     assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+
+
+def test_spcl_clusters_its_memory_by_the_first_threshold(small, train, tmp_path, monkeypatch):
+    """Before the second epoch only rows of images in its one batch have moved; the last clusters are the model's."""
+    clustered, thresholds = [], []
+
+    def spy_cluster(features, **settings):
+        clustered.append(features.clone())
+        return cluster(features, **settings)
+
+    def spy_reliable(*arguments):
+        labels, threshold = reliable(*arguments)
+        thresholds.append((arguments[-1], threshold))
+        return labels, threshold
+
+    monkeypatch.setattr(adapt_reid, "cluster", spy_cluster)
+    monkeypatch.setattr(adapt_reid, "reliable", spy_reliable)
+    train(*small, *KINDS["spcl-adaptation"], "--steps_per_epoch", "1", "--output_dir", tmp_path)
+    first, second, last = clustered
+    moved = (first != second).any(1)
+    assert len(first) == 48 and 1 <= moved.sum() <= 8 and (last != second).any(1).all()
+    torch.testing.assert_close(second.norm(dim=1), torch.ones(48))
+    assert thresholds[0][0] is None
+    assert thresholds[1:] == [(thresholds[0][1], thresholds[0][1])] * 2
 
 
 @pytest.mark.slow
