@@ -543,6 +543,7 @@ def test_recipes_set_the_published_values_and_flags_win():
         "cluster-contrast", "unsupervised", ["msmt17"], 0.7, 30,
     )  # fmt: skip
     assert (args.train_batch_size, args.images_per_id, args.memory_momentum) == (256, 16, 0.1)
+    assert (args.steps_per_epoch, parse_args(["--recipe", "spcl"]).steps_per_epoch) == (200, 400)
     args = parse_args(["--recipe", "idm"])
     assert (args.method, args.setting, args.source) == ("idm", "adaptation", ["msmt17"])
     assert (args.learning_rate, args.steps_per_epoch, args.num_train_epochs) == (3.5e-4, 400, 50)
