@@ -50,7 +50,7 @@ SOURCE = "synthetic:domain=b,num_ids=64,images_per_id=20"
 RESOLUTION = (64, 32)
 # A batch holds the six identities of a tenth.
 FINETUNE = "--resolution 64 32 --padding 3 --train_batch_size 24 --learning_rate 1e-3 --lr_scheduler cosine"
-PRETRAIN = "--backbone resnet-small --num_train_epochs 8 --train_batch_size 32 --randaugment_ops 0 --erasing 0"
+PRETRAIN = "--backbone resnet-small --num_train_epochs 16 --train_batch_size 32 --randaugment_ops 0 --erasing 0"
 # Of the people to pre-train on: not the domain to fine-tune on.
 DOMAINS, NUM_IDS, IMAGES_PER_ID = "acde", 256, 8
 SCRATCH, PRETRAINED = "scratch", "pretrained"
