@@ -186,13 +186,11 @@ def check(args):
     return found
 
 
-def environment(args=None):
+def environment():
     """Machine, versions, revision and command, without any path of this disk."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     names = [line.split(":")[1].strip() for line in cpu_lines() if line.startswith("model name")]
-    words = sys.argv[1:]
-    if args is not None and args.peer_dir is not None:
-        words = [Path(word).name if Path(word).is_absolute() else word for word in words]
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return {
         "machine": f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {platform.system()}",
         "load_average": os.getloadavg(),
@@ -227,7 +225,7 @@ def main(args=None):
     if args.worker:
         measure(args)
         return
-    report = {**environment(args), "differences": check(args), "rows": []}
+    report = {**environment(), "differences": check(args), "rows": []}
     print(f"{'size':<5}{'work':<9}{'who':<11}{'seconds':>9}{'GEMM':>8}{'ratio':>7}{'GiB':>7}{'mAP':>8}{'rank-1':>8}")
     with tempfile.TemporaryDirectory() as folder:
         for size in args.sizes:
