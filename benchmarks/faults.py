@@ -450,7 +450,13 @@ def write(args, columns, rows):
     table = [row for row in kept if row[0] not in {one[0] for one in rows}] + rows
     table.sort(key=lambda row: list(JOBS).index(row[0]))
     with write_together(args.json.parent) as aside:
-        content = {"environment": environment(), "seed": args.seed, "epochs": args.epochs, "columns": columns, "table": table}
+        content = {
+            "environment": environment(),
+            "seed": args.seed,
+            "epochs": args.epochs,
+            "columns": columns,
+            "table": table,
+        }
         aside(args.json.name).write_text(to_json(content), encoding="utf-8")
 
 
