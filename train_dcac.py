@@ -75,7 +75,8 @@ from utils.training_data import SINGLE_IMAGE_IDS, RemainingBatches, digest_of, o
 from utils.training_loop import name_images, train_epochs
 from utils.training_page import before_and_after, build_page, text_table
 
-DEMO_SOURCE, DEMO_TARGET = "synthetic:domain=a,num_ids=128", "synthetic:domain=b"
+DEMO_SOURCE = "synthetic:domain=a,num_ids=128"
+DEMO_TARGETS = ["synthetic:domain=b", "synthetic:domain=c"]
 PUBLISHED = {
     "backbone": "openai/clip-vit-base-patch16",
     "pretrained_model_name_or_path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -139,7 +140,8 @@ def build_parser():
         "--target",
         nargs="+",
         metavar="SPEC",
-        help=f"sets with query and gallery to measure on; default {DEMO_TARGET} in the demo, else the sources' own",
+        help=f"sets with query and gallery to measure on; default {' '.join(DEMO_TARGETS)} in the demo, else the "
+        "sources' own",
     )
     group.add_argument("--data_root", help="folder in which the benchmarks lie")
     group.add_argument(
@@ -272,7 +274,7 @@ def build_parser():
     group.add_argument("--seed", type=int, default=0, help="of weights, batches, augmentation and noise; default 0")
 
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval_every", type=int, default=2, help="epochs between evaluations; default 2")
+    group.add_argument("--eval_every", type=int, default=3, help="epochs between evaluations; default 3")
     group.add_argument("--eval_batch_size", type=int, default=64, help="images a process; default 64")
     group.add_argument(
         "--test_resample", choices=["bilinear", "bicubic"], default="bilinear", help="resizing of targets"
@@ -305,7 +307,7 @@ def parse_args(input_args=None):
     args.demo = args.source is None and args.target is None
     args.source = args.source or [DEMO_SOURCE]
     if args.demo:
-        args.target = [DEMO_TARGET]
+        args.target = DEMO_TARGETS
         if args.origin["dataloader_num_workers"] == "default":
             # People are drawn beside the steps, which leave a second core idle.
             args.dataloader_num_workers = 1
@@ -640,8 +642,8 @@ def start_epoch(run, epoch):
 def introduce(args, say):
     if args.demo:
         say(
-            "Demo: DCAC from drawn people of domain a to the unseen domain b, with the shipped stand-in models; about "
-            "three minutes on two cores. For your own data: --source SPEC --target SPEC --data_root DIR"
+            "Demo: DCAC from drawn people of domain a to the unseen domains b and c, with the shipped stand-in "
+            "models; two to three minutes on two cores. For your own data: --source SPEC --target SPEC --data_root DIR"
         )
     elif args.backbone == tiny.CLIP_DIR:
         say(

@@ -84,8 +84,7 @@ CHAINS = {
     "generalisation": [
         Step(
             "dcac",
-            f"train_dcac.py --source synthetic:domain=a,num_ids=64 --target {UNSEEN} --num_train_epochs 6 "
-            "--lr_milestones 5 --eval_every 3",
+            f"train_dcac.py --source synthetic:domain=a,num_ids=64 --target {UNSEEN}",
             f"--source {FEW_PEOPLE} --target {FEW_UNSEEN} --num_train_epochs 1 --train_batch_size 8 "
             "--validation_ids 2",
         ),
