@@ -9,10 +9,11 @@ The first is a demo on drawn people with the shipped stand-in models; the second
     CLIP        P("a photo of a person" | x) against other sentences, zero-shot
     CCTF        P(y | x) by an image classifier trained on the source images
     Re-ID CTF   mean of the 3 highest cosines of f(x) with the source images of y, f a Re-ID model of that source;
-                and the nearest of all source images must show y
+                and the nearest of all source images must show y, or be nearer by --match_margin at most
 
 All scores go to scores.parquet. The same command with another --filter, --threshold, --keep_fraction,
---false_match_rate, --target_per_id or --near_duplicates chooses again from there, in seconds and without a model.
+--false_match_rate, --match_margin, --target_per_id or --near_duplicates chooses again from there, in seconds and
+without a model.
 """
 
 import argparse
@@ -173,6 +174,12 @@ def build_parser():
         help="threshold that this share of source images of other people reaches; default 0.01 for --filter reid "
         "where nothing else is asked for",
     )
+    group.add_argument(
+        "--match_margin",
+        type=float,
+        help="by how much somebody else's source image may be nearer, in cosine, than the nearest of the identity's "
+        "own: more keeps more right people in new scenes, then wrong ones; default 0",
+    )
     group.add_argument("--target_per_id", type=int, help="the best so many of each identity, of what is left")
     group.add_argument("--min_per_id", type=int, default=1, help="identities with fewer are left out; default 1")
     group.add_argument(
@@ -216,7 +223,7 @@ def parse_args(input_args=None):
             "min_per_id", "eval_batch_size",
         ],
         positive=["learning_rate"],
-        not_negative=["dataloader_num_workers", "seed", "duplicate_distance"],
+        not_negative=["dataloader_num_workers", "seed", "duplicate_distance", "match_margin"],
         fractions=["false_match_rate", "holdout_fraction"],
     )  # fmt: skip
     if args.generated is None and args.source is not None:
@@ -232,6 +239,8 @@ def parse_args(input_args=None):
         parser.error(f"--{ways[0]} and --{ways[1]} both set the threshold; give one")
     if args.false_match_rate is not None and args.filter != "reid":
         parser.error(f"--false_match_rate is calibrated for --filter reid, not {args.filter}; give --threshold")
+    if args.match_margin is not None and args.filter != "reid":
+        parser.error(f"--match_margin is part of --filter reid, not {args.filter}")
     if not ways and args.target_per_id is None:
         if args.filter != "reid":
             parser.error(f"--filter {args.filter} needs --threshold, --keep_fraction or --target_per_id")
@@ -263,13 +272,18 @@ def cctf_scores(logits, labels):
 
 
 def reid_scores(features, labels, gallery, gallery_labels):
-    """Mean of the best cosines with the identity's source images; the nearest image of all; whether it is its own."""
-    nearest = cosine_topk(features, gallery, 1).indices[:, 0]
-    scores = torch.empty(len(features), device=features.device)
+    """Mean of the best cosines with the identity's source images; the nearest image of all; whether it is its own;
+    and by how much it is nearer than the nearest of its own."""
+    found = cosine_topk(features, gallery, 1)
+    nearest = found.indices[:, 0]
+    match = gallery_labels[nearest] == labels
+    scores, lead = torch.empty(2, len(features), device=features.device)
     for label in labels.unique():
         rows, own = labels == label, gallery[gallery_labels == label]
-        scores[rows] = cosine_topk(features[rows], own, min(BEST, len(own))).scores.mean(1)
-    return scores, nearest, gallery_labels[nearest] == labels
+        best = cosine_topk(features[rows], own, min(BEST, len(own))).scores
+        scores[rows], lead[rows] = best.mean(1), found.scores[rows, 0] - best[:, 0]
+    # Both searches may round differently.
+    return scores, nearest, match, lead.clamp(min=0).masked_fill(match, 0)
 
 
 def calibration_scores(features, labels, held_out):
@@ -375,8 +389,8 @@ def score_batch(run, its, clip, images, labels):
         if its.classifier:
             _, logits = its.classifier.neck(its.classifier.backbone(images["cctf"]))
             columns["cctf_score"] = cctf_scores(logits[:count], labels).tolist()
-    scores, nearest, match = reid_scores(features, labels, its.gallery, its.labels)
-    columns |= {"reid_score": scores.tolist(), "reid_match": match.tolist()}
+    scores, nearest, match, lead = reid_scores(features, labels, its.gallery, its.labels)
+    columns |= {"reid_score": scores.tolist(), "reid_match": match.tolist(), "reid_lead": lead.tolist()}
     columns["nearest"] = [its.paths[row] for row in nearest.tolist()]
     return columns, features.cpu().numpy()
 
@@ -409,7 +423,7 @@ def wanted_thresholds(args, sources):
 def choose(run):
     """What is kept; written into scores.parquet, even where nothing is."""
     args, folder = run.args, run.folder
-    scores = filtering.read_scores(folder / SCORES)
+    scores = filtering.read_scores(folder / SCORES, args.match_margin)
     stored = {name: tensor.numpy() for name, tensor in load_file(folder / CALIBRATION).items()}
     calibration = {
         domain: {kind: stored[f"{domain}/{kind}"] for kind in ("genuine", "impostor")} for domain in run.sources

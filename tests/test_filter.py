@@ -30,7 +30,17 @@ SOURCE = "synthetic:domain=a,num_ids=4,images_per_id=6"
 PIECE = 8
 SMALL = ["--source", SOURCE, "--resolution", "64", "32", "--num_train_epochs", "1", "--train_batch_size", "8"]
 SMALL += ["--eval_batch_size", "8", "--dataloader_num_workers", "0", "--classifier_epochs", "1"]
-COLUMNS = ["path", "clip_score", "cctf_score", "reid_score", "reid_match", "nearest", "perceptual_hash", "error"]
+COLUMNS = [
+    "path",
+    "clip_score",
+    "cctf_score",
+    "reid_score",
+    "reid_match",
+    "reid_lead",
+    "nearest",
+    "perceptual_hash",
+    "error",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +122,7 @@ def test_scores_are_those_of_the_formulas(drawn, whole):
         top = train["path"][:].index(row["nearest"])
         assert cosines[number, top] == pytest.approx(cosines[number].max().item(), abs=1e-4)
         assert row["reid_match"] == (pids[top] == row["pid"])
+        assert row["reid_lead"] == pytest.approx(cosines[number].max().item() - float(own[-1]), abs=1e-4)
 
 
 def test_reid_scores_of_made_up_features():
@@ -119,13 +130,16 @@ def test_reid_scores_of_made_up_features():
     features, gallery = (F.normalize(torch.randn(n, 16, generator=generator), dim=1) for n in (7, 11))
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 2])
     gallery_labels = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2, 1, 1, 1])
-    scores, nearest, match = script.reid_scores(features, labels, gallery, gallery_labels)
+    scores, nearest, match, lead = script.reid_scores(features, labels, gallery, gallery_labels)
     for row, label in enumerate(labels.tolist()):
         cosines = [float(features[row] @ one) for one in gallery]
         own = sorted(one for one, its in zip(cosines, gallery_labels.tolist(), strict=True) if its == label)
         assert scores[row].item() == pytest.approx(np.mean(own[-3:]), abs=1e-5)
         assert nearest[row] == np.argmax(cosines)
         assert match[row] == (gallery_labels[nearest[row]] == label)
+        assert lead[row].item() == pytest.approx(max(cosines) - own[-1], abs=1e-5)
+        assert not match[row] or lead[row] == 0
+    assert 0 < match.sum() < len(match)
 
 
 def test_calibration_scores_of_made_up_features():
@@ -165,6 +179,16 @@ def test_choosing_again_loads_no_model(drawn, whole, monkeypatch):
         assert {row["path"] for row in mine if row["kept"]} == {row["path"] for row in best}
     assert table(whole, COLUMNS).equals(before)
     assert len(load_reid(str(whole / "dataset"))["train"]) == 12
+
+
+def test_a_margin_lets_strangers_in_by_their_lead(drawn, whole):
+    leads = sorted(row["reid_lead"] for row in table(whole).to_pylist() if row["reid_match"] is False)
+    assert len(leads) > 2
+    margin = (leads[0] + leads[1]) / 2
+    run(drawn, whole, "--threshold", "-1", "--match_margin", margin)
+    for row in table(whole).to_pylist():
+        assert row["kept"] == (row["error"] is None and (row["reid_match"] or row["reid_lead"] <= margin))
+    assert json.loads((whole / "summary.json").read_text())["choice"]["match_margin"] == margin
 
 
 def test_choosing_again_waits_for_no_library_of_models(drawn, whole):
@@ -353,6 +377,8 @@ def test_bad_data_and_models(drawn, whole, tmp_path, flags, words):
         (["--filter", "clip"], "needs --threshold"),
         (["--filter", "clip", "--clip_model", "none", "--threshold", "0"], "cannot choose without its model"),
         (["--filter", "cctf", "--false_match_rate", "0.1"], "is calibrated for --filter reid"),
+        (["--filter", "cctf", "--threshold", "0.1", "--match_margin", "0.1"], "is part of --filter reid"),
+        (["--match_margin", "-0.1"], "--match_margin must be 0 or more"),
         (["--holdout_fraction", "1"], "below 1"),
         (["--train_batch_size", "6"], "no multiple"),
         (["--min_per_id", "0"], "--min_per_id must be 1 or more"),

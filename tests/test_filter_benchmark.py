@@ -44,11 +44,27 @@ def test_a_small_run_against_the_truth(tmp_path):
         "0.5",
     ]
     file = tmp_path / "truth.json"
-    filter_truth.main(["--seeds", "3", "--num_ids", "3", "--json", str(file), "--flags", *quick])
+    few = ["--seeds", "3", "--num_ids", "3", "--cameras", "one or two"]
+    filter_truth.main([*few, "--json", str(file), "--flags", *quick])
     report = json.loads(file.read_text())
-    assert set(report["auc"]) == {"clip", "cctf", "reid"} and report["flags"] == quick
-    found = report["seeds"]["3"]
-    # Of 30 images 15 are right, so every filter keeps 15.
-    sizes = dict(zip(found["clip"]["kept"], (9, 6, 6, 7, 2), strict=True))
+    assert set(report["auc"]["one or two"]) == {"clip", "cctf", "reid"} and report["flags"] == quick
+    found = report["cameras"]["one or two"]["3"]
+    # Of 30 images 15 are right, one of them damaged, so every filter keeps 14.
+    sizes = dict(zip(found["clip"]["kept"], (8, 6, 3, 3, 7, 3), strict=True))
     for one in found.values():
-        assert sum(share * sizes[kind] for kind, share in one["kept"].items()) == pytest.approx(15)
+        assert sum(share * sizes[kind] for kind, share in one["kept"].items()) == pytest.approx(14)
+    assert len(report["table"]) == 3 and report["table"][0][:2] == ["one or two", "CLIP"]
+
+
+def test_the_table_is_mean_and_deviation_over_the_seeds():
+    def seed(auc, kept):
+        return {"reid": {"auc": auc, "kept": {"right": kept, "nobody": 0.0}}}
+
+    one, two = {"1": seed(0.9, 0.5)}, {"1": seed(0.9, 0.5), "2": seed(0.96, 0.7)}
+    columns, rows = filter_truth.table_of({"all four": one, "one or two": two})
+    assert columns == ["cameras", "filter", "AUC", "right", "nobody"]
+    assert rows == [
+        ["all four", "Re-ID CTF", "0.900", "50 %", "0 %"],
+        # The deviation of two values is their difference by the root of 2.
+        ["one or two", "Re-ID CTF", "0.930 ± 0.042", "60 ± 14 %", "0 ± 0 %"],
+    ]

@@ -8,15 +8,27 @@ import torch
 from PIL import Image
 
 from utils import filtering, generated_images, scene_changes
-from utils.drawn_generated import TRUTHS, World, draw, write_drawn
+from utils.datasets import load_reid
+from utils.drawn_generated import (
+    FIRST_INDEX,
+    NEW,
+    TRUTHS,
+    WRONG_SOURCE,
+    World,
+    cameras_of,
+    draw,
+    write_drawn,
+    write_source,
+)
 from utils.filter_page import against_truth, truth_table
 from utils.filter_scoring import View
 from utils.filtered_set import Origin
 from utils.generated_images import open_generated
 from utils.loading import resized
+from utils.synthetic import render
 
 
-def scores(person, values, *, sound=None, match=None, source=None, hashes=None):
+def scores(person, values, *, sound=None, match=None, lead=None, source=None, hashes=None):
     count = len(person)
     given = {"clip": np.full(count, np.nan, np.float32), "cctf": np.full(count, np.nan, np.float32)}
     source = np.zeros(count, np.int16) if source is None else np.array(source, np.int16)
@@ -28,6 +40,7 @@ def scores(person, values, *, sound=None, match=None, source=None, hashes=None):
         source=source,
         sound=np.ones(count, bool) if sound is None else np.array(sound),
         match=np.ones(count, bool) if match is None else np.array(match),
+        lead=np.zeros(count, np.float32) if lead is None else np.array(lead, np.float32),
         hashes=np.zeros(count, np.uint64) if hashes is None else np.array(hashes, np.uint64),
         values=given | {"reid": np.array(values, np.float32)},
     )
@@ -90,13 +103,36 @@ def test_area_under_curve_by_counting_pairs():
     assert filtering.area_under_curve(values, np.ones(60, bool)) is None
 
 
-def test_ranking_puts_strangers_behind_and_what_is_broken_last():
+def test_ranking_puts_strangers_behind_by_their_lead_and_what_is_broken_last():
     found = scores(
-        [0] * 5, [0.9, 0.2, 0.5, -0.5, 0.95], sound=[True] * 4 + [False], match=[False, True, True, True, True]
+        [0] * 6,
+        [0.9, 0.2, 0.5, -0.5, 0.95, 0.1],
+        sound=[True] * 4 + [False, True],
+        match=[False, True, True, True, True, False],
+        lead=[0.3, 0, 0, 0, np.nan, 0.2],
     )
-    assert np.argsort(-filtering.ranking(found, "reid"), kind="stable").tolist() == [2, 1, 3, 0, 4]
-    found.values["clip"] = np.array([0.1, 0.9, np.nan, 0.3, 0.8], np.float32)
-    assert np.argsort(-filtering.ranking(found, "clip"), kind="stable").tolist() == [1, 3, 0, 2, 4]
+    assert np.argsort(-filtering.ranking(found, "reid"), kind="stable").tolist() == [2, 1, 3, 5, 0, 4]
+    found.values["clip"] = np.array([0.1, 0.9, np.nan, 0.3, 0.8, 0.2], np.float32)
+    assert np.argsort(-filtering.ranking(found, "clip"), kind="stable").tolist() == [1, 3, 5, 0, 2, 4]
+
+
+def test_a_small_lead_may_count_as_a_match(tmp_path):
+    columns = {
+        "domain": ["d"] * 4,
+        "pid": [1, 1, 2, 2],
+        "error": [None, None, None, "cut off"],
+        "reid_match": [True, False, False, None],
+        "reid_lead": pa.array([0.0, 0.04, 0.06, None], pa.float32()),
+        "perceptual_hash": pa.array([1, 2, 3, None], pa.uint64()),
+        "clip_score": pa.nulls(4, pa.float32()),
+        "cctf_score": pa.nulls(4, pa.float32()),
+        "reid_score": pa.array([0.5, 0.6, 0.7, None], pa.float32()),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "scores.parquet")
+    for margin, wanted in ((None, [1, 0, 0, 0]), (0.05, [1, 1, 0, 0]), (0.1, [1, 1, 1, 0])):
+        found = filtering.read_scores(tmp_path / "scores.parquet", margin)
+        assert found.match.tolist() == [bool(one) for one in wanted]
+        assert filtering.choose(found, "reid", {"d": 0.0}).kept.tolist() == found.match.tolist()
 
 
 def test_what_filters_keep_of_every_kind(tmp_path):
@@ -143,7 +179,13 @@ def test_other_places_leave_the_middle_and_other_cameras_the_order_of_brightness
     assert torch.equal(moved[:, :, 4:48, 12:28], images[:, :, 4:48, 12:28])
     changed = (moved != images).flatten(1).any(1)
     assert 0.4 < changed.float().mean() < 0.8
-    assert set(moved.unique().tolist()) <= set(images.unique().tolist())
+    # One place and one light each: all margins of an image have one colour.
+    assert all(len(image.flatten(1).unique(dim=1).T) <= 2 for image in moved)
+    grey = torch.full((500, 3, 2, 2), 0.5)
+    lit = scene_changes.other_light(grey, generator)
+    levels = (lit[:, :, 0, 0] / 0.5).log()
+    assert torch.equal(lit, lit[:, :, :1, :1].expand_as(lit)) and lit.max() <= 1
+    assert -1.45 <= levels.min() < -1.2 and levels.max() > 0.3 and (levels.amax(1) - levels.amin(1)).max() <= 0.5
     ramp = torch.linspace(0, 1, 40).expand(8, 3, 50, 40).contiguous()
     seen = scene_changes.other_camera(ramp, generator).mean(2)
     assert (seen[..., 30] > seen[..., 5]).all() and seen.min() >= 0 and seen.max() <= 1
@@ -209,3 +251,38 @@ def test_drawn_images_are_the_same_everywhere_and_of_every_kind():
     again = [draw(World(num_ids=3), 2, number) for number in range(10)]
     assert {truth for _, truth in found} == set(TRUTHS)
     assert all(one[0].tobytes() == other[0].tobytes() for one, other in zip(found, again, strict=True))
+
+
+def test_an_identity_is_seen_by_few_cameras_and_so_is_what_is_drawn_as_in_the_source(tmp_path):
+    world = World(num_ids=6, images_per_id=10, few_cameras=True)
+    rows = load_reid(str(write_source(tmp_path / "few", world, 6)))["train"]
+    seen = {pid: set() for pid in range(0, 12, 2)}
+    for pid, camid in zip(rows["pid"], rows["camid"], strict=True):
+        seen[pid].add(camid)
+    assert seen == {pid: set(cameras_of(world, pid)) for pid in seen}
+    assert {len(cameras) for cameras in seen.values()} == {1, 2} and len(set.union(*seen.values())) > 2
+    for pid in seen:
+        for number in range(10):
+            picture, truth = draw(world, pid, number)
+            if truth == NEW:
+                other, _ = draw(World(num_ids=6, images_per_id=10), pid, number)
+                assert picture.tobytes() == other.tobytes()
+            if truth == WRONG_SOURCE:
+                possible = [
+                    render(world.domain, other, camid, FIRST_INDEX + number).tobytes()
+                    for other in seen
+                    for camid in seen[pid]
+                    if other != pid
+                ]
+                assert picture.tobytes() in possible
+
+
+def test_a_written_source_is_that_of_the_spec(tmp_path):
+    written = load_reid(str(write_source(tmp_path / "all", World(num_ids=2, seed=3), 5)))["train"]
+    spec = load_reid("synthetic:domain=a,num_ids=2,images_per_id=5,seed=3")["train"]
+    columns = ("pid", "camid", "domain", "path")
+    found, wanted = (
+        {row["path"]: [*(row[name] for name in columns), row["image"].tobytes()] for row in data}
+        for data in (written, spec)
+    )
+    assert found == wanted

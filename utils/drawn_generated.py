@@ -15,19 +15,20 @@ from PIL import Image, ImageFilter
 from utils.domains import DOMAINS
 from utils.generated_set import METADATA, image_path, save_image
 from utils.scenery import background, draw_image
-from utils.synthetic import SIZE, camera_of, person, pose_of, render
+from utils.synthetic import SIZE, camera_of, file_name, person, pose_of, render
 from utils.worklist import sync
 
-SOURCE, NEW, WRONG, BROKEN, NOBODY = (
+SOURCE, NEW, WRONG_SOURCE, WRONG_NEW, BROKEN, NOBODY = (
     "right, as in the source",
     "right, new scene",
-    "wrong identity",
+    "wrong, as in the source",
+    "wrong, new scene",
     "broken",
     "nobody",
 )
-TRUTHS = (SOURCE, NEW, WRONG, BROKEN, NOBODY)
+TRUTHS = (SOURCE, NEW, WRONG_SOURCE, WRONG_NEW, BROKEN, NOBODY)
 # What the images of an identity are, over and over.
-CYCLE = (NEW, SOURCE, WRONG, NEW, BROKEN, SOURCE, WRONG, NEW, NOBODY, BROKEN)
+CYCLE = (NEW, SOURCE, WRONG_SOURCE, WRONG_NEW, BROKEN, NOBODY, NEW, SOURCE, NEW, BROKEN)
 # Places that sources are from; the other domains taught the stand-ins.
 PLACES = "abcde"
 # Of pixels. No one size, which could be that of a model's own patches.
@@ -39,12 +40,19 @@ FIRST_INDEX = 1000
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Which people of the synthetic world to draw."""
+    """Which people of the synthetic world to draw.
+
+    With `few_cameras`, one or two cameras of the domain have seen an identity, as in CUHK03 and MSMT17, else all have.
+    What its generator has learnt the scenes from is the identity's own source images, so what is drawn "as in the
+    source" is in its cameras, whoever is shown.
+    """
 
     domain: str = "a"
     num_ids: int = 32
     images_per_id: int = 10
     seed: int = 0
+    # Not in the name that draws start from: both kinds of world differ in cameras only.
+    few_cameras: bool = dataclasses.field(default=False, repr=False)
 
 
 def draw(world, pid, number):
@@ -54,22 +62,36 @@ def draw(world, pid, number):
     index = FIRST_INDEX + number
     if truth == NOBODY:
         return empty_scene(world, rng), truth
-    if truth == WRONG:
+    camid, shown = source_camera(world, pid, index), pid
+    if truth in (WRONG_SOURCE, WRONG_NEW):
         others = [other for other in range(0, 2 * world.num_ids, 2) if other != pid] or [pid + 1]
-        pid = rng.choice(others)
-    scene = (
-        world.domain
-        if truth in (SOURCE, BROKEN) or (truth == WRONG and rng.random() < 0.4)
-        else rng.choice(other_places(world))
-    )
-    picture = in_scene(world, pid, scene, index)
+        shown = rng.choice(others)
+    if truth in (NEW, WRONG_NEW):
+        picture = in_scene(world, shown, rng.choice(other_places(world)), index)
+    else:
+        picture = render(world.domain, shown, camid, index, world.seed)
     return (broken(picture, rng) if truth == BROKEN else picture), truth
+
+
+def cameras_of(world, pid):
+    """Those that have seen a person, in order of the person's route."""
+    count = len(DOMAINS[world.domain]["cameras"])
+    if not world.few_cameras:
+        return [camera_of(world.domain, pid, 2 * place, world.seed) for place in range(count)]
+    rng = random.Random(f"seen by/{world.domain}/{world.seed}/{pid}")
+    return rng.sample(range(count), rng.choice((1, 2)))
+
+
+def source_camera(world, pid, index):
+    """The camera of an image of a person's in the source: two in one, then on to the next, as `camera_of`."""
+    cameras = cameras_of(world, pid)
+    return cameras[index // 2 % len(cameras)]
 
 
 def in_scene(world, pid, scene, index):
     """A person of the world in a scene that may be another domain's."""
     if scene == world.domain:
-        return render(scene, pid, camera_of(scene, pid, index, world.seed), index, world.seed)
+        return render(scene, pid, source_camera(world, pid, index), index, world.seed)
     camid = camera_of(scene, pid, index, world.seed)
     pose, rng = pose_of(scene, pid, camid, index, world.seed)
     return draw_image(person(world.domain, pid, world.seed), pose, DOMAINS[scene]["cameras"][camid], rng, SIZE)
@@ -104,6 +126,27 @@ def broken(picture, rng):
     for (left, top), place in zip(rng.sample(corners, len(corners)), corners, strict=True):
         mixed.paste(picture.crop((left, top, left + piece, top + piece)).rotate(rng.choice((0, 90, 180))), place)
     return mixed
+
+
+def write_source(folder, world, images_per_id=12):
+    """The source of a set: its people's real images, as files that `load_reid` opens; left alone where it is there."""
+    folder = Path(folder)
+    if folder.is_dir():
+        return folder
+    aside, rows = folder.with_name(f".{folder.name}.part"), []
+    shutil.rmtree(aside, ignore_errors=True)
+    for pid in range(0, 2 * world.num_ids, 2):
+        for index in range(images_per_id):
+            camid = source_camera(world, pid, index)
+            name = file_name(world.domain, pid, camid, index, world.seed)
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            # Lossless: the same pixels as those of the spec `synthetic:domain=...`.
+            render(world.domain, pid, camid, index, world.seed).save(aside / name)
+            rows.append({"path": name, "pid": pid, "domain": f"synthetic-{world.domain}", "camid": camid})
+    pq.write_table(pa.Table.from_pylist(rows), aside / "metadata.parquet")
+    sync(aside / "metadata.parquet")
+    aside.rename(folder)
+    return folder
 
 
 def write_drawn(folder, world=World(), *, num_damaged=2, size=None):

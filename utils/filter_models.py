@@ -7,6 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from utils.generated_images import SCORED
 from utils.reporting import to_json
 from utils.standin_folders import CLIP_DIR
 
@@ -92,6 +93,7 @@ def settings_of(args, generated, sources):
         "holdout_fraction": args.holdout_fraction,
         "mixed_precision": args.mixed_precision,
         "seed": args.seed,
+        "columns": SCORED.names,
     }
     for flag in ("reid_model", "classifier_model"):
         names = getattr(args, flag)

@@ -117,8 +117,8 @@ def add_truth(report, found):
         "Against the truth",
         "These images are drawn, and what each shows is known. AUC: how often an image of the right person, whatever "
         "the scene, comes before one that is wrong, broken or empty, where those that do not decode come last and, "
-        "for Re-ID CTF, those nearest to somebody else before them. Then the share of every kind that each filter "
-        "keeps, if it keeps as many images as are right.",
+        "for Re-ID CTF, those nearest to somebody else before them, by how much nearer. Then the share of every kind "
+        "that each filter keeps, if it keeps as many images as are right.",
     )
     report.table(*truth_table(found))
 
@@ -160,7 +160,7 @@ def note_of(row):
         if row[column] is not None:
             words.append(f"{SHORT[name]} {row[column]:.2f}")
     if row["reid_match"] is False:
-        words.append("nearer to another")
+        words.append(f"nearer to another by {row['reid_lead']:.2f}")
     if row.get("truth"):
         words.append(row["truth"])
     return ", ".join(words)

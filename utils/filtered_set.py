@@ -121,8 +121,8 @@ def summary_of(args, generated, sources, scores, choice, calibration):
         "choice": {
             name: getattr(args, name)
             for name in (
-                "threshold", "keep_fraction", "false_match_rate", "target_per_id", "min_per_id", "near_duplicates",
-                "duplicate_distance",
+                "threshold", "keep_fraction", "false_match_rate", "match_margin", "target_per_id", "min_per_id",
+                "near_duplicates", "duplicate_distance",
             )
         },
         "images": len(generated),

@@ -20,7 +20,11 @@ REASONS = ("", UNREADABLE, STRANGER, BELOW, DOUBLE, SURPLUS, FEW)
 
 @dataclass
 class Scores:
-    """Columns of scores.parquet as arrays. `people` are (domain, pid); `person` and `source` number them by row."""
+    """Columns of scores.parquet as arrays. `people` are (domain, pid); `person` and `source` number them by row.
+
+    `match` says whether Re-ID CTF takes an image for its identity's; `lead` by how much its nearest source image is
+    nearer than the nearest of its identity, 0 where these are one.
+    """
 
     people: list
     domains: list
@@ -28,6 +32,7 @@ class Scores:
     source: np.ndarray
     sound: np.ndarray
     match: np.ndarray
+    lead: np.ndarray
     hashes: np.ndarray
     values: dict
 
@@ -38,10 +43,10 @@ class Scores:
         return bool(np.isfinite(self.values[name]).any())
 
 
-def read_scores(path):
-    """`Scores` of a parquet file, a group of rows at a time."""
+def read_scores(path, match_margin=None):
+    """`Scores` of a parquet file, a group of rows at a time; a lead of at most `match_margin` counts as a match."""
     people, domains, parts = {}, {}, []
-    columns = ["domain", "pid", "error", "reid_match", "perceptual_hash", *FILTERS.values()]
+    columns = ["domain", "pid", "error", "reid_match", "reid_lead", "perceptual_hash", *FILTERS.values()]
     with pq.ParquetFile(path, pre_buffer=False) as file:
         for batch in file.iter_batches(8192, columns=columns):
             labels = list(zip(batch["domain"].to_pylist(), batch["pid"].to_pylist(), strict=True))
@@ -50,6 +55,7 @@ def read_scores(path):
                 "source": np.array([domains.setdefault(one, len(domains)) for one, _ in labels], np.int16),
                 "sound": batch["error"].is_null().to_numpy(zero_copy_only=False),
                 "match": batch["reid_match"].fill_null(False).to_numpy(zero_copy_only=False),
+                "lead": batch["reid_lead"].to_numpy(zero_copy_only=False).astype(np.float32),
                 "hashes": batch["perceptual_hash"].fill_null(0).to_numpy(zero_copy_only=False),
             }
             for name, column in FILTERS.items():
@@ -57,6 +63,9 @@ def read_scores(path):
             parts.append(part)
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     values = {name: arrays.pop(name) for name in FILTERS}
+    if match_margin is not None:
+        # NaN, the lead of an image that does not decode, is at most no margin.
+        arrays["match"] |= arrays["lead"] <= match_margin
     return Scores(list(people), list(domains), **arrays, values=values)
 
 
@@ -177,12 +186,14 @@ def perceptual_hash(image):
 
 
 def ranking(scores, name):
-    """Values in the order a filter would keep images: what cannot be kept last, strangers of Re-ID CTF before it."""
+    """Values in the order a filter would keep images: what cannot be kept last.
+
+    Of Re-ID CTF, what matches by its score, then the others, those first that a wider margin would take first.
+    """
     values = scores.values[name].astype(np.float64)
     sound = scores.sound & np.isfinite(values)
-    top = values[sound].max() - values[sound].min() + 1 if sound.any() else 0.0
-    if name == "reid":
-        values = np.where(scores.match, values, values - top)
+    if name == "reid" and sound.any():
+        values = np.where(scores.match, values, values[sound].min() - 1 - scores.lead)
     return np.where(sound, values, -np.inf)
 
 

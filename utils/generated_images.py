@@ -22,6 +22,7 @@ SCORED = pa.schema(
         ("cctf_score", pa.float32()),
         ("reid_score", pa.float32()),
         ("reid_match", pa.bool_()),
+        ("reid_lead", pa.float32()),
         ("nearest", pa.string()),
         ("perceptual_hash", pa.uint64()),
         ("error", pa.string()),

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 # Exposure and the colour of light as logarithms, contrast lost, grain; share of images.
-EXPOSURE, CAST, HAZE, GRAIN = 0.4, 0.15, 0.08, 0.06
+EXPOSURE, CAST, HAZE, GRAIN = 0.7, 0.3, 0.08, 0.1
 OTHER_PLACE, COARSE = 0.6, 0.3
+# Light of another place, as a logarithm: a night is farther from a day than two cameras are from each other.
+DARKEST, BRIGHTEST, PLACE_CAST = -1.2, 0.3, 0.25
 # At most these shares of the width left and right, of the height above and below, are of another image.
 SIDES, TOP, BOTTOM = 0.28, 0.08, 0.04
 COARSEST = 2.5
@@ -31,9 +33,9 @@ def other_camera(images, generator):
 
 
 def other_place(images, generator):
-    """The margins of some images are another's of the batch; the middle, where the person is, stays."""
+    """The margins of some images are another's of the batch, in another light; the middle stays: the person's."""
     count, _, height, width = images.shape
-    others = images[torch.randperm(count, generator=generator)]
+    others = other_light(images[torch.randperm(count, generator=generator)], generator)
     shares = torch.rand(count, 4, generator=generator)
     chosen = torch.rand(count, generator=generator) < OTHER_PLACE
     left, right = shares[:, 0] * SIDES * width, (1 - shares[:, 1] * SIDES) * width
@@ -44,6 +46,13 @@ def other_place(images, generator):
     # [B, 1, H, W]
     kept = (within[:, :, None] & inside[:, None, :])[:, None] | ~chosen.view(-1, 1, 1, 1)
     return torch.where(kept, images, others)
+
+
+def other_light(images, generator):
+    """Places at another time of day, and under other lamps."""
+    level = BRIGHTEST + (DARKEST - BRIGHTEST) * torch.rand(len(images), 1, 1, 1, generator=generator)
+    cast = PLACE_CAST * (2 * torch.rand(len(images), 3, 1, 1, generator=generator) - 1)
+    return (images * (level + cast).exp()).clamp(0, 1)
 
 
 def coarser(images, generator):
