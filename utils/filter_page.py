@@ -29,6 +29,8 @@ def build_page(run, scores_path, scores, choice, calibration, summary):
         ("Filter", LABELS[summary["filter"]]),
         ("Threshold", ", ".join(f"{domain} {number(value)}" for domain, value in choice.thresholds.items())),
     ]
+    if run.args.match_margin:
+        facts.append(("Margin of the match", number(run.args.match_margin)))
     lead = f"{summary['kept']:,} of {summary['images']:,} generated images are kept; they are {summary['made_by']}."
     report = Report("Filtered people", subtitle=lead, facts=facts)
     add_counts(report, summary)
@@ -161,9 +163,8 @@ def note_of(row):
             words.append(f"{SHORT[name]} {row[column]:.2f}")
     if row["reid_match"] is False:
         words.append(f"nearer to another by {row['reid_lead']:.2f}")
-    if row.get("truth"):
-        words.append(row["truth"])
-    return ", ".join(words)
+    truth = f"{row['truth']}: " if row.get("truth") else ""
+    return truth + ", ".join(words)
 
 
 def picture_of(read):
