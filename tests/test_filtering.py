@@ -181,6 +181,7 @@ def test_other_places_leave_the_middle_and_other_cameras_the_order_of_brightness
     assert 0.4 < changed.float().mean() < 0.8
     # One place and one light each: all margins of an image have one colour.
     assert all(len(image.flatten(1).unique(dim=1).T) <= 2 for image in moved)
+    assert not torch.isin(moved, images).all()
     grey = torch.full((500, 3, 2, 2), 0.5)
     lit = scene_changes.other_light(grey, generator)
     levels = (lit[:, :, 0, 0] / 0.5).log()
