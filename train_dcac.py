@@ -161,7 +161,7 @@ def build_parser():
         help="input of the VAE in pixels, the picture is stretched to it; default 128 64",
     )
     group.add_argument("--padding", type=int, default=5, help="pixels around, of which a crop is taken; default 5")
-    group.add_argument("--erasing", type=float, default=0.0, help="probability of random erasing; default 0")
+    group.add_argument("--erasing", type=float, default=0.5, help="probability of random erasing; default 0.5")
     group.add_argument(
         "--single_image_ids",
         choices=SINGLE_IMAGE_IDS,

@@ -22,7 +22,7 @@ SETTINGS = {
     "single": (["a"], 128, ["b", "c", "d"]),
     "multi": (["a", "c", "d"], 48, ["b", "e"]),
 }
-TRAINING = ["--num_train_epochs", "5", "--lr_milestones", "4", "--memory_temperature", "0.1"]
+TRAINING = ["--num_train_epochs", "5", "--lr_milestones", "4", "--memory_temperature", "0.1", "--erasing", "0"]
 METHODS = {"baseline": ["--diffusion", "none"], "DCAC": []}
 SPEC = "synthetic:domain={}"
 
@@ -82,7 +82,7 @@ def main():
     columns = ["domains", "method", "mAP %", "Rank-1 %"]
     print(text_table(columns, rows))
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    content = {"environment": environment(), "columns": columns, "table": rows, "runs": runs}
+    content = {"environment": environment(), "training": TRAINING, "columns": columns, "table": rows, "runs": runs}
     aside = args.json.with_suffix(".part")
     aside.write_text(to_json(content))
     aside.replace(args.json)
