@@ -157,10 +157,11 @@ class Pictures:
 
 
 def note_of(row):
-    words = [f"identity {row['pid']}", *([row["error"]] if row["error"] else [])]
+    # No line ends between a name and its number.
+    words = [f"identity\u00a0{row['pid']}", *([row["error"]] if row["error"] else [])]
     for name, column in filtering.FILTERS.items():
         if row[column] is not None:
-            words.append(f"{SHORT[name]} {row[column]:.2f}")
+            words.append(f"{SHORT[name]}\u00a0{row[column]:.2f}")
     if row["reid_match"] is False:
         words.append(f"nearer to another by {row['reid_lead']:.2f}")
     truth = f"{row['truth']}: " if row.get("truth") else ""
