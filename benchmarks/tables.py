@@ -118,14 +118,7 @@ def dcac_synthetic():
 
 def filter_truth():
     found = read("filter_truth")
-    seeds = list(found["seeds"].values())
-    words = {"clip": "CLIP", "cctf": "image classifier (CCTF)", "reid": "Re-ID model (Re-ID CTF)"}
-    kinds = list(seeds[0]["reid"]["kept"])
-    rows = []
-    for name, word in words.items():
-        kept = [sum(one[name]["kept"][kind] for one in seeds) / len(seeds) for kind in kinds]
-        rows.append([word, f"{found['auc'][name]:.3f}", *(f"{100 * share:.0f} %" for share in kept)])
-    return table(["filter", "AUC", *kinds], rows)
+    return table(found["columns"], found["table"], words=2)
 
 
 def starts():
