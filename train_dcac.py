@@ -274,7 +274,7 @@ def build_parser():
     group.add_argument("--seed", type=int, default=0, help="of weights, batches, augmentation and noise; default 0")
 
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval_every", type=int, default=3, help="epochs between evaluations; default 3")
+    group.add_argument("--eval_every", type=int, default=5, help="epochs between evaluations; default 5")
     group.add_argument("--eval_batch_size", type=int, default=64, help="images a process; default 64")
     group.add_argument(
         "--test_resample", choices=["bilinear", "bicubic"], default="bilinear", help="resizing of targets"
