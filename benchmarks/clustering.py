@@ -2,15 +2,18 @@
 
     python -m benchmarks.clustering
     python -m benchmarks.clustering --sizes market msmt --dense market msmt
+    python -m benchmarks.clustering --dense market msmt --published FOLDER   # SpCL's faiss_rerank.py, and faiss
 
 Ours is `utils.clustering.cluster`: sparse k-reciprocal Jaccard distances, DBSCAN on the sparse graph. `dense` is the
 shape of the code that pseudo-label methods are published with: k1 nearest, V and the distances as N x N arrays, a loop
-over rows, then scikit-learn's DBSCAN on the matrix. Its distances differ a little by design: k1 neighbours instead of
-k1 + 1, and no division by the largest distance. Every measurement is a process of its own with one thread; memory is
-the peak beyond the process with its features.
+over rows, then scikit-learn's DBSCAN on the matrix; `published` is that of SpCL (github.com/yxgeee/SpCL) itself, in
+its place. Their distances differ a little by design: k1 neighbours instead of k1 + 1, and no division by the largest
+distance. Every measurement is a process of its own with one thread; memory is the peak beyond the process with its
+features.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +81,25 @@ def dense_distances(features, k1, k2):
     return np.maximum(distance, 0)
 
 
-CONTENDERS = {"ours": ours, "dense": dense}
+def published(features, folder):
+    """SpCL's own file, searching on the CPU; of its helpers only the index is asked for then."""
+    sys.path.insert(0, str(folder))
+    import faiss
+
+    helpers = types.ModuleType("published.faiss_utils")
+    helpers.index_init_cpu = faiss.IndexFlatL2
+    helpers.index_init_gpu = helpers.search_index_pytorch = helpers.search_raw_array_pytorch = None
+    sys.modules |= {"published": types.ModuleType("published"), helpers.__name__: helpers}
+    spec = importlib.util.spec_from_file_location("published.faiss_rerank", folder / "faiss_rerank.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    faiss.omp_set_num_threads(1)
+    k1, k2 = SETTINGS["k1"], SETTINGS["k2"]
+    distance = module.compute_jaccard_distance(torch.from_numpy(features), k1, k2, print_flag=False, search_option=3)
+    return DBSCAN(eps=SETTINGS["eps"], min_samples=SETTINGS["min_samples"], metric="precomputed").fit_predict(distance)
+
+
+CONTENDERS = {"ours": ours, "dense": dense, "published": published}
 
 
 def check():
@@ -114,7 +136,7 @@ def measure(args):
     Path("/proc/self/clear_refs").write_text("5")
     resident = status("VmRSS")
     start, spent = time.perf_counter(), time.process_time()
-    labels = CONTENDERS[args.worker](features)
+    labels = CONTENDERS[args.worker](features, *([args.published] if args.worker == "published" else []))
     found = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - spent}
     np.save(args.labels, labels)
     print(json.dumps(found | {"gib": (status("VmHWM") - resident) / 2**30}))
@@ -124,6 +146,9 @@ def main(args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["market", "msmt"], choices=SIZES)
     parser.add_argument("--dense", nargs="*", default=["market"], choices=SIZES, help="sizes that N x N arrays fit at")
+    parser.add_argument(
+        "--published", type=Path, help="folder with faiss_rerank.py and faiss, measured where dense is"
+    )
     parser.add_argument("--rounds", type=int, default=1, help="turns of every contender; medians are shown")
     parser.add_argument("--output", type=Path, default=RESULTS / "clustering.json")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -136,25 +161,26 @@ def main(args=None):
     report = {**environment(), "settings": SETTINGS, "checked": check(), "rows": []}
     columns = ("seconds", "cpu_seconds", "gib")
     head = "".join(f"{name:>9}" for name in ("seconds", "CPU s", "GiB", "clusters", "noise", "ARI"))
-    print(f"{'size':<9}{'images':>8}  {'who':<7}{head}")
+    print(f"{'size':<9}{'images':>8}  {'who':<10}{head}")
     with tempfile.TemporaryDirectory() as folder:
         for size in args.sizes:
             features = Path(folder) / f"{size}.npz"
             data = reid_features(SIZES[size])
             np.savez(features, gallery=data["gallery"])
             labels = {}
-            for who in ["ours", "dense"][: 1 + (size in args.dense)]:
-                runs = [run(who, features, Path(folder) / f"{who}.npy") for _ in range(args.rounds)]
+            peer = "published" if args.published else "dense"
+            for who in ["ours", *([peer] if size in args.dense else [])]:
+                runs = [run(who, features, Path(folder) / f"{who}.npy", args.published) for _ in range(args.rounds)]
                 labels[who] = np.load(Path(folder) / f"{who}.npy")
                 row = {"size": size, "images": len(data["gallery"]), "who": who, "runs": runs}
                 row |= {name: statistics.median(one[name] for one in runs) for name in columns}
                 row |= {"clusters": int(labels[who].max()) + 1, "noise": float((labels[who] < 0).mean())}
                 row |= agreement(labels[who], data["gallery_pids"])
-                if who == "dense":
-                    row["ari_with_ours"] = float(adjusted_rand_score(labels["ours"], labels["dense"]))
+                if who != "ours":
+                    row["ari_with_ours"] = float(adjusted_rand_score(labels["ours"], labels[who]))
                 report["rows"].append(row)
                 print(
-                    f"{size:<9}{row['images']:>8,}  {who:<7}{row['seconds']:>9.1f}{row['cpu_seconds']:>9.1f}"
+                    f"{size:<9}{row['images']:>8,}  {who:<10}{row['seconds']:>9.1f}{row['cpu_seconds']:>9.1f}"
                     f"{row['gib']:>9.2f}{row['clusters']:>9,}{row['noise']:>9.3f}{row['ari']:>9.3f}",
                     flush=True,
                 )
@@ -162,8 +188,9 @@ def main(args=None):
                 args.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def run(who, features, labels):
+def run(who, features, labels, folder=None):
     command = [sys.executable, "-m", "benchmarks.clustering", "--worker", who, "--features", str(features)]
+    command += ["--published", str(folder)] if folder else []
     done = subprocess.run(
         [*command, "--labels", str(labels)],
         capture_output=True,

@@ -93,10 +93,10 @@ def clustering():
     rows = []
     for images, who in by_size.items():
         cells = []
-        for name in ("ours", "dense"):
+        for name in ("ours", "published"):
             cells += [f"{who[name]['cpu_seconds']:.0f} s", f"{who[name]['gib']:.1f}"]
         rows.append([f"{images:,}", *cells])
-    return table(["images", "ours, one core", "GiB", "N x N arrays", "GiB"], rows)
+    return table(["images", "ours, one core", "GiB", "SpCL's code", "GiB"], rows)
 
 
 def dcac_curves():
