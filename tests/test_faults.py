@@ -34,6 +34,18 @@ def test_killed_at_a_moment_a_job_goes_on_to_the_same_result(runner, job, sign):
     assert happened["kills"] == 1 and happened["ends"] >= 1
 
 
+def test_a_kill_between_the_last_rename_and_the_end_is_an_end(runner, monkeypatch):
+    def late(words, *, kill=None, sign=signal.SIGKILL, limit=None):
+        code, used, said = run(words, limit=limit)
+        return (code or -sign) if kill is not None else code, used, said
+
+    run = runner.run
+    wanted = runner.one_piece("export")
+    monkeypatch.setattr(runner, "run", late)
+    happened = faults.killed_often(runner, "export", 2, signs=(signal.SIGKILL,))
+    assert wanted and happened == {"kills": 2, "SIGKILL": 2, "saved": 0, "ends": 2}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
 def test_killed_often(runner, job):
