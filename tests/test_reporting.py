@@ -26,6 +26,7 @@ from utils.reporting import (
     data_card,
     data_uri,
     model_card,
+    portable,
     run_record,
     to_json,
     versions,
@@ -301,6 +302,12 @@ def test_csv_holds_no_formula(tmp_path):
     assert rows[0] == "name" and rows[-2:] == ["-0.5", "3"]
     assert rows[1:6] == ["'=1+1", "'+1", "'-1_c1.jpg", "'@x", "'\tx"]
     assert rows[6:9] == ["plain, with comma", 'quote"d', "line\nbreak"]
+
+
+def test_settings_are_written_without_the_folders_of_a_machine(tmp_path):
+    assert portable([tmp_path, str(tmp_path), 3, "no such file"]) == [tmp_path.name, tmp_path.name, 3, "no such file"]
+    # A sentence may be longer than any name of a file.
+    assert portable("x" * 5000) == "x" * 5000
 
 
 def test_record_of_a_run_names_versions_and_revision():
