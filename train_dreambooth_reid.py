@@ -19,6 +19,7 @@ Then images are drawn from P_E, each with another scene, action, carried item an
 import argparse
 import hashlib
 import json
+import re
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -126,10 +127,15 @@ def build_parser():
     group.add_argument(
         "--prompts",
         metavar="FILE",
-        help="an edited captions.parquet, or csv or jsonl with pid, domain, prompt or attributes: replaces captions",
+        help="an edited captions.parquet, or csv or jsonl with pid, domain, prompt or attributes: replaces captions; "
+        "another prompt than the attributes make wins over them",
     )
     group.add_argument("--captions_only", **yes, help="stop when all captions are written")
-    group.add_argument("--class_prompt", default=captions.CLASS_PROMPT, help="P; its last word is the noun")
+    group.add_argument(
+        "--class_prompt",
+        default=captions.CLASS_PROMPT,
+        help=f"P; its last word is the noun, which other prompts must have too; default {captions.CLASS_PROMPT}",
+    )
 
     group = parser.add_argument_group("identity (IIR) and diversity (DI)")
     group.add_argument(
@@ -161,7 +167,9 @@ def build_parser():
         help="Stable Diffusion 1.x or 2.x, folder or Hub id; default: the shipped stand-in",
     )
     group.add_argument("--revision", help="of the diffusion model on the Hub")
-    group.add_argument("--finetune", choices=["full", "lora"], default="lora", help="the whole U-Net or LoRA")
+    group.add_argument(
+        "--finetune", choices=["full", "lora"], default="lora", help="the whole U-Net or LoRA; default lora"
+    )
     group.add_argument("--rank", type=int, default=8, help="of LoRA; default 8")
     group.add_argument("--train_text_encoder", **yes, help="the text encoder learns with the U-Net, in the same way")
     group.add_argument("--resolution", **size, default=[128, 64], help="in pixels, multiples of 8; default 128 64")
@@ -195,14 +203,16 @@ def build_parser():
 
     group = parser.add_argument_group("measures and output")
     group.add_argument(
-        "--clip_model_name_or_path", default=tiny.CLIP_DIR, help="measures similarity; `none` for no measures"
+        "--clip_model_name_or_path",
+        default=tiny.CLIP_DIR,
+        help="measures similarity; `none` for no measures; default: the stand-in CLIP",
     )
     group.add_argument("--reid_model", help="a ReIDModel folder or Hub id: measures the identity of the images")
-    group.add_argument("--validation_ids", type=int, default=4, help="identities whose pictures the page shows")
+    group.add_argument("--validation_ids", type=int, default=4, help="identities on the page; default 4")
     group.add_argument("--save_adapters", **yes, help="keep each identity's LoRA and token under adapters/")
     group.add_argument("--output_dir", default="output/generated", help="default output/generated")
-    group.add_argument("--num_shards", type=int, default=1, help="into how many jobs the identities are split")
-    group.add_argument("--shard", type=int, default=0, help="which of them this is, from 0")
+    group.add_argument("--num_shards", type=int, default=1, help="jobs that share the identities; default 1")
+    group.add_argument("--shard", type=int, default=0, help="which of them this is, from 0; default 0")
     group.add_argument("--merge", **yes, help="only write the tables and the page of what lies in --output_dir")
     return parser
 
@@ -236,6 +246,10 @@ def check_args(parser, args):
         parser.error(f"--shard counts from 0, so it must be below --num_shards {args.num_shards}, got {args.shard}")
     if not 1 <= args.jpeg_quality <= 100:
         parser.error(f"--jpeg_quality must be 1 to 100, got {args.jpeg_quality}")
+    words = args.class_prompt.split()
+    args.class_prompt = " ".join(words)
+    if not words or not re.fullmatch(r"\w(.*\w)?", words[-1]):
+        parser.error(f"--class_prompt must end in its noun, a word without a full stop, got {args.class_prompt!r}")
     if not args.identity_token.strip():
         parser.error("--identity_token must not be empty")
     if args.save_adapters and args.finetune != "lora":
@@ -256,17 +270,16 @@ def caption_identity(captioner, identity, made_with):
     answers = {key: [""] * len(images) for key in captions.QUESTIONS}
     if captioner.can_answer:
         answers = {key: captioner.ask(images, question) for key, question in captions.QUESTIONS.items()}
-    merged = {key: captions.majority(map(captions.clean, values)) for key, values in answers.items()}
+    said = [
+        {"path": path, "caption": caption, "answers": {key: values[row] for key, values in answers.items()}}
+        for row, (path, caption) in enumerate(zip(identity.paths, free, strict=True))
+    ]
     return {
         "domain": identity.domain,
         "pid": identity.pid,
         "camid": identity.camid,
-        "attributes": {key: value for key, value in merged.items() if value},
-        "caption": captions.majority(captions.clean(one, captions.MAX_CAPTION_WORDS) for one in free),
-        "images": [
-            {"path": path, "caption": caption, "answers": {key: values[row] for key, values in answers.items()}}
-            for row, (path, caption) in enumerate(zip(identity.paths, free, strict=True))
-        ],
+        **captions.merged([{"caption": one["caption"], **one["answers"]} for one in said]),
+        "images": said,
         "made_with": made_with,
     }
 
@@ -277,14 +290,12 @@ def add_prompts(record, run, identity):
     text = record.get("text", "")
     if token in text:
         raise ValueError(f"the prompt of {identity.name} has the identity token {token!r} in it; leave it out")
-    whole = text or captions.compose(record["attributes"], args.class_prompt, free_caption(record))
-    prompt = run.fit(whole, identity)
-    return record | {"text": text, "prompt": prompt, "identity_prompt": captions.with_token(prompt, token, run.noun)}
-
-
-def free_caption(record):
-    """Attributes say it better, but not every model can be asked for them."""
-    return "" if record["attributes"] else record["caption"]
+    prompt = run.fit(text or captions.composed(record, args.class_prompt), identity)
+    try:
+        identity_prompt = captions.with_token(prompt, token, run.noun)
+    except ValueError as error:
+        raise ValueError(f"{identity.name}: {error}; say {run.noun}, or give another --class_prompt") from None
+    return record | {"text": text, "prompt": prompt, "identity_prompt": identity_prompt}
 
 
 def caption_stage(run, mine):
@@ -310,8 +321,13 @@ def caption_stage(run, mine):
                 record = attempt(run, identity, caption_identity, captioner, identity, made_with)
                 if record is None:
                     continue
-        row = captions.row_of(edits, identity)
-        record = captions.edited(record, row, run.fit, identity, args.class_prompt) if row else record
+                work.forget(identity.name, FAILED)
+        if row := captions.row_of(edits, identity):
+            how = (run.fit, identity, args.class_prompt)
+            if args.prompts:
+                record = captions.stated(record, row, *how)
+            else:
+                record = captions.edited(record, before or {}, row, *how)
         records[identity.name] = add_prompts(record, run, identity)
         if records[identity.name] != before:
             work.commit(identity.name, CAPTIONS, records[identity.name])
@@ -513,10 +529,12 @@ def restore(run):
 def prompts_of(run, identity, record):
     """For each image: the words drawn, P_E with them, and the same without the token."""
     args, found = run.args, []
+    # A prompt that was written by hand says all there is to say.
+    known = {} if record["text"] else record["attributes"]
+    caption = "" if record["text"] or known else record["caption"]
     for index in range(args.num_images):
-        known = {} if record["text"] else record["attributes"]
         drawn = captions.draw_attributes(known, run.lists, args.seed, identity.name, index)
-        prompt = run.fit(captions.compose(drawn, record["text"] or args.class_prompt, free_caption(record)), identity)
+        prompt = run.fit(captions.compose(drawn, record["text"] or args.class_prompt, caption), identity)
         words = [drawn[key] for key in sorted(run.lists) if drawn[key] not in captions.ABSENT]
         found.append((words, captions.with_token(prompt, token_of(args, identity), run.noun), prompt))
     return found
@@ -709,7 +727,8 @@ def open_run(args, accelerator):
     identities = choose(everyone, args.ids) if args.ids else everyone
     work = Worklist(args.output_dir, [one.name for one in identities])
     lists = captions.read_lists(args.attribute_lists) if args.attribute_lists else captions.DIVERSITY
-    run = Run(args, accelerator, work, everyone, identities, None, lists)
+    progress = Progress(work, IMAGES, "images", args.num_images, main=accelerator.is_main_process)
+    run = Run(args, accelerator, work, everyone, identities, None, lists, progress=progress)
     if not args.merge:
         info = check_diffusion(args.pretrained_model_name_or_path, revision=args.revision)
         check_text_encoder(args.pretrained_model_name_or_path, info.condition_width, args.revision)
@@ -727,7 +746,9 @@ def open_run(args, accelerator):
         run.tokenizer = load_tokenizer(args.pretrained_model_name_or_path, args.revision)
         run.first_id = len(run.tokenizer)
         add_tokens(run.tokenizer, args, identities)
-    run.progress = Progress(work, IMAGES, "images", args.num_images, main=accelerator.is_main_process)
+        longest = max(identities, key=lambda one: one.pid)
+        if run.fit(args.class_prompt, longest) != args.class_prompt:
+            raise ValueError("--class_prompt and --identity_token leave no room in a prompt; give shorter ones")
     return run
 
 

@@ -202,6 +202,66 @@ def test_prompts_from_csv_and_jsonl(tmp_path):
     assert captions.read_captions(tmp_path / "p.jsonl")["a", 7]["upper"] == "red coat"
 
 
+def test_tables_as_spreadsheets_and_people_write_them(tmp_path):
+    (tmp_path / "p.csv").write_text(
+        'domain,pid,prompt,upper,carried\na,7,"a person\nin red ", red coat,\n,,,,\na,9,,,Nothing\n', "utf-8-sig"
+    )
+    rows = captions.read_captions(tmp_path / "p.csv")
+    assert list(rows) == [("a", 7), ("a", 9)]
+    assert rows["a", 7]["prompt"] == "a person in red" and rows["a", 7]["upper"] == "red coat"
+    assert captions.compose({"carried": rows["a", 9]["carried"]}) == "a photo of a person"
+    (tmp_path / "p.jsonl").write_text('{"pid": 7.0, "prompt": "two\u2028lines"}\n', "utf-8-sig")
+    assert captions.read_captions(tmp_path / "p.jsonl")[None, 7]["prompt"] == "two lines"
+
+
+def rows_of(records, path):
+    pq.write_table(captions.captions_table(records), path)
+    return captions.read_captions(path)
+
+
+def plain(prompt, identity):
+    return prompt
+
+
+def test_an_edit_is_what_differs_from_what_was_written(tmp_path):
+    before = described(2, upper="red coat", hat="nothing")
+    row = rows_of([before], tmp_path / "captions.parquet")["a", 2]
+    assert captions.edited(before, before, row, plain, None) == before
+    # Another captioner has been asked since: what nobody edited does not come back.
+    other = described(2, upper="blue coat")
+    assert captions.edited(other, before, row, plain, None) == other
+    edited = captions.edited(before, before, row | {"upper": "pink coat"}, plain, None)
+    assert edited["attributes"] == {"upper": "pink coat", "hat": "nothing"} and edited["text"] == ""
+    after = edited | {"prompt": "a photo of a person, wearing a pink coat"}
+    # The same row read again, which still has the old prompt, says the same.
+    assert captions.edited(after, after, row | {"upper": "pink coat"}, plain, None) == after
+    again = captions.edited(other, after, row | {"upper": "pink coat"}, plain, None)
+    assert again["attributes"]["upper"] == "pink coat"
+    assert captions.edited(before, before, row | {"prompt": "a person"}, plain, None)["text"] == "a person"
+    free = described(2) | {"caption": "a man", "prompt": "a photo of a person, a man"}
+    row = rows_of([free], tmp_path / "captions.parquet")["a", 2] | {"caption": "a tall man"}
+    edited = captions.edited(free, free, row, plain, None)
+    assert captions.composed(edited) == "a photo of a person, a tall man" and edited["text"] == ""
+
+
+def test_a_file_of_prompts_says_it_all(tmp_path):
+    before = described(2, upper="red coat") | {"text": "a person in a dream"}
+    written = described(2, upper="red coat")
+    written["images"][0]["answers"]["upper"] = "a red coat"
+    row = rows_of([written], tmp_path / "captions.parquet")["a", 2]
+
+    def prompt_of(row):
+        record = captions.stated(before, row, plain, None)
+        return record["text"] or captions.composed(record)
+
+    assert prompt_of(row) == written["prompt"]
+    # The prompt beside it is that of the answers, so nobody wrote it.
+    assert prompt_of(row | {"upper": "pink coat"}) == "a photo of a person, wearing a pink coat"
+    assert prompt_of(row | {"upper": "pink coat", "prompt": "a person"}) == "a person"
+    (tmp_path / "p.csv").write_text("pid,caption\n2,a tall man\n")
+    assert prompt_of(captions.read_captions(tmp_path / "p.csv")[None, 2]) == "a photo of a person, a tall man"
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -213,6 +273,10 @@ def test_prompts_from_csv_and_jsonl(tmp_path):
         ("p.jsonl", '{"pid": 7, "prompt": 3}\n', "`prompt` of identity 7 must be text, got 3"),
         ("p.jsonl", "{\n", "cannot be read as captions"),
         ("p.jsonl", "3\n", "row 1 has no whole number as `pid`"),
+        ("p.jsonl", '{"pid": 7.5, "prompt": "x"}\n', "row 1 has no whole number as `pid`"),
+        ("p.jsonl", '{"pid": 1e999, "prompt": "x"}\n', "row 1 has no whole number as `pid`"),
+        ("p.csv", 'pid,prompt\n7," "\n', "identity 7 has neither a prompt nor attributes"),
+        ("p.csv", 'pid,prompt\n7,"' + "x" * 140_000, "cannot be read as captions: field larger"),
         ("p.parquet", "no parquet", "cannot be read as captions"),
         ("p.txt", "x", "must end in .parquet, .csv or .jsonl"),
     ],

@@ -570,6 +570,67 @@ def test_edited_captions_make_new_images_and_only_those(whole, models, tmp_path)
     assert files(out) == after
 
 
+def change_captions(out, row, **words):
+    table = pq.read_table(out / "captions.parquet")
+    rows = table.to_pylist()
+    rows[row] |= words
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), out / "captions.parquet")
+
+
+def test_an_edit_outlives_a_run_that_ends_before_the_table_is_written(models, tmp_path):
+    out = tmp_path / "out"
+    run(models, out, "--captions_only")
+    change_captions(out, 0, upper="pink coat")
+    edited = (out / "captions.parquet").read_bytes()
+    run(models, out, "--captions_only")
+    assert "wearing a pink coat" in record(out, NAMES[0], "captions")["prompt"]
+    # What another shard reads that began with the first, or the same one after a kill.
+    (out / "captions.parquet").write_bytes(edited)
+    run(models, out, "--captions_only")
+    assert "wearing a pink coat" in record(out, NAMES[0], "captions")["prompt"]
+    again = tmp_path / "again"
+    (tmp_path / "edited.parquet").write_bytes(edited)
+    run(models, again, "--captions_only", "--prompts", tmp_path / "edited.parquet")
+    assert "wearing a pink coat" in record(again, NAMES[0], "captions")["prompt"]
+
+
+def test_another_captioner_is_heard_in_the_same_folder(models, tmp_path):
+    torch.manual_seed(0)
+    save_git(tmp_path / "git")
+    out, few = tmp_path / "out", ("--ids", "0", "2")
+    run(models, out, "--captions_only", *few)
+    change_captions(out, 1, prompt="a person like a tree")
+    run(models, out, "--captions_only", *few)
+    git = ("--captioner_model_name_or_path", tmp_path / "git", *few)
+    run(models, out, "--captions_only", *git)
+    heard, written = (record(out, name, "captions") for name in NAMES[:2])
+    assert not heard["attributes"] and heard["prompt"] == f"a photo of a person, {heard['caption']}"
+    assert written["prompt"] == "a person like a tree" and written["caption"]
+    run(models, out, *git)
+    for image in record(out, NAMES[1])["images"]:
+        assert (
+            image["prompt"].startswith("<iir-0002> person like a tree, ") and written["caption"] not in image["prompt"]
+        )
+
+
+def test_captions_that_failed_once_are_no_failure_for_ever(models, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "caption_identity", lambda *_: 1 / 0)
+        assert run(models, tmp_path / "out", "--captions_only", "--ids", "0") == {
+            NAMES[0]: "ZeroDivisionError: division by zero"
+        }
+    assert run(models, tmp_path / "out", "--captions_only", "--ids", "0") == {}
+
+
+def test_the_folder_of_another_script_is_left_alone(models, tmp_path):
+    text = json.dumps({"command": ["filter_generated.py"], "arguments": {"source": ["market1501"]}})
+    (tmp_path / "args.json").write_text(text)
+    for flag in ("--captions_only", "--merge"):
+        with pytest.raises(ValueError, match="holds what another script wrote; give another --output_dir"):
+            run(models, tmp_path, flag)
+    assert files(tmp_path) == {"args.json": text.encode()}
+
+
 @pytest.mark.slow
 def test_captions_only_then_the_rest_equals_one_run(whole, models, tmp_path):
     out = tmp_path / "out"
@@ -672,6 +733,8 @@ def test_saved_adapters_load_in_diffusers_and_draw_the_same(models, tmp_path):
         ("--prior_loss_weight -1", "--prior_loss_weight must be 0 or more, got -1"),
         ("--snr_gamma 0", "--snr_gamma must be above 0"),
         ("--merge --captions_only", "leave out --captions_only"),
+        ("--class_prompt=", "--class_prompt must end in its noun"),
+        ("--class_prompt person.", "a word without a full stop, got 'person.'"),
     ],
 )
 def test_bad_flags_end_in_one_line(capsys, flags, message):
@@ -695,6 +758,7 @@ def test_bad_flags_end_in_one_line(capsys, flags, message):
         ("--reid_model {models}/clip", "--reid_model: .* is a clip model, expected diffreid"),
         ("--clip_model_name_or_path {models}/blip-vqa", "is a blip model, expected clip"),
         ("--source market1501", "market1501 needs a root"),
+        ("--identity_token " + "-".join(["sks"] * 50), "leave no room in a prompt"),
     ],
 )
 def test_bad_input_is_said_before_a_model_is_loaded(models, tmp_path, monkeypatch, flags, message):
@@ -713,7 +777,7 @@ def test_prompts_must_fit_the_source(models, tmp_path):
     with pytest.raises(ValueError, match="has no row for 2 identities, synthetic-a/0002 for one"):
         run(models, tmp_path / "out", "--prompts", path)
     path.write_text("pid,prompt\n0,a man\n")
-    with pytest.raises(ValueError, match="'a man' has no 'person'"):
+    with pytest.raises(ValueError, match="synthetic-a/0000: the prompt 'a man' has no 'person'.*say person"):
         run(models, tmp_path / "out", "--prompts", path, "--ids", "0")
     path.write_text("pid,prompt\n0,a <iir-0000> person\n")
     with pytest.raises(ValueError, match="has the identity token '<iir-0000>' in it"):

@@ -62,7 +62,7 @@ def majority(answers):
 
 def compose(attributes, class_prompt=CLASS_PROMPT, caption=""):
     """P_LPE*: the class prompt and everything known; what is absent is not spoken of."""
-    known = {key: value for key, value in attributes.items() if value and value not in ABSENT}
+    known = {key: value for key, value in attributes.items() if value and value.lower() not in ABSENT}
     worn = [article(known["upper"])] if "upper" in known else []
     worn += [known[key] for key in ("lower", "shoes") if key in known]
     parts = [caption] if caption else []
@@ -155,37 +155,65 @@ def captions_table(captions):
 
 
 def read_captions(path):
-    """Rows of captions.parquet, or of a csv or jsonl with some of its columns: {(domain or None, pid): row}."""
-    path = Path(path)
-    try:
-        if path.suffix == ".parquet":
-            rows = pq.read_table(path).to_pylist()
-        elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        elif path.suffix == ".csv":
-            with open(path, newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
-        else:
-            raise ValueError("it must end in .parquet, .csv or .jsonl")
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read as captions: {error}") from error
+    """Rows of captions.parquet, or of a csv or jsonl with some of its columns: {(domain or None, pid): row}.
+
+    `seen` of a row is what the answers about its images come to, None without.
+    """
     found = {}
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(read_rows(Path(path)), start=1):
         try:
-            key = (row.get("domain") or None, int(row["pid"]))
-        except (KeyError, TypeError, ValueError, AttributeError):
+            key = (row.get("domain") or None, whole(row["pid"]))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise ValueError(f"{path}: row {number} has no whole number as `pid`") from None
         words = {name: row.get(name) or "" for name in ("prompt", "caption", *QUESTIONS)}
         if bad := [name for name, value in words.items() if not isinstance(value, str)]:
             raise ValueError(f"{path}: `{bad[0]}` of identity {key[1]} must be text, got {row[bad[0]]!r}")
+        words = {name: " ".join(value.split()) for name, value in words.items()}
         if key in found:
             raise ValueError(f"{path} has identity {key[1]} twice")
         if not any(words.values()):
             raise ValueError(f"{path}: identity {key[1]} has neither a prompt nor attributes")
-        found[key] = words
+        found[key] = words | {"seen": merged(row["images"]) if row.get("images") else None}
     if not found:
         raise ValueError(f"{path} has no rows")
     return found
+
+
+def read_rows(path):
+    """Dicts. Spreadsheets begin a file with a mark of its encoding, and leave empty rows behind."""
+    try:
+        if path.suffix == ".parquet":
+            return pq.read_table(path).to_pylist()
+        if path.suffix == ".jsonl":
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            return [json.loads(line) for line in lines if line.strip()]
+        if path.suffix == ".csv":
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                return [row for row in csv.DictReader(file) if any(row.values())]
+        raise ValueError("it must end in .parquet, .csv or .jsonl")
+    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read as captions: {error}") from error
+
+
+def whole(value):
+    number = int(value)
+    if isinstance(value, float) and number != value:
+        raise ValueError(f"{value} is no whole number")
+    return number
+
+
+def merged(images):
+    """What is said most about the images of a sequence, each with its `caption` and an answer to every question."""
+    attributes = {key: majority(clean(one.get(key) or "") for one in images) for key in QUESTIONS}
+    return {
+        "attributes": {key: value for key, value in attributes.items() if value},
+        "caption": majority(clean(one["caption"] or "", MAX_CAPTION_WORDS) for one in images),
+    }
+
+
+def composed(record, class_prompt=CLASS_PROMPT):
+    """P_LPE* of a record. Attributes say it better than a caption, but not every model can be asked for them."""
+    return compose(record["attributes"], class_prompt, "" if record["attributes"] else record["caption"])
 
 
 def row_of(rows, identity):
@@ -195,8 +223,10 @@ def row_of(rows, identity):
 def check_rows(rows, everyone, wanted, path):
     """Rows are of identities that have images, and everybody wanted has one."""
     known = {(domain, one.pid) for one in everyone for domain in (one.domain, None)}
-    if absent := [pid for domain, pid in rows if (domain, pid) not in known]:
-        raise ValueError(f"{path} names identity {absent[0]}, of which the source has no images")
+    for domain, pid in rows:
+        if (domain, pid) not in known:
+            name = pid if domain is None else f"{domain}/{pid}"
+            raise ValueError(f"{path} names identity {name}, of which the source has no images")
     if missing := [one.name for one in wanted if row_of(rows, one) is None]:
         raise ValueError(
             f"{path} has no row for {len(missing)} identities, {missing[0]} for one; add them, or choose those it has "
@@ -204,12 +234,33 @@ def check_rows(rows, everyone, wanted, path):
         )
 
 
-def edited(record, row, fit, identity, class_prompt=CLASS_PROMPT):
-    """A record after an edited row: another prompt is taken as it is, other attributes make another prompt."""
-    words = {key: row[key] for key in QUESTIONS if row[key]}
-    composed = fit(compose(words, class_prompt), identity) if words else ""
-    if row["prompt"] and row["prompt"] not in (record.get("prompt"), composed):
-        return record | {"text": row["prompt"]}
-    if words and words != record["attributes"]:
-        return record | {"attributes": words, "text": ""}
-    return record
+def edited(record, before, row, fit, identity, class_prompt=CLASS_PROMPT):
+    """A record after a row that may have been edited since it was written from `before`.
+
+    Another prompt is taken as it is; other attributes, or another caption, make another prompt. The record keeps the
+    edit: the same row says the same when `before` is what came of it.
+    """
+    edit = before.get("edit")
+    if edit is None or row != edit["row"]:
+        said = said_otherwise(row, before, fit, identity, class_prompt)
+        edit = {"row": row, "said": said} if said else edit
+    return record | edit["said"] | {"edit": edit} if edit else record
+
+
+def said_otherwise(row, before, fit, identity, class_prompt):
+    words = {"attributes": {key: row[key] for key in QUESTIONS if row[key]}, "caption": row["caption"]}
+    made = fit(composed(words, class_prompt), identity)
+    if row["prompt"] and row["prompt"] not in (before.get("prompt"), made):
+        return {"text": row["prompt"]}
+    # A file need not have all columns.
+    if any(value and value != before.get(name) for name, value in words.items()):
+        return words | {"text": ""}
+    return {}
+
+
+def stated(record, row, fit, identity, class_prompt=CLASS_PROMPT):
+    """A record that says what a row says, whatever was known before."""
+    # A prompt that the answers come to is nobody's edit.
+    made = {"prompt": fit(composed(row["seen"], class_prompt), identity)} if row["seen"] else {}
+    blank = {"attributes": {}, "caption": "", "text": "", "edit": None}
+    return record | blank | said_otherwise(row, made, fit, identity, class_prompt)

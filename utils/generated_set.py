@@ -19,6 +19,7 @@ from utils.worklist import differences
 
 CAPTIONS, IMAGES, FAILED = "captions", "images", "failed"
 SETTINGS = "args.json"
+COMMAND = "accelerate launch train_dreambooth_reid.py"
 METADATA = pa.schema(
     [
         ("file_name", pa.string()),
@@ -68,11 +69,14 @@ def save_image(image, path, *, quality, prompt, seed, model):
 
 
 def read_settings(work):
-    """What args.json says, or None."""
+    """What args.json says, or None; ValueError where another script wrote it."""
     try:
-        return json.loads((work.folder / SETTINGS).read_text(encoding="utf-8"))
+        found = json.loads((work.folder / SETTINGS).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
+    if not (isinstance(found, dict) and str(found.get("command")).startswith(COMMAND)):
+        raise ValueError(f"{work.folder} holds what another script wrote; give another --output_dir")
+    return found
 
 
 def keep_settings(work, arguments, command, versions):
@@ -92,7 +96,7 @@ def keep_settings(work, arguments, command, versions):
 
 def command_of(args, apart):
     """What to type for the same images, without what concerns this machine alone."""
-    words = ["accelerate launch train_dreambooth_reid.py"]
+    words = [COMMAND]
     for name, origin in args.origin.items():
         if origin == "flag" and (name not in apart or name == "recipe"):
             value = portable(getattr(args, name))
