@@ -9,7 +9,7 @@ import pytest
 
 from tests.tables import COLUMNS, ROWS, contents, expected, image_bytes, paint, red, write_images, write_table
 from utils import own_data
-from utils.datasets import load_reid
+from utils.datasets import labels_of, load_reid
 from utils.images import PersonImage
 
 
@@ -65,6 +65,24 @@ def test_without_cameras(folder):
     write_table(folder / "metadata.csv", rows)
     data = load_reid(folder, camid_column="none")
     assert data["train"]["camid"][:] == [0, 0, 0]
+    write_table(folder / "metadata.csv", ROWS)
+    data = load_reid(folder, camid_column="none")
+    assert {split: set(data[split]["camid"][:]) for split in data} == {"train": {0}, "query": {0}, "gallery": {1}}
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_columns_that_were_asked_for_must_be_there(folder, tmp_path, saved):
+    write_table(folder / "metadata.csv", [row for row in ROWS if row[0] == "train"])
+    if saved:
+        load_reid(folder)["train"].save_to_disk(str(tmp_path / "saved"))
+    for kind in ("image", "split", "domain"):
+        with pytest.raises(ValueError, match="no column '?misspelt"):
+            load_reid(tmp_path / "saved" if saved else folder, **{f"{kind}_column": "misspelt"})
+
+
+def test_domain_that_looks_like_a_number(folder):
+    write_table(folder / "metadata.csv", ROWS)
+    assert set(load_reid(folder, domain=2024)["train"]["domain"][:]) == {"2024"}
 
 
 def test_generated_set(folder):
@@ -125,6 +143,55 @@ def test_parquet(folder, embedded):
         assert data["gallery"][0]["image"].getpixel((0, 0)) == red(4)
 
 
+def one_image(file, camid=0, /, **columns):
+    """A parquet file of one row, its image inside."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    row = {"image": [image_bytes(red(1))], "pid": [7], "camid": [camid]}
+    pq.write_table(pa.table(row | columns), file)
+
+
+@pytest.mark.parametrize("paths", [None, "x.png", "/elsewhere/x.png"])
+def test_metadata_file_a_split_with_the_images_inside(tmp_path, paths):
+    for split in ("train", "query", "gallery"):
+        one_image(
+            tmp_path / split / "metadata.parquet", int(split == "gallery"), **({"path": [paths]} if paths else {})
+        )
+    data = load_reid(tmp_path)
+    assert {split: dataset["pid"][:] for split, dataset in data.items()} == {
+        "train": [7],
+        "query": [7],
+        "gallery": [7],
+    }
+    assert data["gallery"]["path"][:] == ["gallery/x.png" if paths == "x.png" else "gallery/0000000"]
+    assert data["gallery"][0]["image"].getpixel((0, 0)) == red(1)
+
+
+def test_parquet_files_of_different_widths(tmp_path):
+    one_image(tmp_path / "train-0.parquet", pid=pa.array([3], pa.int32()), path=pa.array(["a"], pa.string()))
+    one_image(tmp_path / "train-1.parquet", pid=pa.array([4], pa.int64()), path=pa.array(["b"], pa.large_string()))
+    assert contents(load_reid(tmp_path)) == {"train": [(3, 0, "a"), (4, 0, "b")]}
+    one_image(tmp_path / "train-2.parquet", pid=["five"], path=["c"])
+    with pytest.raises(ValueError, match=r"do not go together: .*pid"):
+        load_reid(tmp_path)
+
+
+def test_parquet_file_of_no_split_beside_those_of_splits(tmp_path):
+    """Otherwise queries and gallery would become training images."""
+    for split in ("train", "query", "gallery"):
+        one_image(tmp_path / f"{split}.parquet", int(split == "gallery"))
+    one_image(tmp_path / "test.parquet")
+    with pytest.raises(ValueError, match=r"has test.parquet beside the files of train, query, gallery"):
+        load_reid(tmp_path)
+    for split in ("train", "query", "gallery"):
+        one_image(tmp_path / f"{split}.parquet", int(split == "gallery"), split=[split], path=[split])
+    one_image(tmp_path / "test.parquet", 1, split=["gallery"], path=["more"])
+    assert {split: len(dataset) for split, dataset in load_reid(tmp_path).items()} == {
+        "train": 1,
+        "query": 1,
+        "gallery": 2,
+    }
+
+
 def test_folder_an_identity(tmp_path):
     for path in ("train/0007/x_c3_1.jpg", "train/0009/x_c1_1.jpg", "query/11/cam1_0.png", "gallery/11/a-cam10.PNG"):
         paint(tmp_path / "own" / path)
@@ -144,6 +211,10 @@ def test_folder_an_identity_by_name_and_without_cameras(tmp_path):
         paint(tmp_path / "own" / path)
     data = load_reid(tmp_path / "own")
     assert contents(data) == {"train": [(0, 0, "adam/1.jpg"), (1, 0, "zoe/1.jpg"), (1, 0, "zoe/2.jpg")]}
+    # a number too long for a pid is a name
+    paint(tmp_path / "stamps/20231122334455667788/1.jpg")
+    paint(tmp_path / "stamps/7/1.jpg")
+    assert load_reid(tmp_path / "stamps")["train"]["pid"][:] == [0, 1]
     paint(tmp_path / "two/query/eva/1.jpg")
     paint(tmp_path / "two/gallery/eva/2.jpg")
     assert contents(load_reid(tmp_path / "two")) == {
@@ -203,7 +274,11 @@ def test_rows_that_are_wrong(folder, row, words):
 
 
 def test_tables_with_nothing_in_them(folder):
-    for content, words in (("file_name,pid,camid\n", "metadata.csv has no rows"), ("", "metadata.csv cannot be read")):
+    for content, words in (
+        ("file_name,pid,camid\n", "metadata.csv has no rows"),
+        ("", "metadata.csv cannot be read"),
+        ("file_name,pid,camid,pid\ntrain/a.png,1,0,2\n", "more than one column 'pid'"),
+    ):
         (folder / "metadata.csv").write_text(content)
         with pytest.raises(ValueError, match=words):
             load_reid(folder)
@@ -255,6 +330,28 @@ def test_saved_set_of_somebody_else(tmp_path):
     assert not any(os.path.isabs(path) for path in train["path"][:]) and len(set(train["path"][:])) == 2
     assert train[1]["image"].getpixel((0, 0)) == (9, 8, 7)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "theirs").rglob("*")} == before
+
+
+@pytest.mark.parametrize("options", [{"type": "torch"}, {"type": "numpy", "columns": ["pid"]}])
+def test_saved_set_that_remembers_a_format(folder, tmp_path, options):
+    write_table(folder / "metadata.csv", ROWS)
+    load_reid(folder).with_format(**options).save_to_disk(str(tmp_path / "theirs"))
+    data = load_reid(tmp_path / "theirs")
+    assert contents(data) == expected()
+    assert labels_of(data["train"]).tolist() == labels_of(load_reid(folder)["train"]).tolist()
+    assert data["gallery"][0]["image"].getpixel((0, 0)) == red(4)
+
+
+def test_saved_set_in_one_piece_with_a_split_column(folder, tmp_path):
+    write_table(folder / "metadata.csv", ROWS)
+    parts = load_reid(folder)
+    whole = datasets.concatenate_datasets(list(parts.values()))
+    words = [split for split in parts for _ in range(len(parts[split]))]
+    whole.add_column("part", words).save_to_disk(str(tmp_path / "one"))
+    assert contents(load_reid(tmp_path / "one", split_column="part")) == expected()
+    whole.add_column("split", ["test"] * len(words)).save_to_disk(str(tmp_path / "two"))
+    with pytest.raises(ValueError, match=r"knows \['test'\] as splits"):
+        load_reid(tmp_path / "two")
 
 
 def test_hub(folder, monkeypatch):

@@ -32,12 +32,17 @@ def read_table(file):
     words = {name: pa.string() for name in ("file_name", "path", "domain", "split")}
     try:
         if file.suffix == ".csv":
-            return pyarrow.csv.read_csv(file, convert_options=pyarrow.csv.ConvertOptions(column_types=words))
-        if file.suffix == ".jsonl":
-            return pyarrow.json.read_json(file)
-        return pq.read_table(file)
+            table = pyarrow.csv.read_csv(file, convert_options=pyarrow.csv.ConvertOptions(column_types=words))
+        elif file.suffix == ".jsonl":
+            table = pyarrow.json.read_json(file)
+        else:
+            table = pq.read_table(file)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} cannot be read as a table: {error}") from error
+    twice = [name for name in table.column_names if table.column_names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{file} has more than one column {twice[0]!r}; its columns are {table.column_names}")
+    return table
 
 
 def as_storage(array, file, column):
@@ -85,10 +90,24 @@ def split_of_file(file):
     return word if word in SPLITS else None
 
 
-def cut(table, split_column, source):
+def check_asked_for(columns, kind, names, where):
+    """A column that somebody named must be there; only one that is called as usual may be absent."""
+    name = getattr(columns, kind)
+    if name != Columns._field_defaults[kind] and name not in names:
+        raise ValueError(f"{where} has no column {name!r} for the {kind}; its columns are {names}")
+
+
+def check_words(words, source):
+    odd = sorted({str(word) for word in words} - set(SPLITS))
+    if odd:
+        raise ValueError(f"{source} knows {odd[:3]} as splits; they must be {', '.join(SPLITS)}")
+
+
+def cut(table, columns, source):
     """A table's splits: by its split column, else by the first folder of its files, else all of it is training."""
-    if split_column in table.column_names:
-        words = table[split_column].to_pylist()
+    check_asked_for(columns, "split", table.column_names, source)
+    if columns.split in table.column_names:
+        words = table[columns.split].to_pylist()
     elif pc.struct_field(table["image"], "bytes").null_count < len(table):
         # where images are inside the table, their paths are memories of another place
         return {"train": table}
@@ -96,9 +115,7 @@ def cut(table, split_column, source):
         words = [path.split("/")[0] for path in table["path"].to_pylist()] if "path" in table.column_names else []
         if not set(words) & set(SPLITS):
             return {"train": table}
-    odd = sorted({str(word) for word in words} - set(SPLITS))
-    if odd:
-        raise ValueError(f"{source} knows {odd[:3]} as splits; they must be {', '.join(SPLITS)}")
+    check_words(words, source)
     words = pa.array(words)
     return {split: table.filter(pc.equal(words, split)) for split in SPLITS if split in set(words.to_pylist())}
 
@@ -108,15 +125,20 @@ def read_folder_tables(folder, columns):
     for name in METADATA:
         if (folder / name).is_file():
             table = locate_images(read_table(folder / name), folder / name, columns.image)
-            return cut(table, columns.split, folder / name)
+            return cut(table, columns, folder / name)
     splits = {}
     for split in SPLITS:
         for name in METADATA:
             file = folder / split / name
             if file.is_file():
                 table = locate_images(read_table(file), file, columns.image)
-                paths = pa.array([f"{split}/{path}" for path in table["path"].to_pylist()])
-                splits[split] = table.drop_columns(["path"]).append_column("path", paths)
+                if "path" in table.column_names:
+                    paths = [
+                        os.path.join(split, path) if isinstance(path, str) else path
+                        for path in table["path"].to_pylist()
+                    ]
+                    table = table.drop_columns(["path"]).append_column("path", pa.array(paths))
+                splits[split] = table
     missing = [split for split in SPLITS if split not in splits and (folder / split).is_dir()]
     if splits and missing:
         raise ValueError(f"{folder / missing[0]} has no {' or '.join(METADATA)}, {', '.join(splits)} have one")
@@ -130,10 +152,25 @@ def read_folder_tables(folder, columns):
     groups = {}
     for file in files:
         groups.setdefault(split_of_file(file), []).append(locate_images(read_table(file), file, columns.image))
-    tables = {split: pa.concat_tables(group, promote_options="default") for split, group in groups.items()}
+    tables = {split: joined(group, folder) for split, group in groups.items()}
     if None not in tables:
         return {split: tables[split] for split in SPLITS if split in tables}
-    return cut(pa.concat_tables(list(tables.values()), promote_options="default"), columns.split, folder)
+    table = joined(list(tables.values()), folder)
+    if len(tables) > 1 and columns.split not in table.column_names:
+        odd = next(file.name for file in files if split_of_file(file) is None)
+        raise ValueError(
+            f"{folder} has {odd} beside the files of {', '.join(split for split in SPLITS if split in tables)}; "
+            f"it belongs to none of {', '.join(SPLITS)}: move it away, or rename it"
+        )
+    return cut(table, columns, folder)
+
+
+def joined(tables, folder):
+    """Tables one below the other; whole numbers and words may be of different widths."""
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ValueError(f"the tables in {folder} do not go together: {error}") from error
 
 
 def read_identity_folders(folder):
@@ -158,7 +195,8 @@ def read_identity_folders(folder):
                 camera = CAMERA.search(entry.name)
                 found.append((split, identity.name, entry.name, camera and int(camera[1])))
     names = {identity for _, identity, _, _ in found}
-    numbers = {int(name) for name in names if re.fullmatch(r"[0-9]+", name)}
+    # a longer number, such as a time stamp, does not fit a pid
+    numbers = {int(name) for name in names if re.fullmatch(r"[0-9]{1,18}", name)}
     # 1 and 0001 are two folders, so two people
     numbered = len(numbers) == len(names)
     pids = {name: int(name) for name in names} if numbered else dense(names)
@@ -214,27 +252,33 @@ def paths_of(dataset, split):
 
 
 def conform(splits, columns, domain, where):
-    """Tables with anybody's columns to the one schema; camera -1 (generated images) becomes one of its own."""
+    """Tables with anybody's columns to the one schema; camera -1 (generated images) becomes one of its own.
+
+    Without cameras, queries and gallery count as two, as in `read_identity_folders`.
+    """
     result, cameras = {}, {}
     for split, dataset in splits.items():
-        if not isinstance(dataset, datasets.Dataset):
-            dataset = datasets.Dataset(dataset, split=datasets.NamedSplit(split))
-        image = columns.image if columns.image in dataset.column_names else "image"
+        if isinstance(dataset, datasets.Dataset):
+            # a saved set remembers its writer's format, in which columns may be tensors, or missing
+            dataset, image = dataset.with_format(None), columns.image or "image"
+        else:
+            dataset, image = datasets.Dataset(dataset, split=datasets.NamedSplit(split)), "image"
         if image not in dataset.column_names:
             raise ValueError(f"{where} has no column {image!r} for the images; its columns are {dataset.column_names}")
         numbers = {"pid": integers(dataset, columns.pid, "pid", where)}
         if columns.camid == "none":
-            numbers["camid"] = np.full(len(dataset), -1)
+            numbers["camid"] = np.full(len(dataset), int(split == "gallery"))
         else:
             numbers["camid"] = integers(dataset, columns.camid, "camid", where)
         for name, least in (("pid", 0), ("camid", -1)):
             if (numbers[name] < least).any():
                 raise ValueError(f"{where}: {split} has {name} {numbers[name].min()}; the least allowed is {least}")
         cameras[split] = numbers["camid"]
+        check_asked_for(columns, "domain", dataset.column_names, where)
         domains = [None] * len(dataset)
         if columns.domain in dataset.column_names:
             domains = storage_of(dataset, columns.domain).to_pylist()
-        domains = [domain if word is None else str(word) for word in domains]
+        domains = [str(domain if word is None else word) for word in domains]
         if image != "image":
             dataset = dataset.select_columns([name for name in dataset.column_names if name != "image"])
             dataset = dataset.rename_column(image, "image")
@@ -258,7 +302,7 @@ def read_local(path, columns, domain=None):
             raise ValueError(f"{path} is neither a folder, a parquet file nor one of {', '.join(METADATA)}")
         table = locate_images(read_table(path), path, columns.image)
         domain = domain or (path.resolve().parent.name if path.name in METADATA else path.stem)
-        return conform(cut(table, columns.split, path), columns, domain, path)
+        return conform(cut(table, columns, path), columns, domain, path)
     domain = domain or path.resolve().name
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         try:
@@ -266,7 +310,7 @@ def read_local(path, columns, domain=None):
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             raise ValueError(f"{path} is a damaged save_to_disk folder: {error}") from error
         stored = stored if isinstance(stored, datasets.DatasetDict) else {"train": stored}
-        return conform(known_splits(stored, path), columns, domain, path)
+        return conform(known_splits(stored, columns, path), columns, domain, path)
     if not listing(path):
         raise ValueError(
             f"{path} is empty; expected images in one folder an identity, a metadata file or parquet files"
@@ -291,10 +335,22 @@ def read_hub(name, columns, domain=None, revision=None):
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{name} is no folder here, and the Hub does not give it: {reason}") from error
-    return conform(known_splits(stored, name), columns, domain or name.split("/")[-1], name)
+    return conform(known_splits(stored, columns, name), columns, domain or name.split("/")[-1], name)
 
 
-def known_splits(stored, where):
+def known_splits(stored, columns, where):
+    """The splits of a stored set; of one that is in one piece, those of its split column."""
+    if set(stored) == {"train"}:
+        whole = stored["train"]
+        check_asked_for(columns, "split", whole.column_names, where)
+        if columns.split in whole.column_names:
+            words = storage_of(whole, columns.split).to_pylist()
+            check_words(words, where)
+            stored = {
+                split: whole.select([row for row, word in enumerate(words) if word == split])
+                for split in SPLITS
+                if split in words
+            }
     splits = {split: stored[split] for split in SPLITS if split in stored}
     if not splits:
         raise ValueError(f"{where} has the splits {list(stored)}; expected some of {', '.join(SPLITS)}")
