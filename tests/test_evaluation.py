@@ -100,6 +100,15 @@ def test_thresholds_without_matches_or_without_strangers():
     assert strangers.curve["distance"] == []
 
 
+@pytest.mark.parametrize("scale", [2.0**-120, 2.0**120])
+def test_the_length_of_features_does_not_matter(scale):
+    """Not even where its square does not fit float32."""
+    queries, gallery = people(30, 100, seed=2)
+    found = thresholds.pair_statistics(queries, gallery)
+    queries.features *= scale
+    assert thresholds.pair_statistics(queries, gallery) == found
+
+
 def test_identical_features_have_no_threshold():
     queries, gallery = people(5, 20, num_ids=3, seed=1)
     queries.features[:], gallery.features[:] = 1.0, 1.0
@@ -149,6 +158,13 @@ def test_camera_pairs_equal_a_ranking_of_each_pair_alone(protocol):
             expected = pytest.approx(np.mean(precisions), abs=1e-9) if precisions else None
             assert table[ours][theirs] == expected
     assert (table[0][0] is None) == (protocol == "market")
+
+
+def test_cameras_that_share_only_unknown_people_have_no_number():
+    queries, gallery = people(2, 3)
+    queries.pids, queries.camids = torch.tensor([5, -1]), torch.tensor([0, 0])
+    gallery.pids, gallery.camids = torch.tensor([5, -1, -1]), torch.tensor([1, 2, 2])
+    assert evaluation.camera_pairs(queries, gallery) == ([0], [1, 2], [[1.0, None]])
 
 
 def test_confusions_count_both_directions():

@@ -166,10 +166,11 @@ def camera_pairs(queries, gallery, *, protocol="market", backend="auto"):
         row = []
         for theirs in gallery_cameras:
             searched = gallery.take((gallery.camids == theirs).nonzero().flatten())
-            can_match = torch.isin(asked.pids, searched.pids).any() and (ours != theirs or protocol == "all")
             pair_protocol = "all" if protocol == "all" else "market"
             row.append(
-                float(rank(asked, searched, protocol=pair_protocol, backend=backend).mAP) if can_match else None
+                float(rank(asked, searched, protocol=pair_protocol, backend=backend).mAP)
+                if can_match(asked, searched, protocol)
+                else None
             )
         table.append(row)
     return query_cameras, gallery_cameras, table
