@@ -31,6 +31,7 @@ from tests.test_evaluation import average_precision, dense, people
 from tests.test_reporting import Page, needs_chromium, seen_in_chromium
 from utils import extraction
 from utils.datasets import load_reid
+from utils.folders import read_folders
 from utils.loading import test_transform as make_transform
 from utils.modeling import ReIDModel
 
@@ -367,6 +368,14 @@ def test_search_reads_labels_of_files_and_folders(clip, tmp_path, name, protocol
         )
 
 
+def test_a_number_too_long_for_an_identity_is_a_name(tmp_path):
+    for path in ("query/20231122334455667788/a.png", "gallery/20231122334455667788/b.png", "gallery/7/c.png"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        Image.new("RGB", (4, 8)).save(tmp_path / path)
+    queries, gallery = read_folders(tmp_path / "query", tmp_path / "gallery")
+    assert queries["pid"][:] == [0] and gallery["pid"][:] == [0, 1]
+
+
 def test_search_whose_labels_leave_no_match_still_ranks(clip, tmp_path):
     """All of one camera: the protocol drops every match, so there are lists and no numbers."""
     search = folders_of_people(tmp_path, lambda pid, camid, number: f"{pid:04d}_c1_{number}.png")
@@ -452,6 +461,7 @@ def put(value):
         (change("qf", lambda array: array.astype(object)), "cannot be read"),
         (change("q_pid", lambda array: np.array([f"p{one}" for one in array])), "q_pid in .* expected numbers"),
         (change("qf", lambda array: array.astype(np.int64)), "floating-point"),
+        (change("qf", lambda array: array.astype(np.longdouble)), "qf in .* holds .*; expected numbers"),
         (lambda arrays: arrays.pop("gf"), "has no gf or gallery_features"),
     ],
 )
@@ -462,6 +472,21 @@ def test_bad_features_are_refused_in_one_line(tmp_path, spoil, message):
     with pytest.raises(ValueError, match=message):
         run("--features", tmp_path / "bad.npz", "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["nothing", "half", "flipped", "one array"])
+def test_damaged_files_of_features_are_refused_in_one_line(tmp_path, content):
+    file = tmp_path / "bad.npz"
+    np.savez(file, **good_arrays())
+    whole = file.read_bytes()
+    flipped = whole[:200] + bytes([whole[200] ^ 255]) + whole[201:]
+    if content == "one array":
+        with open(file, "wb") as opened:
+            np.save(opened, good_arrays()["qf"])
+    else:
+        file.write_bytes({"nothing": b"", "half": whole[: len(whole) // 2], "flipped": flipped}[content])
+    with pytest.raises(ValueError, match="bad.npz cannot be read as features: "):
+        run("--features", file, "--output_dir", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -226,12 +228,15 @@ def load_features(path):
         raise ValueError(f"{path}: there is no such file")
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
+            file = np.load(path, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                raise ValueError("it holds one array, without a name")
+            with file:
                 arrays, header = dict(file), {}
         else:
             with safe_open(path, "pt") as file:
                 arrays, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read as features: {error}") from None
     header = {name: _from_json(value) for name, value in header.items()}
     numbers = sorted({int(name.split(".")[0]) for name in arrays if name.split(".")[0].isdigit()})
@@ -270,7 +275,7 @@ def _side(path, arrays, header, mark, letter):
 def _tensor(path, name, values):
     if isinstance(values, torch.Tensor):
         return values
-    if values.dtype.kind not in "fiub":
+    if values.dtype.kind not in "fiub" or values.dtype.itemsize > 8:
         raise ValueError(f"{name} in {path} holds {values.dtype}; expected numbers")
     return torch.from_numpy(np.ascontiguousarray(values.astype(values.dtype.newbyteorder("="))))
 

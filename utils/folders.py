@@ -17,7 +17,8 @@ def read_folders(query_dir, gallery_dir):
     """
     found = [image_paths(folder) for folder in (query_dir, gallery_dir)]
     names = sorted({identity_of(path) for paths in found for path in paths} - {None})
-    numeric = all(name.isdecimal() for name in names)
+    # a longer number, such as a time stamp, does not fit a pid
+    numeric = all(name.isdecimal() and len(name) <= 18 for name in names)
     pids = {name: int(name) if numeric else number for number, name in enumerate(names)}
     sides = []
     for folder, paths, split in zip((query_dir, gallery_dir), found, ("query", "gallery"), strict=True):
