@@ -59,6 +59,7 @@ MODES = {
     "bits.png": (lambda pixels: Image.fromarray(pixels[:, :, 0] > 50), bits),
     "cmyk.tif": (cmyk, lambda pixels: pixels),
     "turned.png": (turned, lambda pixels: pixels),
+    "turned_grey16.png": (lambda pixels: grey16(np.rot90(pixels)), grey),
     "rgb.bmp": (Image.fromarray, lambda pixels: pixels),
     "rgb.webp": (Image.fromarray, lambda pixels: pixels),
 }
@@ -68,7 +69,7 @@ def test_pixels_of_every_mode(tmp_path):
     pixels = gradient()
     for name, (make, _) in MODES.items():
         options = {"lossless": True} if name.endswith("webp") else {}
-        if name == "turned.png":
+        if name.startswith("turned"):
             exif = Image.Exif()
             # shown after a turn to the right, which undoes np.rot90
             exif[0x0112] = 6

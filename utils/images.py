@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from fsspec.spec import AbstractFileSystem
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def as_plain_readers_see_it(held):
         if not image.mode.startswith("I"):
             return held
         buffer = BytesIO()
-        as_rgb(image).save(buffer, format="PNG")
+        as_rgb(ImageOps.exif_transpose(image)).save(buffer, format="PNG")
         return buffer.getvalue()
 
 
