@@ -402,6 +402,11 @@ def test_split_file_that_is_wrong(tree, tmp_path):
             load_reid("viper", tree("viper")[0], split_file=str(file))
     with pytest.raises(ValueError, match="cannot be read"):
         load_reid("viper", tree("viper")[0], split_file=str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match="split_file 3 cannot be read"):
+        load_reid("viper:split_file=3", tree("viper")[0])
+    (tmp_path / "two.json").write_text("[[1], [3]]")
+    with pytest.raises(ValueError, match="has no split -1"):
+        load_reid("viper", tree("viper")[0], split_file=str(tmp_path / "two.json"), split=-1)
 
 
 @pytest.mark.parametrize(

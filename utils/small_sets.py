@@ -47,12 +47,14 @@ def read_split_file(file, split, form):
     """Identities to test on: a text file (one a line), or JSON: one list, or a list of splits, each a list or a
     dict with `test` (identities) or `query` (entries that start with a path, as torchreid writes them)."""
     try:
-        text = Path(file).read_text()
+        text = Path(str(file)).read_text()
         content = json.loads(text) if str(file).endswith(".json") else [int(word) for word in text.split()]
     except (OSError, ValueError) as error:
         raise ValueError(f"split_file {file} cannot be read as identities: {error}") from error
     try:
         if isinstance(content, list) and content and not isinstance(content[0], int):
+            if split < 0:
+                raise IndexError(split)
             content = content[split]
         if isinstance(content, dict):
             if "test" in content:
