@@ -376,6 +376,16 @@ def test_a_number_too_long_for_an_identity_is_a_name(tmp_path):
     assert queries["pid"][:] == [0] and gallery["pid"][:] == [0, 1]
 
 
+def test_search_follows_links_and_never_in_circles(tmp_path):
+    for path in ("query/1/a.png", "gallery/1/b.PNG", "gallery/.hidden/c.png", "elsewhere/deep/c.png"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        Image.new("RGB", (4, 8)).save(tmp_path / path)
+    (tmp_path / "gallery/2").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "gallery/round").symlink_to(tmp_path / "gallery")
+    _, gallery = read_folders(tmp_path / "query", tmp_path / "gallery")
+    assert gallery["path"][:] == ["1/b.PNG", "2/deep/c.png"]
+
+
 def test_search_whose_labels_leave_no_match_still_ranks(clip, tmp_path):
     """All of one camera: the protocol drops every match, so there are lists and no numbers."""
     search = folders_of_people(tmp_path, lambda pid, camid, number: f"{pid:04d}_c1_{number}.png")

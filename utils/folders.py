@@ -1,5 +1,6 @@
 """Two plain folders of images as query and gallery, with whatever labels their names give."""
 
+import os
 import re
 from pathlib import Path
 
@@ -32,11 +33,17 @@ def image_paths(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give one that holds images")
-    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in sources.ENDINGS)
-    paths = sorted(path for path in paths if not any(map(sources.hidden, path.parts)))
+    paths = []
+    for place, inner, names in os.walk(folder, followlinks=True):
+        # A link to a folder above would lead round and round.
+        above = os.path.join(os.path.realpath(place), "")
+        reals = {name: os.path.join(os.path.realpath(os.path.join(place, name)), "") for name in inner}
+        inner[:] = [name for name in inner if not sources.hidden(name) and not above.startswith(reals[name])]
+        names = [name for name in names if name.lower().endswith(sources.ENDINGS) and not sources.hidden(name)]
+        paths += [Path(place, name).relative_to(folder) for name in names]
     if not paths:
         raise ValueError(f"{folder} holds no images; expected files that end in {', '.join(sources.ENDINGS)}")
-    return paths
+    return sorted(paths)
 
 
 def identity_of(path):
