@@ -349,7 +349,12 @@ def test_saved_set_in_one_piece_with_a_split_column(folder, tmp_path):
     words = [split for split in parts for _ in range(len(parts[split]))]
     whole.add_column("part", words).save_to_disk(str(tmp_path / "one"))
     assert contents(load_reid(tmp_path / "one", split_column="part")) == expected()
-    whole.add_column("split", ["test"] * len(words)).save_to_disk(str(tmp_path / "two"))
+    labels = datasets.ClassLabel(names=list(parts))
+    whole = whole.add_column("site", words).cast_column("site", labels).add_column("split", words)
+    whole.cast_column("split", labels).save_to_disk(str(tmp_path / "labels"))
+    data = load_reid(tmp_path / "labels", domain_column="site")
+    assert contents(data) == expected() and set(data["query"]["domain"][:]) == {"query"}
+    whole.remove_columns("split").add_column("split", ["test"] * len(words)).save_to_disk(str(tmp_path / "two"))
     with pytest.raises(ValueError, match=r"knows \['test'\] as splits"):
         load_reid(tmp_path / "two")
 

@@ -241,6 +241,14 @@ def integers(dataset, column, meaning, where):
     return values.combine_chunks().cast(pa.int64()).to_numpy(zero_copy_only=False)
 
 
+def words_of(dataset, column):
+    """A column's values, those of a `ClassLabel` by their names."""
+    values, feature = storage_of(dataset, column).to_pylist(), dataset.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return [None if value is None else feature.int2str(value) for value in values]
+    return values
+
+
 def paths_of(dataset, split):
     """The path column, or names made of the split, the row and the file, which hold no folder of this machine."""
     if "path" in dataset.column_names:
@@ -277,7 +285,7 @@ def conform(splits, columns, domain, where):
         check_asked_for(columns, "domain", dataset.column_names, where)
         domains = [None] * len(dataset)
         if columns.domain in dataset.column_names:
-            domains = storage_of(dataset, columns.domain).to_pylist()
+            domains = words_of(dataset, columns.domain)
         domains = [str(domain if word is None else word) for word in domains]
         if image != "image":
             dataset = dataset.select_columns([name for name in dataset.column_names if name != "image"])
@@ -344,7 +352,7 @@ def known_splits(stored, columns, where):
         whole = stored["train"]
         check_asked_for(columns, "split", whole.column_names, where)
         if columns.split in whole.column_names:
-            words = storage_of(whole, columns.split).to_pylist()
+            words = words_of(whole, columns.split)
             check_words(words, where)
             stored = {
                 split: whole.select([row for row, word in enumerate(words) if word == split])
