@@ -167,9 +167,17 @@ def test_what_cannot_be_streamed(parquet, tmp_path):
     for name, change, words in (
         ("nameless", table.drop_columns(["path"]), "needs a column 'path'"),
         ("text", table.set_column(1, "pid", pa.array(["x"] * len(table))), "must hold integers"),
+        ("hole", table.set_column(1, "pid", pa.array([0, None] + [0] * (len(table) - 2))), "from 0 on, it has None"),
+        ("unknown", table.set_column(1, "pid", pa.array([-1] * len(table))), "from 0 on, it has -1"),
+        ("no_domain", table.set_column(3, "domain", pa.array(["x"] + [None] * (len(table) - 1))), "'domain' is empty"),
         ("twice", pa.concat_tables([table, table]), "lists a path twice"),
     ):
         (tmp_path / name).mkdir()
         pq.write_table(change, tmp_path / name / "train.parquet")
         with pytest.raises(ValueError, match=words):
             open_stream(tmp_path / name)
+    held = [{"bytes": b"damaged", "path": None}] * len(table)
+    (tmp_path / "damaged").mkdir()
+    pq.write_table(table.set_column(0, "image", pa.array(held)), tmp_path / "damaged" / "train.parquet")
+    with pytest.raises(ValueError, match=r"image synthetic-a/s0/\S+.png cannot be read: not an image"):
+        batches(tmp_path / "damaged")

@@ -35,8 +35,12 @@ def open_stream(name):
             table[column] += batch.get(column) or [domain] * len(batch["pid"])
     if not table["pid"]:
         raise ValueError(f"{name} has no images in its train split")
-    if not all(isinstance(pid, int) for pid in table["pid"]):
-        raise ValueError(f"{name}: column 'pid' must hold integers, it has {table['pid'][0]!r}")
+    odd = [pid for pid in table["pid"] if type(pid) is not int or pid < 0]
+    if odd:
+        raise ValueError(f"{name}: column 'pid' must hold integers from 0 on, it has {odd[0]!r}")
+    for column in ("domain", "path"):
+        if None in table[column]:
+            raise ValueError(f"{name}: column {column!r} is empty in row {table[column].index(None)}")
     rows = datasets.Dataset.from_dict(table)
     if len(set(zip(table["domain"], table["path"], strict=True))) < len(rows):
         raise ValueError(f"{name} lists a path twice; --streaming tells images apart by domain and path")
@@ -146,7 +150,9 @@ class StreamedImages(torch.utils.data.IterableDataset):
             for place, (image, key) in enumerate(self.pairs(self.stream.shard(num_shards=files, index=number))):
                 row = self.numbers.get(key)
                 if row is not None and (by_file or place % parts == part):
-                    yield row, image
+                    image = image or {"bytes": None, "path": None}
+                    # An image inside a table may have no name, and one that is damaged needs one.
+                    yield row, image | {"path": image["path"] or key[1]}
 
     def pairs(self, stream):
         # Not row by row: `datasets` would share these among the workers once more.
