@@ -48,13 +48,14 @@ from utils.filter_scoring import (
     score_pieces,
     view_of,
 )
-from utils.filter_sources import check_identities, check_sources, open_sources
+from utils.filter_sources import check_calibration, check_identities, check_sources, open_sources
 from utils.filtered_set import pieces_of, summary_of, write_scores, write_set
 from utils.generated_images import METADATA, SCORED, open_generated
 from utils.reporting import portable, run_record, text_table, to_json, write_together
 from utils.standin_folders import CLIP_DIR
 
 DEMO_SOURCE, DEMO_GENERATED = "synthetic:domain=a,num_ids=32,images_per_id=12", "output/generated"
+SENTENCE = "a photo of a person"
 OTHER_SENTENCES = ("a photo of a dog", "a photo of a car", "an empty street", "a picture of nothing")
 RECIPES = {
     "diff-person": {
@@ -102,7 +103,7 @@ def build_parser():
         default=CLIP_DIR,
         help="folder or Hub id, or none; default: the stand-in CLIP",
     )
-    group.add_argument("--clip_sentence", default="a photo of a person", help="what CLIP should see in an image")
+    group.add_argument("--clip_sentence", default=SENTENCE, help=f"what CLIP should see; default: {SENTENCE}")
     group.add_argument(
         "--clip_others",
         nargs="+",
@@ -166,7 +167,10 @@ def build_parser():
         "--threshold", nargs="+", metavar="VALUE", help="least score that is kept: 0.6, or DOMAIN=0.6 for each source"
     )
     group.add_argument(
-        "--keep_fraction", nargs="+", metavar="VALUE", help="the best share of each source: 0.7, or DOMAIN=0.7 ..."
+        "--keep_fraction",
+        nargs="+",
+        metavar="VALUE",
+        help="the best share of each source, and what is as good as the last of it: 0.7, or DOMAIN=0.7 ...",
     )
     group.add_argument(
         "--false_match_rate",
@@ -199,7 +203,9 @@ def build_parser():
     group.add_argument(
         "--resize", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the images kept; default: as they are"
     )
-    group.add_argument("--title", default="Filtered generated people", help="of the data card")
+    group.add_argument(
+        "--title", default="Filtered generated people", help="of the data card; default: Filtered generated people"
+    )
     group.add_argument("--license", default="other", help="of the data card; default other: the sources' terms hold")
     group.add_argument("--push_to_hub", **yes, help="upload dataset/, to a private repository where it is new")
     group.add_argument("--hub_dataset_id", help="repository; default: the name of --output_dir")
@@ -241,6 +247,12 @@ def parse_args(input_args=None):
         parser.error(f"--false_match_rate is calibrated for --filter reid, not {args.filter}; give --threshold")
     if args.match_margin is not None and args.filter != "reid":
         parser.error(f"--match_margin is part of --filter reid, not {args.filter}")
+    if args.target_per_id is not None and args.target_per_id < args.min_per_id:
+        parser.error(
+            f"--target_per_id {args.target_per_id} is below --min_per_id {args.min_per_id}: nobody would stay"
+        )
+    if args.duplicate_distance is not None and args.near_duplicates == "keep":
+        parser.error("--duplicate_distance goes with --near_duplicates perceptual or feature")
     if not ways and args.target_per_id is None:
         if args.filter != "reid":
             parser.error(f"--filter {args.filter} needs --threshold, --keep_fraction or --target_per_id")
@@ -366,10 +378,11 @@ def score_piece(run, models, clip, table, readers):
             images = batch_of([pixels for _, pixels, _ in batch if pixels], views, args.eval_batch_size, device)
             labels = torch.tensor([its.label_of[pids[row]] for row in rows], device=device)
             found, vectors = score_batch(run, its, clip, images, labels)
-            bad = ~np.isfinite(vectors).all(1)
+            numbers = [found[name] for name in ("clip_score", "cctf_score") if name in found]
+            bad = ~np.isfinite(np.column_stack([vectors, *numbers])).all(1)
             if bad.any():
                 path = table["path"][rows[int(bad.argmax())]].as_py()
-                raise ValueError(f"the features of {path} are not finite; run without --mixed_precision")
+                raise ValueError(f"features or scores of {path} are not finite; run without --mixed_precision")
             features[rows, : vectors.shape[1]] = vectors
             for name, values in found.items():
                 for row, value in zip(rows, values, strict=True):
@@ -428,12 +441,6 @@ def choose(run):
     calibration = {
         domain: {kind: stored[f"{domain}/{kind}"] for kind in ("genuine", "impostor")} for domain in run.sources
     }
-    few = [domain for domain in scores.domains if not len(calibration[domain]["impostor"])]
-    if few and args.false_match_rate is not None:
-        raise ValueError(
-            f"no source images of {', '.join(few)} are held out, so --false_match_rate cannot be calibrated; give "
-            "--threshold, or a --holdout_fraction above 0 with three images an identity"
-        )
     thresholds = filtering.thresholds_of(
         scores, args.filter, **wanted_thresholds(args, run.sources), calibration=calibration
     )
@@ -511,7 +518,8 @@ def fill_in(args, say):
         say("Stand-in models, good for tests only, are used; --recipe diff-person has real ones")
     if args.source is None:
         try:
-            args.source = json.loads((Path(args.generated) / "args.json").read_text())["arguments"]["source"]
+            folder = Path(args.generated).parent if Path(args.generated).is_file() else Path(args.generated)
+            args.source = json.loads((folder / "args.json").read_text(encoding="utf-8"))["arguments"]["source"]
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"{args.generated} does not say what it was made from; give --source") from None
         say(f"Sources, as {args.generated} names them: {' '.join(args.source)}")
@@ -532,16 +540,27 @@ def draw_demo(args):
 
 def open_run(args):
     """Data and settings: all that can be wrong shows here, before a model is loaded."""
-    sources = open_sources(
-        args.source,
-        args.data_root,
-        holdout_fraction=args.holdout_fraction,
-        seed=args.seed,
-        skip_unreadable=args.skip_unreadable,
-    )
+    if (Path(args.output_dir) / METADATA).is_file():
+        raise ValueError(f"{args.output_dir} holds generated images; give another --output_dir")
+    try:
+        sources = open_sources(
+            args.source,
+            args.data_root,
+            holdout_fraction=args.holdout_fraction,
+            seed=args.seed,
+            skip_unreadable=args.skip_unreadable,
+        )
+    except ValueError as error:
+        if args.origin["source"] == "flag" or args.demo:
+            raise
+        raise ValueError(
+            f"{error}; {args.generated} knows its sources by their last names only: give --source"
+        ) from None
     wanted_thresholds(args, sources)
     generated = open_generated(args.generated, args.data_root, list(sources))
     check_identities(generated, sources)
+    if args.false_match_rate is not None:
+        check_calibration(generated, sources)
     if args.push_to_hub:
         try:
             HfApi().whoami()

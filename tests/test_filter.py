@@ -319,6 +319,34 @@ def test_two_processes_give_the_same_scores(drawn, whole, tmp_path):
     same_scores(whole, folder)
 
 
+def test_no_domain_puts_a_model_elsewhere(tmp_path):
+    domain, rows = "x/../../../elsewhere", []
+    for number in range(6):
+        Image.new("RGB", (32, 64), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        rows.append({"file_name": f"{number}.png", "path": f"{number}.png", "pid": number // 3, "camid": 0})
+    (tmp_path / "set").mkdir()
+    for folder in ("source", "generated"):
+        (tmp_path / "set" / folder).mkdir()
+        for row in rows:
+            shutil.copy(tmp_path / row["file_name"], tmp_path / "set" / folder)
+        written = pa.Table.from_pylist([row | {"domain": domain} for row in rows])
+        pq.write_table(written, tmp_path / "set" / folder / "metadata.parquet")
+    more = ["--clip_model", "none", "--classifier_model", "none", "--keep_fraction", "1"]
+    run(tmp_path / "set" / "generated", tmp_path / "set" / "out", "--source", tmp_path / "set" / "source", *more)
+    assert [path.name for path in (tmp_path / "set" / "out" / "models").iterdir()] == [
+        "reid-x%2F..%2F..%2F..%2Felsewhere"
+    ]
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["generated", "out", "source"]
+    assert set(load_reid(str(tmp_path / "set" / "out" / "dataset"))["train"]["domain"]) == {domain}
+
+
+def test_another_size_is_that_of_every_image(drawn, whole):
+    run(drawn, whole, "--keep_fraction", "0.5", "--resize", "32", "16")
+    opened = load_reid(str(whole / "dataset"))["train"]
+    assert {image.size for image in opened["image"][:]} == {(16, 32)}
+    assert "| 32 x 16 |" in (whole / "dataset" / "README.md").read_text()
+
+
 def test_nothing_left_keeps_the_scores_and_names_a_threshold(drawn, whole, tmp_path):
     folder = tmp_path / "out"
     with pytest.raises(ValueError, match="nothing is left of 40 images") as error:
@@ -344,6 +372,10 @@ def test_the_source_is_found_in_the_generated_folder(drawn, tmp_path):
     args = script.parse_args(["--generated", str(drawn), "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="has images of synthetic-a, --source only synthetic-b"):
         script.main(args)
+    (drawn / "args.json").write_text(json.dumps({"arguments": {"source": ["people"]}}))
+    args = script.parse_args(["--generated", str(drawn / "metadata.parquet"), "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="'people' is neither a known set nor .*last names only: give --source"):
+        script.main(args)
     (drawn / "args.json").unlink()
 
 
@@ -356,14 +388,16 @@ def test_the_source_is_found_in_the_generated_folder(drawn, tmp_path):
         (["--clip_model", "nowhere/at/all"], "--clip_model: no model at 'nowhere/at/all'"),
         (["--reid_model", str(tiny.CLIP_DIR)], "is a clip model, expected"),
         (["--classifier_model", "{models}/reid-synthetic-a"], "is a model of method mgn with several classifiers"),
-        (["--source", SOURCE, "--holdout_fraction", "0"], "so --false_match_rate cannot be calibrated"),
+        (["--holdout_fraction", "0"], "--false_match_rate cannot be calibrated on synthetic-a"),
+        (["--output_dir", "{drawn}"], "holds generated images; give another --output_dir"),
     ],
 )
 def test_bad_data_and_models(drawn, whole, tmp_path, flags, words):
-    more = trained(whole) if "calibrated" in words else []
-    flags = [flag.format(models=whole / "models") for flag in flags]
+    flags = [flag.format(models=whole / "models", drawn=drawn) for flag in flags]
+    before = sorted(drawn.iterdir())
     with pytest.raises(ValueError, match=words):
-        run(drawn, tmp_path / "out", *more, *flags)
+        run(drawn, tmp_path / "out", *flags)
+    assert sorted(drawn.iterdir()) == before and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -382,6 +416,8 @@ def test_bad_data_and_models(drawn, whole, tmp_path, flags, words):
         (["--holdout_fraction", "1"], "below 1"),
         (["--train_batch_size", "6"], "no multiple"),
         (["--min_per_id", "0"], "--min_per_id must be 1 or more"),
+        (["--min_per_id", "3", "--target_per_id", "2"], "--target_per_id 2 is below --min_per_id 3"),
+        (["--duplicate_distance", "4"], "goes with --near_duplicates"),
     ],
 )
 def test_bad_flags(flags, words, capsys):

@@ -1,5 +1,9 @@
 """Choosing among scored images, and reading generated sets, against hand-made cases and brute force."""
 
+import io
+import shlex
+
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +26,9 @@ from utils.drawn_generated import (
 )
 from utils.filter_page import against_truth, truth_table
 from utils.filter_scoring import View
-from utils.filtered_set import Origin
+from utils.filter_sources import Source, check_calibration
+from utils.filtered_set import Origin, write_files
+from utils.filtered_set import resized as smaller
 from utils.generated_images import open_generated
 from utils.loading import resized
 from utils.synthetic import render
@@ -76,6 +82,42 @@ def test_feature_doubles():
 def test_a_double_of_a_dropped_double_stays():
     distances = np.array([[0, 1, 2], [1, 0, 1], [2, 1, 0]])
     assert filtering.repeated(distances, 1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("pids, held, fits", [([1, 2], True, True), ([1, 2], False, False), ([1], True, False)])
+def test_calibration_takes_somebody_else(tmp_path, pids, held, fits):
+    generated = open_generated(str(write_drawn(tmp_path / "set", World(num_ids=1)).parent))
+    sources = {"synthetic-a": Source("synthetic-a", None, pids, None, torch.tensor([held, False]))}
+    if fits:
+        return check_calibration(generated, sources)
+    with pytest.raises(ValueError, match="cannot be calibrated on synthetic-a: it takes two people"):
+        check_calibration(generated, sources)
+
+
+def test_a_score_that_is_no_number_sets_no_threshold():
+    found = scores([0] * 4, [np.nan, 0.9, 0.8, np.nan])
+    limits = filtering.thresholds_of(found, "reid", keep_fraction={"d0": 0.25})
+    assert limits == {"d0": pytest.approx(0.9)}
+    assert filtering.choose(found, "reid", limits).kept.tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    "values", [[0.5, 0.9], [0.99991, 0.99994, 0.99996, 0.99998], [1e-12, 2e-12, 3e-12], [-0.2, -0.1]]
+)
+def test_the_advised_threshold_keeps_half(values):
+    found = scores([0] * len(values), values)
+    nothing = filtering.choose(found, "reid", {"d0": 2.0})
+    words = filtering.nothing_left(found, nothing, "reid").split("--threshold ")[1].split(" ")[0]
+    kept = filtering.choose(found, "reid", {"d0": float(words)}).kept
+    assert kept.sum() == len(values) // 2 and len(words) <= 30
+
+
+def test_an_advised_threshold_can_be_typed():
+    found = scores([0, 0], [0.5, 0.9], source=[0, 1])
+    found.domains[0] = "my people"
+    words = filtering.nothing_left(found, filtering.choose(found, "reid", dict.fromkeys(found.domains, 2.0)), "reid")
+    typed = shlex.split(words.split("--threshold ")[1].split(" is reached")[0])
+    assert filtering.numbers_of(typed) == {"my people": 0.5, "d1": pytest.approx(0.9, abs=1e-4)}
 
 
 def test_thresholds_of_each_source():
@@ -221,6 +263,10 @@ def test_pieces_do_not_depend_on_groups_of_rows(tmp_path, monkeypatch):
     assert opened.counts == {("synthetic-a", 0): 10, ("synthetic-a", 2): 10}
 
 
+def put(table, name, values):
+    return table.set_column(table.column_names.index(name), name, pa.array(values))
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -229,6 +275,8 @@ def test_pieces_do_not_depend_on_groups_of_rows(tmp_path, monkeypatch):
         (lambda table: table.slice(0, 0), "holds no images"),
         (lambda table: table.set_column(2, "pid", pa.array(["x"] * len(table))), "must hold whole numbers"),
         (lambda table: table.drop_columns(["domain"]), "there are 0 sources"),
+        (lambda table: put(table, "domain", [5] * len(table)), "'domain' must hold text, it is int64"),
+        (lambda table: put(table, "camid", pa.nulls(len(table), pa.int64())), "'camid' is empty in 10 rows"),
     ],
 )
 def test_tables_that_are_not_as_expected(tmp_path, change, words):
@@ -236,6 +284,47 @@ def test_tables_that_are_not_as_expected(tmp_path, change, words):
     pq.write_table(change(pq.read_table(file)), file)
     with pytest.raises(ValueError, match=words):
         open_generated(str(tmp_path / "set"))
+
+
+def test_a_folder_that_names_no_domain_is_of_the_only_source(tmp_path):
+    folder = write_drawn(tmp_path / "set", World(num_ids=2)).parent
+    rows = pq.read_table(folder / "metadata.parquet").to_pylist()
+    lines = [f"{row['file_name']},{row['pid']},-1" for row in rows if (folder / row["file_name"]).is_file()]
+    (folder / "metadata.parquet").unlink()
+    (folder / "metadata.csv").write_text("\n".join(["file_name,pid,camid", *lines]))
+    opened = open_generated(str(folder), domains=["market1501"])
+    assert opened.counts == {("market1501", 0): 10, ("market1501", 2): 10}
+    assert {one for table in opened.tables() for one in table["domain"].to_pylist()} == {"market1501"}
+    assert set(open_generated(str(folder), domains=["set"]).counts) == {("set", 0), ("set", 2)}
+    assert set(open_generated(str(folder), domains=["a", "b"]).counts) == {("set", 0), ("set", 2)}
+    (folder / "metadata.csv").write_text(
+        "\n".join(["file_name,pid,camid,domain", *(f"{one},msmt17" for one in lines)])
+    )
+    assert set(open_generated(str(folder), domains=["market1501"]).counts) == {("msmt17", 0), ("msmt17", 2)}
+
+
+def test_two_images_of_one_path_do_not_become_one_file(tmp_path):
+    held = io.BytesIO()
+    Image.new("RGB", (8, 16)).save(held, "PNG")
+    rows = [({"path": path, "pid": pid}, held.getvalue()) for pid, path in enumerate(["a/0.png", "a/./0.png"])]
+    features = datasets.Features({"image": datasets.Image(), "path": datasets.Value("string")})
+    features["pid"] = datasets.Value("int64")
+    with pytest.raises(ValueError, match="two of the images have the path a/0.png.*--format parquet"):
+        write_files(tmp_path, rows, 2, features)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "I;16"])
+def test_another_size_keeps_the_notes_of_the_file(mode):
+    held, exif = io.BytesIO(), Image.Exif()
+    exif[0x010E] = "synthetic"
+    Image.new(mode, (32, 64), 90 if mode != "I;16" else 90 << 8).save(held, "PNG", exif=exif)
+    if mode == "RGB":
+        held = io.BytesIO()
+        Image.new(mode, (32, 64), (90, 0, 0)).save(held, "JPEG", exif=exif)
+    for size in ((16, 8), (64, 32)):
+        with Image.open(io.BytesIO(smaller(held.getvalue(), size))) as image:
+            assert image.size == size[::-1] and image.mode == "RGB" and image.getexif()[0x010E] == "synthetic"
+            assert abs(image.getpixel((3, 3))[0] - 90) <= 3
 
 
 def test_files_outside_the_folder_are_refused(tmp_path):

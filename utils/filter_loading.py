@@ -1,6 +1,7 @@
 """The models that score a set: given ones are opened, the others trained and kept; CLIP with its sentences."""
 
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,8 @@ def load_models(args, sources, folder, accelerator):
     places = {kind: names or {} for kind, names in kinds.items()}
     wanted = [(kind, domain) for kind, names in kinds.items() if names is None for domain in sources]
     for kind, domain in wanted:
-        places[kind][domain] = folder / f"{kind}-{domain}"
+        # A domain may be called as no folder can be, or as one elsewhere.
+        places[kind][domain] = folder / f"{kind}-{quote(domain, safe='')}"
     for kind, domain in wanted[accelerator.process_index :: accelerator.num_processes]:
         if not (places[kind][domain] / "model.safetensors").is_file():
             quiet = not accelerator.is_main_process

@@ -59,6 +59,17 @@ def check_sources(sources):
         check_images(source.train, where=domain)
 
 
+def check_calibration(generated, sources):
+    """ValueError where no scores of other people can be had: from held-out images, against those of somebody else."""
+    domains = sorted({domain for domain, _ in generated.counts})
+    few = [one for one in domains if not sources[one].held_out.any() or len(sources[one].pids) < 2]
+    if few:
+        raise ValueError(
+            f"--false_match_rate cannot be calibrated on {', '.join(few)}: it takes two people, and of one of them "
+            "three images and a --holdout_fraction above 0; give --threshold, --keep_fraction or --target_per_id"
+        )
+
+
 def check_identities(generated, sources):
     unknown_domains = sorted({domain for domain, _ in generated.counts} - set(sources))
     if unknown_domains:

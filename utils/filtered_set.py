@@ -27,8 +27,8 @@ from utils.sources import check_listed
 IMAGES_A_FILE = 5000
 IMAGES_A_GROUP = 100
 QUALITY = 95
-# Columns of scores.parquet that say nothing about an image that is kept.
-UNSAVED = ("file_name", "error", "kept", "rejected", "perceptual_hash")
+# Columns of scores.parquet that say nothing about an image that is kept, or what a new set would be cut by.
+UNSAVED = ("file_name", "error", "kept", "rejected", "perceptual_hash", "split")
 LIMITS = (10, 30, 50, 70, 90, 110, 130, 150, 170, 190, 210, 250, 300)
 # What `datasets` reads from a parquet file's own notes.
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -151,11 +151,15 @@ def write_set(folder, generated, scores_path, summary, args, command):
     write = write_parquet if args.format == "parquet" else write_files
     origin = Origin()
     rows = origin.noted(kept_rows(generated, scores_path, args.resize))
-    sizes = write(aside, rows, summary["kept"], schema_of(scores_path))
-    summary |= {"made_by": origin.words(), "models": sorted(origin.models), "synthetic": origin.synthetic}
-    size = " x ".join(map(str, sizes.pop())) if len(sizes) == 1 else "vary"
-    summary["row"] = [f"{summary['kept']:,}", "vary", f"{summary['identities']:,}", "yes", "vary", size]
-    (aside / "README.md").write_text(card(args, summary, command), encoding="utf-8")
+    try:
+        sizes = write(aside, rows, summary["kept"], schema_of(scores_path))
+        summary |= {"made_by": origin.words(), "models": sorted(origin.models), "synthetic": origin.synthetic}
+        size = " x ".join(map(str, sizes.pop())) if len(sizes) == 1 else "vary"
+        summary["row"] = [f"{summary['kept']:,}", "vary", f"{summary['identities']:,}", "yes", "vary", size]
+        (aside / "README.md").write_text(card(args, summary, command), encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     if folder.exists():
         os.replace(folder, old)
     os.replace(aside, folder)
@@ -201,13 +205,13 @@ def pieces_of(file):
 
 def resized(held, size):
     """JPEG of another size, with the file's own notes."""
-    with Image.open(io.BytesIO(held)) as image:
-        exif = image.getexif()
-        small = as_rgb(image)
-    if small.size != tuple(size[::-1]):
-        small = small.resize(tuple(size[::-1]), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=QUALITY, subsampling=0, exif=exif)
+    # Pixels are read when they are first asked for.
+    with Image.open(io.BytesIO(held)) as image:
+        exif, small = image.getexif(), as_rgb(image)
+        if small.size != tuple(size[::-1]):
+            small = small.resize(tuple(size[::-1]), Image.Resampling.BICUBIC)
+        small.save(buffer, "JPEG", quality=QUALITY, subsampling=0, exif=exif)
     return buffer.getvalue()
 
 
@@ -246,6 +250,8 @@ def write_files(folder, rows, count, features):
         name = os.path.normpath(row["path"])
         check_listed(str(folder), [name], "the metadata")
         path = folder / name
+        if path.exists():
+            raise ValueError(f"two of the images have the path {name}, which is one file; use --format parquet")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(held)
         sizes.add(size_of(held))
@@ -329,7 +335,7 @@ def marked(summary):
 
 def markdown(columns, rows):
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
-    cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell).replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in [*lines, *cells])
 
 

@@ -3,6 +3,7 @@
 Everything here works on a few numbers an image (about 40 bytes), read from scores.parquet; no model takes part.
 """
 
+import shlex
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +81,8 @@ class Choice:
 
 def eligible(scores, name):
     """Rows that a threshold of this filter decides on: they decode and, for Re-ID CTF, match."""
-    return scores.sound & scores.match if name == "reid" else scores.sound & np.isfinite(scores.values[name])
+    may = scores.sound & np.isfinite(scores.values[name])
+    return may & scores.match if name == "reid" else may
 
 
 def thresholds_of(scores, name, *, threshold=None, keep_fraction=None, false_match_rate=None, calibration=None):
@@ -263,14 +265,24 @@ def nothing_left(scores, choice, name):
     for number, domain in enumerate(scores.domains):
         values = scores.values[name][may & (scores.source == number)]
         if len(values):
-            half = score_of_rank(values, max(1, len(values) // 2))
-            words.append(f"{domain}={np.floor(half * 1e4) / 1e4:.4f}")
+            words.append((domain, short_threshold(values, score_of_rank(values, max(1, len(values) // 2)))))
     counts = np.bincount(choice.reason, minlength=len(REASONS))
     why = ", ".join(f"{counts[place]} {word}" for place, word in enumerate(REASONS) if word and counts[place])
     advice = "no image could be kept at any threshold"
     if words:
-        advice = f"--threshold {' '.join(words)} is reached by half of the images it could keep"
+        told = words[0][1] if len(words) == 1 else " ".join(shlex.quote(f"{one}={number}") for one, number in words)
+        advice = f"--threshold {told} is reached by half of the images it could keep"
     return f"nothing is left of {len(scores)} images ({why}); all of them are scored. {advice}"
+
+
+def short_threshold(values, least):
+    """`least` with as few digits, but four, as keep the same of the values, and no other."""
+    values = values.astype(np.float64)
+    for digits in range(4, 9):
+        number = np.floor(least * 10**digits) / 10**digits
+        if (values >= number).sum() == (values >= least).sum():
+            return f"{number:.{digits}f}"
+    return repr(least)
 
 
 def duplicate_finder(scores, kind, limit, features):

@@ -30,6 +30,7 @@ SCORED = pa.schema(
 )
 CHOSEN = [("kept", pa.bool_()), ("rejected", pa.string())]
 WHOLE = {"pid", "camid", "seed", "steps", "index"}
+TEXT = {"path", "file_name", "domain"}
 
 
 def open_generated(name, data_root=None, domains=()):
@@ -44,7 +45,7 @@ def open_generated(name, data_root=None, domains=()):
     data = load_reid(name, data_root)
     if "train" not in data:
         raise ValueError(f"--generated {name} has no train split, only {', '.join(data)}")
-    return DatasetImages(name, data["train"])
+    return DatasetImages(name, data["train"], domains)
 
 
 class Generated:
@@ -96,6 +97,10 @@ class TableImages(Generated):
         for name in WHOLE & set(names):
             if not pa.types.is_integer(schema.field(name).type):
                 raise ValueError(f"{file}: column {name!r} must hold whole numbers, it is {schema.field(name).type}")
+        for name in TEXT & set(names):
+            kind = schema.field(name).type
+            if pa.types.is_nested(kind) or "string" not in str(kind):
+                raise ValueError(f"{file}: column {name!r} must hold text, it is {kind}")
         self.domain = None
         if "domain" not in names:
             if len(domains) != 1:
@@ -136,7 +141,7 @@ class TableImages(Generated):
             else:
                 columns.append(pa.array([fixed[field.name]] * len(table), field.type))
         table = pa.table(columns, schema=self.schema)
-        for name in ("pid", "path", "domain"):
+        for name in ("pid", "path", "domain", "camid"):
             if table[name].null_count:
                 raise ValueError(f"{self.file}: column {name!r} is empty in {table[name].null_count} rows")
         return table
@@ -150,8 +155,12 @@ class TableImages(Generated):
 class DatasetImages(Generated):
     """A split that `load_reid` opened."""
 
-    def __init__(self, name, dataset):
-        self.name, self.dataset = str(name), dataset
+    def __init__(self, name, dataset, domains=()):
+        self.name, self.dataset, self.domain = str(name), dataset, None
+        # Where no column says otherwise, the domain is what the set itself is called.
+        place, found = Path(name).resolve(), set(dataset.unique("domain"))
+        if found <= {place.name, place.stem, place.parent.name} - set(domains) and len(domains) == 1:
+            self.domain = domains[0]
         kinds = {"path": pa.string(), "pid": pa.int64(), "domain": pa.string(), "camid": pa.int64()}
         self.schema = pa.schema([*kinds.items(), ("synthetic", pa.bool_())])
         self.look()
@@ -161,6 +170,9 @@ class DatasetImages(Generated):
         for start in range(0, len(labels), PIECE):
             table = labels[start : start + PIECE]
             table = table.append_column("synthetic", pa.array([True] * len(table)))
+            if self.domain is not None:
+                place, own = table.column_names.index("domain"), pa.array([self.domain] * len(table))
+                table = table.set_column(place, "domain", own)
             yield table.select(self.schema.names).cast(self.schema)
 
     def readers(self, start, table):
