@@ -272,10 +272,10 @@ def open_images(args):
 def query_and_gallery(args, number):
     name, options = parse_spec(args.data)
     options |= number
-    if args.skip_unreadable:
-        # load_reid leaves unreadable images out too, but keeps no list of them.
+    if args.skip_unreadable or args.protocol == "all":
+        # load_reid leaves unreadable images out too, but keeps no list of them; and its queries need another camera.
         data = read_source(name, args.data_root, options)
-        check_splits(data, args.data)
+        check_splits(data, args.data, own_camera=args.protocol == "all")
     else:
         data = load_reid(name, args.data_root, **options)
     if not {"query", "gallery"} <= set(data):

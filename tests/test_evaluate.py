@@ -395,6 +395,21 @@ def test_search_whose_labels_leave_no_match_still_ranks(clip, tmp_path):
     assert rows and {row["match"] for row in rows} == {"0"}
 
 
+def test_protocol_all_ranks_what_one_camera_took(clip, tmp_path):
+    data = load_reid("synthetic:domain=b,num_ids=2")
+    lines = ["file_name,pid,camid,split\n"]
+    for split in ("query", "gallery"):
+        for number, row in enumerate(data[split]):
+            row["image"].save(tmp_path / f"{split}{number}.png")
+            lines.append(f"{split}{number}.png,{row['pid']},0,{split}\n")
+    (tmp_path / "metadata.csv").write_text("".join(lines))
+    arguments = ["--model", clip, "--resolution", 64, 32, "--data", tmp_path, "--report_queries", 0, "--output_dir"]
+    metrics = run(*arguments, tmp_path / "out", "--protocol", "all")
+    assert metrics["num_valid"] == len(data["query"]) and metrics["num_skipped"] == 0
+    with pytest.raises(ValueError, match="only under the query's own camera"):
+        run(*arguments, tmp_path / "out")
+
+
 def test_unreadable_images_are_listed_and_left_out(clip, tmp_path):
     search = folders_of_people(tmp_path, lambda pid, camid, number: f"{pid:04d}_c{camid + 1}_{number}.png")
     broken = sorted((tmp_path / "gallery").iterdir())[1]

@@ -149,8 +149,11 @@ def check_options(name, function, options):
             raise ValueError(f"{name}: {key} must be of type {type(default).__name__}, not {value!r}")
 
 
-def check_splits(data, where):
-    """What every source must hold to: no split empty, no image twice, queries that can be found."""
+def check_splits(data, where, own_camera=False):
+    """What every source must hold to: no split empty, no image twice, queries that can be found.
+
+    With `own_camera` also by an image of the query's own camera.
+    """
     empty = [split for split in data if not len(data[split])]
     if empty or not data:
         raise ValueError(f"{where} has no images in {', '.join(empty) or 'any split'}")
@@ -163,23 +166,24 @@ def check_splits(data, where):
     if ("query" in data) != ("gallery" in data):
         raise ValueError(f"{where} has {' and '.join(data)} only; query and gallery go together")
     if "query" in data:
-        check_queries(data["query"], data["gallery"], where)
+        check_queries(data["query"], data["gallery"], where, own_camera)
 
 
-def check_queries(query, gallery, where):
-    """At least one query must have an image of its identity from another camera."""
+def check_queries(query, gallery, where, own_camera):
+    """At least one query must have an image of its identity from another camera, or from any with `own_camera`."""
     cameras = {}
     for pid, camid in zip(gallery["pid"][:], gallery["camid"][:], strict=True):
         cameras.setdefault(pid, set()).add(camid)
     asked = sorted(set(zip(query["pid"][:], query["camid"][:], strict=True)))
-    if any(cameras.get(pid, set()) - {camid} for pid, camid in asked):
+    if any(cameras.get(pid, set()) - (set() if own_camera else {camid}) for pid, camid in asked):
         return
     shown = ", ".join(f"{pid} (camera {camid})" for pid, camid in asked[:5])
     held = ", ".join(f"{pid} (cameras {sorted(cameras[pid])[:5]})" for pid in sorted(cameras)[:5])
     if any(pid in cameras for pid, _ in asked):
         raise ValueError(
             f"{where}: query identities are in the gallery only under the query's own camera, which does not count. "
-            f"pids of queries: {shown}; of the gallery: {held}. Check the camera numbers"
+            f"pids of queries: {shown}; of the gallery: {held}. Check the camera numbers; of a table without cameras "
+            "camid_column is none"
         )
     raise ValueError(
         f"{where}: no query identity appears in the gallery. "
