@@ -243,6 +243,17 @@ def test_folders_that_are_not_understood(tmp_path, paths, words):
         load_reid(tmp_path / "own")
 
 
+def test_file_name_that_is_no_text(tmp_path):
+    paint(tmp_path / "own/1/a.png")
+    odd = os.path.join(os.fsencode(tmp_path), b"own/1/b\xff.png")
+    try:
+        os.link(os.fsencode(tmp_path / "own/1/a.png"), odd)
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    with pytest.raises(ValueError, match=r"own/1/b\\udcff.png' is no UTF-8.*rename it"):
+        load_reid(tmp_path / "own")
+
+
 def with_rows(folder, *changes, drop=()):
     rows = [row for index, row in enumerate(ROWS) if index not in drop]
     write_table(folder / "metadata.jsonl", [*rows, *changes])
@@ -310,7 +321,7 @@ def test_queries_that_cannot_be_found(folder):
     ):
         load_reid(with_rows(folder, drop=[4]))
     paint(folder / "gallery/g.png")
-    with pytest.raises(ValueError, match=r"only under the query's own camera.*11 \(camera 0\)"):
+    with pytest.raises(ValueError, match=r"only under the query's own camera.*11 \(camera 0\).*camid_column is none"):
         load_reid(with_rows(folder, ("gallery", 11, 0, "gallery/g.png"), drop=[4]))
 
 

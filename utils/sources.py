@@ -67,9 +67,14 @@ def rows_to_dataset(rows, root, domain, split, note=""):
     """A split from its rows: columns built at once, paths instead of pixels."""
     paths = [row.path for row in rows]
     prefix = os.path.join(root, "")
+    try:
+        files = pa.array([prefix + path for path in paths], pa.string())
+    except UnicodeEncodeError:
+        odd = next(path for path in paths if not readable(prefix + path))
+        raise ValueError(f"{ascii(prefix + odd)} is no UTF-8, as names unpacked elsewhere may be: rename it") from None
     table = pa.table(
         {
-            "image": as_images(pa.array([prefix + path for path in paths], pa.string())),
+            "image": as_images(files),
             "pid": pa.array([row.pid for row in rows], pa.int64()),
             "camid": pa.array([row.camid for row in rows], pa.int64()),
             "domain": pa.repeat(pa.scalar(domain), len(rows)),
@@ -78,6 +83,11 @@ def rows_to_dataset(rows, root, domain, split, note=""):
     )
     info = datasets.DatasetInfo(description=note, features=features())
     return datasets.Dataset(table.cast(features().arrow_schema), info=info, split=datasets.NamedSplit(split))
+
+
+def readable(name):
+    """Whether a name is text; bytes that are none come from the file system as lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def as_images(files):
