@@ -174,5 +174,6 @@ def test_contact_sheet_command(tmp_path):
     out = tmp_path / "sheet.png"
     synthetic.main(["--domain", "b", "--num_ids", "3", "--images_per_id", "4", "--out", str(out)])
     assert Image.open(out).size == (4 * 68 + 4, 3 * 132 + 18)
-    with pytest.raises(SystemExit):
-        synthetic.main(["--num_ids", "0", "--out", str(out)])
+    for arguments in (["--num_ids", "0", "--out", str(out)], ["--out", str(tmp_path / "no" / "folder.png")]):
+        with pytest.raises(SystemExit):
+            synthetic.main(["--num_ids", "1", *arguments])

@@ -267,7 +267,7 @@ def main(input_args=None):
     args = parser.parse_args(input_args)
     try:
         contact_sheet(args.domain, args.num_ids, args.images_per_id, args.seed).save(args.out)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f"wrote {args.out}")
 
