@@ -13,7 +13,7 @@ import torch
 
 from .counting import PAIR_LIMIT, match_ranks
 from .dispatch import check_count, check_features, check_ids, choose_backend
-from .tiles import expand_ranges, row_groups, similarity_strips, unit_rows
+from .tiles import expand_ranges, row_groups, similarity_strips, unit_pair
 
 PROTOCOLS = ("market", "all", "cuhk03")
 CUHK03_REPEATS = 10
@@ -72,7 +72,7 @@ def rank_metrics(
         tally = Tally(labels)
         tally.add(*match_ranks_triton(queries, gallery, labels))
         return tally.metrics(max_rank, path)
-    units, gallery_units = unit_rows(("queries", queries)), unit_rows(("gallery", gallery))
+    units, gallery_units = unit_pair(queries, gallery)
     strips = similarity_strips(units, queries.shape[0], gallery_units, gallery.shape[0])
     return metrics_of_strips(strips, labels, max_rank, path, seed)
 

@@ -50,6 +50,13 @@ def unit_rows(*named_features, spare=0):
     return units
 
 
+def unit_pair(queries, gallery):
+    """Unit rows of queries and gallery, both in float64 if one is."""
+    if torch.float64 in (queries.dtype, gallery.dtype):
+        queries, gallery = queries.double(), gallery.double()
+    return unit_rows(("queries", queries)), unit_rows(("gallery", gallery))
+
+
 def cosine_reference(queries, gallery):
     """All cosines, dense, as precise as the dtype of the inputs; equal rows have equal ones."""
     queries = queries / queries.norm(dim=1, keepdim=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .dispatch import check_count, check_features, choose_backend
-from .tiles import cosine_reference, count_set, descending_key, hits, similarity_strips, unit_rows
+from .tiles import cosine_reference, count_set, descending_key, hits, similarity_strips, unit_pair
 
 GROUP = 32
 
@@ -44,7 +44,7 @@ def cosine_topk(queries, gallery, k, *, backend="auto"):
         from .topk_triton import launch_topk
 
         return TopK(*launch_topk(queries, gallery, k)[:2], path)
-    units, gallery_units = unit_rows(("queries", queries)), unit_rows(("gallery", gallery))
+    units, gallery_units = unit_pair(queries, gallery)
     num_queries, num_gallery = queries.shape[0], gallery.shape[0]
     scores = torch.empty(num_queries, k, dtype=units.dtype, device=units.device)
     indices = torch.empty(num_queries, k, dtype=torch.int64, device=units.device)

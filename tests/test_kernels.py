@@ -250,6 +250,11 @@ def test_float64_is_computed_in_float64():
     dense = k_reciprocal_rerank(queries, gallery, k1=8).dense()
     want = k_reciprocal_rerank_reference(queries, gallery, 8)
     torch.testing.assert_close(dense.double(), want, rtol=0, atol=1e-6)
+    # As numpy makes it unasked, for one of the two.
+    want = cosine_topk(queries.float().double(), gallery, 7)
+    found = cosine_topk(queries.float(), gallery, 7)
+    assert found.scores.equal(want.scores) and found.indices.equal(want.indices)
+    check_metrics(rank_metrics(queries, gallery.float(), *ids), cosine(queries, gallery.float().double()), ids)
 
 
 FINE = torch.eye(4)
