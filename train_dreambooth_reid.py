@@ -590,9 +590,12 @@ def save_adapter(run, identity, folder):
 
 
 def is_done(work, record):
-    """Whether there are images of the prompts that now hold."""
+    """Whether there are images of the prompts that now hold, and nobody took one away."""
     made = work.read(f"{record['domain']}/{record['pid']:04d}", IMAGES)
-    return made is not None and all(made[name] == record[name] for name in ("prompt", "identity_prompt"))
+    if made is None or any(made[name] != record[name] for name in ("prompt", "identity_prompt")):
+        return False
+    paths = {work.folder / image["path"] for image in made["images"]}
+    return paths <= {path for folder in {path.parent for path in paths} for path in folder.glob("*")}
 
 
 def advice(run, error):

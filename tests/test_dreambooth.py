@@ -622,6 +622,30 @@ def test_captions_that_failed_once_are_no_failure_for_ever(models, tmp_path, mon
     assert run(models, tmp_path / "out", "--captions_only", "--ids", "0") == {}
 
 
+def test_images_that_somebody_took_away_are_made_again(whole, models, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    before = files(out)
+    (out / "images" / NAMES[0] / "0000.jpg").unlink()
+    shutil.rmtree(out / "images" / NAMES[1])
+    assert run(models, out, "--merge") == {} and (out / "report.html").read_text().count("no image") == 4
+    assert run(models, out) == {}
+    assert files(out) == before
+
+
+def test_missing_images_can_be_left_out(tmp_path):
+    for name in ("1_c1_0.png", "1_c1_1.png", "2_c1_0.png"):
+        (tmp_path / name[0]).mkdir(exist_ok=True)
+        Image.new("RGB", (8, 16)).save(tmp_path / name[0] / name)
+    lines = ["file_name,pid,camid", "1/1_c1_0.png,1,0", "1/1_c1_1.png,1,0", "2/2_c1_0.png,2,0", "3/3_c1_0.png,3,0"]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    (tmp_path / "1" / "1_c1_0.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="3_c1_0.png .no such file"):
+        open_identities([str(tmp_path)])
+    found = open_identities([str(tmp_path)], skip_unreadable=True)
+    assert [(one.pid, one.paths) for one in found] == [(1, ("1/1_c1_1.png",)), (2, ("2/2_c1_0.png",))]
+
+
 def test_the_folder_of_another_script_is_left_alone(models, tmp_path):
     text = json.dumps({"command": ["filter_generated.py"], "arguments": {"source": ["market1501"]}})
     (tmp_path / "args.json").write_text(text)

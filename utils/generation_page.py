@@ -100,12 +100,17 @@ def add_sheets(report, work, identities, records, number):
         ]
         reference = [Tile(data_uri(image), "reference") for image in previews(work, record["reference"])]
         made = [
-            Tile(data_uri(Image.open(work.folder / image["path"])), image["path"], ", ".join(image["drawn"]))
+            Tile(picture_of(work.folder / image["path"]), image["path"], ", ".join(image["drawn"]))
             for image in record["images"][: SHOWN["generated"]]
         ]
         lists = [("other source images", source[1:]), ("the untouched model", reference), ("the tuned model", made)]
         lists = [(label, tiles) for label, tiles in lists if tiles]
         report.ranked(identity.name, source[0], lists, note=record["prompt"])
+
+
+def picture_of(path):
+    """None where somebody took the file away."""
+    return data_uri(Image.open(path)) if path.is_file() else None
 
 
 def previews(work, key):

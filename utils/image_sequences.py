@@ -34,11 +34,12 @@ def open_identities(specs, data_root=None, *, max_images=32, skip_unreadable=Fal
     """All identities of the training splits of `specs`, sorted by domain and number."""
     found = {}
     for spec in specs:
-        data = load_reid(spec, data_root)
+        data = load_reid(spec, data_root, skip_unreadable=skip_unreadable)
         if "train" not in data:
             raise ValueError(f"{spec} has no train split, only {', '.join(data)}; images are made of training people")
-        train, _ = check_images(data["train"], skip_unreadable=skip_unreadable, where=spec)
-        for identity in identities_of(train, max_images):
+        if not skip_unreadable:
+            check_images(data["train"], where=spec)
+        for identity in identities_of(data["train"], max_images):
             if identity.name in found:
                 raise ValueError(f"two of the sources have an identity {identity.name}; name each source once")
             if not FOLDER.fullmatch(identity.domain):
