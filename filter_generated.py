@@ -38,6 +38,7 @@ from utils.arguments import check_ranges, describe_origin, end_with, parse_with_
 from utils.filter_models import check_models, left_out, settings_of
 from utils.filter_page import against_truth, build_page, truth_table
 from utils.filter_scoring import (
+    CALIBRATION,
     FEATURES,
     SCORES,
     SETTINGS,
@@ -72,7 +73,6 @@ RECIPES = {
 }
 BEST = 3
 MAX_CALIBRATION_QUERIES = 2000
-CALIBRATION = "calibration.safetensors"
 
 
 def build_parser():
@@ -382,7 +382,9 @@ def score_piece(run, models, clip, table, readers):
             bad = ~np.isfinite(np.column_stack([vectors, *numbers])).all(1)
             if bad.any():
                 path = table["path"][rows[int(bad.argmax())]].as_py()
-                raise ValueError(f"features or scores of {path} are not finite; run without --mixed_precision")
+                raise ValueError(
+                    f"features or scores of {path} are not finite; give other models, or no --mixed_precision"
+                )
             features[rows, : vectors.shape[1]] = vectors
             for name, values in found.items():
                 for row, value in zip(rows, values, strict=True):

@@ -451,6 +451,17 @@ def test_images_are_those_of_diffusers_own_pipeline(models, solver):
     assert (picture.int() - pixels[1].int()).abs().max() <= 1  # other batches may round another way
 
 
+def test_what_is_not_finite_is_no_picture(models):
+    tokenizer = CLIPTokenizer.from_pretrained(models / "stable-diffusion/tokenizer")
+    model = TextToImage(models / "stable-diffusion", tokenizer, mode="lora")
+    with torch.no_grad():
+        model.unet.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="draws is not finite; use --mixed_precision bf16"):
+        model.sample(model.encode_all(["a person"]), [1], resolution=(64, 32), steps=1, guidance=1)
+    with pytest.raises(ValueError, match="draws is not finite"):
+        model.decode(torch.full((1, 4, 8, 4), torch.nan))
+
+
 def test_without_guidance_the_prompt_alone_counts(models):
     folder = models / "stable-diffusion"
     model = TextToImage(str(folder), CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"), mode="full")

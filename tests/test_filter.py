@@ -367,6 +367,26 @@ def test_scores_of_other_models_are_refused(drawn, whole):
         run(drawn, whole, "--seed", "3", "--keep_fraction", "0.5")
 
 
+@pytest.mark.parametrize("name", ["scores.parquet", "features.npy", "calibration.safetensors"])
+def test_damaged_results_are_made_again(drawn, whole, tmp_path, name):
+    folder, more = tmp_path / "out", [*trained(whole), "--keep_fraction", "0.5"]
+    run(drawn, folder, *more)
+    (folder / name).write_bytes((folder / name).read_bytes()[:40]) if "scores" in name else (folder / name).unlink()
+    run(drawn, folder, *more)
+    same_scores(whole, folder)
+    assert (folder / name).stat().st_size > 40
+
+
+def test_scores_that_are_no_numbers_stop_it(drawn, whole, tmp_path):
+    model = ReIDModel.from_pretrained(whole / "models" / "classifier-synthetic-a")
+    with torch.no_grad():
+        next(parameter for name, parameter in model.named_parameters() if "classifier" in name).fill_(torch.nan)
+    model.save_pretrained(tmp_path / "classifier")
+    more = [*trained(whole)[:2], "--classifier_model", tmp_path / "classifier", "--keep_fraction", "0.5"]
+    with pytest.raises(ValueError, match="scores of images/.*0.jpg are not finite"):
+        run(drawn, tmp_path / "out", *more)
+
+
 def test_the_source_is_found_in_the_generated_folder(drawn, tmp_path):
     (drawn / "args.json").write_text(json.dumps({"arguments": {"source": ["synthetic:domain=b,num_ids=4"]}}))
     args = script.parse_args(["--generated", str(drawn), "--output_dir", str(tmp_path)])

@@ -79,6 +79,13 @@ def test_feature_doubles():
     assert choice.kept.tolist() == [False, True, True]
 
 
+def test_the_very_same_feature_is_at_no_distance():
+    features = np.random.default_rng(0).normal(size=(1, 64)).astype(np.float16).repeat(40, 0)
+    found = scores([0] * 40, [0.5] * 40)
+    double = filtering.duplicate_finder(found, "feature", 0.0, features)(np.arange(40))
+    assert double.tolist() == [False, *[True] * 39]
+
+
 def test_a_double_of_a_dropped_double_stays():
     distances = np.array([[0, 1, 2], [1, 0, 1], [2, 1, 0]])
     assert filtering.repeated(distances, 1).tolist() == [False, True, False]

@@ -21,6 +21,7 @@ from utils.reporting import write_together
 from utils.worklist import differences
 
 PIECES, SCORES, FEATURES, SETTINGS = ".pieces", "scores.parquet", "features.npy", "scoring.json"
+CALIBRATION = "calibration.safetensors"
 
 
 def is_scored(folder, settings):
@@ -29,7 +30,7 @@ def is_scored(folder, settings):
         before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = None
-    scored = (folder / SCORES).is_file()
+    scored = (folder / FEATURES).is_file() and (folder / CALIBRATION).is_file() and is_table(folder / SCORES)
     begun = scored or any((folder / PIECES).glob("*.parquet")) or (folder / "models").is_dir()
     if begun and before != settings:
         changed = "; ".join(differences(before or {}, settings))
@@ -37,6 +38,15 @@ def is_scored(folder, settings):
             f"{folder} holds scores of other models or images: {changed}. Give the same, or another --output_dir"
         )
     return scored
+
+
+def is_table(path):
+    """A file that was damaged since counts as none."""
+    try:
+        pq.read_metadata(path)
+    except (OSError, pa.ArrowException):
+        return False
+    return True
 
 
 def score_pieces(folder, generated, score_piece, *, accelerator):

@@ -292,5 +292,6 @@ def duplicate_finder(scores, kind, limit, features):
     if kind == "perceptual":
         bits = 4 if limit is None else limit
         return lambda rows: repeated(hash_distances(scores.hashes[rows]), bits)
-    distance = 0.02 if limit is None else limit
+    # The distance of a feature from itself is not always 0 when it is rounded.
+    distance = (0.02 if limit is None else limit) + 1e-6
     return lambda rows: repeated(cosine_distances(features[rows]), distance)

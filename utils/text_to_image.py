@@ -136,6 +136,7 @@ class TextToImage:
                         plain, prompted = prediction.chunk(2)
                         prediction = plain + guidance * (prompted - plain)
                     latents = scheduler.step(prediction, step, latents).prev_sample
+            check_finite(latents)
             drawn.append(latents[: len(seeds) - start].float())
         return torch.cat(drawn)
 
@@ -145,12 +146,19 @@ class TextToImage:
         decoded = []
         for part in latents.split(batch_size):
             images = self.vae.decode((part / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
+            check_finite(images)
             decoded.append((images.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).cpu().contiguous())
         return torch.cat(decoded)
 
     def pictures(self, latents, batch_size=8):
         """PIL images."""
         return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in self.decode(latents, batch_size)]
+
+
+def check_finite(drawn):
+    # As pixels they would be black.
+    if not drawn.isfinite().all():
+        raise ValueError("what the model draws is not finite; use --mixed_precision bf16 or no, or lower rates")
 
 
 def load_text_encoder(name, dtype, revision=None):
