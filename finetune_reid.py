@@ -10,7 +10,8 @@ backbone's map, and its losses:
 
     bot  mean, BNNeck                                         classes, smoothed; hard triplets, margin 0.3; centres
     agw  non-local blocks, GeM, BNNeck                        classes, smoothed; weighted triplets; centres
-    sbs  non-local blocks, GeM, BNNeck                        circle loss of classes, smoothed; soft hard triplets
+    sbs  non-local blocks, GeM, BNNeck                        circle loss of classes, smoothed; soft hard triplets of
+                                                              what comes after BNNeck
     mgn  3 branches, whole + 2 + 3 stripes, each to 256       8 x classes; 3 x hard triplets (whole), margin 1.2
     bdb  mean to 512; without a rectangle, maximum to 1024    2 x classes, smoothed; 2 x soft hard triplets
 
@@ -116,6 +117,7 @@ BAG_OF_TRICKS = {
     "learning_rate": 3.5e-4,
     "lr_scheduler": "warmup_multistep",
     "lr_warmup_epochs": 10,
+    "lr_warmup_factor": 0.01,
     "lr_milestones": [40, 70],
     "adam_weight_decay": 5e-4,
     "eval_every": 10,
@@ -133,6 +135,7 @@ PUBLISHED = {
         "num_train_epochs": 60,
         "lr_scheduler": DELAYED_COSINE,
         "lr_warmup_steps": 2000,
+        "lr_warmup_factor": 0.1,
         "lr_delay_epochs": 30,
         "lr_final_factor": 0.002,
         "freeze_steps": 1000,
@@ -156,6 +159,7 @@ PUBLISHED = {
         "num_train_epochs": 400,
         "learning_rate": 1e-3,
         "lr_warmup_epochs": 50,
+        "lr_warmup_factor": 0.1,
         "lr_milestones": [200, 300],
     },
     METABIN: BAG_OF_TRICKS
@@ -168,7 +172,6 @@ PUBLISHED = {
         "num_train_epochs": 100,
         "optimizer": "sgd",
         "learning_rate": 0.01,
-        "lr_warmup_factor": 0.01,
         "meta_first_order": True,
     },
 }
@@ -625,8 +628,6 @@ def training_step(run, batch, optimizer, params):
     )
     # The same draw on every process, and again after a resume.
     rng = random.Random(f"step/{args.seed}/{step}")
-    # Swin drops paths by torch's own generator, from which measurements and loaders draw too.
-    torch.manual_seed(random.Random(f"paths/{args.seed}/{step}/{accelerator.process_index}").getrandbits(62))
     loss, values, compared, labels = run.method(images, labels, rng=rng, frozen=step < args.freeze_steps)
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(params, args.max_grad_norm or float("inf"))

@@ -95,6 +95,9 @@ def test_published_values_and_flags_that_win():
         for one in (args, parse_args(["--method", method])):
             found = one.triplet, one.margin, one.label_smoothing, one.groups, one.centre_weight
             assert found == losses[method]
+    starts = {"bot": 0.01, "agw": 0.01, "sbs": 0.1, "bdb": 0.1}
+    for method, factor in starts.items():
+        assert parse_args(["--recipe", "published", "--method", method]).lr_warmup_factor == factor
     args = parse_args(["--method", "bdb", "--recipe", "published", "--learning_rate", "0.5", "--margin", "0.7"])
     assert (args.learning_rate, args.margin, args.lr_warmup_epochs, args.lr_milestones) == (0.5, 0.7, 50, [200, 300])
     assert args.origin["learning_rate"] == "flag" and args.origin["lr_milestones"] == "recipe"

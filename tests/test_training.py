@@ -378,6 +378,22 @@ def test_a_log_is_cut_to_the_checkpoint_s_step(tmp_path, accelerator):
     assert log.path.read_text() == "" and [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
+def test_the_log_of_the_run_a_checkpoint_is_of_goes_on_in_another_folder(tmp_path, accelerator):
+    first, second = (StepLog(tmp_path / name / "log.jsonl", accelerator) for name in ("one", "two"))
+    first.cut(0)
+    for step in range(1, 5):
+        first.add(step, 1, 0.1, values(step))
+    before = first.path.read_text()
+    for _ in range(2):
+        second.cut(3, beside=first.path)
+        assert second.path.read_text() == "".join(before.splitlines(keepends=True)[:3])
+        # That folder had another training before.
+        second.path.write_text(before.replace("0.1", "0.2"))
+    assert first.path.read_text() == before
+    second.cut(4, beside=tmp_path / "moved" / "log.jsonl")
+    assert "0.2" in second.path.read_text()
+
+
 @pytest.mark.parametrize("content", ["", "nonsense\n", '["step"]\n', '{"epoch": 1}\n'])
 def test_a_log_without_the_checkpoint_s_steps_is_refused(tmp_path, accelerator, content):
     (tmp_path / "log.jsonl").write_text(content)

@@ -173,7 +173,7 @@ class GemHead(Head):
     """AGW and SBS: non-local blocks in a ResNet, GeM pooling, BNNeck and one classifier.
 
     CLIP's class token is its own learned pooling and stands in for GeM. With `cosine`, SBS, the logits are cosines:
-    those its circle loss is made of.
+    those its circle loss is made of. AGW compares features before BNNeck, SBS those after it.
     """
 
     def __init__(self, backbone, *, cosine):
@@ -192,7 +192,7 @@ class GemHead(Head):
     def forward(self, pooled):
         features = pooled[:, 0]
         bn_features = self.bnneck(features)
-        return HeadOutput([features], self.scores([bn_features]), bn_features)
+        return HeadOutput([bn_features if self.cosine else features], self.scores([bn_features]), bn_features)
 
     def scores(self, features):
         if self.cosine and self.training and self.classifiers is not None:
@@ -300,7 +300,7 @@ class BdbHead(Head):
     def kept(self, size, rng):
         """1 where the map stays, 0 in the rectangle: (h, w)."""
         height, width = size
-        tall, wide = max(1, int(self.HEIGHT_RATIO * height)), int(self.WIDTH_RATIO * width)
+        tall, wide = max(1, round(self.HEIGHT_RATIO * height)), round(self.WIDTH_RATIO * width)
         top, left = rng.randint(0, height - tall), rng.randint(0, width - wide)
         kept = torch.ones(height, width)
         kept[top : top + tall, left : left + wide] = 0

@@ -208,14 +208,15 @@ class StepLog:
         self.describe = describe or (lambda rows: "")
         self.waiting, self.last = [], None
 
-    def cut(self, step):
-        """Keep the lines up to a checkpoint's step; 0 starts anew."""
+    def cut(self, step, beside=None):
+        """Keep the lines up to a checkpoint's step, of the log `beside` it where there is one; 0 starts anew."""
         if self.accelerator.is_main_process:
-            lines = self.path.read_text().splitlines(keepends=True) if step and self.path.exists() else []
+            path = beside if beside is not None and beside.exists() else self.path
+            lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
             kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
             if len(kept) < step:
                 raise ValueError(
-                    f"{self.path} has {len(kept)} lines up to the checkpoint's step {step}: it is of another run or "
+                    f"{path} has {len(kept)} lines up to the checkpoint's step {step}: it is of another run or "
                     "damaged. Start anew without --resume_from_checkpoint, or give another --output_dir"
                 )
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,12 @@
 """The loop every training runs: epochs and steps from where a checkpoint stands, logs, measurements, a way to stop."""
 
+import random
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
-from utils.checkpoints import save_checkpoint
+from utils.checkpoints import find_checkpoint, save_checkpoint
 from utils.training import StepLog, StopSignal
 
 
@@ -31,7 +33,9 @@ def train_epochs(
     images for an error. `sampler` is a `RemainingBatches`, `loader` gives batches that hold their `indices`.
     """
     log = StepLog(Path(args.output_dir) / "log.jsonl", accelerator, every=args.log_every, describe=rows)
-    log.cut(state["step"])
+    # Another run's checkpoint may be gone on with in a new folder.
+    came_from = state["step"] and find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    log.cut(state["step"], beside=came_from.parent / "log.jsonl" if came_from else None)
     stop, saved = StopSignal(), state["step"]
     bar = tqdm(
         total=min(num_steps, args.max_train_steps or num_steps),
@@ -54,6 +58,8 @@ def train_epochs(
             before(epoch)
         for batch in loader:
             rate = rates.set(epoch, state["step"])
+            # Swin drops paths by torch's own generator, from which measurements and loaders draw too.
+            torch.manual_seed(seed_of(args.seed, state["step"], accelerator.process_index))
             values = step(batch)
             state["step"], state["batch"] = state["step"] + 1, state["batch"] + 1
             bar.update()
@@ -78,6 +84,11 @@ def train_epochs(
     bar.close()
     stop.close()
     return None
+
+
+def seed_of(seed, step, process):
+    """Of what a step drops out on one process: again the same after a resume."""
+    return random.Random(f"paths/{seed}/{step}/{process}").getrandbits(62)
 
 
 def done(args, state):
