@@ -495,7 +495,7 @@ def main(args):
         num_steps=run.num_steps,
         step=partial(training_step, run, optimizer=optimizer, params=params),
         measure=partial(measure, run),
-        before=lambda epoch: model.train(),
+        before=lambda epoch: set_modes(args, model, average),
         rows=partial(name_images, accelerator, train),
     )
     if stopped_at:
@@ -504,6 +504,15 @@ def main(args):
         finish(run)
     accelerator.end_training()
     return EXIT_SIGTERM if stopped_at else 0
+
+
+def set_modes(args, model, average):
+    """A teacher's norms look at the batch as its student's do, but nothing drops out of it."""
+    model.train()
+    if args.objective == "dino":
+        for module in average.module.eval().modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train()
 
 
 def training_step(run, batch, *, optimizer, params):
@@ -531,9 +540,23 @@ def training_step(run, batch, *, optimizer, params):
     if args.objective == "dino":
         update_centre(run, values.pop("centre"))
     if run.average is not None:
-        run.average.multi_avg_fn = get_ema_multi_avg_fn(momentum(args, run.state["step"], run.num_steps))
+        run.average.multi_avg_fn = running_mean(momentum(args, run.state["step"], run.num_steps))
         run.average.update_parameters(run.bare)
     return {"grad_norm": norm, **values}
+
+
+def running_mean(keep):
+    """For `AveragedModel`. Whole numbers are copied: means of Swin's table of places would be cut off, one too low."""
+    mean = get_ema_multi_avg_fn(keep)
+
+    def update(averages, values, count):
+        if averages[0].is_floating_point():
+            mean(averages, values, count)
+        else:
+            for average, value in zip(averages, values, strict=True):
+                average.copy_(value)
+
+    return update
 
 
 def mix_of(args, step):
@@ -630,8 +653,6 @@ def build_model(args, accelerator, num_ids):
         average.n_averaged.fill_(1)
     if args.torch_compile:
         backbone.compile()
-    # What drops out of a network differs between processes, unlike its weights.
-    set_seed(args.seed, device_specific=True)
     return model, average
 
 

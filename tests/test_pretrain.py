@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, SwinConfig, SwinModel
 
 import evaluate
 import finetune_reid
@@ -45,6 +45,7 @@ DINO = [*("--objective", "dino", "--local_crops", "2", "--prototypes", "32", "--
 EVERY_STEP = ["--checkpointing_steps", "1", "--checkpoints_total_limit", "9"]
 FINISHED = [*SMALL, *MIXED, *EVERY_STEP, "--ema_decay", "0.3", "--layer_decay", "0.9", "--target", TARGET]
 DISTILLED = [*SMALL, *DINO, *EVERY_STEP]
+TINY_SWIN = {"image_size": 32, "embed_dim": 12, "depths": [2, 2], "num_heads": [2, 3], "window_size": 4}
 CONVOLUTION = "backbone.model.embedder.embedder.convolution.weight"
 
 
@@ -378,6 +379,71 @@ def test_a_cut_training_goes_on_to_the_same_numbers(finished, tmp_path, capsys):
     assert train(*common, "--resume_from_checkpoint", "latest") == 0
 
 
+@pytest.fixture(scope="session")
+def dropping(tmp_path_factory):
+    """A Swin with random weights in a folder, which drops paths at random."""
+    folder = tmp_path_factory.mktemp("dropping")
+    torch.manual_seed(0)
+    SwinModel(SwinConfig(**TINY_SWIN, drop_path_rate=0.5)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("more", [["--objective", "classification"], DINO], ids=["classification", "dino"])
+def test_what_drops_out_belongs_to_seed_and_step(dropping, tmp_path, more):
+    """Whether it was measured, and where it was cut, changes nothing."""
+    common = [*SMALL, *more, "--backbone", dropping]
+    train(*common, "--output_dir", tmp_path / "whole")
+    train(*common, "--target", TARGET, "--max_train_steps", "2", "--output_dir", tmp_path / "cut")
+    cut = [*common, "--target", TARGET, "--output_dir", tmp_path / "cut"]
+    train(*cut, "--resume_from_checkpoint", "latest")
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("more", [["--ema_decay", "0.999"], DINO], ids=["ema", "dino"])
+def test_the_mean_of_a_swin_keeps_its_table_of_places(dropping, more):
+    """Whole numbers that no file holds: the mean would be measured with others than it is opened with."""
+    args = parse_args([*SMALL, *more, "--backbone", str(dropping)])
+    AcceleratorState._reset_state(True)
+    model, average = pretrain_backbone.build_model(args, pretrain_backbone.start_accelerator(args), 6)
+    AcceleratorState._reset_state(True)
+    tables = [name for name, _ in model.named_buffers() if name.endswith("relative_position_index")]
+    for step in range(4):
+        average.multi_avg_fn = pretrain_backbone.running_mean(momentum(args, step, 6))
+        average.update_parameters(model)
+    assert tables
+    for name in tables:
+        assert torch.equal(average.module.get_buffer(name), model.get_buffer(name)), name
+
+
+def test_nothing_drops_out_of_a_teacher(dropping):
+    args = parse_args([*SMALL, *DINO, "--backbone", str(dropping)])
+    AcceleratorState._reset_state(True)
+    model, average = pretrain_backbone.build_model(args, pretrain_backbone.start_accelerator(args), 6)
+    AcceleratorState._reset_state(True)
+    pretrain_backbone.set_modes(args, model, average)
+    crops = torch.randn(4, 2, 3, 64, 32)
+    with torch.no_grad():
+        assert torch.equal(average.module.scores(crops), average.module.scores(crops))
+        assert not torch.equal(model.scores(crops), model.scores(crops))
+
+
+def test_a_teacher_s_norms_look_at_the_batch(tmp_path):
+    """Whatever mode a backbone with published weights comes in, and whether it was measured before."""
+    open_backbone("resnet-small", (64, 32), from_scratch=True).save_pretrained(tmp_path / "start")
+    common = [*SMALL, *DINO, "--max_train_steps", "2", "--backbone", tmp_path / "start"]
+    train(*common, "--output_dir", tmp_path / "plain")
+    train(*common, "--target", TARGET, "--output_dir", tmp_path / "measured")
+    assert log_of(tmp_path / "plain") == log_of(tmp_path / "measured")
+    average = tensors_of(tmp_path / "plain", 2)
+    counts = [int(value) for name, value in average.items() if name.endswith("num_batches_tracked")]
+    assert counts and min(counts) > 0
+
+
+def test_another_run_s_checkpoint_goes_on_in_a_new_folder(finished, tmp_path):
+    train(*FINISHED, "--resume_from_checkpoint", finished / "checkpoint-3", "--output_dir", tmp_path)
+    assert (tmp_path / "log.jsonl").read_text() == (finished / "log.jsonl").read_text()
+
+
 def test_kill_and_go_on(distilled, tmp_path):
     """SIGKILL after some step of DINO, then go on: the log file is the unbroken run's, byte by byte."""
     common = [*DISTILLED, "--output_dir", tmp_path]
@@ -475,8 +541,6 @@ def test_fractions_are_seeded_and_nested():
 
 def test_clip_and_swin_are_pretrained_and_open_again(tmp_path):
     """Their folders are plain transformers ones; positions of CLIP go back to its square grid."""
-    from transformers import SwinConfig, SwinModel
-
     swin = SwinModel(SwinConfig(image_size=64, embed_dim=16, depths=[1, 1], num_heads=[1, 2], window_size=4))
     swin.save_pretrained(tmp_path / "swin")
     for name, backbone in (("swin", tmp_path / "swin"), ("clip", tiny.CLIP_DIR)):

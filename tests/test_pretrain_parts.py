@@ -19,7 +19,9 @@ from utils.backbone_names import NAMED, check_backbone, named_config, open_backb
 from utils.backbones import backbone_from_config
 from utils.batch_norm import GlobalBatchNorm
 from utils.loading import ShuffleSampler, TrainTransform, to_tensor
+from utils.metabin import add_batch_instance_norms
 from utils.mixing import Mix, Mixing, cut, mix_images, mixed_loss, neighbours
+from utils.modeling import ReIDModel
 from utils.parameter_groups import decays, depths, parameter_groups
 from utils.pretraining_transforms import MultiCrop, RandAugmentTransform, to_picture
 from utils.training_data import RemainingBatches
@@ -428,6 +430,35 @@ def test_backbones_that_cannot_be_opened(tmp_path):
     with pytest.raises(ValueError, match="is a file; give a folder"):
         check_backbone(str(tmp_path / "weights.pth"), False)
     assert set(NAMED) == {"resnet-small", "resnet50", "swin-t", "swin-s", "swin-b", "clip-b16"}
+
+
+@pytest.mark.parametrize(
+    "method, words",
+    [
+        ("agw", "non-local blocks of agw"),
+        ("sbs", "of sbs"),
+        ("mgn", "stride of mgn's"),
+        ("norms", "mixtures of batch"),
+    ],
+)
+def test_a_changed_resnet_is_no_plain_start(tmp_path, method, words):
+    """What comes out of a pre-training must open in plain transformers."""
+    backbone = open_backbone("resnet-small", (96, 64), from_scratch=True)
+    if method == "norms":
+        add_batch_instance_norms(backbone)
+    ReIDModel(backbone, 3, method="bot" if method == "norms" else method).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        check_backbone(str(tmp_path), False)
+    # Of its configuration alone a plain one is made.
+    check_backbone(str(tmp_path), True)
+
+
+def test_a_model_of_bdb_has_a_plain_backbone(tmp_path):
+    backbone = open_backbone("resnet-small", (96, 64), from_scratch=True)
+    ReIDModel(backbone, 3, method="bdb").save_pretrained(tmp_path / "model")
+    open_backbone(str(tmp_path / "model"), (96, 64)).save_pretrained(tmp_path / "backbone")
+    again = open_backbone(str(tmp_path / "backbone"), (96, 64)).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in backbone.state_dict().items())
 
 
 def test_depths_of_a_small_backbone():

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, CLIPVisionConfig, ResNetConfig, SwinConfig
+from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig, ResNetConfig, SwinConfig
 
 from utils.backbones import ClipBackbone, backbone_from_config, load_backbone, read_config
 from utils.model_folder import model_kind, read_model_folder
@@ -68,6 +68,22 @@ def check_backbone(name, from_scratch):
         raise ValueError(f"--backbone {name} is a file; give a folder, a Hub id or one of {known}")
     if kind == "backbone":
         read_config(name, **HUB)
+    elif not from_scratch and (what := not_plain(PreTrainedConfig.get_config_dict(name)[0])):
+        raise ValueError(
+            f"--backbone {name}: its {what}, which a plain backbone folder cannot hold; start from a backbone or from "
+            "a model of bot or bdb"
+        )
+
+
+def not_plain(config):
+    """What of a Re-ID model's backbone `transformers` does not know, in words; None where it is the plain one."""
+    if config.get("norms"):
+        return "norms are mixtures of batch and instance norm"
+    if config["backbone"]["model_type"] == "resnet" and config.get("method", "bot") in ("agw", "sbs"):
+        return f"ResNet has the non-local blocks of {config['method']}"
+    if config["backbone"]["model_type"] == "resnet" and config.get("method") == "mgn":
+        return "ResNet has the stride of mgn's global branch"
+    return None
 
 
 def open_backbone(name, image_size, from_scratch=False):
