@@ -36,6 +36,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from utils import tiny
+from utils.batch_norm import share_batch_statistics
 from utils.checkpoints import load_checkpoint, open_state
 from utils.denoising import decode, denoise, sheet
 from utils.diffusion import (
@@ -511,6 +512,8 @@ def main(args):
     own = args.source if len(args.source) == 1 and {"query", "gallery"} <= set(data) else []
     targets = open_targets(args.target or own, args.data_root, skip_unreadable=args.skip_unreadable)
     batch_size = global_batch_size(args, accelerator)
+    if batch_size < 2:
+        raise ValueError("a batch of one image has no statistics for BatchNorm; raise --train_batch_size")
     share = accelerator.process_index, accelerator.num_processes
     sampler = RemainingBatches(IdentitySampler(labels.tolist(), batch_size, args.images_per_id, args.seed, *share))
     path, state = open_state(
@@ -665,6 +668,8 @@ def build_model(args, accelerator, num_ids, info):
             f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: the BatchNorm inside {args.backbone} "
             "cannot see the whole batch in several passes; use 1, or a backbone without BatchNorm"
         )
+    # The neck sees the gathered batch anyway.
+    share_batch_statistics(encoder.backbone, accelerator.device)
     memory = PrototypeMemory(torch.zeros(num_ids, encoder.num_features), args.memory_temperature, args.memory_momentum)
     condition = unet = schedule = vae = None
     if info is not None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import train_dcac
 from train_dcac import DCAC, Condition, draw_noise, parse_args
 from utils import tiny
+from utils.backbone_names import open_backbone
 from utils.diffusion import NoiseSchedule, load_unet, load_vae
 from utils.latents import encode, sample_latents
 from utils.losses import PrototypeMemory
@@ -514,6 +515,17 @@ def test_two_processes_train_as_one(small, train, tmp_path):
     assert max(float((first[name].float() - second[name].float()).abs().max()) for name in first) < 1e-3
 
 
+def test_two_processes_train_a_resnet_as_one(small, train, tmp_path):
+    """The BatchNorm inside the backbone too."""
+    open_backbone("resnet-small", (64, 32), from_scratch=True).save_pretrained(tmp_path / "start")
+    common = [*small, "--diffusion", "none", "--backbone", tmp_path / "start", "--resolution", "64", "32"]
+    common += ["--max_train_steps", "3", "--mixed_precision", "no"]
+    train(*common, "--output_dir", tmp_path / "one")
+    launch(*common, "--train_batch_size", "4", "--output_dir", tmp_path / "two", processes=2)
+    for left, right in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert left == pytest.approx(right, rel=1e-3, abs=1e-3)
+
+
 def test_a_tracker_gets_losses_rates_numbers_and_settings(small, train, cache, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train(*plain(small, cache), "--report_to", "tensorboard", "--output_dir", tmp_path)
@@ -548,6 +560,7 @@ def test_bad_input_is_told_in_one_line(small, standins, tmp_path, capsys, monkey
     monkeypatch.setattr(ReIDModel, "for_training", None)
     out = ["--output_dir", tmp_path / "out"]
     assert "10" in refused(capsys, *small, *out, "--train_batch_size", "10")
+    assert "a batch of one" in refused(capsys, *small, *out, "--train_batch_size", "1", "--images_per_id", "1")
     many = refused(capsys, *small, *out, "--train_batch_size", "32")
     assert "8 identities" in many and "only 6" in many
     assert "no query and gallery" in refused(capsys, *small, *out, "--target", str(folder_of(tmp_path, ["train"])))
