@@ -212,7 +212,9 @@ def build_parser():
 
     group = parser.add_argument_group("running")
     group.add_argument("--eval_batch_size", type=int, default=64, help="images a process; default 64")
-    group.add_argument("--dataloader_num_workers", type=int, default=2, help="threads that read images; default 2")
+    group.add_argument(
+        "--dataloader_num_workers", type=int, default=2, help="threads that read, or processes that train; default 2"
+    )
     group.add_argument("--seed", type=int, default=0, help="of training and of what is held out; default 0")
     return parser
 
