@@ -306,7 +306,7 @@ def check_args(parser, args):
         ],
         fractions=[
             "erasing", "memory_momentum", "label_smoothing", "mix_weight", "lr_warmup_factor", "lr_gamma",
-            "lambda_value",
+            "lambda_value", "adam_beta1", "adam_beta2",
         ],
     )  # fmt: skip
     if not all(0 < eps < 1 for eps in scales(args)):

@@ -372,7 +372,7 @@ def check_args(parser, args):
         ],
         fractions=[
             "erasing", "label_smoothing", "lambda_value", "lr_warmup_factor", "lr_gamma", "lr_final_factor",
-            "circle_margin",
+            "circle_margin", "adam_beta1", "adam_beta2",
         ],
     )  # fmt: skip
     if args.fraction is not None and not 0 < args.fraction <= 1:

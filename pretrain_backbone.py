@@ -284,7 +284,7 @@ def check_args(parser, args):
         ],
         fractions=[
             "image_fraction", "identity_fraction", "erasing", "label_smoothing", "ema_decay", "layer_decay",
-            "teacher_momentum", "centre_momentum", "colours", "hidden_sides",
+            "teacher_momentum", "centre_momentum", "colours", "hidden_sides", "adam_beta1", "adam_beta2",
         ],
     )  # fmt: skip
     if args.streaming and len(args.source) > 1:

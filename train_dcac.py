@@ -331,7 +331,10 @@ def check_args(parser, args):
             "ldm_weight", "adam_weight_decay", "max_grad_norm", "dataloader_num_workers", "validation_ids",
             "lr_warmup_epochs", "lr_warmup_steps", "seed", "padding",
         ],
-        fractions=["erasing", "memory_momentum", "label_smoothing", "lambda_value", "lr_warmup_factor", "lr_gamma"],
+        fractions=[
+            "erasing", "memory_momentum", "label_smoothing", "lambda_value", "lr_warmup_factor", "lr_gamma",
+            "adam_beta1", "adam_beta2",
+        ],
     )  # fmt: skip
     if min(args.resolution + args.diffusion_resolution) < 8:
         parser.error("--resolution and --diffusion_resolution must be at least 8 pixels")

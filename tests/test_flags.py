@@ -122,6 +122,8 @@ BAD = {
     "--nonsense": (["1"], "unrecognized arguments: --nonsense 1"),
     "--dataloader_num_workers": (["-1"], "got -1"),
     "--eval_batch_size": (["0"], "got 0"),
+    "--adam_beta1": (["1.5"], "between 0 and 1, got 1.5"),
+    "--adam_beta2": (["-1"], "between 0 and 1, got -1"),
     "--output_dir": ([], "expected one argument"),
 }
 
