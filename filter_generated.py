@@ -344,6 +344,8 @@ def score(run):
         with write_together(run.folder) as aside:
             aside(SETTINGS).write_text(to_json(run.settings), encoding="utf-8")
     accelerator.wait_for_everyone()
+    # First: what is wrong with it would else be known after the training of the others.
+    clip = load_clip(args, accelerator.device)
     models = load_models(args, run.sources, run.folder / "models", accelerator)
     if accelerator.is_main_process:
         calibration = {}
@@ -351,7 +353,6 @@ def score(run):
             calibration |= calibrate(run.sources[domain], its.gallery, its.labels, args.seed)
         with write_together(run.folder) as aside:
             save_file(calibration, aside(CALIBRATION))
-    clip = load_clip(args, accelerator.device)
 
     def work(table, readers):
         return score_piece(run, models, clip, table, readers)

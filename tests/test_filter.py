@@ -377,6 +377,15 @@ def test_damaged_results_are_made_again(drawn, whole, tmp_path, name):
     assert (folder / name).stat().st_size > 40
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_damaged_clip_is_known_before_anything_is_trained(drawn, tmp_path, name):
+    shutil.copytree(tiny.CLIP_DIR, tmp_path / "clip")
+    (tmp_path / "clip" / name).write_bytes((tmp_path / "clip" / name).read_bytes()[:2000])
+    with pytest.raises(ValueError, match="--clip_model: .*/clip' cannot be loaded: "):
+        run(drawn, tmp_path / "out", "--clip_model", tmp_path / "clip")
+    assert not (tmp_path / "out" / "models").exists()
+
+
 def test_scores_that_are_no_numbers_stop_it(drawn, whole, tmp_path):
     model = ReIDModel.from_pretrained(whole / "models" / "classifier-synthetic-a")
     with torch.no_grad():

@@ -57,8 +57,14 @@ def load_clip(args, device):
     """None where it is left out. A picture is squeezed into CLIP's square as a whole: its own crop would behead."""
     if left_out(args, "clip"):
         return None
-    clip = CLIPModel.from_pretrained(args.clip_model, use_safetensors=True).to(device).eval()
-    processor = CLIPProcessor.from_pretrained(args.clip_model)
+    try:
+        clip = CLIPModel.from_pretrained(args.clip_model, use_safetensors=True).to(device).eval()
+        processor = CLIPProcessor.from_pretrained(args.clip_model)
+    # The Hub, the readers of weights and those of words have errors of their own, which name no model.
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise ValueError(f"--clip_model: {args.clip_model!r} cannot be loaded: {error}") from error
     sentences = [args.clip_sentence, *args.clip_others]
     tokens = processor.tokenizer(sentences, padding=True, truncation=True, return_tensors="pt").to(device)
     with torch.inference_mode():
