@@ -278,7 +278,7 @@ def caption_identity(captioner, identity, made_with):
         "domain": identity.domain,
         "pid": identity.pid,
         "camid": identity.camid,
-        **captions.merged([{"caption": one["caption"], **one["answers"]} for one in said]),
+        **captions.merged(captions.answers_of(said)),
         "images": said,
         "made_with": made_with,
     }

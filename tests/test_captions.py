@@ -245,7 +245,7 @@ def test_an_edit_is_what_differs_from_what_was_written(tmp_path):
 
 
 def test_a_file_of_prompts_says_it_all(tmp_path):
-    before = described(2, upper="red coat") | {"text": "a person in a dream"}
+    before = described(2, upper="red coat") | {"text": "a person in a dream", "images": []}
     written = described(2, upper="red coat")
     written["images"][0]["answers"]["upper"] = "a red coat"
     row = rows_of([written], tmp_path / "captions.parquet")["a", 2]
@@ -255,6 +255,12 @@ def test_a_file_of_prompts_says_it_all(tmp_path):
         return record["text"] or captions.composed(record)
 
     assert prompt_of(row) == written["prompt"]
+    # Without its answers, a row that went through a spreadsheet is known by those of the record.
+    file = tmp_path / "captions.csv"
+    file.write_text(f"pid,prompt,upper,images\n2,\"{row['prompt']}\",pink coat,\"[{{'path': '1.png'}}]\"\n")
+    assert prompt_of(captions.read_captions(file)[None, 2]) == row["prompt"]
+    before["images"] = written["images"]
+    assert prompt_of(captions.read_captions(file)[None, 2]) == "a photo of a person, wearing a pink coat"
     # The prompt beside it is that of the answers, so nobody wrote it.
     assert prompt_of(row | {"upper": "pink coat"}) == "a photo of a person, wearing a pink coat"
     assert prompt_of(row | {"upper": "pink coat", "prompt": "a person"}) == "a person"

@@ -173,7 +173,7 @@ def read_captions(path):
             raise ValueError(f"{path} has identity {key[1]} twice")
         if not any(words.values()):
             raise ValueError(f"{path}: identity {key[1]} has neither a prompt nor attributes")
-        found[key] = words | {"seen": merged(row["images"]) if row.get("images") else None}
+        found[key] = words | {"seen": seen_of(row.get("images"))}
     if not found:
         raise ValueError(f"{path} has no rows")
     return found
@@ -202,12 +202,24 @@ def whole(value):
     return number
 
 
+def seen_of(images):
+    """What a row's answers come to; a csv has them as one long word, which nobody reads."""
+    if not (isinstance(images, list) and images and all(isinstance(one, dict) for one in images)):
+        return None
+    return merged([{name: str(value or "") for name, value in one.items()} for one in images])
+
+
+def answers_of(images):
+    """Those of a record, as a row has them."""
+    return [{"caption": one["caption"], **one["answers"]} for one in images]
+
+
 def merged(images):
     """What is said most about the images of a sequence, each with its `caption` and an answer to every question."""
     attributes = {key: majority(clean(one.get(key) or "") for one in images) for key in QUESTIONS}
     return {
         "attributes": {key: value for key, value in attributes.items() if value},
-        "caption": majority(clean(one["caption"] or "", MAX_CAPTION_WORDS) for one in images),
+        "caption": majority(clean(one.get("caption") or "", MAX_CAPTION_WORDS) for one in images),
     }
 
 
@@ -261,6 +273,7 @@ def said_otherwise(row, before, fit, identity, class_prompt):
 def stated(record, row, fit, identity, class_prompt=CLASS_PROMPT):
     """A record that says what a row says, whatever was known before."""
     # A prompt that the answers come to is nobody's edit.
-    made = {"prompt": fit(composed(row["seen"], class_prompt), identity)} if row["seen"] else {}
+    seen = row["seen"] or (record["images"] and merged(answers_of(record["images"])))
+    made = {"prompt": fit(composed(seen, class_prompt), identity)} if seen else {}
     blank = {"attributes": {}, "caption": "", "text": "", "edit": None}
     return record | blank | said_otherwise(row, made, fit, identity, class_prompt)
