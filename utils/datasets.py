@@ -27,6 +27,7 @@ from huggingface_hub import HfApi
 
 from utils import benchmarks, own_data
 from utils.images import PersonImage, check_files, check_images
+from utils.own_tables import Columns
 from utils.sources import SPLITS, dense, features, put, rows_to_dataset
 
 COLUMN_OPTIONS = ("image_column", "pid_column", "camid_column", "domain_column", "split_column")
@@ -123,9 +124,7 @@ def read_source(name, root, options):
     unknown = sorted(set(options) - set(accepted))
     if unknown:
         raise ValueError(f"{name} does not know the option {unknown[0]!r}; it accepts {', '.join(accepted)}")
-    columns = own_data.Columns(
-        **{key.removesuffix("_column"): options.pop(key) for key in COLUMN_OPTIONS if key in options}
-    )
+    columns = Columns(**{key.removesuffix("_column"): options.pop(key) for key in COLUMN_OPTIONS if key in options})
     return own_data.read_local(path, columns, **options) if path else own_data.read_hub(name, columns, **options)
 
 
