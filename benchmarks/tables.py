@@ -121,6 +121,24 @@ def filter_truth():
     return table(found["columns"], found["table"], words=2)
 
 
+def filtering():
+    rows = []
+    for row in read("filtering")["rows"]:
+        again = f"{row['choose_again_seconds']:.0f} s"
+        rows.append([f"{row['images']:,}", f"{row['images_a_second']:.0f}", f"{row['peak_mib'] / 1024:.2f}", again])
+    return table(["images", "scored a second", "GiB", "choosing again"], rows)
+
+
+def answerer():
+    names = {"upper": "upper garment", "upper_kind": "its kind", "upper_colour": "its colour", "pattern": "its pattern"}
+    names |= {"lower": "lower garment", "lower_kind": "its kind", "lower_colour": "its colour"}
+    rows = [
+        [names.get(key, key), f"{100 * one['accuracy']:.0f} %", f"{100 * one['commonest']:.0f} %"]
+        for key, one in read("standins")["question_answerer"].items()
+    ]
+    return table(["", "right", "the commonest answer"], rows)
+
+
 def starts():
     names = {"few-shot": "{} of each identity's images", "small-scale": "{} of the identities"}
     rows = []
@@ -170,6 +188,8 @@ TABLES = {
     "loading": loading,
     "clustering": clustering,
     "filter-truth": filter_truth,
+    "filtering": filtering,
+    "answerer": answerer,
     "starts": starts,
     "adaptation": adaptation,
     "faults": faults,

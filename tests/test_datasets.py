@@ -96,6 +96,9 @@ def test_save_clears_what_a_killed_one_left(folder, tmp_path):
         ("/data/a:b=c", ("/data/a:b=c", {})),
         ("someone/people", ("someone/people", {})),
         ("markt:split=1", ("markt:split=1", {})),
+        ("/data/a:b=c,pid_column=d", ("/data/a:b=c,pid_column=d", {})),
+        ("./a:b:pid_column=who, camid_column=none", ("./a:b", {"pid_column": "who", "camid_column": "none"})),
+        ("someone/people:revision=v2", ("someone/people", {"revision": "v2"})),
     ],
 )
 def test_spec(spec, want):

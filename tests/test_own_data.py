@@ -50,6 +50,7 @@ def test_other_column_names(folder):
     write_table(folder / "metadata.csv", ROWS, "picture", pid="label", camid="view")
     data = load_reid(folder, image_column="picture", pid_column="label", camid_column="view")
     assert contents(data) == expected()
+    assert contents(load_reid(f"{folder}:image_column=picture,pid_column=label,camid_column=view")) == expected()
     with pytest.raises(ValueError, match=r"no column 'pid'.*'label'.*pid_column="):
         load_reid(folder, image_column="picture")
     with pytest.raises(ValueError, match=r"no column 'camid'.*camid_column="):

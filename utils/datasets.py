@@ -31,6 +31,7 @@ from utils.own_tables import Columns
 from utils.sources import SPLITS, dense, features, put, rows_to_dataset
 
 COLUMN_OPTIONS = ("image_column", "pid_column", "camid_column", "domain_column", "split_column")
+COMMON_OPTIONS = ("image_fraction", "identity_fraction", "fraction_seed", "skip_unreadable")
 IMAGES_AT_ONCE = 200
 
 
@@ -39,11 +40,18 @@ def known_names():
 
 
 def parse_spec(spec):
-    """`viper:split=3` -> ("viper", {"split": 3}). Unless a known name stands before the colon, all of it is a path."""
+    """`viper:split=3` -> ("viper", {"split": 3}), and so `./people:pid_column=label` for a path or Hub id.
+
+    With words after the colon that are no options of theirs, all of it is a path.
+    """
     name, colon, text = spec.partition(":")
-    if not colon or name not in known_names():
-        return spec, {}
-    return name, read_options(text.split(","), spec)
+    if colon and name in known_names():
+        return name, read_options(text.split(","), spec)
+    path, _, text = spec.rpartition(":")
+    words = {item.partition("=")[0].strip() for item in text.split(",")}
+    if path and words <= {*COLUMN_OPTIONS, *COMMON_OPTIONS, "domain", "revision"} and not os.path.exists(spec):
+        return path, read_options(text.split(","), spec)
+    return spec, {}
 
 
 def read_options(items, where):

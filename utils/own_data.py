@@ -71,7 +71,7 @@ def integers(dataset, column, meaning, where):
     if column not in dataset.column_names:
         raise ValueError(
             f"{where} has no column {column!r} for the {meaning}; its columns are {dataset.column_names}. "
-            f"Name the right one with {meaning}_column=..."
+            f"Name the right one: {where}:{meaning}_column=..."
         )
     values = dataset.select_columns([column]).with_format("arrow")[:][column]
     if not pa.types.is_integer(values.type):
