@@ -130,10 +130,8 @@ def filtering():
 
 
 def answerer():
-    names = {"upper": "upper garment", "upper_kind": "its kind", "upper_colour": "its colour", "pattern": "its pattern"}
-    names |= {"lower": "lower garment", "lower_kind": "its kind", "lower_colour": "its colour"}
     rows = [
-        [names.get(key, key), f"{100 * one['accuracy']:.0f} %", f"{100 * one['commonest']:.0f} %"]
+        [key.replace("_", ", "), f"{100 * one['accuracy']:.0f} %", f"{100 * one['commonest']:.0f} %"]
         for key, one in read("standins")["question_answerer"].items()
     ]
     return table(["", "right", "the commonest answer"], rows)
