@@ -103,6 +103,7 @@ RECIPES = {
         "train_batch_size": 256,
         "learning_rate": 5e-4,
         "adam_weight_decay": 0.04,
+        "weight_decay_end": 0.4,
         "lr_warmup_epochs": 10,
         "local_crops": 8,
         "colours": 1.0,
@@ -221,6 +222,7 @@ def build_parser():
     group.add_argument("--adam_beta2", type=float, default=0.999, help="default 0.999")
     group.add_argument("--adam_epsilon", type=float, default=1e-8, help="default 1e-8")
     group.add_argument("--adam_weight_decay", type=float, default=0.05, help="not on norms, biases; default 0.05")
+    group.add_argument("--weight_decay_end", type=float, help="where it is at last, by a cosine; default where it was")
     group.add_argument("--max_grad_norm", type=float, default=0.0, help="clip gradients; default 0, never")
     group.add_argument("--use_8bit_adam", **yes, help="bitsandbytes' 8-bit optimiser")
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="default accelerate's setting")
@@ -281,6 +283,7 @@ def check_args(parser, args):
         not_negative=[
             "mixup", "cutmix", "randaugment_ops", "adam_weight_decay", "max_grad_norm", "dataloader_num_workers",
             "lr_warmup_epochs", "seed", "padding", "local_crops", "teacher_warmup_epochs", "freeze_prototypes_epochs",
+            "weight_decay_end",
         ],
         fractions=[
             "image_fraction", "identity_fraction", "erasing", "label_smoothing", "ema_decay", "layer_decay",
@@ -309,6 +312,8 @@ def check_args(parser, args):
         )
     if args.objective == "dino" and args.ema_decay is not None:
         parser.error("--ema_decay is of classification; the result of dino is its teacher, see --teacher_momentum")
+    if args.weight_decay_end is not None and not args.adam_weight_decay:
+        parser.error("--weight_decay_end starts from --adam_weight_decay, which must be above 0")
     if args.objective == "dino" and not args.local_crops:
         parser.error("--local_crops must be 1 or more with --objective dino")
 
@@ -535,6 +540,9 @@ def training_step(run, batch, *, optimizer, params):
     if args.objective == "dino" and run.state["epoch"] <= args.freeze_prototypes_epochs:
         run.bare.prototypes.weight.grad = None
     norm = accelerator.clip_grad_norm_(params, args.max_grad_norm or float("inf"))
+    for group in optimizer.param_groups:
+        if group["weight_decay"]:
+            group["weight_decay"] = weight_decay(args, run.state["step"], run.num_steps)
     optimizer.step()
     optimizer.zero_grad()
     if args.objective == "dino":
@@ -582,10 +590,17 @@ def update_centre(run, mean):
 
 
 def teacher_temperature(args, epoch):
-    """From 0.04 in the first epoch to its value after those of the warm-up."""
+    """From 0.04 in the first epoch to its value in the last of the warm-up."""
     start, rise = 0.04, args.teacher_temperature - 0.04
-    done = min(1.0, (epoch - 1) / args.teacher_warmup_epochs) if args.teacher_warmup_epochs else 1.0
+    done = min(1.0, (epoch - 1) / (args.teacher_warmup_epochs - 1)) if args.teacher_warmup_epochs > 1 else 1.0
     return start + rise * done
+
+
+def weight_decay(args, step, num_steps):
+    """Of a step (from 0), halfway between its two values at half of the training."""
+    first = args.adam_weight_decay
+    last = first if args.weight_decay_end is None else args.weight_decay_end
+    return last + (first - last) * (1 + math.cos(math.pi * step / num_steps)) / 2
 
 
 def momentum(args, step, num_steps):

@@ -44,7 +44,7 @@ MIXED = ["--mixup", "0.8", "--cutmix", "1", "--randaugment_ops", "1"]
 DINO = [*("--objective", "dino", "--local_crops", "2", "--prototypes", "32", "--head_width", "32")]
 EVERY_STEP = ["--checkpointing_steps", "1", "--checkpoints_total_limit", "9"]
 FINISHED = [*SMALL, *MIXED, *EVERY_STEP, "--ema_decay", "0.3", "--layer_decay", "0.9", "--target", TARGET]
-DISTILLED = [*SMALL, *DINO, *EVERY_STEP]
+DISTILLED = [*SMALL, *DINO, *EVERY_STEP, "--adam_weight_decay", "0.04", "--weight_decay_end", "0.4"]
 TINY_SWIN = {"image_size": 32, "embed_dim": 12, "depths": [2, 2], "num_heads": [2, 3], "window_size": 4}
 CONVOLUTION = "backbone.model.embedder.embedder.convolution.weight"
 
@@ -179,11 +179,27 @@ def test_schedules_of_the_running_mean_and_the_temperature():
     args = parse_args([*SMALL, *DINO, "--teacher_momentum", "0.9", "--teacher_temperature", "0.07"])
     assert [momentum(args, step, 10) for step in (0, 5, 10)] == pytest.approx([0.9, 0.95, 1.0])
     assert momentum(args, 3, 10) == pytest.approx(1 - 0.1 * (math.cos(math.pi * 0.3) + 1) / 2)
-    args.teacher_warmup_epochs = 3
+    args.teacher_warmup_epochs = 4
     told = [pretrain_backbone.teacher_temperature(args, epoch) for epoch in (1, 2, 3, 4, 50)]
     assert told == pytest.approx([0.04, 0.05, 0.06, 0.07, 0.07])
+    for short in (0, 1):
+        args.teacher_warmup_epochs = short
+        assert pretrain_backbone.teacher_temperature(args, 1) == 0.07
     args = parse_args([*SMALL, "--ema_decay", "0.99"])
     assert [momentum(args, step, 10) for step in (0, 8, 5000)] == pytest.approx([0.1, 0.5, 0.99])
+
+
+def test_weight_decay_of_all_steps(finished, distilled):
+    """Where it rises it does so by half a cosine, and what has none gets none."""
+
+    def decays(folder, step):
+        kept = torch.load(folder / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)
+        return sorted({group["weight_decay"] for group in kept["optimizer"]["param_groups"]})
+
+    assert [decays(finished, step) for step in (3, 6)] == [[0.0, 0.05]] * 2
+    for step in (3, 4, 5, 6):
+        rise = (1 - math.cos(math.pi * (step - 1) / 6)) / 2
+        assert decays(distilled, step) == pytest.approx([0.0, 0.04 + 0.36 * rise])
 
 
 @pytest.mark.parametrize("name", ["finished", "distilled"])
@@ -272,6 +288,7 @@ def test_recipe_sets_the_published_values_and_flags_win():
         (["--recipe", "diff-person"], "needs --source"),
         (["--objective", "dino", "--ema_decay", "0.9"], "--teacher_momentum"),
         (["--objective", "dino", "--local_crops", "0"], "--local_crops must be 1 or more"),
+        (["--adam_weight_decay", "0", "--weight_decay_end", "0.4"], "must be above 0"),
         (["--layer_decay", "1.2"], "between 0 and 1"),
         (["--local_area", "0.5", "0.3"], "--local_area must be two shares of an image"),
     ],
