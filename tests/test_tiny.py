@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from benchmarks import standins as benchmark
-from utils import synthetic, tiny
+from utils import synthetic, tiny, tiny_training
 from utils.captions import QUESTIONS
 
 
@@ -204,8 +204,59 @@ def test_the_shipped_clip_finds_captions():
     assert (scores.argmax(1) == torch.arange(32)).float().mean() > 0.3
 
 
-def test_the_shipped_question_answerer_knows_colours():
+def test_the_shipped_question_answerer_sees():
     """On domain a, of which it learned nothing, it does better than the commonest answer."""
-    found = benchmark.accuracies(*benchmark.load_answerer(), benchmark.pictures("a", 24), keys=("upper", "lower"))
-    for name in ("upper_colour", "lower_colour", "lower"):
+    keys = ("upper", "lower", "shoes", "hair", "carried", "hat")
+    found = benchmark.accuracies(*benchmark.load_answerer(), benchmark.pictures("a", 24), keys=keys)
+    for name in (*keys, "upper_colour", "upper_kind", "lower_colour"):
         assert found[name]["accuracy"] > found[name]["commonest"] + 0.1
+
+
+def test_wanderers_are_the_same_people_elsewhere():
+    """Clothes and place are drawn apart, and the words say what the pictures show."""
+    people, wanderers = tiny_training.People(12), tiny_training.Wanderers(12)
+    assert wanderers.rows == people.rows and not torch.equal(wanderers.pixels, people.pixels)
+    places = {}
+    for number, (domain, *_) in enumerate(wanderers.rows):
+        home, away = people.words(number), wanderers.words(number)
+        assert {key for key in home if home[key] != away[key]} <= {"place", "scene"}
+        scenes = {None: None, "in an indoor hall": "indoors"}
+        assert away["scene"] == scenes.get(away["place"], "outdoors")
+        places.setdefault(domain, set()).add(away["place"])
+    assert all(len(seen) == 4 for seen in places.values())
+    # A bright hall, dark rain: the picture is of the place that the words name.
+    light = wanderers.pixels[:, :, :8].float().mean(dim=(1, 2, 3))
+    names = [wanderers.words(number)["place"] or "" for number in range(len(light))]
+    rain, snow = (torch.tensor([name.endswith(one) for name in names]) for one in ("rain", "snow"))
+    assert light[rain].mean() < light[snow].mean() - 20
+
+
+def test_every_part_of_a_person_is_a_lesson():
+    words = synthetic.describe("f", 3, 0, 0) | {"hair": "long red hair", "carried": "nothing", "hat": "blue cap"}
+    alone = ("upper_colour", "pattern", "upper_kind", "lower_colour", "lower_kind", "shoes", "action", "view", "scene")
+    wanted = [words[key] for key in alone] + ["long", "red hair", "nothing", "", "blue", "cap"]
+    assert tiny_training.parts_of(words) == wanted
+
+
+def test_the_question_answerer_learns_and_goes_on(tmp_path):
+    people = tiny_training.Wanderers(2)
+    random = tiny.build_captioner()[0].state_dict()
+    settings = {"batch": 4, "questions_each": 2}
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole, _ = tiny_training.train_captioner(people, 2, 2, tmp_path / "whole", **settings)
+    tiny_training.train_captioner(people, 2, 1, tmp_path / "parts", **settings)
+    parts, _ = tiny_training.train_captioner(people, 2, 2, tmp_path / "parts", **settings)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+        if value.is_floating_point() and name != "text_decoder.cls.predictions.bias":
+            assert not torch.equal(value, random[name]), name
+
+
+def test_pictures_are_moved_and_lit_within_bounds():
+    images = torch.rand(6, 3, 128, 64, generator=torch.Generator().manual_seed(0))
+    first, again = (tiny_training.seen_anyhow(images, (128, 128), torch.Generator().manual_seed(1)) for _ in range(2))
+    assert first.shape == (6, 3, 128, 128) and torch.equal(first, again)
+    assert first.min() >= 0 and first.max() <= 1
+    still = torch.nn.functional.interpolate(images, (128, 128), mode="bilinear")
+    assert (first - still).abs().mean() > 0.05

@@ -169,6 +169,20 @@ def paint_hall(ink, rng, width, height, horizon):
         ink.line((0, y, width, y), fill=(142, 106, 76))
 
 
+def paint_clutter(ink, rng, width, height, horizon):
+    """No place at all, in any colours: of no domain, for teaching what belongs to a person and what does not."""
+
+    def colour():
+        return tuple(rng.randint(0, 255) for _ in range(3))
+
+    fill(ink, (0, 0, width, horizon), colour(), colour())
+    fill(ink, (0, horizon, width, height), colour(), colour())
+    for _ in range(40):
+        x, y, wide, tall = (rng.randint(0, most) for most in (width, height, 60, 90))
+        draw = rng.choice((ink.rectangle, ink.ellipse))
+        draw((x, y, x + wide, y + tall), fill=rng.choice((colour(), rng.choice(list(COLOURS.values())))))
+
+
 PAINTERS = {
     "campus": paint_campus,
     "night": paint_night,
@@ -178,6 +192,7 @@ PAINTERS = {
     "rain": paint_rain,
     "snow": paint_snow,
     "hall": paint_hall,
+    "clutter": paint_clutter,
 }
 
 

@@ -206,11 +206,13 @@ def build_captioner():
         "projection_dim": 128,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
-        "image_size": 96,
-        "patch_size": 8,
+        "image_size": 128,
+        "patch_size": 16,
+        # The default is next to nothing, for weights that are loaded anyway.
+        "initializer_range": 0.02,
     }
     config = BlipConfig(text_config=text, vision_config=vision, projection_dim=128, image_text_hidden_size=128)
-    size = {"height": 96, "width": 96}
+    size = {"height": 128, "width": 128}
     processor = BlipProcessor(image_processor=BlipImageProcessor(size=size), tokenizer=tokenizer)
     return BlipForQuestionAnswering(config), processor
 

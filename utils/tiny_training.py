@@ -1,6 +1,6 @@
 """Teaches the tiny stand-ins of `utils.tiny` the synthetic domains f to h.
 
-    python -m utils.tiny_training --output_dir utils/standins        # the shipped ones: about three hours on one core
+    python -m utils.tiny_training --output_dir utils/standins        # the shipped ones: about three and a half hours on one core
     python -m utils.tiny_training --output_dir OUT --scale 0.01      # the same in two minutes, for a look
 
 Parts can run side by side (`--parts vae`, `--parts clip captioner`, then `--parts unet`, then `--parts save`); each
@@ -20,7 +20,10 @@ from tqdm import tqdm
 
 from utils import synthetic, tiny
 from utils.captions import QUESTIONS
+from utils.domains import DOMAINS as SPECS
+from utils.domains import INDOORS
 from utils.loading import TrainTransform
+from utils.scenery import draw_image
 
 DOMAINS = ("f", "g", "h")
 IMAGES_PER_ID = 4
@@ -38,7 +41,7 @@ class People:
             for index in range(IMAGES_PER_ID)
         ]
         pictures = [
-            torch.frombuffer(bytearray(synthetic.render(*row).tobytes()), dtype=torch.uint8).view(*synthetic.SIZE, 3)
+            torch.frombuffer(bytearray(self.picture(row).tobytes()), dtype=torch.uint8).view(*synthetic.SIZE, 3)
             for row in tqdm(self.rows, desc="drawing", disable=None)
         ]
         self.pixels = torch.stack(pictures).permute(0, 3, 1, 2).contiguous()
@@ -59,8 +62,39 @@ class People:
             images = ((images + 1) * gain - 1).clamp_(-1, 1)
         return images
 
+    def picture(self, row):
+        return synthetic.render(*row)
+
     def words(self, number):
         return synthetic.describe(*self.rows[number])
+
+
+class Wanderers(People):
+    """The same people anywhere: half before the scenery of another camera, half before none, each through any lens.
+
+    At home the snow would answer for the clothes, since nobody wears yellow there, and weather for being outdoors;
+    and where all that is colourful is clothes, a green lawn would be some.
+    """
+
+    def picture(self, row):
+        pose, rng = synthetic.pose_of(*row)
+        return draw_image(synthetic.person(*row[:2]), pose, self.camera(row)[1], rng, synthetic.SIZE)
+
+    def words(self, number):
+        """What cannot be told is None."""
+        place, _ = self.camera(self.rows[number])
+        scene = place and ("indoors" if place in INDOORS else "outdoors")
+        return super().words(number) | {"place": place, "scene": scene}
+
+    def camera(self, row):
+        rng = random.Random("/".join(map(str, ("camera", *row))))
+        every = [(SPECS[domain]["place"], one) for domain in DOMAINS for one in SPECS[domain]["cameras"]]
+        (place, scenery), (_, lens) = rng.choices(every, k=2)
+        kept = {key: scenery[key] for key in ("style", "variant", "occluders")}
+        weather = scenery["weather"] and rng.choice(("rain", "snow", None))
+        if rng.random() < 0.5:
+            place, kept = None, kept | {"style": "clutter", "variant": rng.randrange(48)}
+        return place, lens | kept | {"weather": weather}
 
 
 def spoken(words, rng):
@@ -202,31 +236,6 @@ def train_clip(people, tokenizer, steps, work_dir, ids_per_batch=36):
     return clip
 
 
-def start_from_clip(captioner, clip):
-    """The captioner's eyes begin as CLIP's: same blocks, other names, a coarser grid."""
-    given = clip.vision_model.state_dict()
-    eyes = captioner.vision_model
-    with torch.no_grad():
-        eyes.embeddings.class_embedding.copy_(given["embeddings.class_embedding"].view(1, 1, -1))
-        eyes.embeddings.patch_embedding.weight.copy_(given["embeddings.patch_embedding.weight"])
-        eyes.embeddings.patch_embedding.bias.zero_()
-        table = given["embeddings.position_embedding.weight"]
-        old, new = math.isqrt(len(table) - 1), math.isqrt(eyes.embeddings.position_embedding.shape[1] - 1)
-        grid = table[1:].T.reshape(1, -1, old, old)
-        grid = F.interpolate(grid, (new, new), mode="bilinear", align_corners=False).flatten(2).mT
-        eyes.embeddings.position_embedding.copy_(torch.cat([table[None, :1], grid], dim=1))
-        for number, layer in enumerate(eyes.encoder.layers):
-            old_layer = {name.removeprefix(f"encoder.layers.{number}."): value for name, value in given.items()}
-            for kind in ("weight", "bias"):
-                qkv = torch.cat([old_layer[f"self_attn.{part}_proj.{kind}"] for part in "qkv"])
-                getattr(layer.self_attn.qkv, kind).copy_(qkv)
-                getattr(layer.self_attn.projection, kind).copy_(old_layer[f"self_attn.out_proj.{kind}"])
-                for name in ("layer_norm1", "layer_norm2"):
-                    getattr(getattr(layer, name), kind).copy_(old_layer[f"{name}.{kind}"])
-                for name in ("fc1", "fc2"):
-                    getattr(getattr(layer.mlp, name), kind).copy_(old_layer[f"mlp.{name}.{kind}"])
-
-
 def answers_of(words):
     """The true answer to each question of `utils.captions`."""
     view = words["view"].removeprefix("seen from ").removeprefix("the ")
@@ -237,29 +246,87 @@ def answers_of(words):
     }
 
 
-def train_captioner(people, clip, steps, work_dir, batch=24, questions_each=5):
+def parts_of(words):
+    """Everything that can be seen of a person, word by word: what the eyes learn to tell before they are asked."""
+    alone = ("upper_colour", "pattern", "upper_kind", "lower_colour", "lower_kind", "shoes", "action", "view", "scene")
+    split = [words[key].partition(" ") for key in ("hair", "carried", "hat")]
+    return [words[key] for key in alone] + [part for first, _, rest in split for part in (first, rest)]
+
+
+class Teacher(torch.nn.Module):
+    """One learned look at all tokens for each part, and its answer in one number; forgotten after the lessons."""
+
+    def __init__(self, width, sizes):
+        super().__init__()
+        self.looks = torch.nn.Parameter(0.02 * torch.randn(len(sizes), width))
+        self.attention = torch.nn.MultiheadAttention(width, 4, batch_first=True)
+        self.answers = torch.nn.ModuleList(torch.nn.Linear(width, size) for size in sizes)
+
+    def forward(self, tokens):
+        looks = self.looks.expand(len(tokens), -1, -1)
+        found = self.attention(looks, tokens, tokens, need_weights=False)[0]
+        return [answer(found[:, number]) for number, answer in enumerate(self.answers)]
+
+
+def seen_anyhow(images, size, generator):
+    """Pictures in 0..1, moved and cut a little, in more kinds of light than the cameras have."""
+
+    def draw(*shape, low=0.0, high=1.0):
+        return low + (high - low) * torch.rand(*shape, generator=generator)
+
+    count = len(images)
+    zoom = draw(count, 2, low=0.88)
+    where = torch.zeros(count, 2, 3)
+    where[:, [0, 1], [0, 1]] = zoom
+    where[:, 0, 0] *= torch.sign(draw(count, low=-1.0))
+    where[:, :, 2] = draw(count, 2, low=-1.0) * (1.04 - zoom)
+    grid = F.affine_grid(where, (count, 3, *size), align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    light = draw(count, 3, 1, 1, low=0.85, high=1.15) * draw(count, 1, 1, 1, low=0.55, high=1.3)
+    return (images * light + 0.1 * draw(count, 1, 1, 1)).clamp_(0, 1)
+
+
+def train_captioner(people, eye_steps, steps, work_dir, batch=64, questions_each=4):
+    """The eyes learn every part of all pictures first, which is quick; then the words for what they see."""
     torch.manual_seed(2)
     captioner, processor = tiny.build_captioner()
-    start_from_clip(captioner, clip)
     tokenizer = processor.tokenizer
     size = tuple(processor.image_processor.size[side] for side in ("height", "width"))
     mean = torch.tensor(processor.image_processor.image_mean).view(1, 3, 1, 1)
     std = torch.tensor(processor.image_processor.image_std).view(1, 3, 1, 1)
+    truths = [people.words(number) for number in range(len(people))]
+    parts = list(zip(*map(parts_of, truths), strict=True))
+    known = [sorted(set(values) - {None}) for values in parts]
+    places = [{value: place for place, value in enumerate(of)} for of in known]
+    wanted = torch.tensor([[of.get(one, -100) for one in values] for of, values in zip(places, parts, strict=True)]).T
+    teacher = Teacher(captioner.config.vision_config.hidden_size, list(map(len, known)))
+
+    def look(step):
+        generator = torch.Generator().manual_seed(step)
+        numbers = torch.randint(len(people), (batch,), generator=generator)
+        images = (seen_anyhow(people.pixels[numbers] / 255, size, generator) - mean) / std
+        return numbers, captioner.vision_model(pixel_values=images)[0]
+
+    def lesson(step):
+        with half():
+            numbers, seen = look(step)
+            told = teacher(seen)
+        losses = [F.cross_entropy(one.float(), wanted[numbers, part]) for part, one in enumerate(told)]
+        return sum(losses) / len(losses)
 
     def loss_of(step):
-        generator = torch.Generator().manual_seed(step)
-        rng = random.Random(step)
-        numbers = torch.randint(len(people), (batch,), generator=generator)
-        images = (people.images(numbers, size, generator, jitter=0.2) / 2 + 0.5 - mean) / std
-        truths = [answers_of(people.words(number)) for number in numbers.tolist()]
-        with half():
-            seen = captioner.vision_model(pixel_values=images)[0]
+        with torch.no_grad(), half():
+            numbers, seen = look(step + eye_steps)
+        truth = [answers_of(truths[number]) for number in numbers.tolist()]
         losses = []
         # One question for all pictures at a time, as it will be asked: a padded one would be read with its padding.
-        for key in rng.sample(list(QUESTIONS), questions_each):
-            ask = tokenizer([QUESTIONS[key]] * batch, return_tensors="pt")
+        # The upper garment has the most to tell.
+        others = [key for key in QUESTIONS if key != "upper"]
+        for key in ("upper", *random.Random(step).sample(others, questions_each - 1)):
+            told = [number for number, one in enumerate(truth) if one[key] is not None]
+            ask = tokenizer([QUESTIONS[key]] * len(told), return_tensors="pt")
             # A mirrored picture still shows a side: the view has no left or right.
-            say = tokenizer([truth[key] for truth in truths], padding=True, return_tensors="pt").input_ids
+            say = tokenizer([truth[number][key] for number in told], padding=True, return_tensors="pt").input_ids
             labels = say.masked_fill(say == tokenizer.pad_token_id, -100)
             # An answer opens with the decoder's own start token in place of [CLS], which is never asked for.
             say[:, 0] = captioner.decoder_start_token_id
@@ -268,7 +335,7 @@ def train_captioner(people, clip, steps, work_dir, batch=24, questions_each=5):
                 thought = captioner.text_encoder(
                     input_ids=ask.input_ids,
                     attention_mask=ask.attention_mask,
-                    encoder_hidden_states=seen,
+                    encoder_hidden_states=seen[told],
                     return_dict=False,
                 )[0]
                 logits = captioner.text_decoder(input_ids=say, encoder_hidden_states=thought).logits
@@ -277,7 +344,9 @@ def train_captioner(people, clip, steps, work_dir, batch=24, questions_each=5):
             )
         return sum(losses) / len(losses)
 
-    train("captioner", [captioner], loss_of, steps, 8e-4, work_dir)
+    eyes = captioner.vision_model
+    train("eyes", [eyes, teacher], lesson, eye_steps, 1.5e-3, work_dir)
+    train("captioner", [captioner], loss_of, steps, 1e-3, work_dir)
     return captioner, processor
 
 
@@ -331,14 +400,16 @@ def main(input_args=None):
     parser.add_argument("--scale", type=float, default=1.0, help="factor on all numbers of steps")
     parser.add_argument("--vae_steps", type=int, default=2400)
     parser.add_argument("--clip_steps", type=int, default=800)
-    parser.add_argument("--captioner_steps", type=int, default=3000)
+    parser.add_argument("--eyes_steps", type=int, default=7000)
+    parser.add_argument("--captioner_steps", type=int, default=2500)
     parser.add_argument("--unet_steps", type=int, default=10500)
     args = parser.parse_args(input_args)
     work_dir = Path(args.work_dir or Path(args.output_dir) / "work")
     work_dir.mkdir(parents=True, exist_ok=True)
-    people = People(max(64, round(args.num_ids * min(1.0, 10 * args.scale))))
+    num_ids = max(64, round(args.num_ids * min(1.0, 10 * args.scale)))
     tokenizer = tiny.build_clip_tokenizer()
     parts = set(args.parts)
+    people = People(num_ids) if parts != {"captioner"} else None
 
     def steps(name):
         return max(1, round(getattr(args, f"{name}_steps") * args.scale))
@@ -346,10 +417,11 @@ def main(input_args=None):
     vae = clip = unet = None
     if parts & {"vae", "unet", "save"}:
         vae = train_vae(people, steps("vae"), work_dir)
-    if parts & {"clip", "captioner", "unet", "save"}:
+    if parts & {"clip", "unet", "save"}:
         clip = train_clip(people, tokenizer, steps("clip"), work_dir)
     if parts & {"captioner", "save"}:
-        captioner, processor = train_captioner(people, clip, steps("captioner"), work_dir)
+        wanderers = Wanderers(2 * num_ids)
+        captioner, processor = train_captioner(wanderers, steps("eyes"), steps("captioner"), work_dir)
     if parts & {"unet", "save"}:
         unet = train_unet(people, vae, clip, tokenizer, steps("unet"), work_dir)
     if "save" in parts:
