@@ -1,6 +1,6 @@
 """Teaches the tiny stand-ins of `utils.tiny` the synthetic domains f to h.
 
-    python -m utils.tiny_training --output_dir utils/standins        # the shipped ones: about three and a half hours on one core
+    python -m utils.tiny_training --output_dir utils/standins        # the shipped ones: over three hours on one core
     python -m utils.tiny_training --output_dir OUT --scale 0.01      # the same in two minutes, for a look
 
 Parts can run side by side (`--parts vae`, `--parts clip captioner`, then `--parts unet`, then `--parts save`); each
