@@ -23,7 +23,7 @@ from utils.datasets import load_reid
 from utils.diffusion import load_unet, load_vae
 from utils.extraction import load_features
 from utils.generated_images import open_generated
-from utils.generated_set import merge
+from utils.generated_set import COMMAND, merge
 from utils.generation_measures import Measures
 from utils.latents import find
 from utils.modeling import ReIDModel
@@ -234,8 +234,8 @@ def test_names_of_files_and_options_are_text_in_the_page(tmp_path):
 
 def test_prompts_and_names_are_text_in_the_page_of_generation(tmp_path):
     work = Worklist(tmp_path, ["<b>domain/0001", "<b>domain/0002"])
-    arguments = script.parse_args(["--source", HOSTILE, "--class_prompt", HOSTILE])
-    settings = {"arguments": vars(arguments), "command": HOSTILE}
+    arguments = script.parse_args(["--source", HOSTILE, "--class_prompt", f"{HOSTILE} person"])
+    settings = {"arguments": vars(arguments), "command": f"{COMMAND} {HOSTILE}"}
     work.write("args.json", json.dumps(settings))
     work.commit("<b>domain/0002", "failed", {"error": HOSTILE})
     seen = {"path": HOSTILE, "caption": HOSTILE, "answers": {"gender": HOSTILE}}
