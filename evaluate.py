@@ -9,16 +9,15 @@ anyone's features.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import datasets
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 
 from kernels import k_reciprocal_rerank
 from utils import evaluation, extraction
+from utils.arguments import check_ranges, end_with
 from utils.cpu import use_all_cores
 from utils.datasets import check_splits, load_reid, parse_spec, read_source
 from utils.evaluation import MAX_RANK, PROTOCOLS, RANKS, Side
@@ -117,7 +116,6 @@ def parse_args(input_args=None):
     group.add_argument(
         "--eval_batch_size",
         "--batch_size",
-        dest="batch_size",
         type=int,
         default=64,
         help="images a process; default 64",
@@ -167,18 +165,13 @@ def check_args(parser, args):
         parser.error(f"--splits {args.splits} runs over all splits; leave split= out of --data {args.data}")
     if args.export and (args.export[0] != "onnx" or not args.export[1].endswith(".onnx")):
         parser.error(f"--export takes `onnx FILE.onnx`, got {' '.join(args.export)}")
-    if args.batch_size < 1:
-        parser.error(f"--eval_batch_size must be 1 or more, got {args.batch_size}")
-    for name in ("k1", "k2"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be 1 or more, got {getattr(args, name)}")
-    for name in ("topk", "report_queries", "dataloader_num_workers", "seed"):
-        if (getattr(args, name) or 0) < 0 or (name == "topk" and args.topk == 0):
-            parser.error(
-                f"--{name} must not be negative{' or 0' if name == 'topk' else ''}, got {getattr(args, name)}"
-            )
-    if not 0 <= args.lambda_value <= 1:
-        parser.error(f"--lambda_value must be between 0 and 1, got {args.lambda_value}")
+    check_ranges(
+        parser,
+        args,
+        one_or_more=["eval_batch_size", "k1", "k2", "topk"],
+        not_negative=["report_queries", "dataloader_num_workers", "seed"],
+        fractions=["lambda_value"],
+    )
     if args.resolution and min(args.resolution) < 1:
         parser.error(
             f"--resolution must be two positive numbers of pixels, got {args.resolution[0]} {args.resolution[1]}"
@@ -361,7 +354,7 @@ def extract(args, accelerator, model, images, splits):
         image=[model.image_size, model.image_mean, model.image_std, model.resample],
         precision=accelerator.mixed_precision,
         device=accelerator.device.type,
-        batch_size=args.batch_size,
+        batch_size=args.eval_batch_size,
         rows=splits,
     )
     kept = Path(args.output_dir) / FEATURES
@@ -381,7 +374,7 @@ def extract(args, accelerator, model, images, splits):
         accelerator=accelerator,
         folder=args.output_dir,
         key=key,
-        batch_size=args.batch_size,
+        batch_size=args.eval_batch_size,
         num_workers=args.dataloader_num_workers,
     )
     sides = [
@@ -537,20 +530,9 @@ def print_summary(say, metrics, output_dir):
     say(f"Results: {output_dir}; open {Path(output_dir) / 'report.html'}")
 
 
-def run(args):
-    """main, with what a user can do something about said in one line."""
-    try:
-        main(args)
-    except ValueError as error:
-        message = str(error)
-    except (OSError, SafetensorError) as error:
-        message = f"{error}; the results in {args.output_dir} are as they were before"
-    except torch.OutOfMemoryError as error:
-        message = f"{error}; lower --eval_batch_size, now {args.batch_size}"
-    else:
-        return
-    sys.exit(f"evaluate.py: {' '.join(message.split())}")
+def run_script(args):
+    end_with(main, args, "evaluate.py", lean=f"lower --eval_batch_size, now {args.eval_batch_size}")
 
 
 if __name__ == "__main__":
-    run(parse_args())
+    run_script(parse_args())

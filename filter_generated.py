@@ -599,11 +599,10 @@ def finish(run):
         print(f"Uploaded: {api.upload_folder(repo_id=name, repo_type='dataset', folder_path=folder / 'dataset')}")
 
 
+def run_script(args):
+    lean = f"lower --eval_batch_size {args.eval_batch_size} or --train_batch_size"
+    end_with(main, args, "filter_generated.py", lean=lean)
+
+
 if __name__ == "__main__":
-    arguments = parse_args()
-    end_with(
-        main,
-        arguments,
-        os.path.basename(__file__),
-        lean=f"lower --eval_batch_size {arguments.eval_batch_size} or --train_batch_size",
-    )
+    run_script(parse_args())

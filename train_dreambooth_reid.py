@@ -36,6 +36,7 @@ from torch import nn
 from transformers import AddedToken
 
 from utils import captions, tiny
+from utils.arguments import check_folder
 from utils.captioners import Captioner, check_captioner, quantization
 from utils.cpu import use_all_cores
 from utils.diffusion import check_diffusion, enable_memory_efficient_attention, save_unet
@@ -847,6 +848,7 @@ def finish(run):
 def start(args):
     """main, with what a user can do something about said in one line."""
     try:
+        check_folder(args.output_dir, "train_dreambooth_reid.py")
         failures = main(args)
     except ValueError as error:
         message = str(error)

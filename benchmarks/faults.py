@@ -175,7 +175,7 @@ def entry(words):
     if name == "filter_generated":
         # Several pieces of so few images.
         importlib.import_module("utils.generated_images").PIECE = 8
-    for end in ("run_script", "run", "start"):
+    for end in ("run_script", "start"):
         if hasattr(script, end):
             return lambda: getattr(script, end)(args)
     return lambda: end_with(script.main, args, f"{name}.py")

@@ -124,6 +124,8 @@ def test_synthetic():
     assert image.mode == "RGB" and np.asarray(image).std() > 5
     with pytest.raises(ValueError, match=r"'people'.*num_ids=32"):
         load_reid("synthetic", people=3)
+    with pytest.raises(ValueError, match="skip_unreadable must be true or false, not 'no'"):
+        load_reid("synthetic:domain=a,num_ids=4,skip_unreadable=no")
     with pytest.raises(ValueError, match="num_ids must be of type int, not '3'"):
         load_reid("synthetic", num_ids="3")
 

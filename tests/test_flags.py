@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -9,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from utils.arguments import SCRIPTS as KNOWN
+from utils.arguments import check_folder
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+assert [f"{name}.py" for name in SCRIPTS] == sorted(KNOWN)
 # What belongs to a script, under a name that others have too: its own words, one model or several, the U-Net's parts.
 OWN_KINDS = {"recipe", "method", "setting", "margin", "lr_scheduler", "reid_model", "gradient_checkpointing"}
 # Whoever has these has them with the same default.
@@ -115,28 +120,46 @@ def test_help_says_what_everything_does(name, capsys):
     assert f"{name}.py" in said and "--output_dir" in said
 
 
-BAD = {
-    "--seed": (["x"], "invalid int value: 'x'"),
-    "--mixed_precision": (["fp8"], "invalid choice: 'fp8'"),
-    "--resolution": (["256"], "expected 2 arguments"),
-    "--nonsense": (["1"], "unrecognized arguments: --nonsense 1"),
-    "--dataloader_num_workers": (["-1"], "got -1"),
-    "--eval_batch_size": (["0"], "got 0"),
-    "--adam_beta1": (["1.5"], "between 0 and 1, got 1.5"),
-    "--adam_beta2": (["-1"], "between 0 and 1, got -1"),
-    "--output_dir": ([], "expected one argument"),
-}
+BAD = [
+    ("--seed", ["x"], "invalid int value: 'x'"),
+    ("--seed", [str(2**32)], "must be below 2^32, got 4294967296"),
+    ("--mixed_precision", ["fp8"], "invalid choice: 'fp8'"),
+    ("--resolution", ["256"], "expected 2 arguments"),
+    ("--nonsense", ["1"], "unrecognized arguments: --nonsense 1"),
+    ("--dataloader_num_workers", ["-1"], "got -1"),
+    ("--eval_batch_size", ["0"], "got 0"),
+    ("--adam_beta1", ["1.5"], "between 0 and 1, got 1.5"),
+    ("--adam_beta2", ["-1"], "between 0 and 1, got -1"),
+    ("--output_dir", [], "expected one argument"),
+]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_values_that_cannot_be_end_in_one_line(name, capsys, flags):
-    for flag, (values, words) in BAD.items():
+    for flag, values, words in BAD:
         if flag != "--nonsense" and name not in flags[flag[2:]]:
             continue
         with pytest.raises(SystemExit) as stop:
             importlib.import_module(name).parse_args([flag, *values])
         line = capsys.readouterr().err.strip().splitlines()[-1]
         assert stop.value.code == 2 and words in line and flag.strip("-") in line, f"{name} {flag}: {line}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_folder_of_another_script_is_left_alone(name, tmp_path):
+    """Refused before anything is read or written; what was copied from a script and changed may go on there."""
+    script, record = importlib.import_module(name), tmp_path / "args.json"
+    run = getattr(script, "run_script", None) or script.start
+    args = script.parse_args(["--output_dir", str(tmp_path)])
+    other = "evaluate.py" if name != "evaluate" else "train_dcac.py"
+    record.write_text(json.dumps({"command": [other, "--seed", "1"]}))
+    with pytest.raises(SystemExit) as ended:
+        run(args)
+    assert ended.value.code == f"{name}.py: {tmp_path} holds what {other} left; give another --output_dir"
+    assert [path.name for path in tmp_path.iterdir()] == ["args.json"]
+    for command in ([f"{name}.py"], ["my_own.py"], f"{name}.py --seed 1", []):
+        record.write_text(json.dumps({"command": command}))
+        check_folder(tmp_path, f"{name}.py")
 
 
 BLOCKED = """

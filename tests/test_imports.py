@@ -43,11 +43,15 @@ def imports(path):
     return foreign
 
 
+@pytest.mark.slow
 def test_without_the_other_package(tmp_path):
     assert imports(tmp_path) == "None"
 
 
-@pytest.mark.parametrize("version", ["0.1.0", getattr(import_utils, "KERNELS_MIN_VERSION", "0.10.0")])
+@pytest.mark.parametrize(
+    "version",
+    ["0.1.0", pytest.param(getattr(import_utils, "KERNELS_MIN_VERSION", "0.10.0"), marks=pytest.mark.slow)],
+)
 def test_with_the_other_package_too_old_and_wanted(tmp_path, version):
     """A package laid out as PyPI's: absolute imports of its own files, and metadata that transformers believes."""
     package, metadata = tmp_path / "kernels", tmp_path / f"kernels-{version}.dist-info"

@@ -4,9 +4,16 @@ torch is not imported here, so that what needs no model can start at once.
 """
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
 from safetensors import SafetensorError
+
+SCRIPTS = (
+    "adapt_reid.py", "evaluate.py", "filter_generated.py", "finetune_reid.py", "pretrain_backbone.py", "train_dcac.py",
+    "train_dreambooth_reid.py",
+)  # fmt: skip
 
 
 def parse_with_recipes(parser, recipes, input_args=None):
@@ -53,18 +60,39 @@ def check_ranges(parser, args, *, one_or_more=(), positive=(), not_negative=(), 
             value = getattr(args, name)
             if value is not None and not fits(value):
                 parser.error(f"--{name} must be {words}, got {value}")
+    # What numpy takes.
+    if getattr(args, "seed", 0) >= 2**32:
+        parser.error(f"--seed must be below 2^32, got {args.seed}")
+
+
+def check_folder(folder, script):
+    """ValueError where `folder` holds what another of the scripts left: results must not write over each other.
+
+    A script of one's own, copied from one of them, may go on where that has been.
+    """
+    try:
+        command = json.loads((Path(folder) / "args.json").read_text(encoding="utf-8"))["command"]
+        owner = (command.split() if isinstance(command, str) else command)[0]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if owner in SCRIPTS and owner != script:
+        raise ValueError(f"{folder} holds what {owner} left; give another --output_dir")
 
 
 def end_with(main, args, script, *, lean="lower --train_batch_size, or add --gradient_checkpointing"):
     """main(args) and exit, with what a user can do something about said in one line; `lean` is for a full card."""
     try:
+        check_folder(args.output_dir, script)
         code = main(args)
     except ValueError as error:
-        code = str(error)
+        message = str(error)
     except (OSError, SafetensorError) as error:
-        code = f"{error}; checkpoints and results in {args.output_dir} are as they were before"
+        message = f"{error}; checkpoints and results in {args.output_dir} are as they were before"
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        code = f"{error}; {lean}"
-    sys.exit(code if isinstance(code, int) else f"{script}: {' '.join(code.split())}")
+        message = f"{error}; {lean}"
+    else:
+        # What else a main returns is for those who call it.
+        sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(f"{script}: {' '.join(message.split())}")

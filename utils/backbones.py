@@ -276,7 +276,7 @@ def read_config(name_or_path, **hub):
         raise ValueError(f"the config.json of {name!r} is not valid: {error}") from error
 
 
-def ask_hub(name, revision, token):
+def ask_hub(name, revision=None, token=None):
     """One question to the Hub, or to its cache: transformers would try an absent name for half a minute."""
     try:
         HfApi(token=token).model_info(name, revision=revision)

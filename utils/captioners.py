@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from utils.backbones import ask_hub
 from utils.diffusion_folder import one_line
 
 # Kinds of captioners: what they can be asked, and how.
@@ -32,6 +33,8 @@ def check_captioner(name):
     if not Path(name).is_dir() and Path(name).exists():
         raise ValueError(f"the captioner {name} is a file; give a model folder or a Hub id")
     try:
+        if not Path(name).is_dir():
+            ask_hub(name)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         # The Hub's client raises classes of its own, and of the HTTP library under it.

@@ -97,6 +97,8 @@ def load_reid(
         return load_sources(name, root, **common, **options)
     name, written = parse_spec(os.fspath(name))
     common |= {key: written.pop(key) for key in list(written) if key in common}
+    if not isinstance(common["skip_unreadable"], bool):
+        raise ValueError(f"{name}: skip_unreadable must be true or false, not {common['skip_unreadable']!r}")
     data = read_source(name, root, options | written)
     check_splits(data, name)
     if common["skip_unreadable"]:
