@@ -192,6 +192,7 @@ def test_where_the_gradient_of_the_noise_loss_arrives(standins, kind, mode):
     condition = model.condition(logits, bn_features, batch["labels"], model.memory)
     model.denoise(batch["latents"], batch["noise"], batch["timesteps"], condition).backward()
     found = reached(model)
+    print(f"{kind:11}  {mode:9}  reaches {', '.join(name for name, arrived in found.items() if arrived)}")
     through = kind != "class"
     assert found == {
         "encoder": through,
@@ -509,10 +510,15 @@ def test_two_processes_train_as_one(small, train, tmp_path):
     launch(*small, *steps, "--train_batch_size", "4", "--output_dir", tmp_path / "two", processes=2)
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     assert len(one) == len(two) == 20
-    for left, right in zip(one, two, strict=True):
-        assert left == pytest.approx(right, rel=1e-3, abs=1e-3)
+    for name in one[0]:
+        apart = max(abs(left[name] - right[name]) for left, right in zip(one, two, strict=True))
+        largest = max(abs(left[name]) for left in one)
+        print(f"{name}: largest difference {apart:.1e} of {largest:.4g}")
+        assert apart <= (5e-4 if name == "grad_norm" else 1e-4) * max(1, largest), name
     first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
-    assert max(float((first[name].float() - second[name].float()).abs().max()) for name in first) < 1e-3
+    apart = max(float((first[name].float() - second[name].float()).abs().max()) for name in first)
+    print(f"weights at the end: largest difference {apart:.1e}")
+    assert apart < 1e-3
 
 
 def test_two_processes_train_a_resnet_as_one(small, train, tmp_path):
