@@ -19,7 +19,8 @@ u the unit-length BNNeck feature of an image,
     idm               classes of both domains, hard triplets, and a third domain between them: feature maps mixed with
                       ratios learned for each pair, whose labels and features are bridged likewise
 
-Of the source, `--source`, labels are used; those of `--target`, where it has any, only for numbers in the report.
+Of the source, `--source`, labels are used; those of `--target`, where it has any, only for numbers in the report. A
+batch has K images of each cluster, as different cameras saw it where the data say which camera an image is of.
 With a source, BatchNorm has averages and weights of its own for each domain; the target's are saved.
 """
 
@@ -587,6 +588,7 @@ def main(args):
         batch_size,
         args.images_per_id,
         args.steps_per_epoch or max(1, len(target) // batch_size),
+        list(zip(both(run)["domain"], both(run)["camid"], strict=True)),
         source_labels=source_labels.tolist(),
         seed=args.seed,
         rank=accelerator.process_index,

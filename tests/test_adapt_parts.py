@@ -10,7 +10,7 @@ from torch import nn
 from utils.clustering import NOISE, Clusters, reliable
 from utils.domain_norms import DomainNorm, join_norms, split_norms
 from utils.memories import ClusterMemory, HybridMemory
-from utils.pseudo_batches import PseudoBatches, in_groups, with_enough
+from utils.pseudo_batches import PseudoBatches, in_groups
 
 
 def unit(*shape, seed=0):
@@ -167,8 +167,8 @@ def test_norms_differ_in_their_number_of_domains():
 # Batches
 
 
-def batches(labels, epoch=1, done=0, **options):
-    made = PseudoBatches(8, 2, 5, **options)
+def batches(labels, epoch=1, done=0, images_per_id=2, steps=5, camids=(0,) * 99, **options):
+    made = PseudoBatches(8, images_per_id, steps, camids, **options)
     made.set_epoch(epoch, done)
     made.take(torch.tensor(labels))
     return made, list(made)
@@ -206,13 +206,38 @@ def test_processes_share_the_batches_of_one():
         assert labels[::2] == labels[1::2] and len(set(labels)) == 4
 
 
-def test_few_clusters_are_cut_into_groups():
-    labels = torch.tensor([0] * 5 + [1] * 3)
-    cut = with_enough(labels, 8, 2)
-    assert cut.tolist() == [0, 0, 1, 1, 2, 3, 3, 4]
-    assert with_enough(labels, 4, 2).tolist() == labels.tolist()
-    with pytest.raises(ValueError, match="only 8 images are in clusters, too few for a batch of 16"):
-        with_enough(labels, 16, 2)
+def test_fewer_clusters_than_a_batch_has_groups():
+    labels = [0] * 5 + [1] * 3
+    for batch in batches(labels)[1]:
+        assert sorted(labels[row] for row, _ in batch) == [0] * 4 + [1] * 4
+
+
+def test_a_group_is_seen_by_different_cameras():
+    camids = [0] * 6 + [1, 2, 3] + [1] * 8 + [0, 1, 2, 3] + [0, 0, 1]
+    labels = [0] * 9 + [1] * 8 + [2] * 4 + [3] * 3
+    first, alike = set(), 0
+    for batch in batches(labels, images_per_id=4, steps=60, camids=camids)[1]:
+        for group in ([row for row, _ in batch[:4]], [row for row, _ in batch[4:]]):
+            label, seen = labels[group[0]], [camids[row] for row in group]
+            assert {labels[row] for row in group} == {label}
+            if label == 0:
+                first.add(group[0])
+                assert seen[0] not in seen[1:]
+                assert len(set(group)) == 4
+            elif label == 1:
+                assert len(set(group)) == 4
+            else:
+                # As many as a group, or fewer: all of them.
+                assert set(group) == {row for row, one in enumerate(labels) if one == label}
+                alike += 1
+    assert first == set(range(9)) and alike
+
+
+def test_clusters_count_the_same_whatever_their_size():
+    labels = [0] * 40 + [1] * 4 + [2] * 4 + [3] * 12
+    found = batches(labels, images_per_id=4, steps=20)[1]
+    groups = [labels[batch[start][0]] for batch in found for start in (0, 4)]
+    assert torch.tensor(groups).bincount().tolist() == [10, 10, 10, 10]
 
 
 def test_noise_in_groups():
@@ -227,6 +252,6 @@ def test_noise_in_groups():
 
 def test_batches_that_cannot_be():
     with pytest.raises(ValueError, match="batch of 8 cannot be split"):
-        PseudoBatches(8, 3, 5)
+        PseudoBatches(8, 3, 5, [0] * 9)
     with pytest.raises(ValueError, match="there are only 2"):
-        PseudoBatches(8, 2, 5, source_labels=[0, 0, 1, 1])
+        PseudoBatches(8, 2, 5, [0] * 9, source_labels=[0, 0, 1, 1])

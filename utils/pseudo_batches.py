@@ -1,25 +1,23 @@
 """Batches that follow pseudo labels: P clusters with K images each, beside as many of a labelled source.
 
-An epoch has a fixed number of steps: the images are gone through again, in another order, until they are taken. Rows
-are numbers in one data set, the source's first. Every process takes its share of each domain.
+An epoch has a fixed number of steps: the clusters are gone through again, in another order, until they are taken.
+Each counts the same, however many images it has, and shows itself as different cameras saw it: what one camera sees
+looks alike anyway. Rows are numbers in one data set, the source's first. Every process takes its share of each domain.
 """
 
 import itertools
 import random
 
-import torch
-
-from utils.loading import IdentitySampler
-
 
 class PseudoBatches:
     """A batch sampler; yields lists of (row, key of the draw), this process's share: source, then target.
 
-    `take` the target's labels of an epoch before its batches.
+    `camids`: the cameras of all rows, source and target. `take` the target's labels of an epoch before its batches.
     """
 
-    def __init__(self, batch_size, images_per_id, steps, *, source_labels=(), seed=0, rank=0, num_processes=1):
+    def __init__(self, batch_size, images_per_id, steps, camids, *, source_labels=(), seed=0, rank=0, num_processes=1):
         self.batch_size, self.images_per_id, self.steps, self.seed = batch_size, images_per_id, steps, seed
+        self.camids = camids
         self.share = slice(rank * batch_size // num_processes, (rank + 1) * batch_size // num_processes)
         self.num_source = len(source_labels)
         if batch_size % images_per_id or batch_size % num_processes:
@@ -27,9 +25,13 @@ class PseudoBatches:
                 f"a batch of {batch_size} cannot be split into identities with {images_per_id} images each and shared "
                 f"evenly by {num_processes} processes"
             )
-        self.source, self.target = None, None
-        if self.num_source:
-            self.source = IdentitySampler(source_labels, batch_size, images_per_id, f"{seed}/source")
+        self.source, self.target = rows_of(source_labels), None
+        if self.source and len(self.source) < batch_size // images_per_id:
+            raise ValueError(
+                f"a batch needs {batch_size // images_per_id} identities of the source ({batch_size} images, "
+                f"{images_per_id} of each), but there are only {len(self.source)}: use a smaller batch or more images "
+                "of each"
+            )
         self.epoch = self.done = 0
 
     def set_epoch(self, epoch, done=0):
@@ -38,20 +40,34 @@ class PseudoBatches:
 
     def take(self, labels):
         """Labels (N,) of the target's images; those with -1 are left out."""
-        rows = (labels >= 0).nonzero().flatten()
-        self.target = rows + self.num_source, with_enough(labels[rows], self.batch_size, self.images_per_id)
+        self.target = rows_of(labels.tolist(), first=self.num_source)
 
     def global_batches(self):
         """The rows of every batch of the epoch: target, and before it source where there is one."""
-        rows, labels = self.target
-        sampler = IdentitySampler(labels.tolist(), self.batch_size, self.images_per_id, f"{self.seed}/target")
-        target = ([int(rows[number]) for number in batch] for batch in self.passes(sampler))
-        source = self.passes(self.source) if self.source else itertools.repeat([])
-        yield from itertools.islice(zip(source, target, strict=False), self.steps)
+        source = self.batches_of(self.source, "source") if self.source else itertools.repeat([])
+        yield from itertools.islice(zip(source, self.batches_of(self.target, "target"), strict=False), self.steps)
 
-    def passes(self, sampler):
-        for number in itertools.count():
-            yield from sampler.global_batches(f"{self.epoch}/{number}")
+    def batches_of(self, owners, name):
+        """P of `owners` (rows of each) a batch, without end. With fewer than P of them one has several groups."""
+        rng = random.Random(f"{name}/{self.seed}/{self.epoch}")
+        wanted = self.batch_size // self.images_per_id
+        while True:
+            order = rng.sample(owners, len(owners))
+            if len(order) < wanted:
+                order = list(itertools.islice(itertools.cycle(order), wanted))
+            for start in range(0, len(order) - wanted + 1, wanted):
+                yield [row for rows in order[start : start + wanted] for row in self.group(rng, rows)]
+
+    def group(self, rng, rows):
+        """K of `rows`: all where they are few; else one, and others that other cameras saw, if there are any."""
+        size = self.images_per_id
+        if len(rows) <= size:
+            return rows + rng.choices(rows, k=size - len(rows))
+        first = rng.choice(rows)
+        others = [row for row in rows if self.camids[row] != self.camids[first]]
+        others = others or [row for row in rows if row != first]
+        enough = len(others) >= size - 1
+        return [first, *(rng.sample(others, size - 1) if enough else rng.choices(others, k=size - 1))]
 
     def __iter__(self):
         for number, batch in enumerate(self.global_batches()):
@@ -68,22 +84,13 @@ class PseudoBatches:
         return self.steps - self.done
 
 
-def with_enough(labels, batch_size, images_per_id):
-    """Labels of at least P = batch_size / images_per_id groups: where there are fewer clusters, they are cut."""
-    wanted = batch_size // images_per_id
-    if len(labels.unique()) >= wanted:
-        return labels
-    order = labels.argsort(stable=True)
-    counts = labels.bincount()
-    place = torch.empty_like(labels)
-    place[order] = torch.arange(len(labels)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    groups = torch.stack([labels, place // images_per_id], 1).unique(dim=0, return_inverse=True)[1]
-    if int(groups.max()) + 1 < wanted:
-        raise ValueError(
-            f"only {len(labels)} images are in clusters, too few for a batch of {batch_size}: lower "
-            "--train_batch_size, or raise --eps so that fewer images are noise"
-        )
-    return groups
+def rows_of(labels, first=0):
+    """[rows of a label, ...], counted from `first`; those with a negative label are left out."""
+    rows = {}
+    for row, label in enumerate(labels, first):
+        if label >= 0:
+            rows.setdefault(label, []).append(row)
+    return [rows[label] for label in sorted(rows)]
 
 
 def in_groups(labels, size, seed):
