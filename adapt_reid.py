@@ -181,7 +181,10 @@ def build_parser():
     group.add_argument("--k1", type=int, default=20, help="reciprocal neighbours of an image; default 20")
     group.add_argument("--k2", type=int, default=4, help="neighbours that are averaged over; default 4")
     group.add_argument(
-        "--eps_gap", type=float, default=0.02, help="of spcl: looser and tighter scale are this far from eps; 0.02"
+        "--eps_gap",
+        type=float,
+        default=0.02,
+        help="of spcl: looser and tighter scale are this far from eps; default 0.02",
     )
 
     group = parser.add_argument_group("method")
@@ -261,7 +264,9 @@ def build_parser():
         "--resume_from_checkpoint", help="`latest` (from 0 where there is none), a name such as checkpoint-500, a path"
     )
     group.add_argument("--log_every", type=int, default=1, help="steps between writes of log.jsonl; default 1")
-    group.add_argument("--report_to", nargs="+", default=["none"], help="tensorboard, wandb, trackio or others")
+    group.add_argument(
+        "--report_to", nargs="+", default=["none"], help="tensorboard, wandb, trackio or others; default none"
+    )
     group.add_argument("--push_to_hub", **yes, help="upload the model when done")
     group.add_argument("--hub_model_id", help="repository; default: the name of --output_dir")
     return parser

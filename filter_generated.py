@@ -53,6 +53,7 @@ from utils.filter_sources import check_calibration, check_identities, check_sour
 from utils.filtered_set import pieces_of, summary_of, write_scores, write_set
 from utils.generated_images import METADATA, SCORED, open_generated
 from utils.reporting import portable, run_record, text_table, to_json, write_together
+from utils.sources import ENDINGS
 from utils.standin_folders import CLIP_DIR
 
 DEMO_SOURCE, DEMO_GENERATED = "synthetic:domain=a,num_ids=32,images_per_id=12", "output/generated"
@@ -175,8 +176,8 @@ def build_parser():
     group.add_argument(
         "--false_match_rate",
         type=float,
-        help="threshold that this share of source images of other people reaches; default 0.01 for --filter reid "
-        "where nothing else is asked for",
+        help="threshold that at most this share, 0 to 1, of source images of other people reaches; default 0.01 for "
+        "--filter reid where nothing else is asked for",
     )
     group.add_argument(
         "--match_margin",
@@ -198,7 +199,10 @@ def build_parser():
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", default="output/filtered", help="default output/filtered")
     group.add_argument(
-        "--format", choices=["parquet", "folder"], default="parquet", help="of dataset/: images inside, or as files"
+        "--format",
+        choices=["parquet", "folder"],
+        default="parquet",
+        help="of dataset/: images inside, or as files; default parquet",
     )
     group.add_argument(
         "--resize", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the images kept; default: as they are"
@@ -526,7 +530,9 @@ def fill_in(args, say):
             folder = Path(args.generated).parent if Path(args.generated).is_file() else Path(args.generated)
             args.source = json.loads((folder / "args.json").read_text(encoding="utf-8"))["arguments"]["source"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(f"{args.generated} does not say what it was made from; give --source") from None
+            args.source = None
+        if not (isinstance(args.source, list) and args.source and all(isinstance(one, str) for one in args.source)):
+            raise ValueError(f"{args.generated} does not say what it was made from; give --source")
         say(f"Sources, as {args.generated} names them: {' '.join(args.source)}")
     for line in describe_origin(args, args.origin):
         say(line)
@@ -547,6 +553,11 @@ def open_run(args):
     """Data and settings: all that can be wrong shows here, before a model is loaded."""
     if (Path(args.output_dir) / METADATA).is_file():
         raise ValueError(f"{args.output_dir} holds generated images; give another --output_dir")
+    if (Path(args.output_dir) / "dataset").exists() and not (Path(args.output_dir) / SETTINGS).is_file():
+        raise ValueError(
+            f"{Path(args.output_dir) / 'dataset'} is not of this script, which would replace it; give another "
+            "--output_dir"
+        )
     try:
         sources = open_sources(
             args.source,
@@ -596,7 +607,10 @@ def finish(run):
     if args.push_to_hub:
         api, name = HfApi(), args.hub_dataset_id or folder.resolve().name
         name = api.create_repo(name, repo_type="dataset", private=True, exist_ok=True).repo_id
-        print(f"Uploaded: {api.upload_folder(repo_id=name, repo_type='dataset', folder_path=folder / 'dataset')}")
+        # What an earlier choice left there would be read with this one.
+        old = ["*.parquet", *(f"*{ending}" for ending in ENDINGS)]
+        options = {"repo_type": "dataset", "folder_path": folder / "dataset", "delete_patterns": old}
+        print(f"Uploaded: {api.upload_folder(repo_id=name, **options)}")
 
 
 def run_script(args):

@@ -317,7 +317,9 @@ def build_parser():
     group.add_argument("--rerank", **yes, help="k-reciprocal re-ranking beside the plain numbers")
     group.add_argument("--k1", type=int, default=20, help="re-ranking: reciprocal neighbours; default 20")
     group.add_argument("--k2", type=int, default=6, help="re-ranking: neighbours averaged over; default 6")
-    group.add_argument("--lambda_value", type=float, default=0.3, help="re-ranking: weight of the plain distance")
+    group.add_argument(
+        "--lambda_value", type=float, default=0.3, help="re-ranking: weight of the plain distance, 0 to 1; default 0.3"
+    )
 
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", default="output/finetune", help="default output/finetune")
@@ -327,7 +329,9 @@ def build_parser():
         "--resume_from_checkpoint", help="`latest` (from 0 where there is none), a name such as checkpoint-500, a path"
     )
     group.add_argument("--log_every", type=int, default=1, help="steps between writes of log.jsonl; default 1")
-    group.add_argument("--report_to", nargs="+", default=["none"], help="tensorboard, wandb, trackio or others")
+    group.add_argument(
+        "--report_to", nargs="+", default=["none"], help="tensorboard, wandb, trackio or others; default none"
+    )
     group.add_argument("--push_to_hub", **yes, help="upload the model when done")
     group.add_argument("--hub_model_id", help="repository; default: the name of --output_dir")
     return parser

@@ -177,7 +177,12 @@ def build_parser():
     )
 
     group = parser.add_argument_group("objective")
-    group.add_argument("--objective", choices=["classification", "dino"], default="classification")
+    group.add_argument(
+        "--objective",
+        choices=["classification", "dino"],
+        default="classification",
+        help="see above; default classification",
+    )
     group.add_argument("--ema_decay", type=float, help="the result is a running mean of the weights; default: not")
     group.add_argument("--layer_decay", type=float, default=1.0, help="factor on the rate, block by block; default 1")
     group.add_argument("--label_smoothing", type=float, default=0.1, help="classification; default 0.1")
@@ -235,7 +240,10 @@ def build_parser():
     group.add_argument("--eval_every", type=int, default=3, help="epochs between evaluations; default 3")
     group.add_argument("--eval_batch_size", type=int, default=64, help="images a process; default 64")
     group.add_argument(
-        "--test_resample", choices=["bilinear", "bicubic"], default="bilinear", help="resizing of targets"
+        "--test_resample",
+        choices=["bilinear", "bicubic"],
+        default="bilinear",
+        help="resizing of targets; default bilinear",
     )
 
     group = parser.add_argument_group("output")
@@ -246,7 +254,9 @@ def build_parser():
         "--resume_from_checkpoint", help="`latest` (from 0 where there is none), a name such as checkpoint-500, a path"
     )
     group.add_argument("--log_every", type=int, default=1, help="steps between writes of log.jsonl; default 1")
-    group.add_argument("--report_to", nargs="+", default=["none"], help="tensorboard, wandb, trackio or others")
+    group.add_argument(
+        "--report_to", nargs="+", default=["none"], help="tensorboard, wandb, trackio or others; default none"
+    )
     group.add_argument("--push_to_hub", **yes, help="upload the backbone when done")
     group.add_argument("--hub_model_id", help="repository; default: the name of --output_dir")
     return parser

@@ -193,20 +193,24 @@ def build_parser():
         help="Stable Diffusion 1.x or 2.x, folder or Hub id; default: the shipped stand-in",
     )
     group.add_argument("--revision", help="of the diffusion model on the Hub")
-    group.add_argument("--diffusion", choices=["ldm", "none"], default="ldm", help="none trains the baseline")
+    group.add_argument(
+        "--diffusion", choices=["ldm", "none"], default="ldm", help="none trains the baseline; default ldm"
+    )
 
     group = parser.add_argument_group("method")
     group.add_argument(
         "--condition",
         choices=["correlation", "class", "instance"],
         default="correlation",
-        help="what conditions the U-Net: probabilities x prompts, the label's prompt, or feature x prompts",
+        help="what conditions the U-Net: probabilities x prompts, the label's prompt, or feature x prompts; default "
+        "correlation",
     )
     group.add_argument(
         "--probabilities",
         choices=["classifier", "prototype", "mean"],
         default="classifier",
-        help="of --condition correlation: from the classifier, from the prototypes, or the mean of both",
+        help="of --condition correlation: from the classifier, from the prototypes, or the mean of both; default "
+        "classifier",
     )
     group.add_argument(
         "--bottleneck",
@@ -278,14 +282,22 @@ def build_parser():
     group.add_argument("--eval_every", type=int, default=5, help="epochs between evaluations; default 5")
     group.add_argument("--eval_batch_size", type=int, default=64, help="images a process; default 64")
     group.add_argument(
-        "--test_resample", choices=["bilinear", "bicubic"], default="bilinear", help="resizing of targets"
+        "--test_resample",
+        choices=["bilinear", "bicubic"],
+        default="bilinear",
+        help="resizing of targets; default bilinear",
     )
     group.add_argument("--rerank", **yes, help="k-reciprocal re-ranking beside the plain numbers")
     group.add_argument("--k1", type=int, default=20, help="re-ranking: reciprocal neighbours; default 20")
     group.add_argument("--k2", type=int, default=6, help="re-ranking: neighbours averaged over; default 6")
-    group.add_argument("--lambda_value", type=float, default=0.3, help="re-ranking: weight of the plain distance")
     group.add_argument(
-        "--validation_ids", type=int, default=4, help="identities denoised under right and wrong condition; 0 for none"
+        "--lambda_value", type=float, default=0.3, help="re-ranking: weight of the plain distance, 0 to 1; default 0.3"
+    )
+    group.add_argument(
+        "--validation_ids",
+        type=int,
+        default=4,
+        help="identities denoised under right and wrong condition; default 4, 0 for none",
     )
 
     group = parser.add_argument_group("output")
@@ -296,7 +308,9 @@ def build_parser():
         "--resume_from_checkpoint", help="`latest` (from 0 where there is none), a name such as checkpoint-500, a path"
     )
     group.add_argument("--log_every", type=int, default=1, help="steps between writes of log.jsonl; default 1")
-    group.add_argument("--report_to", nargs="+", default=["none"], help="tensorboard, wandb, trackio or others")
+    group.add_argument(
+        "--report_to", nargs="+", default=["none"], help="tensorboard, wandb, trackio or others; default none"
+    )
     group.add_argument("--push_to_hub", **yes, help="upload the model when done")
     group.add_argument("--hub_model_id", help="repository; default: the name of --output_dir")
     return parser

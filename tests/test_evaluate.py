@@ -488,6 +488,7 @@ def put(value):
         (change("qf", lambda array: array.astype(np.int64)), "floating-point"),
         (change("qf", lambda array: array.astype(np.longdouble)), "qf in .* holds .*; expected numbers"),
         (lambda arrays: arrays.pop("gf"), "has no gf or gallery_features"),
+        (lambda arrays: arrays.update(q_path=np.array(5)), "q_path in .* is no list of names"),
     ],
 )
 def test_bad_features_are_refused_in_one_line(tmp_path, spoil, message):

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
@@ -306,6 +307,9 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_scores(drawn, whole, tmp_pa
     assert killed.returncode == -signal.SIGKILL
     pieces = sorted(path.name for path in (folder / ".pieces").glob("*.parquet"))
     assert pieces == ["00000000.parquet", "00000008.parquet"] and not (folder / "scores.parquet").exists()
+    # Those that were damaged since are made again.
+    for name in ("00000000.npy", "00000008.parquet"):
+        (folder / ".pieces" / name).write_bytes((folder / ".pieces" / name).read_bytes()[:40])
     run(drawn, folder, *more)
     same_scores(whole, folder)
     assert not (folder / ".pieces").exists()
@@ -320,22 +324,28 @@ def test_two_processes_give_the_same_scores(drawn, whole, tmp_path):
 
 
 def test_no_domain_puts_a_model_elsewhere(tmp_path):
-    domain, rows = "x/../../../elsewhere", []
-    for number in range(6):
+    domain, rows = "x/../../../elsewhere\n# <b>|", []
+    for number in range(9):
         Image.new("RGB", (32, 64), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
         rows.append({"file_name": f"{number}.png", "path": f"{number}.png", "pid": number // 3, "camid": 0})
     (tmp_path / "set").mkdir()
     for folder in ("source", "generated"):
         (tmp_path / "set" / folder).mkdir()
-        for row in rows:
+        # Of the third person nothing is generated.
+        its = rows if folder == "source" else rows[:6]
+        for row in its:
             shutil.copy(tmp_path / row["file_name"], tmp_path / "set" / folder)
-        written = pa.Table.from_pylist([row | {"domain": domain} for row in rows])
+        written = pa.Table.from_pylist([row | {"domain": domain} for row in its])
         pq.write_table(written, tmp_path / "set" / folder / "metadata.parquet")
     more = ["--clip_model", "none", "--classifier_model", "none", "--keep_fraction", "1"]
     run(tmp_path / "set" / "generated", tmp_path / "set" / "out", "--source", tmp_path / "set" / "source", *more)
     assert [path.name for path in (tmp_path / "set" / "out" / "models").iterdir()] == [
-        "reid-x%2F..%2F..%2F..%2Felsewhere"
+        "reid-x%2F..%2F..%2F..%2Felsewhere%0A%23%20%3Cb%3E%7C"
     ]
+    lines = (tmp_path / "set" / "out" / "dataset" / "README.md").read_text().splitlines()
+    told = [line for line in lines if "elsewhere" in line]
+    assert told[0].startswith("| x/../../../elsewhere # &lt;b>\\| | 6 | 6 | 2 | 9 |")
+    assert "elsewhere # &lt;b>\\|: images made from 2 of its identities, 0 of them with none kept" in told[1]
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["generated", "out", "source"]
     assert set(load_reid(str(tmp_path / "set" / "out" / "dataset"))["train"]["domain"]) == {domain}
 
@@ -371,7 +381,7 @@ def test_scores_of_other_models_are_refused(drawn, whole):
 def test_damaged_results_are_made_again(drawn, whole, tmp_path, name):
     folder, more = tmp_path / "out", [*trained(whole), "--keep_fraction", "0.5"]
     run(drawn, folder, *more)
-    (folder / name).write_bytes((folder / name).read_bytes()[:40]) if "scores" in name else (folder / name).unlink()
+    (folder / name).write_bytes((folder / name).read_bytes()[:40])
     run(drawn, folder, *more)
     same_scores(whole, folder)
     assert (folder / name).stat().st_size > 40
@@ -405,7 +415,51 @@ def test_the_source_is_found_in_the_generated_folder(drawn, tmp_path):
     args = script.parse_args(["--generated", str(drawn / "metadata.parquet"), "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="'people' is neither a known set nor .*last names only: give --source"):
         script.main(args)
+    for source in (None, [], [3], "market1501"):
+        (drawn / "args.json").write_text(json.dumps({"arguments": {"source": source}}))
+        args = script.parse_args(["--generated", str(drawn), "--output_dir", str(tmp_path)])
+        with pytest.raises(ValueError, match="does not say what it was made from; give --source"):
+            script.main(args)
     (drawn / "args.json").unlink()
+
+
+def test_somebody_elses_data_set_is_not_replaced(drawn, tmp_path):
+    mine = tmp_path / "out" / "dataset" / "mine.jpg"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    with pytest.raises(ValueError, match="out/dataset is not of this script, which would replace it"):
+        run(drawn, tmp_path / "out")
+    assert mine.read_text() == "precious" and [path.name for path in (tmp_path / "out").iterdir()] == ["dataset"]
+
+
+def test_settings_of_scores_that_are_gone_are_named(drawn, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns("models", "cache"))
+    (tmp_path / "out" / "scoring.json").write_text('{"seed"')
+    with pytest.raises(
+        ValueError, match="scoring.json, which says what the scores there are of, is missing or damaged"
+    ):
+        run(drawn, tmp_path / "out", "--keep_fraction", "0.5")
+
+
+def test_an_upload_leaves_nothing_of_an_earlier_choice(drawn, whole, monkeypatch):
+    before = ["README.md", "LICENSE", "data/train-00001-of-00002.parquet", "metadata.parquet", "images/a/0.jpg"]
+    pushed = []
+
+    class Hub:
+        def whoami(self):
+            return {}
+
+        def create_repo(self, name, **options):
+            assert options == {"repo_type": "dataset", "private": True, "exist_ok": True}
+            return type("Repo", (), {"repo_id": f"someone/{name}"})
+
+        def upload_folder(self, *, repo_id, repo_type, folder_path, delete_patterns):
+            gone = set(filter_repo_objects(before, allow_patterns=delete_patterns))
+            pushed.append((repo_id, repo_type, folder_path, sorted(gone)))
+
+    monkeypatch.setattr(script, "HfApi", Hub)
+    run(drawn, whole, "--keep_fraction", "0.5", "--push_to_hub", "--hub_dataset_id", "people")
+    assert pushed == [("someone/people", "dataset", whole / "dataset", sorted(before[2:]))]
 
 
 @pytest.mark.parametrize(

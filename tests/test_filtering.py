@@ -25,7 +25,7 @@ from utils.drawn_generated import (
     write_source,
 )
 from utils.filter_page import against_truth, truth_table
-from utils.filter_scoring import View
+from utils.filter_scoring import View, open_image
 from utils.filter_sources import Source, check_calibration
 from utils.filtered_set import Origin, write_files
 from utils.filtered_set import resized as smaller
@@ -127,6 +127,13 @@ def test_an_advised_threshold_can_be_typed():
     assert filtering.numbers_of(typed) == {"my people": 0.5, "d1": pytest.approx(0.9, abs=1e-4)}
 
 
+def test_who_asks_for_too_many_of_everybody_is_told_so():
+    found = scores([0, 0, 1], [0.5, 0.9, 0.8])
+    nothing = filtering.choose(found, "reid", {"d0": 0.0}, min_per_id=3)
+    words = filtering.nothing_left(found, nothing, "reid")
+    assert "(3 too few left of its identity)" in words and words.endswith(" Lower --min_per_id")
+
+
 def test_thresholds_of_each_source():
     found = scores([0] * 8, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], source=[0, 0, 0, 0, 1, 1, 1, 1])
     shares = {"d0": 0.5, "d1": 0.25}
@@ -195,6 +202,11 @@ def test_what_filters_keep_of_every_kind(tmp_path):
     assert told["reid"]["kept"] == kept
     assert truth_table(told)[1] == [["Re-ID CTF", "0.833", "100 %", "50 %", "0 %", "0 %"]]
     pq.write_table(pa.table({"path": truths}), tmp_path / "scores.parquet")
+    assert against_truth(tmp_path / "scores.parquet", found) is None
+    pq.write_table(pa.table({"truth": ["right, new scene"] * 5}), tmp_path / "scores.parquet")
+    assert truth_table(against_truth(tmp_path / "scores.parquet", found))[1] == [["Re-ID CTF", "", "100 %"]]
+    # A column of that name may be anybody's.
+    pq.write_table(pa.table({"truth": range(5)}), tmp_path / "scores.parquet")
     assert against_truth(tmp_path / "scores.parquet", found) is None
 
 
@@ -332,6 +344,30 @@ def test_another_size_keeps_the_notes_of_the_file(mode):
         with Image.open(io.BytesIO(smaller(held.getvalue(), size))) as image:
             assert image.size == size[::-1] and image.mode == "RGB" and image.getexif()[0x010E] == "synthetic"
             assert abs(image.getpixel((3, 3))[0] - 90) <= 3
+
+
+def test_a_picture_that_lies_is_stood_up():
+    held, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "synthetic"
+    lying = Image.new("RGB", (64, 32), (0, 0, 90))
+    lying.paste((200, 0, 0), (0, 0, 32, 32))
+    lying.save(held, "JPEG", quality=95, exif=exif)
+    upright = open_image(held.getvalue())
+    # The left side of what lies is the top of what stands.
+    assert upright.size == (32, 64) and upright.getpixel((16, 8))[0] > 150 > upright.getpixel((16, 56))[0]
+    with Image.open(io.BytesIO(smaller(held.getvalue(), (32, 16)))) as image:
+        assert image.size == (16, 32) and image.getpixel((8, 4))[0] > 150 > image.getpixel((8, 28))[0]
+        assert image.getexif()[0x010E] == "synthetic" and 0x0112 not in image.getexif()
+
+
+def test_another_seed_is_another_set(tmp_path):
+    file = write_drawn(tmp_path / "set", World(num_ids=1))
+    table = pq.read_table(file)
+    before = open_generated(str(tmp_path / "set")).digest
+    pq.write_table(table, file, row_group_size=3)
+    assert open_generated(str(tmp_path / "set")).digest == before
+    pq.write_table(put(table, "seed", [*table["seed"].to_pylist()[:-1], 99]), file)
+    assert open_generated(str(tmp_path / "set")).digest != before
 
 
 def test_files_outside_the_folder_are_refused(tmp_path):

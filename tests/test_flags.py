@@ -112,6 +112,9 @@ def test_help_says_what_everything_does(name, capsys):
         flag = "/".join(action.option_strings)
         assert action.help or action.choices, f"{name} {flag} has no help"
         told = action.help or ""
+        # Of a number that can only be 1, and of switches, no more is to be said.
+        plain = action.default in (None, False, 1, argparse.SUPPRESS)
+        assert plain or "default" in told.lower(), f"{name} {flag} does not say that {action.default} is its default"
         assert "TODO" not in told and told.replace("%%", "").count("%") == told.count("%("), f"{name} {flag}: {told}"
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(name).parse_args(["--help"])
@@ -152,12 +155,13 @@ def test_the_folder_of_another_script_is_left_alone(name, tmp_path):
     run = getattr(script, "run_script", None) or script.start
     args = script.parse_args(["--output_dir", str(tmp_path)])
     other = "evaluate.py" if name != "evaluate" else "train_dcac.py"
-    record.write_text(json.dumps({"command": [other, "--seed", "1"]}))
-    with pytest.raises(SystemExit) as ended:
-        run(args)
-    assert ended.value.code == f"{name}.py: {tmp_path} holds what {other} left; give another --output_dir"
+    for command in ([other, "--seed", "1"], f"accelerate launch {other} --seed 1"):
+        record.write_text(json.dumps({"command": command}))
+        with pytest.raises(SystemExit) as ended:
+            run(args)
+        assert ended.value.code == f"{name}.py: {tmp_path} holds what {other} left; give another --output_dir"
     assert [path.name for path in tmp_path.iterdir()] == ["args.json"]
-    for command in ([f"{name}.py"], ["my_own.py"], f"{name}.py --seed 1", []):
+    for command in ([f"{name}.py"], ["my_own.py"], f"accelerate launch {name}.py --seed 1", []):
         record.write_text(json.dumps({"command": command}))
         check_folder(tmp_path, f"{name}.py")
 

@@ -106,6 +106,8 @@ def test_what_came_from_where_is_told():
         "From the command line: rank 16, milestones 3 5, deep True",
     ]
     assert describe_origin(*parse("--recipe", "large")) == ["From --recipe large: rank 32"]
+    args.rank, args.milestones = {None: 0.5}, {"a": 0.1, "b": 0.2}
+    assert describe_origin(args, origin)[1] == "From the command line: rank 0.5, milestones a=0.1 b=0.2, deep True"
 
 
 def test_unknown_recipes_and_bad_values_are_errors(capsys):

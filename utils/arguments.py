@@ -44,6 +44,9 @@ def describe_origin(args, origin):
 
 
 def _shown(value):
+    if isinstance(value, dict):
+        # A number for all, or one for each domain.
+        return " ".join(f"{number}" if name is None else f"{name}={number}" for name, number in value.items())
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
@@ -72,7 +75,8 @@ def check_folder(folder, script):
     """
     try:
         command = json.loads((Path(folder) / "args.json").read_text(encoding="utf-8"))["command"]
-        owner = (command.split() if isinstance(command, str) else command)[0]
+        words = [word for word in command.split() if word.endswith(".py")] if isinstance(command, str) else command
+        owner = words[0]
     except (OSError, ValueError, LookupError, TypeError):
         return
     if owner in SCRIPTS and owner != script:

@@ -267,6 +267,8 @@ def _side(path, arrays, header, mark, letter):
             raise ValueError(f"{letter}{kind} in {path} holds fractions; identities and cameras are whole numbers")
         ids.append(values.flatten().long())
     paths = find("_path")
+    if paths is not None and not (isinstance(paths, list) or np.ndim(paths)):
+        raise ValueError(f"{letter}_path in {path} is no list of names")
     side = "query" if letter == "q" else "gallery"
     paths = [f"{side} {row}" for row in range(len(features))] if paths is None else [str(one) for one in paths]
     return Side(features.float(), *ids, paths)

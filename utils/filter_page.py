@@ -1,13 +1,11 @@
 """The page of a filtered set: what each filter keeps and drops, where they disagree, scores, identities."""
 
-import io
-
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image
 
 from utils import filtering, generated_images
 from utils.charts import histogram, line_chart
+from utils.filter_scoring import open_image
 from utils.filtered_set import NAMES, TABLE_COLUMNS, number
 from utils.images import as_rgb
 from utils.reporting import Report, Tile, data_uri, portable
@@ -94,6 +92,8 @@ def against_truth(scores_path, scores):
     if truths is None:
         return None
     good = np.array([str(truth).startswith("right") for truth in truths])
+    if not good.any():
+        return None
     found = {}
     for name in [name for name in filtering.FILTERS if scores.has(name)]:
         values = filtering.ranking(scores, name)
@@ -107,10 +107,11 @@ def against_truth(scores_path, scores):
 def truth_table(found):
     """(columns, rows) of text."""
     kinds = list(next(iter(found.values()))["kept"])
-    rows = [
-        [LABELS[name], f"{one['auc']:.3f}", *(f"{100 * one['kept'][kind]:.0f} %" for kind in kinds)]
-        for name, one in found.items()
-    ]
+    rows = []
+    for name, one in found.items():
+        # Where nothing is wrong, nothing can come after what is right.
+        auc = "" if one["auc"] is None else f"{one['auc']:.3f}"
+        rows.append([LABELS[name], auc, *(f"{100 * one['kept'][kind]:.0f} %" for kind in kinds)])
     return ["filter", "AUC", *kinds], rows
 
 
@@ -170,7 +171,7 @@ def note_of(row):
 
 def picture_of(read):
     try:
-        return data_uri(as_rgb(Image.open(io.BytesIO(read()))))
+        return data_uri(as_rgb(open_image(read())))
     except Exception:
         return None
 

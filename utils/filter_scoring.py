@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from utils import filtering, generated_images
@@ -30,10 +31,15 @@ def is_scored(folder, settings):
         before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = None
-    scored = (folder / FEATURES).is_file() and (folder / CALIBRATION).is_file() and is_table(folder / SCORES)
+    scored = is_table(folder / SCORES) and is_array(folder / FEATURES) and is_safetensors(folder / CALIBRATION)
     begun = scored or any((folder / PIECES).glob("*.parquet")) or (folder / "models").is_dir()
+    if begun and not isinstance(before, dict):
+        raise ValueError(
+            f"{folder / SETTINGS}, which says what the scores there are of, is missing or damaged; give another "
+            "--output_dir"
+        )
     if begun and before != settings:
-        changed = "; ".join(differences(before or {}, settings))
+        changed = "; ".join(differences(before, settings))
         raise ValueError(
             f"{folder} holds scores of other models or images: {changed}. Give the same, or another --output_dir"
         )
@@ -49,6 +55,22 @@ def is_table(path):
     return True
 
 
+def is_array(path):
+    try:
+        np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return True
+
+
+def is_safetensors(path):
+    try:
+        with safe_open(path, "np"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
 def score_pieces(folder, generated, score_piece, *, accelerator):
     """scores.parquet and features.npy; `score_piece(table, readers)` gives the columns of `SCORED` and features.
 
@@ -58,7 +80,8 @@ def score_pieces(folder, generated, score_piece, *, accelerator):
     pieces = folder / PIECES
     pieces.mkdir(parents=True, exist_ok=True)
     starts = list(range(0, len(generated), size))
-    missing = {start for start in starts if not (pieces / f"{start:08d}.parquet").is_file()}
+    names = {start: pieces / f"{start:08d}" for start in starts}
+    missing = {start for start, name in names.items() if not (is_table(f"{name}.parquet") and is_array(f"{name}.npy"))}
     # All have looked before one writes.
     accelerator.wait_for_everyone()
     mine = missing & set(starts[accelerator.process_index :: accelerator.num_processes])
@@ -84,7 +107,7 @@ def score_pieces(folder, generated, score_piece, *, accelerator):
     bar.close()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        gather_pieces(folder, [pieces / f"{start:08d}" for start in starts], len(generated))
+        gather_pieces(folder, list(names.values()), len(generated))
         shutil.rmtree(pieces)
     accelerator.wait_for_everyone()
 
@@ -148,8 +171,10 @@ class Preparation:
 
 
 def open_image(held):
+    """The picture as readers of data sets see it: upright, where its notes say that it lies."""
     image = Image.open(pa.BufferReader(held))
     image.load()
+    ImageOps.exif_transpose(image, in_place=True)
     return image
 
 

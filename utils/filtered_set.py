@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from utils import filtering
@@ -106,7 +106,7 @@ def summary_of(args, generated, sources, scores, choice, calibration):
             "generated": int(mine.sum()),
             "kept": int(choice.kept[mine].sum()),
             "identities": int((counts[people] > 0).sum()),
-            "identities_without": len(sources[domain].pids) - int((counts[people] > 0).sum()),
+            "identities_without": int((counts[people] == 0).sum()),
             "source_images": len(sources[domain].train),
             "threshold": choice.thresholds[domain],
         }
@@ -208,6 +208,7 @@ def resized(held, size):
     buffer = io.BytesIO()
     # Pixels are read when they are first asked for.
     with Image.open(io.BytesIO(held)) as image:
+        ImageOps.exif_transpose(image, in_place=True)
         exif, small = image.getexif(), as_rgb(image)
         if small.size != tuple(size[::-1]):
             small = small.resize(tuple(size[::-1]), Image.Resampling.BICUBIC)
@@ -279,7 +280,7 @@ def card(args, summary, command):
     shares = zip(spread["limits"], spread["kept"], spread["source"], strict=True)
     heads = ["source", "generated", "kept", "identities", "source images", "threshold"]
     notes = [
-        f"- `{domain}`: images made from {one['identities'] + one['identities_without']:,} of its identities, "
+        f"- {one_line(domain)}: images made from {one['identities'] + one['identities_without']:,} of its identities, "
         f"{one['identities_without']:,} of them with none kept; licence and terms are those of its publishers."
         for domain, one in summary["sources"].items()
     ]
@@ -292,7 +293,7 @@ def card(args, summary, command):
         filter=NAMES[summary["filter"]],
         counts=markdown(heads, per_source),
         reasons=markdown(["reason", "images"], [[why, count] for why, count in summary["rejected"].items() if count]),
-        distribution="Share of identities with fewer than X images.\n\n"
+        distribution="Share of identities with fewer than X images, of those that have any.\n\n"
         + markdown(["X", "here", "source"], [[x, f"{a:.1%}", f"{b:.1%}"] for x, a, b in shares]),
         row=markdown(["data set", *TABLE_COLUMNS], [[args.title, *summary["row"]]]),
         sources="\n".join(notes),
@@ -335,8 +336,13 @@ def marked(summary):
 
 def markdown(columns, rows):
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
-    cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    cells = [[f"{cell:,}" if isinstance(cell, int) else one_line(cell) for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in [*lines, *cells])
+
+
+def one_line(text):
+    """As a cell of a table: names of others may hold line ends, bars and markup."""
+    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def number(value):

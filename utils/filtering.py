@@ -269,7 +269,9 @@ def nothing_left(scores, choice, name):
     counts = np.bincount(choice.reason, minlength=len(REASONS))
     why = ", ".join(f"{counts[place]} {word}" for place, word in enumerate(REASONS) if word and counts[place])
     advice = "no image could be kept at any threshold"
-    if words:
+    if counts[REASONS.index(FEW)]:
+        advice = "Lower --min_per_id"
+    elif words:
         told = words[0][1] if len(words) == 1 else " ".join(shlex.quote(f"{one}={number}") for one, number in words)
         advice = f"--threshold {told} is reached by half of the images it could keep"
     return f"nothing is left of {len(scores)} images ({why}); all of them are scored. {advice}"

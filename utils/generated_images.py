@@ -58,11 +58,13 @@ class Generated:
         """One pass over the labels: counts, doubles, digest."""
         self.counts, self.size = {}, 0
         digest, seen = hashlib.sha256(), array("Q")
+        labels = ("domain", "pid", "path")
+        # Another seed or model makes another image of the same name.
+        names = (*labels, *sorted(set(self.schema.names) - set(labels)))
         for table in self.tables():
-            rows = zip(*(table[name].to_pylist() for name in ("domain", "pid", "path")), strict=True)
-            for domain, pid, path in rows:
-                line = f"{domain}\t{pid}\t{path}\n".encode()
-                digest.update(line)
+            rows = zip(*(table[name].to_pylist() for name in names), strict=True)
+            for domain, pid, path, *others in rows:
+                digest.update(f"{domain}\t{pid}\t{path}\t{others}\n".encode())
                 seen.append(int.from_bytes(hashlib.blake2b(f"{domain}\t{path}".encode(), digest_size=8).digest()))
                 self.counts[domain, pid] = self.counts.get((domain, pid), 0) + 1
             self.size += len(table)

@@ -164,6 +164,9 @@ def portable(value):
     """A setting as it may be written down: of a path of this machine only the last name."""
     if isinstance(value, (list, tuple)):
         return [portable(one) for one in value]
+    if isinstance(value, str) and value.startswith("--") and "=" in value:
+        flag, _, word = value.partition("=")
+        return f"{flag}={portable(word)}"
     # Unlike a Path, os.path takes words that are too long for a name.
     if isinstance(value, (str, Path)) and os.path.exists(value):
         return Path(value).resolve().name
