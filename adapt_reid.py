@@ -22,6 +22,9 @@ u the unit-length BNNeck feature of an image,
 Of the source, `--source`, labels are used; those of `--target`, where it has any, only for numbers in the report. A
 batch has K images of each cluster, as different cameras saw it where the data say which camera an image is of.
 With a source, BatchNorm has averages and weights of its own for each domain; the target's are saved.
+
+Distances follow the paper on re-ranking; the authors' code counts an image among its own k1, and does not divide a
+row's distances by its largest. Left out: GeM in cluster-contrast's code, IDM's memory of earlier batches (XBM).
 """
 
 import argparse
@@ -34,7 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from torch import nn
 
 from utils import tiny
@@ -275,7 +278,7 @@ def build_parser():
 def parse_args(input_args=None):
     parser = build_parser()
     args, args.origin = parse_with_recipes(parser, RECIPES, input_args)
-    args.demo = args.target is None
+    args.demo = args.target is None and args.source is None
     args.target = args.target or [DEMO_TARGET]
     args.method = args.method or METHODS[args.setting][0]
     if args.setting == "adaptation" and args.source is None and args.demo:
@@ -578,6 +581,11 @@ def main(args):
         accelerator.print,
     )
     # What can be wrong with data and configuration shows before a model is loaded.
+    if args.method == "idm" and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "--method idm writes the clusters' means into its classifier before every epoch, behind DeepSpeed's back; "
+            "start it without DeepSpeed"
+        )
     target, truth, measurable = open_unlabelled(args.target, args.data_root, skip_unreadable=args.skip_unreadable)
     source, source_labels = None, torch.zeros(0, dtype=torch.int64)
     if args.source is not None:
@@ -585,7 +593,7 @@ def main(args):
             args.source, args.data_root, single_image_ids=args.single_image_ids, skip_unreadable=args.skip_unreadable
         )
     measured = open_targets(measurable, args.data_root, skip_unreadable=args.skip_unreadable)
-    check_settings(len(target), scales(args), args.min_samples, args.k1)
+    check_settings(len(target), scales(args), args.min_samples, args.k1, args.k2)
     batch_size = args.train_batch_size * accelerator.num_processes
     num_source = int(source_labels.max()) + 1 if source else 0
     run = Run(args, accelerator, source, source_labels, target, truth, measured, None, None)

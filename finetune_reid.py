@@ -556,7 +556,7 @@ def main(args):
     sampler = IdentitySampler(labels.tolist(), batch_size, args.images_per_id, args.seed, *share)
     if args.method == METABIN:
         each = max(2, batch_size // args.images_per_id // (int(domains.max()) + 1))
-        sampler = MetaBatches(sampler, labels.tolist(), domains.tolist(), each, args.images_per_id, args.seed)
+        sampler = MetaBatches(sampler, labels.tolist(), train["domain"][:], each, args.images_per_id, args.seed)
     sampler = RemainingBatches(sampler)
     path, state = open_state(
         args,

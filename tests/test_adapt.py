@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -25,6 +26,7 @@ from utils.datasets import load_reid, put, save
 from utils.domain_norms import DomainNorm
 from utils.intermediate import Mixer
 from utils.modeling import ReIDModel
+from utils.unlabelled import open_unlabelled
 
 ROOT = Path(__file__).parent.parent
 TARGET = "synthetic:domain=b,num_ids=6,images_per_id=8"
@@ -471,6 +473,30 @@ def test_a_folder_of_images_is_enough(small, train, tmp_path):
     assert "Close: cluster" in page and "ARI" not in page and "mean cosine to their centre" in page
 
 
+def test_a_table_without_pids_is_enough(tmp_path):
+    """Names of files, images in parquet, a saved data set: without pids, and without cameras too."""
+    for kind in ("csv", "parquet", "saved"):
+        (tmp_path / kind).mkdir()
+    train = images_in(tmp_path / "csv" / "images", 6)
+    names = "".join(f"images/{path.name}\n" for path in sorted(train.iterdir()))
+    (tmp_path / "csv" / "metadata.csv").write_text("file_name\n" + names)
+    data = datasets.Dataset.from_dict({"image": load_reid(TARGET)["train"][:6]["image"], "camid": [0, 1, 2, 0, 1, 2]})
+    data.to_parquet(tmp_path / "parquet" / "train.parquet")
+    data.remove_columns("camid").save_to_disk(tmp_path / "saved" / "set")
+    for place in ("csv", "parquet", "saved/set"):
+        rows, truth, measurable = open_unlabelled([str(tmp_path / place)])
+        assert truth is None and measurable == []
+        cameras = data["camid"][:] if place == "parquet" else [0] * 6
+        assert rows["pid"][:] == [0] * 6 and rows["camid"][:] == cameras
+        assert [one.tobytes() for one in rows["image"][:]] == [one.tobytes() for one in data["image"][:]]
+        with pytest.raises(ValueError, match="no column 'person' for the pid"):
+            open_unlabelled([f"{tmp_path / place}:pid_column=person"])
+    labelled = tmp_path / "parquet" / "query.parquet"
+    data.to_parquet(labelled)
+    with pytest.raises(ValueError, match="train, query, which need a column of pids"):
+        open_unlabelled([str(labelled.parent)])
+
+
 def test_one_camera_is_enough(small, train, tmp_path):
     for row_number, row in enumerate(load_reid(TARGET)["train"]):
         folder = tmp_path / "set" / f"{row['pid']:04d}"
@@ -493,6 +519,7 @@ def test_bad_data_is_told_before_a_model_loads(small, tmp_path, monkeypatch):
     monkeypatch.setattr(ReIDModel, "for_training", None)
     out = ["--output_dir", tmp_path / "out"]
     assert "48 images cannot be clustered by their k1 = 48 nearest" in refused(*small, *out, "--k1", "48")
+    assert "48 images cannot be averaged over their k2 = 48 nearest" in refused(*small, *out, "--k2", "48")
     assert "cannot be split" in refused(*small, *out, "--train_batch_size", "9")
     assert "there are only 5" in refused(*small, *out, *SOURCE, "--train_batch_size", "16")
     assert "did you mean" in refused(*small, *out, "--target", "market1502")
@@ -506,6 +533,21 @@ def test_clusters_that_collapse_say_what_to_turn(small, tmp_path):
     assert "50% of them within 0." in noise
     one = refused(*small, *out, "--eps", "0.99", "--k1", "40", "--k2", "6")
     assert "fell into 1" in one and "Lower --eps 0.99 or --k1" in one
+
+
+@pytest.mark.slow
+def test_idm_does_not_start_under_deepspeed(small, tmp_path):
+    """DeepSpeed trains weights of its own, into which the means of the clusters would not come."""
+    pytest.importorskip("deepspeed")
+    config = ROOT / "accelerate_configs" / "deepspeed_zero2.yaml"
+    command = ["accelerate", "launch", "--config_file", config, "--num_processes", "1", ROOT / "adapt_reid.py"]
+    run = subprocess.run(
+        [*map(str, command), *small, *KINDS["idm"], "--output_dir", str(tmp_path / "out")],
+        env=environment() | {"DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode and "--method idm writes" in run.stderr and "start it without DeepSpeed" in run.stderr
 
 
 def test_going_on_with_other_arguments_names_them(small, finished, tmp_path):
@@ -535,6 +577,12 @@ def test_arguments_that_cannot_be(arguments, words, capsys):
         parse_args(arguments)
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_only_a_run_without_sets_is_the_demo():
+    assert parse_args([]).demo and parse_args(["--setting", "adaptation"]).demo
+    assert not parse_args(["--setting", "adaptation", "--source", "market1501"]).demo
+    assert not parse_args(["--target", "market1501"]).demo
 
 
 def test_recipes_set_the_published_values_and_flags_win():

@@ -7,10 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.cluster_page import add_contact_sheet
 from utils.clustering import NOISE, Clusters, reliable
+from utils.datasets import load_reid
 from utils.domain_norms import DomainNorm, join_norms, split_norms
 from utils.memories import ClusterMemory, HybridMemory
 from utils.pseudo_batches import PseudoBatches, in_groups
+from utils.reporting import Report
 
 
 def unit(*shape, seed=0):
@@ -255,3 +258,32 @@ def test_batches_that_cannot_be():
         PseudoBatches(8, 3, 5, [0] * 9)
     with pytest.raises(ValueError, match="there are only 2"):
         PseudoBatches(8, 2, 5, [0] * 9, source_labels=[0, 0, 1, 1])
+    with pytest.raises(ValueError, match="all 9 images are in no cluster"):
+        PseudoBatches(8, 2, 5, [0] * 9).take(torch.full((9,), NOISE))
+
+
+# The page
+
+
+def test_clusters_on_a_page_are_called_what_they_are():
+    data = load_reid("synthetic:domain=b,num_ids=5,images_per_id=4")["train"]
+    truth = torch.arange(5).repeat_interleave(4)
+    labels, features = truth.clone(), unit(20, 8)
+    features[16:] = features[16] + 0.01 * features[16:]
+
+    def titles(*arguments):
+        page = Report("Clusters")
+        add_contact_sheet(page, data, *arguments)
+        return [card["title"] for block in page.blocks if block["kind"] == "cards" for card in block["cards"]]
+
+    # All of one person: none is mixed.
+    assert titles(labels, features, truth.numpy()) == ["Good: cluster 0", "Good: cluster 1", "Good: cluster 2"]
+    labels[19] = 3
+    labels[0] = NOISE
+    good = ["Good: cluster 1", "Good: cluster 2", "Good: cluster 0"]
+    assert titles(labels, features, truth.numpy()) == [*good, "Mixed: cluster 3", "In no cluster"]
+    # Where nobody knows, they are close or loose.
+    names = titles(labels, features)
+    assert names[0] == "Close: cluster 4" and [name.split(":")[0] for name in names[3:]] == ["Loose"] * 2 + [
+        "In no cluster"
+    ]

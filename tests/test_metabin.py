@@ -375,7 +375,8 @@ def test_what_generalisation_refuses(resnet, tmp_path, monkeypatch, capsys):
     metabin_on = [*GENERAL, *out, "--method", "metabin"]
     assert "a clip: it has no BatchNorm" in refused(*GENERAL, "--method", "metabin", "--output_dir", tmp_path / "out")
     few = "synthetic:domain=a,num_ids=1,images_per_id=4"
-    assert "takes 2 identities of each domain" in refused(*metabin_on, "--source", few, *SOURCES[1:])
+    told = refused(*metabin_on, "--source", few, *SOURCES[1:])
+    assert "takes 2 identities of each domain; domain synthetic-a has 1" in told
     for arguments, words in (
         (["--method", "metabin"], "belongs to --setting generalisation"),
         (["--setting", "generalisation", "--fraction", "0.5"], "belongs to --setting few-shot or small-scale"),

@@ -55,7 +55,7 @@ def add_clusters(report, records, found=None):
 
 
 def add_contact_sheet(report, dataset, labels, features, truth=None):
-    """Some good clusters, some mixed ones, and images in none. Without truth: the closest and the loosest."""
+    """Some good clusters, some mixed ones if there are any, and images in none. Without truth: closest and loosest."""
     labels = labels.cpu()
     if labels.max() < 0:
         return
@@ -69,9 +69,12 @@ def add_contact_sheet(report, dataset, labels, features, truth=None):
         quality = [float((truth[rows] == truth[rows].mode().values).double().mean()) for rows in members]
         words = "{:.0%} of one identity"
     order = sorted(range(len(members)), key=lambda one: (-quality[one], -len(members[one]), one))
-    mixed = [one for one in reversed(order) if one not in order[:SHOWN]][:SHOWN]
+    others = [one for one in reversed(order) if one not in order[:SHOWN]][:SHOWN]
+    kinds = ("Close", order[:SHOWN]), ("Loose", others)
+    if truth is not None:
+        kinds = ("Good", order[:SHOWN]), ("Mixed", [one for one in others if quality[one] < 1])
     cards = []
-    for kind, chosen in (("Good" if truth is not None else "Close", order[:SHOWN]), ("Mixed", mixed)):
+    for kind, chosen in kinds:
         for one in chosen:
             rows = members[one]
             note = f"{len(rows)} images, {words.format(quality[one])}"

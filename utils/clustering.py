@@ -23,7 +23,7 @@ SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 @dataclass(frozen=True)
 class Clusters:
-    """Labels 0..num_clusters-1 in the order of their first rows, -1 for noise.
+    """Labels 0..num_clusters-1 in the order of their first cores, -1 for noise.
 
     `reach` (N,) is the distance within which a row has `min_samples` rows, itself included: the eps from which on it
     is a core of a cluster.
@@ -48,18 +48,23 @@ def cluster(features, *, eps=0.6, min_samples=4, k1=30, k2=6, backend="auto"):
     """One `Clusters` for a number `eps`, a list of them for several: the distances are computed once."""
     several = isinstance(eps, (list, tuple))
     scales = list(eps) if several else [eps]
-    check_settings(len(features), scales, min_samples, k1)
+    check_settings(len(features), scales, min_samples, k1, k2)
     graph = jaccard_graph(features, k1=k1, k2=k2, max_distance=max(scales), nearest=min_samples, backend=backend)
     near, reach = as_matrix(graph.near), graph.reach[:, -1].cpu()
     found = [Clusters(dbscan(near, one, min_samples), reach, one, min_samples) for one in scales]
     return found if several else found[0]
 
 
-def check_settings(num_rows, scales, min_samples, k1):
+def check_settings(num_rows, scales, min_samples, k1, k2=1):
     if num_rows <= k1:
         raise ValueError(
             f"{num_rows} images cannot be clustered by their k1 = {k1} nearest: every image would be a neighbour of "
             f"every other. Give more images, or lower --k1 well below {num_rows}"
+        )
+    if num_rows <= k2:
+        raise ValueError(
+            f"{num_rows} images cannot be averaged over their k2 = {k2} nearest: all of them would become equal. Give "
+            f"more images, or lower --k2 well below {num_rows}"
         )
     if not 2 <= min_samples <= num_rows:
         raise ValueError(f"min_samples must be between 2 and the {num_rows} images, got {min_samples}")

@@ -66,12 +66,21 @@ def read_identity_folders(folder):
     return splits
 
 
+class MissingColumn(ValueError):
+    """A table lacks the `column` that should hold its pids or cameras."""
+
+    def __init__(self, column, message):
+        super().__init__(message)
+        self.column = column
+
+
 def integers(dataset, column, meaning, where):
     """A column of whole numbers, or the error everybody can act on."""
     if column not in dataset.column_names:
-        raise ValueError(
+        raise MissingColumn(
+            column,
             f"{where} has no column {column!r} for the {meaning}; its columns are {dataset.column_names}. "
-            f"Name the right one: {where}:{meaning}_column=..."
+            f"Name the right one: {where}:{meaning}_column=...",
         )
     values = dataset.select_columns([column]).with_format("arrow")[:][column]
     if not pa.types.is_integer(values.type):
@@ -103,9 +112,15 @@ def paths_of(dataset, split):
 def conform(splits, columns, domain, where):
     """Tables with anybody's columns to the one schema; camera -1 (generated images) becomes one of its own.
 
-    Without cameras, queries and gallery count as two, as in `read_identity_folders`.
+    Without cameras, queries and gallery count as two, as in `read_identity_folders`. Without pids all training images
+    count as one person's, and nobody can be searched for.
     """
     result, cameras = {}, {}
+    if columns.pid == "none" and set(splits) != {"train"}:
+        raise ValueError(
+            f"{where} has {', '.join(splits)}, which need a column of pids; name it: {where}:pid_column=..., or leave "
+            "only the training images"
+        )
     for split, dataset in splits.items():
         if isinstance(dataset, datasets.Dataset):
             # a saved set remembers its writer's format, in which columns may be tensors, or missing
@@ -114,7 +129,11 @@ def conform(splits, columns, domain, where):
             dataset, image = datasets.Dataset(dataset, split=datasets.NamedSplit(split)), "image"
         if image not in dataset.column_names:
             raise ValueError(f"{where} has no column {image!r} for the images; its columns are {dataset.column_names}")
-        numbers = {"pid": integers(dataset, columns.pid, "pid", where)}
+        numbers = {}
+        if columns.pid == "none":
+            numbers["pid"] = np.zeros(len(dataset), dtype=np.int64)
+        else:
+            numbers["pid"] = integers(dataset, columns.pid, "pid", where)
         if columns.camid == "none":
             numbers["camid"] = np.full(len(dataset), int(split == "gallery"))
         else:

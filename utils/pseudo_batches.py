@@ -41,6 +41,8 @@ class PseudoBatches:
     def take(self, labels):
         """Labels (N,) of the target's images; those with -1 are left out."""
         self.target = rows_of(labels.tolist(), first=self.num_source)
+        if not self.target:
+            raise ValueError(f"all {len(labels)} images are in no cluster: there is nothing to make batches of")
 
     def global_batches(self):
         """The rows of every batch of the epoch: target, and before it source where there is one."""

@@ -7,19 +7,20 @@ import numpy as np
 
 from utils.datasets import labels_of, load_reid, parse_spec
 from utils.images import check_images
+from utils.own_data import MissingColumn
 from utils.sources import ENDINGS, Row, features, listing, rows_to_dataset
 
 
 def open_unlabelled(specs, root=None, *, skip_unreadable=False):
     """(training rows of one or several sets, their true labels for a report or None, specs with query and gallery).
 
-    A folder with images in it, or in its `train`, and no folder an identity has no labels. Neither has a set whose
-    images all bear one.
+    A folder with images in it, or in its `train`, and no folder an identity has no labels, nor has a table without a
+    column of pids. Neither has a set whose images all bear one.
     """
     parts, truths, measurable = [], [], []
     for spec in dict.fromkeys(specs):
         place = folder_of_images(spec, root)
-        data = {"train": read_images(place, spec)} if place else load_reid(spec, root, skip_unreadable=skip_unreadable)
+        data = {"train": read_images(place, spec)} if place else read_set(spec, root, skip_unreadable)
         if "train" not in data:
             raise ValueError(f"--target {spec} has no train split, only {', '.join(data)}; its images are trained on")
         if {"query", "gallery"} <= set(data):
@@ -36,6 +37,20 @@ def open_unlabelled(specs, root=None, *, skip_unreadable=False):
     truth = np.concatenate(truths)
     labelled = all(len(set(labels.tolist())) > 1 for labels in truths)
     return train, truth if labelled else None, measurable
+
+
+def read_set(spec, root, skip_unreadable):
+    """What `load_reid` gives; a table may lack pids, and then cameras too."""
+    absent = {}
+    for column in ("pid", "camid"):
+        try:
+            return load_reid(spec, root, skip_unreadable=skip_unreadable, **absent)
+        except MissingColumn as error:
+            # One that somebody named must be there.
+            if error.column != column:
+                raise
+            absent[f"{column}_column"] = "none"
+    return load_reid(spec, root, skip_unreadable=skip_unreadable, **absent)
 
 
 def folder_of_images(spec, root):
