@@ -84,8 +84,9 @@ def load_reid(
     `root` is the set's folder or its parent. The fractions keep a part of `train`, see `subset`. A file that is
     missing or empty is an error here, and `check_images` finds damaged ones; with `skip_unreadable` both are dropped
     and listed in the log. Further options are the source's own: of the readers in `utils.benchmarks`, of
-    `utils.synthetic.load`, and for one's own tables `image_column`, `pid_column`, `camid_column` ("none" where there
-    are no cameras), `domain_column`, `split_column` and `domain`. What a spec says holds before what is given here.
+    `utils.synthetic.load`, and for one's own tables `image_column`, `pid_column` ("none" where nobody knows
+    who is who), `camid_column` ("none" where there are no cameras), `domain_column`, `split_column` and `domain`. What
+    a spec says holds before what is given here.
     """
     common = {
         "image_fraction": image_fraction,
