@@ -332,6 +332,23 @@ def test_two_images_of_one_path_do_not_become_one_file(tmp_path):
         write_files(tmp_path, rows, 2, features)
 
 
+def test_files_without_an_ending_get_one_and_no_folder_is_a_split(tmp_path):
+    rows = []
+    for number, (folder, kind) in enumerate((("query", "PNG"), ("other", "JPEG"))):
+        held = io.BytesIO()
+        Image.new("RGB", (8, 16), (90 * number, 0, 0)).save(held, kind)
+        rows.append(({"path": f"{folder}/{number:07d}", "pid": number, "camid": 0}, held.getvalue()))
+    whole = {"image": datasets.Image(), "path": datasets.Value("string"), "pid": datasets.Value("int64")}
+    (tmp_path / "set").mkdir()
+    write_files(tmp_path / "set", rows, 2, datasets.Features(whole | {"camid": datasets.Value("int64")}))
+    # As the card says.
+    options = {"data_files": {"train": "**"}, "split": "train", "cache_dir": str(tmp_path / "cache")}
+    opened = datasets.load_dataset(str(tmp_path / "set"), **options)
+    assert opened["path"][:] == ["query/0000000", "other/0000001"]
+    assert [image.getpixel((3, 3))[0] for image in opened["image"][:]] == [0, pytest.approx(90, abs=2)]
+    assert load_reid(str(tmp_path / "set"))["train"]["path"][:] == ["query/0000000.png", "other/0000001.jpeg"]
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "I;16"])
 def test_another_size_keeps_the_notes_of_the_file(mode):
     held, exif = io.BytesIO(), Image.Exif()

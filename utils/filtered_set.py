@@ -22,7 +22,7 @@ from utils import filtering
 from utils.generated_images import CHOSEN
 from utils.images import as_rgb
 from utils.reporting import data_card
-from utils.sources import check_listed
+from utils.sources import ENDINGS, check_listed
 
 IMAGES_A_FILE = 5000
 IMAGES_A_GROUP = 100
@@ -245,18 +245,23 @@ def write_parquet(folder, rows, count, features):
 def write_files(folder, rows, count, features):
     """Image files at their own paths and metadata.parquet beside them. Returns the sizes seen."""
     known = {name: kind for name, kind in features.items() if name != "image"}
-    schema = datasets.Features({"file_name": datasets.Value("string")} | known).arrow_schema.remove_metadata()
+    # Without a column, `load_reid` would take folders named train, query and gallery for splits.
+    words = {name: datasets.Value("string") for name in ("file_name", "split")}
+    schema = datasets.Features(words | known).arrow_schema.remove_metadata()
     sizes, writer, waiting = set(), pq.ParquetWriter(folder / "metadata.parquet", schema), []
     for number, (row, held) in enumerate(tqdm(rows, total=count, desc="writing", disable=None)):
         name = os.path.normpath(row["path"])
         check_listed(str(folder), [name], "the metadata")
+        if not name.lower().endswith(ENDINGS):
+            # `datasets` knows images by it.
+            name += ending_of(held)
         path = folder / name
         if path.exists():
             raise ValueError(f"two of the images have the path {name}, which is one file; use --format parquet")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(held)
         sizes.add(size_of(held))
-        waiting.append(row | {"file_name": name})
+        waiting.append(row | {"file_name": name, "split": "train"})
         if len(waiting) == IMAGES_A_FILE or number == count - 1:
             writer.write_table(pa.Table.from_pylist(waiting, schema=schema))
             waiting = []
@@ -268,6 +273,11 @@ def size_of(held):
     """(height, width), from the header."""
     with Image.open(io.BytesIO(held)) as image:
         return image.size[::-1]
+
+
+def ending_of(held):
+    with Image.open(io.BytesIO(held)) as image:
+        return f".{image.format.lower()}"
 
 
 def card(args, summary, command):
