@@ -21,8 +21,6 @@ set that `filter_generated.py` wrote. What comes out is `backbone/`, a plain `tr
 
 import argparse
 import math
-import shlex
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -45,12 +43,12 @@ from utils.checkpoints import load_checkpoint, open_state
 from utils.datasets import labels_of, subset
 from utils.loading import ReIDImages, ShuffleSampler, test_transform
 from utils.mixing import Mixing, mix_images, mixed_loss
-from utils.model_folder import write_backbone_folder
+from utils.model_folder import training_card, write_backbone_folder
 from utils.modeling import ReIDModel
 from utils.parameter_groups import parameter_groups
 from utils.pretraining_page import draw_batch, write_page
 from utils.pretraining_transforms import MultiCrop, RandAugmentTransform
-from utils.reporting import model_card, run_record, to_json, write_together
+from utils.reporting import portable, run_record, to_json, write_together
 from utils.streaming import StreamedImages, StreamLoader, open_stream
 from utils.targets import measure_targets, open_targets, results
 from utils.training import (
@@ -761,15 +759,14 @@ def finish(run):
         return
     output_dir = Path(args.output_dir)
     final = results(run.state["history"])
-    card = model_card(
-        f"{Path(args.backbone).name} pre-trained on {' + '.join(args.source)}",
-        text=CARD,
-        command=shlex.join(["pretrain_backbone.py", *sys.argv[1:]]),
+    card = training_card(
+        f"{Path(args.backbone).name} pre-trained on {' + '.join(portable(args.source))}",
+        CARD,
+        "pretrain_backbone.py",
+        args,
         metrics=final["targets"],
-        details={"images": len(run.train), "identities": int(run.labels.max()) + 1, **tracked(args)},
+        details={"images": len(run.train), "identities": int(run.labels.max()) + 1},
         library_name="transformers",
-        tags=["person-re-identification"],
-        pipeline_tag="image-feature-extraction",
     )
     write_backbone_folder(run.result, output_dir / "backbone", ReIDModel(run.result).preprocessing(), card)
     objective = {"classification": "identity classification", "dino": "self-distillation (DINO)"}[args.objective]

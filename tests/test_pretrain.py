@@ -319,6 +319,9 @@ def test_what_a_run_leaves(finished):
     names = {"args.json", "backbone", "log.jsonl", "metrics.json", "report.html", "samples"}
     assert {path.name for path in finished.iterdir()} == names | {f"checkpoint-{step}" for step in range(1, 7)}
     assert "data:image/jpeg" in page and all(f">{name}</text>" in page for name in ("accuracy", "loss", "lr"))
+    card = (finished / "backbone" / "README.md").read_text()
+    assert "pretrain_backbone.py" in card and "| ema_decay | 0.3 |" in card and "origin" not in card
+    assert str(finished.parent) not in card
     with Image.open(finished / "samples" / "batch.png") as sheet:
         assert sheet.size == (8 * 32 + 7 * 4, 64)
 

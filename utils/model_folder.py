@@ -6,7 +6,9 @@ And a plain backbone beside its image processor.
 import json
 import os
 import re
+import shlex
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,12 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
-from utils.reporting import model_card, to_json
+from utils.reporting import model_card, portable, to_json
 
 MODEL_TYPE = "diffreid"
 FILES = ("config.json", "preprocessor_config.json", "README.md", "model.safetensors")
 # A complete new save that has not been moved into place yet.
 COMMITTED = ".saved"
+# What of a run's arguments tells nothing of the model.
+NOT_ON_CARD = (
+    "cache_dir", "data_root", "demo", "hub_model_id", "origin", "output_dir", "push_to_hub", "report_to",
+    "resume_from_checkpoint",
+)  # fmt: skip
 
 
 def write_model_folder(folder, config, preprocessor, tensors, card):
@@ -124,17 +131,22 @@ def card_text(model):
 {model.num_features} numbers of unit length; the larger the dot product of two, the likelier they show the same person.
 
 ```python
+from PIL import Image
+
+from utils.loading import test_transform
 from utils.modeling import ReIDModel
 
 model = ReIDModel.from_pretrained("this folder or repository")
-features = model(images)
+prepare = test_transform(model.image_size, model.image_mean, model.image_std, model.resample)
+features = model(prepare(Image.open("person.jpg"))[None])
 ```
 
 Images are RGB in 0..1, resized ({model.resample}), then normalised with mean {list(model.image_mean)} and
 standard deviation {list(model.image_std)}. The classifier tells {model.num_ids} training identities apart; retrieval
 does not need it.
 
-Finding people again across cameras is surveillance: use it only where the law and the people concerned allow it."""
+It is meant for retrieval among images whose subjects consented or where the law gives a clear right, not for covert or
+mass surveillance."""
 
 
 def plain_card(model):
@@ -143,6 +155,24 @@ def plain_card(model):
         "Person re-identification encoder",
         text=card_text(model),
         library_name="diffreid",
+        pipeline_tag="image-feature-extraction",
+        tags=["person-re-identification"],
+    )
+
+
+def training_card(title, text, script, args, *, metrics, details, library_name="diffreid"):
+    """The card of a model that `script` trained: `text`, command, numbers, settings, and no path of this disk."""
+    settings = {name: portable(value) for name, value in vars(args).items() if name not in NOT_ON_CARD}
+    settings = {name: value for name, value in settings.items() if value is not None and value is not False}
+    for name, value in settings.items():
+        settings[name] = " ".join(map(str, value)) if isinstance(value, list) else value
+    return model_card(
+        title,
+        text=text,
+        command=shlex.join(["accelerate", "launch", script, *(str(portable(word)) for word in sys.argv[1:])]),
+        metrics={portable(spec): values for spec, values in metrics.items()},
+        details=details | settings,
+        library_name=library_name,
         pipeline_tag="image-feature-extraction",
         tags=["person-re-identification"],
     )

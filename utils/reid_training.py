@@ -1,23 +1,17 @@
 """What trainings of a Re-ID model share, by labels or by pseudo labels: checks, optimiser, batches, the end."""
 
-import shlex
-import sys
 from pathlib import Path
 
 import torch
 
 from utils import tiny
 from utils.loading import ReIDImages, test_transform, train_transform
-from utils.reporting import model_card, run_record, to_json, write_together
+from utils.model_folder import card_text, training_card
+from utils.reporting import run_record, to_json, write_together
 from utils.targets import measure_targets
 from utils.training import LearningRate, build_optimizer, describe_origin, tracked
 from utils.training_page import before_and_after, text_table
 
-CARD = (
-    "A person re-identification model: an image becomes one vector of unit length, and the larger the dot product of "
-    "two, the likelier they show the same person. For retrieval among images whose subjects consented or where the "
-    "law gives a clear right, not for covert or mass surveillance. `ReIDModel.from_pretrained` of diffreid loads it."
-)
 # What may differ from the checkpoint's run without changing what it trains.
 FREE_ON_RESUME = (
     "output_dir", "data_root", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit",
@@ -129,15 +123,7 @@ def measure(args, accelerator, state, model, targets, epoch, rerank):
 
 def save_model(args, script, model, title, targets, details):
     """`model/` with its card, of the command that made it."""
-    card = model_card(
-        title,
-        text=CARD,
-        command=shlex.join([script, *sys.argv[1:]]),
-        metrics=targets,
-        details={**details, **tracked(args)},
-        tags=["person-re-identification"],
-        pipeline_tag="image-feature-extraction",
-    )
+    card = training_card(title, card_text(model), script, args, metrics=targets, details=details)
     model.save_pretrained(Path(args.output_dir) / "model", card=card)
     return card
 
