@@ -20,8 +20,6 @@ Through c the diffusion model tells classifier, neck and encoder which identitie
 
 import argparse
 import hashlib
-import shlex
-import sys
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -53,8 +51,9 @@ from utils.diffusion import (
 from utils.latents import VaeImages, build_latent_cache, encode, image_for_vae, sample_latents
 from utils.loading import IdentitySampler, ReIDImages, test_transform, train_transform
 from utils.losses import PrototypeMemory
+from utils.model_folder import card_text, model_kind, training_card
 from utils.modeling import ReIDModel
-from utils.reporting import model_card, run_record, to_json, write_together
+from utils.reporting import portable, run_record, to_json, write_together
 from utils.targets import extract, measure_targets, open_targets, results
 from utils.training import (
     EXIT_SIGTERM,
@@ -112,17 +111,19 @@ RECIPES = {
     "multi": published(["market1501", "dukemtmcreid", "cuhk03np"], ["msmt17"], 32, 1.0, test_resample="bicubic"),
     "supervised": published(["market1501"], ["market1501"], 8, 0.6),
 }
-CARD = (
-    "A person re-identification encoder: an image becomes one vector of unit length, and the larger the dot product "
-    "of two, the likelier they show the same person. For retrieval among images whose subjects consented or where the "
-    "law gives a clear right, not for covert or mass surveillance. `ReIDModel.from_pretrained` of diffreid loads it."
-)
 # What may differ from the checkpoint's run without changing what it trains.
 FREE_ON_RESUME = (
     "output_dir", "data_root", "cache_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit",
     "log_every", "report_to", "dataloader_num_workers", "max_train_steps", "eval_batch_size", "recipe", "push_to_hub",
     "hub_model_id", "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "demo", "origin",
 )  # fmt: skip
+
+# What only the diffusion model's part of the training reads.
+OF_DIFFUSION = (
+    "pretrained_model_name_or_path", "revision", "diffusion_resolution", "cache_dir", "condition", "probabilities",
+    "bottleneck", "unet_mode", "rank", "tau", "ldm_weight", "ldm_start_epoch", "lr_multiplier", "validation_ids",
+)  # fmt: skip
+OF_WARMUP_MULTISTEP = ("lr_warmup_epochs", "lr_warmup_factor", "lr_milestones", "lr_gamma")
 
 
 def build_parser():
@@ -141,8 +142,8 @@ def build_parser():
         "--target",
         nargs="+",
         metavar="SPEC",
-        help=f"sets with query and gallery to measure on; default {' '.join(DEMO_TARGETS)} in the demo, else the "
-        "sources' own",
+        help=f"sets with query and gallery to measure on; default {' '.join(DEMO_TARGETS)} in the demo, else a "
+        "single source's own",
     )
     group.add_argument("--data_root", help="folder in which the benchmarks lie")
     group.add_argument(
@@ -358,6 +359,32 @@ def check_args(parser, args):
         parser.error("--use_8bit_adam goes with --optimizer adam or adamw, not sgd")
     if args.diffusion == "none" and args.enable_xformers_memory_efficient_attention:
         parser.error("--enable_xformers_memory_efficient_attention is of the U-Net, and --diffusion none has none")
+    if args.diffusion == "ldm" and args.ldm_start_epoch > args.num_train_epochs:
+        parser.error(
+            f"--ldm_start_epoch {args.ldm_start_epoch} comes after the last of {args.num_train_epochs} epochs; the "
+            "baseline is --diffusion none"
+        )
+    if args.validation_ids == 1:
+        parser.error("--validation_ids 1: the wrong condition is another identity's; give 0, or 2 and more")
+
+
+def without_effect(args):
+    """{flag: what makes it idle} of flags that were given and change nothing beside the others."""
+    baseline, own_schedule = args.diffusion == "none", args.lr_scheduler == "warmup_multistep"
+    outer = args.gradient_checkpointing == "outer"
+    cases = (
+        (baseline, "--diffusion none", OF_DIFFUSION),
+        (baseline and outer, "--diffusion none", ["gradient_checkpointing"]),
+        (args.unet_mode != "lora", f"--unet_mode {args.unet_mode}", ["rank"]),
+        (args.condition != "correlation", f"--condition {args.condition}", ["tau"]),
+        (args.probabilities == "prototype", "--probabilities prototype", ["tau"]),
+        (own_schedule, f"--lr_scheduler {args.lr_scheduler}", ["lr_warmup_steps"]),
+        (not own_schedule, f"--lr_scheduler {args.lr_scheduler}", OF_WARMUP_MULTISTEP),
+        (not args.rerank, "no --rerank", ["k1", "k2", "lambda_value"]),
+        (args.optimizer == "sgd", "--optimizer sgd", ["adam_beta2", "adam_epsilon"]),
+        (not args.push_to_hub, "no --push_to_hub", ["hub_model_id"]),
+    )
+    return {name: why for idle, why, names in reversed(cases) if idle for name in names if args.origin[name] == "flag"}
 
 
 # The method
@@ -518,6 +545,7 @@ def main(args):
     accelerator = start_accelerator(args, find_unused_parameters=late, max_zero_stage=3)
     introduce(args, accelerator.print)
     # What can be wrong with data and configuration shows before a model is loaded.
+    model_kind(args.backbone)
     info = None
     if args.diffusion == "ldm":
         info = check_diffusion(
@@ -541,10 +569,16 @@ def main(args):
         free=FREE_ON_RESUME,
         say=accelerator.print,
     )
+    precision = state.setdefault("precision", accelerator.mixed_precision)
+    if precision != accelerator.mixed_precision:
+        raise ValueError(
+            f"{path} was trained in precision {precision}, accelerate's setting is {accelerator.mixed_precision}: "
+            f"give --mixed_precision {precision}"
+        )
     num_ids = int(labels.max()) + 1
     accelerator.print(
         f"{' + '.join(args.source)}: {len(train)} images of {num_ids} identities; "
-        f"measured on {', '.join(target.spec for target in targets) or 'nothing'}"
+        f"measured on {', '.join(target.spec for target in targets) or 'nothing, for want of --target'}"
     )
 
     model, vae = build_model(args, accelerator, num_ids, info)
@@ -665,14 +699,18 @@ def introduce(args, say):
             "Demo: DCAC from drawn people of domain a to the unseen domains b and c, with the shipped stand-in "
             "models; two to three minutes on two cores. For your own data: --source SPEC --target SPEC --data_root DIR"
         )
-    elif args.backbone == tiny.CLIP_DIR:
-        say(
-            "No --backbone or --recipe given: using the shipped stand-in models, which know drawn people only. "
-            f"Real ones: --backbone {PUBLISHED['backbone']} --pretrained_model_name_or_path "
-            f"{PUBLISHED['pretrained_model_name_or_path']}"
-        )
+    else:
+        models = ["backbone"] + ["pretrained_model_name_or_path"] * (args.diffusion == "ldm")
+        toys = [name for name in models if getattr(args, name) in (tiny.CLIP_DIR, tiny.DIFFUSION_DIR)]
+        if toys:
+            say(
+                f"Not given: --{' and --'.join(toys)}. Using the shipped stand-ins, which know drawn people only. "
+                f"Real ones: {' '.join(f'--{name} {PUBLISHED[name]}' for name in toys)}"
+            )
     for line in describe_origin(args, args.origin):
         say(line)
+    if idle := without_effect(args):
+        say(f"Without effect: {', '.join(f'--{name} ({reason})' for name, reason in idle.items())}")
 
 
 def build_model(args, accelerator, num_ids, info):
@@ -842,16 +880,15 @@ def finish(run):
         return
     output_dir = Path(args.output_dir)
     final = results(run.state["history"])
-    card = model_card(
-        f"{'Baseline' if args.diffusion == 'none' else 'DCAC'} trained on {' + '.join(args.source)}",
-        text=CARD,
-        command=shlex.join(["train_dcac.py", *sys.argv[1:]]),
-        metrics=final["targets"],
-        details={"images": len(run.train), "identities": model.encoder.num_ids, **tracked(args)},
-        tags=["person-re-identification"],
-        pipeline_tag="image-feature-extraction",
-    )
     model.encoder.resample = args.test_resample
+    card = training_card(
+        f"{'Baseline' if args.diffusion == 'none' else 'DCAC'} trained on {' + '.join(portable(args.source))}",
+        card_text(model.encoder),
+        "train_dcac.py",
+        args,
+        metrics=final["targets"],
+        details={"images": len(run.train), "identities": model.encoder.num_ids},
+    )
     model.encoder.save_pretrained(output_dir / "model", card=card)
     if model.unet is not None:
         save_unet(model.unet, args.unet_mode, output_dir)
@@ -872,7 +909,7 @@ def finish(run):
 def write_page(run, history):
     args, output_dir = run.args, Path(run.args.output_dir)
     method = "baseline, no diffusion model" if args.diffusion == "none" else f"{args.condition}, {args.unet_mode}"
-    epochs = dict.fromkeys(one["epoch"] for one in history)
+    epochs = dict.fromkeys(one["epoch"] for one in history) or range(args.num_train_epochs + 1)
     samples = [(f"epoch {epoch}", output_dir / "samples" / sample_name(epoch)) for epoch in epochs]
     page = build_page(
         "DCAC" if args.diffusion == "ldm" else "Baseline",
@@ -890,7 +927,8 @@ def write_page(run, history):
             ("Batch", run.state["arguments"]["effective_batch_size"]),
             ("Seed", args.seed),
         ],
-        samples=[(name, path) for name, path in samples if path.exists()],
+        # Without --validation_ids, pictures there are an earlier run's.
+        samples=[(name, path) for name, path in samples if args.validation_ids and path.exists()],
         sample_words="In each row: an image; the same, noised and denoised under its own condition; and under that of "
         "the row above. The condition is trained if the second keeps what the third changes.",
     )

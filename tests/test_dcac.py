@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 
 import train_dcac
 from train_dcac import DCAC, Condition, draw_noise, parse_args
 from utils import tiny
 from utils.backbone_names import open_backbone
+from utils.datasets import load_reid
 from utils.diffusion import NoiseSchedule, load_unet, load_vae
 from utils.latents import encode, sample_latents
 from utils.losses import PrototypeMemory
@@ -283,6 +286,8 @@ def test_recipes_set_the_published_values_and_flags_win():
         (["--use_8bit_adam", "--optimizer", "sgd"], "not sgd"),
         (["--resolution", "4", "4"], "at least 8"),
         (["--rank", "0"], "--rank must be 1 or more"),
+        (["--ldm_start_epoch", "9", "--num_train_epochs", "8"], "comes after the last of 8 epochs"),
+        (["--validation_ids", "1"], "give 0, or 2 and more"),
         (["--unet_mode", "half"], "invalid choice"),
     ],
 )
@@ -291,6 +296,26 @@ def test_arguments_that_cannot_be(arguments, words, capsys):
         parse_args(arguments)
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_flags_that_change_nothing_and_standins_are_told():
+    def told(*arguments):
+        said = []
+        train_dcac.introduce(parse_args(["--source", "synthetic:domain=a", *arguments]), said.append)
+        return said
+
+    schedule = ["--lr_scheduler", "cosine", "--lr_milestones", "3", "--lr_warmup_steps", "2"]
+    assert told(*schedule, "--unet_mode", "full", "--rank", "4", "--k1", "9")[-1] == (
+        "Without effect: --k1 (no --rerank), --lr_milestones (--lr_scheduler cosine), --rank (--unet_mode full)"
+    )
+    baseline = told("--diffusion", "none", "--tau", "1", "--gradient_checkpointing", "outer", "--lr_warmup_steps", "2")
+    assert baseline[-1].count("(--diffusion none)") == 2 and "--lr_warmup_steps (--lr_scheduler warm" in baseline[-1]
+    assert not any("Without effect" in line for line in told("--rank", "4", "--tau", "1", "--rerank", "--k1", "9"))
+    # A real encoder beside the stand-in diffusion model would be easy to overlook.
+    assert "--backbone and --pretrained_model_name_or_path. Using the shipped" in told()[0]
+    half = told("--backbone", "openai/clip-vit-base-patch16")[0]
+    assert "Not given: --pretrained_model_name_or_path. Using the shipped stand-ins" in half
+    assert "stand-in" not in told("--backbone", "a/b", "--diffusion", "none")[0]
 
 
 # Whole runs
@@ -366,11 +391,15 @@ def test_several_sources_and_targets(small, train, cache, tmp_path):
     sources = ["synthetic:domain=a,num_ids=3,images_per_id=4", "synthetic:domain=c,num_ids=3,images_per_id=4"]
     targets = ["synthetic:domain=b,num_ids=3", "synthetic:domain=d,num_ids=3"]
     more = ["--source", *sources, "--target", *targets, "--output_dir", tmp_path, "--unet_mode", "full"]
+    (tmp_path / "samples").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "samples" / "epoch-0000.png")
     train(*plain(small, cache), *more)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert list(metrics["targets"]) == targets
     assert ReIDModel.from_pretrained(tmp_path / "model").num_ids == 6
     assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    # An earlier run's pictures are not this one's.
+    assert "Samples" not in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow
@@ -434,7 +463,18 @@ def test_what_a_run_leaves(finished):
     assert json.loads((out / "args.json").read_text())["arguments"]["seed"] == 0
     assert not list(out.glob("**/*.part")) and not list(out.glob(".checkpoint*"))
     card = (out / "model" / "README.md").read_text()
-    assert "train_dcac.py --source" in card
+    assert "accelerate launch train_dcac.py --source" in card and "| reranked mAP |" in card
+    assert str(finished) not in card and str(ROOT) not in card and "origin" not in card
+    # What it says about loading runs, and gives the numbers that were measured on.
+    load_reid("synthetic", domain="b", num_ids=3)["query"][0]["image"].save(finished / "person.png")
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    names = {}
+    exec(
+        code.replace("this folder or repository", str(out / "model")).replace("person.jpg", f"{finished}/person.png"),
+        names,
+    )
+    assert names["features"].shape == (1, model.num_features)
+    assert names["features"].norm().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_lora_file_opens_in_a_pipeline(finished, standins):
@@ -565,7 +605,7 @@ def refused(capsys, *arguments):
 def test_bad_input_is_told_in_one_line(small, standins, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ReIDModel, "for_training", None)
     out = ["--output_dir", tmp_path / "out"]
-    assert "10" in refused(capsys, *small, *out, "--train_batch_size", "10")
+    assert "10" in (odd := refused(capsys, *small, *out, "--train_batch_size", "10")) and "multiple of 4" in odd
     assert "a batch of one" in refused(capsys, *small, *out, "--train_batch_size", "1", "--images_per_id", "1")
     many = refused(capsys, *small, *out, "--train_batch_size", "32")
     assert "8 identities" in many and "only 6" in many
@@ -573,11 +613,16 @@ def test_bad_input_is_told_in_one_line(small, standins, tmp_path, capsys, monkey
     assert "one image only" in refused(capsys, *small, *out, "--source", str(folder_of(tmp_path / "s", single=True)))
     assert "did you mean" in refused(capsys, *small, *out, "--source", "market1502")
     assert "no checkpoint 'checkpoint-7'" in refused(capsys, *small, *out, "--resume_from_checkpoint", "checkpoint-7")
+    # Before the data is looked through, too.
+    monkeypatch.setattr(train_dcac, "open_source", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert "nowhere does not exist" in refused(capsys, *small, *out, "--backbone", tmp_path / "nowhere")
+    assert "--use_8bit_adam needs bitsandbytes" in refused(capsys, *small, *out, "--use_8bit_adam")
+    (tmp_path / "file").write_text("")
+    assert "file is no folder" in refused(capsys, *small, "--output_dir", tmp_path / "file" / "out")
 
 
 def folder_of(root, splits=("train",), single=False):
-    from utils.datasets import load_reid
-
     data = load_reid("synthetic", domain="a", num_ids=4, images_per_id=4)["train"]
     for split in splits:
         for number, row in enumerate(data):
@@ -606,7 +651,7 @@ def test_diffusion_checkpoints_that_do_not_fit(small, standins, tmp_path, capsys
     assert words in found
 
 
-def test_going_on_with_other_arguments_names_them(small, finished, tmp_path, capsys):
+def test_going_on_with_other_arguments_names_them(small, finished, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "out"
     shutil.copytree(finished / "out", folder)
     common = [*small, "--num_train_epochs", "2", "--rerank", "--output_dir", folder, "--cache_dir", finished / "cache"]
@@ -614,6 +659,12 @@ def test_going_on_with_other_arguments_names_them(small, finished, tmp_path, cap
     assert "tau was 0.6, is 0.5" in refused(capsys, *common, "--tau", "0.5")
     others = "synthetic:domain=a,num_ids=7,images_per_id=4"
     assert "source was" in refused(capsys, *common, "--source", others)
+    # Of accelerate's setting no argument tells.
+    AcceleratorState._reset_state(True)
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        assert "setting is bf16: give --mixed_precision no" in refused(capsys, *common)
+    AcceleratorState._reset_state(True)
     newest = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[-1]
     weights = newest / "model.safetensors"
     content = bytearray(weights.read_bytes())

@@ -5,6 +5,7 @@ torch is not imported here, so that what needs no model can start at once.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -71,8 +72,13 @@ def check_ranges(parser, args, *, one_or_more=(), positive=(), not_negative=(), 
 def check_folder(folder, script):
     """ValueError where `folder` holds what another of the scripts left: results must not write over each other.
 
-    A script of one's own, copied from one of them, may go on where that has been.
+    A script of one's own, copied from one of them, may go on where that has been. Also where it cannot be written.
     """
+    place = Path(folder)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"--output_dir {folder}: {place} is no folder that can be written to; give another")
     try:
         command = json.loads((Path(folder) / "args.json").read_text(encoding="utf-8"))["command"]
         words = [word for word in command.split() if word.endswith(".py")] if isinstance(command, str) else command

@@ -123,7 +123,7 @@ def read_source(name, root, options):
         )
     if name in benchmarks.BENCHMARKS:
         if root is None:
-            raise ValueError(f"{name} needs a root: the folder of the set, or the one it lies in")
+            raise ValueError(f"{name} needs a root (--data_root): the folder of the set, or the one it lies in")
         check_options(name, benchmarks.BENCHMARKS[name].read, options)
         rows, note, folder = benchmarks.read_benchmark(name, root, options)
         return datasets.DatasetDict({split: rows_to_dataset(rows[split], folder, name, split, note) for split in rows})

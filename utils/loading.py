@@ -146,7 +146,8 @@ class IdentitySampler(torch.utils.data.Sampler):
             numbers.setdefault(int(label), []).append(number)
         if images_per_id < 1 or batch_size < 1 or batch_size % images_per_id:
             raise ValueError(
-                f"a batch of {batch_size} cannot be split into identities with {images_per_id} images each"
+                f"a batch of {batch_size} cannot be split into identities with {images_per_id} images each: make it a "
+                f"multiple of {images_per_id}"
             )
         if batch_size % num_processes:
             raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {num_processes} processes")

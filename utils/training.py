@@ -75,6 +75,8 @@ def start_accelerator(args, *, find_unused_parameters=False, max_zero_stage=2):
             plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm
     elif kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ValueError(f"distributed training by {kind.value} is not known here; use DDP or DeepSpeed")
+    if getattr(args, "use_8bit_adam", False):
+        bitsandbytes_module()
     if args.push_to_hub:
         try:
             HfApi().whoami()
@@ -133,16 +135,21 @@ def build_optimizer(
     if use_8bit:
         if name == "sgd":
             raise ValueError("--use_8bit_adam goes with --optimizer adam or adamw, not sgd")
-        try:
-            import bitsandbytes
-        except ImportError as error:
-            raise ValueError(f"--use_8bit_adam needs bitsandbytes ({error}); pip install bitsandbytes") from None
-        kind = bitsandbytes.optim.Adam8bit if name == "adam" else bitsandbytes.optim.AdamW8bit
+        optim = bitsandbytes_module().optim
+        kind = optim.Adam8bit if name == "adam" else optim.AdamW8bit
         return kind(groups, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=learning_rate, momentum=betas[0], weight_decay=weight_decay)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
     return kind(groups, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay)
+
+
+def bitsandbytes_module():
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError(f"--use_8bit_adam needs bitsandbytes ({error}); pip install bitsandbytes") from None
+    return bitsandbytes
 
 
 def warmup_multistep(epoch, warmup_epochs, warmup_factor, milestones, gamma):
