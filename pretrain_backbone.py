@@ -181,23 +181,37 @@ def build_parser():
         default="classification",
         help="see above; default classification",
     )
-    group.add_argument("--ema_decay", type=float, help="the result is a running mean of the weights; default: not")
+    group.add_argument(
+        "--ema_decay", type=float, help="of a running mean of the weights, which is then the result; default: none"
+    )
     group.add_argument("--layer_decay", type=float, default=1.0, help="factor on the rate, block by block; default 1")
     group.add_argument("--label_smoothing", type=float, default=0.1, help="classification; default 0.1")
     group.add_argument("--mixup", type=float, default=0.0, help="classification: alpha of Mixup; default 0, none")
     group.add_argument("--cutmix", type=float, default=0.0, help="classification: alpha of CutMix; default 0, none")
-    group.add_argument("--randaugment_ops", type=int, default=2, help="classification: of RandAugment; default 2")
-    group.add_argument("--randaugment_magnitude", type=int, default=9, help="their strength, 0 to 30; default 9")
+    group.add_argument("--randaugment_ops", type=int, default=2, help="classification: changes an image; default 2")
+    group.add_argument(
+        "--randaugment_magnitude", type=int, default=9, help="classification: their strength, 0 to 30; default 9"
+    )
     group.add_argument("--erasing", type=float, default=0.25, help="probability of random erasing; default 0.25")
     group.add_argument("--padding", type=int, default=3, help="pixels around, of which a crop is taken; default 3")
     group.add_argument("--local_crops", type=int, default=4, help="dino: crops of parts of an image; default 4")
     group.add_argument(
-        "--local_resolution", **size, help="dino: of those; default half of --resolution, of CLIP the whole"
+        "--local_resolution", **size, help="dino: of those, in pixels; default half of --resolution, of CLIP all of it"
     )
-    group.add_argument("--whole_area", **area, default=[0.4, 1.0], help="dino: of crops of the whole; default 0.4 1")
-    group.add_argument("--local_area", **area, default=[0.05, 0.4], help="dino: of crops of parts; default 0.05 0.4")
     group.add_argument(
-        "--colours", type=float, default=0.25, help="dino: how much they change, its own 1; default 0.25"
+        "--whole_area",
+        **area,
+        default=[0.4, 1.0],
+        help="dino: share of the image in crops of the whole; default 0.4 1",
+    )
+    group.add_argument(
+        "--local_area",
+        **area,
+        default=[0.05, 0.4],
+        help="dino: share of the image in crops of parts; default 0.05 0.4",
+    )
+    group.add_argument(
+        "--colours", type=float, default=0.25, help="dino: how much they are changed, by DINO itself 1; default 0.25"
     )
     group.add_argument(
         "--hidden_sides", type=float, default=0.0, help="dino: share of crops with noise for sides; default 0"
@@ -209,7 +223,12 @@ def build_parser():
     group.add_argument("--teacher_warmup_epochs", type=int, default=0, help="dino: of its rise from 0.04; default 0")
     group.add_argument("--teacher_momentum", type=float, default=0.99, help="dino: at first, 1 at last; default 0.99")
     group.add_argument("--centre_momentum", type=float, default=0.9, help="dino: what the centre keeps; default 0.9")
-    group.add_argument("--freeze_prototypes_epochs", type=int, default=1, help="dino: of the last layer; default 1")
+    group.add_argument(
+        "--freeze_prototypes_epochs",
+        type=int,
+        default=1,
+        help="dino: first epochs, in which the last layer stays; default 1",
+    )
 
     group = parser.add_argument_group("training")
     group.add_argument("--train_batch_size", type=int, default=64, help="images a process and forward; default 64")
