@@ -39,12 +39,13 @@ def describe_origin(args, origin):
     for source in ("recipe", "flag"):
         names = [name for name, where in origin.items() if where == source and name != "recipe"]
         if names:
-            told = ", ".join(f"{name} {_shown(getattr(args, name))}" for name in names)
+            told = ", ".join(f"{name} {shown(getattr(args, name))}" for name in names)
             lines.append(f"From {f'--recipe {args.recipe}' if source == 'recipe' else 'the command line'}: {told}")
     return lines
 
 
-def _shown(value):
+def shown(value):
+    """An argument's value in words."""
     if isinstance(value, dict):
         # A number for all, or one for each domain.
         return " ".join(f"{number}" if name is None else f"{name}={number}" for name, number in value.items())

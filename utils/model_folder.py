@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
+from utils.arguments import shown
 from utils.reporting import model_card, portable, to_json
 
 MODEL_TYPE = "diffreid"
@@ -164,14 +165,12 @@ def training_card(title, text, script, args, *, metrics, details, library_name="
     """The card of a model that `script` trained: `text`, command, numbers, settings, and no path of this disk."""
     settings = {name: portable(value) for name, value in vars(args).items() if name not in NOT_ON_CARD}
     settings = {name: value for name, value in settings.items() if value is not None and value is not False}
-    for name, value in settings.items():
-        settings[name] = " ".join(map(str, value)) if isinstance(value, list) else value
     return model_card(
         title,
         text=text,
         command=shlex.join(["accelerate", "launch", script, *(str(portable(word)) for word in sys.argv[1:])]),
         metrics={portable(spec): values for spec, values in metrics.items()},
-        details=details | settings,
+        details=details | {name: shown(value) for name, value in settings.items()},
         library_name=library_name,
         pipeline_tag="image-feature-extraction",
         tags=["person-re-identification"],
