@@ -97,7 +97,7 @@ JOBS = {
     ),
     "filter": Job(
         f"filter_generated --source {PEOPLE} --generated {{inputs}}/drawn {SCORED} --output_dir {{out}}",
-        "pieces/*.parquet",
+        ".pieces/*.parquet",
         ("features.npy", "dataset/**/*.parquet"),
     ),
     "evaluate": Job(

@@ -132,6 +132,8 @@ BAD = [
     ("--dataloader_num_workers", ["-1"], "got -1"),
     ("--eval_batch_size", ["0"], "got 0"),
     ("--adam_beta1", ["1.5"], "between 0 and 1, got 1.5"),
+    ("--adam_beta2", ["1"], "below 1, got 1.0"),
+    ("--learning_rate", ["inf"], "above 0, got inf"),
     ("--adam_beta2", ["-1"], "between 0 and 1, got -1"),
     ("--output_dir", [], "expected one argument"),
 ]
