@@ -75,7 +75,7 @@ from utils.training_data import SINGLE_IMAGE_IDS, RemainingBatches, digest_of, o
 from utils.training_loop import name_images, train_epochs
 from utils.training_page import before_and_after, build_page, text_table
 
-DEMO_SOURCE = "synthetic:domain=a,num_ids=128"
+DEMO_SOURCE = "synthetic:domain=a,num_ids=112"
 DEMO_TARGETS = ["synthetic:domain=b", "synthetic:domain=c"]
 PUBLISHED = {
     "backbone": "openai/clip-vit-base-patch16",
