@@ -55,7 +55,7 @@ def largest_differences(wanted, found):
 def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50, help="default 50")
-    parser.add_argument("--source", default="synthetic:domain=a,num_ids=128", help="default: the demo's")
+    parser.add_argument("--source", default="synthetic:domain=a,num_ids=128", help="default: 128 people of domain a")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="default 1e-3, the demo's")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default all")
     parser.add_argument("--json", type=Path, help="file for the numbers")
