@@ -94,6 +94,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         adaptation.run(folder, adapt_reid, ["--seed", "2"], "model/model.safetensors")
 
 
+@pytest.mark.slow
 def test_clusters_that_collapse_are_a_result(tmp_path, capsys):
     """A run of its own that ends with the script's one line; anything else that goes wrong stops the whole."""
     target = ["--target", "synthetic:domain=b,num_ids=4,images_per_id=4", "--k1", "6", "--eps", "0.001"]

@@ -561,6 +561,7 @@ def test_two_processes_train_as_one(small, train, tmp_path):
     assert apart < 1e-3
 
 
+@pytest.mark.slow
 def test_two_processes_train_a_resnet_as_one(small, train, tmp_path):
     """The BatchNorm inside the backbone too."""
     open_backbone("resnet-small", (64, 32), from_scratch=True).save_pretrained(tmp_path / "start")

@@ -61,6 +61,7 @@ def test_a_step_is_the_loss_that_flops_are_counted_of(way):
     assert all(parameter.grad is None for parameter in step.params), "the step ends with clean gradients"
 
 
+@pytest.mark.slow
 def test_memory_falls_as_more_is_computed_twice():
     gib = {way: dcac_step.counted_memory(SIZES["tiny"], "lora", way, batch=64) for way in ("ours", "outer", "all")}
     baseline = dcac_step.counted_memory(SIZES["tiny"], "baseline", "ours", batch=64)
