@@ -75,9 +75,9 @@ def check_ranges(parser, args, *, one_or_more=(), positive=(), not_negative=(), 
 
 
 def check_folder(folder, script):
-    """ValueError where `folder` holds what another of the scripts left: results must not write over each other.
+    """ValueError where `folder` cannot be written, or holds what another of the scripts left.
 
-    A script of one's own, copied from one of them, may go on where that has been. Also where it cannot be written.
+    Results must not write over each other. A script of one's own, copied from one of them, may go on where that was.
     """
     place = Path(folder)
     while not place.exists() and place != place.parent:
