@@ -40,18 +40,23 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from torch import nn
 
-from utils import tiny
-from utils.batch_norm import share_batch_statistics
-from utils.checkpoints import load_checkpoint, open_state
-from utils.cluster_page import add_clusters, add_contact_sheet, told
-from utils.clustering import NOISE, agreement, check_clusters, check_settings, cluster, reliable, singled_out
-from utils.domain_norms import join_norms, split_norms
-from utils.intermediate import Mixer
-from utils.losses import class_means, hard_triplet
-from utils.memories import UPDATES, ClusterMemory, HybridMemory
-from utils.modeling import ReIDModel
-from utils.pseudo_batches import PseudoBatches, in_groups
-from utils.reid_training import (
+from methods.idm import Mixer
+from utils.batches.samplers import PseudoBatches, in_groups
+from utils.datasets.training_sets import digest_of, open_source, open_unlabelled
+from utils.evaluation.features import extract
+from utils.evaluation.targets import open_targets, results
+from utils.files import to_json, write_together
+from utils.flags import CLIP_DIR, OPTIMIZERS, SCHEDULES, SINGLE_IMAGE_IDS, check_ranges, parse_with_recipes
+from utils.launch import EXIT_SIGTERM, end_with, gather_with_gradient, start_accelerator
+from utils.modeling.losses import hard_triplet
+from utils.modeling.memories import UPDATES, ClusterMemory, HybridMemory, class_means
+from utils.modeling.norms import join_norms, share_batch_statistics, split_norms
+from utils.modeling.reid_model import ReIDModel
+from utils.training.checkpoints import load_checkpoint, open_state
+from utils.training.cluster_report import add_clusters, add_contact_sheet, told
+from utils.training.clustering import NOISE, agreement, check_clusters, check_settings, cluster, reliable, singled_out
+from utils.training.loop import name_images, train_epochs
+from utils.training.reid import (
     FREE_ON_RESUME,
     build_loader,
     check_training,
@@ -65,22 +70,7 @@ from utils.reid_training import (
     transform_of,
     write_arguments,
 )
-from utils.reporting import to_json, write_together
-from utils.targets import extract, open_targets, results
-from utils.training import (
-    EXIT_SIGTERM,
-    OPTIMIZERS,
-    SCHEDULES,
-    check_ranges,
-    end_with,
-    gather_with_gradient,
-    parse_with_recipes,
-    start_accelerator,
-)
-from utils.training_data import SINGLE_IMAGE_IDS, digest_of, open_source
-from utils.training_loop import name_images, train_epochs
-from utils.training_page import build_page
-from utils.unlabelled import open_unlabelled
+from utils.training.report import build_page
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=64"
 DEMO_TARGET = "synthetic:domain=b,num_ids=32,images_per_id=16"
@@ -193,7 +183,7 @@ def build_parser():
     group = parser.add_argument_group("method")
     group.add_argument(
         "--backbone",
-        default=tiny.CLIP_DIR,
+        default=CLIP_DIR,
         help="to start from, folder or Hub id: CLIP, ResNet, Swin, such as backbone/ of pretrain_backbone.py, or a "
         "ReIDModel; default: the stand-in CLIP",
     )

@@ -16,19 +16,28 @@ import torch
 from accelerate import Accelerator
 
 from kernels import k_reciprocal_rerank
-from utils import evaluation, extraction
-from utils.arguments import check_ranges, end_with
-from utils.cpu import use_all_cores
-from utils.datasets import check_splits, load_reid, parse_spec, read_source
-from utils.evaluation import MAX_RANK, PROTOCOLS, RANKS, Side
-from utils.evaluation_page import Findings, Pictures, build_page, percent
-from utils.folders import read_folders
-from utils.images import check_images
-from utils.loading import test_transform
-from utils.model_folder import model_kind
-from utils.modeling import ReIDModel
-from utils.reporting import run_record, to_json, versions, write_csv, write_together
-from utils.thresholds import pair_statistics
+from utils import evaluation
+from utils.batches.chunks import image_identities
+from utils.batches.transforms import test_transform
+from utils.datasets.images import check_images
+from utils.datasets.load import check_splits, load_reid, parse_spec, read_source
+from utils.datasets.search_folders import read_folders
+from utils.evaluation.features import (
+    extract,
+    extraction_key,
+    forget_chunks,
+    load_features,
+    save_features,
+)
+from utils.evaluation.metrics import MAX_RANK, PROTOCOLS, RANKS, Side
+from utils.evaluation.report import Findings, ResultPictures, build_page
+from utils.evaluation.thresholds import pair_statistics
+from utils.files import run_record, to_json, versions, write_csv, write_together
+from utils.flags import check_ranges
+from utils.launch import end_with, use_all_cores
+from utils.modeling.folder import model_kind
+from utils.modeling.reid_model import ReIDModel
+from utils.reporting.report import percent
 
 DEMO_MODEL = Path(__file__).parent / "utils" / "standins" / "clip"
 DEMO_DATA = "synthetic:domain=b,num_ids=16"
@@ -215,7 +224,7 @@ def main(args):
         findings = splits_found[0]
         metrics = combine(args, splits_found) if findings.result else nothing_measured(findings)
         metrics |= {"model": args.model, "data": data_name(args), "skipped_images": skipped, "versions": versions()}
-        pictures = Pictures(images, *(rows for rows, *_ in splits[0]), model) if images is not None else None
+        pictures = ResultPictures(images, *(rows for rows, *_ in splits[0]), model) if images is not None else None
         report = build_page(metrics, findings, pictures, num_random=args.report_queries, seed=args.seed)
         write_results(args, metrics, findings, report)
         print_summary(say, metrics, args.output_dir)
@@ -345,12 +354,12 @@ def export_onnx(model, path):
 # Features
 
 
-def extract(args, accelerator, model, images, splits):
+def extract_or_read(args, accelerator, model, images, splits):
     """Pairs of (queries, gallery): from the output folder if these very features lie there, else from the images."""
     paths = list(images["path"])
-    key = extraction.extraction_key(
+    key = extraction_key(
         model,
-        extraction.image_identities(images),
+        image_identities(images),
         image=[model.image_size, model.image_mean, model.image_std, model.resample],
         precision=accelerator.mixed_precision,
         device=accelerator.device.type,
@@ -360,19 +369,18 @@ def extract(args, accelerator, model, images, splits):
     kept = Path(args.output_dir) / FEATURES
     if kept.is_file():
         try:
-            sides, header = extraction.load_features(kept)
+            sides, header = load_features(kept)
         except ValueError:
             header = {}
         if header.get("key") == key:
             accelerator.print(f"Features: {kept}, extracted before")
             return sides
-    pictures = extraction.Pictures(images, model_transform(model))
-    features = extraction.extract_features(
+    features = extract(
         model,
-        pictures,
-        paths,
+        images,
+        model_transform(model),
         accelerator=accelerator,
-        folder=args.output_dir,
+        keep_in=args.output_dir,
         key=key,
         batch_size=args.eval_batch_size,
         num_workers=args.dataloader_num_workers,
@@ -390,14 +398,14 @@ def extract(args, accelerator, model, images, splits):
             for split, (queries, gallery) in zip(splits, sides, strict=True)
         ]
         with write_together(args.output_dir) as aside:
-            extraction.save_features(aside(FEATURES), features, keep, key=key, model=args.model, data=data_name(args))
-        extraction.forget_chunks(args.output_dir)
+            save_features(aside(FEATURES), features, keep, key=key, model=args.model, data=data_name(args))
+        forget_chunks(args.output_dir)
     return sides
 
 
 def read_features(args):
     """Pairs of sides from --features, and the images of --data where given."""
-    sides, _ = extraction.load_features(args.features)
+    sides, _ = load_features(args.features)
     for queries, gallery in sides:
         evaluation.check_sides(queries, gallery)
     if not args.data:

@@ -33,11 +33,15 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
 from kernels import cosine_topk
-from utils import filtering
-from utils.arguments import check_ranges, describe_origin, end_with, parse_with_recipes
-from utils.filter_models import check_models, left_out, settings_of
-from utils.filter_page import against_truth, build_page, truth_table
-from utils.filter_scoring import (
+from utils.datasets.schema import ENDINGS
+from utils.files import portable, run_record, to_json, write_together
+from utils.flags import CLIP_DIR, check_ranges, describe_origin, parse_with_recipes
+from utils.generated import choosing
+from utils.generated.images import METADATA, SCORED, open_generated
+from utils.generated.kept_report import against_truth, build_page, truth_table
+from utils.generated.kept_set import pieces_of, summary_of, write_scores, write_set
+from utils.generated.score_models import check_models, left_out, settings_of
+from utils.generated.scoring import (
     CALIBRATION,
     FEATURES,
     SCORES,
@@ -49,12 +53,9 @@ from utils.filter_scoring import (
     score_pieces,
     view_of,
 )
-from utils.filter_sources import check_calibration, check_identities, check_sources, open_sources
-from utils.filtered_set import pieces_of, summary_of, write_scores, write_set
-from utils.generated_images import METADATA, SCORED, open_generated
-from utils.reporting import portable, run_record, text_table, to_json, write_together
-from utils.sources import ENDINGS
-from utils.standin_folders import CLIP_DIR
+from utils.generated.sources import check_calibration, check_identities, check_sources, open_sources
+from utils.launch import end_with
+from utils.reporting.report import text_table
 
 DEMO_SOURCE, DEMO_GENERATED = "synthetic:domain=a,num_ids=32,images_per_id=12", "output/generated"
 SENTENCE = "a photo of a person"
@@ -163,7 +164,7 @@ def build_parser():
     )
 
     group = parser.add_argument_group("choice")
-    group.add_argument("--filter", choices=filtering.FILTERS, default="reid", help="which one chooses; default reid")
+    group.add_argument("--filter", choices=choosing.FILTERS, default="reid", help="which one chooses; default reid")
     group.add_argument(
         "--threshold", nargs="+", metavar="VALUE", help="least score that is kept: 0.6, or DOMAIN=0.6 for each source"
     )
@@ -265,7 +266,7 @@ def parse_args(input_args=None):
         args.false_match_rate = 0.01
     for name in ("threshold", "keep_fraction"):
         try:
-            setattr(args, name, filtering.numbers_of(getattr(args, name)))
+            setattr(args, name, choosing.numbers_of(getattr(args, name)))
         except ValueError as error:
             parser.error(f"--{name} {error}")
     if args.keep_fraction and not all(0 < value <= 1 for value in args.keep_fraction.values()):
@@ -338,7 +339,7 @@ class Run:
 def score(run):
     """scores.parquet, features.npy and the calibration, from wherever an earlier run was stopped."""
     # Choosing again waits for none of what this imports.
-    from utils.filter_loading import load_clip, load_models
+    from utils.generated.scorers import load_clip, load_models
 
     args, accelerator = run.args, run.accelerator
     if not args.skip_unreadable:
@@ -434,9 +435,9 @@ def calibrate(source, features, labels, seed):
 
 
 def wanted_thresholds(args, sources):
-    """The flags' numbers for each source, as `filtering.thresholds_of` takes them."""
+    """The flags' numbers for each source, as `choosing.thresholds_of` takes them."""
     wanted = {
-        name: filtering.numbers_by_domain(getattr(args, name), list(sources), f"--{name}")
+        name: choosing.numbers_by_domain(getattr(args, name), list(sources), f"--{name}")
         for name in ("threshold", "keep_fraction")
     }
     return wanted | {"false_match_rate": args.false_match_rate}
@@ -445,22 +446,22 @@ def wanted_thresholds(args, sources):
 def choose(run):
     """What is kept; written into scores.parquet, even where nothing is."""
     args, folder = run.args, run.folder
-    scores = filtering.read_scores(folder / SCORES, args.match_margin)
+    scores = choosing.read_scores(folder / SCORES, args.match_margin)
     stored = {name: tensor.numpy() for name, tensor in load_file(folder / CALIBRATION).items()}
     calibration = {
         domain: {kind: stored[f"{domain}/{kind}"] for kind in ("genuine", "impostor")} for domain in run.sources
     }
-    thresholds = filtering.thresholds_of(
+    thresholds = choosing.thresholds_of(
         scores, args.filter, **wanted_thresholds(args, run.sources), calibration=calibration
     )
     features = np.load(folder / FEATURES, mmap_mode="r")
-    duplicates = filtering.duplicate_finder(scores, args.near_duplicates, args.duplicate_distance, features)
+    duplicates = choosing.duplicate_finder(scores, args.near_duplicates, args.duplicate_distance, features)
     limits = {"target_per_id": args.target_per_id, "min_per_id": args.min_per_id}
-    choice = filtering.choose(scores, args.filter, thresholds, **limits, duplicates=duplicates)
+    choice = choosing.choose(scores, args.filter, thresholds, **limits, duplicates=duplicates)
     with write_together(folder) as aside, pq.ParquetFile(folder / SCORES, pre_buffer=False) as file:
         write_scores(aside(SCORES), pieces_of(file), choice)
     if not choice.kept.any():
-        raise ValueError(filtering.nothing_left(scores, choice, args.filter))
+        raise ValueError(choosing.nothing_left(scores, choice, args.filter))
     return scores, choice, calibration
 
 
@@ -493,7 +494,7 @@ def start_accelerator(args):
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    from utils.cpu import use_all_cores
+    from utils.launch import use_all_cores
 
     accelerator = Accelerator(
         # Without it, accelerate takes several processes of torchrun on a machine without a GPU for single ones.
@@ -540,7 +541,7 @@ def fill_in(args, say):
 
 def draw_demo(args):
     # As in `score`.
-    from utils.drawn_generated import write_drawn
+    from utils.generated.drawn_set import write_drawn
 
     accelerator = start_accelerator(args)
     if accelerator.is_main_process:

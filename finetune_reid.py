@@ -19,7 +19,7 @@ With `--setting generalisation` several sources are trained on and others measur
 means of ten splits; beside these methods there is then
 
     metabin  mean, BNNeck; a ResNet's norms are mixtures     as bot, without centres; after each step the mixtures
-             of batch and instance norm                      follow what helps held-out sources, see utils/metabin.py
+             of batch and instance norm                      follow what helps held-out sources, see methods/metabin.py
 
 In a ResNet the last stage keeps its resolution (stride 1), but for MGN's global branch. Swin and CLIP compare all
 places in every block, so AGW and SBS add no non-local blocks to them, and MGN's branches share their one map of
@@ -44,18 +44,23 @@ from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from transformers import PreTrainedConfig
 
-from utils import tiny
-from utils.backbones import read_config
-from utils.batch_norm import share_batch_statistics
-from utils.checkpoints import load_checkpoint, open_state
-from utils.datasets import labels_of, subset
-from utils.heads import METHODS as HEADS
-from utils.loading import IdentitySampler
-from utils.losses import CentreLoss, circle_logits, hard_triplet, weighted_triplet
-from utils.metabin import MetaBatches, add_batch_instance_norms, domains_held_in, inner_rate, meta_step
-from utils.model_folder import model_kind
-from utils.modeling import ReIDModel
-from utils.reid_training import (
+from methods.metabin import MetaBatches, domains_held_in, inner_rate, meta_step
+from utils.batches.samplers import IdentitySampler, RemainingBatches
+from utils.datasets.load import labels_of, subset
+from utils.datasets.training_sets import digest_of, open_source
+from utils.evaluation.targets import open_targets, results
+from utils.files import write_together
+from utils.flags import CLIP_DIR, OPTIMIZERS, SCHEDULES, SINGLE_IMAGE_IDS, check_ranges, parse_with_recipes
+from utils.launch import EXIT_SIGTERM, end_with, gather_with_gradient, start_accelerator
+from utils.modeling.backbones import read_config
+from utils.modeling.folder import model_kind
+from utils.modeling.heads import METHODS as HEADS
+from utils.modeling.losses import CentreLoss, circle_logits, hard_triplet, weighted_triplet
+from utils.modeling.norms import add_batch_instance_norms, share_batch_statistics
+from utils.modeling.reid_model import ReIDModel
+from utils.training.checkpoints import load_checkpoint, open_state
+from utils.training.loop import name_images, train_epochs
+from utils.training.reid import (
     FREE_ON_RESUME,
     build_loader,
     check_training,
@@ -68,21 +73,7 @@ from utils.reid_training import (
     trained,
     write_arguments,
 )
-from utils.reporting import write_together
-from utils.targets import open_targets, results
-from utils.training import (
-    EXIT_SIGTERM,
-    OPTIMIZERS,
-    SCHEDULES,
-    check_ranges,
-    end_with,
-    gather_with_gradient,
-    parse_with_recipes,
-    start_accelerator,
-)
-from utils.training_data import SINGLE_IMAGE_IDS, RemainingBatches, digest_of, open_source
-from utils.training_loop import name_images, train_epochs
-from utils.training_page import build_page
+from utils.training.report import build_page
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=64"
 DEMO_SOURCES = [f"synthetic:domain={name},num_ids=24" for name in "abc"]
@@ -232,7 +223,7 @@ def build_parser():
     group = parser.add_argument_group("model and losses")
     group.add_argument(
         "--backbone",
-        default=tiny.CLIP_DIR,
+        default=CLIP_DIR,
         help="to start from, folder or Hub id: CLIP, ResNet, Swin, such as backbone/ of pretrain_backbone.py, or a "
         "ReIDModel of bot or of the same method; default: the stand-in CLIP",
     )

@@ -36,36 +36,29 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from utils.backbone_names import NAMED, check_backbone, open_backbone
-from utils.backbones import ClipBackbone
-from utils.batch_norm import share_batch_statistics
-from utils.checkpoints import load_checkpoint, open_state
-from utils.datasets import labels_of, subset
-from utils.loading import ReIDImages, ShuffleSampler, test_transform
-from utils.mixing import Mixing, mix_images, mixed_loss
-from utils.model_folder import training_card, write_backbone_folder
-from utils.modeling import ReIDModel
-from utils.parameter_groups import parameter_groups
-from utils.pretraining_page import draw_batch, write_page
-from utils.pretraining_transforms import MultiCrop, RandAugmentTransform
-from utils.reporting import portable, run_record, to_json, write_together
-from utils.streaming import StreamedImages, StreamLoader, open_stream
-from utils.targets import measure_targets, open_targets, results
-from utils.training import (
-    EXIT_SIGTERM,
-    LearningRate,
-    build_optimizer,
-    check_ranges,
-    describe_origin,
-    end_with,
-    global_batch_size,
-    parse_with_recipes,
-    start_accelerator,
-    tracked,
-)
-from utils.training_data import RemainingBatches, digest_of, open_source
-from utils.training_loop import name_images, train_epochs
-from utils.training_page import before_and_after, text_table
+from utils.batches.augmentation import MultiCrop, RandAugmentTransform
+from utils.batches.images import ReIDImages
+from utils.batches.mixing import Mixing, mix_images, mixed_loss
+from utils.batches.samplers import RemainingBatches, ShuffleSampler
+from utils.batches.streaming import StreamedImages, StreamLoader, open_stream
+from utils.batches.transforms import test_transform
+from utils.datasets.load import labels_of, subset
+from utils.datasets.training_sets import digest_of, open_source
+from utils.evaluation.targets import measure_targets, open_targets, results
+from utils.files import portable, run_record, to_json, write_together
+from utils.flags import check_ranges, describe_origin, parse_with_recipes
+from utils.launch import EXIT_SIGTERM, end_with, global_batch_size, start_accelerator, tracked
+from utils.modeling.backbones import ClipBackbone
+from utils.modeling.folder import training_card, write_backbone_folder
+from utils.modeling.names import NAMED, check_backbone, open_backbone
+from utils.modeling.norms import share_batch_statistics
+from utils.modeling.reid_model import ReIDModel
+from utils.reporting.report import text_table
+from utils.training.checkpoints import load_checkpoint, open_state
+from utils.training.loop import name_images, train_epochs
+from utils.training.optimizer import LearningRate, build_optimizer, parameter_groups
+from utils.training.pretraining_report import draw_batch, write_page
+from utils.training.report import before_and_after
 
 DEMO_SOURCE = [f"synthetic:domain={domain},num_ids=64" for domain in "acde"]
 DEMO_TARGET = "synthetic:domain=b"

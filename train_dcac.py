@@ -33,47 +33,53 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from utils import tiny
-from utils.batch_norm import share_batch_statistics
-from utils.checkpoints import load_checkpoint, open_state
-from utils.denoising import decode, denoise, sheet
-from utils.diffusion import (
+from utils.batches.images import ReIDImages
+from utils.batches.samplers import IdentitySampler, RemainingBatches
+from utils.batches.transforms import test_transform, train_transform
+from utils.datasets.training_sets import digest_of, open_source
+from utils.diffusion.checkpoint import check_diffusion
+from utils.diffusion.denoising import decode, denoise, sheet
+from utils.diffusion.latents import VaeImages, build_latent_cache, encode, image_for_vae, sample_latents
+from utils.diffusion.schedule import NoiseSchedule, noise_loss
+from utils.diffusion.unet import (
     UNET_MODES,
-    NoiseSchedule,
-    check_diffusion,
     enable_memory_efficient_attention,
     load_unet,
     load_vae,
-    noise_loss,
     recompute_activations,
     save_unet,
 )
-from utils.latents import VaeImages, build_latent_cache, encode, image_for_vae, sample_latents
-from utils.loading import IdentitySampler, ReIDImages, test_transform, train_transform
-from utils.losses import PrototypeMemory
-from utils.model_folder import card_text, model_kind, training_card
-from utils.modeling import ReIDModel
-from utils.reporting import portable, run_record, to_json, write_together
-from utils.targets import extract, measure_targets, open_targets, results
-from utils.training import (
-    EXIT_SIGTERM,
+from utils.evaluation.features import extract
+from utils.evaluation.targets import measure_targets, open_targets, results
+from utils.files import portable, run_record, to_json, write_together
+from utils.flags import (
+    CLIP_DIR,
+    DIFFUSION_DIR,
     OPTIMIZERS,
     SCHEDULES,
-    LearningRate,
-    build_optimizer,
+    SINGLE_IMAGE_IDS,
     check_ranges,
     describe_origin,
+    parse_with_recipes,
+)
+from utils.launch import (
+    EXIT_SIGTERM,
     end_with,
     gather_with_gradient,
     global_batch_size,
-    parse_with_recipes,
     start_accelerator,
     tracked,
     whole_weights,
 )
-from utils.training_data import SINGLE_IMAGE_IDS, RemainingBatches, digest_of, open_source
-from utils.training_loop import name_images, train_epochs
-from utils.training_page import before_and_after, build_page, text_table
+from utils.modeling.folder import card_text, model_kind, training_card
+from utils.modeling.memories import PrototypeMemory
+from utils.modeling.norms import share_batch_statistics
+from utils.modeling.reid_model import ReIDModel
+from utils.reporting.report import text_table
+from utils.training.checkpoints import load_checkpoint, open_state
+from utils.training.loop import name_images, train_epochs
+from utils.training.optimizer import LearningRate, build_optimizer
+from utils.training.report import before_and_after, build_page
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=112"
 DEMO_TARGETS = ["synthetic:domain=b", "synthetic:domain=c"]
@@ -185,12 +191,12 @@ def build_parser():
     group = parser.add_argument_group("models")
     group.add_argument(
         "--backbone",
-        default=tiny.CLIP_DIR,
+        default=CLIP_DIR,
         help="encoder to start from, folder or Hub id: CLIP, ResNet, Swin, or a ReIDModel; default: the stand-in CLIP",
     )
     group.add_argument(
         "--pretrained_model_name_or_path",
-        default=tiny.DIFFUSION_DIR,
+        default=DIFFUSION_DIR,
         help="Stable Diffusion 1.x or 2.x, folder or Hub id; default: the shipped stand-in",
     )
     group.add_argument("--revision", help="of the diffusion model on the Hub")
@@ -701,7 +707,7 @@ def introduce(args, say):
         )
     else:
         models = ["backbone"] + ["pretrained_model_name_or_path"] * (args.diffusion == "ldm")
-        toys = [name for name in models if getattr(args, name) in (tiny.CLIP_DIR, tiny.DIFFUSION_DIR)]
+        toys = [name for name in models if getattr(args, name) in (CLIP_DIR, DIFFUSION_DIR)]
         if toys:
             say(
                 f"Not given: --{' and --'.join(toys)}. Using the shipped stand-ins, which know drawn people only. "

@@ -35,30 +35,28 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AddedToken
 
-from utils import captions, tiny
-from utils.arguments import check_folder
-from utils.captioners import Captioner, check_captioner, quantization
-from utils.cpu import use_all_cores
-from utils.diffusion import check_diffusion, enable_memory_efficient_attention, save_unet
-from utils.diffusion_folder import one_line
-from utils.generated_set import (
-    CAPTIONS,
-    FAILED,
-    IMAGES,
-    command_of,
-    image_path,
-    keep_settings,
-    merge,
-    portable,
-    save_image,
+from utils.datasets.identities import choose, open_identities
+from utils.diffusion.checkpoint import check_diffusion, one_line
+from utils.diffusion.latents import encode, image_for_vae, sample_latents
+from utils.diffusion.text_to_image import SOLVERS, TextToImage, check_text_encoder, load_tokenizer
+from utils.diffusion.unet import enable_memory_efficient_attention, save_unet
+from utils.files import portable, versions
+from utils.flags import (
+    CAPTIONER_DIR,
+    CLIP_DIR,
+    DIFFUSION_DIR,
+    SCHEDULES,
+    check_ranges,
+    describe_origin,
+    parse_with_recipes,
 )
-from utils.generation_measures import Measures, check_measures
-from utils.generation_page import REFERENCES, SHOWN
-from utils.image_sequences import choose, open_identities
-from utils.latents import encode, image_for_vae, sample_latents
-from utils.reporting import versions
-from utils.text_to_image import SOLVERS, TextToImage, check_text_encoder, load_tokenizer
-from utils.training import SCHEDULES, build_optimizer, check_ranges, describe_origin, parse_with_recipes
+from utils.generated import captions
+from utils.generated.captioners import Captioner, check_captioner, quantization
+from utils.generated.made_report import REFERENCES, SHOWN
+from utils.generated.made_set import CAPTIONS, FAILED, IMAGES, command_of, image_path, keep_settings, merge, save_image
+from utils.generated.measures import Measures, check_measures
+from utils.launch import check_folder, use_all_cores
+from utils.training.optimizer import build_optimizer
 from utils.worklist import Progress, Worklist, seed_of, share
 
 DEMO_SOURCE = ["synthetic:domain=a,num_ids=4"]
@@ -120,7 +118,7 @@ def build_parser():
     group = parser.add_argument_group("captions (LPE)")
     group.add_argument(
         "--captioner_model_name_or_path",
-        default=tiny.CAPTIONER_DIR,
+        default=CAPTIONER_DIR,
         help="image-to-text model, folder or Hub id: BLIP-2, BLIP, GIT, ...; default: the stand-in question answerer",
     )
     group.add_argument("--captioner_bits", type=int, choices=[4, 8], help="load the captioner in so few bits")
@@ -164,7 +162,7 @@ def build_parser():
     group = parser.add_argument_group("fine-tuning, of each identity")
     group.add_argument(
         "--pretrained_model_name_or_path",
-        default=tiny.DIFFUSION_DIR,
+        default=DIFFUSION_DIR,
         help="Stable Diffusion 1.x or 2.x, folder or Hub id; default: the shipped stand-in",
     )
     group.add_argument("--revision", help="of the diffusion model on the Hub")
@@ -205,7 +203,7 @@ def build_parser():
     group = parser.add_argument_group("measures and output")
     group.add_argument(
         "--clip_model_name_or_path",
-        default=tiny.CLIP_DIR,
+        default=CLIP_DIR,
         help="measures similarity; `none` for no measures; default: the stand-in CLIP",
     )
     group.add_argument("--reid_model", help="a ReIDModel folder or Hub id: measures the identity of the images")
@@ -712,9 +710,9 @@ def greet(args, say):
         )
     else:
         stand_ins = {
-            "pretrained_model_name_or_path": tiny.DIFFUSION_DIR,
-            "captioner_model_name_or_path": tiny.CAPTIONER_DIR,
-            "clip_model_name_or_path": tiny.CLIP_DIR,
+            "pretrained_model_name_or_path": DIFFUSION_DIR,
+            "captioner_model_name_or_path": CAPTIONER_DIR,
+            "clip_model_name_or_path": CLIP_DIR,
         }
         kept = [f"--{name}" for name, folder in stand_ins.items() if getattr(args, name) == folder]
         if kept:

@@ -26,11 +26,12 @@ import adapt_reid
 import finetune_reid
 import pretrain_backbone
 from benchmarks.retrieval import RESULTS, environment
-from utils.backbone_names import open_backbone
-from utils.charts import line_chart
-from utils.datasets import load_reid, save
-from utils.reporting import Report, to_json, write_together
-from utils.training_page import text_table
+from utils.datasets.load import load_reid
+from utils.datasets.portable import save
+from utils.files import to_json, write_together
+from utils.modeling.names import open_backbone
+from utils.reporting.charts import line_chart
+from utils.reporting.report import Report, text_table
 
 SIZE = (64, 32)
 BACKBONE = "resnet-small"

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.retrieval import RESULTS, environment
-from utils.reporting import to_json, write_together
-from utils.training_page import text_table
+from utils.files import to_json, write_together
+from utils.reporting.report import text_table
 
 ROOT = Path(__file__).parent.parent
 LAST_LINES = 12

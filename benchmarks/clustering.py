@@ -4,12 +4,12 @@
     python -m benchmarks.clustering --sizes market msmt --dense market msmt
     python -m benchmarks.clustering --dense market msmt --published FOLDER   # SpCL's faiss_rerank.py, and faiss
 
-Ours is `utils.clustering.cluster`: sparse k-reciprocal Jaccard distances, DBSCAN on the sparse graph. `dense` is the
-shape of the code that pseudo-label methods are published with: k1 nearest, V and the distances as N x N arrays, a loop
-over rows, then scikit-learn's DBSCAN on the matrix; `published` is that of SpCL (github.com/yxgeee/SpCL) itself, in
-its place. Their distances differ a little by design: k1 neighbours instead of k1 + 1, and no division by the largest
-distance. Every measurement is a process of its own with one thread; memory is the peak beyond the process with its
-features.
+Ours is `utils.training.clustering.cluster`: sparse k-reciprocal Jaccard distances, DBSCAN on the sparse graph.
+`dense` is the shape of the code that pseudo-label methods are published with: k1 nearest, V and the distances as N x
+N arrays, a loop over rows, then scikit-learn's DBSCAN on the matrix; `published` is that of SpCL
+(github.com/yxgeee/SpCL) itself, in its place. Their distances differ a little by design: k1 neighbours instead of k1
++ 1, and no division by the largest distance. Every measurement is a process of its own with one thread; memory is the
+peak beyond the process with its features.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from benchmarks.reid_features import reid_features
 from benchmarks.retrieval import RESULTS, environment, status
 from kernels.jaccard_graph import jaccard_graph
 from kernels.reranking import k_reciprocal_rerank_reference
-from utils.clustering import agreement, cluster
+from utils.training.clustering import agreement, cluster
 
 # As for `reid_features`, the gallery is what is clustered: images, identities, cameras.
 SIZES = {"small": (1, 4000, 250, 6, 0.0), "market": (1, 12936, 751, 6, 0.0), "msmt": (1, 32621, 1041, 15, 0.0)}

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.retrieval import environment
-from utils.reporting import to_json, write_together
+from utils.files import to_json, write_together
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {

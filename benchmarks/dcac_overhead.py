@@ -33,10 +33,11 @@ from transformers import CLIPVisionConfig
 
 from benchmarks import dcac_step
 from benchmarks.retrieval import environment
-from utils.backbones import backbone_from_config
-from utils.diffusion import NoiseSchedule, noise_loss, set_unet_mode
-from utils.modeling import ReIDModel
-from utils.reporting import to_json, versions, write_together
+from utils.diffusion.schedule import NoiseSchedule, noise_loss
+from utils.diffusion.unet import set_unet_mode
+from utils.files import to_json, versions, write_together
+from utils.modeling.backbones import backbone_from_config
+from utils.modeling.reid_model import ReIDModel
 
 NUM_IDS, BATCH, RANK, TAU = 751, 64, 8, 0.6
 IMAGE_SIZE, LATENT_SIZE, WIDTH = (256, 128), (4, 16, 16), 768

@@ -21,13 +21,14 @@ from transformers import CLIPVisionConfig
 
 from benchmarks.alive import Alive, hollow
 from train_dcac import DCAC, Condition
-from utils import tiny
-from utils.backbones import backbone_from_config
-from utils.diffusion import NoiseSchedule, recompute_activations, set_unet_mode
-from utils.latents import encode, sample_latents
-from utils.losses import PrototypeMemory
-from utils.modeling import ReIDModel
-from utils.training import build_optimizer
+from utils.diffusion.latents import encode, sample_latents
+from utils.diffusion.schedule import NoiseSchedule
+from utils.diffusion.unet import recompute_activations, set_unet_mode
+from utils.modeling.backbones import backbone_from_config
+from utils.modeling.memories import PrototypeMemory
+from utils.modeling.reid_model import ReIDModel
+from utils.standins import build
+from utils.training.optimizer import build_optimizer
 
 TIMED = ("ours", "outer", "all", "paper")
 COUNTED = ("ours", "outer", "all")
@@ -61,7 +62,7 @@ def sizes():
         "paper": Size(CLIP, UNET, VAE, IMAGE_SIZE, (128, 128), NUM_IDS, BATCH),
         "block": Size(CLIP | {"num_hidden_layers": 2}, level, VAE, IMAGE_SIZE, (128, 128), NUM_IDS, 4),
         "tiny": Size(
-            small, dict(tiny.build_unet().config), dict(tiny.build_vae().config), (128, 64), (128, 128), 128, 16
+            small, dict(build.build_unet().config), dict(build.build_vae().config), (128, 64), (128, 128), 128, 16
         ),
     }
 

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.retrieval import RESULTS, environment
-from utils.reporting import to_json, write_together
-from utils.training_page import text_table
+from utils.files import to_json, write_together
+from utils.reporting.report import text_table
 
 # Sources, identities of each, targets.
 SETTINGS = {

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.retrieval import RESULTS, environment
-from utils.arguments import end_with
-from utils.reporting import to_json, write_together
-from utils.training_page import text_table
+from utils.files import to_json, write_together
+from utils.launch import end_with
+from utils.reporting.report import text_table
 
 ROOT = Path(__file__).parent.parent
 PEOPLE = "synthetic:domain=a,num_ids=4,images_per_id=4"
@@ -174,7 +174,7 @@ def entry(words):
     args = script.parse_args(arguments)
     if name == "filter_generated":
         # Several pieces of so few images.
-        importlib.import_module("utils.generated_images").PIECE = 8
+        importlib.import_module("utils.generated.images").PIECE = 8
     for end in ("run_script", "start"):
         if hasattr(script, end):
             return lambda: getattr(script, end)(args)
@@ -184,14 +184,14 @@ def entry(words):
 def build_latents(args):
     from accelerate import Accelerator
 
-    from utils import tiny
-    from utils.datasets import load_reid
-    from utils.diffusion import load_vae
-    from utils.latents import build_latent_cache
+    from utils.datasets.load import load_reid
+    from utils.diffusion.latents import build_latent_cache
+    from utils.diffusion.unet import load_vae
+    from utils.flags import DIFFUSION_DIR
 
     people = load_reid("synthetic", domain="a", num_ids=16, images_per_id=8)["train"]
     options = {"accelerator": Accelerator(cpu=True), "vae_name": "stand-in", "batch_size": 4}
-    build_latent_cache(people, load_vae(tiny.DIFFUSION_DIR), (64, 32), cache_dir=args.output_dir, **options)
+    build_latent_cache(people, load_vae(DIFFUSION_DIR), (64, 32), cache_dir=args.output_dir, **options)
     return 0
 
 
@@ -254,10 +254,10 @@ class Runner:
 
 
 def prepare(inputs):
-    from utils import tiny
-    from utils.drawn_generated import World, write_drawn
+    from utils.flags import CLIP_DIR
+    from utils.generated.drawn_set import World, write_drawn
 
-    shutil.copytree(tiny.CLIP_DIR, inputs / "clip")
+    shutil.copytree(CLIP_DIR, inputs / "clip")
     write_drawn(inputs / "drawn", World(num_ids=4))
 
 

@@ -18,9 +18,10 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.retrieval import RESULTS, environment
-from utils.drawn_generated import World, write_drawn, write_source
-from utils.filter_page import LABELS
-from utils.reporting import text_table, to_json, write_together
+from utils.files import to_json, write_together
+from utils.generated.drawn_set import World, write_drawn, write_source
+from utils.generated.kept_report import LABELS
+from utils.reporting.report import text_table
 
 ROOT = Path(__file__).parent.parent
 # Whether few cameras have seen an identity.

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.retrieval import RESULTS, environment
-from utils.drawn_generated import World, write_drawn
-from utils.reporting import to_json, write_together
+from utils.files import to_json, write_together
+from utils.generated.drawn_set import World, write_drawn
 
 ROOT = Path(__file__).parent.parent
 WORLD = World(num_ids=16, images_per_id=10)

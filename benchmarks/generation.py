@@ -21,9 +21,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import train_dreambooth_reid as script
 from benchmarks.dcac_overhead import SCHEDULE, UNET, VAE
 from benchmarks.retrieval import environment
-from utils import tiny
-from utils.latents import encode
-from utils.reporting import to_json, versions, write_together
+from utils.diffusion.latents import encode
+from utils.files import to_json, versions, write_together
+from utils.flags import DIFFUSION_DIR
 
 IDENTITIES, IMAGES = 5183, 150
 TEXT = {
@@ -47,7 +47,7 @@ OURS = {
 def save_sd15(folder):
     """Random weights in Stable Diffusion 1.5's sizes, in half, with the stand-in's tokenizer."""
     torch.manual_seed(0)
-    tokenizer = script.load_tokenizer(tiny.DIFFUSION_DIR)
+    tokenizer = script.load_tokenizer(DIFFUSION_DIR)
     StableDiffusionPipeline(
         vae=AutoencoderKL(**VAE),
         text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)),
@@ -148,7 +148,7 @@ def main(input_args=None):
     parser.add_argument("--json", help="write the parts and sums here")
     args = parser.parse_args(input_args)
     with tempfile.TemporaryDirectory() as folder:
-        model = save_sd15(folder) if args.sd15 else tiny.DIFFUSION_DIR
+        model = save_sd15(folder) if args.sd15 else DIFFUSION_DIR
         sizes = [(512, 512), (512, 256)] if args.sd15 else [(128, 128), (128, 64)]
         table = {}
         for finetune in ("full", "lora"):

@@ -21,8 +21,9 @@ from benchmarks.dcac_overhead import SCHEDULE, UNET, VAE, packages
 from benchmarks.generation import TEXT
 from benchmarks.retrieval import environment
 from train_dreambooth_reid import denoising_errors
-from utils.diffusion import NoiseSchedule, set_unet_mode
-from utils.reporting import to_json, write_together
+from utils.diffusion.schedule import NoiseSchedule
+from utils.diffusion.unet import set_unet_mode
+from utils.files import to_json, write_together
 
 GIB = 2**30
 HALF = torch.bfloat16

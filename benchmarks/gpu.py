@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.retrieval import RESULTS, environment
-from utils.reporting import to_json, write_together
-from utils.training_page import text_table
+from utils.files import to_json, write_together
+from utils.reporting.report import text_table
 
 ROOT = Path(__file__).parent.parent
 # The words after `python -m`; {json} is the part's own file.

@@ -22,9 +22,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from benchmarks.retrieval import RESULTS, environment
-from utils.datasets import load_reid, save
-from utils.loading import IdentitySampler, ReIDImages, train_transform
-from utils.reporting import to_json, write_together
+from utils.batches.images import ReIDImages
+from utils.batches.samplers import IdentitySampler
+from utils.batches.transforms import train_transform
+from utils.datasets.load import load_reid
+from utils.datasets.portable import save
+from utils.files import to_json, write_together
 
 BATCH_SIZE, IMAGES_PER_ID = 64, 4
 WARM_UP = 2

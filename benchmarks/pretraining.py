@@ -32,10 +32,10 @@ from benchmarks.dcac_step import GIB, numbers, shown, wait
 from benchmarks.retrieval import environment
 from pretrain_backbone import Classification, optimizer_of, rates_of
 from pretrain_backbone import parse_args as training_args
-from utils.backbone_names import open_backbone
-from utils.mixing import Mixing
-from utils.reporting import to_json, versions, write_together
-from utils.training_page import text_table
+from utils.batches.mixing import Mixing
+from utils.files import to_json, versions, write_together
+from utils.modeling.names import open_backbone
+from utils.reporting.report import text_table
 
 # (height, width), images a batch, identities of the published set.
 SIZES = {"paper": ((256, 128), 512, 5183), "tiny": ((64, 32), 4, 10)}

@@ -20,11 +20,11 @@ from transformers import BlipForQuestionAnswering, BlipProcessor
 
 from benchmarks.retrieval import RESULTS, environment
 from utils import synthetic
-from utils.captions import QUESTIONS
-from utils.denoising import sheet
-from utils.reporting import to_json, write_together
-from utils.tiny import CAPTIONER_DIR, DIFFUSION_DIR
-from utils.tiny_training import answers_of
+from utils.diffusion.denoising import sheet
+from utils.files import to_json, write_together
+from utils.flags import CAPTIONER_DIR, DIFFUSION_DIR
+from utils.generated.captions import QUESTIONS
+from utils.standins.train import answers_of
 
 BATCH_SIZE = 50
 # Parts of an answer, found as words in it; the pattern of plain clothes is not spoken of.

@@ -36,13 +36,14 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.retrieval import RESULTS, environment
-from utils.backbone_names import open_backbone
-from utils.charts import line_chart
-from utils.datasets import load_reid, parse_spec, save
-from utils.drawn_generated import World, in_scene, metadata_of
-from utils.generated_set import METADATA, image_path, save_image
-from utils.reporting import Report, to_json, write_together
-from utils.training_page import text_table
+from utils.datasets.load import load_reid, parse_spec
+from utils.datasets.portable import save
+from utils.files import to_json, write_together
+from utils.generated.drawn_set import World, in_scene, metadata_of
+from utils.generated.made_set import METADATA, image_path, save_image
+from utils.modeling.names import open_backbone
+from utils.reporting.charts import line_chart
+from utils.reporting.report import Report, text_table
 
 # SETTING[:FRACTION][@EPOCHS]
 SETTINGS = ["few-shot:0.1@40", "few-shot:0.3@40", "supervised@8", "small-scale:0.1@60"]

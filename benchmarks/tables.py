@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks import dcac_synthetic
 from benchmarks.reid_features import SIZES
-from utils.reporting import write_together
+from utils.files import write_together
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -33,7 +33,7 @@ TRAINING = [
 # What a process says of itself once a script's own start-up is through.
 ASKED = """
 import argparse, sys, torch
-from utils.training import start_accelerator
+from utils.launch import start_accelerator
 names = dict(mixed_precision=None, report_to=[], output_dir=sys.argv[1], push_to_hub=False, train_batch_size=4)
 accelerator = start_accelerator(argparse.Namespace(**names, max_grad_norm=0, allow_tf32=False), max_zero_stage=3)
 model, optimizer = torch.nn.Linear(8, 4), None

@@ -20,13 +20,15 @@ from transformers import ResNetConfig, ResNetModel
 
 import adapt_reid
 from adapt_reid import Adaptation, by_domain, parse_args
-from utils import tiny
-from utils.clustering import cluster, reliable
-from utils.datasets import load_reid, put, save
-from utils.domain_norms import DomainNorm
-from utils.intermediate import Mixer
-from utils.modeling import ReIDModel
-from utils.unlabelled import open_unlabelled
+from methods.idm import Mixer
+from utils.datasets.load import load_reid
+from utils.datasets.portable import save
+from utils.datasets.schema import put
+from utils.datasets.training_sets import open_unlabelled
+from utils.modeling.norms import DomainNorm
+from utils.modeling.reid_model import ReIDModel
+from utils.standins import build
+from utils.training.clustering import cluster, reliable
 
 ROOT = Path(__file__).parent.parent
 TARGET = "synthetic:domain=b,num_ids=6,images_per_id=8"
@@ -54,7 +56,7 @@ def kinds(*quick):
 def standin(tmp_path_factory):
     """A random CLIP, smaller than the shipped one: only the wiring counts here."""
     folder = tmp_path_factory.mktemp("standins")
-    tiny.build_all(folder)
+    build.build_all(folder)
     return folder / "clip"
 
 
@@ -312,7 +314,7 @@ def test_what_a_run_leaves(finished, kind):
 
 def test_the_saved_model_is_the_one_that_was_measured(finished):
     """BatchNorm of the target among them: the test features of the saved model give the last number again."""
-    from utils.targets import evaluate_target, open_targets
+    from utils.evaluation.targets import evaluate_target, open_targets
 
     for kind in ("cluster-contrast", "idm"):
         model = ReIDModel.from_pretrained(finished / kind / "model")

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.cluster_page import add_contact_sheet
-from utils.clustering import NOISE, Clusters, reliable
-from utils.datasets import load_reid
-from utils.domain_norms import DomainNorm, join_norms, split_norms
-from utils.memories import ClusterMemory, HybridMemory
-from utils.pseudo_batches import PseudoBatches, in_groups
-from utils.reporting import Report
+from utils.batches.samplers import PseudoBatches, in_groups
+from utils.datasets.load import load_reid
+from utils.modeling.memories import ClusterMemory, HybridMemory
+from utils.modeling.norms import DomainNorm, join_norms, split_norms
+from utils.reporting.report import Report
+from utils.training.cluster_report import add_contact_sheet
+from utils.training.clustering import NOISE, Clusters, reliable
 
 
 def unit(*shape, seed=0):

@@ -7,7 +7,7 @@ import pytest
 
 import adapt_reid
 from benchmarks import adaptation
-from utils.datasets import load_reid
+from utils.datasets.load import load_reid
 
 
 @pytest.fixture

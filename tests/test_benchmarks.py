@@ -8,8 +8,8 @@ import time
 import pytest
 
 from tests import trees
-from utils.benchmarks import BENCHMARKS, find_folder
-from utils.datasets import load_reid
+from utils.datasets.load import load_reid
+from utils.datasets.published import BENCHMARKS, find_folder
 
 # split -> (images, identities)
 MSMT = {"train": (32_621, 1_041), "query": (11_659, 3_060), "gallery": (82_161, 3_060)}

@@ -37,8 +37,11 @@ from transformers import (
 )
 from transformers.models.bert.modeling_bert import BertLMHeadModel
 
-from utils import captions, synthetic, tiny
-from utils.captioners import Captioner, check_captioner, quantization
+from utils import synthetic
+from utils.flags import CAPTIONER_DIR, CLIP_DIR
+from utils.generated import captions
+from utils.generated.captioners import Captioner, check_captioner, quantization
+from utils.standins import build
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def people():
 
 @pytest.fixture(scope="module")
 def clip_tokenizer():
-    return tiny.build_clip_tokenizer()
+    return build.build_clip_tokenizer()
 
 
 # Merging and prompts
@@ -302,7 +305,7 @@ TEXT = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num
 
 
 def words_tokenizer():
-    _, processor = tiny.build_captioner()
+    _, processor = build.build_captioner()
     return BertTokenizer(vocab=dict(processor.tokenizer.get_vocab()), model_max_length=64)
 
 
@@ -401,10 +404,10 @@ ANSWERING = ("blip-2", "llava")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     made = {}
-    for name, build in BUILDERS.items():
+    for name, save in BUILDERS.items():
         torch.manual_seed(0)
         made[name] = tmp_path_factory.mktemp(name)
-        build(made[name])
+        save(made[name])
     return made
 
 
@@ -423,10 +426,10 @@ def test_every_kind_of_captioner_speaks(folders, people, name):
 
 
 def test_the_stand_in_answers_as_transformers_has_it(people):
-    captioner = Captioner.from_pretrained(tiny.CAPTIONER_DIR, batch_size=2)
+    captioner = Captioner.from_pretrained(CAPTIONER_DIR, batch_size=2)
     assert captioner.can_answer and not captioner.can_describe
-    model = BlipForQuestionAnswering.from_pretrained(tiny.CAPTIONER_DIR).eval()
-    processor = BlipProcessor.from_pretrained(tiny.CAPTIONER_DIR)
+    model = BlipForQuestionAnswering.from_pretrained(CAPTIONER_DIR).eval()
+    processor = BlipProcessor.from_pretrained(CAPTIONER_DIR)
     for question in captions.QUESTIONS.values():
         wanted = []
         for image in people:
@@ -437,7 +440,7 @@ def test_the_stand_in_answers_as_transformers_has_it(people):
 
 def test_what_is_no_captioner_is_refused_from_its_configuration(tmp_path):
     with pytest.raises(ValueError, match="is a clip model .*does not turn images into text"):
-        check_captioner(tiny.CLIP_DIR)
+        check_captioner(CLIP_DIR)
     with pytest.raises(ValueError, match="no captioner at 'nowhere/at-all'"):
         check_captioner("nowhere/at-all")
     (tmp_path / "file.bin").write_text("x")

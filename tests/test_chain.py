@@ -12,8 +12,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from benchmarks import chain
-from utils.datasets import load_reid
-from utils.modeling import ReIDModel
+from utils.datasets.load import load_reid
+from utils.modeling.reid_model import ReIDModel
 
 ROOT = Path(__file__).parent.parent
 STEPS = [(name, step) for name, steps in chain.CHAINS.items() for step in steps]

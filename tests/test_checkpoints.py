@@ -18,7 +18,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
-from utils.checkpoints import (
+from utils.files import sha256, to_json
+from utils.modeling.memories import PrototypeMemory
+from utils.training.checkpoints import (
     LATEST,
     MANIFEST,
     find_checkpoint,
@@ -29,11 +31,8 @@ from utils.checkpoints import (
     read_state,
     save_checkpoint,
     set_random_states,
-    sha256,
 )
-from utils.losses import PrototypeMemory
-from utils.reporting import to_json
-from utils.training import LearningRate, build_optimizer
+from utils.training.optimizer import LearningRate, build_optimizer
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = "train.py"
@@ -383,7 +382,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 from accelerate import Accelerator
-from utils.checkpoints import list_checkpoints, load_checkpoint, read_state, save_checkpoint
+from utils.training.checkpoints import list_checkpoints, load_checkpoint, read_state, save_checkpoint
 
 torch.set_num_threads(1)
 folder, turns = Path(sys.argv[1]), int(sys.argv[2])
@@ -455,8 +454,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-from utils.checkpoints import load_checkpoint, read_state, save_checkpoint
-from utils.training import build_optimizer, start_accelerator
+from utils.training.checkpoints import load_checkpoint, read_state, save_checkpoint
+from utils.training.optimizer import build_optimizer; from utils.launch import start_accelerator
 
 
 class Harm:

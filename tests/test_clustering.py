@@ -11,7 +11,7 @@ from sklearn.cluster import DBSCAN
 
 from kernels.jaccard_graph import jaccard_graph
 from kernels.reranking import k_reciprocal_rerank_reference
-from utils.clustering import NOISE, agreement, as_matrix, check_clusters, cluster, dbscan, singled_out
+from utils.training.clustering import NOISE, agreement, as_matrix, check_clusters, cluster, dbscan, singled_out
 
 
 def people(num_rows, num_ids, depth=24, noise=0.9, seed=0):
@@ -170,7 +170,7 @@ def test_memory_grows_with_the_rows_not_their_square():
 import torch
 from pathlib import Path
 from tests.test_clustering import people
-from utils.clustering import cluster
+from utils.training.clustering import cluster
 features = people(12_000, 600)[0]
 def status(field):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))

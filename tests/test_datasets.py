@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from tests.tables import COLUMNS, ROWS, contents, expected, red, write_images, write_table
-from utils.datasets import labels_of, load_reid, load_sources, main, parse_spec, save, subset
+from utils.datasets.__main__ import main
+from utils.datasets.load import labels_of, load_reid, load_sources, parse_spec, subset
+from utils.datasets.portable import save
 
 ROOT = Path(__file__).parents[1]
 
@@ -259,7 +261,7 @@ def test_push(folder, tmp_path, monkeypatch, capsys):
     write_table(folder / "metadata.csv", ROWS)
     asked, pushed = [], {}
     monkeypatch.setattr(
-        "utils.datasets.HfApi.create_repo", lambda self, name, **options: asked.append((name, options))
+        "utils.datasets.load.HfApi.create_repo", lambda self, name, **options: asked.append((name, options))
     )
     monkeypatch.setattr(
         datasets.DatasetDict,
@@ -286,7 +288,7 @@ def test_push(folder, tmp_path, monkeypatch, capsys):
     def refuse(self, name, **options):
         raise OSError("no token\nsecond line")
 
-    monkeypatch.setattr("utils.datasets.HfApi.create_repo", refuse)
+    monkeypatch.setattr("utils.datasets.load.HfApi.create_repo", refuse)
     with pytest.raises(SystemExit, match="^error: the Hub did not take someone/people: no token$"):
         main([str(folder), "--push_to_hub", "someone/people"])
 

@@ -19,13 +19,14 @@ from safetensors.torch import load_file
 
 import train_dcac
 from train_dcac import DCAC, Condition, draw_noise, parse_args
-from utils import tiny
-from utils.backbone_names import open_backbone
-from utils.datasets import load_reid
-from utils.diffusion import NoiseSchedule, load_unet, load_vae
-from utils.latents import encode, sample_latents
-from utils.losses import PrototypeMemory
-from utils.modeling import ReIDModel
+from utils.datasets.load import load_reid
+from utils.diffusion.latents import encode, sample_latents
+from utils.diffusion.schedule import NoiseSchedule
+from utils.diffusion.unet import load_unet, load_vae
+from utils.modeling.memories import PrototypeMemory
+from utils.modeling.names import open_backbone
+from utils.modeling.reid_model import ReIDModel
+from utils.standins import build
 
 ROOT = Path(__file__).parent.parent
 NUM_IDS, BATCH = 6, 8
@@ -51,7 +52,7 @@ SMALL = [
 def standins(tmp_path_factory):
     """Random stand-ins, but smaller still: only the wiring counts here."""
     folder = tmp_path_factory.mktemp("standins")
-    tiny.build_all(folder)
+    build.build_all(folder)
     return folder
 
 
@@ -107,7 +108,7 @@ def method(
         bottleneck,
         num_ids=NUM_IDS,
         num_features=encoder.num_features,
-        width=tiny.TEXT_WIDTH,
+        width=build.TEXT_WIDTH,
         tau=0.6,
     )
     unet = load_unet(name, mode, rank=2)
@@ -454,7 +455,7 @@ def test_what_a_run_leaves(finished):
     model = ReIDModel.from_pretrained(out / "model")
     assert model.num_ids == 6
     prompts = load_file(out / "prompts.safetensors")["prompts"]
-    assert prompts.shape == (6, tiny.TEXT_WIDTH)
+    assert prompts.shape == (6, build.TEXT_WIDTH)
     assert (out / "unet_lora" / "pytorch_lora_weights.safetensors").is_file()
     page = (out / "report.html").read_text()
     assert "Before and after" in page and "Rank-1" in page and "data:image/jpeg" in page

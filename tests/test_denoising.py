@@ -9,9 +9,9 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from torch import nn
 
-from utils import tiny
-from utils.denoising import decode, denoise, sheet
-from utils.diffusion import NoiseSchedule
+from utils.diffusion.denoising import decode, denoise, sheet
+from utils.diffusion.schedule import NoiseSchedule
+from utils.standins import build
 
 STABLE_DIFFUSION = {
     "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000,
@@ -105,7 +105,7 @@ def test_a_half_precision_unet_gets_what_it_computes_in():
 
 def test_decoded_pictures_have_the_size_and_colours_of_the_vae():
     torch.manual_seed(0)
-    vae = tiny.build_vae().requires_grad_(False).eval()
+    vae = build.build_vae().requires_grad_(False).eval()
     latents = drawn(2, 4, 8, 4)
     pictures = decode(vae, latents, (64, 32))
     pixels = vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1)

@@ -18,22 +18,21 @@ from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.alive import gpu_autocast, hollow
-from utils import tiny
-from utils.diffusion import (
+from utils.diffusion.checkpoint import check_diffusion
+from utils.diffusion.schedule import NoiseSchedule, noise_loss
+from utils.diffusion.unet import (
     UNET_MODES,
-    NoiseSchedule,
-    check_diffusion,
     enable_memory_efficient_attention,
     load_unet,
     load_vae,
-    noise_loss,
     recompute_activations,
     save_unet,
     set_unet_mode,
 )
+from utils.standins import build
 
 BF16 = torch.bfloat16
-WIDTH = tiny.TEXT_WIDTH
+WIDTH = build.TEXT_WIDTH
 SD1 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 SD2 = SD1 | {"prediction_type": "v_prediction"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -43,11 +42,11 @@ LORA = "pytorch_lora_weights.safetensors"
 def pipeline(unet=None, vae=None):
     """A pipeline without its text half, which no function here reads."""
     return StableDiffusionPipeline(
-        vae=vae or tiny.build_vae(),
+        vae=vae or build.build_vae(),
         text_encoder=None,
         tokenizer=None,
-        unet=unet or tiny.build_unet(),
-        scheduler=tiny.build_scheduler(),
+        unet=unet or build.build_unet(),
+        scheduler=build.build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -157,7 +156,7 @@ def test_schedule_keeps_its_precision_and_leaves_no_trace():
 @pytest.mark.parametrize("config", [SD1, SD2])
 def test_noise_loss_is_the_mean_squared_error(config):
     torch.manual_seed(0)
-    unet = set_unet_mode(tiny.build_unet(), "frozen").double()
+    unet = set_unet_mode(build.build_unet(), "frozen").double()
     latents, noise, timesteps, condition = draws(4, torch.float64)
     a = cumulated_alphas(config)[timesteps].view(-1, 1, 1, 1)
     noised = a.sqrt() * latents + (1 - a).sqrt() * noise
@@ -329,7 +328,7 @@ def test_what_is_drawn_belongs_to_the_seed(original, copy):
         for name in drawn:
             assert torch.equal(states[0][name], states[1][name])
             assert not torch.equal(states[0][name], states[2][name])
-    unet, pretrained = tiny.build_unet(), load_file(original / "unet" / WEIGHTS)
+    unet, pretrained = build.build_unet(), load_file(original / "unet" / WEIGHTS)
     unet.load_state_dict(pretrained)
     before = torch.get_rng_state()
     state = set_unet_mode(unet, "scratch", seed=1).state_dict()
@@ -414,7 +413,7 @@ def test_saved_lora_is_replaced_or_stays(original, tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("utils.diffusion.save_file", full_disk)
+        patch.setattr("utils.diffusion.unet.save_file", full_disk)
         with pytest.raises(OSError):
             save_unet(unet, "lora", tmp_path)
     assert path.read_bytes() == first and list(path.parent.iterdir()) == [path]
@@ -588,7 +587,7 @@ def test_xformers_that_cannot_run(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError) as raised:
-        enable_memory_efficient_attention(tiny.build_unet())
+        enable_memory_efficient_attention(build.build_unet())
     message = str(raised.value)
     assert message.startswith(f"xformers cannot run here (xformers 0.0.35, torch {torch.__version__}, ")
     assert "No operator found for these inputs" in message and "is the default" in message
@@ -598,4 +597,4 @@ def test_without_xformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers", None)
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
     with pytest.raises(ValueError, match=r"xformers cannot run here.*scaled-dot-product attention is the default"):
-        enable_memory_efficient_attention(tiny.build_unet())
+        enable_memory_efficient_attention(build.build_unet())

@@ -25,13 +25,14 @@ from transformers import CLIPTokenizer
 import train_dreambooth_reid as script
 from tests.test_captions import save_git
 from tests.test_reporting import needs_chromium, seen_in_chromium
-from utils import captions, tiny
-from utils.datasets import load_reid
-from utils.diffusion import NoiseSchedule
-from utils.extraction import weights_digest
-from utils.generation_measures import diversity, identity_auc
-from utils.image_sequences import choose, identities_of, open_identities
-from utils.text_to_image import SOLVERS, TextToImage
+from utils.batches.chunks import weights_digest
+from utils.datasets.identities import choose, identities_of, open_identities
+from utils.datasets.load import load_reid
+from utils.diffusion.schedule import NoiseSchedule
+from utils.diffusion.text_to_image import SOLVERS, TextToImage
+from utils.generated import captions
+from utils.generated.measures import diversity, identity_auc
+from utils.standins import build
 
 ROOT = Path(__file__).parent.parent
 SOURCE = "synthetic:domain=a,num_ids=3,images_per_id=4"
@@ -43,7 +44,7 @@ FEW += " --sample_batch_size 2 --save_resolution 64 32 --resolution 64 32"
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    tiny.build_all(folder)
+    build.build_all(folder)
     return folder
 
 
@@ -352,7 +353,7 @@ def test_identities_of_the_same_words_share_a_reference_set(models, tmp_path):
 def test_the_loss_is_the_formula(prediction_type, gamma):
     """w_t |x^ - x|^2 of the denoised image, with w_t = SNR or min(SNR, gamma), on diffusers' own schedule."""
     torch.manual_seed(0)
-    scheduler = DDPMScheduler.from_config(tiny.build_scheduler().config, prediction_type=prediction_type)
+    scheduler = DDPMScheduler.from_config(build.build_scheduler().config, prediction_type=prediction_type)
     schedule = NoiseSchedule(scheduler)
     latents, noise, answer = torch.randn(3, 4, 4, 8, 4).double()
     timesteps = torch.tensor([0, 300, 700, 999])
@@ -549,7 +550,7 @@ def test_other_weights_under_the_same_name_are_refused(whole, models, tmp_path):
     shutil.copytree(whole[0], out)
     (out / "identities" / NAMES[0] / "images.json").unlink()
     other = tmp_path / "other"
-    tiny.build_all(other, seed=1)
+    build.build_all(other, seed=1)
     for part in ("clip", "blip-vqa"):
         shutil.rmtree(other / part)
         shutil.copytree(models / part, other / part)

@@ -29,11 +29,12 @@ from transformers import (
 import evaluate
 from tests.test_evaluation import average_precision, dense, people
 from tests.test_reporting import Page, needs_chromium, seen_in_chromium
-from utils import extraction
-from utils.datasets import load_reid
-from utils.folders import read_folders
-from utils.loading import test_transform as make_transform
-from utils.modeling import ReIDModel
+from utils.batches.images import TransformedImages
+from utils.batches.transforms import test_transform as make_transform
+from utils.datasets.load import load_reid
+from utils.datasets.search_folders import read_folders
+from utils.evaluation.features import load_features
+from utils.modeling.reid_model import ReIDModel
 
 ROOT = Path(__file__).parent.parent
 DATA = "synthetic:domain=b,num_ids=6"
@@ -96,7 +97,7 @@ def test_numbers_rankings_and_record_agree(evaluated):
     folder, returned = evaluated
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["mAP"] == returned["mAP"] and metrics["backend"] == "torch"
-    (queries, gallery), *_ = extraction.load_features(folder / "features.safetensors")[0]
+    (queries, gallery), *_ = load_features(folder / "features.safetensors")[0]
     distances, same, kept = dense(queries, gallery, "market")
     orders = [row.argsort(stable=True) for row in distances]
     matches = [same[row][order[kept[row][order]]].numpy() for row, order in enumerate(orders)]
@@ -142,7 +143,7 @@ def test_report_in_chromium(evaluated, tmp_path):
 
 def test_same_command_extracts_nothing_again(evaluated, clip, capsys, monkeypatch):
     folder, before = evaluated
-    monkeypatch.setattr(extraction, "extract_features", pytest.fail)
+    monkeypatch.setattr(evaluate, "extract", pytest.fail)
     common = ("--model", clip, "--resolution", 64, 32, "--data", DATA, "--output_dir", folder)
     again = run(*common, "--rerank", "--k1", 5)
     assert "extracted before" in capsys.readouterr().out
@@ -263,12 +264,12 @@ def test_killed_extraction_goes_on_to_the_same_numbers(clip, tmp_path):
     some.with_name(f"{some.name}.part").write_bytes(b"half")
     sorted(chunks)[1].write_bytes(b"damaged")
     read = []
-    original = extraction.Pictures.__getitem__
+    original = TransformedImages.__getitem__
     try:
-        extraction.Pictures.__getitem__ = lambda self, row: (read.append(row), original(self, row))[1]
+        TransformedImages.__getitem__ = lambda self, row: (read.append(row), original(self, row))[1]
         resumed = run(*common, "--output_dir", tmp_path / "killed")
     finally:
-        extraction.Pictures.__getitem__ = original
+        TransformedImages.__getitem__ = original
     whole = run(*common, "--output_dir", tmp_path / "whole")
     assert not set(range(32)) & set(read) and set(range(32, 64)) <= set(read)
     assert resumed.keys() == whole.keys()

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from utils import evaluation, thresholds
-from utils.evaluation import Side
+from utils import evaluation
+from utils.evaluation import thresholds
+from utils.evaluation.metrics import Side
 
 
 def people(num_queries, num_gallery, *, num_ids=6, num_cams=3, width=16, seed=0):

@@ -21,10 +21,12 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 import filter_generated as script
-from utils import filtering, generated_images, tiny
-from utils.datasets import load_reid
-from utils.drawn_generated import BROKEN, World, write_drawn
-from utils.modeling import ReIDModel
+from utils.datasets.load import load_reid
+from utils.flags import CLIP_DIR
+from utils.generated import choosing
+from utils.generated import images as generated_images
+from utils.generated.drawn_set import BROKEN, World, write_drawn
+from utils.modeling.reid_model import ReIDModel
 
 ROOT = Path(__file__).parent.parent
 SOURCE = "synthetic:domain=a,num_ids=4,images_per_id=6"
@@ -98,7 +100,7 @@ def test_scores_are_those_of_the_formulas(drawn, whole):
     pictures = [Image.open(drawn / row["path"]).convert("RGB") for row in rows]
     train = load_reid(SOURCE)["train"]
     pids = np.array(train["pid"][:])
-    clip, processor = CLIPModel.from_pretrained(tiny.CLIP_DIR), CLIPProcessor.from_pretrained(tiny.CLIP_DIR)
+    clip, processor = CLIPModel.from_pretrained(CLIP_DIR), CLIPProcessor.from_pretrained(CLIP_DIR)
     sentences = ["a photo of a person", *script.OTHER_SENTENCES]
     reid = ReIDModel.from_pretrained(whole / "models" / "reid-synthetic-a").eval()
     classifier = ReIDModel.from_pretrained(whole / "models" / "classifier-synthetic-a").eval()
@@ -161,8 +163,8 @@ def test_what_does_not_decode_is_rejected_with_its_reason(whole):
     rows = table(whole).to_pylist()
     bad = [row for row in rows if row["error"]]
     assert len(bad) == 2 and all(row["truth"] == BROKEN and not row["kept"] for row in bad)
-    assert {row["rejected"] for row in bad} == {filtering.UNREADABLE}
-    assert json.loads((whole / "summary.json").read_text())["rejected"][filtering.UNREADABLE] == 2
+    assert {row["rejected"] for row in bad} == {choosing.UNREADABLE}
+    assert json.loads((whole / "summary.json").read_text())["rejected"][choosing.UNREADABLE] == 2
 
 
 def test_choosing_again_loads_no_model(drawn, whole, monkeypatch):
@@ -195,7 +197,7 @@ def test_a_margin_lets_strangers_in_by_their_lead(drawn, whole):
 def test_choosing_again_waits_for_no_library_of_models(drawn, whole):
     command = ["--generated", drawn, "--output_dir", whole, *SMALL, "--keep_fraction", "0.3"]
     code = (
-        "import sys, filter_generated as script; from utils import generated_images\n"
+        "import sys, filter_generated as script; from utils.generated import images as generated_images\n"
         f"generated_images.PIECE = {PIECE}\n"
         "script.main(script.parse_args(sys.argv[1:]))\n"
         "print([name for name in ('transformers', 'diffusers', 'accelerate') if name in sys.modules])"
@@ -224,7 +226,7 @@ def test_two_sources_each_with_its_models_and_threshold(drawn, tmp_path):
     models = {}
     for place, (domain, count) in enumerate((("a", 4), ("c", 3))):
         torch.manual_seed(place)
-        model = ReIDModel.for_training(tiny.CLIP_DIR, num_ids=count, image_size=(64, 32)).eval()
+        model = ReIDModel.for_training(CLIP_DIR, num_ids=count, image_size=(64, 32)).eval()
         models[domain] = model
         model.save_pretrained(tmp_path / "models" / domain)
     names = [str(tmp_path / "models" / domain) for domain in "ac"]
@@ -278,7 +280,7 @@ def test_the_set_opens_everywhere_and_holds_the_very_files(drawn, whole, kind):
 
 CHILD = """
 import os, signal, sys
-from utils import filter_scoring, generated_images
+from utils.generated import images as generated_images, scoring as filter_scoring
 import filter_generated
 generated_images.PIECE = {piece}
 write, left = filter_scoring.pq.write_table, [{stop}]
@@ -389,7 +391,7 @@ def test_damaged_results_are_made_again(drawn, whole, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
 def test_a_damaged_clip_is_known_before_anything_is_trained(drawn, tmp_path, name):
-    shutil.copytree(tiny.CLIP_DIR, tmp_path / "clip")
+    shutil.copytree(CLIP_DIR, tmp_path / "clip")
     (tmp_path / "clip" / name).write_bytes((tmp_path / "clip" / name).read_bytes()[:2000])
     with pytest.raises(ValueError, match="--clip_model: .*/clip' cannot be loaded: "):
         run(drawn, tmp_path / "out", "--clip_model", tmp_path / "clip")
@@ -469,7 +471,7 @@ def test_an_upload_leaves_nothing_of_an_earlier_choice(drawn, whole, monkeypatch
         (["--threshold", "other=0.5"], "'other' is not both named there and a source"),
         (["--reid_model", "a", "b", "c"], "names 3 models for 1 sources"),
         (["--clip_model", "nowhere/at/all"], "--clip_model: no model at 'nowhere/at/all'"),
-        (["--reid_model", str(tiny.CLIP_DIR)], "is a clip model, expected"),
+        (["--reid_model", str(CLIP_DIR)], "is a clip model, expected"),
         (["--classifier_model", "{models}/reid-synthetic-a"], "is a model of method mgn with several classifiers"),
         (["--holdout_fraction", "0"], "--false_match_rate cannot be calibrated on synthetic-a"),
         (["--output_dir", "{drawn}"], "holds generated images; give another --output_dir"),

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import filter_truth, filtering
-from utils.drawn_generated import World, write_drawn
+from utils.generated.drawn_set import World, write_drawn
 
 
 def test_links_are_the_drawn_files(tmp_path):

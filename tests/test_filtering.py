@@ -11,9 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import filtering, generated_images, scene_changes
-from utils.datasets import load_reid
-from utils.drawn_generated import (
+from utils.batches import augmentation
+from utils.batches.transforms import resized
+from utils.datasets.load import load_reid
+from utils.generated import choosing
+from utils.generated import images as generated_images
+from utils.generated.drawn_set import (
     FIRST_INDEX,
     NEW,
     TRUTHS,
@@ -24,14 +27,13 @@ from utils.drawn_generated import (
     write_drawn,
     write_source,
 )
-from utils.filter_page import against_truth, truth_table
-from utils.filter_scoring import View, open_image
-from utils.filter_sources import Source, check_calibration
-from utils.filtered_set import Origin, write_files
-from utils.filtered_set import resized as smaller
-from utils.generated_images import open_generated
-from utils.loading import resized
-from utils.synthetic import render
+from utils.generated.images import open_generated
+from utils.generated.kept_report import against_truth, truth_table
+from utils.generated.kept_set import Origin, write_files
+from utils.generated.kept_set import resized as smaller
+from utils.generated.scoring import View, open_image
+from utils.generated.sources import Source, check_calibration
+from utils.synthetic.world import render
 
 
 def scores(person, values, *, sound=None, match=None, lead=None, source=None, hashes=None):
@@ -39,7 +41,7 @@ def scores(person, values, *, sound=None, match=None, lead=None, source=None, ha
     given = {"clip": np.full(count, np.nan, np.float32), "cctf": np.full(count, np.nan, np.float32)}
     source = np.zeros(count, np.int16) if source is None else np.array(source, np.int16)
     domains = [f"d{number}" for number in range(source.max() + 1)]
-    return filtering.Scores(
+    return choosing.Scores(
         people=[("d0", number) for number in range(max(person) + 1)],
         domains=domains,
         person=np.array(person, np.int32),
@@ -56,39 +58,39 @@ def test_reasons_come_in_order():
     found = scores([0] * 6, [0.9, 0.8, 0.7, 0.1, 0.6, 0.5], sound=[0, 1, 1, 1, 1, 1], match=[1, 0, 1, 1, 1, 1])
     found.sound = found.sound.astype(bool)
     found.match = found.match.astype(bool)
-    choice = filtering.choose(found, "reid", {"d0": 0.4}, target_per_id=2)
-    words = [filtering.REASONS[number] for number in choice.reason]
-    assert words == [filtering.UNREADABLE, filtering.STRANGER, "", filtering.BELOW, "", filtering.SURPLUS]
+    choice = choosing.choose(found, "reid", {"d0": 0.4}, target_per_id=2)
+    words = [choosing.REASONS[number] for number in choice.reason]
+    assert words == [choosing.UNREADABLE, choosing.STRANGER, "", choosing.BELOW, "", choosing.SURPLUS]
     assert choice.kept.tolist() == [False, False, True, False, True, False]
 
 
 def test_doubles_go_before_the_count_and_small_identities_last():
     hashes = [0b0, 0b1, 0b111111, 0b0, 0b0]
     found = scores([0, 0, 0, 1, 1], [0.5, 0.9, 0.4, 0.3, 0.2], hashes=hashes)
-    duplicates = filtering.duplicate_finder(found, "perceptual", 1, None)
-    choice = filtering.choose(found, "reid", {"d0": 0.0}, min_per_id=2, duplicates=duplicates)
-    words = [filtering.REASONS[number] for number in choice.reason]
-    assert words == [filtering.DOUBLE, "", "", filtering.FEW, filtering.DOUBLE]
+    duplicates = choosing.duplicate_finder(found, "perceptual", 1, None)
+    choice = choosing.choose(found, "reid", {"d0": 0.0}, min_per_id=2, duplicates=duplicates)
+    words = [choosing.REASONS[number] for number in choice.reason]
+    assert words == [choosing.DOUBLE, "", "", choosing.FEW, choosing.DOUBLE]
 
 
 def test_feature_doubles():
     features = np.array([[1, 0], [1, 0.01], [0, 1]], np.float16)
     found = scores([0, 0, 0], [0.5, 0.6, 0.7])
-    duplicates = filtering.duplicate_finder(found, "feature", None, features)
-    choice = filtering.choose(found, "reid", {"d0": 0.0}, duplicates=duplicates)
+    duplicates = choosing.duplicate_finder(found, "feature", None, features)
+    choice = choosing.choose(found, "reid", {"d0": 0.0}, duplicates=duplicates)
     assert choice.kept.tolist() == [False, True, True]
 
 
 def test_the_very_same_feature_is_at_no_distance():
     features = np.random.default_rng(0).normal(size=(1, 64)).astype(np.float16).repeat(40, 0)
     found = scores([0] * 40, [0.5] * 40)
-    double = filtering.duplicate_finder(found, "feature", 0.0, features)(np.arange(40))
+    double = choosing.duplicate_finder(found, "feature", 0.0, features)(np.arange(40))
     assert double.tolist() == [False, *[True] * 39]
 
 
 def test_a_double_of_a_dropped_double_stays():
     distances = np.array([[0, 1, 2], [1, 0, 1], [2, 1, 0]])
-    assert filtering.repeated(distances, 1).tolist() == [False, True, False]
+    assert choosing.repeated(distances, 1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("pids, held, fits", [([1, 2], True, True), ([1, 2], False, False), ([1], True, False)])
@@ -103,9 +105,9 @@ def test_calibration_takes_somebody_else(tmp_path, pids, held, fits):
 
 def test_a_score_that_is_no_number_sets_no_threshold():
     found = scores([0] * 4, [np.nan, 0.9, 0.8, np.nan])
-    limits = filtering.thresholds_of(found, "reid", keep_fraction={"d0": 0.25})
+    limits = choosing.thresholds_of(found, "reid", keep_fraction={"d0": 0.25})
     assert limits == {"d0": pytest.approx(0.9)}
-    assert filtering.choose(found, "reid", limits).kept.tolist() == [False, True, False, False]
+    assert choosing.choose(found, "reid", limits).kept.tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -113,39 +115,39 @@ def test_a_score_that_is_no_number_sets_no_threshold():
 )
 def test_the_advised_threshold_keeps_half(values):
     found = scores([0] * len(values), values)
-    nothing = filtering.choose(found, "reid", {"d0": 2.0})
-    words = filtering.nothing_left(found, nothing, "reid").split("--threshold ")[1].split(" ")[0]
-    kept = filtering.choose(found, "reid", {"d0": float(words)}).kept
+    nothing = choosing.choose(found, "reid", {"d0": 2.0})
+    words = choosing.nothing_left(found, nothing, "reid").split("--threshold ")[1].split(" ")[0]
+    kept = choosing.choose(found, "reid", {"d0": float(words)}).kept
     assert kept.sum() == len(values) // 2 and len(words) <= 30
 
 
 def test_an_advised_threshold_can_be_typed():
     found = scores([0, 0], [0.5, 0.9], source=[0, 1])
     found.domains[0] = "my people"
-    words = filtering.nothing_left(found, filtering.choose(found, "reid", dict.fromkeys(found.domains, 2.0)), "reid")
+    words = choosing.nothing_left(found, choosing.choose(found, "reid", dict.fromkeys(found.domains, 2.0)), "reid")
     typed = shlex.split(words.split("--threshold ")[1].split(" is reached")[0])
-    assert filtering.numbers_of(typed) == {"my people": 0.5, "d1": pytest.approx(0.9, abs=1e-4)}
+    assert choosing.numbers_of(typed) == {"my people": 0.5, "d1": pytest.approx(0.9, abs=1e-4)}
 
 
 def test_who_asks_for_too_many_of_everybody_is_told_so():
     found = scores([0, 0, 1], [0.5, 0.9, 0.8])
-    nothing = filtering.choose(found, "reid", {"d0": 0.0}, min_per_id=3)
-    words = filtering.nothing_left(found, nothing, "reid")
+    nothing = choosing.choose(found, "reid", {"d0": 0.0}, min_per_id=3)
+    words = choosing.nothing_left(found, nothing, "reid")
     assert "(3 too few left of its identity)" in words and words.endswith(" Lower --min_per_id")
 
 
 def test_thresholds_of_each_source():
     found = scores([0] * 8, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], source=[0, 0, 0, 0, 1, 1, 1, 1])
     shares = {"d0": 0.5, "d1": 0.25}
-    limits = filtering.thresholds_of(found, "reid", keep_fraction=shares)
-    choice = filtering.choose(found, "reid", limits)
+    limits = choosing.thresholds_of(found, "reid", keep_fraction=shares)
+    choice = choosing.choose(found, "reid", limits)
     assert choice.kept.tolist() == [False, False, True, True, False, False, False, True]
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.01, 0.1, 0.5, 1.0])
 def test_calibrated_threshold_is_the_least_that_keeps_the_rate(rate):
     impostors = np.random.default_rng(0).normal(size=203).round(1).astype(np.float32)
-    threshold = filtering.calibrated(impostors, rate)
+    threshold = choosing.calibrated(impostors, rate)
     assert (impostors >= threshold).mean() <= rate
     lower = impostors[impostors < threshold]
     assert not len(lower) or (impostors >= lower.max()).mean() > rate
@@ -155,8 +157,8 @@ def test_area_under_curve_by_counting_pairs():
     rng = np.random.default_rng(1)
     values, good = rng.integers(0, 9, 60).astype(float), rng.random(60) < 0.4
     pairs = [(one > other) + 0.5 * (one == other) for one in values[good] for other in values[~good]]
-    assert filtering.area_under_curve(values, good) == pytest.approx(np.mean(pairs))
-    assert filtering.area_under_curve(values, np.ones(60, bool)) is None
+    assert choosing.area_under_curve(values, good) == pytest.approx(np.mean(pairs))
+    assert choosing.area_under_curve(values, np.ones(60, bool)) is None
 
 
 def test_ranking_puts_strangers_behind_by_their_lead_and_what_is_broken_last():
@@ -167,9 +169,9 @@ def test_ranking_puts_strangers_behind_by_their_lead_and_what_is_broken_last():
         match=[False, True, True, True, True, False],
         lead=[0.3, 0, 0, 0, np.nan, 0.2],
     )
-    assert np.argsort(-filtering.ranking(found, "reid"), kind="stable").tolist() == [2, 1, 3, 5, 0, 4]
+    assert np.argsort(-choosing.ranking(found, "reid"), kind="stable").tolist() == [2, 1, 3, 5, 0, 4]
     found.values["clip"] = np.array([0.1, 0.9, np.nan, 0.3, 0.8, 0.2], np.float32)
-    assert np.argsort(-filtering.ranking(found, "clip"), kind="stable").tolist() == [1, 3, 5, 0, 2, 4]
+    assert np.argsort(-choosing.ranking(found, "clip"), kind="stable").tolist() == [1, 3, 5, 0, 2, 4]
 
 
 def test_a_small_lead_may_count_as_a_match(tmp_path):
@@ -186,9 +188,9 @@ def test_a_small_lead_may_count_as_a_match(tmp_path):
     }
     pq.write_table(pa.table(columns), tmp_path / "scores.parquet")
     for margin, wanted in ((None, [1, 0, 0, 0]), (0.05, [1, 1, 0, 0]), (0.1, [1, 1, 1, 0])):
-        found = filtering.read_scores(tmp_path / "scores.parquet", margin)
+        found = choosing.read_scores(tmp_path / "scores.parquet", margin)
         assert found.match.tolist() == [bool(one) for one in wanted]
-        assert filtering.choose(found, "reid", {"d": 0.0}).kept.tolist() == found.match.tolist()
+        assert choosing.choose(found, "reid", {"d": 0.0}).kept.tolist() == found.match.tolist()
 
 
 def test_what_filters_keep_of_every_kind(tmp_path):
@@ -236,7 +238,7 @@ def test_a_view_sees_what_the_transform_of_its_model_gives():
 def test_other_places_leave_the_middle_and_other_cameras_the_order_of_brightness():
     generator = torch.Generator().manual_seed(0)
     images = torch.arange(64).view(64, 1, 1, 1).expand(64, 3, 50, 40) / 64
-    moved = scene_changes.other_place(images.contiguous(), generator)
+    moved = augmentation.other_place(images.contiguous(), generator)
     assert torch.equal(moved[:, :, 4:48, 12:28], images[:, :, 4:48, 12:28])
     changed = (moved != images).flatten(1).any(1)
     assert 0.4 < changed.float().mean() < 0.8
@@ -244,25 +246,25 @@ def test_other_places_leave_the_middle_and_other_cameras_the_order_of_brightness
     assert all(len(image.flatten(1).unique(dim=1).T) <= 2 for image in moved)
     assert not torch.isin(moved, images).all()
     grey = torch.full((500, 3, 2, 2), 0.5)
-    lit = scene_changes.other_light(grey, generator)
+    lit = augmentation.other_light(grey, generator)
     levels = (lit[:, :, 0, 0] / 0.5).log()
     assert torch.equal(lit, lit[:, :, :1, :1].expand_as(lit)) and lit.max() <= 1
     assert -1.45 <= levels.min() < -1.2 and levels.max() > 0.3 and (levels.amax(1) - levels.amin(1)).max() <= 0.5
     ramp = torch.linspace(0, 1, 40).expand(8, 3, 50, 40).contiguous()
-    seen = scene_changes.other_camera(ramp, generator).mean(2)
+    seen = augmentation.other_camera(ramp, generator).mean(2)
     assert (seen[..., 30] > seen[..., 5]).all() and seen.min() >= 0 and seen.max() <= 1
-    again = [scene_changes.change_scene(ramp, torch.Generator().manual_seed(3)) for _ in range(2)]
+    again = [augmentation.change_scene(ramp, torch.Generator().manual_seed(3)) for _ in range(2)]
     assert torch.equal(*again) and again[0].shape == ramp.shape
 
 
 def test_share_below():
-    assert filtering.share_below([3, 1, 5, 5], [1, 2, 5, 6]) == [0.0, 0.25, 0.5, 1.0]
+    assert choosing.share_below([3, 1, 5, 5], [1, 2, 5, 6]) == [0.0, 0.25, 0.5, 1.0]
 
 
 def test_perceptual_hash_knows_a_smaller_copy_from_another_picture():
     (one, _), (other, _) = (draw(World(), pid, 1) for pid in (0, 2))
-    codes = [filtering.perceptual_hash(image) for image in (one, one.resize((48, 96), Image.Resampling.BOX), other)]
-    bits = filtering.hash_distances(np.array(codes, np.uint64))
+    codes = [choosing.perceptual_hash(image) for image in (one, one.resize((48, 96), Image.Resampling.BOX), other)]
+    bits = choosing.hash_distances(np.array(codes, np.uint64))
     assert bits[0, 1] <= 4 < bits[0, 2]
     assert bits[0, 2] == bin(codes[0] ^ codes[2]).count("1")
 

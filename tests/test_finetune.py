@@ -20,9 +20,9 @@ import evaluate
 import finetune_reid
 from finetune_reid import FineTuning, delayed_cosine, parse_args
 from tests.test_heads import NUM_IDS, SIZE, TINY, people, tiny
-from utils.datasets import labels_of, load_reid, people_of, subset
-from utils.heads import METHODS
-from utils.modeling import ReIDModel
+from utils.datasets.load import labels_of, load_reid, people_of, subset
+from utils.modeling.heads import METHODS
+from utils.modeling.reid_model import ReIDModel
 
 ROOT = Path(__file__).parent.parent
 SPEC = "synthetic:domain=a,num_ids=6,images_per_id=4"

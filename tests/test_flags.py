@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.arguments import SCRIPTS as KNOWN
-from utils.arguments import check_folder
+from utils.launch import SCRIPTS as KNOWN
+from utils.launch import check_folder
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))

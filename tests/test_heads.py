@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from transformers import CLIPVisionConfig, ResNetConfig, ResNetModel, SwinConfig
 
 import evaluate
-from utils.backbones import backbone_from_config
-from utils.heads import METHODS, GeM, NonLocal
-from utils.modeling import ReIDModel, attention_maps
+from utils.modeling.attention import attention_maps
+from utils.modeling.backbones import backbone_from_config
+from utils.modeling.heads import METHODS, GeM, NonLocal
+from utils.modeling.reid_model import ReIDModel
 
 SIZE = (96, 64)
 NUM_IDS = 5

@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 
 from tests.tables import image_bytes, red
-from utils.datasets import check_images, load_reid, save
+from utils.datasets.images import check_images
+from utils.datasets.load import load_reid
+from utils.datasets.portable import save
 
 
 def gradient():

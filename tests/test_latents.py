@@ -21,10 +21,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from utils import tiny
-from utils.datasets import load_reid
-from utils.diffusion import NoiseSchedule, noise_loss
-from utils.latents import (
+from utils.datasets.load import load_reid
+from utils.datasets.schema import features
+from utils.diffusion.latents import (
     VaeImages,
     build_latent_cache,
     cache_key,
@@ -36,7 +35,8 @@ from utils.latents import (
     sample_latents,
     write,
 )
-from utils.sources import features
+from utils.diffusion.schedule import NoiseSchedule, noise_loss
+from utils.standins.build import build_vae
 
 ROOT = Path(__file__).parent.parent
 SIZE = (32, 32)
@@ -54,7 +54,7 @@ def one_thread():
 @pytest.fixture
 def vae():
     torch.manual_seed(0)
-    return tiny.build_vae()
+    return build_vae()
 
 
 def people(num_ids=4):
@@ -73,7 +73,7 @@ def forked(cache_dir, num_ids, **environment):
         os.environ.update(environment)
         AcceleratorState._reset_state(reset_partial_state=True)
         torch.manual_seed(0)
-        vae = tiny.build_vae()
+        vae = build.build_vae()
         with counted(vae) as seen:
             build(people(num_ids), vae, cache_dir)
         cache_dir.with_name(f"batches-{environment.get('RANK')}").write_text(str(len(seen)))
@@ -172,15 +172,15 @@ def test_encode_computes_in_the_type_of_the_vae_even_under_autocast(vae):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 1e-3)])
 def test_losses_are_those_with_the_vae_in_the_loop(vae, tmp_path, dtype, tolerance):
-    data, unet = people(), tiny.build_unet()
+    data, unet = people(), build.build_unet()
     cache = build(data, vae, tmp_path, dtype=dtype)
-    schedule = NoiseSchedule(tiny.build_scheduler().config)
+    schedule = NoiseSchedule(build.build_scheduler().config)
     generator = torch.Generator().manual_seed(0)
     images = VaeImages(data, SIZE)
     for rows in ([0, 5, 9, 31], [30, 2, 17, 4]):
         posterior, noise = torch.randn(2, 4, *cache.shape, generator=generator)
         timesteps = torch.randint(1000, (4,), generator=generator)
-        condition = torch.randn(4, 1, tiny.TEXT_WIDTH, generator=generator)
+        condition = torch.randn(4, 1, build.TEXT_WIDTH, generator=generator)
         losses = []
         for mean, std in (cache.posterior(rows), encode(vae, torch.stack([images[row] for row in rows]))):
             latents = sample_latents(mean, std, posterior, cache.scaling_factor)
@@ -335,7 +335,7 @@ def test_torchrun_writes_the_same_bytes(vae, tmp_path):
     script = tmp_path / "build.py"
     script.write_text(
         "import torch\nfrom tests.test_latents import build, people, tiny\ntorch.set_num_threads(1)\n"
-        f"torch.manual_seed(0)\ncache = build(people(6), tiny.build_vae(), {str(tmp_path / 'two')!r})\n"
+        f"torch.manual_seed(0)\ncache = build(people(6), build.build_vae(), {str(tmp_path / 'two')!r})\n"
         "assert torch.distributed.get_world_size() == 2 and len(cache) == 48\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
@@ -474,7 +474,7 @@ def test_a_benchmark_of_full_size_opens_quickly(tmp_path):
         "path": names,
     }
     data = datasets.Dataset.from_dict(columns, features=features())
-    vae, keys = tiny.build_vae(), image_keys(data)
+    vae, keys = build.build_vae(), image_keys(data)
     folder = tmp_path / "cache" / "latents" / cache_key(vae, (128, 128), torch.float16)
     prepare(folder)
     for start in range(0, count, 128):

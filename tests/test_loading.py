@@ -15,17 +15,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks import loading as benchmark
-from utils import synthetic
-from utils.datasets import load_reid
-from utils.loading import (
-    IdentitySampler,
-    ReIDImages,
-    TestTransform,
-    TrainTransform,
-    test_transform,
-    to_tensor,
-    train_transform,
-)
+from utils.batches.images import ReIDImages
+from utils.batches.samplers import IdentitySampler
+from utils.batches.transforms import TestTransform, TrainTransform, test_transform, to_tensor, train_transform
+from utils.datasets.load import load_reid
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,23 +117,22 @@ def test_erasing_follows_its_area_aspect_value_and_chance():
 
 
 def test_same_key_same_tensor_other_key_other_tensor():
-    rows = synthetic.load("a", num_ids=2)["train"]
+    rows = load_reid("synthetic", domain="a", num_ids=2)["train"]
     images = ReIDImages(rows, train_transform((128, 64)))
     assert torch.equal(images[3, "0/1/7"]["images"], images[3, "0/1/7"]["images"])
     assert not torch.equal(images[3, "0/1/7"]["images"], images[3, "0/2/7"]["images"])
     assert images[3]["labels"] == rows["pid"][3] and images[3]["indices"] == 3
 
 
-@pytest.mark.parametrize("load", [synthetic.load, lambda: load_reid("synthetic")])
-def test_a_freshly_started_worker_reads_drawn_pictures(load):
-    images = ReIDImages(load()["query"].select(range(3)), test_transform((32, 16)))
+def test_a_freshly_started_worker_reads_drawn_pictures():
+    images = ReIDImages(load_reid("synthetic")["query"].select(range(3)), test_transform((32, 16)))
     loader = DataLoader(images, batch_size=3, num_workers=1, multiprocessing_context="spawn")
     assert torch.equal(next(iter(loader))["images"], torch.stack([images[row]["images"] for row in range(3)]))
 
 
 def test_labels_must_fit_the_images():
     with pytest.raises(ValueError, match="3 labels for 16 images"):
-        ReIDImages(synthetic.load("a", num_ids=2)["train"], test_transform(), labels=[0, 1, 2])
+        ReIDImages(load_reid("synthetic", domain="a", num_ids=2)["train"], test_transform(), labels=[0, 1, 2])
 
 
 def test_an_epoch_follows_its_definition():
@@ -203,13 +195,13 @@ def test_impossible_batches_are_refused():
 TWO_RANKS = """
 import hashlib, sys
 import torch.distributed as dist
-from utils import synthetic
-from utils.loading import IdentitySampler, ReIDImages, train_transform
+from utils.datasets.load import load_reid
+from utils.batches import IdentitySampler, ReIDImages, train_transform
 from torch.utils.data import DataLoader
 
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
-rows = synthetic.load("a", num_ids=8)["train"]
+rows = load_reid("synthetic", domain="a", num_ids=8)["train"]
 sampler = IdentitySampler(rows["pid"][:], 16, seed=2, rank=rank, num_processes=world)
 loader = DataLoader(ReIDImages(rows, train_transform((64, 32))), batch_sampler=sampler, num_workers=world - 1)
 mine = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for batch in loader for image in batch["images"]]

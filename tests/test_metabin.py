@@ -16,13 +16,14 @@ from transformers import ResNetModel
 import evaluate
 import finetune_reid
 from finetune_reid import FineTuning, domains_of, parse_args
+from methods import metabin
+from methods.metabin import MetaBatches, meta_step
 from tests.test_finetune import ROOT, SMALL, log_of, refused, train, weights_of  # noqa: F401
 from tests.test_heads import TINY, people, tiny
-from utils import metabin
-from utils.datasets import load_reid, load_sources
-from utils.loading import IdentitySampler
-from utils.metabin import BatchInstanceNorm, MetaBatches, add_batch_instance_norms, balances, meta_step
-from utils.modeling import ReIDModel
+from utils.batches.samplers import IdentitySampler
+from utils.datasets.load import load_reid, load_sources
+from utils.modeling.norms import BatchInstanceNorm, add_batch_instance_norms, balances
+from utils.modeling.reid_model import ReIDModel
 
 SOURCES = [f"synthetic:domain={name},num_ids=4,images_per_id=4" for name in "abc"]
 TARGET = "synthetic:domain=d,num_ids=3,images_per_id=4"

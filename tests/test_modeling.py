@@ -27,10 +27,11 @@ from transformers import (
     SwinModel,
 )
 
-from utils import backbones, model_folder
-from utils import modeling as modeling_module
-from utils.backbones import backbone_from_config, resize_position_table
-from utils.modeling import ReIDModel, attention_maps
+from utils.modeling import backbones, reid_model
+from utils.modeling import folder as model_folder
+from utils.modeling.attention import attention_maps
+from utils.modeling.backbones import backbone_from_config, resize_position_table
+from utils.modeling.reid_model import ReIDModel
 
 SIZE = (48, 32)
 FAMILIES = ["clip", "resnet", "swin"]
@@ -761,7 +762,7 @@ def test_hub(tmp_path, monkeypatch):
         assert set(allow_patterns) == set(model_folder.FILES)
         return tmp_path / repo_id
 
-    monkeypatch.setattr(modeling_module, "HfApi", Hub)
+    monkeypatch.setattr(reid_model, "HfApi", Hub)
     monkeypatch.setattr(model_folder, "snapshot_download", download)
     model = tiny_model("swin")
     assert model.push_to_hub("people", private=True, token="secret") == "address"
@@ -1005,7 +1006,7 @@ def test_dcac_image_size(tmp_path):
 
 def test_dcac_full_size():
     """A real file's shapes: ViT-B/16 at 256x128, which is the encoder of 85.55 M trainable parameters."""
-    from utils.dcac_checkpoint import grid_image_size
+    from utils.modeling.importers.dcac import grid_image_size
 
     assert grid_image_size("file", 128, 16, None) == (256, 128)
     assert grid_image_size("file", 21 * 10, 16, (336, 160)) == (336, 160)

@@ -25,14 +25,15 @@ import finetune_reid
 import pretrain_backbone
 import train_dcac
 from pretrain_backbone import Classification, SelfDistillation, distillation_loss, momentum, parse_args
-from utils import tiny
-from utils.backbone_names import open_backbone
-from utils.backbones import load_backbone
-from utils.loading import ReIDImages, ShuffleSampler
-from utils.loading import test_transform as picture_transform
-from utils.mixing import Mix
-from utils.model_folder import write_backbone_folder
-from utils.modeling import ReIDModel
+from utils.batches.images import ReIDImages
+from utils.batches.mixing import Mix
+from utils.batches.samplers import ShuffleSampler
+from utils.batches.transforms import test_transform as picture_transform
+from utils.flags import CLIP_DIR
+from utils.modeling.backbones import load_backbone
+from utils.modeling.folder import write_backbone_folder
+from utils.modeling.names import open_backbone
+from utils.modeling.reid_model import ReIDModel
 
 ROOT = Path(__file__).parent.parent
 TARGET = "synthetic:domain=b,num_ids=3,images_per_id=4"
@@ -518,7 +519,7 @@ def test_two_processes_train_as_one(name, request, tmp_path):
 @pytest.mark.parametrize("more", [MIXED, DINO], ids=["classification", "dino"])
 def test_two_passes_train_as_one(tmp_path, more):
     """With a backbone that looks at each image by itself."""
-    common = [*SMALL, *more, "--max_train_steps", "2", "--backbone", tiny.CLIP_DIR, "--resolution", "32", "32"]
+    common = [*SMALL, *more, "--max_train_steps", "2", "--backbone", CLIP_DIR, "--resolution", "32", "32"]
     train(*common, "--output_dir", tmp_path / "one")
     passes = ["--train_batch_size", "4", "--gradient_accumulation_steps", "2"]
     train(*common, *passes, "--output_dir", tmp_path / "two")
@@ -563,7 +564,7 @@ def test_clip_and_swin_are_pretrained_and_open_again(tmp_path):
     """Their folders are plain transformers ones; positions of CLIP go back to its square grid."""
     swin = SwinModel(SwinConfig(image_size=64, embed_dim=16, depths=[1, 1], num_heads=[1, 2], window_size=4))
     swin.save_pretrained(tmp_path / "swin")
-    for name, backbone in (("swin", tmp_path / "swin"), ("clip", tiny.CLIP_DIR)):
+    for name, backbone in (("swin", tmp_path / "swin"), ("clip", CLIP_DIR)):
         out = tmp_path / f"{name}-out"
         more = ["--backbone", backbone, "--layer_decay", "0.8", "--max_train_steps", "2", "--output_dir", out]
         train(*SMALL, *MIXED, *more)
@@ -603,7 +604,7 @@ def test_bad_input_is_told_in_one_line(tmp_path, monkeypatch):
 
 
 def test_crops_of_clip_have_its_size(tmp_path):
-    clip = ["--backbone", tiny.CLIP_DIR, "--local_resolution", "32", "16", "--output_dir", tmp_path / "out"]
+    clip = ["--backbone", CLIP_DIR, "--local_resolution", "32", "16", "--output_dir", tmp_path / "out"]
     assert "CLIP takes images of one size" in refused(*SMALL, *DINO, *clip)
 
 

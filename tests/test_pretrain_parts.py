@@ -15,16 +15,15 @@ from torch import nn
 from torchvision.transforms import v2
 
 from pretrain_backbone import Classification, optimizer_of, parse_args, rates_of
-from utils.backbone_names import NAMED, check_backbone, named_config, open_backbone
-from utils.backbones import backbone_from_config
-from utils.batch_norm import GlobalBatchNorm
-from utils.loading import ShuffleSampler, TrainTransform, to_tensor
-from utils.metabin import add_batch_instance_norms
-from utils.mixing import Mix, Mixing, cut, mix_images, mixed_loss, neighbours
-from utils.modeling import ReIDModel
-from utils.parameter_groups import decays, depths, parameter_groups
-from utils.pretraining_transforms import MultiCrop, RandAugmentTransform, to_picture
-from utils.training_data import RemainingBatches
+from utils.batches.augmentation import MultiCrop, RandAugmentTransform, to_picture
+from utils.batches.mixing import Mix, Mixing, cut, mix_images, mixed_loss, neighbours
+from utils.batches.samplers import RemainingBatches, ShuffleSampler
+from utils.batches.transforms import TrainTransform, to_tensor
+from utils.modeling.backbones import backbone_from_config
+from utils.modeling.names import NAMED, check_backbone, named_config, open_backbone
+from utils.modeling.norms import GlobalBatchNorm, add_batch_instance_norms
+from utils.modeling.reid_model import ReIDModel
+from utils.training.optimizer import decays, depths, parameter_groups
 
 PUBLISHED = ["--recipe", "diff-person", "--source", "somewhere"]
 

@@ -12,8 +12,9 @@ from accelerate.state import AcceleratorState
 
 import pretrain_backbone
 from pretrain_backbone import parse_args
-from utils.datasets import embedded, load_reid
-from utils.streaming import StreamedImages, StreamLoader, light, load, open_stream
+from utils.batches.streaming import StreamedImages, StreamLoader, light, load, open_stream
+from utils.datasets.load import load_reid
+from utils.datasets.portable import embedded
 
 
 @pytest.fixture(scope="session")

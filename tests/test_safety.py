@@ -15,19 +15,19 @@ from PIL import Image
 
 import evaluate
 import train_dreambooth_reid as script
-from utils import tiny
-from utils.backbones import load_backbone
-from utils.captioners import Captioner
-from utils.captions import read_captions
-from utils.datasets import load_reid
-from utils.diffusion import load_unet, load_vae
-from utils.extraction import load_features
-from utils.generated_images import open_generated
-from utils.generated_set import COMMAND, merge
-from utils.generation_measures import Measures
-from utils.latents import find
-from utils.modeling import ReIDModel
-from utils.text_to_image import load_text_encoder
+from utils.datasets.load import load_reid
+from utils.diffusion.latents import find
+from utils.diffusion.text_to_image import load_text_encoder
+from utils.diffusion.unet import load_unet, load_vae
+from utils.evaluation.features import load_features
+from utils.flags import CAPTIONER_DIR, CLIP_DIR, DIFFUSION_DIR
+from utils.generated.captioners import Captioner
+from utils.generated.captions import read_captions
+from utils.generated.images import open_generated
+from utils.generated.made_set import COMMAND, merge
+from utils.generated.measures import Measures
+from utils.modeling.backbones import load_backbone
+from utils.modeling.reid_model import ReIDModel
 from utils.worklist import Worklist
 
 ROOT = Path(__file__).parent.parent
@@ -104,7 +104,7 @@ class Harm:
         return Path.touch, (self.path,)
 
 
-FOLDERS = {"clip": tiny.CLIP_DIR, "blip-vqa": tiny.CAPTIONER_DIR, "stable-diffusion": tiny.DIFFUSION_DIR}
+FOLDERS = {"clip": CLIP_DIR, "blip-vqa": CAPTIONER_DIR, "stable-diffusion": DIFFUSION_DIR}
 LOADERS = {
     "backbone": ("clip/model.safetensors", lambda path: load_backbone(path.parent)),
     "captioner": ("blip-vqa/model.safetensors", lambda path: Captioner.from_pretrained(str(path.parent))),
@@ -131,7 +131,7 @@ LOADERS = {
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    ReIDModel.from_backbone(tiny.CLIP_DIR, num_ids=2, image_size=(64, 32)).save_pretrained(folder / "reid")
+    ReIDModel.from_backbone(CLIP_DIR, num_ids=2, image_size=(64, 32)).save_pretrained(folder / "reid")
     return folder
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import starts
-from utils.datasets import load_reid
+from utils.datasets.load import load_reid
 
 SPEC = "synthetic:domain=b,num_ids=8,images_per_id=4"
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from utils import synthetic
-from utils.datasets import load_reid
+from utils.datasets.load import load_reid
 
 ROOT = Path(__file__).parent.parent
 PIXELS = """
@@ -49,7 +49,7 @@ def test_every_argument_matters():
 
 
 def test_splits_cameras_and_names():
-    data = synthetic.load("c", num_ids=6, images_per_id=8, seed=4)
+    data = load_reid("synthetic", domain="c", num_ids=6, images_per_id=8, seed=4)
     assert {split: len(rows) for split, rows in data.items()} == {"train": 48, "query": 24, "gallery": 24}
     train, test = set(data["train"]["pid"]), set(data["query"]["pid"])
     assert len(train) == len(test) == 6 and not train & test and test == set(data["gallery"]["pid"])
@@ -64,8 +64,8 @@ def test_splits_cameras_and_names():
 
 @pytest.mark.parametrize("more", [{"num_ids": 9}, {"images_per_id": 12}, {"num_ids": 7, "images_per_id": 9}])
 def test_larger_numbers_only_add_rows(more):
-    small = synthetic.load("a", num_ids=5, images_per_id=6)
-    large = synthetic.load("a", **({"num_ids": 5, "images_per_id": 6} | more))
+    small = load_reid("synthetic", domain="a", num_ids=5, images_per_id=6)
+    large = load_reid("synthetic", domain="a", **({"num_ids": 5, "images_per_id": 6} | more))
     for split in small:
         assert set(small[split]["path"]) <= set(large[split]["path"])
     assert len(large["train"]) > len(small["train"])
@@ -91,7 +91,7 @@ def test_pictures_are_drawn_when_they_are_opened():
 )
 def test_impossible_worlds_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        synthetic.load(**options)
+        load_reid("synthetic", **options)
 
 
 @pytest.mark.parametrize("name", ["x.png", "synthetic-a/s0/0001_c9_0000.png", "synthetic-z/s0/0001_c1_0000.png"])
@@ -150,7 +150,7 @@ def histograms(rows):
 
 @pytest.mark.parametrize("domain", "abcde")
 def test_colour_histograms_are_far_from_solving_it(domain):
-    data = synthetic.load(domain)
+    data = load_reid("synthetic", domain=domain)
     scores = histograms(data["query"]) @ histograms(data["gallery"]).T
     pids, cams = (np.array(data["query"][key])[:, None] for key in ("pid", "camid"))
     their_pids, their_cams = (np.array(data["gallery"][key])[None] for key in ("pid", "camid"))

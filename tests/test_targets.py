@@ -16,10 +16,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import evaluate
 from tests.tables import ROWS, paint, write_images, write_table
-from utils import synthetic
-from utils.loading import test_transform as make_transform
-from utils.modeling import ReIDModel
-from utils.targets import Target, evaluate_target, extract, measure_targets, open_targets, results
+from utils.batches.transforms import test_transform as make_transform
+from utils.datasets.load import load_reid
+from utils.evaluation.features import extract
+from utils.evaluation.targets import Target, evaluate_target, measure_targets, open_targets, results
+from utils.modeling.reid_model import ReIDModel
 
 ROOT = Path(__file__).parent.parent
 DATA = "synthetic:domain=b,num_ids=6"
@@ -95,7 +96,7 @@ def test_a_damaged_image_is_found_before_training(tmp_path):
 
 
 def test_features_are_those_of_a_plain_loop(model, accelerator):
-    rows = synthetic.load("b", num_ids=5)["gallery"]
+    rows = load_reid("synthetic", domain="b", num_ids=5)["gallery"]
     transform = transform_of(model)
     model.eval()
     with torch.no_grad():
@@ -111,7 +112,7 @@ def test_features_are_those_of_a_plain_loop(model, accelerator):
 
 
 def test_features_can_be_computed_with_afterwards(model, accelerator):
-    rows = synthetic.load("b", num_ids=2)["query"]
+    rows = load_reid("synthetic", domain="b", num_ids=2)["query"]
     features = extract(model, rows, transform_of(model), accelerator=accelerator)
     weight = torch.nn.Parameter(torch.ones(16))
     (features * weight).sum().backward()
@@ -123,17 +124,17 @@ import sys
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
-from utils import synthetic
-from utils.loading import test_transform
-from utils.modeling import ReIDModel
-from utils.targets import evaluate_target, extract, open_targets
+from utils.batches.transforms import test_transform
+from utils.datasets.load import load_reid
+from utils.modeling.reid_model import ReIDModel
+from utils.evaluation.targets import evaluate_target, open_targets; from utils.evaluation.features import extract
 
 torch.set_num_threads(1)
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == int(sys.argv[3])
 model = ReIDModel.from_pretrained(sys.argv[1])
 transform = test_transform(model.image_size, model.image_mean, model.image_std, model.resample)
-rows = synthetic.load("b", num_ids=4)["gallery"]
+rows = load_reid("synthetic", domain="b", num_ids=4)["gallery"]
 found = {}
 # One batch for two processes, three with the last one full and not.
 for count in (1, 9, 12):
@@ -196,7 +197,7 @@ def test_the_numbers_are_those_of_evaluate(tmp_path, folder, model, accelerator)
 
 
 def test_without_cameras_nothing_is_dropped(model, accelerator):
-    data = synthetic.load("b", num_ids=4)
+    data = load_reid("synthetic", domain="b", num_ids=4)
     without = [data[split].map(lambda row: {"camid": -1}) for split in ("query", "gallery")]
     metrics = evaluate_target(model, Target("x", *without), transform_of(model), accelerator=accelerator)
     assert metrics["num_skipped"] == 0 and metrics["num_valid"] == len(data["query"])

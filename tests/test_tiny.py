@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
@@ -20,15 +21,17 @@ from transformers import (
 )
 
 from benchmarks import standins as benchmark
-from utils import synthetic, tiny, tiny_training
-from utils.captions import QUESTIONS
+from utils import synthetic
+from utils.flags import CLIP_DIR, DIFFUSION_DIR, STANDINS
+from utils.generated.captions import QUESTIONS
+from utils.standins import build, train
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Random stand-ins, from the command."""
     folder = tmp_path_factory.mktemp("tiny")
-    tiny.main(["--output_dir", str(folder), "--seed", "3"])
+    build.main(["--output_dir", str(folder), "--seed", "3"])
     return folder
 
 
@@ -47,9 +50,9 @@ def digests(folder):
 
 def test_the_same_seed_gives_the_same_files(folder, tmp_path):
     start = time.process_time()
-    tiny.build_all(tmp_path / "again", seed=3)
+    build.build_all(tmp_path / "again", seed=3)
     assert time.process_time() - start < 30
-    tiny.build_all(tmp_path / "other", seed=4)
+    build.build_all(tmp_path / "other", seed=4)
     first, again, other = (digests(each) for each in (folder, tmp_path / "again", tmp_path / "other"))
     assert again == first
     changed = {name for name in first if other[name] != first[name]}
@@ -75,7 +78,7 @@ def test_tall_people_are_squeezed_and_not_cut(folder):
     pixels = np.zeros((128, 64, 3), dtype=np.uint8)
     pixels[:8], pixels[-8:] = (255, 0, 0), (0, 0, 255)
     processor = CLIPProcessor.from_pretrained(folder / "clip")
-    seen = processor(images=synthetic.Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
+    seen = processor(images=Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
     assert seen[0, 2].min() > 0.9 and seen[2, -3].min() > 0.9
 
 
@@ -166,8 +169,8 @@ def test_both_tokenizers_know_the_words_of_the_world(folder, tokenizer):
 
 
 def test_shipped_ones_are_small_and_whole():
-    sizes = {path: path.stat().st_size for path in tiny.STANDINS.rglob("*") if path.is_file()}
-    assert {path.name for path in tiny.STANDINS.iterdir()} == {"blip-vqa", "clip", "stable-diffusion"}
+    sizes = {path: path.stat().st_size for path in STANDINS.rglob("*") if path.is_file()}
+    assert {path.name for path in STANDINS.iterdir()} == {"blip-vqa", "clip", "stable-diffusion"}
     assert sum(sizes.values()) <= 16 * 2**20
     assert not [path for path in sizes if path.suffix not in (".json", ".safetensors", ".txt")]
 
@@ -175,18 +178,18 @@ def test_shipped_ones_are_small_and_whole():
 def test_shipped_ones_are_those_that_the_code_builds(folder):
     """Every tensor has the shape of the code's, and the vocabulary the same tokens."""
     for path in sorted(folder.rglob("*.safetensors")):
-        built, shipped = load_file(path), load_file(tiny.STANDINS / path.relative_to(folder))
+        built, shipped = load_file(path), load_file(STANDINS / path.relative_to(folder))
         assert {name: value.shape for name, value in built.items()} == {
             name: value.shape for name, value in shipped.items()
         }
         assert all(value.isfinite().all() for value in shipped.values())
     vocab = CLIPTokenizer.from_pretrained(folder / "clip").get_vocab()
-    for place in (tiny.CLIP_DIR, f"{tiny.DIFFUSION_DIR}/tokenizer"):
+    for place in (CLIP_DIR, f"{DIFFUSION_DIR}/tokenizer"):
         assert CLIPTokenizer.from_pretrained(place).get_vocab().keys() == vocab.keys()
 
 
 def test_the_shipped_pipeline_draws():
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny.DIFFUSION_DIR, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(DIFFUSION_DIR, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.Generator().manual_seed(0)
     image = pipeline("a person", height=128, width=64, num_inference_steps=4, generator=noise).images[0]
@@ -195,7 +198,7 @@ def test_the_shipped_pipeline_draws():
 
 def test_the_shipped_clip_finds_captions():
     """Of 32 captions of people it never saw, an image's own is nearest far oftener than by chance."""
-    model, processor = CLIPModel.from_pretrained(tiny.CLIP_DIR), CLIPProcessor.from_pretrained(tiny.CLIP_DIR)
+    model, processor = CLIPModel.from_pretrained(CLIP_DIR), CLIPProcessor.from_pretrained(CLIP_DIR)
     images, words = zip(*benchmark.pictures("f", 32, 3000)[::2], strict=True)
     texts = [synthetic.caption(one) for one in words]
     with torch.inference_mode():
@@ -214,7 +217,7 @@ def test_the_shipped_question_answerer_sees():
 
 def test_wanderers_are_the_same_people_elsewhere():
     """Clothes and place are drawn apart, and the words say what the pictures show."""
-    people, wanderers = tiny_training.People(12), tiny_training.Wanderers(12)
+    people, wanderers = train.People(12), train.Wanderers(12)
     assert wanderers.rows == people.rows and not torch.equal(wanderers.pixels, people.pixels)
     places = {}
     for number, (domain, *_) in enumerate(wanderers.rows):
@@ -235,18 +238,18 @@ def test_every_part_of_a_person_is_a_lesson():
     words = synthetic.describe("f", 3, 0, 0) | {"hair": "long red hair", "carried": "nothing", "hat": "blue cap"}
     alone = ("upper_colour", "pattern", "upper_kind", "lower_colour", "lower_kind", "shoes", "action", "view", "scene")
     wanted = [words[key] for key in alone] + ["long", "red hair", "nothing", "", "blue", "cap"]
-    assert tiny_training.parts_of(words) == wanted
+    assert train.parts_of(words) == wanted
 
 
 def test_the_question_answerer_learns_and_goes_on(tmp_path):
-    people = tiny_training.Wanderers(2)
-    random = tiny.build_captioner()[0].state_dict()
+    people = train.Wanderers(2)
+    random = build.build_captioner()[0].state_dict()
     settings = {"batch": 4, "questions_each": 2}
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
-    whole, _ = tiny_training.train_captioner(people, 2, 2, tmp_path / "whole", **settings)
-    tiny_training.train_captioner(people, 2, 1, tmp_path / "parts", **settings)
-    parts, _ = tiny_training.train_captioner(people, 2, 2, tmp_path / "parts", **settings)
+    whole, _ = train.train_captioner(people, 2, 2, tmp_path / "whole", **settings)
+    train.train_captioner(people, 2, 1, tmp_path / "parts", **settings)
+    parts, _ = train.train_captioner(people, 2, 2, tmp_path / "parts", **settings)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, parts.state_dict()[name]), name
         if value.is_floating_point() and name != "text_decoder.cls.predictions.bias":
@@ -255,7 +258,7 @@ def test_the_question_answerer_learns_and_goes_on(tmp_path):
 
 def test_pictures_are_moved_and_lit_within_bounds():
     images = torch.rand(6, 3, 128, 64, generator=torch.Generator().manual_seed(0))
-    first, again = (tiny_training.seen_anyhow(images, (128, 128), torch.Generator().manual_seed(1)) for _ in range(2))
+    first, again = (train.seen_anyhow(images, (128, 128), torch.Generator().manual_seed(1)) for _ in range(2))
     assert first.shape == (6, 3, 128, 128) and torch.equal(first, again)
     assert first.min() >= 0 and first.max() <= 1
     still = torch.nn.functional.interpolate(images, (128, 128), mode="bilinear")

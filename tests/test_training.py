@@ -17,20 +17,10 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from diffusers.optimization import get_scheduler
 
-from utils.training import (
-    EXIT_SIGTERM,
-    OWN_SCHEDULE,
-    SCHEDULES,
-    LearningRate,
-    StepLog,
-    build_optimizer,
-    check_ranges,
-    check_trackers,
-    describe_origin,
-    global_batch_size,
-    parse_with_recipes,
-    start_accelerator,
-)
+from utils.flags import OWN_SCHEDULE, SCHEDULES, check_ranges, describe_origin, parse_with_recipes
+from utils.launch import EXIT_SIGTERM, check_trackers, global_batch_size, start_accelerator
+from utils.training.log import StepLog
+from utils.training.optimizer import LearningRate, build_optimizer
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {"small": {"rank": 4, "rate": 0.5, "source": ["a", "b"], "deep": True}, "large": {"rank": 32}}
@@ -412,7 +402,7 @@ def test_a_log_without_the_checkpoint_s_steps_is_refused(tmp_path, accelerator, 
 WAITING = """
 import os, signal, time
 from accelerate import Accelerator
-from utils.training import StopSignal
+from utils.training.log import StopSignal
 
 accelerator, stop = Accelerator(cpu=True), StopSignal()
 assert not stop.asked(accelerator)
@@ -430,8 +420,8 @@ import os, signal, sys
 import torch
 from pathlib import Path
 from accelerate import Accelerator
-from utils.checkpoints import load_checkpoint, read_state, save_checkpoint
-from utils.training import StepLog, StopSignal, build_optimizer
+from utils.training.checkpoints import load_checkpoint, read_state, save_checkpoint
+from utils.training.log import StepLog, StopSignal; from utils.training.optimizer import build_optimizer
 
 accelerator, folder = Accelerator(cpu=True), Path(sys.argv[1])
 rank = accelerator.process_index

@@ -5,11 +5,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.tables import paint, red, write_table
-from utils import synthetic
-from utils.datasets import labels_of
-from utils.loading import IdentitySampler, ReIDImages
-from utils.loading import test_transform as make_transform
-from utils.training_data import RemainingBatches, digest_of, open_source
+from utils.batches.images import ReIDImages
+from utils.batches.samplers import IdentitySampler, RemainingBatches
+from utils.batches.transforms import test_transform as make_transform
+from utils.datasets.load import labels_of, load_reid
+from utils.datasets.training_sets import digest_of, open_source
 
 # Identities 3 and 8 have one image each.
 PIDS = [7, 7, 3, 5, 5, 5, 8]
@@ -85,10 +85,13 @@ def test_a_damaged_training_image_is_found_first(own):
 
 
 def test_the_digest_changes_with_names_labels_and_places():
-    train = synthetic.load("a", num_ids=3)["train"]
+    train = load_reid("synthetic", domain="a", num_ids=3)["train"]
     labels = torch.from_numpy(labels_of(train))
     digest = digest_of(train, labels)
-    assert digest == digest_of(synthetic.load("a", num_ids=3)["train"], labels.clone()) and len(digest) == 64
+    assert (
+        digest == digest_of(load_reid("synthetic", domain="a", num_ids=3)["train"], labels.clone())
+        and len(digest) == 64
+    )
     order = [1, 0, *range(2, len(train))]
     other = labels.clone()
     other[0] = 2
@@ -96,7 +99,7 @@ def test_the_digest_changes_with_names_labels_and_places():
         digest_of(train.select(order), labels),
         digest_of(train, other),
         digest_of(train.select(range(len(train) - 1)), labels[:-1]),
-        digest_of(synthetic.load("c", num_ids=3)["train"], labels),
+        digest_of(load_reid("synthetic", domain="c", num_ids=3)["train"], labels),
     }
     assert len(changed) == 4 and digest not in changed
 
@@ -125,7 +128,7 @@ def test_the_remaining_batches_are_exactly_the_rest(rank, num_processes):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_that_lives_through_all_epochs_goes_on_in_the_middle(workers):
-    rows = synthetic.load("a", num_ids=6, images_per_id=4)["train"]
+    rows = load_reid("synthetic", domain="a", num_ids=6, images_per_id=4)["train"]
     labels = labels_of(rows).tolist()
     remaining = RemainingBatches(IdentitySampler(labels, 8, 4, seed=1))
     images = ReIDImages(rows, make_transform((16, 8)), labels)

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from tests.test_reporting import NASTY, Page
-from utils.training_page import before_and_after, build_page, read_log, text_table
+from utils.reporting.report import text_table
+from utils.training.report import before_and_after, build_page, read_log
 
 BRACES = "own/{0}/{x}/{}"
 

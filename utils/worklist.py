@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from utils.reporting import to_json
+from utils.files import to_json
 
 SCRATCH = ".work"
 RECORDS = "identities"

@@ -1,0 +1,1 @@
+"""Published downstream methods, one file each, to copy and change."""

@@ -1,0 +1,181 @@
+"""Stronger augmentation: RandAugment, the crops of self-distillation, and changes of camera and place."""
+
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import v2
+
+from utils.batches.transforms import HALF, TrainTransform, to_tensor
+
+# Shares of the width: people stand between.
+SIDES = (0.1, 0.35)
+
+
+@contextmanager
+def drawn_by(rng):
+    """torch's generator starts from `rng` inside, and is as it was behind."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.getrandbits(63))
+        yield
+
+
+def as_bytes(mean):
+    return [round(255 * value) for value in mean]
+
+
+class RandAugmentTransform:
+    """RandAugment on the picture, then `TrainTransform`: PIL image and `random.Random` -> (3, H, W)."""
+
+    def __init__(self, image_size=(256, 128), mean=HALF, std=HALF, *, num_ops=2, magnitude=9, **options):
+        self.usual = TrainTransform(image_size, mean, std, **options)
+        self.first = None
+        if num_ops:
+            bilinear = v2.InterpolationMode.BILINEAR
+            self.first = v2.RandAugment(num_ops, magnitude, interpolation=bilinear, fill=as_bytes(mean))
+
+    def __call__(self, image, rng):
+        if self.first is not None:
+            with drawn_by(rng):
+                image = self.first(image)
+        return self.usual(image, rng)
+
+
+class MultiCrop:
+    """Two crops of most of a person and several of parts: {"whole": (2, 3, H, W), "parts": (n, 3, h, w)}.
+
+    Crops keep the aspect of a person. With `colours` 1 and `hidden` 0 they are changed as in DINO. Hues that change
+    less tell people apart better. `hidden` is the probability that noise covers what is left and right of a person,
+    anew in each crop: scenes, which all crops of an image share, would else be told apart before people are.
+    """
+
+    def __init__(
+        self,
+        image_size,
+        part_size,
+        mean=HALF,
+        std=HALF,
+        *,
+        num_parts=8,
+        whole_area=(0.4, 1.0),
+        part_area=(0.05, 0.4),
+        colours=1.0,
+        hidden=0.0,
+    ):
+        self.mean, self.std, self.num_parts = mean, std, num_parts
+        self.colours, self.hidden = colours, hidden
+        blur = v2.GaussianBlur(kernel_size=_odd(image_size[0] // 16), sigma=(0.1, 2.0))
+        first, second, part = (
+            [blur],
+            [v2.RandomApply([blur], 0.1), v2.RandomSolarize(128, 0.2 * colours)],
+            [v2.RandomApply([blur], 0.5)],
+        )
+        self.wholes = [self.crop(image_size, whole_area, last) for last in (first, second)]
+        self.part = self.crop(part_size, part_area, part)
+
+    def crop(self, size, area, last):
+        aspect, jitter = size[1] / size[0], (0.4, 0.4, 0.2 * self.colours, 0.1 * self.colours)
+        return v2.Compose(
+            [
+                v2.RandomResizedCrop(
+                    size, area, (aspect * 3 / 4, aspect * 4 / 3), interpolation=v2.InterpolationMode.BICUBIC
+                ),
+                v2.RandomHorizontalFlip(),
+                v2.RandomApply([v2.ColorJitter(*jitter)], 0.8),
+                v2.RandomGrayscale(0.2 * self.colours),
+                *last,
+            ]
+        )
+
+    def __call__(self, image, rng):
+        image = image.convert("RGB")
+        with drawn_by(rng):
+            wholes = [crop(self.with_hidden_sides(image, rng)) for crop in self.wholes]
+            parts = [self.part(self.with_hidden_sides(image, rng)) for _ in range(self.num_parts)]
+        crops = {"whole": torch.stack([to_tensor(crop, self.mean, self.std) for crop in wholes])}
+        if parts:
+            crops["parts"] = torch.stack([to_tensor(crop, self.mean, self.std) for crop in parts])
+        return crops
+
+    def with_hidden_sides(self, image, rng):
+        if rng.random() >= self.hidden:
+            return image
+        image = image.copy()
+        for side in (0, 1):
+            width = round(rng.uniform(*SIDES) * image.width)
+            noise = Image.frombytes("RGB", (width, image.height), rng.randbytes(3 * width * image.height))
+            image.paste(noise, (side * (image.width - width), 0))
+        return image
+
+
+def _odd(size):
+    return max(3, size // 2 * 2 + 1)
+
+
+def to_picture(tensor, mean, std):
+    """What `to_tensor` made a tensor of: (3, H, W) -> PIL."""
+    mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+    pixels = (tensor.detach().cpu().float() * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+# Exposure and the colour of light as logarithms, contrast lost, grain; share of images.
+EXPOSURE, CAST, HAZE, GRAIN = 0.7, 0.3, 0.08, 0.1
+OTHER_PLACE, COARSE = 0.6, 0.3
+# Light of another place, as a logarithm: a night is farther from a day than two cameras are from each other.
+DARKEST, BRIGHTEST, PLACE_CAST = -1.2, 0.3, 0.25
+# At most these shares of the width left and right, of the height above and below, are of another image.
+ASIDE, TOP, BOTTOM = 0.28, 0.08, 0.04
+COARSEST = 2.5
+
+
+def change_scene(images, generator):
+    """Another place, another camera, and of some images a coarser picture."""
+    images = other_camera(other_place(images, generator), generator)
+    return coarser(images, generator)
+
+
+def other_camera(images, generator):
+    def drawn(channels):
+        return torch.rand(len(images), channels, 1, 1, generator=generator)
+
+    gain = (EXPOSURE * (2 * drawn(1) - 1) + CAST * (2 * drawn(3) - 1)).exp()
+    haze, grain = HAZE * drawn(1), GRAIN * drawn(1)
+    seen = haze + (1 - 2 * haze) * (images * gain).clamp(0, 1)
+    return (seen + grain * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+
+
+def other_place(images, generator):
+    """The margins of some images are another's of the batch, in another light; the middle stays: the person's."""
+    count, _, height, width = images.shape
+    others = other_light(images[torch.randperm(count, generator=generator)], generator)
+    shares = torch.rand(count, 4, generator=generator)
+    chosen = torch.rand(count, generator=generator) < OTHER_PLACE
+    left, right = shares[:, 0] * ASIDE * width, (1 - shares[:, 1] * ASIDE) * width
+    top, bottom = shares[:, 2] * TOP * height, (1 - shares[:, 3] * BOTTOM) * height
+    across, down = torch.arange(width) + 0.5, torch.arange(height) + 0.5
+    inside = (across >= left[:, None]) & (across <= right[:, None])
+    within = (down >= top[:, None]) & (down <= bottom[:, None])
+    # [B, 1, H, W]
+    kept = (within[:, :, None] & inside[:, None, :])[:, None] | ~chosen.view(-1, 1, 1, 1)
+    return torch.where(kept, images, others)
+
+
+def other_light(images, generator):
+    """Places at another time of day, and under other lamps."""
+    level = BRIGHTEST + (DARKEST - BRIGHTEST) * torch.rand(len(images), 1, 1, 1, generator=generator)
+    cast = PLACE_CAST * (2 * torch.rand(len(images), 3, 1, 1, generator=generator) - 1)
+    return (images * (level + cast).exp()).clamp(0, 1)
+
+
+def coarser(images, generator):
+    """Some images through a smaller size and back."""
+    images = images.clone()
+    size = images.shape[2:]
+    for place in (torch.rand(len(images), generator=generator) < COARSE).nonzero().flatten().tolist():
+        factor = 1 + (COARSEST - 1) * torch.rand(1, generator=generator).item()
+        small = [max(1, int(side / factor)) for side in size]
+        one = F.interpolate(images[place : place + 1], size=small, mode="bilinear", antialias=True)
+        images[place] = F.interpolate(one, size=size, mode="bilinear")[0]
+    return images

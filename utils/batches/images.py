@@ -1,0 +1,42 @@
+"""Rows of a data set as tensors, with labels for training or without for evaluation."""
+
+import random
+
+import torch
+
+
+class ReIDImages(torch.utils.data.Dataset):
+    """Rows of a data set as tensors with labels; an item is asked for as a number, or as (number, key of its draw)."""
+
+    def __init__(self, dataset, transform, labels=None):
+        self.dataset, self.transform = dataset, transform
+        self.labels = dataset["pid"][:] if labels is None else list(labels)
+        self.camids = dataset["camid"][:]
+        if len(self.labels) != len(dataset):
+            raise ValueError(f"{len(self.labels)} labels for {len(dataset)} images")
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, item):
+        number, key = item if isinstance(item, tuple) else (item, item)
+        image = self.dataset[number]["image"]
+        return {
+            "images": self.transform(image, random.Random(str(key))),
+            "labels": self.labels[number],
+            "camids": self.camids[number],
+            "indices": number,
+        }
+
+
+class TransformedImages(torch.utils.data.Dataset):
+    """Rows of a data set as the model's input, by `transform`: PIL image -> (3, height, width)."""
+
+    def __init__(self, dataset, transform):
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, row):
+        return self.transform(self.dataset[row]["image"])

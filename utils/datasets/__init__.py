@@ -1,0 +1,13 @@
+"""Every source of labelled people, opened to one schema.
+
+`load_reid` opens a set by name, path or Hub id; `parse_spec`, `labels_of` and `subset` belong to it.
+"""
+
+from utils import opened_when_used
+
+__getattr__ = opened_when_used(
+    __name__,
+    {
+        "load": "load_reid load_sources parse_spec labels_of people_of subset known_names",
+    },
+)

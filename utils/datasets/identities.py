@@ -1,0 +1,84 @@
+"""The identities of labelled sources, each with the image sequence that stands for it."""
+
+import re
+from dataclasses import dataclass
+
+import datasets
+
+from utils.datasets.images import check_images
+from utils.datasets.load import load_reid
+
+FOLDER = re.compile(r"\w[\w.-]*")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One person of one set: the set's own number, and its images from the camera that has most of them."""
+
+    domain: str
+    pid: int
+    camid: int
+    paths: tuple
+    dataset: datasets.Dataset
+    rows: tuple
+
+    @property
+    def name(self):
+        return f"{self.domain}/{self.pid:04d}"
+
+    def images(self):
+        return [self.dataset[row]["image"] for row in self.rows]
+
+
+def open_identities(specs, data_root=None, *, max_images=32, skip_unreadable=False):
+    """All identities of the training splits of `specs`, sorted by domain and number."""
+    found = {}
+    for spec in specs:
+        data = load_reid(spec, data_root, skip_unreadable=skip_unreadable)
+        if "train" not in data:
+            raise ValueError(f"{spec} has no train split, only {', '.join(data)}; images are made of training people")
+        if not skip_unreadable:
+            check_images(data["train"], where=spec)
+        for identity in identities_of(data["train"], max_images):
+            if identity.name in found:
+                raise ValueError(f"two of the sources have an identity {identity.name}; name each source once")
+            if not FOLDER.fullmatch(identity.domain):
+                raise ValueError(
+                    f"{spec!r}: the domain {identity.domain!r} cannot name a folder; rename it to letters, digits, . "
+                    "_ and -, or give such names in a column `domain` of its metadata"
+                )
+            found[identity.name] = identity
+    return [found[name] for name in sorted(found, key=lambda name: (found[name].domain, found[name].pid))]
+
+
+def identities_of(dataset, max_images=32):
+    """Each identity of a split with its image sequence: of one camera, the fullest, first of equals, in file order."""
+    cameras = {}
+    columns = (dataset[name][:] for name in ("domain", "pid", "camid", "path"))
+    for row, (domain, pid, camid, path) in enumerate(zip(*columns, strict=True)):
+        cameras.setdefault((domain, pid), {}).setdefault(camid, []).append((path, row))
+    for (domain, pid), seen in sorted(cameras.items()):
+        camid = min(seen, key=lambda camid: (-len(seen[camid]), camid))
+        paths, rows = zip(*sorted(seen[camid])[:max_images], strict=True)
+        yield Identity(domain, pid, camid, paths, dataset, rows)
+
+
+def choose(identities, wanted):
+    """The identities named by numbers, ranges or DOMAIN/NUMBER: `2 4-8 market1501/12`."""
+    chosen = set()
+    for word in wanted:
+        match = re.fullmatch(r"(?:(.+)/)?(\d+)(?:-(\d+))?", word)
+        if match is None:
+            raise ValueError(f"--ids {word!r} is neither a number, a range such as 4-8, nor DOMAIN/NUMBER")
+        first, last = int(match[2]), int(match[3] or match[2])
+        named = {one.name for one in identities if first <= one.pid <= last and match[1] in (None, one.domain)}
+        if not named:
+            raise ValueError(f"--ids {word}: the source has no images of such an identity; {known(identities)}")
+        chosen |= named
+    return [one for one in identities if one.name in chosen]
+
+
+def known(identities):
+    pids = sorted({one.pid for one in identities})
+    shown = ", ".join(map(str, pids[:8])) + (", ..." if len(pids) > 8 else "")
+    return f"it has {len(identities)} identities: {shown}"

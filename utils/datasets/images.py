@@ -1,0 +1,248 @@
+"""Pixels and files of images: right RGB from any mode, reading from any protocol, finding the damaged ones."""
+
+import functools
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from fsspec.spec import AbstractFileSystem
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+# So many images are decoded in a second or two, so all of them are; of larger sets only the doubtful ones.
+DECODE_ALL_BELOW = 4096
+CHUNK = 512
+# Images drawn on access cannot be damaged.
+DRAWN = "synthetic://"
+
+
+def as_rgb(image):
+    """RGB pixels of any mode, alpha dropped; 16-bit grey is scaled down, where Pillow would clip it to white."""
+    if image.mode.startswith("I"):
+        deep = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray((deep >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@dataclass
+class PersonImage(datasets.Image):
+    """`datasets.Image(mode="RGB")` that is also right for 16-bit grey.
+
+    It is stored, and read elsewhere, as that feature, which is why the mode is written out wherever this is made: a
+    default of its own would not be stored.
+    """
+
+    def decode_example(self, value, token_per_repo_id=None):
+        if not isinstance(value, dict):
+            return value
+        plain = datasets.Image(decode=self.decode)
+        try:
+            return as_rgb(plain.decode_example(value, token_per_repo_id=token_per_repo_id))
+        # decoders raise whatever the parser of their format stumbles over, and never name the file
+        except Exception as error:
+            raise ValueError(
+                f"image {value['path'] or 'inside a table'} cannot be read: {reason_of(error)}"
+            ) from error
+
+    def embed_storage(self, storage, token_per_repo_id=None, **_):
+        """All bytes into the table, from any protocol; of the path only the file's name stays."""
+        rows = []
+        for row in storage.to_pylist():
+            held = row["bytes"] if row["bytes"] is not None else read_bytes(row["path"])
+            name = os.path.basename(row["path"] or "") or None
+            rows.append({"bytes": as_plain_readers_see_it(held), "path": name})
+        return pa.array(rows, type=IMAGE_TYPE)
+
+
+def as_plain_readers_see_it(held):
+    """The bytes, except of 16-bit grey, which becomes the 8-bit image that other readers would not make of it."""
+    with Image.open(BytesIO(held)) as image:
+        if not image.mode.startswith("I"):
+            return held
+        buffer = BytesIO()
+        as_rgb(ImageOps.exif_transpose(image)).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+
+def read_bytes(path):
+    if "://" not in path:
+        return Path(path).read_bytes()
+    with fsspec.open(path, "rb") as file:
+        return file.read()
+
+
+class LmdbFileSystem(AbstractFileSystem):
+    """Values of an lmdb as files: lmdb:///folder/of/data.mdb/KEY."""
+
+    protocol = "lmdb"
+
+    def _open(self, path, mode="rb", **_):
+        # fsspec takes the first slash away on some of its ways here
+        database, key = "/" + self._strip_protocol(path).lstrip("/"), ""
+        while database and not is_lmdb(database):
+            database, _, part = database.rpartition("/")
+            key = f"{part}/{key}" if key else part
+        with open_lmdb(database, os.getpid()).begin() as transaction:
+            value = transaction.get(key.encode())
+        if value is None:
+            raise FileNotFoundError(path)
+        return BytesIO(value)
+
+
+fsspec.register_implementation("lmdb", LmdbFileSystem, clobber=True)
+# by name, so that a data loader's freshly started worker, which imports no more than this, can draw too
+fsspec.register_implementation("synthetic", "utils.synthetic.world.SyntheticFileSystem", clobber=True)
+
+
+def is_lmdb(folder):
+    return os.path.isfile(os.path.join(folder, "data.mdb"))
+
+
+@functools.lru_cache(maxsize=4)
+def open_lmdb(folder, process):
+    """One handle a process: an lmdb must not be carried over a fork."""
+    try:
+        import lmdb
+    except ImportError:
+        raise ValueError(f"{folder} is an lmdb, which needs another package: pip install lmdb") from None
+    return lmdb.open(folder, readonly=True, lock=False, readahead=False)
+
+
+def lmdb_names(folder):
+    """Keys that are names of files; what else writers keep in there (a length, a list of keys) has no ending."""
+    with open_lmdb(os.path.realpath(folder), os.getpid()).begin() as transaction:
+        keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
+    return [key.decode() for key in keys if b"." in key]
+
+
+def storage_of(dataset, column):
+    """A column as Arrow holds it: nothing decoded, and nothing copied from a set that is mapped from the disk."""
+    return dataset.select_columns([column]).with_format("arrow")[:][column]
+
+
+def local_files(dataset):
+    """Paths of the images that are files of this machine."""
+    storage = storage_of(dataset, "image")
+    names = pc.struct_field(storage, "path").filter(pc.is_null(pc.struct_field(storage, "bytes")))
+    return [name for name in names.to_pylist() if name and "://" not in name]
+
+
+def check_files(data, where):
+    """Raise for files that are missing or empty; only their sizes are looked at."""
+    bad, total = [], 0
+    for dataset in data.values():
+        for path in local_files(dataset):
+            try:
+                if os.stat(path).st_size == 0:
+                    bad.append((path, "empty file"))
+            except OSError as error:
+                bad.append((path, reason_of(error)))
+        total += len(dataset)
+    if bad:
+        raise ValueError(complaint(bad, total, where))
+
+
+def complaint(bad, total, where):
+    shown = "; ".join(f"{path} ({reason})" for path, reason in bad[:5])
+    more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+    return (
+        f"{where}: {len(bad)} of {total} images cannot be read: {shown}{more}. "
+        f"Replace them, or leave them out with skip_unreadable"
+    )
+
+
+def reason_of(error):
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def damage(held, path, decode):
+    """Why an image cannot be read, or None. A whole header and trailer are believed unless `decode` is set."""
+    try:
+        on_disk = held is None and "://" not in path
+        if held is None and not on_disk:
+            held = read_bytes(path)
+        size = os.stat(path).st_size if on_disk else len(held)
+        if size == 0:
+            return "empty file"
+        with open(path, "rb") if on_disk else BytesIO(held) as file, Image.open(file) as image:
+            if not decode:
+                file.seek(max(0, size - 12))
+                end = file.read()
+                if image.format == "JPEG" and end.endswith(b"\xff\xd9"):
+                    return None
+                if image.format == "PNG" and end.startswith(b"\0\0\0\0IEND"):
+                    return None
+            file.seek(0)
+            with Image.open(file) as image:
+                image.load()
+    # as above
+    except Exception as error:
+        return reason_of(error)
+    return None
+
+
+def damaged_rows(dataset, decode, pool, bar):
+    """(row, path, reason) of every image of a split that cannot be read."""
+    storage = storage_of(dataset, "image")
+
+    def look(start):
+        found = []
+        rows = storage.slice(start, CHUNK).to_pylist()
+        for number, row in enumerate(rows, start):
+            held, path = (row["bytes"], row["path"]) if row else (None, None)
+            if held is None and path is None:
+                found.append((number, f"row {number}", "neither bytes nor a path"))
+            elif held is not None or not path.startswith(DRAWN):
+                reason = damage(held, path, decode)
+                found += [(number, path, reason)] if reason else []
+        bar.update(len(rows))
+        return found
+
+    return [bad for found in pool.map(look, range(0, len(dataset), CHUNK)) for bad in found]
+
+
+def check_images(data, *, skip_unreadable=False, decode=None, workers=None, where="data"):
+    """Find the images that do not decode before training does; returns (data without them, list of them).
+
+    They are an error unless `skip_unreadable`, which drops them, logs how many and which, and lists them as (split,
+    path, reason). Headers and trailers are looked at and what is doubtful is decoded; sets below 4096 images are
+    decoded whole, any set with `decode=True`. `data` is a `DatasetDict` or one of its splits.
+    """
+    whole = isinstance(data, dict)
+    splits = data if whole else {str(data.split or "data"): data}
+    total = sum(len(dataset) for dataset in splits.values())
+    decode = total < DECODE_ALL_BELOW if decode is None else decode
+    kept, skipped = {}, []
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        with tqdm(total=total, desc="checking images", disable=None) as bar:
+            for split, dataset in splits.items():
+                bad = damaged_rows(dataset, decode, pool, bar)
+                drop = {row for row, _, _ in bad}
+                kept[split] = (
+                    dataset.select([row for row in range(len(dataset)) if row not in drop]) if bad else dataset
+                )
+                names = dataset.remove_columns("image")
+                skipped += [(split, path or names[row]["path"], reason) for row, path, reason in bad]
+    if skipped and not skip_unreadable:
+        raise ValueError(complaint([(path, reason) for _, path, reason in skipped], total, where))
+    if skipped:
+        listed = "".join(f"\n  {split}: {path} ({reason})" for split, path, reason in skipped)
+        logger.warning("%s: left out %d of %d images that cannot be read:%s", where, len(skipped), total, listed)
+    empty = [split for split, dataset in kept.items() if not len(dataset)]
+    if empty:
+        raise ValueError(f"{where}: no readable image is left in {', '.join(empty)}")
+    return (datasets.DatasetDict(kept) if whole else kept[next(iter(kept))]), skipped

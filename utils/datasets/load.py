@@ -1,0 +1,285 @@
+"""Every source of labelled people to one schema.
+
+    python -m utils.datasets market1501 --root /data/reid
+    python -m utils.datasets viper:split=3 --root /data/reid --save_to viper3
+
+`load_reid` gives a `datasets.DatasetDict` with the splits train, query and gallery (those the source has) and the
+columns image, pid, camid (from 0), domain and path (below the source's folder). Images are decoded on access.
+"""
+
+import difflib
+import hashlib
+import inspect
+import os
+import re
+
+import datasets
+import numpy as np
+
+from utils.datasets import own_data, published
+from utils.datasets.images import check_files, check_images
+from utils.datasets.own_tables import Columns
+from utils.datasets.schema import SPLITS, Row, dense, features, put, rows_to_dataset
+
+COLUMN_OPTIONS = ("image_column", "pid_column", "camid_column", "domain_column", "split_column")
+COMMON_OPTIONS = ("image_fraction", "identity_fraction", "fraction_seed", "skip_unreadable")
+
+
+def known_names():
+    return ("synthetic", *published.BENCHMARKS)
+
+
+def parse_spec(spec):
+    """`viper:split=3` -> ("viper", {"split": 3}), and so `./people:pid_column=label` for a path or Hub id.
+
+    With words after the colon that are no options of theirs, all of it is a path.
+    """
+    name, colon, text = spec.partition(":")
+    if colon and name in known_names():
+        return name, read_options(text.split(","), spec)
+    path, _, text = spec.rpartition(":")
+    words = {item.partition("=")[0].strip() for item in text.split(",")}
+    if path and words <= {*COLUMN_OPTIONS, *COMMON_OPTIONS, "domain", "revision"} and not os.path.exists(spec):
+        return path, read_options(text.split(","), spec)
+    return spec, {}
+
+
+def read_options(items, where):
+    """key=value, each once; values become int, float or bool where they look like it."""
+    options = {}
+    for item in items:
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not key.isidentifier() or not value or key in options:
+            raise ValueError(f"{where!r}: {item!r} is not as expected; a spec is NAME or NAME:key=value,key=value")
+        options[key] = typed(value)
+    return options
+
+
+def typed(text):
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def load_reid(
+    name, root=None, *, image_fraction=None, identity_fraction=None, fraction_seed=0, skip_unreadable=False, **options
+):
+    """Labelled people as a `DatasetDict`; `name` is a known set or spec, a path, a Hub id, or a list of these.
+
+    `root` is the set's folder or its parent. The fractions keep a part of `train`, see `subset`. A file that is
+    missing or empty is an error here, and `check_images` finds damaged ones; with `skip_unreadable` both are dropped
+    and listed in the log. Further options are the source's own: of the readers in `utils.datasets.published`, of
+    `utils.synthetic.world.rows`, and for one's own tables `image_column`, `pid_column` ("none" where nobody knows
+    who is who), `camid_column` ("none" where there are no cameras), `domain_column`, `split_column` and `domain`. What
+    a spec says holds before what is given here.
+    """
+    common = {
+        "image_fraction": image_fraction,
+        "identity_fraction": identity_fraction,
+        "fraction_seed": fraction_seed,
+        "skip_unreadable": skip_unreadable,
+    }
+    if isinstance(name, (list, tuple)):
+        return load_sources(name, root, **common, **options)
+    name, written = parse_spec(os.fspath(name))
+    common |= {key: written.pop(key) for key in list(written) if key in common}
+    if not isinstance(common["skip_unreadable"], bool):
+        raise ValueError(f"{name}: skip_unreadable must be true or false, not {common['skip_unreadable']!r}")
+    data = read_source(name, root, options | written)
+    check_splits(data, name)
+    if common["skip_unreadable"]:
+        data, skipped = check_images(data, skip_unreadable=True, where=name)
+        if skipped:
+            check_splits(data, name)
+    else:
+        check_files(data, name)
+    fractions = {key: common[key] for key in ("image_fraction", "identity_fraction") if common[key] is not None}
+    return subset(data, **fractions, seed=common["fraction_seed"]) if fractions else data
+
+
+def read_source(name, root, options):
+    if name == "synthetic":
+        from utils import synthetic
+
+        check_options(name, synthetic.rows, options)
+        domain = f"{name}-{options.get('domain', 'a')}"
+        return datasets.DatasetDict(
+            {
+                split: rows_to_dataset([Row(*row) for row in rows], f"{synthetic.PROTOCOL}://", domain, split)
+                for split, rows in synthetic.rows(**options).items()
+            }
+        )
+    if name in published.BENCHMARKS:
+        if root is None:
+            raise ValueError(f"{name} needs a root (--data_root): the folder of the set, or the one it lies in")
+        check_options(name, published.BENCHMARKS[name].read, options)
+        rows, note, folder = published.read_benchmark(name, root, options)
+        return datasets.DatasetDict({split: rows_to_dataset(rows[split], folder, name, split, note) for split in rows})
+    places = [name] if root is None else [name, os.path.join(root, name)]
+    path = next((place for place in places if os.path.exists(place)), None)
+    if path is None and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise ValueError(unknown_name(name))
+    accepted = [*COLUMN_OPTIONS, "domain"] + ([] if path else ["revision"])
+    unknown = sorted(set(options) - set(accepted))
+    if unknown:
+        raise ValueError(f"{name} does not know the option {unknown[0]!r}; it accepts {', '.join(accepted)}")
+    columns = Columns(**{key.removesuffix("_column"): options.pop(key) for key in COLUMN_OPTIONS if key in options})
+    return own_data.read_local(path, columns, **options) if path else own_data.read_hub(name, columns, **options)
+
+
+def unknown_name(name):
+    if "/" in name or os.sep in name:
+        return f"{name} does not exist; give the path of a folder or a parquet file, or a Hub id such as user/name"
+    near = difflib.get_close_matches(name.split(":")[0].lower(), known_names(), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the known sets are {', '.join(known_names())}"
+    return f"{name!r} is neither a known set nor an existing path; {hint}"
+
+
+def check_options(name, function, options):
+    """Options must be parameters of the source's reader, of the type of their defaults."""
+    accepted = {key: value.default for key, value in inspect.signature(function).parameters.items() if key != "root"}
+    for key, value in options.items():
+        if key not in accepted:
+            words = ", ".join(f"{word}={default!r}" for word, default in accepted.items())
+            raise ValueError(f"{name} does not know the option {key!r}; it accepts {words}")
+        default = accepted[key]
+        if default is not None and type(value) is not type(default):
+            raise ValueError(f"{name}: {key} must be of type {type(default).__name__}, not {value!r}")
+
+
+def check_splits(data, where, own_camera=False):
+    """What every source must hold to: no split empty, no image twice, queries that can be found.
+
+    With `own_camera` also by an image of the query's own camera.
+    """
+    empty = [split for split in data if not len(data[split])]
+    if empty or not data:
+        raise ValueError(f"{where} has no images in {', '.join(empty) or 'any split'}")
+    seen = {}
+    for split, dataset in data.items():
+        for key in zip(dataset["domain"][:], dataset["path"][:], strict=True):
+            if key in seen:
+                raise ValueError(f"{where} lists {key[1]} of {key[0]} twice, in {seen[key]} and in {split}")
+            seen[key] = split
+    if ("query" in data) != ("gallery" in data):
+        raise ValueError(f"{where} has {' and '.join(data)} only; query and gallery go together")
+    if "query" in data:
+        check_queries(data["query"], data["gallery"], where, own_camera)
+
+
+def check_queries(query, gallery, where, own_camera):
+    """At least one query must have an image of its identity from another camera, or from any with `own_camera`."""
+    cameras = {}
+    for pid, camid in zip(gallery["pid"][:], gallery["camid"][:], strict=True):
+        cameras.setdefault(pid, set()).add(camid)
+    asked = sorted(set(zip(query["pid"][:], query["camid"][:], strict=True)))
+    if any(cameras.get(pid, set()) - (set() if own_camera else {camid}) for pid, camid in asked):
+        return
+    shown = ", ".join(f"{pid} (camera {camid})" for pid, camid in asked[:5])
+    held = ", ".join(f"{pid} (cameras {sorted(cameras[pid])[:5]})" for pid in sorted(cameras)[:5])
+    if any(pid in cameras for pid, _ in asked):
+        raise ValueError(
+            f"{where}: query identities are in the gallery only under the query's own camera, which does not count. "
+            f"pids of queries: {shown}; of the gallery: {held}. Check the camera numbers; of a table without cameras "
+            "camid_column is none"
+        )
+    raise ValueError(
+        f"{where}: no query identity appears in the gallery. "
+        f"pids of queries: {shown}; of the gallery: {held}. Check the pids"
+    )
+
+
+def load_sources(specs, data_root=None, **common):
+    """Several sources as one: people and cameras of each are numbered after those of the source before it.
+
+    A single source keeps its own numbers. People of `train` are numbered apart from those of query and gallery.
+    """
+    specs = [os.fspath(spec) for spec in specs]
+    if not specs:
+        raise ValueError("no data set is named")
+    loaded = [load_reid(spec, data_root, **common) for spec in specs]
+    if len(loaded) == 1:
+        return loaded[0]
+    parts = {split: [] for split in SPLITS}
+    num_people, num_cameras = {"train": 0, "test": 0}, 0
+    for data in loaded:
+        cameras = dense(camid for dataset in data.values() for camid in dataset["camid"][:])
+        for group, splits in {"train": ("train",), "test": ("query", "gallery")}.items():
+            there = [split for split in splits if split in data]
+            people = dense(key for split in there for key in people_of(data[split]))
+            for split in there:
+                pids = [num_people[group] + people[key] for key in people_of(data[split])]
+                camids = [num_cameras + cameras[camid] for camid in data[split]["camid"][:]]
+                dataset = put(put(data[split], "pid", pids), "camid", camids)
+                parts[split].append(dataset.select_columns(list(features())))
+            num_people[group] += len(people)
+        num_cameras += len(cameras)
+    merged = {
+        split: datasets.concatenate_datasets(group, split=datasets.NamedSplit(split))
+        for split, group in parts.items()
+        if group
+    }
+    check_splits(merged, " + ".join(specs))
+    return datasets.DatasetDict(merged)
+
+
+def people_of(dataset):
+    """Who each image shows: the same number in two domains is two people."""
+    return list(zip(dataset["pid"][:], dataset["domain"][:], strict=True))
+
+
+def labels_of(dataset):
+    """int64 labels 0..N-1 of a split's rows, in the order of (pid, domain), so the same on every machine."""
+    people = people_of(dataset)
+    labels = dense(people)
+    return np.array([labels[key] for key in people], dtype=np.int64)
+
+
+def subset(data, *, image_fraction=None, identity_fraction=None, min_images=None, seed=0):
+    """A part of the training images: `image_fraction` for few-shot, `identity_fraction` for small-scale.
+
+    A part is the beginning of one seeded order, so that smaller parts lie inside larger ones. Every identity that
+    stays keeps its share of images, and one at least: the sum is the fraction of all. With `min_images` every identity
+    keeps its own fraction, or so many of those it has where that is more. Of a `DatasetDict` only `train` is cut.
+    """
+    for name, value in (("image_fraction", image_fraction), ("identity_fraction", identity_fraction)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value <= 1):
+            raise ValueError(f"{name} must be above 0 and at most 1, not {value!r}")
+    if isinstance(data, dict):
+        if "train" not in data:
+            raise ValueError(f"a fraction is one of train, and the data has only {', '.join(data)}")
+        fractions = {"image_fraction": image_fraction, "identity_fraction": identity_fraction}
+        part = subset(data["train"], **fractions, min_images=min_images, seed=seed)
+        return datasets.DatasetDict({**data, "train": part})
+    images = {}
+    for row, (person, path) in enumerate(zip(people_of(data), data["path"][:], strict=True)):
+        images.setdefault(person, []).append((draw(seed, person[1], path), row))
+    people = sorted(images, key=lambda person: draw(seed, *person))
+    if identity_fraction is not None:
+        people = people[: max(1, round(identity_fraction * len(people)))]
+    order, least = [], []
+    for person in people:
+        # Each identity's images are spread over the order at its own phase, so that rounding favours nobody.
+        phase = int.from_bytes(draw(seed, *person)[:6], "big") / 2**48
+        rows = [row for _, row in sorted(images[person])]
+        order += [((rank + phase) / len(rows), rank, row) for rank, row in enumerate(rows)]
+        least += rows[: min_images or 1]
+    if image_fraction is None:
+        return data.select(sorted(row for *_, row in order))
+    if min_images is None:
+        # The first of everyone comes before all others.
+        order.sort(key=lambda one: (one[1] > 0, one))
+        kept = order[: max(len(people), round(image_fraction * len(order)))]
+    else:
+        kept = [one for one in order if one[0] < image_fraction]
+    return data.select(sorted({row for *_, row in kept} | set(least)))
+
+
+def draw(seed, *words):
+    return hashlib.sha256(" ".join(map(str, (seed, *words))).encode()).digest()

@@ -1,0 +1,176 @@
+"""Tables of one's own people: metadata files and parquet files, as splits whose images are found.
+
+The metadata file follows the `imagefolder` convention, or is a generated set's metadata.parquet.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from utils.datasets.images import IMAGE_TYPE
+from utils.datasets.schema import SPLITS, check_listed, listing
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+class Columns(NamedTuple):
+    """How the columns of somebody's own table are called."""
+
+    image: str | None = None
+    pid: str = "pid"
+    camid: str = "camid"
+    domain: str = "domain"
+    split: str = "split"
+
+
+def read_table(file):
+    """A table from csv, jsonl or parquet; names stay words even where they look like numbers."""
+    words = {name: pa.string() for name in ("file_name", "path", "domain", "split")}
+    try:
+        if file.suffix == ".csv":
+            table = pyarrow.csv.read_csv(file, convert_options=pyarrow.csv.ConvertOptions(column_types=words))
+        elif file.suffix == ".jsonl":
+            table = pyarrow.json.read_json(file)
+        else:
+            table = pq.read_table(file)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read as a table: {error}") from error
+    twice = [name for name in table.column_names if table.column_names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{file} has more than one column {twice[0]!r}; its columns are {table.column_names}")
+    return table
+
+
+def as_storage(array, file, column):
+    """Bytes and paths of an image column in any of the forms tables have it."""
+    kind = array.type
+    if pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}:
+        return pc.struct_field(array, "bytes").cast(pa.binary()), pc.struct_field(array, "path").to_pylist()
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return array.cast(pa.binary()), [None] * len(array)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pa.nulls(len(array), pa.binary()), array.to_pylist()
+    raise ValueError(f"{file}: column {column!r} must hold images or file names, it is {kind}")
+
+
+def locate_images(table, file, image_column):
+    """The table with an image column: embedded images as they are, file names looked up below the table's folder."""
+    wanted = (image_column,) if image_column else ("image", "file_name", "path")
+    found = next((name for name in wanted if name in table.column_names), None)
+    if found is None:
+        raise ValueError(f"{file} has no column {' or '.join(wanted)}; its columns are {table.column_names}")
+    if not len(table):
+        raise ValueError(f"{file} has no rows")
+    chunks, paths = [], []
+    for chunk in table[found].chunks:
+        held, names = as_storage(chunk, file, found)
+        outside = pc.is_null(held).to_pylist()
+        for out, name in zip(outside, names, strict=True):
+            if out and not name:
+                raise ValueError(f"{file}: column {found!r} is empty in row {len(paths)}")
+            paths.append(os.path.normpath(name) if out else None)
+        check_listed(file.parent, [name for out, name in zip(outside, names, strict=True) if out], file)
+        files = [os.path.join(file.parent, name) if out else name for out, name in zip(outside, names, strict=True)]
+        chunks.append(pa.StructArray.from_arrays([held, pa.array(files, pa.string())], ["bytes", "path"]))
+    rest = table.select([name for name in table.column_names if name not in (found, "image")])
+    if all(paths) and ("path" not in rest.column_names or found == "file_name"):
+        rest = rest.select([name for name in rest.column_names if name != "path"])
+        rest = rest.append_column("path", pa.array(paths, pa.string()))
+    # what the writer's library noted about the columns no longer holds
+    return rest.append_column("image", pa.chunked_array(chunks, IMAGE_TYPE)).replace_schema_metadata()
+
+
+def split_of_file(file):
+    """train-00000-of-00003.parquet, query.parquet: the split is the first word of the name."""
+    word = re.split(r"[-_.]", file.name)[0]
+    return word if word in SPLITS else None
+
+
+def check_asked_for(columns, kind, names, where):
+    """A column that somebody named must be there; only one that is called as usual may be absent."""
+    name = getattr(columns, kind)
+    if name != Columns._field_defaults[kind] and name not in names:
+        raise ValueError(f"{where} has no column {name!r} for the {kind}; its columns are {names}")
+
+
+def check_words(words, source):
+    odd = sorted({str(word) for word in words} - set(SPLITS))
+    if odd:
+        raise ValueError(f"{source} knows {odd[:3]} as splits; they must be {', '.join(SPLITS)}")
+
+
+def cut(table, columns, source):
+    """A table's splits: by its split column, else by the first folder of its files, else all of it is training."""
+    check_asked_for(columns, "split", table.column_names, source)
+    if columns.split in table.column_names:
+        words = table[columns.split].to_pylist()
+    elif pc.struct_field(table["image"], "bytes").null_count < len(table):
+        # where images are inside the table, their paths are memories of another place
+        return {"train": table}
+    else:
+        words = [path.split("/")[0] for path in table["path"].to_pylist()] if "path" in table.column_names else []
+        if not set(words) & set(SPLITS):
+            return {"train": table}
+    check_words(words, source)
+    words = pa.array(words)
+    return {split: table.filter(pc.equal(words, split)) for split in SPLITS if split in set(words.to_pylist())}
+
+
+def read_folder_tables(folder, columns):
+    """Tables of a folder: metadata files of the folder or of its splits, or parquet files; None without either."""
+    for name in METADATA:
+        if (folder / name).is_file():
+            table = locate_images(read_table(folder / name), folder / name, columns.image)
+            return cut(table, columns, folder / name)
+    splits = {}
+    for split in SPLITS:
+        for name in METADATA:
+            file = folder / split / name
+            if file.is_file():
+                table = locate_images(read_table(file), file, columns.image)
+                if "path" in table.column_names:
+                    paths = [
+                        os.path.join(split, path) if isinstance(path, str) else path
+                        for path in table["path"].to_pylist()
+                    ]
+                    table = table.drop_columns(["path"]).append_column("path", pa.array(paths))
+                splits[split] = table
+    missing = [split for split in SPLITS if split not in splits and (folder / split).is_dir()]
+    if splits and missing:
+        raise ValueError(f"{folder / missing[0]} has no {' or '.join(METADATA)}, {', '.join(splits)} have one")
+    if splits:
+        return splits
+    files = [Path(entry.path) for entry in listing(folder) if entry.name.endswith(".parquet")]
+    if not files and (folder / "data").is_dir():
+        files = [Path(entry.path) for entry in listing(folder / "data") if entry.name.endswith(".parquet")]
+    if not files:
+        return None
+    groups = {}
+    for file in files:
+        groups.setdefault(split_of_file(file), []).append(locate_images(read_table(file), file, columns.image))
+    tables = {split: joined(group, folder) for split, group in groups.items()}
+    if None not in tables:
+        return {split: tables[split] for split in SPLITS if split in tables}
+    table = joined(list(tables.values()), folder)
+    if len(tables) > 1 and columns.split not in table.column_names:
+        odd = next(file.name for file in files if split_of_file(file) is None)
+        raise ValueError(
+            f"{folder} has {odd} beside the files of {', '.join(split for split in SPLITS if split in tables)}; "
+            f"it belongs to none of {', '.join(SPLITS)}: move it away, or rename it"
+        )
+    return cut(table, columns, folder)
+
+
+def joined(tables, folder):
+    """Tables one below the other; whole numbers and words may be of different widths."""
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ValueError(f"the tables in {folder} do not go together: {error}") from error

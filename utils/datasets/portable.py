@@ -1,0 +1,80 @@
+"""Copies of a data set with the images inside, on disk or on the Hub, and its counts as a table."""
+
+import glob
+import os
+import platform
+import shutil
+import tempfile
+from pathlib import Path
+
+import datasets
+import psutil
+from huggingface_hub import HfApi
+
+from utils.datasets.images import PersonImage
+from utils.datasets.load import people_of
+from utils.datasets.schema import features
+
+IMAGES_AT_ONCE = 200
+
+
+def embedded(data, folder):
+    """The same rows with their images inside, mapped from files written to `folder`."""
+
+    def read(table):
+        images = PersonImage(mode="RGB").embed_storage(table["image"].combine_chunks())
+        return table.set_column(table.column_names.index("image"), "image", images)
+
+    folder.mkdir(parents=True)
+    splits = {}
+    for split, dataset in data.items():
+        splits[split] = dataset.with_format("arrow").map(
+            read,
+            batched=True,
+            batch_size=IMAGES_AT_ONCE,
+            writer_batch_size=IMAGES_AT_ONCE,
+            cache_file_name=str(folder / f"{split}.arrow"),
+            features=features(),
+            desc=f"reading {split}",
+        )
+    return datasets.DatasetDict(splits).with_format(None)
+
+
+def save(data, folder):
+    """Write a portable copy, images inside, readable by `load_reid(folder)`: aside first, then renamed."""
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; give a new folder")
+    mine = f".{folder.name}.part-{platform.node()}-"
+    for left in folder.parent.glob(f"{glob.escape(mine)}*"):
+        # What a killed one left, which may be as large as the set.
+        if not psutil.pid_exists(int(left.name.removeprefix(mine))):
+            shutil.rmtree(left, ignore_errors=True)
+    aside = folder.with_name(f"{mine}{os.getpid()}")
+    try:
+        embedded(data, aside / "read").save_to_disk(str(aside / "written"))
+        (aside / "written").rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def push(data, name, private=True):
+    """Push a portable copy, images inside, to the Hub."""
+    try:
+        # asked first, so that a missing token or network is known before every image is read
+        HfApi().create_repo(name, repo_type="dataset", private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            embedded(data, Path(folder) / "read").push_to_hub(name, private=private)
+    # beside the Hub's own errors, httpx's come through untranslated
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"the Hub did not take {name}: {reason}") from error
+
+
+def count_table(data):
+    """Images, people and cameras of each split, as text."""
+    lines = [f"{'split':<8} {'images':>9} {'ids':>7} {'cameras':>8}"]
+    for split, dataset in data.items():
+        people, cameras = len(set(people_of(dataset))), len(set(dataset["camid"][:]))
+        lines.append(f"{split:<8} {len(dataset):>9,} {people:>7,} {cameras:>8,}")
+    return "\n".join(lines)

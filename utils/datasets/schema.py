@@ -1,0 +1,154 @@
+"""The one schema every source of images comes to, and what reading folders of named files takes."""
+
+import os
+import re
+from typing import NamedTuple
+
+import datasets
+import pyarrow as pa
+
+from utils.datasets.images import PersonImage, storage_of
+
+SPLITS = ("train", "query", "gallery")
+# The identity or camera of an image of which nobody knows it.
+UNKNOWN = -1
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+CAMERA = re.compile(r"(?:^|[_.-])c(?:am)?_?(\d+)", re.IGNORECASE)
+
+
+class Row(NamedTuple):
+    """One image: its path below the root, and its labels."""
+
+    path: str
+    pid: int
+    camid: int
+
+
+class Reading(NamedTuple):
+    """A source's rows by split, a word on how they were chosen, and where they lie if not in the folder itself."""
+
+    splits: dict
+    note: str = ""
+    root: str | None = None
+
+
+def features():
+    return datasets.Features(
+        {
+            "image": PersonImage(mode="RGB"),
+            "pid": datasets.Value("int64"),
+            "camid": datasets.Value("int64"),
+            "domain": datasets.Value("string"),
+            "path": datasets.Value("string"),
+        }
+    )
+
+
+def hidden(name):
+    """What operating systems leave behind: .DS_Store, ._*, every other dot-file, __MACOSX, Thumbs.db."""
+    return name.startswith(".") or name.lower() in ("__macosx", "thumbs.db", "desktop.ini")
+
+
+def listing(folder):
+    """Entries of a folder in order of name, without the hidden ones."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not hidden(entry.name)), key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{folder} is not a folder; give the folder that holds the images") from None
+    except PermissionError:
+        raise ValueError(f"{folder} cannot be read: permission denied") from None
+
+
+def dense(values):
+    """Numbers from 0 for the sorted distinct values."""
+    return {value: number for number, value in enumerate(sorted(set(values)))}
+
+
+def rows_to_dataset(rows, root, domain, split, note=""):
+    """A split from its rows: columns built at once, paths instead of pixels."""
+    paths = [row.path for row in rows]
+    prefix = os.path.join(root, "")
+    try:
+        files = pa.array([prefix + path for path in paths], pa.string())
+    except UnicodeEncodeError:
+        odd = next(path for path in paths if not readable(prefix + path))
+        raise ValueError(f"{ascii(prefix + odd)} is no UTF-8, as names unpacked elsewhere may be: rename it") from None
+    table = pa.table(
+        {
+            "image": as_images(files),
+            "pid": pa.array([row.pid for row in rows], pa.int64()),
+            "camid": pa.array([row.camid for row in rows], pa.int64()),
+            "domain": pa.repeat(pa.scalar(domain), len(rows)),
+            "path": pa.array(paths, pa.string()),
+        }
+    )
+    info = datasets.DatasetInfo(description=note, features=features())
+    return datasets.Dataset(table.cast(features().arrow_schema), info=info, split=datasets.NamedSplit(split))
+
+
+def readable(name):
+    """Whether a name is text; bytes that are none come from the file system as lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def as_images(files):
+    """Paths as the storage of an image column."""
+    return pa.StructArray.from_arrays([pa.nulls(len(files), pa.binary()), files], ["bytes", "path"])
+
+
+def put(dataset, name, values):
+    """A column's values, renewed only where they differ, so that a stored set stays mapped from the disk."""
+    feature = features()[name]
+    values = pa.array(values, feature.pa_type)
+    if name in dataset.column_names:
+        if dataset.features[name] == feature and storage_of(dataset, name).equals(pa.chunked_array([values])):
+            return dataset
+        dataset = dataset.remove_columns(name)
+    return dataset.add_column(name, values, feature=feature)
+
+
+class Form(NamedTuple):
+    """What a file name looks like, and one to show."""
+
+    pattern: re.Pattern
+    example: str
+
+
+def parse(form, name, place):
+    match = form.pattern.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{place}: {name!r} is not named as expected, like {form.example}")
+    return match
+
+
+def read_names(root, folder, form, label):
+    """Rows of one folder; `label` makes (pid, camid) of a parsed name."""
+    place = os.path.join(root, folder)
+    if not os.path.isdir(place):
+        raise ValueError(f"{place} is missing; it should hold images with names like {form.example}")
+    rows = [Row(f"{folder}/{entry.name}", *label(parse(form, entry.name, place))) for entry in listing(place)]
+    if not rows:
+        raise ValueError(f"{place} holds no images; expected names like {form.example}")
+    return rows
+
+
+def number_and_camera(match):
+    return int(match[1]), int(match[2]) - 1
+
+
+def check_listed(root, paths, source):
+    """Paths taken from a list or a table must stay below the root, links followed."""
+    root = os.path.realpath(root)
+    folders = {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            real = os.path.realpath(os.path.join(root, folder))
+            folders[folder] = ".." not in folder.split("/") and (real + os.sep).startswith(os.path.join(root, ""))
+        file = os.path.join(root, path)
+        inside = folders[folder] and name != ".." and not os.path.isabs(path)
+        if inside and os.path.islink(file):
+            inside = os.path.realpath(file).startswith(os.path.join(root, ""))
+        if not inside:
+            raise ValueError(f"{source} names {path!r}, which leaves {root}; paths must be relative and stay below it")

@@ -1,0 +1,111 @@
+"""The sets that scripts train on: labelled rows, and images whose identities nobody asks for."""
+
+import hashlib
+import json
+import os
+
+import datasets
+import numpy as np
+import torch
+
+from utils.datasets.images import check_images
+from utils.datasets.load import labels_of, load_reid, load_sources, parse_spec
+from utils.datasets.own_data import MissingColumn
+from utils.datasets.schema import ENDINGS, Row, features, listing, rows_to_dataset
+
+
+def open_source(specs, root=None, *, single_image_ids="error", skip_unreadable=False):
+    """Training rows of one or several sets, their labels 0..N-1, and the whole of the sets.
+
+    An identity with one image has nothing to be compared with in its batch: `single_image_ids` says what to do.
+    """
+    name = " + ".join(specs)
+    data = load_sources(specs, root, skip_unreadable=skip_unreadable)
+    if "train" not in data:
+        raise ValueError(f"--source {name} has no train split, only {', '.join(data)}; give a training set")
+    train = data["train"]
+    if not skip_unreadable:
+        train, _ = check_images(train, where=name)
+    labels = torch.from_numpy(labels_of(train))
+    alone = labels.bincount()[labels] == 1
+    if alone.any() and single_image_ids != "repeat":
+        if single_image_ids == "error":
+            paths = [train["path"][row] for row in alone.nonzero().flatten()[:3].tolist()]
+            more = ", ..." if alone.sum() > 3 else ""
+            raise ValueError(
+                f"{name}: {int(alone.sum())} identities have one image only ({', '.join(paths)}{more}); give more, or "
+                "choose --single_image_ids repeat or drop"
+            )
+        train = train.select((~alone).nonzero().flatten().tolist())
+        labels = torch.from_numpy(labels_of(train))
+    return train, labels, data
+
+
+def digest_of(train, labels):
+    """Changes with any image's name, label or place."""
+    return hashlib.sha256(json.dumps([train["path"][:], labels.tolist()]).encode()).hexdigest()
+
+
+def open_unlabelled(specs, root=None, *, skip_unreadable=False):
+    """(training rows of one or several sets, their true labels for a report or None, specs with query and gallery).
+
+    A folder with images in it, or in its `train`, and no folder an identity has no labels, nor has a table without a
+    column of pids. Neither has a set whose images all bear one.
+    """
+    parts, truths, measurable = [], [], []
+    for spec in dict.fromkeys(specs):
+        place = folder_of_images(spec, root)
+        data = {"train": read_images(place, spec)} if place else read_set(spec, root, skip_unreadable)
+        if "train" not in data:
+            raise ValueError(f"--target {spec} has no train split, only {', '.join(data)}; its images are trained on")
+        if {"query", "gallery"} <= set(data):
+            measurable.append(spec)
+        train = data["train"]
+        if not skip_unreadable:
+            train, _ = check_images(train, where=spec)
+        elif place:
+            train, _ = check_images(train, where=spec, skip_unreadable=True)
+        first = sum(int(truth.max()) + 1 for truth in truths)
+        truths.append(first + labels_of(train))
+        parts.append(train.select_columns(list(features())))
+    train = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    truth = np.concatenate(truths)
+    labelled = all(len(set(labels.tolist())) > 1 for labels in truths)
+    return train, truth if labelled else None, measurable
+
+
+def read_set(spec, root, skip_unreadable):
+    """What `load_reid` gives; a table may lack pids, and then cameras too."""
+    absent = {}
+    for column in ("pid", "camid"):
+        try:
+            return load_reid(spec, root, skip_unreadable=skip_unreadable, **absent)
+        except MissingColumn as error:
+            # One that somebody named must be there.
+            if error.column != column:
+                raise
+            absent[f"{column}_column"] = "none"
+    return load_reid(spec, root, skip_unreadable=skip_unreadable, **absent)
+
+
+def folder_of_images(spec, root):
+    """The folder in which unlabelled images lie, or None for any other set."""
+    name, options = parse_spec(spec)
+    if options:
+        return None
+    for place in [name] if root is None else [name, os.path.join(root, name)]:
+        for folder in (os.path.join(place, "train"), place):
+            if os.path.isdir(folder):
+                entries = listing(folder)
+                if entries and all(one.is_file() for one in entries) and any(is_image(one.name) for one in entries):
+                    return None if any(one.name.startswith("metadata.") for one in entries) else folder
+    return None
+
+
+def is_image(name):
+    return name.lower().endswith(ENDINGS)
+
+
+def read_images(folder, domain):
+    rows = [Row(entry.name, 0, 0) for entry in listing(folder) if is_image(entry.name)]
+    return rows_to_dataset(rows, folder, os.path.basename(domain.rstrip("/")), "train")

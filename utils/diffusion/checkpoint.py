@@ -1,0 +1,205 @@
+"""What a Stable Diffusion checkpoint is, read from its configuration before any weights are."""
+
+import inspect
+from pathlib import Path
+from typing import NamedTuple
+
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from huggingface_hub import HfApi, hf_hub_download
+from safetensors import SafetensorError, safe_open
+
+from utils.modeling.folder import read_json
+
+CONFIGS = {
+    "unet": "unet/config.json",
+    "vae": "vae/config.json",
+    "scheduler": "scheduler/scheduler_config.json",
+}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PREDICTIONS = ("epsilon", "v_prediction")
+BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+MORE_CONDITIONS = (
+    "addition_embed_type",
+    "class_embed_type",
+    "num_class_embeds",
+    "encoder_hid_dim",
+    "time_cond_proj_dim",
+)
+
+
+class DiffusionInfo(NamedTuple):
+    """What a training script has to know of a checkpoint before it loads it."""
+
+    condition_width: int
+    latent_channels: int
+    vae_scale: int
+    prediction_type: str
+    num_steps: int
+    scaling_factor: float
+    # Image sides are multiples of this many pixels.
+    multiple: int
+
+
+def check_diffusion(name_or_path, *, resolution=None, revision=None, token=None):
+    """DiffusionInfo of a diffusers folder or Hub id, from its configuration alone; ValueError where it cannot serve.
+
+    resolution: (height, width) of the images in pixels, or None.
+    """
+    name = str(name_or_path)
+    files, folder = open_checkpoint(name, revision, token)
+    missing = [file for file in CONFIGS.values() if file not in files]
+    if missing:
+        found = ", ".join(sorted({file.split("/")[0] for file in files})[:8]) or "nothing"
+        raise ValueError(f"{name!r} is not a whole diffusers checkpoint: it has no {missing[0]} (found: {found})")
+    unet, vae, scheduler = (read_config(folder or name, part, revision, token) for part in CONFIGS)
+    classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    for (part, wanted), config in zip(classes.items(), (unet, vae), strict=True):
+        if config.get("_class_name") != wanted.__name__:
+            raise ValueError(
+                f"the {part} of {name!r} is a {config.get('_class_name')}, but only {wanted.__name__} is "
+                "supported (Stable Diffusion 1.x and 2.x)"
+            )
+    unet, vae = defaults(UNet2DConditionModel) | unet, defaults(AutoencoderKL) | vae
+    check_unet(name, unet, vae["latent_channels"])
+    prediction_type, alphas_cumprod = noise_schedule(scheduler, name)
+    for part in classes:
+        check_weight_files(name, part, files)
+    if folder:
+        check_weights(folder / "unet", unet["cross_attention_dim"])
+    vae_scale = 2 ** (len(vae["block_out_channels"]) - 1)
+    info = DiffusionInfo(
+        unet["cross_attention_dim"],
+        vae["latent_channels"],
+        vae_scale,
+        prediction_type,
+        len(alphas_cumprod),
+        vae["scaling_factor"],
+        vae_scale * 2 ** (len(unet["block_out_channels"]) - 1),
+    )
+    if resolution is not None and any(side < 1 or side % info.multiple for side in resolution):
+        raise ValueError(
+            f"images of {resolution[0]} x {resolution[1]} (height x width) do not fit {name!r}: both sides must be "
+            f"multiples of {info.multiple} pixels"
+        )
+    return info
+
+
+def check_unet(name, config, latent_channels):
+    width = config["cross_attention_dim"]
+    if not isinstance(width, int):
+        raise ValueError(
+            f"the U-Net of {name!r} has cross_attention_dim {width!r}; only one width for all blocks is supported"
+        )
+    blocks = (*config["down_block_types"], config["mid_block_type"] or "", *config["up_block_types"])
+    if not any("CrossAttn" in block for block in blocks):
+        raise ValueError(f"the U-Net of {name!r} has no cross-attention, so no condition reaches it")
+    for key in MORE_CONDITIONS:
+        if config[key] is not None:
+            raise ValueError(
+                f"the U-Net of {name!r} wants more than one condition ({key} is {config[key]!r}, as in SDXL and other "
+                "models); use Stable Diffusion 1.x or 2.x"
+            )
+    for key in ("in_channels", "out_channels"):
+        if config[key] != latent_channels:
+            raise ValueError(
+                f"the U-Net of {name!r} has {key} {config[key]}, its VAE {latent_channels} latent channels: "
+                "inpainting, depth and upscaling models are not supported, use a text-to-image one"
+            )
+
+
+def noise_schedule(config, name):
+    """(prediction type, cumulated products of 1 - beta) of a scheduler's configuration."""
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTIONS:
+        raise ValueError(
+            f"the scheduler of {name!r} has prediction_type {prediction_type!r}; supported are "
+            f"{' and '.join(PREDICTIONS)}"
+        )
+    if not config.get("beta_schedule") and not config.get("trained_betas"):
+        raise ValueError(
+            f"the scheduler of {name!r} ({config.get('_class_name')}) has no betas; flow matching and its like "
+            "are not supported"
+        )
+    try:
+        scheduler = DDPMScheduler(**{key: config[key] for key in BETAS if key in config})
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise ValueError(f"the schedule of {name!r} is not valid: {error}") from error
+    return prediction_type, scheduler.alphas_cumprod
+
+
+def check_weight_files(name, part, files):
+    own = sorted(file.split("/", 1)[1] for file in files if file.startswith(f"{part}/"))
+    if WEIGHTS in own or f"{WEIGHTS}.index.json" in own:
+        return
+    if any(file.endswith(".safetensors") for file in own):
+        reason = f"the weights there have another name ({', '.join(own)}): save the pipeline with save_pretrained"
+    elif any(file.endswith((".bin", ".pt", ".pth", ".ckpt")) for file in own):
+        reason = (
+            "pickled weights (.bin) are never read: where you trust them, convert them with "
+            "save_pretrained(safe_serialization=True)"
+        )
+    else:
+        reason = "download or save the checkpoint again"
+    raise ValueError(f"{name!r} has no {part}/{WEIGHTS}; {reason}")
+
+
+def check_weights(folder, width):
+    """Reads the headers of the U-Net's files only: the shapes in them must be those of the configuration."""
+    paths = [folder / WEIGHTS]
+    if not paths[0].is_file():
+        shards = read_json(folder / f"{WEIGHTS}.index.json").get("weight_map", {})
+        paths = [folder / shard for shard in sorted(set(shards.values()))]
+    found = set()
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                names = [key for key in file.keys() if key.endswith("attn2.to_k.weight")]  # noqa: SIM118
+                found |= {file.get_slice(key).get_shape()[1] for key in names}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot read {str(path)!r}: {error}. Download or save the checkpoint again") from error
+    if found != {width}:
+        seen = ", ".join(map(str, sorted(found))) or "no cross-attention"
+        raise ValueError(
+            f"{str(folder / 'config.json')!r} says cross_attention_dim {width}, the weights beside it have {seen}"
+        )
+
+
+def open_checkpoint(name, revision, token):
+    """(names of all files, their folder) of a checkpoint; the folder is None for one that is on the Hub only."""
+    folder = Path(name)
+    if folder.is_file():
+        raise ValueError(f"{name!r} is a file; a diffusers folder with unet, vae and scheduler is needed")
+    if not folder.is_dir():
+        try:
+            found = HfApi(token=token).model_info(name, revision=revision)
+            return {file.rfilename for file in found.siblings}, None
+        except Exception as error:
+            # The Hub client raises classes of its own, and of the HTTP library under it. Offline, its cache will do.
+            try:
+                config = hf_hub_download(name, CONFIGS["unet"], revision=revision, local_files_only=True)
+            except Exception:
+                raise ValueError(
+                    f"no diffusion checkpoint at {name!r}, neither a local folder nor a readable Hub id: "
+                    f"{one_line(error)}"
+                ) from error
+            folder = Path(config).parent.parent
+    return {path.relative_to(folder).as_posix() for path in folder.glob("*/*")}, folder
+
+
+def read_config(name, part, revision=None, token=None):
+    if Path(name).is_dir():
+        return read_json(Path(name) / CONFIGS[part])
+    name = str(name)
+    try:
+        return read_json(Path(hf_hub_download(name, CONFIGS[part], revision=revision, token=token)))
+    except Exception as error:
+        raise ValueError(f"cannot read {CONFIGS[part]} of {name!r}: {one_line(error)}") from error
+
+
+def defaults(model_class):
+    """Older configurations leave out what has its usual value."""
+    return {name: value.default for name, value in inspect.signature(model_class.__init__).parameters.items()}
+
+
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__

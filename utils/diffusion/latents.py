@@ -1,0 +1,280 @@
+"""The latent cache: what the VAE makes of each image, computed once, kept on disk, sampled anew every step.
+
+The VAE is frozen and sees images that are not augmented, so the mean and std of its posterior are constants of the
+image. They lie under `CACHE_DIR/latents/KEY`, where KEY stands for the VAE's encoder, the size and the precision, in
+chunks whose name is the SHA-256 of their content. A chunk says which images it holds, so a subset, a larger set or a
+resumed run takes what is there and computes the rest. Any of the folders may be removed.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from utils.batches.chunks import CHUNK_BATCHES, computed_in_chunks, image_identities, weights_digest
+from utils.batches.images import TransformedImages
+from utils.batches.transforms import HALF, resized, to_tensor
+
+logger = logging.getLogger(__name__)
+# What of a VAE and its configuration the posterior does not depend on.
+DECODER = ("decoder.", "post_quant_conv.")
+APART = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "sample_size", "force_upcast")
+KEY_BYTES = 16
+ABANDONED_AFTER = 3600
+ROUNDS = 3
+
+
+def image_for_vae(image, size):
+    """A picture as the VAE wants it: (3, height, width) in [-1, 1], stretched to `size`, not augmented."""
+    return to_tensor(resized(image, size, "bicubic"), HALF, HALF)
+
+
+class VaeImages(TransformedImages):
+    """Rows of a data set as input of the VAE."""
+
+    def __init__(self, dataset, size):
+        super().__init__(dataset, partial(image_for_vae, size=tuple(size)))
+
+
+@torch.no_grad()
+def encode(vae, images):
+    """Mean and std of the posterior, (B, C, h, w) float32, computed in the VAE's own type."""
+    with torch.autocast(vae.device.type, enabled=False):
+        posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
+    return posterior.mean.float(), posterior.std.float()
+
+
+def sample_latents(mean, std, noise, scaling_factor, shift_factor=None):
+    """Latents of the posterior, as the U-Net knows them."""
+    return (mean + std * noise - (shift_factor or 0.0)) * scaling_factor
+
+
+class LatentCache:
+    """Posteriors of a data set's rows, mapped from the disk; a data loader's workers may hold it."""
+
+    def __init__(self, folder, names, places, *, scaling_factor, shift_factor=None):
+        """`places` (rows, 2): which of the chunks `names`, and which image of it."""
+        self.folder, self.names, self.places = Path(folder), names, places
+        self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
+        self.chunks = self._mapped()
+
+    def __len__(self):
+        return len(self.places)
+
+    @property
+    def shape(self):
+        """Of one image's latents: (C, h, w)."""
+        return tuple(self.chunks[0].shape[2:])
+
+    def posterior(self, rows, pin_memory=False):
+        """Mean and std, each (B, C, h, w) float32, of these rows; pinned if asked and there is a GPU."""
+        places = self.places[np.asarray(rows, dtype=np.int64)].tolist()
+        values = torch.empty(2, len(places), *self.shape, pin_memory=pin_memory and torch.cuda.is_available())
+        for number, (chunk, place) in enumerate(places):
+            values[:, number] = self.chunks[chunk][place]
+        return values[0], values[1]
+
+    def _mapped(self):
+        try:
+            return [_tensor(self.folder / name, "posterior") for name in self.names]
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"the latent cache in {self.folder} cannot be read: {error}; with several machines, --cache_dir must "
+                "lie on a disk that all of them see"
+            ) from None
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "chunks"}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.chunks = self._mapped()
+
+
+def build_latent_cache(
+    dataset, vae, size, *, accelerator, cache_dir, vae_name, batch_size=16, num_workers=0, dtype=torch.float16
+):
+    """The posteriors of all images of `dataset`; what is not in the cache is computed, each process its share.
+
+    `size` is (height, width) in pixels, `dtype` that of the file, `vae_name` for errors. The VAE goes to the device
+    only to compute, and back. All processes must see `cache_dir`.
+    """
+    folder = Path(cache_dir).expanduser() / "latents" / cache_key(vae, size, dtype)
+    main, home, pictures = accelerator.is_main_process, vae.device, VaeImages(dataset, size)
+    keys = broadcast_object_list([image_keys(dataset) if main else None])[0]
+    for attempt in range(ROUNDS):
+        # One process looks for all, so that their shares fit together.
+        names, places, missing = broadcast_object_list([find(folder, keys) if main else None])[0]
+        if not missing:
+            vae.to(home)
+            scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor")
+            return LatentCache(folder, names, places, scaling_factor=scale, shift_factor=shift)
+        if attempt == ROUNDS - 1:
+            break
+        if main:
+            prepare(folder)
+        accelerator.wait_for_everyone()
+        vae.to(accelerator.device)
+        step = batch_size * CHUNK_BATCHES
+        for rows, posteriors in computed_in_chunks(
+            pictures,
+            [missing[start : start + step] for start in range(0, len(missing), step)],
+            lambda images: torch.stack(encode(vae, images), 1),
+            accelerator=accelerator,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            total=len(dataset),
+            desc="encoding",
+        ):
+            stored = posteriors.to(dtype)
+            bad = (~stored.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+            if bad:
+                raise ValueError(complaint(posteriors[bad[0]], dataset[rows[bad[0]]]["path"], vae, vae_name, dtype))
+            write(folder, stored, [keys[row] for row in rows])
+        accelerator.wait_for_everyone()
+    raise ValueError(
+        f"{len(missing)} of {len(dataset)} images are missing in the latent cache {folder} although they were just "
+        "written: does something empty the folder, or is the disk failing? Choose another --cache_dir"
+    )
+
+
+def cache_key(vae, size, dtype):
+    """Changes with all that posteriors depend on, images apart."""
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_") and name not in APART}
+    settings = [type(vae).__name__, config, weights_digest(vae, skip=DECODER), list(size), str(dtype), "bicubic"]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def image_keys(dataset):
+    """What names each image in a chunk: bytes that tell nothing of where it lies."""
+    known = zip(dataset["domain"], image_identities(dataset), strict=True)
+    return [hashlib.sha256(json.dumps(one).encode()).digest()[:KEY_BYTES] for one in known]
+
+
+def find(folder, keys):
+    """The chunks that hold some of `keys`, the place of each key in them, and the rows (a list) still missing.
+
+    Chunks that are not as they were written are removed.
+    """
+    paths = sorted(folder.glob("*.safetensors"))
+    listed, damaged = {}, []
+    for path in paths:
+        try:
+            table = _tensor(path, "keys").numpy()
+            listed[path.name] = [table[row].tobytes() for row in range(len(table))]
+        except (OSError, SafetensorError):
+            damaged.append(path.name)
+    rows = {key: row for row, key in reversed(list(enumerate(keys)))}
+    whole = set()
+    with ThreadPoolExecutor(4) as pool:
+        while True:
+            holds = {}
+            for name, its in listed.items():
+                for place, key in enumerate(its):
+                    if key in rows:
+                        holds.setdefault(key, (name, place))
+            used = sorted({name for name, _ in holds.values()})
+            unsure = [name for name in used if name not in whole]
+            if not unsure:
+                break
+            right = list(pool.map(lambda name: _is_whole(folder / name), unsure))
+            whole.update(name for name, good in zip(unsure, right, strict=True) if good)
+            for name in set(unsure) - whole:
+                damaged.append(name)
+                del listed[name]
+    if damaged:
+        logger.warning("%d of %d files in %s are damaged; computing them again", len(damaged), len(paths), folder)
+    for name in damaged:
+        # Another run may have put it right meanwhile.
+        if not _is_whole(folder / name):
+            with suppress(OSError):
+                (folder / name).unlink()
+    numbers = {name: number for number, name in enumerate(used)}
+    places = np.full((len(keys), 2), -1, dtype=np.int32)
+    for row, key in enumerate(keys):
+        if key in holds:
+            places[row] = numbers[holds[key][0]], holds[key][1]
+    return used, places, sorted(row for key, row in rows.items() if key not in holds)
+
+
+def prepare(folder):
+    """Make the folder, see that it can be written, and clear what killed runs left half written."""
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        for part in folder.glob("*.part"):
+            # A younger one may be another run's that is still being written.
+            if time.time() - part.stat().st_mtime > ABANDONED_AFTER:
+                part.unlink(missing_ok=True)
+
+
+def write(folder, posteriors, keys):
+    table = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_BYTES)
+    content = save({"keys": table, "posterior": posteriors.contiguous()})
+    name = f"{_digest(content)}.safetensors"
+    part = folder / f"{name}.{uuid.uuid4().hex}.part"
+    with _writing(folder):
+        try:
+            with open(part, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, folder / name)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def complaint(posterior, path, vae, vae_name, dtype):
+    if posterior.isfinite().all():
+        return (
+            f"the posterior of {path} reaches {posterior.abs().max():.4g} in the VAE {vae_name}, too much for "
+            f"{_plain(dtype)}; keep it in float32"
+        )
+    advice = "" if vae.dtype == torch.float32 else f" in {_plain(vae.dtype)}; run it in float32"
+    return f"the posterior of {path} is not finite in the VAE {vae_name}{advice}"
+
+
+def _plain(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _writing(folder):
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"the latent cache {folder} cannot be written: {error.strerror or error}; make room, or choose another "
+            "--cache_dir"
+        ) from None
+
+
+def _tensor(path, name):
+    """Mapped, not read."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
+
+
+def _is_whole(path):
+    try:
+        return _digest(path.read_bytes()) == path.stem
+    except OSError:
+        return False
+
+
+def _digest(content):
+    return hashlib.sha256(content).hexdigest()[:32]

@@ -1,0 +1,172 @@
+"""A whole Stable Diffusion for fine-tuning and drawing: prompts to conditions, seeds to latents, latents to pictures.
+
+model = TextToImage("CompVis/stable-diffusion-v1-4", tokenizer, mode="lora", device="cuda", dtype=torch.float16)
+latents = model.sample(model.encode(prompts), seeds, resolution=(512, 256), steps=20, guidance=7.5)
+pictures = model.pictures(latents)
+"""
+
+import hashlib
+from contextlib import nullcontext
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
+from peft import LoraConfig
+from PIL import Image
+from transformers import AutoConfig, AutoTokenizer, CLIPTextModel
+
+from utils.batches.chunks import weights_digest
+from utils.diffusion.checkpoint import one_line
+from utils.diffusion.schedule import NoiseSchedule
+from utils.diffusion.unet import load_unet, load_vae, set_unet_mode
+
+# Those that draw nothing themselves: an image depends on its first noise alone.
+SOLVERS = {
+    "dpmsolver++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+}
+TEXT_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def load_tokenizer(name, revision=None):
+    try:
+        return AutoTokenizer.from_pretrained(name, subfolder="tokenizer", revision=revision, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {one_line(error)}") from error
+
+
+def check_text_encoder(name, width, revision=None):
+    """ValueError, from the configuration alone, where there is none whose width the U-Net takes."""
+    try:
+        config = AutoConfig.from_pretrained(name, subfolder="text_encoder", revision=revision, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"{name!r} has no text encoder that can be read: {one_line(error)}") from error
+    if config.model_type not in ("clip_text_model", "clip"):
+        raise ValueError(f"the text encoder of {name!r} is a {config.model_type}; only CLIP's is supported")
+    if config.hidden_size != width:
+        raise ValueError(
+            f"the text encoder of {name!r} has width {config.hidden_size}, its U-Net takes conditions of {width}"
+        )
+
+
+class TextToImage:
+    """All parts on the device. `mode` is what trains: "lora" or "full", of the U-Net and, if asked, the text encoder.
+
+    `digest` names the weights as they were loaded.
+    """
+
+    def __init__(
+        self,
+        name,
+        tokenizer,
+        *,
+        mode,
+        rank=8,
+        seed=0,
+        train_text_encoder=False,
+        dtype=torch.float32,
+        device="cpu",
+        autocast=nullcontext,
+        revision=None,
+    ):
+        self.tokenizer, self.device, self.dtype, self.autocast = tokenizer, torch.device(device), dtype, autocast
+        self.schedule = NoiseSchedule.from_pretrained(name, revision=revision).to(device)
+        self.scheduler_config = DDIMScheduler.load_config(name, subfolder="scheduler", revision=revision)
+        self.vae = load_vae(name, dtype=dtype, revision=revision).to(device)
+        self.unet = load_unet(name, "full" if mode == "full" else "frozen", dtype=dtype, revision=revision)
+        self.text_encoder = load_text_encoder(name, torch.float32 if train_text_encoder else dtype, revision)
+        digests = [weights_digest(part) for part in (self.unet, self.vae, self.text_encoder)]
+        self.digest = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+        if mode == "lora":
+            set_unet_mode(self.unet, "lora", rank=rank, dtype=dtype, seed=seed)
+        if train_text_encoder and mode == "lora":
+            with torch.random.fork_rng([]):
+                torch.manual_seed(seed)
+                self.text_encoder.add_adapter(LoraConfig(r=rank, lora_alpha=1, target_modules=TEXT_LORA_TARGETS))
+        elif train_text_encoder:
+            self.text_encoder.requires_grad_(True)
+            self.text_encoder.get_input_embeddings().requires_grad_(False)
+        self.unet.to(device)
+        self.text_encoder.to(device)
+        # What calls go through; a compiled one shares the weights.
+        self.denoiser = self.unet
+
+    def trained_weights(self):
+        return [one for part in (self.unet, self.text_encoder) for one in part.parameters() if one.requires_grad]
+
+    def encode(self, prompts):
+        """Conditions (B, window, width)."""
+        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        with self.autocast():
+            return self.text_encoder(tokens.to(self.device))[0]
+
+    def encode_all(self, prompts, batch_size=64):
+        """Conditions without gradient, however many."""
+        with torch.no_grad():
+            parts = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+            return torch.cat([self.encode(part) for part in parts])
+
+    @torch.no_grad()
+    def sample(self, conditions, seeds, *, resolution, solver="dpmsolver++", steps=20, guidance=7.5, batch_size=8):
+        """Latents (N, C, h, w) float32 under conditions (N, T, W); each depends on its own seed alone."""
+        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        shape = (self.vae.config.latent_channels, resolution[0] // scale, resolution[1] // scale)
+        guided, size = guidance > 1, min(batch_size, len(seeds))
+        self.unet.eval()
+        empty = self.encode([""]) if guided else None
+        drawn = []
+        for start in range(0, len(seeds), size):
+            rows = list(range(start, min(start + size, len(seeds))))
+            # A last batch of another size would round differently, and be compiled anew.
+            rows += rows[-1:] * (size - len(rows))
+            noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seeds[row])) for row in rows]
+            scheduler = SOLVERS[solver].from_config(self.scheduler_config)
+            scheduler.set_timesteps(steps)
+            latents = torch.stack(noise).to(self.device) * scheduler.init_noise_sigma
+            condition = conditions[rows]
+            if guided:
+                condition = torch.cat([empty.expand_as(condition), condition])
+            with self.autocast():
+                for step in scheduler.timesteps:
+                    scaled = scheduler.scale_model_input(latents, step).to(self.dtype)
+                    scaled = torch.cat([scaled, scaled]) if guided else scaled
+                    prediction = self.denoiser(scaled, step.to(self.device), encoder_hidden_states=condition).sample
+                    prediction = prediction.float()
+                    if guided:
+                        plain, prompted = prediction.chunk(2)
+                        prediction = plain + guidance * (prompted - plain)
+                    latents = scheduler.step(prediction, step, latents).prev_sample
+            check_finite(latents)
+            drawn.append(latents[: len(seeds) - start].float())
+        return torch.cat(drawn)
+
+    @torch.no_grad()
+    def decode(self, latents, batch_size=8):
+        """Pixels (N, 3, H, W) uint8 on the CPU."""
+        decoded = []
+        for part in latents.split(batch_size):
+            images = self.vae.decode((part / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
+            check_finite(images)
+            decoded.append((images.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).cpu().contiguous())
+        return torch.cat(decoded)
+
+    def pictures(self, latents, batch_size=8):
+        """PIL images."""
+        return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in self.decode(latents, batch_size)]
+
+
+def check_finite(drawn):
+    # As pixels they would be black.
+    if not drawn.isfinite().all():
+        raise ValueError("what the model draws is not finite; use --mixed_precision bf16 or no, or lower rates")
+
+
+def load_text_encoder(name, dtype, revision=None):
+    try:
+        text_encoder = CLIPTextModel.from_pretrained(
+            name, subfolder="text_encoder", dtype=dtype, revision=revision, use_safetensors=True
+        )
+    except Exception as error:
+        raise ValueError(f"the text encoder of {name!r} cannot be loaded: {one_line(error)}") from error
+    return text_encoder.requires_grad_(False).eval()

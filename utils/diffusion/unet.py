@@ -1,0 +1,207 @@
+"""The parts of Stable Diffusion that training needs: VAE and U-Net, what of the U-Net trains, how it is saved."""
+
+import importlib.metadata
+import json
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+from torch.amp import is_autocast_available
+
+from utils.diffusion.checkpoint import WEIGHTS, one_line, read_config
+from utils.files import to_json, write_together
+
+UNET_MODES = ("lora", "frozen", "partial-1", "partial-2", "full", "scratch")
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj"]
+OUTER = ("up_blocks.", "time_embedding.", "conv_norm_out.", "conv_out.")
+# First parts of the names of the U-Net's own weights that train.
+TRAINED = {
+    "lora": (),
+    "frozen": (),
+    "partial-1": OUTER,
+    "partial-2": (*OUTER, "mid_block."),
+    "full": ("",),
+    "scratch": ("",),
+}
+
+
+def load_vae(name_or_path, *, dtype=torch.float32, revision=None, token=None):
+    """The frozen AutoencoderKL of a checkpoint."""
+    vae = load_part(AutoencoderKL, "vae", name_or_path, dtype, revision, token)
+    return vae.requires_grad_(False).eval()
+
+
+def load_unet(name_or_path, mode, *, rank=8, dtype=torch.float32, seed=0, revision=None, token=None):
+    """The U-Net of a checkpoint, ready to train in one of UNET_MODES; `dtype` is that of weights that stay frozen."""
+    check_mode(mode, rank)
+    if mode == "scratch":
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(read_config(str(name_or_path), "unet", revision, token))
+        unet.to_empty(device="cpu")
+    else:
+        # What trains must not be rounded on its way.
+        whole = dtype if mode in ("lora", "frozen") else torch.float32
+        unet = load_part(UNet2DConditionModel, "unet", name_or_path, whole, revision, token)
+    return set_unet_mode(unet, mode, rank=rank, dtype=dtype, seed=seed)
+
+
+def load_part(model_class, part, name, dtype, revision, token):
+    try:
+        model, report = model_class.from_pretrained(
+            name,
+            subfolder=part,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            revision=revision,
+            token=token,
+        )
+    except Exception as error:
+        # Absent, truncated and unfitting files raise classes of three libraries.
+        raise ValueError(f"the {part} of {str(name)!r} cannot be loaded: {one_line(error)}") from error
+    wrong = [f"{key} is missing" for key in report["missing_keys"]]
+    wrong += [f"{key} is not part of the model" for key in report["unexpected_keys"]]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"the {part} weights in {str(name)!r} do not fit its config.json: {'; '.join(wrong[:3])}{more}"
+        )
+    return model
+
+
+def set_unet_mode(unet, mode, *, rank=8, dtype=torch.float32, seed=0):
+    """Choose what of a plain U-Net trains: LoRA is added, "scratch" draws all weights anew. Returns the U-Net.
+
+    Trained weights become float32, frozen ones `dtype`. Works on the meta device too.
+    """
+    check_mode(mode, rank)
+    with seeded(seed, unet.device):
+        if mode == "lora":
+            unet.add_adapter(LoraConfig(r=rank, lora_alpha=1, target_modules=LORA_TARGETS))
+            for module in unet.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module.register_forward_pre_hook(cast_where_needed)
+        if mode == "scratch":
+            for module in unet.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+    for name, parameter in unet.named_parameters():
+        trained = ".lora_" in name or name.startswith(TRAINED[mode])
+        parameter.requires_grad_(trained)
+        parameter.data = parameter.data.to(torch.float32 if trained else dtype)
+    for module in unet.modules():
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and not module.weight.requires_grad:
+            module.forward = partial(in_its_own_type, module)
+    return unet.train(mode != "frozen")
+
+
+def check_mode(mode, rank):
+    if mode not in UNET_MODES:
+        raise ValueError(f"the U-Net mode must be one of {', '.join(UNET_MODES)}, got {mode!r}")
+    if mode == "lora" and rank < 1:
+        raise ValueError(f"the rank of LoRA must be at least 1, got {rank}")
+
+
+def cast_where_needed(layer, inputs):
+    """peft casts LoRA's input to float32; autocast only undoes that, and the backward pass keeps one more copy."""
+    kind = inputs[0].device.type
+    layer.cast_input_dtype_enabled = not (is_autocast_available(kind) and torch.is_autocast_enabled(kind))
+
+
+def in_its_own_type(norm, values):
+    """Autocast would run a frozen norm in float32, and keep what goes in and out of it twice as large.
+
+    In half precision its sums are in float32 all the same.
+    """
+    kind, dtype = values.device.type, norm.weight.dtype
+    if not is_autocast_available(kind) or dtype == torch.float32:
+        return type(norm).forward(norm, values)
+    with torch.autocast(kind, enabled=False):
+        return type(norm).forward(norm, values.to(dtype))
+
+
+def recompute_activations(unet, which):
+    """Compute activations again in the backward pass: "all", or those of the "outer" blocks.
+
+    The outermost blocks have the most pixels: much memory for little arithmetic.
+    """
+    unet.enable_gradient_checkpointing()
+    if which == "outer":
+        for block in (*unet.down_blocks[1:], unet.mid_block, *unet.up_blocks[:-1]):
+            for module in block.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing = False
+
+
+@contextmanager
+def seeded(seed, device):
+    """Draws inside belong to the seed, those after it go on as if nothing had been drawn."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def save_unet(unet, mode, output_dir):
+    """Write what was trained, whole or not at all; `unet` as load_unet gave it, not wrapped.
+
+    lora: unet_lora/pytorch_lora_weights.safetensors for `StableDiffusionPipeline.load_lora_weights(folder)`;
+    frozen: nothing; other modes: unet/, a diffusers folder.
+    """
+    if mode == "frozen":
+        return
+    if mode == "lora":
+        config = unet.peft_config["default"]
+        state = get_peft_model_state_dict(unet)
+        # The format has no alpha of its own and means a factor of 1, so alpha / rank goes into the second matrix.
+        state = {
+            key: value * (config.lora_alpha / config.r) if ".lora_B." in key else value for key, value in state.items()
+        }
+        state = {f"unet.{key}": value for key, value in convert_state_dict_to_diffusers(state).items()}
+        with write_together(Path(output_dir) / "unet_lora") as aside:
+            save_tensors(state, aside("pytorch_lora_weights.safetensors"))
+        return
+    config = json.loads(unet.to_json_string())
+    # Where the weights once came from may be a path of this disk.
+    config.pop("_name_or_path", None)
+    with write_together(Path(output_dir) / "unet") as aside:
+        aside("config.json").write_text(to_json(config), encoding="utf-8")
+        save_tensors(unet.state_dict(), aside(WEIGHTS))
+
+
+def save_tensors(state, path):
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def enable_memory_efficient_attention(unet):
+    """xformers instead of torch's own attention; ValueError where its kernels do not run here."""
+    device = torch.device("cuda") if torch.cuda.is_available() else unet.device
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        # Kernels built for another torch refuse at first use only.
+        tiny = torch.zeros(1, 16, 1, 32, device=device, dtype=torch.float16, requires_grad=True)
+        memory_efficient_attention(tiny, tiny, tiny).sum().backward()
+        unet.enable_xformers_memory_efficient_attention()
+    except Exception as error:
+        try:
+            found = importlib.metadata.version("xformers")
+        except importlib.metadata.PackageNotFoundError:
+            found = "is not installed"
+        raise ValueError(
+            f"xformers cannot run here (xformers {found}, torch {torch.__version__}, {device.type}): "
+            f"{one_line(error)[:200]}. "
+            "Leave it off: torch's scaled-dot-product attention is the default and as lean"
+        ) from error

@@ -1,0 +1,148 @@
+"""Files that are whole or not there, JSON and CSV, and the record of a run: arguments, versions, revision."""
+
+import csv
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+PACKAGES = ("torch", "torchvision", "transformers", "diffusers", "accelerate", "peft", "datasets", "numpy")
+
+
+@contextmanager
+def write_together(folder):
+    """Files that appear together: `with write_together(out) as aside: aside("metrics.json").write_text(...)`.
+
+    `aside(name)` is where to write `name` for now. The files take their names when the block ends without an error;
+    after an error, a full disk included, what was there before stays and nothing is left over.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+
+    def aside(name):
+        names.append(name)
+        return folder / f"{name}.part"
+
+    try:
+        yield aside
+        for name in names:
+            part = folder / f"{name}.part"
+            # safetensors makes its files readable for the owner alone.
+            os.chmod(part, 0o666 & ~_umask())
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+    except BaseException:
+        for name in names:
+            (folder / f"{name}.part").unlink(missing_ok=True)
+        raise
+    for name in names:
+        os.replace(folder / f"{name}.part", folder / name)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def to_json(value):
+    """Indented JSON that any reader takes: NaN and infinity become null, tensors lists, paths text.
+
+    Lists of plain values stay on one line.
+    """
+    return _indented(_plain(value), "") + "\n"
+
+
+def _indented(value, margin):
+    inner = margin + "  "
+    if isinstance(value, dict) and value:
+        items = (f"{inner}{json.dumps(key)}: {_indented(item, inner)}" for key, item in value.items())
+        return "{\n" + ",\n".join(items) + f"\n{margin}}}"
+    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        return "[\n" + ",\n".join(inner + _indented(item, inner) for item in value) + f"\n{margin}]"
+    return json.dumps(value, allow_nan=False)
+
+
+def _plain(value):
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and value not in (float("inf"), float("-inf")) and value == value:
+        return value
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return None if isinstance(value, float) else str(value)
+
+
+def write_csv(path, columns, rows):
+    """CSV that no spreadsheet takes for formulas: text that starts with `= + - @`, tab or return gets a `'` first."""
+
+    def safe(cell):
+        return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows([safe(cell) for cell in row] for row in rows)
+
+
+def versions():
+    """Versions of Python and of the packages that decide the numbers, the device's name, the repository's revision."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    # A run that has not loaded torch used no GPU.
+    torch = sys.modules.get("torch")
+    with_gpu = torch is not None and torch.cuda.is_available()
+    found["device"] = torch.cuda.get_device_name() if with_gpu else platform.processor() or "cpu"
+    found["git"] = git_revision()
+    return found
+
+
+def git_revision():
+    """Commit of the checkout this file lies in, with `-dirty` if tracked files were changed; None outside of git."""
+
+    def git(*command):
+        return subprocess.run(
+            ("git", *command), cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def run_record(args):
+    """What `args.json` holds: the command, its arguments, versions."""
+    return {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "arguments": vars(args), "versions": versions()}
+
+
+def portable(value):
+    """A setting as it may be written down: of a path of this machine only the last name."""
+    if isinstance(value, (list, tuple)):
+        return [portable(one) for one in value]
+    if isinstance(value, str) and value.startswith("--") and "=" in value:
+        flag, _, word = value.partition("=")
+        return f"{flag}={portable(word)}"
+    # Unlike a Path, os.path takes words that are too long for a name.
+    if isinstance(value, (str, Path)) and os.path.exists(value):
+        return Path(value).resolve().name
+    return value
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,161 @@
+"""Captioning models of transformers by name: BLIP-2, BLIP, GIT, and any other image-to-text model.
+
+captioner = Captioner.from_pretrained("Salesforce/blip2-opt-2.7b", device="cuda", bits=8)
+captioner.ask(images, "what is the person carrying?")        # a list of answers, one an image
+captioner.describe(images)                                   # a list of captions
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoModelForVisualQuestionAnswering,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from utils.diffusion.checkpoint import one_line
+from utils.modeling.backbones import ask_hub
+
+# Kinds of captioners: what they can be asked, and how.
+ANSWERS, PROMPTED, CAPTIONS, CHAT = "answers", "prompted", "captions", "chat"
+ONLY_CAPTIONS = ("git", "blip", "vision-encoder-decoder", "pix2struct", "kosmos-2", "florence2")
+ANSWER_TOKENS, CAPTION_TOKENS = 16, 40
+
+
+def check_captioner(name):
+    """The kind of a captioning model, from its configuration alone; ValueError where it is none."""
+    if not Path(name).is_dir() and Path(name).exists():
+        raise ValueError(f"the captioner {name} is a file; give a model folder or a Hub id")
+    try:
+        if not Path(name).is_dir():
+            ask_hub(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        # The Hub's client raises classes of its own, and of the HTTP library under it.
+        raise ValueError(
+            f"no captioner at {name!r}, neither a local folder nor a readable Hub id: {one_line(error)}"
+        ) from error
+    architecture = (config.architectures or [""])[0]
+    if architecture == "BlipForQuestionAnswering":
+        return ANSWERS
+    kind = config.model_type
+    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise ValueError(
+            f"{name!r} is a {kind} model ({architecture or 'no architecture named'}), which does not turn images into "
+            "text; give a captioner such as Salesforce/blip2-opt-2.7b"
+        )
+    if kind in ("blip-2", "instructblip"):
+        return PROMPTED
+    return CAPTIONS if kind in ONLY_CAPTIONS else CHAT
+
+
+def quantization(bits):
+    if bits not in (4, 8):
+        return None
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"a captioner in {bits} bits needs bitsandbytes ({error}); pip install bitsandbytes"
+        ) from None
+    return BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+
+
+class Captioner:
+    """A model, its processor, and how it wants to be asked."""
+
+    def __init__(self, model, processor, kind, batch_size=16):
+        self.model, self.processor, self.kind, self.batch_size = model.eval(), processor, kind, batch_size
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+
+    @classmethod
+    def from_pretrained(cls, name, *, device="cpu", dtype=torch.float32, bits=None, batch_size=16):
+        """`bits` 8 or 4 loads through bitsandbytes."""
+        kind = check_captioner(name)
+        auto = AutoModelForVisualQuestionAnswering if kind == ANSWERS else AutoModelForImageTextToText
+        settings = {"quantization_config": quantization(bits), "device_map": {"": device}} if bits in (4, 8) else {}
+        try:
+            model = auto.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False, **settings)
+            processor = load_processor(name)
+        except Exception as error:
+            raise ValueError(f"the captioner {name!r} cannot be loaded: {one_line(error)}") from error
+        return cls(model if settings else model.to(device), processor, kind, batch_size)
+
+    @property
+    def can_answer(self):
+        return self.kind != CAPTIONS
+
+    @property
+    def can_describe(self):
+        return self.kind != ANSWERS
+
+    def ask(self, images, question):
+        """One answer an image."""
+        if self.kind == PROMPTED:
+            question = f"Question: {question} Answer:"
+        elif self.kind == CHAT:
+            question = f"{question} Answer in at most five words."
+        return self.generate(images, question, ANSWER_TOKENS)
+
+    def describe(self, images):
+        """One free caption an image."""
+        return self.generate(images, "Describe this person." if self.kind == CHAT else None, CAPTION_TOKENS)
+
+    @torch.inference_mode()
+    def generate(self, images, text, max_new_tokens):
+        said = []
+        for start in range(0, len(images), self.batch_size):
+            batch = images[start : start + self.batch_size]
+            inputs = self.inputs(batch, text).to(self.model.device)
+            if "pixel_values" in inputs:
+                inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+            tokens = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+            asked = inputs.get("input_ids")
+            # Decoders repeat what they were asked.
+            if asked is not None and tokens.shape[1] >= asked.shape[1] and tokens[:, : asked.shape[1]].equal(asked):
+                tokens = tokens[:, asked.shape[1] :]
+            said += self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in said]
+
+    def inputs(self, images, text):
+        if self.kind == CHAT:
+            content = [{"type": "text", "text": text}]
+            talks = [[{"role": "user", "content": [{"type": "image", "image": image}, *content]}] for image in images]
+            return self.processor.apply_chat_template(
+                talks,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True},
+            )
+        words = {} if text is None else {"text": [text] * len(images)}
+        if isinstance(self.processor, ImagesAndWords):
+            return self.processor(images)
+        return self.processor(images=images, return_tensors="pt", **words)
+
+
+class ImagesAndWords:
+    """Image processor and tokenizer of models that have no processor of their own."""
+
+    def __init__(self, images, tokenizer):
+        self.images, self.tokenizer = images, tokenizer
+
+    def __call__(self, images):
+        return self.images(images=images, return_tensors="pt")
+
+
+def load_processor(name):
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    if hasattr(processor, "tokenizer"):
+        # New text goes to the right of what was asked.
+        processor.tokenizer.padding_side = "left"
+        return processor
+    images = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    return ImagesAndWords(images, AutoTokenizer.from_pretrained(name, trust_remote_code=False))

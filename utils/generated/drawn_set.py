@@ -1,0 +1,188 @@
+"""A generated set drawn by code, so that what a filter should say of every image is known.
+
+It has the files and columns of a set by `train_dreambooth_reid.py`, and one column more, `truth`.
+"""
+
+import dataclasses
+import random
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageFilter
+
+from utils.generated.made_set import METADATA, image_path, save_image
+from utils.synthetic.camera import background, draw_image
+from utils.synthetic.domains import DOMAINS
+from utils.synthetic.world import SIZE, appearance, camera_of, file_name, pose_of, render
+from utils.worklist import sync
+
+SOURCE, NEW, WRONG_SOURCE, WRONG_NEW, BROKEN, NOBODY = (
+    "right, as in the source",
+    "right, new scene",
+    "wrong, as in the source",
+    "wrong, new scene",
+    "broken",
+    "nobody",
+)
+TRUTHS = (SOURCE, NEW, WRONG_SOURCE, WRONG_NEW, BROKEN, NOBODY)
+# What the images of an identity are, over and over.
+CYCLE = (NEW, SOURCE, WRONG_SOURCE, WRONG_NEW, BROKEN, NOBODY, NEW, SOURCE, NEW, BROKEN)
+# Places that sources are from; the other domains taught the stand-ins.
+PLACES = "abcde"
+# Of pixels. No one size, which could be that of a model's own patches.
+PIECES = (5, 14)
+SCHEMA = METADATA.append(pa.field("truth", pa.string()))
+# Pictures of the source have the first numbers.
+FIRST_INDEX = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Which people of the synthetic world to draw.
+
+    With `few_cameras`, one or two cameras of the domain have seen an identity, as in CUHK03 and MSMT17, else all have.
+    What its generator has learnt the scenes from is the identity's own source images, so what is drawn "as in the
+    source" is in its cameras, whoever is shown.
+    """
+
+    domain: str = "a"
+    num_ids: int = 32
+    images_per_id: int = 10
+    seed: int = 0
+    # Not in the name that draws start from: both kinds of world differ in cameras only.
+    few_cameras: bool = dataclasses.field(default=False, repr=False)
+
+
+def draw(world, pid, number):
+    """(picture, truth) of one generated image; None for a file that is to be damaged."""
+    truth = CYCLE[number % len(CYCLE)]
+    rng = random.Random(f"generated/{world}/{pid}/{number}")
+    index = FIRST_INDEX + number
+    if truth == NOBODY:
+        return empty_scene(world, rng), truth
+    camid, shown = source_camera(world, pid, index), pid
+    if truth in (WRONG_SOURCE, WRONG_NEW):
+        others = [other for other in range(0, 2 * world.num_ids, 2) if other != pid] or [pid + 1]
+        shown = rng.choice(others)
+    if truth in (NEW, WRONG_NEW):
+        picture = in_scene(world, shown, rng.choice(other_places(world)), index)
+    else:
+        picture = render(world.domain, shown, camid, index, world.seed)
+    return (broken(picture, rng) if truth == BROKEN else picture), truth
+
+
+def cameras_of(world, pid):
+    """Those that have seen a person, in order of the person's route."""
+    count = len(DOMAINS[world.domain]["cameras"])
+    if not world.few_cameras:
+        return [camera_of(world.domain, pid, 2 * place, world.seed) for place in range(count)]
+    rng = random.Random(f"seen by/{world.domain}/{world.seed}/{pid}")
+    return rng.sample(range(count), rng.choice((1, 2)))
+
+
+def source_camera(world, pid, index):
+    """The camera of an image of a person's in the source: two in one, then on to the next, as `camera_of`."""
+    cameras = cameras_of(world, pid)
+    return cameras[index // 2 % len(cameras)]
+
+
+def in_scene(world, pid, scene, index):
+    """A person of the world in a scene that may be another domain's."""
+    if scene == world.domain:
+        return render(scene, pid, source_camera(world, pid, index), index, world.seed)
+    camid = camera_of(scene, pid, index, world.seed)
+    pose, rng = pose_of(scene, pid, camid, index, world.seed)
+    return draw_image(appearance(world.domain, pid, world.seed), pose, DOMAINS[scene]["cameras"][camid], rng, SIZE)
+
+
+def other_places(world):
+    return PLACES.replace(world.domain, "")
+
+
+def empty_scene(world, rng):
+    camera = rng.choice(DOMAINS[rng.choice(other_places(world))]["cameras"])
+    height, width = SIZE
+    scene = background(camera["style"], camera["variant"], width * 6, height * 2)
+    left = rng.randint(0, scene.width - 2 * width)
+    return scene.crop((left, 0, left + 2 * width, 2 * height)).resize((width, height), Image.Resampling.BOX)
+
+
+def broken(picture, rng):
+    """What goes wrong in sampling: pieces that do not fit together, a person dissolved, nothing but noise."""
+    width, height = picture.size
+    kind = rng.choice(("pieces", "dissolved", "noise"))
+    if kind == "noise":
+        noise = Image.frombytes("RGB", picture.size, rng.randbytes(3 * width * height))
+        return Image.blend(picture, noise.filter(ImageFilter.GaussianBlur(1.5)), 0.93)
+    if kind == "dissolved":
+        return picture.resize((2, 3), Image.Resampling.BOX).resize(picture.size, Image.Resampling.BICUBIC)
+    piece = rng.randint(*PIECES)
+    corners = [
+        (left, top) for top in range(0, height - piece + 1, piece) for left in range(0, width - piece + 1, piece)
+    ]
+    mixed = picture.copy()
+    for (left, top), place in zip(rng.sample(corners, len(corners)), corners, strict=True):
+        mixed.paste(picture.crop((left, top, left + piece, top + piece)).rotate(rng.choice((0, 90, 180))), place)
+    return mixed
+
+
+def write_source(folder, world, images_per_id=12):
+    """The source of a set: its people's real images, as files that `load_reid` opens; left alone where it is there."""
+    folder = Path(folder)
+    if folder.is_dir():
+        return folder
+    aside, rows = folder.with_name(f".{folder.name}.part"), []
+    shutil.rmtree(aside, ignore_errors=True)
+    for pid in range(0, 2 * world.num_ids, 2):
+        for index in range(images_per_id):
+            camid = source_camera(world, pid, index)
+            name = file_name(world.domain, pid, camid, index, world.seed)
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            # Lossless: the same pixels as those of the spec `synthetic:domain=...`.
+            render(world.domain, pid, camid, index, world.seed).save(aside / name)
+            rows.append({"path": name, "pid": pid, "domain": f"synthetic-{world.domain}", "camid": camid})
+    pq.write_table(pa.Table.from_pylist(rows), aside / "metadata.parquet")
+    sync(aside / "metadata.parquet")
+    aside.rename(folder)
+    return folder
+
+
+def write_drawn(folder, world=World(), *, num_damaged=2, size=None):
+    """The set in `folder`, written aside and renamed; left alone where it is already there. Returns its metadata file.
+
+    The last `num_damaged` files are cut off in the middle. `size` (height, width) is another size than the drawn.
+    """
+    folder = Path(folder)
+    if (folder / "metadata.parquet").is_file():
+        return folder / "metadata.parquet"
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    total = world.num_ids * world.images_per_id
+    with pq.ParquetWriter(aside / "metadata.parquet", SCHEMA) as writer:
+        for person_number in range(world.num_ids):
+            pid, rows = 2 * person_number, []
+            for number in range(world.images_per_id):
+                picture, truth = draw(world, pid, number)
+                if size is not None:
+                    picture = picture.resize(size[::-1], Image.Resampling.BOX)
+                name = image_path(f"synthetic-{world.domain}/{pid:04d}", number, "jpg")
+                path = aside / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_image(picture, path, quality=95, prompt="a photo of a person", seed=number, model="drawn")
+                if person_number * world.images_per_id + number >= total - num_damaged:
+                    path.write_bytes(path.read_bytes()[:200])
+                    truth = BROKEN
+                rows.append(metadata_of(world, pid, number, name, truth))
+            writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+    sync(aside / "metadata.parquet")
+    aside.rename(folder)
+    return folder / "metadata.parquet"
+
+
+def metadata_of(world, pid, number, name, truth):
+    fixed = {"prompt": "a photo of a person", "steps": 0, "guidance": 0.0, "model": "drawn", "synthetic": True}
+    labels = {"pid": pid, "domain": f"synthetic-{world.domain}", "camid": -1, "seed": number, "truth": truth}
+    return {"file_name": name, "path": name} | labels | fixed

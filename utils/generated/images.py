@@ -1,0 +1,192 @@
+"""A generated set read in pieces: its labels and bytes pass by, they are never all in memory."""
+
+import hashlib
+import os
+from array import array
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from utils.datasets.images import read_bytes
+from utils.datasets.load import load_reid
+from utils.datasets.schema import check_listed
+
+METADATA = "metadata.parquet"
+PIECE = 1024
+# What filtering adds to the metadata; columns of these names in a set that was filtered before are replaced.
+SCORED = pa.schema(
+    [
+        ("clip_score", pa.float32()),
+        ("cctf_score", pa.float32()),
+        ("reid_score", pa.float32()),
+        ("reid_match", pa.bool_()),
+        ("reid_lead", pa.float32()),
+        ("nearest", pa.string()),
+        ("perceptual_hash", pa.uint64()),
+        ("error", pa.string()),
+    ]
+)
+CHOSEN = [("kept", pa.bool_()), ("rejected", pa.string())]
+WHOLE = {"pid", "camid", "seed", "steps", "index"}
+TEXT = {"path", "file_name", "domain"}
+
+
+def open_generated(name, data_root=None, domains=()):
+    """The set of a folder with metadata.parquet, or of any data set spec (its train split).
+
+    Where it does not say which source an image comes from, `domains` must be one.
+    """
+    path = Path(name)
+    file = path / METADATA if path.is_dir() else path
+    if file.name == METADATA and file.is_file():
+        return TableImages(file, domains)
+    data = load_reid(name, data_root)
+    if "train" not in data:
+        raise ValueError(f"--generated {name} has no train split, only {', '.join(data)}")
+    return DatasetImages(name, data["train"], domains)
+
+
+class Generated:
+    """What both kinds have. `counts` is {(domain, pid): images}, `digest` changes with any row of the table."""
+
+    def __len__(self):
+        return self.size
+
+    def look(self):
+        """One pass over the labels: counts, doubles, digest."""
+        self.counts, self.size = {}, 0
+        digest, seen = hashlib.sha256(), array("Q")
+        labels = ("domain", "pid", "path")
+        # Another seed or model makes another image of the same name.
+        names = (*labels, *sorted(set(self.schema.names) - set(labels)))
+        for table in self.tables():
+            rows = zip(*(table[name].to_pylist() for name in names), strict=True)
+            for domain, pid, path, *others in rows:
+                digest.update(f"{domain}\t{pid}\t{path}\t{others}\n".encode())
+                seen.append(int.from_bytes(hashlib.blake2b(f"{domain}\t{path}".encode(), digest_size=8).digest()))
+                self.counts[domain, pid] = self.counts.get((domain, pid), 0) + 1
+            self.size += len(table)
+        if not self.size:
+            raise ValueError(f"{self.name} holds no images")
+        if len(np.unique(np.frombuffer(seen, dtype=np.uint64))) < self.size:
+            raise ValueError(f"{self.name} names an image twice; every row needs a path of its own")
+        self.digest = digest.hexdigest()
+
+    def pieces(self, wanted=None):
+        """(first row, table, readers) of each piece of `PIECE` rows; of others than `wanted` the table is None."""
+        start = 0
+        for table in self.tables():
+            wants = wanted is None or start in wanted
+            yield (start, table, self.readers(start, table)) if wants else (start, None, None)
+            start += len(table)
+
+
+class TableImages(Generated):
+    """metadata.parquet and the files it names, below its folder."""
+
+    def __init__(self, file, domains=()):
+        self.name, self.file, self.folder = str(file), file, file.parent
+        try:
+            schema = pq.read_schema(file)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{file} cannot be read as a table: {error}") from None
+        names = schema.names
+        self.located_by = "file_name" if "file_name" in names else "path"
+        if self.located_by not in names or "pid" not in names:
+            raise ValueError(f"{file} needs the columns path (or file_name) and pid; it has {', '.join(names)}")
+        for name in WHOLE & set(names):
+            if not pa.types.is_integer(schema.field(name).type):
+                raise ValueError(f"{file}: column {name!r} must hold whole numbers, it is {schema.field(name).type}")
+        for name in TEXT & set(names):
+            kind = schema.field(name).type
+            if pa.types.is_nested(kind) or "string" not in str(kind):
+                raise ValueError(f"{file}: column {name!r} must hold text, it is {kind}")
+        self.domain = None
+        if "domain" not in names:
+            if len(domains) != 1:
+                raise ValueError(f"{file} has no column domain, and there are {len(domains)} sources; add the column")
+            self.domain = domains[0]
+        dropped = {*SCORED.names, "image", "kept", "rejected"}
+        fields = [field for field in schema if field.name not in dropped]
+        for name, kind in (("path", pa.string()), ("domain", pa.string()), ("camid", pa.int64())):
+            if name not in names:
+                fields.append(pa.field(name, kind))
+        if "synthetic" not in names:
+            fields.append(pa.field("synthetic", pa.bool_()))
+        self.schema = pa.schema([pa.field(one.name, one.type) for one in fields])
+        self.look()
+
+    def tables(self):
+        """The metadata in tables of `PIECE` rows, the last one shorter, whatever the groups of rows in the file."""
+        with pq.ParquetFile(self.file, buffer_size=1 << 20, pre_buffer=False) as file:
+            names = [name for name in self.schema.names if name in file.schema_arrow.names]
+            waiting = []
+            for batch in file.iter_batches(PIECE, columns=names):
+                waiting.append(batch)
+                while sum(map(len, waiting)) >= PIECE:
+                    table = pa.Table.from_batches(waiting)
+                    yield self.complete(table.slice(0, PIECE))
+                    waiting = table.slice(PIECE).to_batches()
+            if waiting:
+                yield self.complete(pa.Table.from_batches(waiting))
+
+    def complete(self, table):
+        fixed = {"camid": -1, "synthetic": True, "domain": self.domain}
+        columns = []
+        for field in self.schema:
+            if field.name in table.column_names:
+                columns.append(table[field.name])
+            elif field.name == "path":
+                columns.append(table[self.located_by])
+            else:
+                columns.append(pa.array([fixed[field.name]] * len(table), field.type))
+        table = pa.table(columns, schema=self.schema)
+        for name in ("pid", "path", "domain", "camid"):
+            if table[name].null_count:
+                raise ValueError(f"{self.file}: column {name!r} is empty in {table[name].null_count} rows")
+        return table
+
+    def readers(self, start, table):
+        names = [os.path.normpath(name) for name in table[self.located_by].to_pylist()]
+        check_listed(str(self.folder), names, self.file)
+        return [(self.folder / name).read_bytes for name in names]
+
+
+class DatasetImages(Generated):
+    """A split that `load_reid` opened."""
+
+    def __init__(self, name, dataset, domains=()):
+        self.name, self.dataset, self.domain = str(name), dataset, None
+        # Where no column says otherwise, the domain is what the set itself is called.
+        place, found = Path(name).resolve(), set(dataset.unique("domain"))
+        if found <= {place.name, place.stem, place.parent.name} - set(domains) and len(domains) == 1:
+            self.domain = domains[0]
+        kinds = {"path": pa.string(), "pid": pa.int64(), "domain": pa.string(), "camid": pa.int64()}
+        self.schema = pa.schema([*kinds.items(), ("synthetic", pa.bool_())])
+        self.look()
+
+    def tables(self):
+        labels = self.dataset.remove_columns("image").with_format("arrow")
+        for start in range(0, len(labels), PIECE):
+            table = labels[start : start + PIECE]
+            table = table.append_column("synthetic", pa.array([True] * len(table)))
+            if self.domain is not None:
+                place, own = table.column_names.index("domain"), pa.array([self.domain] * len(table))
+                table = table.set_column(place, "domain", own)
+            yield table.select(self.schema.names).cast(self.schema)
+
+    def readers(self, start, table):
+        images = self.dataset.select_columns(["image"]).with_format("arrow")[start : start + len(table)]["image"]
+        return [Held(row) for row in images.to_pylist()]
+
+
+class Held:
+    """The bytes of an image inside a table, or wherever its path leads."""
+
+    def __init__(self, row):
+        self.row = row
+
+    def __call__(self):
+        return self.row["bytes"] if self.row["bytes"] is not None else read_bytes(self.row["path"])

@@ -1,0 +1,292 @@
+"""The page of a filtered set: what each filter keeps and drops, where they disagree, scores, identities."""
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from utils.datasets.images import as_rgb
+from utils.files import portable
+from utils.generated import choosing
+from utils.generated import images as generated_images
+from utils.generated.kept_set import NAMES, TABLE_COLUMNS, number
+from utils.generated.scoring import open_image
+from utils.reporting.charts import histogram, line_chart
+from utils.reporting.report import Report, Tile, data_uri
+
+SHOWN, HALF = 6, 3
+BARS = 40
+RATES = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0001)
+SHORT = {"clip": "CLIP", "cctf": "CCTF", "reid": "Re-ID"}
+LABELS = {"clip": "CLIP", "cctf": "CCTF", "reid": "Re-ID CTF"}
+MAX_SOURCES = 6
+
+
+def build_page(run, scores_path, scores, choice, calibration, summary):
+    """A `Report` of scores and choice."""
+    masks = masks_of(scores, choice, summary["filter"])
+    facts = [
+        ("Generated", portable(run.args.generated)),
+        ("Source", " + ".join(run.sources)),
+        ("Filter", LABELS[summary["filter"]]),
+        ("Threshold", ", ".join(f"{domain} {number(value)}" for domain, value in choice.thresholds.items())),
+    ]
+    if run.args.match_margin:
+        facts.append(("Margin of the match", number(run.args.match_margin)))
+    lead = f"{summary['kept']:,} of {summary['images']:,} generated images are kept; they are {summary['made_by']}."
+    report = Report("Filtered people", subtitle=lead, facts=facts)
+    add_counts(report, summary)
+    if summary["against_truth"]:
+        add_truth(report, summary["against_truth"])
+    pictures = SamplePictures(run, scores_path)
+    add_examples(report, scores, masks, pictures)
+    add_disagreements(report, scores, masks, pictures)
+    pictures.load()
+    add_histograms(report, scores, choice, summary["filter"])
+    add_calibration(report, calibration)
+    add_identities(report, scores, choice, run.sources, summary)
+    return report
+
+
+def masks_of(scores, choice, chosen):
+    """{filter: rows it keeps}; the others keep as many images as the chosen one's threshold does."""
+    floor = np.array([choice.thresholds[domain] for domain in scores.domains], np.float64)[scores.source]
+    own = choosing.eligible(scores, chosen) & (scores.values[chosen] >= floor)
+    names = [name for name in choosing.FILTERS if scores.has(name)]
+    return {name: own if name == chosen else choosing.equal_share(scores, name, int(own.sum())) for name in names}
+
+
+def add_counts(report, summary):
+    spread = summary["images_per_identity"]
+    report.section("Counts")
+    report.tiles(
+        [
+            ("kept", f"{summary['kept']:,}", f"of {summary['images']:,} images"),
+            ("identities", f"{summary['identities']:,}", f"in {count_of(len(summary['sources']), 'source')}"),
+            ("images an identity", f"{spread['mean']:.1f}", f"{spread['min']} to {spread['max']}"),
+        ]
+    )
+    rows = [
+        [domain, one["generated"], one["kept"], one["identities"], one["identities_without"], number(one["threshold"])]
+        for domain, one in summary["sources"].items()
+    ]
+    columns = ["source", "generated", "kept", "identities", "identities without", "threshold"]
+    report.table(
+        columns, [[row[0], *(f"{one:,}" if isinstance(one, int) else one for one in row[1:])] for row in rows]
+    )
+    rejected = [[why, f"{count:,}"] for why, count in summary["rejected"].items() if count]
+    if rejected:
+        report.table(["left out because", "images"], rejected)
+
+
+def count_of(count, word):
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def read_truths(scores_path):
+    """The column `truth` of drawn images, or None."""
+    if "truth" not in pq.read_schema(scores_path).names:
+        return None
+    return np.array(pq.read_table(scores_path, columns=["truth"])["truth"].to_pylist(), dtype=object)
+
+
+def against_truth(scores_path, scores):
+    """{filter: {"auc", "kept": {kind: share}}} of drawn images, where each keeps as many as are right; else None."""
+    truths = read_truths(scores_path)
+    if truths is None:
+        return None
+    good = np.array([str(truth).startswith("right") for truth in truths])
+    if not good.any():
+        return None
+    found = {}
+    for name in [name for name in choosing.FILTERS if scores.has(name)]:
+        values = choosing.ranking(scores, name)
+        kept = np.zeros(len(scores), bool)
+        kept[np.argsort(-values, kind="stable")[: good.sum()]] = True
+        shares = {kind: float(kept[truths == kind].mean()) for kind in dict.fromkeys(truths)}
+        found[name] = {"auc": choosing.area_under_curve(values, good), "kept": shares}
+    return found
+
+
+def truth_table(found):
+    """(columns, rows) of text."""
+    kinds = list(next(iter(found.values()))["kept"])
+    rows = []
+    for name, one in found.items():
+        # Where nothing is wrong, nothing can come after what is right.
+        auc = "" if one["auc"] is None else f"{one['auc']:.3f}"
+        rows.append([LABELS[name], auc, *(f"{100 * one['kept'][kind]:.0f} %" for kind in kinds)])
+    return ["filter", "AUC", *kinds], rows
+
+
+def add_truth(report, found):
+    report.section(
+        "Against the truth",
+        "These images are drawn, and what each shows is known. AUC: how often an image of the right person, whatever "
+        "the scene, comes before one that is wrong, broken or empty, where those that do not decode come last and, "
+        "for Re-ID CTF, those nearest to somebody else before them, by how much nearer. Then the share of every kind "
+        "that each filter keeps, if it keeps as many images as are right.",
+    )
+    report.table(*truth_table(found))
+
+
+class SamplePictures:
+    """Tiles of rows, asked for by number and filled in one pass over the set."""
+
+    def __init__(self, run, scores_path):
+        self.run, self.path, self.wanted = run, scores_path, {}
+
+    def tile(self, row, match=None):
+        tile = Tile(None, "", "", match)
+        self.wanted.setdefault(int(row), []).append(tile)
+        return tile
+
+    def load(self):
+        for start, table, readers in self.run.generated.pieces(self.starts()):
+            if table is None:
+                continue
+            scored = self.scored(start, len(table))
+            for row in [row for row in self.wanted if start <= row < start + len(table)]:
+                one = scored[row - start]
+                for tile in self.wanted[row]:
+                    tile.name = one["path"]
+                    tile.note = note_of(one)
+                    tile.uri = picture_of(readers[row - start])
+
+    def starts(self):
+        return {row - row % generated_images.PIECE for row in self.wanted}
+
+    def scored(self, start, size):
+        with pq.ParquetFile(self.path, pre_buffer=False) as file:
+            return file.read_row_group(start // generated_images.PIECE).to_pylist()[:size]
+
+
+def note_of(row):
+    # No line ends between a name and its number.
+    words = [f"identity\u00a0{row['pid']}", *([row["error"]] if row["error"] else [])]
+    for name, column in choosing.FILTERS.items():
+        if row[column] is not None:
+            words.append(f"{SHORT[name]}\u00a0{row[column]:.2f}")
+    if row["reid_match"] is False:
+        words.append(f"nearer to another by {row['reid_lead']:.2f}")
+    truth = f"{row['truth']}: " if row.get("truth") else ""
+    return truth + ", ".join(words)
+
+
+def picture_of(read):
+    try:
+        return data_uri(as_rgb(open_image(read())))
+    except Exception:
+        return None
+
+
+def spread_over(rows, count=SHOWN):
+    """At most `count` of the rows, evenly over their order."""
+    if len(rows) <= count:
+        return list(rows)
+    return [rows[place] for place in np.linspace(0, len(rows) - 1, count).round().astype(int)]
+
+
+def add_examples(report, scores, masks, pictures):
+    report.section(
+        "Kept and rejected",
+        "Of each filter a sample of what it keeps, the images next to its threshold, and a sample of what it rejects. "
+        "All filters keep as many images. A mark says what this filter does.",
+    )
+    for name, mask in masks.items():
+        values = scores.values[name]
+        order = np.argsort(-np.where(np.isfinite(values), values, -np.inf), kind="stable")
+        kept, dropped = order[mask[order]], order[~mask[order]]
+        groups = [
+            ("kept", "a sample", spread_over(kept)),
+            ("at the threshold", "the least kept, the best rejected", [*kept[-HALF:], *dropped[:HALF]]),
+            ("rejected", "a sample", spread_over(dropped)),
+        ]
+        cards = [
+            {
+                "title": f"{LABELS[name]}: {title}",
+                "note": note,
+                "tiles": [pictures.tile(row, bool(mask[row])) for row in rows],
+            }
+            for title, note, rows in groups
+            if len(rows)
+        ]
+        report.cards(cards)
+
+
+def add_disagreements(report, scores, masks, pictures):
+    pairs = [(one, other) for one in masks for other in masks if one != other]
+    cards, rows = [], []
+    for one, other in pairs:
+        found = np.flatnonzero(masks[one] & ~masks[other])
+        rows.append([f"{LABELS[one]} keeps, {LABELS[other]} rejects", f"{len(found):,}"])
+        tiles = [pictures.tile(row) for row in spread_over(found)]
+        if tiles:
+            note = count_of(len(found), "image")
+            cards.append({"title": f"{LABELS[one]} keeps, {LABELS[other]} rejects", "note": note, "tiles": tiles})
+    if rows:
+        report.section("Disagreements", "Where two filters differ, while both keep as many images.")
+        report.table(["between", "images"], rows)
+        report.cards(cards)
+
+
+def add_histograms(report, scores, choice, chosen):
+    report.section("Scores", "Of all images that decode, by source.")
+    charts = []
+    for name in choosing.FILTERS:
+        values = scores.values[name]
+        seen = values[np.isfinite(values)]
+        if not len(seen):
+            continue
+        # Probabilities start at 0; their upper end is where the highest is, in tenths.
+        low = 0.0 if name != "reid" else float(seen.min()) - 0.01
+        high = min(1.0, np.ceil(10 * float(seen.max()) + 1e-6) / 10) if name != "reid" else float(seen.max()) + 0.01
+        edges = np.linspace(low, high, BARS + 1)
+        groups, markers = [], []
+        for place, domain in enumerate(scores.domains[:MAX_SOURCES]):
+            groups.append((domain, np.histogram(values[(scores.source == place) & np.isfinite(values)], edges)[0]))
+            limit = choice.thresholds[domain]
+            if name == chosen and low <= limit <= high:
+                markers.append((limit, f"threshold {limit:.2f}"))
+        chart = histogram(groups, edges.tolist(), title=LABELS[name], x_label="score", markers=markers)
+        charts.append((chart, f"{NAMES[name][:1].upper()}{NAMES[name][1:]}."))
+    report.charts(charts)
+
+
+def add_calibration(report, calibration):
+    rows = [
+        [domain, f"{rate:g}", number(threshold), "" if genuine is None else f"{100 * genuine:.1f} %"]
+        for domain, rate, threshold, genuine in choosing.calibration_rows(calibration, RATES)
+        if len(calibration[domain]["impostor"])
+    ]
+    if rows:
+        report.section(
+            "Calibration",
+            "Held-out source images against the others: at each threshold, the share of scores with other people's "
+            "images that reach it, and of those with their own. Generated images are further from the source than "
+            "these are.",
+        )
+        report.table(["source", "false-match rate", "threshold", "true-match rate"], rows)
+
+
+def add_identities(report, scores, choice, sources, summary):
+    counts = choosing.images_per_person(scores, choice.kept)
+    counts = counts[counts > 0]
+    theirs = np.concatenate([source.labels.bincount().numpy() for source in sources.values()])
+    top = int(max(counts.max(), theirs.max())) + 1
+    xs = np.unique(np.linspace(0, top, min(top + 1, 200)).round().astype(int)).tolist()
+    chart = line_chart(
+        [("kept", xs, choosing.share_below(counts, xs)), ("source", xs, choosing.share_below(theirs, xs))],
+        title="Images an identity",
+        x_label="X images",
+        y_label="identities with fewer",
+        percent=True,
+        y_range=(0, 1),
+    )
+    report.section("Identities", "The share of identities that have fewer than X images.")
+    report.charts([(chart, "Identities with no kept image are not counted.")])
+    spread = summary["distribution"]
+    rows = [
+        [str(x), f"{100 * a:.1f} %", f"{100 * b:.1f} %"]
+        for x, a, b in zip(spread["limits"], spread["kept"], spread["source"], strict=True)
+    ]
+    report.table(["X", "kept", "source"], rows)
+    report.table(["", *TABLE_COLUMNS], [["this set", *map(str, summary["row"])]], text_columns=1)

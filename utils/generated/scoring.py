@@ -1,0 +1,199 @@
+"""Scoring a large set piece by piece: every piece is written whole or not at all, so a killed run goes on after it."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+
+from utils.batches.transforms import resized, test_transform
+from utils.datasets.images import as_rgb, reason_of
+from utils.files import write_together
+from utils.generated import choosing
+from utils.generated import images as generated_images
+from utils.generated.images import SCORED
+from utils.generated.kept_set import write_scores
+from utils.worklist import differences
+
+PIECES, SCORES, FEATURES, SETTINGS = ".pieces", "scores.parquet", "features.npy", "scoring.json"
+CALIBRATION = "calibration.safetensors"
+
+
+def is_scored(folder, settings):
+    """Whether scores.parquet is that of these images and models; ValueError where it is another's."""
+    try:
+        before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = None
+    scored = is_table(folder / SCORES) and is_array(folder / FEATURES) and is_safetensors(folder / CALIBRATION)
+    begun = scored or any((folder / PIECES).glob("*.parquet")) or (folder / "models").is_dir()
+    if begun and not isinstance(before, dict):
+        raise ValueError(
+            f"{folder / SETTINGS}, which says what the scores there are of, is missing or damaged; give another "
+            "--output_dir"
+        )
+    if begun and before != settings:
+        changed = "; ".join(differences(before, settings))
+        raise ValueError(
+            f"{folder} holds scores of other models or images: {changed}. Give the same, or another --output_dir"
+        )
+    return scored
+
+
+def is_table(path):
+    """A file that was damaged since counts as none."""
+    try:
+        pq.read_metadata(path)
+    except (OSError, pa.ArrowException):
+        return False
+    return True
+
+
+def is_array(path):
+    try:
+        np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return True
+
+
+def is_safetensors(path):
+    try:
+        with safe_open(path, "np"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def score_pieces(folder, generated, score_piece, *, accelerator):
+    """scores.parquet and features.npy; `score_piece(table, readers)` gives the columns of `SCORED` and features.
+
+    Each process takes every n-th piece that is not there yet. All must see `folder`.
+    """
+    size = generated_images.PIECE
+    pieces = folder / PIECES
+    pieces.mkdir(parents=True, exist_ok=True)
+    starts = list(range(0, len(generated), size))
+    names = {start: pieces / f"{start:08d}" for start in starts}
+    missing = {start for start, name in names.items() if not (is_table(f"{name}.parquet") and is_array(f"{name}.npy"))}
+    # All have looked before one writes.
+    accelerator.wait_for_everyone()
+    mine = missing & set(starts[accelerator.process_index :: accelerator.num_processes])
+    bar = tqdm(
+        total=len(generated),
+        initial=sum(min(size, len(generated) - start) for start in starts if start not in mine),
+        desc="scoring",
+        unit="image",
+        disable=None if accelerator.is_main_process else True,
+    )
+    for start, table, readers in generated.pieces(mine):
+        if table is None:
+            continue
+        columns, features = score_piece(table, readers)
+        for name, kind in zip(SCORED.names, SCORED.types, strict=True):
+            table = table.append_column(name, pa.array(columns[name], kind))
+        with write_together(pieces) as aside:
+            # np.save would put an ending of its own behind the name for now.
+            with open(aside(f"{start:08d}.npy"), "wb") as file:
+                np.save(file, features)
+            pq.write_table(table, aside(f"{start:08d}.parquet"))
+        bar.update(len(table))
+    bar.close()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        gather_pieces(folder, list(names.values()), len(generated))
+        shutil.rmtree(pieces)
+    accelerator.wait_for_everyone()
+
+
+def gather_pieces(folder, names, size):
+    """The pieces become scores.parquet and features.npy, one piece in memory at a time; scores.parquet comes last."""
+    with write_together(folder) as aside:
+        width = np.load(f"{names[0]}.npy", mmap_mode="r").shape[1]
+        start = 0
+        with open(aside(FEATURES), "wb") as file:
+            header = {"descr": "<f2", "fortran_order": False, "shape": (size, width)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for name in names:
+                part = np.load(f"{name}.npy")
+                file.write(part.astype("<f2").tobytes())
+                start += len(part)
+        assert start == size
+        write_scores(aside(SCORES), (pq.read_table(f"{name}.parquet") for name in names))
+
+
+class View(NamedTuple):
+    """How a model wants its images: (height, width), resampling, mean and standard deviation of the channels."""
+
+    size: tuple
+    resample: str
+    mean: tuple
+    std: tuple
+
+    def transform(self):
+        return test_transform(self.size, self.mean, self.std, self.resample)
+
+    def scaled(self, images):
+        """(B, 3, height, width) between 0 and 1 -> the model's own scale, in place."""
+        mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (self.mean, self.std))
+        return images.sub_(mean).div_(std)
+
+    def normalised(self, pixels):
+        """Bytes (B, height, width, 3) -> (B, 3, height, width), as `transform` gives them."""
+        return self.scaled(pixels.permute(0, 3, 1, 2).contiguous().float().div_(255.0))
+
+
+def view_of(model):
+    return View(tuple(model.image_size), model.resample, model.image_mean, model.image_std)
+
+
+class Preparation:
+    """Reads an image, once for all models: row -> (row, {(size, resample): bytes} or None, its hash or a reason)."""
+
+    def __init__(self, readers, views):
+        self.readers = readers
+        self.shapes = {(view.size, view.resample) for view in views.values()}
+
+    def __call__(self, row):
+        try:
+            # decoders raise whatever the parser of their format stumbles over
+            image = as_rgb(open_image(self.readers[row]()))
+        except Exception as error:
+            return row, None, reason_of(error)
+        pixels = {shape: np.asarray(resized(image, *shape)) for shape in self.shapes}
+        return row, pixels, choosing.perceptual_hash(image)
+
+
+def open_image(held):
+    """The picture as readers of data sets see it: upright, where its notes say that it lies."""
+    image = Image.open(pa.BufferReader(held))
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def batch_of(rows, views, size, device):
+    """{name: images} of prepared rows, filled up with the last one to `size`: then any run rounds alike."""
+    rows = rows + rows[-1:] * (size - len(rows))
+    pixels = {shape: torch.from_numpy(np.stack([row[shape] for row in rows])).to(device) for shape in rows[0]}
+    # Models that see alike share one batch.
+    seen = {view: view.normalised(pixels[view.size, view.resample]) for view in set(views.values())}
+    return {name: seen[view] for name, view in views.items()}
+
+
+def batches_ahead(prepare, rows, *, batch_size, num_threads):
+    """Batches of prepared images; the threads work on the next while the models work on this one."""
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    with ThreadPoolExecutor(max(1, num_threads)) as pool:
+        waiting = [pool.submit(prepare, row) for row in batches[0]] if batches else []
+        for number in range(len(batches)):
+            following = batches[number + 1] if number + 1 < len(batches) else []
+            ready, waiting = waiting, [pool.submit(prepare, row) for row in following]
+            yield [one.result() for one in ready]

@@ -1,0 +1,182 @@
+"""Start and end of a script: the accelerator, what several processes share, and one line for an error."""
+
+import json
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DistributedType, LoggerType
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
+
+SCRIPTS = (
+    "adapt_reid.py", "evaluate.py", "filter_generated.py", "finetune_reid.py", "pretrain_backbone.py", "train_dcac.py",
+    "train_dreambooth_reid.py",
+)  # fmt: skip
+
+
+def check_folder(folder, script):
+    """ValueError where `folder` cannot be written, or holds what another of the scripts left.
+
+    Results must not write over each other. A script of one's own, copied from one of them, may go on where that was.
+    """
+    place = Path(folder)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"--output_dir {folder}: {place} is no folder that can be written to; give another")
+    try:
+        command = json.loads((Path(folder) / "args.json").read_text(encoding="utf-8"))["command"]
+        words = [word for word in command.split() if word.endswith(".py")] if isinstance(command, str) else command
+        owner = words[0]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if owner in SCRIPTS and owner != script:
+        raise ValueError(f"{folder} holds what {owner} left; give another --output_dir")
+
+
+def end_with(main, args, script, *, lean="lower --train_batch_size, or add --gradient_checkpointing"):
+    """main(args) and exit, with what a user can do something about said in one line; `lean` is for a full card."""
+    try:
+        check_folder(args.output_dir, script)
+        code = main(args)
+    except ValueError as error:
+        message = str(error)
+    except (OSError, SafetensorError) as error:
+        message = f"{error}; checkpoints and results in {args.output_dir} are as they were before"
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        message = f"{error}; {lean}"
+    else:
+        # What else a main returns is for those who call it.
+        sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(f"{script}: {' '.join(message.split())}")
+
+
+def use_all_cores(num_processes):
+    """`accelerate launch` gives a process on the CPU one thread, unless told otherwise: then it gets its share."""
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if by_accelerate and num_processes == 1:
+        torch.set_num_threads(os.cpu_count())
+
+
+# What a shell reports for a process that SIGTERM ended.
+EXIT_SIGTERM = 128 + signal.SIGTERM
+
+
+def start_accelerator(args, *, find_unused_parameters=False, max_zero_stage=2):
+    """The Accelerator of a training script: one process, DDP, or DeepSpeed; ZeRO-3 needs `whole_weights` there."""
+    # Into a file or a pipe, lines would wait for the buffer to fill: hours of a training.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)
+    # Without `cpu`, accelerate takes several processes of torchrun on a machine without a GPU for single ones.
+    cpu = not torch.accelerator.is_available()
+    if cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        # With `cpu`, accelerate leaves DeepSpeed out: its processes are joined first, and then it is not told.
+        PartialState(cpu=True)
+        os.environ["ACCELERATE_USE_CPU"] = "false"
+        cpu = False
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=args.mixed_precision,
+        log_with=check_trackers(args.report_to) or None,
+        project_dir=args.output_dir,
+        # Buffers are computed from the whole batch and equal everywhere.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=find_unused_parameters)
+        ],
+    )
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin.zero_stage > max_zero_stage:
+            raise ValueError(
+                f"ZeRO-{plugin.zero_stage} splits weights that evaluation needs whole; use ZeRO-{max_zero_stage}"
+            )
+        if accelerator.mixed_precision == "fp16":
+            raise ValueError("DeepSpeed in fp16 would cast all weights and buffers; use --mixed_precision bf16 or no")
+        if accelerator.mixed_precision == "bf16":
+            # So would its bf16; with this, `accelerator.autocast` computes in bf16 as it does without DeepSpeed.
+            plugin.deepspeed_config["bf16"] = {"enabled": False}
+            accelerator.native_amp = True
+            torch.set_autocast_dtype(accelerator.device.type, torch.bfloat16)
+        if plugin.zero_stage == 3:
+            # Else transformers splits weights as it loads them, before they are put together into our model.
+            from transformers.integrations import unset_hf_deepspeed_config
+
+            unset_hf_deepspeed_config()
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        plugin.deepspeed_config["gradient_accumulation_steps"] = 1
+        # Offloaded, our optimiser runs too; DeepSpeed's own would have to be compiled first.
+        plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+        if args.max_grad_norm:
+            plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm
+    elif kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(f"distributed training by {kind.value} is not known here; use DDP or DeepSpeed")
+    if getattr(args, "use_8bit_adam", False):
+        bitsandbytes_module()
+    if args.push_to_hub:
+        try:
+            HfApi().whoami()
+        except Exception as error:
+            raise ValueError(f"--push_to_hub needs a login that works: {error}; run `hf auth login`") from None
+    if accelerator.device.type == "cpu":
+        use_all_cores(accelerator.num_processes)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+@contextmanager
+def whole_weights(model, accelerator):
+    """Under ZeRO-3 every process holds a part of each weight; while this lasts, all hold all of them."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED or model.zero_optimization_stage() < 3:
+        yield
+        return
+    from deepspeed.runtime.zero import unwrap_model_for_generation
+
+    with unwrap_model_for_generation(model):
+        yield
+
+
+def global_batch_size(args, accelerator):
+    """Images of one step: of all passes and processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+
+
+def gather_with_gradient(tensor):
+    """The whole batch from each process's share, in order; accelerate's `gather` would stop the gradient."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return tensor
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(tensor.contiguous()))
+
+
+def check_trackers(names):
+    """The list for `Accelerator(log_with=...)`; ValueError for one that is unknown or not installed."""
+    names = [name for name in names or () if name != "none"]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(f"--report_to {name} is unknown; known: none, {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+        if LoggerType(name) not in get_available_trackers():
+            raise ValueError(f"--report_to {name} needs a package that is not installed: pip install {name}")
+    return names
+
+
+def bitsandbytes_module():
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError(f"--use_8bit_adam needs bitsandbytes ({error}); pip install bitsandbytes") from None
+    return bitsandbytes
+
+
+def tracked(args):
+    """The arguments as trackers take them: plain values."""
+    return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in vars(args).items()}

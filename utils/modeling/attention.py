@@ -1,0 +1,55 @@
+"""Where a CLIP encoder looks: its attention, and the rollout over all blocks."""
+
+import torch
+
+from utils.modeling.backbones import ClipBackbone
+
+
+@torch.no_grad()
+def attention_maps(model, images):
+    """Where the model looks: (B, h, w) float32 on the grid of its last map, each image's largest value 1.
+
+    CLIP: attention rollout from the class token (attention averaged over heads, half identity for the skip
+    connection, multiplied over the layers). Others: what each place adds to the length of the test feature, which is
+    Grad-CAM of that length in closed form, since mean pooling and BatchNorm are linear; with another head than
+    BNNeck, the length of the map at each place.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        if isinstance(model.backbone, ClipBackbone):
+            heat = attention_rollout(model.backbone, images)
+        else:
+            feature_map = model.backbone.feature_map(images).float()
+            if model.head is None:
+                neck = model.bnneck
+                bn_features = neck(feature_map.mean(dim=(2, 3)))
+                slope = neck.weight * torch.rsqrt(neck.running_var + neck.eps)
+                heat = torch.einsum("bc,bchw->bhw", bn_features * slope, feature_map).clamp(min=0)
+            else:
+                heat = feature_map.norm(dim=1)
+    finally:
+        model.train(was_training)
+    return heat / heat.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+
+
+def attention_rollout(backbone, images):
+    layers = backbone.tower.encoder.layers
+    weights = []
+    hooks = [layer.self_attn.register_forward_hook(lambda *call: weights.append(call[2][1])) for layer in layers]
+    usual = backbone.config._attn_implementation
+    try:
+        # Only the eager implementation gives its weights away.
+        backbone.set_attention("eager")
+        backbone.tokens(images)
+    finally:
+        backbone.set_attention(usual)
+        for hook in hooks:
+            hook.remove()
+    rollout = None
+    for weight in weights:
+        # [B, heads, T, T] -> [B, T, T], rows sum to 1
+        mixed = 0.5 * weight.float().mean(dim=1)
+        mixed = mixed + 0.5 * torch.eye(mixed.shape[-1], device=mixed.device)
+        rollout = mixed if rollout is None else mixed @ rollout
+    return rollout[:, 0, 1:].unflatten(1, backbone.grid)

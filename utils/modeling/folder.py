@@ -1,0 +1,213 @@
+"""A saved Re-ID model on disk: four files that change together, whatever moment a process is killed at.
+
+And a plain backbone beside its image processor.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig
+
+from utils.files import portable, to_json
+from utils.flags import shown
+from utils.reporting.cards import model_card
+
+MODEL_TYPE = "diffreid"
+FILES = ("config.json", "preprocessor_config.json", "README.md", "model.safetensors")
+# A complete new save that has not been moved into place yet.
+COMMITTED = ".saved"
+# What of a run's arguments tells nothing of the model.
+NOT_ON_CARD = (
+    "cache_dir", "data_root", "demo", "hub_model_id", "origin", "output_dir", "push_to_hub", "report_to",
+    "resume_from_checkpoint",
+)  # fmt: skip
+
+
+def write_model_folder(folder, config, preprocessor, tensors, card):
+    """All files are written aside; one rename makes them the ones that are read; then they take their places."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"cannot save a model in {str(folder)!r}: it is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    move_into_place(folder)
+    for unfinished in folder.glob(".saving-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (aside / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
+    (aside / "README.md").write_text(card, encoding="utf-8")
+    save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+    for name in FILES:
+        with open(aside / name, "rb") as file:
+            os.fsync(file.fileno())
+    aside.rename(folder / COMMITTED)
+    move_into_place(folder)
+
+
+def move_into_place(folder):
+    committed = folder / COMMITTED
+    if committed.is_dir():
+        for name in FILES:
+            if (committed / name).exists():
+                os.replace(committed / name, folder / name)
+        committed.rmdir()
+
+
+def read_model_folder(name_or_path, *, revision=None, token=None):
+    """(configuration, preprocessor, tensors) of a saved Re-ID model: a folder or a Hub id."""
+    name = str(name_or_path)
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(FILES)))
+        except Exception as error:
+            # The Hub client raises classes of its own, and of the HTTP library under it.
+            raise ValueError(
+                f"no Re-ID model at {name!r}, neither a local folder nor a readable Hub id: {error}"
+            ) from error
+
+    def current(file_name):
+        committed = folder / COMMITTED / file_name
+        return committed if committed.exists() else folder / file_name
+
+    if not current("config.json").is_file():
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise ValueError(f"{name!r} is not a Re-ID model: it has no config.json (found: {found})")
+    config = read_json(current("config.json"))
+    kind = config.get("model_type")
+    if kind != MODEL_TYPE:
+        raise ValueError(
+            f"{name!r} is not a Re-ID model: the model_type in its config.json is {kind!r}. "
+            "If this is a plain backbone folder, use ReIDModel.from_backbone"
+        )
+    preprocessor = read_json(current("preprocessor_config.json"))
+    weights = current("model.safetensors")
+    try:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"cannot read {str(weights)!r}: {error}. Only whole safetensors files are read: save or download the "
+            "model again"
+        ) from error
+    return config, preprocessor, tensors
+
+
+def read_json(path):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {str(path)!r}: {error}. Save or download the model again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def check_fit(wanted, found, name):
+    """ValueError naming the tensors where weights and configuration do not belong together."""
+    wrong = [f"{key} is missing" for key in wanted if key not in found]
+    wrong += [f"{key} is not part of the model" for key in found if key not in wanted]
+    wrong += [
+        f"{key} is {tuple(found[key].shape)} in the file and {tuple(tensor.shape)} in the model"
+        for key, tensor in wanted.items()
+        if key in found and found[key].shape != tensor.shape
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"the weights in {str(name)!r} do not fit its config.json: {'; '.join(wrong[:5])}{more}")
+
+
+def card_text(model):
+    """What a model is and how it is used, in Markdown: the text of its card."""
+    (height, width), kind = model.image_size, model.backbone.config.model_type
+    head = "BNNeck" if model.method == "bot" else f"the head of {model.method.upper()}"
+    return f"""A {kind} backbone with {head}. An image of {height} x {width} (height x width) becomes
+{model.num_features} numbers of unit length; the larger the dot product of two, the likelier they show the same person.
+
+```python
+from PIL import Image
+
+from utils.batches import test_transform
+from utils.modeling import ReIDModel
+
+model = ReIDModel.from_pretrained("this folder or repository")
+prepare = test_transform(model.image_size, model.image_mean, model.image_std, model.resample)
+features = model(prepare(Image.open("person.jpg"))[None])
+```
+
+Images are RGB in 0..1, resized ({model.resample}), then normalised with mean {list(model.image_mean)} and
+standard deviation {list(model.image_std)}. The classifier tells {model.num_ids} training identities apart; retrieval
+does not need it.
+
+It is meant for retrieval among images whose subjects consented or where the law gives a clear right, not for covert or
+mass surveillance."""
+
+
+def plain_card(model):
+    """The card of a model of which no more is known than itself."""
+    return model_card(
+        "Person re-identification encoder",
+        text=card_text(model),
+        library_name="diffreid",
+        pipeline_tag="image-feature-extraction",
+        tags=["person-re-identification"],
+    )
+
+
+def training_card(title, text, script, args, *, metrics, details, library_name="diffreid"):
+    """The card of a model that `script` trained: `text`, command, numbers, settings, and no path of this disk."""
+    settings = {name: portable(value) for name, value in vars(args).items() if name not in NOT_ON_CARD}
+    settings = {name: value for name, value in settings.items() if value is not None and value is not False}
+    return model_card(
+        title,
+        text=text,
+        command=shlex.join(["accelerate", "launch", script, *(str(portable(word)) for word in sys.argv[1:])]),
+        metrics={portable(spec): values for spec, values in metrics.items()},
+        details=details | {name: shown(value) for name, value in settings.items()},
+        library_name=library_name,
+        pipeline_tag="image-feature-extraction",
+        tags=["person-re-identification"],
+    )
+
+
+def model_kind(name):
+    """`file`, `reid` or `backbone`, found out before anything is loaded."""
+    path = Path(name)
+    if path.is_file():
+        return "file"
+    if not path.exists() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise ValueError(f"{name} does not exist; give a model folder, a .pth file or a Hub id such as user/name")
+    if path.is_dir() and not (path / "config.json").is_file():
+        found = ", ".join(sorted(one.name for one in path.iterdir())[:5]) or "nothing"
+        raise ValueError(f"{name} is no model folder: it has no config.json (found: {found})")
+    try:
+        # One question to the Hub or its cache: without network, transformers would try for half a minute.
+        folder = path if path.is_dir() else snapshot_download(name, allow_patterns=["config.json"])
+        config = PreTrainedConfig.get_config_dict(folder)[0]
+    # The Hub's client raises classes of its own, and of the HTTP library under it.
+    except Exception as error:
+        raise ValueError(f"no model at {name}, neither a local folder nor a readable Hub id: {error}") from None
+    return "reid" if config.get("model_type") == MODEL_TYPE else "backbone"
+
+
+def write_backbone_folder(backbone, folder, preprocessor, card):
+    """A plain `transformers` folder with its image processor and card, written aside; an older one goes last."""
+    folder = Path(folder)
+    aside, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    for left in (aside, old):
+        shutil.rmtree(left, ignore_errors=True)
+    backbone.save_pretrained(aside)
+    (aside / "preprocessor_config.json").write_text(to_json(preprocessor))
+    (aside / "README.md").write_text(card, encoding="utf-8")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,111 @@
+"""Backbones by a short name, beside folders and Hub ids: with published weights, or from their configuration alone."""
+
+from typing import NamedTuple
+
+import torch
+from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig, ResNetConfig, SwinConfig
+
+from utils.modeling.backbones import ClipBackbone, backbone_from_config, load_backbone, read_config
+from utils.modeling.folder import model_kind, read_model_folder
+from utils.modeling.reid_model import ReIDModel
+
+
+class Named(NamedTuple):
+    """Where published weights are, None where there are none, and the configuration without them."""
+
+    hub_id: str | None
+    config_class: type
+    options: dict
+
+
+def swin(size, width, depths, heads):
+    options = {"image_size": 224, "embed_dim": width, "depths": depths, "num_heads": heads}
+    return Named(f"microsoft/swin-{size}-patch4-window7-224", SwinConfig, options)
+
+
+NAMED = {
+    # A ResNet for drawn people on a CPU.
+    "resnet-small": Named(
+        None,
+        ResNetConfig,
+        {"embedding_size": 24, "hidden_sizes": [24, 48, 96, 192], "depths": [1, 1, 1, 1], "layer_type": "basic"},
+    ),
+    "resnet50": Named("microsoft/resnet-50", ResNetConfig, {}),
+    "swin-t": swin("tiny", 96, [2, 2, 6, 2], [3, 6, 12, 24]),
+    "swin-s": swin("small", 96, [2, 2, 18, 2], [3, 6, 12, 24]),
+    "swin-b": swin("base", 128, [2, 2, 18, 2], [4, 8, 16, 32]),
+    "clip-b16": Named("openai/clip-vit-base-patch16", CLIPVisionConfig, {"patch_size": 16, "projection_dim": 512}),
+}
+HUB = {"revision": "main", "token": None}
+
+
+def named_config(name):
+    """A fresh configuration of a short name."""
+    return NAMED[name].config_class(**NAMED[name].options)
+
+
+def configuration(name):
+    """Of a short name, a folder or a Hub id, whether of a backbone or of a Re-ID model."""
+    if name in NAMED:
+        return named_config(name)
+    if model_kind(name) == "reid":
+        return AutoConfig.for_model(**read_model_folder(name)[0]["backbone"])
+    return read_config(name, **HUB)
+
+
+def check_backbone(name, from_scratch):
+    """ValueError for what `open_backbone` cannot open, from names and configurations alone."""
+    if name in NAMED:
+        if not from_scratch and NAMED[name].hub_id is None:
+            raise ValueError(f"--backbone {name} has no published weights; add --from_scratch")
+        return
+    known = ", ".join(NAMED)
+    try:
+        kind = model_kind(name)
+    except ValueError as error:
+        raise ValueError(f"--backbone {name}: {error}; the short names are {known}") from None
+    if kind == "file":
+        raise ValueError(f"--backbone {name} is a file; give a folder, a Hub id or one of {known}")
+    if kind == "backbone":
+        read_config(name, **HUB)
+    elif not from_scratch and (what := not_plain(PreTrainedConfig.get_config_dict(name)[0])):
+        raise ValueError(
+            f"--backbone {name}: its {what}, which a plain backbone folder cannot hold; start from a backbone or from "
+            "a model of bot or bdb"
+        )
+
+
+def not_plain(config):
+    """What of a Re-ID model's backbone `transformers` does not know, in words; None where it is the plain one."""
+    if config.get("norms"):
+        return "norms are mixtures of batch and instance norm"
+    if config["backbone"]["model_type"] == "resnet" and config.get("method", "bot") in ("agw", "sbs"):
+        return f"ResNet has the non-local blocks of {config['method']}"
+    if config["backbone"]["model_type"] == "resnet" and config.get("method") == "mgn":
+        return "ResNet has the stride of mgn's global branch"
+    return None
+
+
+def open_backbone(name, image_size, from_scratch=False):
+    """The backbone of a short name, a folder or a Hub id; of a saved Re-ID model, its backbone.
+
+    `from_scratch` takes the configuration only, and draws the weights from torch's generator.
+    """
+    check_backbone(name, from_scratch)
+    if from_scratch:
+        backbone = backbone_from_config(configuration(name), image_size)
+        if isinstance(backbone, ClipBackbone):
+            # Published patches are good as they are; drawn ones have to be learned.
+            backbone.tower.embeddings.patch_embedding.requires_grad_(True)
+        return backbone
+    if name in NAMED:
+        return load_backbone(NAMED[name].hub_id, image_size)
+    if model_kind(name) == "reid":
+        backbone = ReIDModel.from_pretrained(name, num_ids=0, dtype=torch.float32).backbone
+        if tuple(backbone.image_size) != tuple(image_size):
+            raise ValueError(
+                f"{name} takes images of {' x '.join(map(str, backbone.image_size))}, not of "
+                f"{' x '.join(map(str, image_size))}; set --resolution to the same"
+            )
+        return backbone
+    return load_backbone(name, image_size)

@@ -1,0 +1,144 @@
+"""Batch normalisation beyond torch's: over all processes, by domain, and mixed with instance norms."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class GlobalBatchNorm(nn.BatchNorm2d):
+    """What `torch.nn.SyncBatchNorm` does on a GPU, on any device: (B, C) or (B, C, H, W)."""
+
+    def _check_input_dim(self, images):
+        """Any shape will do."""
+
+    def forward(self, images):
+        if not self.training:
+            return super().forward(images)
+        others = tuple(dim for dim in range(images.ndim) if dim != 1)
+        shape = [-1 if dim == 1 else 1 for dim in range(images.ndim)]
+        # Not at the head: torch warns on machines without distributed.
+        from torch.distributed.nn.functional import all_reduce
+
+        processes, values = torch.distributed.get_world_size(), images.float()
+        mean = all_reduce(values.mean(dim=others)) / processes
+        centred = values - mean.view(shape)
+        variance = all_reduce(centred.square().mean(dim=others)) / processes
+        with torch.no_grad():
+            # None while activations are computed a second time.
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked += 1
+            count = processes * values.numel() / values.shape[1]
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        output = centred * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            output = output * self.weight.view(shape) + self.bias.view(shape)
+        return output.to(images.dtype)
+
+
+def share_batch_statistics(model, device):
+    """Every BatchNorm1d and 2d of a model over all processes; with one process the model stays as it is."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return model
+    if torch.device(device).type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            module.__class__ = GlobalBatchNorm
+    return model
+
+
+TARGET = 1
+
+
+class DomainNorm(nn.Module):
+    """Copies of a BatchNorm, one a domain."""
+
+    def __init__(self, norm, num_domains):
+        super().__init__()
+        self.norms = nn.ModuleList(copy.deepcopy(norm) for _ in range(num_domains))
+
+    @property
+    def weight(self):
+        return self.norms[TARGET].weight
+
+    def forward(self, features):
+        if not self.training:
+            return self.norms[TARGET](features)
+        parts = features.chunk(len(self.norms))
+        if len(parts) != len(self.norms) or len(parts[0]) != len(parts[-1]):
+            raise ValueError(f"a batch of {len(features)} has no {len(self.norms)} equal parts, one a domain")
+        return torch.cat([norm(part) for norm, part in zip(self.norms, parts, strict=True)])
+
+
+def split_norms(model, num_domains):
+    """In place, for every BatchNorm; `num_domains` is a number, or a function of the module's name."""
+    for name, owner, attribute, norm in list(places(model, nn.modules.batchnorm._BatchNorm)):
+        count = num_domains(name) if callable(num_domains) else num_domains
+        setattr(owner, attribute, DomainNorm(norm, count))
+
+
+def join_norms(model):
+    """In place: every DomainNorm becomes the target's BatchNorm."""
+    for _, owner, attribute, norm in list(places(model, DomainNorm)):
+        setattr(owner, attribute, norm.norms[TARGET])
+
+
+def places(model, kind):
+    """(name, owner, attribute, module) of the modules of a kind, not looking into those."""
+    for name, owner in model.named_modules():
+        if isinstance(owner, DomainNorm):
+            continue
+        for attribute, module in owner.named_children():
+            if isinstance(module, kind):
+                yield f"{name}.{attribute}".lstrip("."), owner, attribute, module
+
+
+class BatchInstanceNorm(nn.Module):
+    """Both norms of a map, each with weights of its own, mixed by `rho`: 1 is all batch, where it starts.
+
+    `rho` is a buffer: no optimiser knows it.
+    """
+
+    def __init__(self, norm):
+        super().__init__()
+        self.batch = norm
+        self.instance = nn.InstanceNorm2d(norm.num_features, eps=norm.eps, affine=True)
+        self.instance.load_state_dict({name: getattr(norm, name).detach().clone() for name in ("weight", "bias")})
+        self.register_buffer("rho", torch.ones(norm.num_features))
+        # In a meta-step the running averages stay as they are.
+        self.held = False
+
+    def forward(self, maps):
+        norm, rho = self.batch, self.rho.to(maps.dtype).view(-1, 1, 1)
+        if self.held:
+            by_batch = F.batch_norm(maps, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+        else:
+            by_batch = norm(maps)
+        return rho * by_batch + (1 - rho) * self.instance(maps)
+
+
+def add_batch_instance_norms(backbone):
+    """In place, for every BatchNorm2d; one that has been replaced stays."""
+    for owner in list(backbone.modules()):
+        if not isinstance(owner, BatchInstanceNorm):
+            for name, norm in list(owner.named_children()):
+                if isinstance(norm, nn.BatchNorm2d):
+                    setattr(owner, name, BatchInstanceNorm(norm).to(norm.weight.device))
+    if not has_batch_instance_norms(backbone):
+        raise ValueError(
+            f"a {backbone.config.model_type} has no BatchNorm whose place batch-instance norms could take"
+        )
+
+
+def has_batch_instance_norms(backbone):
+    return any(isinstance(module, BatchInstanceNorm) for module in backbone.modules())
+
+
+def balances(backbone):
+    """{name: rho} of every batch-instance norm."""
+    return {
+        f"{name}.rho": module.rho for name, module in backbone.named_modules() if isinstance(module, BatchInstanceNorm)
+    }

@@ -1,0 +1,248 @@
+"""The Re-ID model: backbone, BNNeck, classifier; how it is saved, loaded and shared.
+
+model = ReIDModel.from_backbone("openai/clip-vit-base-patch16", num_ids=751)
+features, bn_features, logits = model.train()(images)
+unit_features = model.eval()(images)                   # (B, D) float32, cosine similarity is the dot product
+model.save_pretrained("out/model")
+model = ReIDModel.from_pretrained("out/model")         # a folder or a Hub id
+"""
+
+import tempfile
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import HfApi
+from torch import nn
+from transformers import AutoConfig
+
+from utils.modeling.backbones import ClipBackbone, backbone_from_config, load_backbone
+from utils.modeling.folder import MODEL_TYPE, check_fit, model_kind, plain_card, read_model_folder, write_model_folder
+from utils.modeling.heads import BNNeck, HeadOutput, build_head
+from utils.modeling.importers.dcac import read_dcac_checkpoint
+from utils.modeling.norms import add_batch_instance_norms, has_batch_instance_norms
+
+RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
+IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+HALVES = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+BATCH_INSTANCE = "batch-instance"
+
+
+class ReIDOutput(NamedTuple):
+    """What training sees: features before BatchNorm (B, D), after it (B, D), and logits (B, num_ids) or None."""
+
+    features: torch.Tensor
+    bn_features: torch.Tensor
+    logits: torch.Tensor | None
+
+
+class ReIDModel(nn.Module):
+    """`model(images)`: a ReIDOutput in training mode, unit-length test features (B, D) float32 in eval mode.
+
+    `method` is what follows the backbone: `bot`, BNNeck and a classifier, or a head of `utils.modeling.heads`; then
+    training gives a HeadOutput. `image_size` (height, width), `image_mean`, `image_std` and `resample` say how its
+    images are to be prepared.
+    """
+
+    def __init__(self, backbone, num_ids=0, *, image_mean=None, image_std=None, resample="bilinear", method="bot"):
+        super().__init__()
+        usual = HALVES if isinstance(backbone, ClipBackbone) else IMAGENET
+        self.backbone = backbone
+        self.image_size = backbone.image_size
+        self.image_mean = tuple(map(float, image_mean or usual["image_mean"]))
+        self.image_std = tuple(map(float, image_std or usual["image_std"]))
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
+            raise ValueError(
+                f"image_mean and image_std need three values, the second positive, got {image_mean} and {image_std}"
+            )
+        if resample not in RESAMPLE:
+            raise ValueError(f"resample must be one of {', '.join(RESAMPLE)}, got {resample!r}")
+        self.resample = resample
+        self.method = method
+        self.head = build_head(method, backbone)
+        self.num_features = backbone.num_features if self.head is None else self.head.num_features
+        self.bnneck = BNNeck(self.num_features) if self.head is None else None
+        self.reset_classifier(num_ids)
+
+    def reset_classifier(self, num_ids):
+        """A new classifier for `num_ids` identities; 0 or None for none."""
+        self.num_ids = int(num_ids or 0)
+        if self.num_ids < 0:
+            raise ValueError(f"num_ids must be 0 or more, got {num_ids}")
+        self.classifier = None
+        if self.head is not None:
+            self.head.reset_classifiers(self.num_ids)
+        elif self.num_ids:
+            self.classifier = nn.Linear(self.num_features, self.num_ids, bias=False)
+            self.classifier.to(self.bnneck.weight.device)
+            nn.init.normal_(self.classifier.weight, std=0.001)
+
+    def forward(self, images):
+        if not images.is_floating_point():
+            raise ValueError(f"images must be normalised floats (see image_mean, image_std), got {images.dtype}")
+        pooled = self.pool(images)
+        if self.training:
+            return ReIDOutput(pooled, *self.neck(pooled)) if self.head is None else self.head(pooled)
+        features = self.bnneck(pooled) if self.head is None else self.head(pooled).features
+        return F.normalize(features.float(), dim=1)
+
+    def pool(self, images, rng=None):
+        """Features of each image by itself: (B, C), or (B, groups, C) of a head. `rng` is for what a head draws."""
+        return self.backbone(images) if self.head is None else self.head.pool(self.backbone, images, rng)
+
+    def outputs(self, pooled):
+        """What losses of any method look at: `pool`'s features of the whole batch -> HeadOutput."""
+        if self.head is not None:
+            return self.head(pooled)
+        bn_features, logits = self.neck(pooled)
+        return HeadOutput([pooled], [] if logits is None else [logits], bn_features)
+
+    def neck(self, features):
+        """Features after BatchNorm, and logits. Apart, so that several processes can gather `features` before it."""
+        if self.head is not None:
+            raise ValueError(f"a model of method {self.method} has a head instead of a BNNeck; train it with its own")
+        bn_features = self.bnneck(features)
+        if self.classifier is None:
+            return bn_features, None
+        return bn_features, self.classifier(bn_features.to(self.classifier.weight.dtype))
+
+    def enable_gradient_checkpointing(self):
+        """Recompute the backbone's activations in the backward pass: less memory, about a third more time."""
+        self.backbone.enable_gradient_checkpointing()
+
+    @classmethod
+    def from_backbone(
+        cls,
+        name_or_path,
+        *,
+        num_ids=0,
+        image_size=(256, 128),
+        image_mean=None,
+        image_std=None,
+        resample="bilinear",
+        method="bot",
+        attn_implementation=None,
+        revision=None,
+        token=None,
+    ):
+        """Start from a plain CLIP, ResNet or Swin, in eval mode: a `transformers` folder or a Hub id."""
+        backbone = load_backbone(
+            name_or_path, image_size, attn_implementation=attn_implementation, revision=revision, token=token
+        )
+        options = {"image_mean": image_mean, "image_std": image_std, "resample": resample, "method": method}
+        return cls(backbone, num_ids, **options).eval()
+
+    @classmethod
+    def for_training(cls, name_or_path, *, num_ids, image_size, resample="bilinear", method="bot"):
+        """With a new classifier, from a plain backbone, a saved Re-ID model, or a checkpoint of DCAC's authors."""
+        kind = model_kind(name_or_path)
+        if kind == "backbone":
+            return cls.from_backbone(
+                name_or_path, num_ids=num_ids, image_size=image_size, resample=resample, method=method
+            )
+        if kind == "file":
+            model = cls.from_dcac_checkpoint(name_or_path, image_size)
+        else:
+            model = cls.from_pretrained(name_or_path, num_ids=0, dtype=torch.float32)
+        if tuple(model.image_size) != tuple(image_size):
+            raise ValueError(
+                f"{name_or_path} takes images of {' x '.join(map(str, model.image_size))}, not of "
+                f"{' x '.join(map(str, image_size))}; set --resolution to the same"
+            )
+        if model.method not in ("bot", method):
+            raise ValueError(f"{name_or_path} is a model of method {model.method}, it cannot start one of {method}")
+        if model.method != method:
+            known = {"image_mean": model.image_mean, "image_std": model.image_std}
+            model = cls(model.backbone, method=method, **known).eval()
+        model.resample = resample
+        model.reset_classifier(num_ids)
+        return model
+
+    @classmethod
+    def from_dcac_checkpoint(cls, path, image_size=None):
+        """Open a checkpoint released by DCAC's authors, in eval mode."""
+        config, image_size, num_ids, state = read_dcac_checkpoint(path, image_size)
+        model = cls(backbone_from_config(config, image_size), num_ids)
+        model.load_state_dict(state)
+        return model.eval()
+
+    def save_pretrained(self, folder, *, card=None):
+        """Write config.json, preprocessor_config.json, README.md (`card`, or a short one) and model.safetensors.
+
+        A model already in `folder` stays whole until the new one is complete.
+        """
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_model_folder(folder, self.configuration(), self.preprocessing(), tensors, card or plain_card(self))
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path, *, num_ids=None, dtype=None, attn_implementation=None, revision=None, token=None
+    ):
+        """Open a saved Re-ID model, in eval mode: a folder or a Hub id.
+
+        num_ids: None keeps the classifier as saved, 0 drops it, another number than the saved one draws a new one.
+        dtype: None keeps the precision of the file.
+        """
+        config, preprocessor, state = read_model_folder(name_or_path, revision=revision, token=token)
+        try:
+            size = preprocessor["size"]["height"], preprocessor["size"]["width"]
+            if list(size) != config["image_size"]:
+                raise ValueError(
+                    f"image_size {config['image_size']} in config.json, {size} in preprocessor_config.json"
+                )
+            backbone = backbone_from_config(AutoConfig.for_model(**config["backbone"]), size)
+            if config.get("norms") == BATCH_INSTANCE:
+                add_batch_instance_norms(backbone)
+            model = cls(
+                backbone,
+                config["num_ids"],
+                image_mean=preprocessor["image_mean"],
+                image_std=preprocessor["image_std"],
+                resample={number: name for name, number in RESAMPLE.items()}[preprocessor["resample"]],
+                method=config.get("method", "bot"),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the configuration in {str(name_or_path)!r} is not valid: {error!r}") from error
+        check_fit(model.state_dict(), state, name_or_path)
+        model.load_state_dict(state, assign=True)
+        if attn_implementation is not None:
+            backbone.set_attention(attn_implementation)
+        if num_ids is not None and num_ids != model.num_ids:
+            model.reset_classifier(num_ids)
+        return model.to(dtype=dtype).eval()
+
+    def push_to_hub(self, repo_id, *, card=None, private=None, token=None, commit_message="Upload a Re-ID model"):
+        """Upload what save_pretrained writes; returns the commit's address. The repository is made where absent."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, card=card)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+
+    def configuration(self):
+        backbone = self.backbone.config.to_diff_dict()
+        for key in ("_name_or_path", "architectures", "dtype", "transformers_version"):
+            backbone.pop(key, None)
+        return {
+            "model_type": MODEL_TYPE,
+            "architectures": ["ReIDModel"],
+            "backbone": backbone,
+            "num_ids": self.num_ids,
+            "image_size": list(self.image_size),
+            **({} if self.head is None else {"method": self.method}),
+            **({"norms": BATCH_INSTANCE} if has_batch_instance_norms(self.backbone) else {}),
+        }
+
+    def preprocessing(self):
+        """In the words of transformers' image processors, so that AutoImageProcessor reads it too."""
+        return {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True,
+            "size": {"height": self.image_size[0], "width": self.image_size[1]},
+            "resample": RESAMPLE[self.resample],
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+        }

@@ -1,0 +1,110 @@
+"""Reports: one HTML file of sections, tables, charts and pictures.
+
+    report = Report("Evaluation", facts=[("Model", "model/"), ("Data", "market1501")])
+    report.section("Ranking", "How often the right person comes first.")
+    report.tiles([("mAP", "81.2 %", "mean over 3,368 queries")])
+    report.charts([(line_chart([("CMC", ranks, cmc)], title="CMC", x_label="rank", y_label="share"), "Caption.")])
+    report.write("output/report.html")
+
+A page is one HTML file without scripts or outside references: pictures are data URIs, charts inline SVG, and all
+text is escaped by jinja2. It follows the reader's light or dark setting and fits a phone.
+"""
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+
+from utils.reporting.templating import TEMPLATES, environment
+
+
+def percent(value):
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def text_table(columns, rows):
+    """Aligned lines for a terminal; two columns of text, then numbers."""
+    widths = [max(len(str(row[place])) for row in [columns, *rows]) for place in range(len(columns))]
+    lines = []
+    for row in [columns, ["-" * width for width in widths], *rows]:
+        cells = [
+            str(cell).ljust(width) if place < 2 else str(cell).rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def data_uri(image, height=160, width=None):
+    """A PIL image as a JPEG data URI, at most `height` pixels tall and `width`, or twice the height, wide."""
+    image = image.convert("RGB")
+    image.thumbnail((width or 2 * height, height))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=82, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@dataclass
+class Tile:
+    """One picture of a ranked list. `match` is True, False, or None where nobody knows."""
+
+    uri: str | None
+    name: str
+    note: str = ""
+    match: bool | None = None
+
+
+class Report:
+    """A page put together block by block, from top to bottom."""
+
+    def __init__(self, title, *, subtitle="", facts=()):
+        self.title, self.subtitle, self.facts, self.blocks = title, subtitle, list(facts), []
+
+    def section(self, title, text=""):
+        self._add("section", title=title, text=text, anchor=f"s{len(self.blocks)}")
+
+    def text(self, text):
+        self._add("text", text=text)
+
+    def tiles(self, tiles):
+        """Headline numbers: a list of (label, value, note)."""
+        self._add("tiles", tiles=tiles)
+
+    def charts(self, charts):
+        """Charts side by side where there is room: a list of (svg from utils.charts, caption)."""
+        self._add("charts", charts=charts)
+
+    def table(self, columns, rows, *, caption="", text_columns=1, shades=None):
+        """A table whose first `text_columns` columns are text, the others numbers, each with a shade 0..1 or None."""
+        self._add("table", columns=columns, rows=rows, caption=caption, text_columns=text_columns, shades=shades)
+
+    def pictures(self, tiles, *, caption=""):
+        """A grid of `Tile`."""
+        self._add("pictures", tiles=tiles, caption=caption)
+
+    def sheets(self, sheets):
+        """Large pictures side by side where there is room: a list of (data URI, title, caption)."""
+        self._add("sheets", sheets=sheets)
+
+    def cards(self, cards):
+        """Small groups of pictures side by side: a list of {"title", "note", "tiles"}."""
+        self._add("cards", cards=cards)
+
+    def ranked(self, title, query, lists, *, attention=None, note=""):
+        """A query's `Tile` beside ranked lists, each (label, list of `Tile`); `attention` is a second picture."""
+        self._add("ranked", title=title, query=query, lists=lists, attention=attention, note=note)
+
+    def html(self):
+        sections = [block for block in self.blocks if block["kind"] == "section"]
+        css = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
+        page = environment(autoescape=True).get_template("report.html.j2")
+        return page.render(report=self, sections=sections, css=css)
+
+    def write(self, path):
+        # A file name may hold bytes that are not UTF-8; the page shows a replacement character for them.
+        Path(path).write_bytes(self.html().encode("utf-8", "replace"))
+
+    def _add(self, kind, **content):
+        self.blocks.append({"kind": kind, **content})

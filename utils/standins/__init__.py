@@ -1,0 +1,1 @@
+"""Tiny CLIP, Stable Diffusion and question answerer, trained on drawn people; their paths are in `utils.flags`."""

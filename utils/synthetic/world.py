@@ -1,0 +1,229 @@
+"""The built-in world: pedestrians drawn by code, so that everything runs anywhere and nobody's privacy is in it.
+
+    python -m utils.synthetic --domain a --num_ids 8 --out sheet.png
+
+A domain is a set of cameras with a place, a light and a palette of clothes; an identity is body, skin, hair, garments,
+shoes, bag and hat. (domain, seed, pid, camid, index) decides every pixel, on every machine with the same Pillow:
+another version moves a few edges by a shade. The true attributes are there as words, so captions and filters can be
+checked against truth. Domains a to e are for training and testing, f to h only for pre-training the stand-in models.
+"""
+
+import functools
+import io
+import math
+import random
+import re
+
+from fsspec.spec import AbstractFileSystem
+
+from utils.synthetic.camera import draw_image
+from utils.synthetic.domains import DOMAINS, INDOORS
+from utils.synthetic.person import COLOURS, HAIR, SKIN, shade
+
+SIZE = (128, 64)
+PROTOCOL = "synthetic"
+NAME = re.compile(r"synthetic-([a-z])/s(\d+)/(\d{4,})_c(\d+)_(\d{4,})\.png")
+MIN_IMAGES_PER_ID = 3
+# Words of every attribute; captions and the tokenizer of the stand-ins are made from these.
+UPPER_KINDS = ("t-shirt", "shirt", "jacket", "coat", "hoodie")
+PATTERNS = ("plain", "striped", "checked", "dotted", "printed")
+LOWER_KINDS = ("trousers", "shorts", "skirt")
+HAIR_KINDS = ("short", "long")
+CARRIED_KINDS = ("nothing", "backpack", "handbag", "shoulder bag")
+HATS = ("none", "cap", "beanie")
+VIEWS = ("front", "back", "left", "right")
+
+
+def choose(rng, weights):
+    return rng.choices(list(weights), list(weights.values()))[0]
+
+
+def tint(rng, colour):
+    """The same word covers many cloths: one shade of the colour."""
+    level = rng.uniform(0.86, 1.12)
+    return tuple(max(0, min(255, round(channel * level + rng.uniform(-12, 12)))) for channel in colour)
+
+
+@functools.lru_cache(maxsize=4096)
+def appearance(domain, pid, seed=0):
+    """Everything that stays the same about one identity: words, colours and proportions."""
+    spec = DOMAINS[domain]
+    rng = random.Random(f"person/{domain}/{seed}/{pid}")
+    who = {
+        "build": rng.uniform(0.84, 1.22),
+        "height": rng.uniform(0.93, 1.04),
+        "skin": rng.randrange(len(SKIN)),
+        "hair_kind": rng.choice(HAIR_KINDS),
+        "hair_colour": choose(rng, {"black": 4, "brown": 4, "blond": 3, "grey": 2, "red": 1}),
+        "upper_kind": rng.choices(UPPER_KINDS, spec["kinds"])[0],
+        "upper_colour": choose(rng, spec["upper"]),
+        "pattern": rng.choices(PATTERNS, (5, 2, 1, 1, 2))[0],
+        "lower_kind": rng.choices(LOWER_KINDS, (6, 2, 2))[0],
+        "lower_colour": choose(rng, spec["lower"]),
+        "shoes_colour": choose(rng, {"black": 4, "white": 4, "brown": 2, "red": 1, "blue": 1}),
+        "carried_kind": rng.choices(CARRIED_KINDS, (4, 3, 2, 2))[0],
+        "carried_colour": choose(
+            rng, {"black": 3, "brown": 2, "red": 2, "blue": 2, "green": 2, "yellow": 1, "purple": 1}
+        ),
+        "hat_kind": rng.choices(HATS, (6, 2, 2))[0],
+        "hat_colour": choose(rng, {"black": 3, "red": 2, "blue": 2, "white": 2, "green": 1, "yellow": 1}),
+        "second": rng.choice(("white", "black", "yellow", "red", "blue", "green")),
+        "pitch": rng.uniform(0.040, 0.075),
+        "print_x": rng.choice((-0.045, 0.0, 0.045)),
+    }
+    if who["second"] == who["upper_colour"]:
+        who["second"] = "black" if who["upper_colour"] != "black" else "white"
+    for part in ("upper", "lower", "shoes", "carried", "hat"):
+        who[f"{part}_rgb"] = tint(rng, COLOURS[who[f"{part}_colour"]])
+    who["hair_rgb"] = tint(rng, HAIR[who["hair_colour"]])
+    who["second_rgb"] = tint(rng, COLOURS[who["second"]])
+    who["inner_rgb"] = tint(rng, COLOURS[rng.choice(("white", "grey", "black", "blue", "red"))])
+    who["sleeve_rgb"] = shade(who["upper_rgb"], 0.94)
+    return who
+
+
+def attributes(domain, pid, seed=0):
+    """The truth about one identity, as words."""
+    who = appearance(domain, pid, seed)
+    pattern = "" if who["pattern"] == "plain" else f"{who['pattern']} "
+    return {
+        "upper": f"{who['upper_colour']} {pattern}{who['upper_kind']}",
+        "upper_colour": who["upper_colour"],
+        "upper_kind": who["upper_kind"],
+        "pattern": who["pattern"],
+        "lower": f"{who['lower_colour']} {who['lower_kind']}",
+        "lower_colour": who["lower_colour"],
+        "lower_kind": who["lower_kind"],
+        "shoes": f"{who['shoes_colour']} shoes",
+        "hair": f"{who['hair_kind']} {who['hair_colour']} hair",
+        "carried": "nothing" if who["carried_kind"] == "nothing" else f"{who['carried_colour']} {who['carried_kind']}",
+        "hat": "none" if who["hat_kind"] == "none" else f"{who['hat_colour']} {who['hat_kind']}",
+    }
+
+
+def caption(words, noun="person"):
+    """One sentence in a fixed order from `attributes` (and a place, an action or a view where given)."""
+    parts = [f"wearing a {words['upper']}, {words['lower']} and {words['shoes']}", f"with {words['hair']}"]
+    if words["carried"] != "nothing":
+        parts.append(f"carrying a {words['carried']}")
+    if words["hat"] != "none":
+        parts.append(f"in a {words['hat']}")
+    parts += [words[key] for key in ("action", "view", "place") if key in words]
+    return f"a photo of a {noun}, " + ", ".join(parts)
+
+
+def pose_of(domain, pid, camid, index, seed=0):
+    """What differs from picture to picture, and the generator that goes on to draw it."""
+    lens = DOMAINS[domain]["cameras"][camid]
+    rng = random.Random(f"image/{domain}/{seed}/{pid}/{camid}/{index}")
+    walking = rng.random() < 0.75
+    pose = {
+        "view": rng.choices(VIEWS, lens["views"])[0],
+        "phase": rng.uniform(0, 2 * math.pi),
+        "stride": rng.uniform(0.6, 1.0) if walking else rng.uniform(0.0, 0.15),
+        "zoom": rng.uniform(0.92, 1.06),
+        "shift": rng.uniform(-0.09, 0.09),
+        "drop": rng.uniform(-0.025, 0.025),
+        "slant": round(rng.choice((-1, 1)) * rng.uniform(0.15, 0.5), 1),
+        "exposure": rng.uniform(0.88, 1.12),
+        "occluder": rng.choice(lens["occluders"]) if rng.random() < lens["occlusion"] else None,
+        "walking": walking,
+    }
+    return pose, rng
+
+
+def describe(domain, pid, camid, index, seed=0):
+    """`attributes` and what is true of one picture only: action, view, place and scene."""
+    pose, _ = pose_of(domain, pid, camid, index, seed)
+    view = {"front": "seen from the front", "back": "seen from behind"}.get(pose["view"], "seen from the side")
+    action = "walking" if pose["walking"] else "standing"
+    place = DOMAINS[domain]["place"]
+    scene = "indoors" if place in INDOORS else "outdoors"
+    return attributes(domain, pid, seed) | {"action": action, "view": view, "place": place, "scene": scene}
+
+
+def render(domain, pid, camid, index, seed=0):
+    """One picture, 128 x 64."""
+    pose, rng = pose_of(domain, pid, camid, index, seed)
+    return draw_image(appearance(domain, pid, seed), pose, DOMAINS[domain]["cameras"][camid], rng, SIZE)
+
+
+def camera_of(domain, pid, index, seed=0):
+    """The camera of an identity's picture: two in one camera, then on to the next, starting anywhere."""
+    count = len(DOMAINS[domain]["cameras"])
+    start = random.Random(f"route/{domain}/{seed}/{pid}").randrange(count)
+    return (start + index // 2) % count
+
+
+def file_name(domain, pid, camid, index, seed=0):
+    """Depends on nothing but its arguments; cameras count from 1 in file names, as in the benchmarks."""
+    return f"synthetic-{domain}/s{seed}/{pid:04d}_c{camid + 1}_{index:04d}.png"
+
+
+def parse_name(path):
+    """The arguments of `render`, from a file name."""
+    match = NAME.fullmatch(path)
+    if match is None:
+        raise ValueError(f"not a picture of the synthetic world: {path!r}; expected synthetic-a/s0/0003_c2_0005.png")
+    domain, seed, pid, camid, index = match.groups()
+    if domain not in DOMAINS or not 1 <= int(camid) <= len(DOMAINS[domain]["cameras"]):
+        raise ValueError(f"no such domain or camera in the synthetic world: {path!r}")
+    return {"domain": domain, "pid": int(pid), "camid": int(camid) - 1, "index": int(index), "seed": int(seed)}
+
+
+class SyntheticFileSystem(AbstractFileSystem):
+    """Files that are drawn when they are opened, so that an ordinary `datasets.Image` column reads them lazily.
+
+    `utils.datasets.images` registers it by name.
+    """
+
+    protocol = PROTOCOL
+    cachable = True
+
+    def _open(self, path, mode="rb", **kwargs):
+        if mode != "rb":
+            raise ValueError(f"the synthetic world can only be read, got mode {mode!r}")
+        buffer = io.BytesIO()
+        # Stored, not deflated: that would take as long as the drawing.
+        render(**parse_name(self._strip_protocol(path))).save(buffer, "PNG", compress_level=0)
+        buffer.seek(0)
+        return buffer
+
+    def info(self, path, **kwargs):
+        name = self._strip_protocol(path)
+        parse_name(name)
+        return {"name": name, "size": None, "type": "file"}
+
+
+def check_request(domain, num_ids, images_per_id, seed):
+    if domain not in DOMAINS:
+        raise ValueError(f"synthetic domain {domain!r} does not exist; there are {', '.join(DOMAINS)}")
+    for name, value, least in (
+        ("num_ids", num_ids, 1),
+        ("images_per_id", images_per_id, MIN_IMAGES_PER_ID),
+        ("seed", seed, 0),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(
+                f"{name} of the synthetic world must be a whole number of at least {least}, got {value!r}"
+            )
+
+
+def rows(domain="a", num_ids=32, images_per_id=8, seed=0):
+    """{split: [(path, pid, camid)]}: `num_ids` identities for training and as many others for testing.
+
+    Larger numbers only add rows. Even identities train, odd ones test. An identity's first picture in a camera is a
+    query, the rest are gallery.
+    """
+    check_request(domain, num_ids, images_per_id, seed)
+    splits = {"train": [], "query": [], "gallery": []}
+    for pid in range(2 * num_ids):
+        seen = set()
+        for index in range(images_per_id):
+            camid = camera_of(domain, pid, index, seed)
+            split = "train" if pid % 2 == 0 else ("gallery" if camid in seen else "query")
+            seen.add(camid)
+            splits[split].append((file_name(domain, pid, camid, index, seed), pid, camid))
+    return {
+        split: sorted(entries, key=lambda entry: (entry[1], entry[2], entry[0])) for split, entries in splits.items()
+    }

@@ -1,0 +1,1 @@
+"""What training loops need: the loop, optimiser and rate, checkpoints, clustering, reports."""

@@ -1,0 +1,261 @@
+"""Checkpoints of a training: written aside and renamed, checked when read, old ones removed last.
+
+    checkpoint-120/
+        state.json            step, place in the epoch, arguments: whatever the script keeps there
+        model.safetensors     what training changes (frozen weights of a known origin stay out)
+        optimizer.pt, rng-0.pt, ...
+        files.json            SHA-256 of all others: a folder without it, or that differs from it, is damaged
+
+With DeepSpeed the model and optimizer files are DeepSpeed's own, in `deepspeed/`. What a killed run leaves is hidden
+(`.checkpoint-120.part`, `.checkpoint-80.old`) and goes with the next checkpoint.
+"""
+
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from utils.files import sha256, to_json
+
+NAME = re.compile(r"checkpoint-(\d+)")
+MANIFEST, STATE, MODEL, OPTIMIZER = "files.json", "state.json", "model.safetensors", "optimizer.pt"
+LATEST = "latest"
+
+
+def list_checkpoints(folder):
+    """{step: path} of the checkpoints in a folder, in order of steps."""
+    folder = Path(folder)
+    entries = folder.iterdir() if folder.is_dir() else ()
+    found = {int(match[1]): path for path in entries if (match := NAME.fullmatch(path.name)) and path.is_dir()}
+    return dict(sorted(found.items()))
+
+
+def find_checkpoint(output_dir, asked):
+    """The folder `--resume_from_checkpoint` means: `latest` (None where there is none yet), a name or a path."""
+    if asked == LATEST:
+        return next(reversed(list_checkpoints(output_dir).values()), None)
+    for path in (Path(output_dir) / asked, Path(asked)):
+        if path.is_dir():
+            return path
+    known = ", ".join(path.name for path in list_checkpoints(output_dir).values()) or "none"
+    raise ValueError(f"there is no checkpoint {asked!r}, neither in {output_dir} (found: {known}) nor as a path")
+
+
+def read_state(path, script):
+    """The content of state.json, once every file of the checkpoint is found whole and `script` is its writer."""
+    name = MANIFEST
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        for name, digest in ({STATE: None} | files).items():
+            if sha256(path / name) != digest:
+                raise ValueError("changed since it was written")
+        name = STATE
+        state = json.loads((path / STATE).read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = "missing" if isinstance(error, FileNotFoundError) else error
+        others = [one.name for one in list_checkpoints(path.parent).values() if one != path]
+        advice = f"; the others there: {', '.join(others)}" if others else ""
+        raise ValueError(f"{path} is damaged or no checkpoint of ours: {name}: {reason}{advice}") from None
+    if state.get("script") != script:
+        raise ValueError(f"{path} was written by {state.get('script')}, not by {script}")
+    return state
+
+
+def open_state(args, script, *, effective_batch_size, data, free, say=print):
+    """(checkpoint to go on from or None, the state it stands in): that of the checkpoint, or of a fresh start.
+
+    A state holds what a training must know to go on: step, epoch and batches done in it, the history of its
+    measurements, and the arguments and data it belongs to. Arguments named in `free` may differ.
+    """
+    arguments = {**json.loads(to_json(vars(args))), "effective_batch_size": effective_batch_size, "data": data}
+    fresh = {"script": script, "step": 0, "epoch": 1, "batch": 0, "history": [], "arguments": arguments}
+    if not args.resume_from_checkpoint:
+        return None, fresh
+    path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if path is None:
+        say(f"No checkpoint in {args.output_dir} yet: starting from step 0")
+        return None, fresh
+    state = read_state(path, script)
+    check_arguments(path, state["arguments"], arguments, free)
+    say(f"Going on from {path}, step {state['step']}")
+    return path, state | {"arguments": arguments}
+
+
+def check_arguments(path, before, now, free):
+    """ValueError naming the arguments that differ from the checkpoint's; those in `free` may."""
+    names = [name for name in {**before, **now} if name not in free and before.get(name) != now.get(name)]
+    if names:
+        if names == ["data"]:
+            raise ValueError(f"{path} was trained on other images than the source holds now")
+        told = "; ".join(
+            f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in sorted(names) if name != "data"
+        )
+        raise ValueError(
+            f"{path} belongs to a run with other arguments: {told}. Give the same, or another --output_dir"
+        )
+
+
+def save_checkpoint(output_dir, step, state, model, optimizer, *, accelerator, limit=None):
+    """Write `checkpoint-STEP`; called by every process. Returns its path.
+
+    Then go the oldest beyond `limit`, and those of later steps: this training has replaced the one they are of.
+    """
+    final = Path(output_dir) / f"checkpoint-{step}"
+    aside = Path(output_dir) / f".checkpoint-{step}.part"
+    main = accelerator.is_main_process
+    if main:
+        for left in Path(output_dir).glob(".checkpoint-*"):
+            shutil.rmtree(left)
+        aside.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    try:
+        write_share(aside, model, optimizer, accelerator)
+        accelerator.wait_for_everyone()
+        if main:
+            seal(aside, state)
+    # torch and safetensors have errors of their own for a full disk.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        free = shutil.disk_usage(output_dir).free / 1e9
+        raise OSError(f"{final} could not be written ({free:.1f} GB are free there): {error}") from error
+    if main:
+        replaced = final.with_name(f".{final.name}.old")
+        if final.exists():
+            os.replace(final, replaced)
+        os.replace(aside, final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        found = list_checkpoints(output_dir)
+        kept = [number for number in found if number <= step][-(limit or 0) :]
+        for number in found.keys() - set(kept):
+            put_away(found[number])
+    accelerator.wait_for_everyone()
+    return final
+
+
+def write_share(aside, model, optimizer, accelerator):
+    """What this process has to write of a checkpoint."""
+    torch.save(random_states(), aside / f"rng-{accelerator.process_index}.pt")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        model.save_checkpoint(str(aside / "deepspeed"), "state", exclude_frozen_parameters=True)
+    elif accelerator.is_main_process:
+        save_file(changing_tensors(accelerator.unwrap_model(model)), aside / MODEL)
+        kept = {"optimizer": optimizer.state_dict()}
+        if accelerator.scaler is not None:
+            kept["scaler"] = accelerator.scaler.state_dict()
+        torch.save(kept, aside / OPTIMIZER)
+
+
+def seal(aside, state):
+    """Add the state and the digests of all files, and wait until everything is on the disk."""
+    (aside / STATE).write_text(to_json(state))
+    names = sorted(str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file())
+    (aside / MANIFEST).write_text(to_json({"files": {name: sha256(aside / name) for name in names}}))
+    for path in aside.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def put_away(path):
+    """Remove a checkpoint; killed in the middle, no half of one is left under its name."""
+    hidden = path.with_name(f".{path.name}.old")
+    os.replace(path, hidden)
+    shutil.rmtree(hidden)
+
+
+def load_checkpoint(path, model, optimizer, *, accelerator):
+    """Fill model, optimizer, loss scale and random states from a checkpoint that `read_state` found whole."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if not (path / "deepspeed").is_dir():
+            raise ValueError(f"{path} was written without DeepSpeed; go on without it")
+        load_deepspeed(path / "deepspeed", model)
+    else:
+        if not (path / MODEL).is_file():
+            raise ValueError(f"{path} was written with DeepSpeed; go on with it")
+        bare = accelerator.unwrap_model(model)
+        tensors, wanted = load_file(path / MODEL), changing_tensors(bare)
+        if unlike := sorted(name for name in {**tensors, **wanted} if _shape(tensors, name) != _shape(wanted, name)):
+            raise ValueError(f"{path} holds another model: {', '.join(unlike[:3])} differ in shape or are missing")
+        bare.load_state_dict(tensors, strict=False)
+        kept = load_plain(path / OPTIMIZER)
+        optimizer.load_state_dict(kept["optimizer"])
+        if (accelerator.scaler is None) != ("scaler" not in kept):
+            raise ValueError(f"{path} was written with another --mixed_precision")
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(kept["scaler"])
+    states = path / f"rng-{accelerator.process_index}.pt"
+    # With more processes than before, the new ones have no state of their own and keep theirs.
+    if states.is_file():
+        set_random_states(load_plain(states))
+
+
+def load_deepspeed(folder, model):
+    """By DeepSpeed, which by itself would unpickle anything: here nothing but the classes that it writes itself."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    usual = model.checkpoint_engine.load
+    model.checkpoint_engine.load = load_plain
+    try:
+        with torch.serialization.safe_globals(classes):
+            model.load_checkpoint(str(folder), "state", load_module_strict=False)
+    finally:
+        model.checkpoint_engine.load = usual
+
+
+def load_plain(path, map_location="cpu"):
+    """Tensors and plain values of a file of torch.save; code in it does not run, but is an error."""
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        # torch's advice, to allow whatever was found, is left out.
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition(". ")[0]
+        raise ValueError(f"{path} holds more than tensors and plain values, or is damaged: {reason}") from None
+
+
+def changing_tensors(model):
+    """The tensors of a model that training changes, on the CPU: trained parameters and all buffers."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in frozen
+    }
+
+
+def _shape(tensors, name):
+    return tensors[name].shape if name in tensors else None
+
+
+def random_states():
+    """Of Python, NumPy and torch, as tensors and plain values."""
+    version, numbers, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    states = {
+        "python": {"version": version, "numbers": torch.tensor(numbers), "gauss": gauss},
+        "numpy": {"keys": torch.from_numpy(keys.astype(np.int64)), "rest": [position, has_gauss, cached]},
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states):
+    python, numpy = states["python"], states["numpy"]
+    random.setstate((python["version"], tuple(python["numbers"].tolist()), python["gauss"]))
+    np.random.set_state(("MT19937", numpy["keys"].numpy().astype(np.uint32), *numpy["rest"]))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

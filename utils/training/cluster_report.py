@@ -1,0 +1,101 @@
+"""Clusters on a report: their numbers by epoch, how far images lie apart, and what the clusters hold."""
+
+import torch
+import torch.nn.functional as F
+
+from utils.reporting.charts import histogram, line_chart
+from utils.reporting.report import Tile, data_uri
+from utils.training.clustering import NOISE
+
+BINS = 40
+SHOWN, PICTURES = 3, 8
+CURVES = {
+    "clusters": ("Clusters", "Clusters that were found."),
+    "noise": ("Noise", "Share of the images that are in no cluster."),
+    "ari": ("ARI", "Adjusted Rand index with the true identities; an image in no cluster counts as one of its own."),
+    "nmi": ("NMI", "Normalised mutual information with the true identities."),
+}
+
+
+def told(record):
+    """A record of a clustering in a line."""
+    parts = [f"{record['clusters']} clusters", f"{100 * record['noise']:.1f} % in none"]
+    if record.get("ari") is not None:
+        parts.append(f"ARI {record['ari']:.3f}, NMI {record['nmi']:.3f}")
+    return ", ".join(parts)
+
+
+def add_clusters(report, records, found=None):
+    """Curves of `records`, dicts with epoch, clusters, noise, and ari and nmi where truth is known; and how far the
+    images of the last clustering, a `Clusters`, lie apart."""
+    report.section(
+        "Clusters",
+        "Found anew before every epoch: the point at 0 is of the model before training. True identities, where a set "
+        "has them, are looked at for this page alone.",
+    )
+    epochs = [record["epoch"] for record in records]
+    charts = []
+    for key, (name, words) in CURVES.items():
+        if records[-1].get(key) is not None:
+            series = [(name, epochs, [record[key] for record in records])]
+            percent = key == "noise"
+            chart = line_chart(series, title=name, x_label="epoch", y_label=name, percent=percent, dots=True)
+            charts.append((chart, words))
+    if found is not None:
+        counts = torch.histc(found.reach.float(), BINS, 0, 1).tolist()
+        chart = histogram(
+            [("images", counts)],
+            [place / BINS for place in range(BINS + 1)],
+            title="Distance to the nearest others",
+            x_label=f"Jaccard distance within which an image has {found.min_samples - 1} others",
+            markers=[(found.eps, f"eps {found.eps:g}")],
+        )
+        charts.append((chart, "Images left of eps are cores of clusters."))
+    report.charts(charts)
+
+
+def add_contact_sheet(report, dataset, labels, features, truth=None):
+    """Some good clusters, some mixed ones if there are any, and images in none. Without truth: closest and loosest."""
+    labels = labels.cpu()
+    if labels.max() < 0:
+        return
+    members = [(labels == label).nonzero().flatten() for label in range(int(labels.max()) + 1)]
+    unit = F.normalize(features.float().cpu(), dim=1)
+    if truth is None:
+        quality = [float((unit[rows] @ F.normalize(unit[rows].mean(0), dim=0)).mean()) for rows in members]
+        words = "mean cosine to their centre {:.2f}"
+    else:
+        truth = torch.as_tensor(truth)
+        quality = [float((truth[rows] == truth[rows].mode().values).double().mean()) for rows in members]
+        words = "{:.0%} of one identity"
+    order = sorted(range(len(members)), key=lambda one: (-quality[one], -len(members[one]), one))
+    others = [one for one in reversed(order) if one not in order[:SHOWN]][:SHOWN]
+    kinds = ("Close", order[:SHOWN]), ("Loose", others)
+    if truth is not None:
+        kinds = ("Good", order[:SHOWN]), ("Mixed", [one for one in others if quality[one] < 1])
+    cards = []
+    for kind, chosen in kinds:
+        for one in chosen:
+            rows = members[one]
+            note = f"{len(rows)} images, {words.format(quality[one])}"
+            cards.append({"title": f"{kind}: cluster {one}", "note": note, "tiles": tiles(dataset, rows, truth)})
+    noise = (labels == NOISE).nonzero().flatten()
+    if len(noise):
+        cards.append({"title": "In no cluster", "note": f"{len(noise)} images", "tiles": tiles(dataset, noise)})
+    words = "Clusters of the trained model."
+    if truth is not None:
+        words += " Green: a cluster's most frequent identity; red: other people."
+    report.section("What the clusters hold", words)
+    report.cards(cards)
+
+
+def tiles(dataset, rows, truth=None):
+    """Pictures of rows, evenly chosen; those of the most frequent identity are marked as matches."""
+    chosen = rows[torch.linspace(0, len(rows) - 1, min(PICTURES, len(rows))).long()].tolist()
+    main = None if truth is None else int(truth[rows].mode().values)
+    made = []
+    for row in chosen:
+        image = dataset[row]["image"]
+        match = None if truth is None else bool(truth[row] == main)
+        made.append(Tile(data_uri(image, height=120), dataset[row]["path"].split("/")[-1], match=match))
+    return made

@@ -1,0 +1,141 @@
+"""Optimiser, learning rate, and which parameters decay or learn more slowly."""
+
+# Scripts find these here, beside what they train with.
+import re
+
+import torch
+from diffusers.optimization import get_scheduler
+
+from utils.flags import OWN_SCHEDULE
+from utils.launch import bitsandbytes_module
+
+
+def build_optimizer(
+    groups, name="adam", *, learning_rate, weight_decay=0.0, betas=(0.9, 0.999), epsilon=1e-8, use_8bit=False
+):
+    """adam (weight decay as L2), adamw (decoupled) or sgd (momentum betas[0]) over parameter groups.
+
+    In 8 bit, bitsandbytes' Adam and AdamW both decouple the decay.
+    """
+    if use_8bit:
+        if name == "sgd":
+            raise ValueError("--use_8bit_adam goes with --optimizer adam or adamw, not sgd")
+        optim = bitsandbytes_module().optim
+        kind = optim.Adam8bit if name == "adam" else optim.AdamW8bit
+        return kind(groups, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=learning_rate, momentum=betas[0], weight_decay=weight_decay)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    return kind(groups, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay)
+
+
+def warmup_multistep(epoch, warmup_epochs, warmup_factor, milestones, gamma):
+    """Factor on the learning rate in an epoch (from 1): linear from `warmup_factor` at epoch 0, then steps down."""
+    if epoch < warmup_epochs:
+        return warmup_factor + (1 - warmup_factor) * epoch / warmup_epochs
+    return gamma ** sum(epoch >= milestone for milestone in milestones)
+
+
+class LearningRate:
+    """Sets each group's rate to its own `initial_lr` times a factor of (epoch, step), so it resumes by itself.
+
+    `warmup_multistep` moves with epochs; diffusers' schedules with steps out of `num_steps`. A function of epoch and
+    step in place of a name is the factor itself.
+    """
+
+    def __init__(
+        self,
+        optimizer,
+        name=OWN_SCHEDULE,
+        *,
+        warmup_epochs=0,
+        warmup_factor=0.1,
+        milestones=(),
+        gamma=0.1,
+        warmup_steps=0,
+        num_steps=None,
+    ):
+        # Not its groups: loading a state puts others in their place.
+        self.optimizer = optimizer
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        if callable(name):
+            self.factor = name
+        elif name == OWN_SCHEDULE:
+            self.factor = lambda epoch, step: warmup_multistep(epoch, warmup_epochs, warmup_factor, milestones, gamma)
+        else:
+            # diffusers' schedules are factors of the step, one of them also of the rate; the optimiser below only
+            # carries them.
+            rate = optimizer.param_groups[0]["initial_lr"]
+            carrier = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+            by_step = get_scheduler(name, carrier, num_warmup_steps=warmup_steps, num_training_steps=num_steps)
+            self.factor = lambda epoch, step: by_step.lr_lambdas[0](step)
+
+    def set(self, epoch, step):
+        """For the step about to be taken: `epoch` from 1, `step` from 0. Returns the first group's rate."""
+        factor = self.factor(epoch, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        return self.optimizer.param_groups[0]["lr"]
+
+
+# Biases and positions that are stored as tables.
+TABLES = ("relative_position_bias_table", "position_embedding", "class_embedding")
+BLOCKS = re.compile(r"\b(?:stages|layers|layer)\.(\d+)(?:\.(?:layers|blocks)\.(\d+))?")
+AFTER_ALL_BLOCKS = ("post_layernorm", "visual_projection", "layernorm")
+
+
+def decays(name, parameter):
+    """Weights of layers do; norms, biases and tables of positions do not."""
+    return parameter.ndim > 1 and not any(table in name for table in TABLES)
+
+
+def block_sizes(names):
+    """Blocks in each stage of a backbone, by its parameter names; a stage without inner blocks is one."""
+    found = {}
+    for name in names:
+        if match := BLOCKS.search(name):
+            stage, block = int(match[1]), int(match[2] or 0)
+            found[stage] = max(found.get(stage, 0), block + 1)
+    return [found[stage] for stage in sorted(found)]
+
+
+def depths(backbone):
+    """({name: depth of its block, from 0 for what comes before the blocks}, depth of what comes after them)."""
+    names = [name for name, _ in backbone.named_parameters()]
+    sizes = block_sizes(names)
+    last = sum(sizes) + 1
+    found = {}
+    for name in names:
+        match = BLOCKS.search(name)
+        if match:
+            stage = int(match[1])
+            # What leads from a stage to the next belongs to its last block.
+            block = int(match[2]) if match[2] is not None else sizes[stage] - 1
+            found[name] = sum(sizes[:stage]) + block + 1
+        else:
+            found[name] = last if any(part in AFTER_ALL_BLOCKS for part in name.split(".")) else 0
+    return found, last
+
+
+def parameter_groups(model, *, learning_rate, weight_decay, layer_decay=1.0):
+    """Groups for an optimiser over a model with a `backbone`; all else learns at the full rate.
+
+    The rate of a backbone's parameter is `layer_decay` times that of the block after it.
+    """
+    depth, last = depths(model.backbone)
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        below = last - depth.get(name.removeprefix("backbone."), last) if name.startswith("backbone.") else 0
+        key = below if layer_decay != 1 else 0, decays(name, parameter)
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": learning_rate * layer_decay**below,
+            "weight_decay": weight_decay if decaying else 0.0,
+        }
+        for (below, decaying), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]

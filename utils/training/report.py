@@ -1,0 +1,131 @@
+"""The page of a training: numbers before and after, curves, samples."""
+
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from utils.reporting.charts import line_chart
+from utils.reporting.report import Report, data_uri, percent
+
+SHEETS = 3
+SHEET_WIDTH = 400
+NUMBERS = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mINP": "mINP"}
+WORDS = {
+    "loss": "The sum of all losses.",
+    "loss_id": "Identity classification.",
+    "loss_pcl": "Comparison with the prototypes.",
+    "loss_triplet": "Images of one identity nearer than those of others.",
+    "loss_centre": "Distance of images to the centre of their identity.",
+    "loss_ldm": "Noise prediction of the diffusion model.",
+    "loss_source": "Comparison of source images with the memory.",
+    "loss_target": "Comparison of target images with the memory.",
+    "loss_mixed": "Classification of the mixed domain, by the shares of both.",
+    "loss_bridge": "Distance of mixed features to both they come from.",
+    "loss_diversity": "The more the ratios of mixtures differ, the lower.",
+    "loss_scatter": "Cosine of features to the centre of their domain, on domains held for known ones.",
+    "loss_shuffle": "Other domains nearer than other people of the own domain, likewise.",
+    "loss_inner_triplet": "Images of one identity nearer than those of others, likewise.",
+    "loss_meta_test": "The same on the other domains, once norms have followed the three losses before.",
+    "rho": "Mean share of batch normalisation in the norms; the rest is instance normalisation.",
+    "accuracy": "Share of images whose identity is told; of mixed images, by the shares of both.",
+    "teacher_entropy": "Of the teacher's answers; near 0 or near the logarithm of their number it has collapsed.",
+    "grad_norm": "Length of the gradient, before any clipping.",
+    "lr": "Learning rate.",
+}
+# What every line has beside the losses and measures of its training.
+PLACE = ("step", "epoch", "lr", "grad_norm")
+
+
+def before_and_after(history):
+    """Rows of text: target, number, before, after, difference in points; of re-ranking too where it was measured."""
+    rows = []
+    for spec in dict.fromkeys(one["target"] for one in history):
+        its = [one for one in history if one["target"] == spec]
+        first, last = its[0], its[-1]
+        kinds = [("", first, last)]
+        if "reranked" in last:
+            kinds.append((" (re-ranked)", first["reranked"], last["reranked"]))
+        for word, old, new in kinds:
+            for key in ("mAP", "rank1"):
+                difference = f"{100 * (new[key] - old[key]):+.1f}"
+                rows.append(
+                    [spec + word, NUMBERS[key], with_deviation(old, key), with_deviation(new, key), difference]
+                )
+    return rows
+
+
+def with_deviation(numbers, key):
+    """A share, and how far it differs between the splits of a set that has several."""
+    if "std" not in numbers:
+        return percent(numbers[key])
+    return f"{100 * numbers[key]:.1f} ± {100 * numbers['std'][key]:.1f} %"
+
+
+def build_page(title, output_dir, history, *, lead="", facts=(), samples=(), sample_words=""):
+    """A `Report` from the history of measurements, log.jsonl, and pictures (name, file) of samples."""
+    report = Report(title, subtitle=lead, facts=facts)
+    if history:
+        add_numbers(report, history)
+    add_losses(report, read_log(Path(output_dir) / "log.jsonl"))
+    if samples:
+        report.section("Samples", sample_words)
+        sheets = []
+        for name, path in spread(samples, SHEETS):
+            with Image.open(path) as picture:
+                times = max(1, round(SHEET_WIDTH / picture.width))
+                larger = picture.resize((times * picture.width, times * picture.height))
+            sheets.append((data_uri(larger, height=larger.height, width=larger.width), name, ""))
+        report.sheets(sheets)
+    return report
+
+
+def spread(items, most):
+    """The first, the last, and as many evenly between them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
+
+
+def add_numbers(report, history):
+    report.section("Before and after", "Epoch 0 is the model before any training.")
+    targets = list(dict.fromkeys(one["target"] for one in history))
+    for spec in targets:
+        its = [one for one in history if one["target"] == spec]
+        report.tiles(
+            [(NUMBERS[key], percent(its[-1][key]), f"was {percent(its[0][key])}, {spec}") for key in ("mAP", "rank1")]
+        )
+    report.table(["target", "number", "before", "after", "points"], before_and_after(history), text_columns=2)
+    charts = []
+    for key in ("mAP", "rank1"):
+        series = []
+        for spec in targets:
+            its = [one for one in history if one["target"] == spec]
+            series.append((spec, [one["epoch"] for one in its], [one[key] for one in its]))
+        chart = line_chart(
+            series, title=f"{NUMBERS[key]} by epoch", x_label="epoch", y_label=NUMBERS[key], percent=True, dots=True
+        )
+        charts.append((chart, f"{NUMBERS[key]} of each target; more is better."))
+    report.charts(charts)
+
+
+def add_losses(report, lines):
+    if not lines:
+        return
+    names = [name for name in lines[0] if name.startswith("loss") and any(line[name] for line in lines)]
+    names += [name for name in lines[0] if name not in (*names, *PLACE) and not name.startswith("loss")]
+    steps = [line["step"] for line in lines]
+    report.section("Training", f"{len(lines):,} steps; long curves show means of neighbouring steps.")
+    charts = []
+    for name in (*names, "grad_norm", "lr"):
+        values = [line[name] if line[name] is not None else float("nan") for line in lines]
+        chart = line_chart([(name, steps, values)], title=name, x_label="step", y_label=name)
+        charts.append((chart, WORDS.get(name, "A part of the loss.")))
+    report.charts(charts)
+
+
+def read_log(path):
+    if not path.exists():
+        return []
+    with open(path) as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
