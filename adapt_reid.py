@@ -70,7 +70,7 @@ from utils.training.reid import (
     transform_of,
     write_arguments,
 )
-from utils.training.report import build_page
+from utils.training.report import training_report
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=64"
 DEMO_TARGET = "synthetic:domain=b,num_ids=32,images_per_id=16"
@@ -722,7 +722,7 @@ def write_page(run, history, found, labels, features):
     ]
     if run.source is not None:
         facts.insert(0, ("Source", f"{' + '.join(args.source)}, {len(run.source):,} images"))
-    page = build_page(
+    page = training_report(
         f"{args.setting.capitalize()}: {args.method}",
         output_dir,
         history,

@@ -73,7 +73,7 @@ from utils.training.reid import (
     trained,
     write_arguments,
 )
-from utils.training.report import build_page
+from utils.training.report import training_report
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=64"
 DEMO_SOURCES = [f"synthetic:domain={name},num_ids=24" for name in "abc"]
@@ -697,7 +697,7 @@ def finish(run):
 def write_page(run, history):
     args, output_dir = run.args, Path(run.args.output_dir)
     setting = args.setting if args.fraction is None else f"{args.setting}, {100 * args.fraction:g} %"
-    page = build_page(
+    page = training_report(
         f"Fine-tuning: {args.method.upper()}",
         output_dir,
         history,

@@ -9,7 +9,7 @@ from utils.batches.augmentation import to_picture
 from utils.batches.mixing import mix_images
 from utils.diffusion.denoising import sheet
 from utils.files import write_together
-from utils.training.report import build_page
+from utils.training.report import training_report
 
 BATCH = Path("samples", "batch.png")
 
@@ -30,7 +30,7 @@ def draw_batch(output_dir, images, mix, mean, std):
 
 def write_page(output_dir, history, facts):
     samples = [("first batch", output_dir / BATCH)] if (output_dir / BATCH).exists() else []
-    page = build_page(
+    page = training_report(
         "Pre-training",
         output_dir,
         history,
