@@ -205,8 +205,7 @@ def check_args(parser, args):
     """What the arguments alone show to be wrong."""
     if args.probabilities != "classifier" and args.condition != "correlation":
         parser.error(f"--probabilities {args.probabilities} belongs to --condition correlation, not {args.condition}")
-    if args.use_8bit_adam and args.optimizer == "sgd":
-        parser.error("--use_8bit_adam goes with --optimizer adam or adamw, not sgd")
+    flags.check_optimizer(parser, args)
     if args.diffusion == "none" and args.enable_xformers_memory_efficient_attention:
         parser.error("--enable_xformers_memory_efficient_attention is of the U-Net, and --diffusion none has none")
     if args.diffusion == "ldm" and args.ldm_start_epoch > args.num_train_epochs:

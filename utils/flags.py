@@ -206,6 +206,8 @@ def shown(value):
 
 # Groups that scripts share
 
+ONE_PASS = "always 1: the losses look at whole batches, not at parts of them"
+
 
 def add_recipe(parser, help, choices=None):
     parser.add("--recipe", choices=choices or tuple(parser.recipes), help=f"{help}; a given flag wins over the recipe")
@@ -346,3 +348,19 @@ def add_output(parser, folder, *, uploaded="the model"):
     idle = (lambda args: not args.push_to_hub, "no --push_to_hub")
     group.add("--hub_model_id", idle=idle, help="repository; default: the name of --output_dir")
     return group
+
+
+def check_optimizer(parser, args):
+    if args.use_8bit_adam and args.optimizer == "sgd":
+        parser.error("--use_8bit_adam goes with --optimizer adam or adamw, not sgd")
+
+
+def check_reid_training(parser, args):
+    """What is wrong in any training whose losses look at whole batches."""
+    check_optimizer(parser, args)
+    if args.gradient_accumulation_steps != 1:
+        parser.error(
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} cannot be: BatchNorm, triplets and "
+            "memory look at a whole batch at once; for less memory use --gradient_checkpointing, --mixed_precision or "
+            "more processes"
+        )
