@@ -265,7 +265,7 @@ def main(args):
     images = target
     if source is not None:
         images = datasets.concatenate_datasets([source.select_columns(target.column_names), target])
-    batch_size = args.train_batch_size * accelerator.num_processes
+    batch_size = launch.global_batch_size(args, accelerator)
     sampler = PseudoBatches(
         batch_size,
         args.images_per_id,

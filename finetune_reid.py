@@ -407,7 +407,7 @@ def main(args):
         skip_unreadable=args.skip_unreadable,
         all_splits=args.setting == "generalisation",
     )
-    batch_size = args.train_batch_size * accelerator.num_processes
+    batch_size = launch.global_batch_size(args, accelerator)
     sampler = build_sampler(args, accelerator, train, labels, domains, batch_size)
     training = Training(
         args,

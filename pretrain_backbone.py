@@ -363,7 +363,7 @@ def main(args):
     check_backbone(args.backbone, args.from_scratch)
     train, labels, stream = open_train(args)
     targets = open_targets(args.target, args.data_root, skip_unreadable=args.skip_unreadable)
-    batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    batch_size = launch.global_batch_size(args, accelerator)
     share = accelerator.process_index, accelerator.num_processes
     sampler, free = ShuffleSampler(len(train), batch_size, args.seed, *share), args.free_on_resume
     if stream is not None:
@@ -393,15 +393,9 @@ def main(args):
             stream, train, labels.tolist(), transform, batch_size=batch_size // share[1], seed=args.seed, share=share
         )
         loader = training.sampler = StreamLoader(images, len(sampler), **workers)
-    model, optimizer = accelerator.prepare(bare, optimizer_of(args, groups_of(args, bare)))
+    model, optimizer = accelerator.prepare(bare, build_optimizer(args, bare))
     kept = nn.ModuleDict({"model": bare} if average is None else {"model": bare, "average": average})
-    rates = LearningRate(
-        optimizer,
-        args.lr_scheduler,
-        warmup_steps=sampler.steps_of(args.lr_warmup_epochs),
-        num_steps=training.num_steps,
-    )
-    training.begin(model, optimizer, rates, kept=kept)
+    training.begin(model, optimizer, build_rates(args, optimizer, sampler.steps_of(1)), kept=kept)
     params = trained(bare)
 
     def measure(epoch):
@@ -588,13 +582,23 @@ def build_transform(args, backbone):
     return MultiCrop(args.resolution, parts, mean, std, **options)
 
 
-def groups_of(args, model):
-    """Parameters that decay and those that do not, block by block at their rate."""
-    return parameter_groups(
+def build_optimizer(args, model):
+    """AdamW; norms and biases do not decay, and each block has its own rate."""
+    groups = parameter_groups(
         model,
         learning_rate=args.learning_rate,
         weight_decay=args.adam_weight_decay,
         layer_decay=args.layer_decay,
+    )
+    return optimizer_of(args, groups)
+
+
+def build_rates(args, optimizer, steps_an_epoch):
+    return LearningRate(
+        optimizer,
+        args.lr_scheduler,
+        warmup_steps=steps_an_epoch * args.lr_warmup_epochs,
+        num_steps=steps_an_epoch * args.num_train_epochs,
     )
 
 

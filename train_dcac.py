@@ -397,7 +397,7 @@ def main(args):
     )
     own = args.source if len(args.source) == 1 and {"query", "gallery"} <= set(data) else []
     targets = open_targets(args.target or own, args.data_root, skip_unreadable=args.skip_unreadable)
-    batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    batch_size = launch.global_batch_size(args, accelerator)
     if batch_size < 2:
         raise ValueError("a batch of one image has no statistics for BatchNorm; raise --train_batch_size")
     share = accelerator.process_index, accelerator.num_processes
