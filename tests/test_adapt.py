@@ -522,8 +522,12 @@ def refused(*arguments):
 def test_bad_data_is_told_before_a_model_loads(small, tmp_path, monkeypatch):
     monkeypatch.setattr(ReIDModel, "for_training", None)
     out = ["--output_dir", tmp_path / "out"]
-    assert "48 images cannot be clustered by their k1 = 48 nearest" in refused(*small, *out, "--cluster_k1", "48")
-    assert "48 images cannot be averaged over their k2 = 48 nearest" in refused(*small, *out, "--cluster_k2", "48")
+    assert "48 images cannot be clustered by their --cluster_k1 48 nearest" in refused(
+        *small, *out, "--cluster_k1", "48"
+    )
+    assert "48 images cannot be averaged over their --cluster_k2 48 nearest" in refused(
+        *small, *out, "--cluster_k2", "48"
+    )
     assert "cannot be split" in refused(*small, *out, "--train_batch_size", "9")
     assert "there are only 5" in refused(*small, *out, *SOURCE, "--train_batch_size", "16")
     assert "did you mean" in refused(*small, *out, "--target", "market1502")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.test_reporting import NASTY, Page
 from utils.reporting.report import text_table
-from utils.training.report import before_and_after, training_report, read_log
+from utils.training.report import before_and_after, read_log, training_report
 
 BRACES = "own/{0}/{x}/{}"
 
