@@ -232,14 +232,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from utils import launch
-from utils.batches.images import ReIDImages
 from utils.batches.samplers import IdentitySampler
-from utils.batches.transforms import test_transform, train_transform
-from utils.datasets.training_sets import digest_of, open_source
+from utils.batches.transforms import ReIDImages, test_transform, train_transform
+from utils.datasets.load import digest_of, open_source
 from utils.diffusion.checkpoint import check_diffusion
-from utils.diffusion.denoising import decode, denoise, sheet
 from utils.diffusion.latents import VaeImages, build_latent_cache, encode, image_for_vae, sample_latents
-from utils.diffusion.schedule import NoiseSchedule, noise_loss
+from utils.diffusion.schedule import NoiseSchedule, decode, denoise, noise_loss
 from utils.diffusion.unet import (
     enable_memory_efficient_attention,
     load_unet,
@@ -255,6 +253,7 @@ from utils.modeling.folder import card_text, model_kind, training_card
 from utils.modeling.memories import PrototypeMemory
 from utils.modeling.norms import share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
+from utils.reporting.report import sheet
 from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained
 from utils.training.report import training_report
 

@@ -24,9 +24,9 @@ from methods.idm import IDM, Mixer
 from utils.datasets.load import load_reid
 from utils.datasets.portable import save
 from utils.datasets.schema import put
-from utils.datasets.training_sets import open_unlabelled
+from utils.datasets.unlabelled import open_unlabelled
 from utils.launch import gather_by_domain
-from utils.modeling.norms import DomainNorm
+from utils.modeling.domain_norms import DomainNorm
 from utils.modeling.reid_model import ReIDModel
 from utils.standins import build
 from utils.training.clustering import cluster, reliable

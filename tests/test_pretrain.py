@@ -26,9 +26,9 @@ import pretrain_backbone
 import train_dcac
 from pretrain_backbone import Classification, SelfDistillation, distillation_loss, momentum, parse_args
 from utils import launch
-from utils.batches.images import ReIDImages
 from utils.batches.mixing import Mix
 from utils.batches.samplers import ShuffleSampler
+from utils.batches.transforms import ReIDImages
 from utils.batches.transforms import test_transform as picture_transform
 from utils.flags import CLIP_DIR
 from utils.modeling.backbones import load_backbone
