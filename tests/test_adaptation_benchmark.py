@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import adapt_reid
-from benchmarks import adaptation
+from benchmarks.quality import adaptation
 from utils.datasets.load import load_reid
 
 

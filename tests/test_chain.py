@@ -1,4 +1,4 @@
-"""The chains of benchmarks/chain.py, smaller still: every script opens what the one before it left."""
+"""The chains of benchmarks/robustness/chain.py, smaller still: every script opens what the one before it left."""
 
 import importlib
 import json
@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from benchmarks import chain
+from benchmarks.robustness import chain
 from utils.datasets.load import load_reid
 from utils.modeling.reid_model import ReIDModel
 
@@ -112,7 +112,11 @@ def test_a_step_is_run_once_and_an_other_chain_is_refused(tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_the_command(tmp_path):
-    command = shlex.split("-m benchmarks.chain --small --output_dir") + [str(tmp_path), "--json", str(tmp_path / "c")]
+    command = shlex.split("-m benchmarks.robustness.chain --small --output_dir") + [
+        str(tmp_path),
+        "--json",
+        str(tmp_path / "c"),
+    ]
     subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
     found = json.loads((tmp_path / "c").read_text())["small"]
     assert [row[1] for row in found["table"]] == [step.name for _, step in STEPS]

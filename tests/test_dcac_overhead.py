@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import dcac_overhead
-from benchmarks.dcac_overhead import BATCH, MODES, PAPER, build_batch, build_parts, count_parameters, forward_flops
+from benchmarks.common import BATCH
+from benchmarks.memory import dcac_overhead
+from benchmarks.memory.dcac_overhead import MODES, PAPER, build_batch, build_parts, count_parameters, forward_flops
 
 # Published, in millions.
 PARAMETERS = {

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import dcac_curves, dcac_overhead, dcac_step
-from benchmarks.alive import Alive
-from benchmarks.dcac_overhead import Parts, training_loss
+from benchmarks.memory import dcac_overhead
+from benchmarks.memory.alive import Alive
+from benchmarks.memory.dcac_overhead import Parts, training_loss
+from benchmarks.quality import dcac_curves
+from benchmarks.speed import dcac_step
 
 SIZES = dcac_step.sizes()
 

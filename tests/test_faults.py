@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import faults
-from benchmarks.faults import JOBS
+from benchmarks.robustness import faults
+from benchmarks.robustness.faults import JOBS
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="moments are counted from /proc")
 HOSTILE = ["with space", "häßlich 人", "new\nline", "-rf", "..two dots", "a'b\"c", "<b>&amp;", "%s{0}$HOME", "x" * 200]

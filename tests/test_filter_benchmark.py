@@ -5,7 +5,8 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import filter_truth, filtering
+from benchmarks.quality import filter_truth
+from benchmarks.speed import filtering
 from utils.generated.drawn_set import World, write_drawn
 
 
@@ -27,7 +28,7 @@ def test_a_small_run(tmp_path):
     report = json.loads((tmp_path / "figures.json").read_text())
     (row,) = report["rows"]
     assert row["images"] == 200 and row["images_a_second"] > 0 and row["peak_mib"] > 100
-    assert report["command"] == "python -m benchmarks.filtering --sizes 200"
+    assert report["command"] == "python -m benchmarks.speed.filtering --sizes 200"
 
 
 @pytest.mark.slow

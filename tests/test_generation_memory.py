@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.generation_memory import GIB, count
+from benchmarks.memory.generation_cost import GIB, count
 
 UNET, TEXT, VAE = 859_520_964, 123_060_480, 83_653_863
 

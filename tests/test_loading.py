@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from benchmarks import loading as benchmark
+from benchmarks.speed import loading as benchmark
 from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import (
     ReIDImages,

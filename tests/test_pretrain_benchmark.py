@@ -1,4 +1,4 @@
-"""benchmarks.pretraining: the two ways train the same network, FLOPs against published counts, one small run."""
+"""benchmarks.speed.pretraining: the two ways train the same network, FLOPs against published counts, one small run."""
 
 import json
 import math
@@ -7,8 +7,8 @@ import pytest
 import torch
 import torchvision
 
-from benchmarks import pretraining
-from benchmarks.pretraining import add_shares, counted, flops, plain_model
+from benchmarks.speed import pretraining
+from benchmarks.speed.pretraining import add_shares, counted, flops, plain_model
 
 
 def test_forward_and_backward_are_three_forwards():

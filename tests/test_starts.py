@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from benchmarks import starts
+from benchmarks.quality import starts
 from utils.datasets.load import load_reid
 
 SPEC = "synthetic:domain=b,num_ids=8,images_per_id=4"
@@ -102,7 +102,7 @@ def test_two_different_names_are_needed(capsys):
 @pytest.mark.slow
 def test_the_whole_comparison(tmp_path):
     command = [
-        sys.executable, "-m", "benchmarks.starts", "--output_dir", str(tmp_path / "out"), "--json",
+        sys.executable, "-m", "benchmarks.quality.starts", "--output_dir", str(tmp_path / "out"), "--json",
         str(tmp_path / "starts.json"), "--seeds", "0", "--epochs", "2", "--settings", "small-scale:0.5",
         "--source", SPEC,
         "--pretrain", "--source synthetic:domain=a,num_ids=16 --backbone resnet-small --num_train_epochs 2",

@@ -84,8 +84,9 @@ class _Scale:
 
     def __init__(self, values, limits, log, start, end):
         low, high = limits or (min(values), max(values))
-        if low == high:
-            low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+        # Means of equal values differ in their last digits.
+        if high - low <= 1e-9 * max(abs(low), abs(high)):
+            low, high = around(low, log)
         self.low, self.high, self.log, self.start, self.end = low, high, log, start, end
         self.ticks = _log_ticks(low, high) if log else _ticks(low, high)
 
@@ -95,6 +96,13 @@ class _Scale:
             low, high, value = math.log10(low), math.log10(high), math.log10(value)
         share = (value - low) / (high - low)
         return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
+
+
+def around(value, log):
+    """Limits of an axis for one value: it lies in the middle, and zero is on the axis."""
+    if log:
+        return value / 2, value * 2
+    return (-0.5, 0.5) if value == 0 else (min(0.0, 2 * value), max(0.0, 2 * value))
 
 
 def _ticks(low, high, wanted=5):

@@ -1,6 +1,6 @@
 """Scoring and choosing among many generated images: images a second, peak memory, seconds to choose again.
 
-    python -m benchmarks.filtering --sizes 10000 100000
+    python -m benchmarks.speed.filtering --sizes 10000 100000
 
 Small drawn images, as many hard links of some hundred files as are asked for, scored by all three filters with the
 stand-in models at the images' own size, in one process. Every size is a run of its own, so its peak memory is its own.
@@ -20,11 +20,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.retrieval import RESULTS, environment
+from benchmarks.common import RESULTS, ROOT, environment
 from utils.files import to_json, write_together
 from utils.generated.drawn_set import World, write_drawn
 
-ROOT = Path(__file__).parent.parent
 WORLD = World(num_ids=16, images_per_id=10)
 SIZE = (64, 32)
 SOURCE = f"synthetic:domain={WORLD.domain},num_ids={WORLD.num_ids},images_per_id=6"
@@ -122,7 +121,7 @@ def main(input_args=None):
         for count in args.sizes:
             rows.append(kept(place / f"{count}.json", lambda count=count: one_size(place, count, args, base)))
     report = environment() | {
-        "command": f"python -m benchmarks.filtering --sizes {' '.join(map(str, args.sizes))}",
+        "command": f"python -m benchmarks.speed.filtering --sizes {' '.join(map(str, args.sizes))}",
         "image": [3, *SIZE],
         "mixed_precision": args.mixed_precision,
         "smallest_run": base,

@@ -1,7 +1,7 @@
 """What an identity costs in generation: parts measured in one run, put together in our ways and in the paper's.
 
-    python -m benchmarks.generation                       # the stand-in, on whatever is here
-    python -m benchmarks.generation --sd15 --json FILE    # the sizes of Stable Diffusion 1.5, random weights, on a GPU
+    python -m benchmarks.speed.generation                    # the stand-in, on any machine
+    python -m benchmarks.speed.generation --sd15 --json FILE    # the sizes of SD 1.5, random weights, on a GPU
 
 Measured by the functions of train_dreambooth_reid.py: seconds a fine-tuning step and an image, and the peak of the
 device's memory. The paper's way loads the model for each identity, encodes images and prompts in every step, and
@@ -19,8 +19,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import train_dreambooth_reid as script
-from benchmarks.dcac_overhead import SCHEDULE, UNET, VAE
-from benchmarks.retrieval import environment
+from benchmarks.common import SCHEDULE, UNET, VAE, environment
 from utils.diffusion.latents import encode
 from utils.files import to_json, versions, write_together
 from utils.flags import DIFFUSION_DIR

@@ -1,7 +1,7 @@
 """What happens when things go wrong: every long job killed many times, on a full disk, in a folder that is none.
 
-    python -m benchmarks.faults
-    python -m benchmarks.faults --jobs dcac images --kills 50 --seed 1
+    python -m benchmarks.robustness.faults
+    python -m benchmarks.robustness.faults --jobs dcac images --kills 50 --seed 1
 
 A job runs once in one piece. Then it is killed at seeded moments, by SIGKILL and SIGTERM in turn, and started again by
 the same command until it has been killed so often; whenever it comes to its end, the result must be that of the one
@@ -25,12 +25,11 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.retrieval import RESULTS, environment
+from benchmarks.common import RESULTS, ROOT, environment
 from utils.files import to_json, write_together
 from utils.launch import end_with
 from utils.reporting.report import text_table
 
-ROOT = Path(__file__).parent.parent
 PEOPLE = "synthetic:domain=a,num_ids=4,images_per_id=4"
 TARGET = "synthetic:domain=b,num_ids=2,images_per_id=4"
 SMALL = "--resolution 64 32 --train_batch_size 8 --eval_every 99"
@@ -107,7 +106,7 @@ JOBS = {
         ("features.safetensors", "rankings.csv"),
     ),
     "latents": Job(
-        "benchmarks.faults --latents {out}", "latents/*/*.safetensors", ("latents/*/*.safetensors",)
+        "benchmarks.robustness.faults --latents {out}", "latents/*/*.safetensors", ("latents/*/*.safetensors",)
     ),
     "export": Job(
         "utils.datasets synthetic:domain=a,num_ids=16,images_per_id=4 --save_to {out}",
@@ -165,7 +164,7 @@ def child(words, log, limit):
 def entry(words):
     """What a script does under `if __name__ == "__main__"`."""
     name, arguments = words[0], words[1:]
-    if name == "benchmarks.faults":
+    if name == "benchmarks.robustness.faults":
         # The cache has no script of its own.
         return lambda: end_with(build_latents, argparse.Namespace(output_dir=arguments[-1]), "latents")
     script = importlib.import_module(name)
@@ -204,7 +203,7 @@ class Runner:
     def __init__(self, epochs=2):
         self.epochs = epochs
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.faults", "--serve"]
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.robustness.faults", "--serve"]
         self.folder = Path(tempfile.mkdtemp(prefix="faults-"))
         with open(self.folder / "server.log", "w") as errors:
             self.server = subprocess.Popen(
@@ -448,7 +447,7 @@ def main(input_args=None):
         runner.close()
     print(text_table(columns, rows))
     if failed:
-        sys.exit(f"benchmarks.faults: {', '.join(failed)} lost something, see above")
+        sys.exit(f"benchmarks.robustness.faults: {', '.join(failed)} lost something, see above")
 
 
 def write(args, columns, rows):

@@ -1,17 +1,18 @@
 """Images a second of pre-training, and the share of the device's peak, beside plain training in the same run.
 
-    python -m benchmarks.pretraining --json PRETRAINING.json          # on a GPU: 256x128, batch 512, bf16
-    python -m benchmarks.pretraining --size tiny --mixed_precision no # on a CPU: that it runs, not how fast it is
-    python -m benchmarks.pretraining --recipe                         # the published rates, and what does not decay
+    python -m benchmarks.speed.pretraining --json PRETRAINING.json          # on a GPU: 256x128, batch 512, bf16
+    python -m benchmarks.speed.pretraining --size tiny --mixed_precision no # on a CPU: that it runs, not how fast it is
+    python -m benchmarks.speed.pretraining --recipe                         # the published rates, and what does not decay
 
 ours: the modules and optimiser of `pretrain_backbone.py`. compiled: the same with --torch_compile. plain: as people
 write it, torchvision's model in its usual memory layout, torchvision's Mixup and CutMix, the loss read every step.
 Both have the same layers (the last stage of a ResNet does not downsample), and train on images that lie on the device:
-loading them is measured by `benchmarks.loading`.
+loading them is measured by `benchmarks.speed.loading`.
 """
 
 # isort: off
 # First, so that bitsandbytes is quiet about our package of kernels.
+from benchmarks.common import environment
 import utils  # noqa: F401
 
 # isort: on
@@ -28,9 +29,8 @@ import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
-from benchmarks.dcac_step import GIB, numbers, shown, wait
-from benchmarks.retrieval import environment
-from pretrain_backbone import Classification, optimizer_of, rates_of
+from benchmarks.speed.dcac_step import GIB, numbers, shown, wait
+from pretrain_backbone import Classification, build_optimizer, build_rates
 from pretrain_backbone import parse_args as training_args
 from utils.batches.mixing import Mixing
 from utils.files import to_json, versions, write_together
@@ -88,7 +88,7 @@ class Step:
         if way == "compiled":
             self.model.backbone.compile()
         self.mixing = Mixing(args.mixup, args.cutmix)
-        self.optimizer = optimizer_of(args, self.model)
+        self.optimizer = build_optimizer(args, self.model)
 
     def run(self):
         self.count += 1
@@ -187,7 +187,7 @@ def schedule_rows():
     """Rate at the first and last step of some epochs of the recipe, from 1."""
     args = arguments("resnet-small")
     steps = PUBLISHED_IMAGES // args.train_batch_size
-    rates = rates_of(args, optimizer_of(args, our_model("resnet-small", (64, 32), 2)), steps)
+    rates = build_rates(args, build_optimizer(args, our_model("resnet-small", (64, 32), 2)), steps)
     ends = [[rates.set(epoch, step) for step in ((epoch - 1) * steps, epoch * steps - 1)] for epoch in EPOCHS]
     return [[epoch, *(f"{rate:.3e}" for rate in both)] for epoch, both in zip(EPOCHS, ends, strict=True)]
 
@@ -198,7 +198,7 @@ def decay_rows(name, size, num_ids):
         model = our_model(name, size, num_ids)
     names = {parameter: key for key, parameter in model.named_parameters()}
     rows = []
-    for group in optimizer_of(arguments(name), model).param_groups:
+    for group in build_optimizer(arguments(name), model).param_groups:
         kinds = Counter(kind_of(model, names[parameter]) for parameter in group["params"])
         numbers = sum(parameter.numel() for parameter in group["params"]) / 1e6
         told = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))

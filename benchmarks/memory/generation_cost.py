@@ -1,6 +1,6 @@
 """GiB of tensors alive at the peak of making an identity, at the sizes of Stable Diffusion 1.5; no GPU, no weights.
 
-    python -m benchmarks.generation_memory --json benchmarks/results/generation_memory.json
+    python -m benchmarks.memory.generation_cost --json benchmarks/results/generation_memory.json
 
 Counted on fake tensors: a fine-tuning step (one own and one reference image, the second step, when the optimiser has
 its state), and drawing a batch of images with guidance. A card needs 1 to 1.5 GiB more, for its context, workspaces
@@ -16,10 +16,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks.alive import Alive, hollow
-from benchmarks.dcac_overhead import SCHEDULE, UNET, VAE, packages
-from benchmarks.generation import TEXT
-from benchmarks.retrieval import environment
+from benchmarks.common import SCHEDULE, UNET, VAE, environment, packages
+from benchmarks.memory.alive import Alive, hollow
+from benchmarks.speed.generation import TEXT
 from train_dreambooth_reid import denoising_errors
 from utils.diffusion.schedule import NoiseSchedule
 from utils.diffusion.unet import set_unet_mode

@@ -1,7 +1,7 @@
 """Does a better start show? Two starts x settings x seeds through finetune_reid.py: table, deviations, mAP by epoch.
 
-    python -m benchmarks.starts --output_dir output/starts
-    python -m benchmarks.starts --starts imagenet=microsoft/resnet-50 diff-person=output/pretrain/backbone \\
+    python -m benchmarks.quality.starts --output_dir output/starts
+    python -m benchmarks.quality.starts --starts imagenet=microsoft/resnet-50 diff-person=output/pretrain/backbone \\
         --source market1501 --finetune "--recipe published --data_root ~/reid --num_train_epochs 10"
 
 The first, on drawn people, makes its own starts: a small ResNet pre-trained by pretrain_backbone.py on many people of
@@ -12,7 +12,7 @@ goes on after a stop, and runs nothing twice.
 
 Random weights learn more at three times that rate, with a warm-up; what is left of the difference there:
 
-    python -m benchmarks.starts --output_dir output/high_rate --settings few-shot:0.1@60 \\
+    python -m benchmarks.quality.starts --output_dir output/high_rate --settings few-shot:0.1@60 \\
         --json benchmarks/results/starts_high_rate.json --finetune "--resolution 64 32 --padding 3 \\
         --train_batch_size 24 --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 60"
 """
@@ -35,7 +35,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.retrieval import RESULTS, environment
+from benchmarks.common import RESULTS, environment
 from utils.datasets.load import load_reid, parse_spec
 from utils.datasets.portable import save
 from utils.files import to_json, write_together
@@ -257,4 +257,4 @@ if __name__ == "__main__":
     try:
         main()
     except ValueError as error:
-        sys.exit(f"benchmarks.starts: {error}")
+        sys.exit(f"benchmarks.quality.starts: {error}")

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import CLIPVisionConfig
 
-from benchmarks.alive import Alive, hollow
+from benchmarks.common import BATCH, CLIP, IMAGE_SIZE, NUM_IDS, UNET, VAE
+from benchmarks.memory.alive import Alive, hollow
 from train_dcac import DCAC, Condition
 from utils.diffusion.latents import encode, sample_latents
 from utils.diffusion.schedule import NoiseSchedule
@@ -49,8 +50,6 @@ class Size:
 
 
 def sizes():
-    from benchmarks.dcac_overhead import BATCH, CLIP, IMAGE_SIZE, NUM_IDS, UNET, VAE
-
     level = UNET | {
         "block_out_channels": UNET["block_out_channels"][:1],
         "down_block_types": UNET["down_block_types"][:1],

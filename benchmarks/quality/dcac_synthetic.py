@@ -1,6 +1,6 @@
 """Baseline against DCAC on the built-in world, with the shipped stand-ins: several seeds, unseen domains, deviations.
 
-    python -m benchmarks.dcac_synthetic --output_dir output/dcac_synthetic
+    python -m benchmarks.quality.dcac_synthetic --output_dir output/dcac_synthetic
 
 Each run is `train_dcac.py` in a process of its own; finished ones are not run again.
 """
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.retrieval import RESULTS, environment
+from benchmarks.common import RESULTS, ROOT, environment
 from utils.files import to_json, write_together
 from utils.reporting.report import text_table
 
@@ -35,7 +35,7 @@ def train(folder, sources, num_ids, targets, seed, more):
         command += [*(f"{SPEC.format(source)},num_ids={num_ids}" for source in sources), "--target"]
         command += [*map(SPEC.format, targets), "--seed", str(seed), "--output_dir", str(folder), *more]
         command += ["--validation_ids", "0", "--eval_every", "5", *TRAINING, "--resume_from_checkpoint", "latest"]
-        subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     seconds = done.stat().st_mtime - (folder / "args.json").stat().st_mtime
     return json.loads((folder / "metrics.json").read_text()), round(seconds)
 

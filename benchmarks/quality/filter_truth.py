@@ -1,6 +1,6 @@
 """The three filters against drawn people of whom the truth is known: AUC, and what each keeps of every kind.
 
-    python -m benchmarks.filter_truth
+    python -m benchmarks.quality.filter_truth
 
 `filter_generated.py` as it comes, on people of whom each is seen by one or two cameras of the source, as in CUHK03
 and MSMT17, and on the same people where all four cameras have seen each. Their generated images: right ones in the
@@ -17,13 +17,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.retrieval import RESULTS, environment
+from benchmarks.common import RESULTS, ROOT, environment
 from utils.files import to_json, write_together
 from utils.generated.drawn_set import World, write_drawn, write_source
 from utils.generated.kept_report import LABELS
 from utils.reporting.report import text_table
 
-ROOT = Path(__file__).parent.parent
 # Whether few cameras have seen an identity.
 CAMERAS = {"one or two": True, "all four": False}
 
@@ -76,7 +75,7 @@ def main(input_args=None):
     columns, rows = table_of(found)
     print(f"mean and deviation\n{text_table(columns, rows)}")
     report = environment() | {
-        "command": f"python -m benchmarks.filter_truth --seeds {' '.join(map(str, args.seeds))}",
+        "command": f"python -m benchmarks.quality.filter_truth --seeds {' '.join(map(str, args.seeds))}",
         "num_ids": args.num_ids,
         "flags": args.flags,
         "columns": columns,

@@ -1,7 +1,7 @@
 """All Triton kernels on the GPU of this machine: checked against references, then timed at Market and MSMT17 size.
 
-    python -m benchmarks.gpu_retrieval
-    python -m benchmarks.gpu_retrieval --sizes M --dtypes float32 --rounds 10
+    python -m benchmarks.speed.gpu_retrieval
+    python -m benchmarks.speed.gpu_retrieval --sizes M --dtypes float32 --rounds 10
 
 Both paths take turns; a time is the median of the rounds, with its share of the card's GEMM rate measured in between,
 and peak memory is beyond the features. Without a GPU the kernels are interpreted at a small size: values are checked,
@@ -22,8 +22,8 @@ if not torch.cuda.is_available():
 
 import triton
 
-from benchmarks.reid_features import SIZES, reid_features
-from benchmarks.retrieval import RESULTS, environment
+from benchmarks.common import RESULTS, environment
+from benchmarks.speed.reid_features import SIZES, reid_features
 from kernels import cosine_topk, k_reciprocal_rerank, rank_metrics
 from kernels.dispatch import full_precision
 from kernels.reranking import k_reciprocal_rerank_reference

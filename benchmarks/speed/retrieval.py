@@ -1,7 +1,7 @@
 """Ranking and re-ranking against public code: correctness first, then time, peak memory and the ratio to pure GEMM.
 
-    python -m benchmarks.retrieval --sizes S M
-    python -m benchmarks.retrieval --sizes S M L --peers torchreid faiss --peer_dir PEERS
+    python -m benchmarks.speed.retrieval --sizes S M
+    python -m benchmarks.speed.retrieval --sizes S M L --peers torchreid faiss --peer_dir PEERS
 
 The peers are no dependency: `pip install --no-deps --target PEERS torchreid==0.2.5 faiss-cpu`. Every measurement is a
 process of its own, and the contenders take turns. Memory is the peak beyond the process with its features. GEMM is
@@ -10,10 +10,7 @@ it, scaled).
 """
 
 import argparse
-import importlib.util
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,24 +21,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.reid_features import SIZES, reid_features
+from benchmarks.common import RESULTS, environment, peer_module, status
+from benchmarks.speed.reid_features import SIZES, reid_features
 from kernels import k_reciprocal_rerank, rank_metrics
 from kernels.ranking import rank_metrics_reference
 from kernels.reranking import k_reciprocal_rerank_reference
 from kernels.tiles import cosine_reference
 
-RESULTS = Path(__file__).parent / "results"
 GEMM_ROWS, GEMM_SAMPLE = 1024, 8192
 # N x N arrays do not fit past these sizes.
 PEER_SIZES = {"torchreid": ("S", "M"), "faiss": ("S", "M")}
-
-
-def peer_module(path):
-    """One file of a peer, without importing the rest of its package."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def squared_distances(left, right):
@@ -135,11 +124,6 @@ def same_operations(work, data):
     return seconds
 
 
-def status(field):
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
 def measure(args):
     """One contender, once: what a child process prints."""
     data = dict(np.load(args.features))
@@ -186,27 +170,6 @@ def check(args):
     return found
 
 
-def environment():
-    """Machine, versions, revision and command, without any path of this disk."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    names = [line.split(":")[1].strip() for line in cpu_lines() if line.startswith("model name")]
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return {
-        "machine": f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {platform.system()}",
-        "load_average": os.getloadavg(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "revision": git.stdout.strip(),
-        "command": " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *words]),
-    }
-
-
-def cpu_lines():
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def main(args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["S", "M"], choices=SIZES)
@@ -245,7 +208,7 @@ def compare(args, size, work, features):
     runs = {name: [] for name in names}
     for _ in range(1 if size == "L" else args.rounds):
         for name in names:
-            command = [sys.executable, "-m", "benchmarks.retrieval", "--worker", name, "--work", work]
+            command = [sys.executable, "-m", "benchmarks.speed.retrieval", "--worker", name, "--work", work]
             command += ["--features", str(features)] + (["--peer_dir", str(args.peer_dir)] if args.peer_dir else [])
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:

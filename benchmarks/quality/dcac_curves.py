@@ -1,6 +1,6 @@
 """The loss curves of `train_dcac.py` with what makes it faster beside those without: how far they part.
 
-    python -m benchmarks.dcac_curves --json benchmarks/results/dcac_curves.json
+    python -m benchmarks.quality.dcac_curves --json benchmarks/results/dcac_curves.json
 
 Runs of the demo that differ by one flag: latents from the cache (kept in half precision) or the VAE in every step,
 compiled or not. Twice the same run is there for scale.
@@ -14,10 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.retrieval import environment
+from benchmarks.common import ROOT, environment
 from utils.files import to_json, write_together
 
-ROOT = Path(__file__).parent.parent
 VARIANTS = {
     "again": [],
     "vae in every step": ["--cache_dir", "none"],

@@ -1,10 +1,10 @@
 """What DCAC costs beside its baseline: parameters, FLOPs and memory, counted without a GPU, and time, measured.
 
-    python -m benchmarks.dcac_overhead --table
-    python -m benchmarks.dcac_overhead --table --json TABLE.json --step_json STEPS.json
-    python -m benchmarks.dcac_overhead --memory --json MEMORY.json        # GiB of tensors alive; three minutes
-    python -m benchmarks.dcac_overhead --step --json STEP.json            # on a GPU: ms, ratios, peak GiB
-    python -m benchmarks.dcac_overhead --step --size block --modes lora   # the same on a CPU
+    python -m benchmarks.memory.dcac_overhead --table
+    python -m benchmarks.memory.dcac_overhead --table --json TABLE.json --step_json STEPS.json
+    python -m benchmarks.memory.dcac_overhead --memory --json MEMORY.json        # GiB of tensors alive; three minutes
+    python -m benchmarks.memory.dcac_overhead --step --json STEP.json            # on a GPU: ms, ratios, peak GiB
+    python -m benchmarks.memory.dcac_overhead --step --size block --modes lora   # the same on a CPU
 
 The real architectures (CLIP ViT-B/16 at 256x128, Stable Diffusion 1.5 at 128x128, 751 identities, batch 64) are built
 from their configuration on the meta device, by the functions training uses, and run there: no weights, no memory.
@@ -15,6 +15,7 @@ and transformer blocks are computed twice; paper_whole: the same with all of the
 
 # isort: off
 # First, so that bitsandbytes is quiet about our package of kernels.
+from benchmarks.common import environment
 import utils  # noqa: F401
 
 # isort: on
@@ -31,41 +32,27 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
 
-from benchmarks import dcac_step
-from benchmarks.retrieval import environment
+from benchmarks.common import (
+    BATCH,
+    CLIP,
+    IMAGE_SIZE,
+    LATENT_SIZE,
+    NUM_IDS,
+    RANK,
+    SCHEDULE,
+    TAU,
+    UNET,
+    VAE,
+    WIDTH,
+    packages,
+)
+from benchmarks.speed import dcac_step
 from utils.diffusion.schedule import NoiseSchedule, noise_loss
 from utils.diffusion.unet import set_unet_mode
-from utils.files import to_json, versions, write_together
+from utils.files import to_json, write_together
 from utils.modeling.backbones import backbone_from_config
 from utils.modeling.reid_model import ReIDModel
 
-NUM_IDS, BATCH, RANK, TAU = 751, 64, 8, 0.6
-IMAGE_SIZE, LATENT_SIZE, WIDTH = (256, 128), (4, 16, 16), 768
-CLIP = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "patch_size": 16,
-    "image_size": 224,
-    "projection_dim": 512,
-}
-UNET = {
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": WIDTH,
-}
-VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": LATENT_SIZE[0],
-}
-SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 # Published: millions of trainable parameters, forward TFLOPs.
 PAPER = {
     "inference": (85.55, 1.46),
@@ -261,10 +248,6 @@ def main(input_args=None):
         write(args.json, table)
     if args.step_json:
         write(args.step_json, {**environment(), **packages(), "batch": BATCH, "steps": steps})
-
-
-def packages():
-    return {name: number for name, number in versions().items() if name in ("diffusers", "peft", "transformers")}
 
 
 if __name__ == "__main__":

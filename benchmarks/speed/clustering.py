@@ -1,8 +1,8 @@
 """Pseudo labels at the sizes of public training sets: correctness first, then seconds and peak memory on one core.
 
-    python -m benchmarks.clustering
-    python -m benchmarks.clustering --sizes market msmt --dense market msmt
-    python -m benchmarks.clustering --dense market msmt --published FOLDER   # SpCL's faiss_rerank.py, and faiss
+    python -m benchmarks.speed.clustering
+    python -m benchmarks.speed.clustering --sizes market msmt --dense market msmt
+    python -m benchmarks.speed.clustering --dense market msmt --published FOLDER   # SpCL's faiss_rerank.py, and faiss
 
 Ours is `utils.training.clustering.cluster`: sparse k-reciprocal Jaccard distances, DBSCAN on the sparse graph.
 `dense` is the shape of the code that pseudo-label methods are published with: k1 nearest, V and the distances as N x
@@ -29,8 +29,8 @@ import torch
 from sklearn.cluster import DBSCAN
 from sklearn.metrics import adjusted_rand_score
 
-from benchmarks.reid_features import reid_features
-from benchmarks.retrieval import RESULTS, environment, status
+from benchmarks.common import RESULTS, environment, status
+from benchmarks.speed.reid_features import reid_features
 from kernels.jaccard_graph import jaccard_graph
 from kernels.reranking import k_reciprocal_rerank_reference
 from utils.training.clustering import agreement, cluster
@@ -189,7 +189,7 @@ def main(args=None):
 
 
 def run(who, features, labels, folder=None):
-    command = [sys.executable, "-m", "benchmarks.clustering", "--worker", who, "--features", str(features)]
+    command = [sys.executable, "-m", "benchmarks.speed.clustering", "--worker", who, "--features", str(features)]
     command += ["--published", str(folder)] if folder else []
     done = subprocess.run(
         [*command, "--labels", str(labels)],

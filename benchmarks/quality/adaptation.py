@@ -1,6 +1,6 @@
 """Training without labels, across domains and for unseen domains, on the built-in world: seeds, starts, deviations.
 
-    python -m benchmarks.adaptation
+    python -m benchmarks.quality.adaptation
 
 People of domain b are learned without labels, or with those of domain a alone; domains d and e are only measured on.
 It starts from a small ResNet of random weights, and from the same pre-trained by pretrain_backbone.py on 128 people of
@@ -25,7 +25,7 @@ import torch
 import adapt_reid
 import finetune_reid
 import pretrain_backbone
-from benchmarks.retrieval import RESULTS, environment
+from benchmarks.common import RESULTS, environment
 from utils.datasets.load import load_reid
 from utils.datasets.portable import save
 from utils.files import to_json, write_together
@@ -42,7 +42,7 @@ DOMAINS = {"a": (64, 8), "b": (32, 16), "c": (64, 8), "d": (32, 8), "e": (32, 8)
 WORDS = f"--resolution {SIZE[0]} {SIZE[1]} --padding 3 --eval_every 1 --log_every 16"
 RATE = f"{WORDS} --learning_rate 1e-3"
 LABELS = f"{RATE} --num_train_epochs 6 --lr_milestones 5"
-CLUSTERS = f"{WORDS} --learning_rate 5e-4 --num_train_epochs 10 --lr_milestones 8 --k1 15"
+CLUSTERS = f"{WORDS} --learning_rate 5e-4 --num_train_epochs 10 --lr_milestones 8 --cluster_k1 15"
 ADAPT = f"{CLUSTERS} --setting adaptation --source a --target b"
 GENERAL = f"{RATE} --num_train_epochs 3 --lr_milestones 3 --setting generalisation --source a b c --target d e"
 RUNS = {
@@ -260,4 +260,4 @@ if __name__ == "__main__":
     try:
         main()
     except ValueError as error:
-        sys.exit(f"benchmarks.adaptation: {error}")
+        sys.exit(f"benchmarks.quality.adaptation: {error}")

@@ -1,7 +1,7 @@
 """The two chains on the built-in world, by the scripts' own commands: wall time and peak memory of each step.
 
-    python -m benchmarks.chain
-    python -m benchmarks.chain --small --chains generation --output_dir output/chain-small
+    python -m benchmarks.robustness.chain
+    python -m benchmarks.robustness.chain --small --chains generation --output_dir output/chain-small
 
     generation      captions -> fine-tuning an identity, images -> filter -> pre-train -> few-shot -> evaluate
     generalisation  train DCAC on one domain -> evaluate on two it has not seen -> adapt to one of them, unlabelled
@@ -18,11 +18,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.retrieval import RESULTS, environment
+from benchmarks.common import RESULTS, ROOT, environment
 from utils.files import to_json, write_together
 from utils.reporting.report import text_table
 
-ROOT = Path(__file__).parent.parent
 LAST_LINES = 12
 # A process counts as its own what the one that forked it held: so a small one stands between.
 MEASURED = """
@@ -99,7 +98,7 @@ CHAINS = {
         Step(
             "adapted-b",
             f"adapt_reid.py --target {UNSEEN} --backbone {{dcac}}/model --num_train_epochs 4 --lr_milestones 3",
-            f"--target {FEW_UNSEEN} --num_train_epochs 1 --train_batch_size 8 --k1 6 --min_samples 2 "
+            f"--target {FEW_UNSEEN} --num_train_epochs 1 --train_batch_size 8 --cluster_k1 6 --min_samples 2 "
             "--steps_per_epoch 2",
         ),
     ],
@@ -207,4 +206,4 @@ if __name__ == "__main__":
     try:
         main()
     except ValueError as error:
-        sys.exit(f"benchmarks.chain: {error}")
+        sys.exit(f"benchmarks.robustness.chain: {error}")

@@ -1,8 +1,8 @@
 """How often the shipped question answerer is right about domain a, of which it learned nothing.
 
-    python -m benchmarks.standins
-    python -m benchmarks.standins --domain h --first_pid 2000 --json FILE
-    python -m benchmarks.standins --samples samples.png        # ten captions drawn, below the true people
+    python -m benchmarks.quality.standins
+    python -m benchmarks.quality.standins --domain h --first_pid 2000 --json FILE
+    python -m benchmarks.quality.standins --samples samples.png        # ten captions drawn, below the true people
 
 An answer is right where it is the synthetic world's own, word by word; beside it stands how often the commonest true
 answer would be. Colours, patterns and kinds of clothes are also counted alone. Some pictures cannot tell: the person
@@ -18,7 +18,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from tqdm import tqdm
 from transformers import BlipForQuestionAnswering, BlipProcessor
 
-from benchmarks.retrieval import RESULTS, environment
+from benchmarks.common import RESULTS, environment
 from utils import synthetic
 from utils.files import to_json, write_together
 from utils.flags import CAPTIONER_DIR, DIFFUSION_DIR
@@ -128,7 +128,7 @@ def main(input_args=None):
         print(f"{name:<14}{row['accuracy']:>10.1%}{row['commonest']:>11.1%}")
     settings = f"--domain {args.domain} --num_ids {args.num_ids} --first_pid {args.first_pid}"
     report = environment() | {
-        "command": f"python -m benchmarks.standins {settings}",
+        "command": f"python -m benchmarks.quality.standins {settings}",
         "pictures": len(examples),
         "question_answerer": found,
     }

@@ -1,7 +1,7 @@
 """Training images a second from one worker process: decoded, augmented and collated into batches of 256 x 128.
 
-    python -m benchmarks.loading
-    python -m benchmarks.loading --json FILE
+    python -m benchmarks.speed.loading
+    python -m benchmarks.speed.loading --json FILE
 
 The same people from four places: drawn on access, a portable copy with the images inside, and folders of JPEG files
 of two sizes, which the system has in memory. The sources take turns; medians are shown, by the clock and by the
@@ -21,7 +21,7 @@ from PIL import Image, features
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from benchmarks.retrieval import RESULTS, environment
+from benchmarks.common import RESULTS, environment
 from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import ReIDImages, train_transform
 from utils.datasets.load import load_reid
@@ -96,7 +96,7 @@ def main(input_args=None):
             for name, (images, sampler) in loaders.items():
                 runs.setdefault(name, []).append(rates(images, sampler, epoch))
     report = environment() | {
-        "command": f"python -m benchmarks.loading --num_ids {args.num_ids} --rounds {args.rounds}",
+        "command": f"python -m benchmarks.speed.loading --num_ids {args.num_ids} --rounds {args.rounds}",
         "pillow": Image.__version__,
         "jpeg": f"libjpeg-turbo {features.version('libjpeg_turbo')}",
         "datasets": datasets.__version__,

@@ -1,6 +1,6 @@
 """Synthetic features of the sizes of public re-identification sets: 512-d unit rows, mAP between 0.5 and 0.65.
 
-    python -m benchmarks.reid_features M features.npz
+    python -m benchmarks.speed.reid_features M features.npz
 
 S is small, M has the size of Market-1501 and L of MSMT17. An identity is a direction near that of its group, whose
 members are hard to tell apart; a camera moves all its images one way; every image has noise of its own strength.
