@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed.pretraining --json PRETRAINING.json          # on a GPU: 256x128, batch 512, bf16
     python -m benchmarks.speed.pretraining --size tiny --mixed_precision no # on a CPU: that it runs, not how fast
-    python -m benchmarks.speed.pretraining --recipe                       # the published rates, and what does not decay
+    python -m benchmarks.speed.pretraining --recipe  # the published rates, and what does not decay
 
 ours: the modules and optimiser of `pretrain_backbone.py`. compiled: the same with --torch_compile. plain: as people
 write it, torchvision's model in its usual memory layout, torchvision's Mixup and CutMix, the loss read every step.
