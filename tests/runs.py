@@ -42,8 +42,6 @@ def free_port():
 
 def places(processes):
     """What torchrun tells each of several processes on one machine."""
-    if processes == 1:
-        return [{}]
     common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
@@ -120,7 +118,7 @@ def start(script, *arguments, processes=1, limit=None, **more):
         Path(folder.name, stream).touch()
     words = [str(ROOT / script), *map(str, arguments)]
     started = []
-    for place in places(processes):
+    for place in places(processes) if processes > 1 else [{}]:
         options = words, environment(**place, **more), Path(folder.name), limit
         started.append(FORKSERVER.Process(target=become, args=options))
         started[-1].start()
@@ -133,6 +131,8 @@ def become(words, environment, folder, limit):
         file = os.open(folder / stream, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
+    # Workers of data loaders start as they do in a run that was started by itself.
+    multiprocessing.set_start_method(None, force=True)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks import loading as benchmark
-from tests.runs import launch
+from tests.runs import launch, places
 from utils.batches.images import ReIDImages
 from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import TestTransform, TrainTransform, test_transform, to_tensor, train_transform
@@ -214,11 +214,10 @@ dist.destroy_process_group()
 def test_two_real_processes_get_the_pixels_of_one(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(TWO_RANKS)
-    output = []
-    for count in (1, 2):
-        printed = launch(script, processes=count).stdout
-        output.append([line for line in printed.splitlines() if len(line) == 64])
-    assert len(output[0]) >= 32 and output[0] == output[1]
+    (alone,) = places(1)
+    printed = launch(script, **alone).stdout, launch(script, processes=2).stdout
+    one, two = ([line for line in text.splitlines() if len(line) == 64] for text in printed)
+    assert len(one) >= 32 and one == two
 
 
 @pytest.mark.slow

@@ -259,7 +259,7 @@ def test_push(folder, tmp_path, monkeypatch, capsys):
     write_table(folder / "metadata.csv", ROWS)
     asked, pushed = [], {}
     monkeypatch.setattr(
-        "utils.datasets.load.HfApi.create_repo", lambda self, name, **options: asked.append((name, options))
+        "utils.datasets.portable.HfApi.create_repo", lambda self, name, **options: asked.append((name, options))
     )
     monkeypatch.setattr(
         datasets.DatasetDict,
@@ -286,7 +286,7 @@ def test_push(folder, tmp_path, monkeypatch, capsys):
     def refuse(self, name, **options):
         raise OSError("no token\nsecond line")
 
-    monkeypatch.setattr("utils.datasets.load.HfApi.create_repo", refuse)
+    monkeypatch.setattr("utils.datasets.portable.HfApi.create_repo", refuse)
     with pytest.raises(SystemExit, match="^error: the Hub did not take someone/people: no token$"):
         main([str(folder), "--push_to_hub", "someone/people"])
 

@@ -31,9 +31,8 @@ from utils.modeling.backbones import load_backbone
 from utils.modeling.reid_model import ReIDModel
 from utils.worklist import Worklist
 
-SOURCES = sorted(
-    [*ROOT.glob("*.py"), *ROOT.glob("utils/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("benchmarks/*.py")]
-)
+ROOMS = ("methods", "utils", "kernels", "benchmarks")
+SOURCES = sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))])
 # Names that run what they are given; pickle's are asked for apart.
 RUNS_CODE = {"eval", "exec", "system", "popen", "unpack_archive", "extractall", "read_pickle", "Unpickler", "run_path"}
 READS_WEIGHTS = {f"{name}.from_pretrained" for name in ("CLIPModel", "CLIPTextModel", "auto", "model_class")}

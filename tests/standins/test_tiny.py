@@ -169,8 +169,10 @@ def test_both_tokenizers_know_the_words_of_the_world(folder, tokenizer):
 
 
 def test_shipped_ones_are_small_and_whole():
-    sizes = {path: path.stat().st_size for path in STANDINS.rglob("*") if path.is_file()}
-    assert {path.name for path in STANDINS.iterdir()} == {"blip-vqa", "clip", "stable-diffusion"}
+    """Beside the code that builds them there is nothing but these three."""
+    folders = [path for path in STANDINS.iterdir() if path.suffix != ".py" and path.name != "__pycache__"]
+    assert {path.name for path in folders} == {"blip-vqa", "clip", "stable-diffusion"}
+    sizes = {path: path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file()}
     assert sum(sizes.values()) <= 16 * 2**20
     assert not [path for path in sizes if path.suffix not in (".json", ".safetensors", ".txt")]
 

@@ -12,6 +12,7 @@ from PIL import Image
 from tests.runs import ROOT
 from utils import synthetic
 from utils.datasets.load import load_reid
+from utils.synthetic.world import rows
 
 PIXELS = """
 import hashlib
@@ -84,13 +85,18 @@ def test_pictures_are_drawn_when_they_are_opened():
         ({"domain": "z"}, "'z' does not exist"),
         ({"num_ids": 0}, "num_ids .* at least 1, got 0"),
         ({"images_per_id": 2}, "images_per_id .* at least 3, got 2"),
-        ({"num_ids": True}, "got True"),
+        ({"num_ids": True}, "num_ids must be of type int, not True"),
         ({"seed": -1}, "seed .* at least 0"),
     ],
 )
 def test_impossible_worlds_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         load_reid("synthetic", **options)
+
+
+def test_a_world_of_true_identities_is_refused():
+    with pytest.raises(ValueError, match="num_ids .* at least 1, got True"):
+        rows(num_ids=True)
 
 
 @pytest.mark.parametrize("name", ["x.png", "synthetic-a/s0/0001_c9_0000.png", "synthetic-z/s0/0001_c1_0000.png"])
