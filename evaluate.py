@@ -30,7 +30,7 @@ from utils.evaluation.features import (
     save_features,
 )
 from utils.evaluation.metrics import MAX_RANK, PROTOCOLS, RANKS, Side
-from utils.evaluation.report import Findings, ResultPictures, build_page
+from utils.evaluation.report import Findings, ResultPictures, evaluation_report
 from utils.evaluation.thresholds import pair_statistics
 from utils.files import run_record, to_json, versions, write_csv, write_together
 from utils.flags import check_ranges
@@ -225,7 +225,7 @@ def main(args):
         metrics = combine(args, splits_found) if findings.result else nothing_measured(findings)
         metrics |= {"model": args.model, "data": data_name(args), "skipped_images": skipped, "versions": versions()}
         pictures = ResultPictures(images, *(rows for rows, *_ in splits[0]), model) if images is not None else None
-        report = build_page(metrics, findings, pictures, num_random=args.report_queries, seed=args.seed)
+        report = evaluation_report(metrics, findings, pictures, num_random=args.report_queries, seed=args.seed)
         write_results(args, metrics, findings, report)
         print_summary(say, metrics, args.output_dir)
     accelerator.end_training()

@@ -127,7 +127,7 @@ def domains_held_in(num_domains, seed):
 class MetaBatches:
     """A batch sampler with what a meta-step takes after each batch of another: P people with K images of each domain.
 
-    Every process gets these whole, after its share of the other batch. `set_epoch` and `global_batches` are passed on.
+    Every process gets these whole, after its share of the other batch. `set_epoch` and `steps_of` are passed on.
     """
 
     def __init__(self, sampler, labels, domains, ids_per_domain, images_per_id, seed=0):
@@ -148,11 +148,11 @@ class MetaBatches:
         """Images of a meta-step."""
         return len(self.people) * self.ids * self.size
 
-    def set_epoch(self, epoch):
-        self.sampler.set_epoch(epoch)
+    def set_epoch(self, epoch, done=0):
+        self.sampler.set_epoch(epoch, done)
 
-    def global_batches(self, epoch):
-        return self.sampler.global_batches(epoch)
+    def steps_of(self, epochs):
+        return self.sampler.steps_of(epochs)
 
     def drawn(self, key):
         rng = random.Random(f"meta/{key}")
@@ -162,7 +162,7 @@ class MetaBatches:
                 yield from rng.sample(rows, self.size) if len(rows) >= self.size else rng.choices(rows, k=self.size)
 
     def __iter__(self):
-        for number, batch in enumerate(self.sampler):
+        for number, batch in enumerate(self.sampler, self.sampler.done):
             key = f"{self.seed}/{self.sampler.epoch}/{number}"
             yield batch + [(row, f"meta/{key}/{place}") for place, row in enumerate(self.drawn(key))]
 

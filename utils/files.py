@@ -11,6 +11,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+# What a parser adds to the arguments for the script's own use.
+NO_ARGUMENTS = ("free_on_resume", "notes")
 PACKAGES = ("torch", "torchvision", "transformers", "diffusers", "accelerate", "peft", "datasets", "numpy")
 
 
@@ -127,7 +129,8 @@ def git_revision():
 
 def run_record(args):
     """What `args.json` holds: the command, its arguments, versions."""
-    return {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "arguments": vars(args), "versions": versions()}
+    arguments = {name: value for name, value in vars(args).items() if name not in NO_ARGUMENTS}
+    return {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "arguments": arguments, "versions": versions()}
 
 
 def portable(value):

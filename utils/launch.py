@@ -5,12 +5,13 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedType, LoggerType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 
@@ -59,6 +60,10 @@ def end_with(main, args, script, *, lean="lower --train_batch_size, or add --gra
     sys.exit(f"{script}: {' '.join(message.split())}")
 
 
+# What a shell reports for a process that SIGTERM ended.
+EXIT_SIGTERM = 128 + signal.SIGTERM
+
+
 def use_all_cores(num_processes):
     """`accelerate launch` gives a process on the CPU one thread, unless told otherwise: then it gets its share."""
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
@@ -66,29 +71,42 @@ def use_all_cores(num_processes):
         torch.set_num_threads(os.cpu_count())
 
 
-# What a shell reports for a process that SIGTERM ended.
-EXIT_SIGTERM = 128 + signal.SIGTERM
+def start_accelerator(mixed_precision=None, *, patient=False, handlers=(), **options):
+    """The Accelerator of any script. A run without a GPU says so in its first line.
 
-
-def start_accelerator(args, *, find_unused_parameters=False, max_zero_stage=2):
-    """The Accelerator of a training script: one process, DDP, or DeepSpeed; ZeRO-3 needs `whole_weights` there."""
+    `patient`: processes wait for each other as long as it takes. `options` are those of `Accelerator`.
+    """
     # Into a file or a pipe, lines would wait for the buffer to fill: hours of a training.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)
     # Without `cpu`, accelerate takes several processes of torchrun on a machine without a GPU for single ones.
+    options = {"cpu": not torch.accelerator.is_available()} | options
+    if patient:
+        handlers = [*handlers, InitProcessGroupKwargs(timeout=timedelta(days=365))]
+    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=list(handlers), **options)
+    if accelerator.device.type == "cpu":
+        use_all_cores(accelerator.num_processes)
+        in_half = accelerator.mixed_precision != "no"
+        slow = f", in {accelerator.mixed_precision}, which few CPUs compute fast" if in_half else ""
+        accelerator.print(f"No GPU found, running on the CPU{slow}")
+    return accelerator
+
+
+def start_training(args, *, find_unused_parameters=False, max_zero_stage=2):
+    """The Accelerator of a training script: one process, DDP, or DeepSpeed; ZeRO-3 needs `whole_weights` there."""
     cpu = not torch.accelerator.is_available()
     if cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         # With `cpu`, accelerate leaves DeepSpeed out: its processes are joined first, and then it is not told.
         PartialState(cpu=True)
         os.environ["ACCELERATE_USE_CPU"] = "false"
         cpu = False
-    accelerator = Accelerator(
+    accelerator = start_accelerator(
+        args.mixed_precision,
         cpu=cpu,
-        mixed_precision=args.mixed_precision,
         log_with=check_trackers(args.report_to) or None,
         project_dir=args.output_dir,
         # Buffers are computed from the whole batch and equal everywhere.
-        kwargs_handlers=[
+        handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=find_unused_parameters)
         ],
     )
@@ -126,8 +144,6 @@ def start_accelerator(args, *, find_unused_parameters=False, max_zero_stage=2):
             HfApi().whoami()
         except Exception as error:
             raise ValueError(f"--push_to_hub needs a login that works: {error}; run `hf auth login`") from None
-    if accelerator.device.type == "cpu":
-        use_all_cores(accelerator.num_processes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
 
@@ -158,6 +174,13 @@ def gather_with_gradient(tensor):
     return torch.cat(all_gather(tensor.contiguous()))
 
 
+def gather_by_domain(tensor, num_domains):
+    """The whole batch from each process's share of [domain, domain, ...], the domains one after the other."""
+    size = len(tensor)
+    whole = gather_with_gradient(tensor)
+    return whole.unflatten(0, (len(whole) // size, num_domains, size // num_domains)).transpose(0, 1).flatten(0, 2)
+
+
 def check_trackers(names):
     """The list for `Accelerator(log_with=...)`; ValueError for one that is unknown or not installed."""
     names = [name for name in names or () if name != "none"]
@@ -180,3 +203,13 @@ def bitsandbytes_module():
 def tracked(args):
     """The arguments as trackers take them: plain values."""
     return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in vars(args).items()}
+
+
+def introduce(args, accelerator, *, demo, stand_ins=None):
+    """The first lines of a run: `demo` where nothing was asked for, `stand_ins` where stand-ins are used unasked."""
+    if args.demo:
+        accelerator.print(demo)
+    elif stand_ins:
+        accelerator.print(stand_ins)
+    for line in args.notes:
+        accelerator.print(line)

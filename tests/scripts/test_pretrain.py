@@ -27,6 +27,7 @@ from utils.batches.mixing import Mix
 from utils.batches.samplers import ShuffleSampler
 from utils.batches.transforms import test_transform as picture_transform
 from utils.flags import CLIP_DIR
+from utils.launch import start_training
 from utils.modeling.backbones import load_backbone
 from utils.modeling.folder import write_backbone_folder
 from utils.modeling.names import open_backbone
@@ -177,7 +178,7 @@ def test_prototypes_rest_and_the_centre_follows_the_teacher(distilled):
     # Of the first step: a tenth of what the teacher, then the student's twin, says of the first batch.
     args = parse_args(DISTILLED)
     AcceleratorState._reset_state(True)
-    accelerator = pretrain_backbone.start_accelerator(args)
+    accelerator = start_training(args)
     rows, labels, _ = pretrain_backbone.open_train(args)
     model, average = pretrain_backbone.build_model(args, accelerator, 6)
     sampler = ShuffleSampler(len(rows), 8, args.seed)
@@ -224,7 +225,7 @@ def test_recipe_sets_the_published_values_and_flags_win():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--image_fraction", "1.5"], "--image_fraction must be between 0 and 1, got 1.5"),
+        (["--image_fraction", "1.5"], "--image_fraction must be above 0 and at most 1, got 1.5"),
         (["--identity_fraction", "0"], "--identity_fraction must be above 0"),
         (["--train_batch_size", "1"], "BatchNorm needs two images or more"),
         (["--train_batch_size", "7", "--mixup", "1"], "must be even"),
@@ -234,7 +235,7 @@ def test_recipe_sets_the_published_values_and_flags_win():
         (["--objective", "dino", "--ema_decay", "0.9"], "--teacher_momentum"),
         (["--objective", "dino", "--local_crops", "0"], "--local_crops must be 1 or more"),
         (["--adam_weight_decay", "0", "--weight_decay_end", "0.4"], "must be above 0"),
-        (["--layer_decay", "1.2"], "between 0 and 1"),
+        (["--layer_decay", "1.2"], "above 0 and at most 1"),
         (["--local_area", "0.5", "0.3"], "--local_area must be two shares of an image"),
     ],
 )
@@ -337,7 +338,7 @@ def test_a_cut_training_goes_on_to_the_same_numbers(finished, tmp_path, capsys):
     train(*common, "--max_train_steps", "1")
     assert len(log_of(tmp_path)) == 1
     train(*common, "--resume_from_checkpoint", "latest")
-    assert "Going on from" in capsys.readouterr().out
+    assert "Resuming from" in capsys.readouterr().out
     assert (tmp_path / "log.jsonl").read_text() == (finished / "log.jsonl").read_text()
     assert same_weights(weights_of(tmp_path, "backbone"), weights_of(finished, "backbone"))
     assert train(*common, "--resume_from_checkpoint", "latest") == 0
@@ -368,7 +369,7 @@ def test_the_mean_of_a_swin_keeps_its_table_of_places(dropping, more):
     """Whole numbers that no file holds: the mean would be measured with others than it is opened with."""
     args = parse_args([*SMALL, *more, "--backbone", str(dropping)])
     AcceleratorState._reset_state(True)
-    model, average = pretrain_backbone.build_model(args, pretrain_backbone.start_accelerator(args), 6)
+    model, average = pretrain_backbone.build_model(args, start_training(args), 6)
     AcceleratorState._reset_state(True)
     tables = [name for name, _ in model.named_buffers() if name.endswith("relative_position_index")]
     for step in range(4):
@@ -382,7 +383,7 @@ def test_the_mean_of_a_swin_keeps_its_table_of_places(dropping, more):
 def test_nothing_drops_out_of_a_teacher(dropping):
     args = parse_args([*SMALL, *DINO, "--backbone", str(dropping)])
     AcceleratorState._reset_state(True)
-    model, average = pretrain_backbone.build_model(args, pretrain_backbone.start_accelerator(args), 6)
+    model, average = pretrain_backbone.build_model(args, start_training(args), 6)
     AcceleratorState._reset_state(True)
     pretrain_backbone.set_modes(args, model, average)
     crops = torch.randn(4, 2, 3, 64, 32)

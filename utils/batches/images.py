@@ -4,6 +4,8 @@ import random
 
 import torch
 
+from utils.batches.transforms import train_transform
+
 
 class ReIDImages(torch.utils.data.Dataset):
     """Rows of a data set as tensors with labels; an item is asked for as a number, or as (number, key of its draw)."""
@@ -40,3 +42,15 @@ class TransformedImages(torch.utils.data.Dataset):
 
     def __getitem__(self, row):
         return self.transform(self.dataset[row]["image"])
+
+
+def training_loader(model, dataset, labels, sampler, *, padding, erasing, num_workers=0, pin_memory=False):
+    """Augmented batches, sized and normalised for a model, of a sampler that gives keyed rows."""
+    transform = train_transform(model.image_size, model.image_mean, model.image_std, padding=padding, erasing=erasing)
+    return torch.utils.data.DataLoader(
+        ReIDImages(dataset, transform, labels),
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+    )

@@ -6,30 +6,42 @@ import random
 import torch
 
 
-class RemainingBatches:
-    """A batch sampler without the first `done` batches of its epoch, for a loader that lives through all epochs."""
+class KeyedBatches(torch.utils.data.Sampler):
+    """Batches as lists of (number, key of the draw): one rank's even share, in order, of every batch of all ranks.
 
-    def __init__(self, sampler):
-        self.sampler, self.done = sampler, 0
+    `set_epoch(epoch, done)` leaves out the first `done` batches of the epoch, for a run that resumes in it. Children
+    have `global_batches(epoch)`, the numbers of every batch.
+    """
+
+    def __init__(self, batch_size, seed, rank, num_processes):
+        if batch_size < 1 or batch_size % num_processes:
+            raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {num_processes} processes")
+        self.batch_size, self.seed = batch_size, seed
+        share = batch_size // num_processes
+        self.mine = slice(rank * share, (rank + 1) * share)
+        self.epoch = self.done = 0
 
     def set_epoch(self, epoch, done=0):
-        self.sampler.set_epoch(epoch)
-        self.done = done
+        self.epoch, self.done = epoch, done
 
     def __iter__(self):
-        for number, batch in enumerate(self.sampler):
+        for number, batch in enumerate(self.global_batches(self.epoch)):
             if number >= self.done:
-                yield batch
+                first = number * self.batch_size
+                yield [(image, f"{self.seed}/{self.epoch}/{first + place}") for place, image in enumerate(batch)][
+                    self.mine
+                ]
 
     def __len__(self):
-        return len(self.sampler) - self.done
+        """Batches left of the epoch; with identities of different sizes their number differs between epochs."""
+        return self.steps_of(1, first=self.epoch) - self.done
 
-    def steps_of(self, epochs):
-        """Batches of the first epochs; their number may differ from one to the next."""
-        return sum(sum(1 for _ in self.sampler.global_batches(epoch)) for epoch in range(1, epochs + 1))
+    def steps_of(self, epochs, first=1):
+        """Batches of so many epochs from `first` on."""
+        return sum(1 for epoch in range(first, first + epochs) for _ in self.global_batches(epoch))
 
 
-class IdentitySampler(torch.utils.data.Sampler):
+class IdentitySampler(KeyedBatches):
     """Batches of P identities with K images each, one rank's share of every global batch.
 
     An epoch: each identity's images are shuffled into groups of K (fewer than K: drawn with replacement; a rest of
@@ -47,21 +59,14 @@ class IdentitySampler(torch.utils.data.Sampler):
                 f"a batch of {batch_size} cannot be split into identities with {images_per_id} images each: make it a "
                 f"multiple of {images_per_id}"
             )
-        if batch_size % num_processes:
-            raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {num_processes} processes")
-        self.ids_per_batch = batch_size // images_per_id
+        super().__init__(batch_size, seed, rank, num_processes)
+        self.ids_per_batch, self.images_per_id = batch_size // images_per_id, images_per_id
         if len(numbers) < self.ids_per_batch:
             raise ValueError(
                 f"a batch needs {self.ids_per_batch} identities ({batch_size} images, {images_per_id} of each), "
                 f"but there are only {len(numbers)}: use a smaller batch or more images of each"
             )
         self.numbers = [numbers[label] for label in sorted(numbers)]
-        self.batch_size, self.images_per_id, self.seed = batch_size, images_per_id, seed
-        self.rank, self.num_processes = rank, num_processes
-        self.epoch = 0
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
 
     def global_batches(self, epoch):
         """All batches of an epoch, as lists of numbers."""
@@ -82,57 +87,27 @@ class IdentitySampler(torch.utils.data.Sampler):
             left = [owner for owner in left if groups[owner]]
             yield batch
 
-    def __iter__(self):
-        share = self.batch_size // self.num_processes
-        mine = slice(self.rank * share, (self.rank + 1) * share)
-        for number, batch in enumerate(self.global_batches(self.epoch)):
-            keyed = [
-                (image, f"{self.seed}/{self.epoch}/{number * self.batch_size + place}")
-                for place, image in enumerate(batch)
-            ]
-            yield keyed[mine]
 
-    def __len__(self):
-        """Batches of the current epoch; with identities of different sizes it may differ between epochs."""
-        return sum(1 for _ in self.global_batches(self.epoch))
-
-
-class ShuffleSampler(torch.utils.data.Sampler):
+class ShuffleSampler(KeyedBatches):
     """Batches of all images in a new order each epoch, one rank's share of every global batch; a rest is left out.
 
     Yields lists of (number, key of the draw), as `IdentitySampler` does.
     """
 
     def __init__(self, num_images, batch_size, seed=0, rank=0, num_processes=1):
-        if batch_size < 1 or batch_size % num_processes:
-            raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {num_processes} processes")
+        super().__init__(batch_size, seed, rank, num_processes)
         if num_images < batch_size:
             raise ValueError(f"a batch of {batch_size} images cannot be made of {num_images}: use a smaller batch")
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self.rank, self.num_processes = rank, num_processes
-        self.epoch = 0
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+        self.num_images = num_images
 
     def global_batches(self, epoch):
         """All batches of an epoch, as lists of numbers."""
         order = random.Random(f"batches/{self.seed}/{epoch}").sample(range(self.num_images), self.num_images)
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
+        for start in range(0, self.num_images - self.batch_size + 1, self.batch_size):
             yield order[start : start + self.batch_size]
 
-    def __iter__(self):
-        share = self.batch_size // self.num_processes
-        mine = slice(self.rank * share, (self.rank + 1) * share)
-        for number, batch in enumerate(self.global_batches(self.epoch)):
-            keyed = [
-                (image, f"{self.seed}/{self.epoch}/{number * self.batch_size + place}")
-                for place, image in enumerate(batch)
-            ]
-            yield keyed[mine]
-
-    def __len__(self):
-        return self.num_images // self.batch_size
+    def steps_of(self, epochs, first=1):
+        return epochs * (self.num_images // self.batch_size)
 
 
 class PseudoBatches:
@@ -210,6 +185,9 @@ class PseudoBatches:
 
     def __len__(self):
         return self.steps - self.done
+
+    def steps_of(self, epochs):
+        return epochs * self.steps
 
 
 def rows_of(labels, first=0):

@@ -82,6 +82,9 @@ class StreamLoader:
     def set_epoch(self, epoch, done=0):
         self.images.epoch, self.images.done = epoch, done
 
+    def steps_of(self, epochs):
+        return epochs * self.steps
+
     def __iter__(self):
         return itertools.islice(self.loader, self.steps - self.images.done)
 

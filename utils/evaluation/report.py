@@ -68,7 +68,7 @@ class ResultPictures:
         return data_uri(Image.blend(image.convert("RGB"), colours, 0.55))
 
 
-def build_page(metrics, findings, pictures=None, *, num_random=4, seed=0):
+def evaluation_report(metrics, findings, pictures=None, *, num_random=4, seed=0):
     """A `Report` of metrics.json's content and the `Findings` behind it; without `pictures` lists of names."""
     searching = metrics["mAP"] is None
     cameras = torch.cat([findings.queries.camids, findings.gallery.camids]).unique()

@@ -20,7 +20,7 @@ LABELS = {"clip": "CLIP", "cctf": "CCTF", "reid": "Re-ID CTF"}
 MAX_SOURCES = 6
 
 
-def build_page(run, scores_path, scores, choice, calibration, summary):
+def kept_report(run, scores_path, scores, choice, calibration, summary):
     """A `Report` of scores and choice."""
     masks = masks_of(scores, choice, summary["filter"])
     facts = [

@@ -21,7 +21,7 @@ WORDS = ("upper", "lower", "shoes", "hair", "carried", "hat", "action", "view", 
 MAX_ROWS = 200
 
 
-def build_page(work, identities, records, described, failures, arguments, validation_ids):
+def made_report(work, identities, records, described, failures, arguments, validation_ids):
     """A `Report` of everything that lies in the folder."""
     count = sum(len(record["images"]) for record in records)
     facts = [

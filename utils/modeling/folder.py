@@ -27,8 +27,8 @@ FILES = ("config.json", "preprocessor_config.json", "README.md", "model.safetens
 COMMITTED = ".saved"
 # What of a run's arguments tells nothing of the model.
 NOT_ON_CARD = (
-    "cache_dir", "data_root", "demo", "hub_model_id", "origin", "output_dir", "push_to_hub", "report_to",
-    "resume_from_checkpoint",
+    "cache_dir", "data_root", "demo", "free_on_resume", "hub_model_id", "notes", "origin", "output_dir", "push_to_hub",
+    "report_to", "resume_from_checkpoint",
 )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def read_state(path, script):
     return state
 
 
-def open_state(args, script, *, effective_batch_size, data, free, say=print):
+def open_state(args, script, *, effective_batch_size, data, free, precision=None, say=print):
     """(checkpoint to go on from or None, the state it stands in): that of the checkpoint, or of a fresh start.
 
     A state holds what a training must know to go on: step, epoch and batches done in it, the history of its
@@ -78,6 +78,7 @@ def open_state(args, script, *, effective_batch_size, data, free, say=print):
     """
     arguments = {**json.loads(to_json(vars(args))), "effective_batch_size": effective_batch_size, "data": data}
     fresh = {"script": script, "step": 0, "epoch": 1, "batch": 0, "history": [], "arguments": arguments}
+    fresh["precision"] = precision
     if not args.resume_from_checkpoint:
         return None, fresh
     path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
@@ -86,7 +87,13 @@ def open_state(args, script, *, effective_batch_size, data, free, say=print):
         return None, fresh
     state = read_state(path, script)
     check_arguments(path, state["arguments"], arguments, free)
-    say(f"Going on from {path}, step {state['step']}")
+    before = state.setdefault("precision", precision)
+    if before != precision:
+        raise ValueError(
+            f"{path} was trained in precision {before}, accelerate's setting is {precision}: give "
+            f"--mixed_precision {before}"
+        )
+    say(f"Resuming from {path}, step {state['step']}")
     return path, state | {"arguments": arguments}
 
 

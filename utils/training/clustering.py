@@ -95,7 +95,7 @@ def check_clusters(found, *, where="the images", least=2):
         turn = f"Raise --eps {found.eps:g}, or lower --min_samples {found.min_samples}; or start from a better model"
     else:
         seen = f"{1 - found.noise:.0%} of {where} fell into {max(found.num_clusters, 1)}"
-        turn = f"Lower --eps {found.eps:g} or --k1; or start from a better model"
+        turn = f"Lower --eps {found.eps:g} or --cluster_k1; or start from a better model"
     raise ValueError(
         f"the clusters collapsed: {seen}. Distances to the nearest {found.min_samples - 1} others: {told}. {turn}"
     )

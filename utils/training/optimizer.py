@@ -6,7 +6,7 @@ import re
 import torch
 from diffusers.optimization import get_scheduler
 
-from utils.flags import OWN_SCHEDULE
+from utils.flags import MULTISTEP
 from utils.launch import bitsandbytes_module
 
 
@@ -46,7 +46,7 @@ class LearningRate:
     def __init__(
         self,
         optimizer,
-        name=OWN_SCHEDULE,
+        name=MULTISTEP,
         *,
         warmup_epochs=0,
         warmup_factor=0.1,
@@ -61,7 +61,7 @@ class LearningRate:
             group.setdefault("initial_lr", group["lr"])
         if callable(name):
             self.factor = name
-        elif name == OWN_SCHEDULE:
+        elif name == MULTISTEP:
             self.factor = lambda epoch, step: warmup_multistep(epoch, warmup_epochs, warmup_factor, milestones, gamma)
         else:
             # diffusers' schedules are factors of the step, one of them also of the rate; the optimiser below only

@@ -62,7 +62,7 @@ def with_deviation(numbers, key):
     return f"{100 * numbers[key]:.1f} ± {100 * numbers['std'][key]:.1f} %"
 
 
-def build_page(title, output_dir, history, *, lead="", facts=(), samples=(), sample_words=""):
+def training_report(title, output_dir, history, *, lead="", facts=(), samples=(), sample_words=""):
     """A `Report` from the history of measurements, log.jsonl, and pictures (name, file) of samples."""
     report = Report(title, subtitle=lead, facts=facts)
     if history:
