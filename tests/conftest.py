@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 SIGTERM = signal.getsignal(signal.SIGTERM)
@@ -19,6 +20,14 @@ def pytest_addoption(parser, pluginmanager):
         for flag in ("--numprocesses", "--dist"):
             parser.addoption(flag, help="of pytest-xdist, which is not in use")
         parser.addoption("--no-loadscope-reorder", action="store_true", help="of pytest-xdist too")
+
+
+def pytest_configure(config):
+    """Fewer random examples where slow tests are left out."""
+    few = "not slow" in config.option.markexpr
+    options = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+    settings.register_profile("diffreid", max_examples=50 if few else 200, **options)
+    settings.load_profile("diffreid")
 
 
 def pytest_collection_modifyitems(items):

@@ -26,7 +26,16 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["tests.preloaded"])
+# The libraries load these modules when they are first asked for; a script that does not import fails in its own tests.
+MODULES = [
+    "diffusers.models.autoencoders.autoencoder_kl", "diffusers.models.unets.unet_2d_condition",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "peft.tuners.lora", "torchvision.transforms.v2",
+    *(f"transformers.models.{name}" for name in (
+        "auto.modeling_auto", "auto.image_processing_auto", "bert.tokenization_bert", "blip.modeling_blip",
+        "clip.modeling_clip", "clip.tokenization_clip", "resnet.modeling_resnet", "swin.modeling_swin",
+    )),
+]  # fmt: skip
+FORKSERVER.set_forkserver_preload([*MODULES, *sorted(path.stem for path in ROOT.glob("*.py"))])
 
 
 def environment(**more):

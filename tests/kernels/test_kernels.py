@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kernels import cosine_topk, k_reciprocal_rerank, rank_metrics
@@ -127,7 +127,6 @@ def unit_scores(queries, gallery):
     return (units @ others.t())[: len(queries), : len(gallery)]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(0, 10**6), q=st.integers(1, 9), g=st.integers(1, 60), d=st.integers(1, 9), coarse=st.booleans()
 )
@@ -150,7 +149,6 @@ def test_metrics_of_random_sets(seed, q, g, d, coarse):
     check_metrics(result, scores, ids, max_rank=10)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(0, 10**6),
     q=st.integers(1, 6),
