@@ -50,3 +50,26 @@ def standins(tmp_path_factory):
     folder = tmp_path_factory.mktemp("standins")
     build.build_all(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    """A small CLIP tower with random weights, as a transformers folder."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPVisionConfig(**sizes, image_size=32, patch_size=8, projection_dim=16)
+    CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def accelerator():
+    """One on the processor; accelerate keeps the precision of the first one of a process."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=True)

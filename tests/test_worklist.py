@@ -9,13 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs import files_of as files
 from utils.worklist import Progress, Worklist, differences, seed_of, share
 
 PIECES = ["a/0001", "a/0002", "b/0001"]
-
-
-def files(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def commit(work, piece, text="x"):

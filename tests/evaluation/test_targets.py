@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import evaluate
 from tests.runs import launch, run
@@ -28,21 +26,12 @@ DATA = "synthetic:domain=b,num_ids=6"
 SIZE = (32, 16)
 
 
-@pytest.fixture
-def accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=True)
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(clip, tmp_path_factory):
     """A small Re-ID model with random weights whose neck changes directions."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPVisionConfig(**sizes, image_size=32, patch_size=8, projection_dim=16)
-    CLIPVisionModelWithProjection(config).save_pretrained(folder / "clip")
-    model = ReIDModel.from_backbone(folder / "clip", num_ids=4, image_size=SIZE)
+    model = ReIDModel.from_backbone(clip, num_ids=4, image_size=SIZE)
     model.bnneck.running_mean.normal_(std=0.1)
     model.bnneck.running_var.uniform_(0.5, 2.0)
     model.save_pretrained(folder / "model")

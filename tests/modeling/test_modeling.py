@@ -27,6 +27,7 @@ from transformers import (
     SwinModel,
 )
 
+from tests.modeling.test_heads import REAL, trainable
 from utils.modeling import backbones, reid_model
 from utils.modeling import folder as model_folder
 from utils.modeling.attention import attention_maps
@@ -73,10 +74,6 @@ def people(count, size=SIZE, seed=1):
     return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
-def trainable(module):
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-
-
 def same_state(first, second):
     first, second = first.state_dict(), second.state_dict()
     return first.keys() == second.keys() and all(
@@ -88,15 +85,7 @@ def same_state(first, second):
 
 
 def test_vit_b16_counts():
-    config = CLIPVisionConfig(
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        image_size=224,
-        patch_size=16,
-        projection_dim=512,
-    )
+    config = REAL["clip-b16"]
     with torch.device("meta"):
         backbone = backbone_from_config(config, (256, 128))
         model = ReIDModel(backbone, 751)

@@ -16,8 +16,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
     ResNetConfig,
     ResNetModel,
     SwinConfig,
@@ -39,17 +37,6 @@ from utils.modeling.reid_model import ReIDModel
 DATA = "synthetic:domain=b,num_ids=6"
 SCRIPT = "evaluate.py"
 run = functools.partial(runs.run, evaluate)
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """A small CLIP tower with random weights, as a transformers folder."""
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPVisionConfig(**sizes, image_size=32, patch_size=8, projection_dim=16)
-    CLIPVisionModelWithProjection(config).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

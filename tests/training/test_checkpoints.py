@@ -10,8 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
@@ -34,12 +32,6 @@ from utils.training.optimizer import LearningRate, build_optimizer
 
 SCRIPT = "train.py"
 FILES = ["model.safetensors", "optimizer.pt", "rng-0.pt", "state.json"]
-
-
-@pytest.fixture
-def accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=True)
 
 
 class Model(nn.Module):

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -22,13 +21,6 @@ from utils.training.log import StepLog
 from utils.training.optimizer import LearningRate, build_optimizer
 
 RECIPES = {"small": {"rank": 4, "rate": 0.5, "source": ["a", "b"], "deep": True}, "large": {"rank": 32}}
-
-
-@pytest.fixture
-def accelerator():
-    # accelerate keeps one precision for the life of a process.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=True)
 
 
 def parse(*arguments, recipes=RECIPES):
