@@ -222,15 +222,17 @@ from methods.cluster_contrast import ClusterContrast
 from methods.idm import IDM
 from methods.spcl import SpCL
 from utils import launch
-from utils.batches.images import training_loader
-from utils.batches.samplers import PseudoBatches
-from utils.datasets.training_sets import digest_of, open_source, open_unlabelled
+from utils.batches.pseudo_batches import PseudoBatches
+from utils.batches.transforms import training_loader
+from utils.datasets.load import digest_of, open_source
+from utils.datasets.unlabelled import open_unlabelled
 from utils.evaluation.features import extract
 from utils.evaluation.targets import open_targets
 from utils.files import to_json, write_together
+from utils.modeling.domain_norms import join_norms
 from utils.modeling.folder import card_text, training_card
 from utils.modeling.memories import class_means
-from utils.modeling.norms import join_norms, share_batch_statistics
+from utils.modeling.norms import share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
 from utils.training.cluster_report import add_clusters, add_contact_sheet, describe_clusters
 from utils.training.clustering import NOISE, agreement, check_clusters, check_settings, cluster

@@ -38,7 +38,7 @@ from utils.files import portable, run_record, to_json, write_together
 from utils.flags import CLIP_DIR, check_ranges, describe_origin, parse_with_recipes
 from utils.generated import choosing
 from utils.generated.images import METADATA, SCORED, open_generated
-from utils.generated.kept_report import against_truth, build_page, truth_table
+from utils.generated.kept_report import against_truth, truth_table
 from utils.generated.kept_set import pieces_of, summary_of, write_scores, write_set
 from utils.generated.score_models import check_models, left_out, settings_of
 from utils.generated.scoring import (

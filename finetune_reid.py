@@ -277,10 +277,9 @@ from transformers import PreTrainedConfig
 
 from methods.metabin import MetaBatches, domains_held_in, inner_rate, meta_step
 from utils import launch
-from utils.batches.images import training_loader
 from utils.batches.samplers import IdentitySampler
-from utils.datasets.load import labels_of, subset
-from utils.datasets.training_sets import digest_of, open_source
+from utils.batches.transforms import training_loader
+from utils.datasets.load import digest_of, labels_of, open_source, subset
 from utils.evaluation.targets import open_targets
 from utils.launch import gather_with_gradient
 from utils.modeling.backbones import read_config

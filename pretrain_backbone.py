@@ -244,13 +244,11 @@ from torch.utils.data import DataLoader
 
 from utils import launch
 from utils.batches.augmentation import MultiCrop, RandAugmentTransform
-from utils.batches.images import ReIDImages
 from utils.batches.mixing import Mixing, mix_images, mixed_loss
 from utils.batches.samplers import ShuffleSampler
 from utils.batches.streaming import StreamedImages, StreamLoader, open_stream
-from utils.batches.transforms import test_transform
-from utils.datasets.load import labels_of, subset
-from utils.datasets.training_sets import digest_of, open_source
+from utils.batches.transforms import ReIDImages, test_transform
+from utils.datasets.load import digest_of, labels_of, open_source, subset
 from utils.evaluation.targets import open_targets
 from utils.files import portable
 from utils.modeling.backbones import ClipBackbone

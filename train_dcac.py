@@ -232,14 +232,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from utils import launch
-from utils.batches.images import ReIDImages
 from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import test_transform, train_transform
-from utils.datasets.training_sets import digest_of, open_source
+from utils.datasets.load import digest_of, open_source
 from utils.diffusion.checkpoint import check_diffusion
-from utils.diffusion.denoising import decode, denoise, sheet
-from utils.diffusion.latents import VaeImages, build_latent_cache, encode, image_for_vae, sample_latents
-from utils.diffusion.schedule import NoiseSchedule, noise_loss
+from utils.diffusion.latents import encode, feedback_loader, image_for_vae, sample_latents
+from utils.diffusion.schedule import NoiseSchedule, decode, denoise, noise_loss
 from utils.diffusion.unet import (
     enable_memory_efficient_attention,
     load_unet,
@@ -255,6 +253,7 @@ from utils.modeling.folder import card_text, model_kind, training_card
 from utils.modeling.memories import PrototypeMemory
 from utils.modeling.norms import share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
+from utils.reporting.report import sheet
 from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained
 from utils.training.report import training_report
 
@@ -349,33 +348,6 @@ class DCAC(nn.Module):
 def share_of(batch, size):
     start = torch.distributed.get_rank() * size if len(batch) > size else 0
     return slice(start, start + size)
-
-
-# Data
-
-
-class Batches(torch.utils.data.Dataset):
-    """Training images with what the diffusion model needs of them: kept posteriors, or the picture for the VAE."""
-
-    def __init__(self, dataset, labels, transform, cache=None, vae_size=None):
-        self.images = ReIDImages(dataset, transform, labels)
-        self.cache = cache
-        self.for_vae = VaeImages(dataset, vae_size) if vae_size else None
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, item):
-        row = self.images[item]
-        if self.for_vae is not None:
-            row["vae_images"] = self.for_vae[row["indices"]]
-        return row
-
-    def collate(self, rows):
-        batch = torch.utils.data.default_collate(rows)
-        if self.cache is not None:
-            batch["means"], batch["stds"] = self.cache.posterior(batch["indices"])
-        return batch
 
 
 # Training
@@ -569,30 +541,17 @@ def build_loader(args, accelerator, encoder, train, labels, sampler, vae):
     transform = train_transform(
         encoder.image_size, encoder.image_mean, encoder.image_std, padding=args.padding, erasing=args.erasing
     )
-    cache, vae_size = None, None
-    if vae is not None:
-        vae.to(accelerator.device)
-        if args.cache_dir == "none":
-            vae_size = tuple(args.diffusion_resolution)
-        else:
-            cache = build_latent_cache(
-                train,
-                vae,
-                tuple(args.diffusion_resolution),
-                accelerator=accelerator,
-                cache_dir=Path(args.cache_dir).expanduser(),
-                vae_name=args.pretrained_model_name_or_path,
-                num_workers=args.dataloader_num_workers,
-            )
-            vae.to("cpu")
-    images = Batches(train, labels.tolist(), transform, cache, vae_size)
-    return torch.utils.data.DataLoader(
-        images,
-        batch_sampler=sampler,
-        collate_fn=images.collate,
+    return feedback_loader(
+        train,
+        labels.tolist(),
+        transform,
+        sampler,
+        vae,
+        tuple(args.diffusion_resolution),
+        accelerator=accelerator,
+        cache_dir=None if args.cache_dir == "none" else Path(args.cache_dir).expanduser(),
+        vae_name=args.pretrained_model_name_or_path,
         num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        persistent_workers=args.dataloader_num_workers > 0,
     )
 
 

@@ -41,15 +41,7 @@ from utils.diffusion.latents import encode, image_for_vae, sample_latents
 from utils.diffusion.text_to_image import SOLVERS, TextToImage, check_text_encoder, load_tokenizer
 from utils.diffusion.unet import enable_memory_efficient_attention, save_unet
 from utils.files import portable, versions
-from utils.flags import (
-    CAPTIONER_DIR,
-    CLIP_DIR,
-    DIFFUSION_DIR,
-    SCHEDULES,
-    check_ranges,
-    describe_origin,
-    parse_with_recipes,
-)
+from utils.flags import CAPTIONER_DIR, CLIP_DIR, DIFFUSION_DIR, check_ranges, describe_origin, parse_with_recipes
 from utils.generated import captions
 from utils.generated.captioners import Captioner, check_captioner, quantization
 from utils.generated.made_report import REFERENCES, SHOWN

@@ -11,9 +11,9 @@ from torch import nn
 
 from utils.launch import gather_by_domain, gather_with_gradient
 from utils.modeling.backbones import ClipBackbone, ResNetBackbone
+from utils.modeling.domain_norms import split_norms
 from utils.modeling.losses import hard_triplet
 from utils.modeling.memories import class_means
-from utils.modeling.norms import split_norms
 from utils.training.clustering import NOISE
 
 

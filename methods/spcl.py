@@ -6,12 +6,13 @@ Clusters that do not hold at a looser and a tighter scale are dissolved, and eac
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from utils.batches.samplers import in_groups
+from utils.batches.pseudo_batches import in_groups
 from utils.launch import gather_by_domain
-from utils.modeling.memories import HybridMemory
-from utils.modeling.norms import split_norms
+from utils.modeling.domain_norms import split_norms
+from utils.modeling.memories import PrototypeMemory, move_in_turn
 from utils.training.clustering import NOISE, reliable, singled_out
 
 
@@ -85,3 +86,35 @@ class SpCL(nn.Module):
     @torch.no_grad()
     def after_step(self, bn_features, rows):
         self.memory.update(bn_features, rows)
+
+
+class HybridMemory(PrototypeMemory):
+    """A row of each source identity and of each target image, and a label of each row, from 0.
+
+    A label's prototype is the mean of its rows, not brought to unit length: `loss = CE(u means^T / temperature)`. In
+    the update every image of the batch moves its own row, one after the other.
+    """
+
+    def __init__(self, rows, temperature=0.05, momentum=0.2):
+        super().__init__(rows, temperature, momentum)
+        self.register_buffer("labels", torch.arange(len(rows)))
+
+    def forward(self, features, rows):
+        with torch.autocast(features.device.type, enabled=False):
+            sums, counts = self.sums()
+            # Labels without rows are no class.
+            empty = counts == 0
+            means = sums / counts.clamp(min=1)[:, None]
+            logits = F.normalize(features.float(), dim=1) @ means.t() / self.temperature
+            return F.cross_entropy(logits.masked_fill(empty, -torch.inf), self.labels[rows])
+
+    @torch.no_grad()
+    def sums(self):
+        """Of each label below the number of rows: the sum of its rows, and how many they are."""
+        sums = torch.zeros_like(self.prototypes).index_add_(0, self.labels, self.prototypes)
+        return sums, self.labels.bincount(minlength=len(sums)).to(sums.dtype)
+
+    @torch.no_grad()
+    def update(self, features, rows):
+        with torch.autocast(features.device.type, enabled=False):
+            move_in_turn(self.prototypes, rows, F.normalize(features.float(), dim=1), self.momentum)

@@ -5,11 +5,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.tables import paint, red, write_table
-from utils.batches.images import ReIDImages
 from utils.batches.samplers import IdentitySampler
+from utils.batches.transforms import ReIDImages
 from utils.batches.transforms import test_transform as make_transform
-from utils.datasets.load import labels_of, load_reid
-from utils.datasets.training_sets import digest_of, open_source
+from utils.datasets.load import digest_of, labels_of, load_reid, open_source
 
 # Identities 3 and 8 have one image each.
 PIDS = [7, 7, 3, 5, 5, 5, 8]

@@ -22,9 +22,9 @@ from tests.runs import ROOT, environment, launch, lines_written, log_of, same_we
 from utils.datasets.load import load_reid
 from utils.datasets.portable import save
 from utils.datasets.schema import put
-from utils.datasets.training_sets import open_unlabelled
+from utils.datasets.unlabelled import open_unlabelled
 from utils.launch import gather_by_domain
-from utils.modeling.norms import DomainNorm
+from utils.modeling.domain_norms import DomainNorm
 from utils.modeling.reid_model import ReIDModel
 from utils.training.clustering import cluster, reliable
 
@@ -456,8 +456,12 @@ def test_one_camera_is_enough(small, tmp_path):
 def test_bad_data_is_told_before_a_model_loads(small, tmp_path, monkeypatch):
     monkeypatch.setattr(ReIDModel, "for_training", None)
     out = ["--output_dir", tmp_path / "out"]
-    assert "48 images cannot be clustered by their k1 = 48 nearest" in refused(*small, *out, "--cluster_k1", "48")
-    assert "48 images cannot be averaged over their k2 = 48 nearest" in refused(*small, *out, "--cluster_k2", "48")
+    assert "48 images cannot be clustered by their --cluster_k1 48 nearest" in refused(
+        *small, *out, "--cluster_k1", "48"
+    )
+    assert "48 images cannot be averaged over their --cluster_k2 48 nearest" in refused(
+        *small, *out, "--cluster_k2", "48"
+    )
     assert "cannot be split" in refused(*small, *out, "--train_batch_size", "9")
     assert "there are only 5" in refused(*small, *out, *SOURCE, "--train_batch_size", "16")
     assert "did you mean" in refused(*small, *out, "--target", "market1502")

@@ -139,8 +139,8 @@ def test_collapse_says_what_to_turn():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"k1": 30}, "30 images cannot be clustered by their k1 = 30"),
-        ({"k1": 8, "k2": 30}, "30 images cannot be averaged over their k2 = 30"),
+        ({"k1": 30}, "30 images cannot be clustered by their --cluster_k1 30"),
+        ({"k1": 8, "k2": 30}, "30 images cannot be averaged over their --cluster_k2 30"),
         ({"k1": 8, "min_samples": 1}, "min_samples must be between 2 and the 30 images, got 1"),
         ({"k1": 8, "eps": 1.0}, "eps must be above 0 and below 1"),
         ({"k1": 8, "eps": [0.5, 0.0]}, "eps must be above 0 and below 1"),

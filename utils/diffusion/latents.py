@@ -25,8 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from utils.batches.chunks import CHUNK_BATCHES, computed_in_chunks, image_identities, weights_digest
-from utils.batches.images import TransformedImages
-from utils.batches.transforms import HALF, resized, to_tensor
+from utils.batches.transforms import HALF, ReIDImages, TransformedImages, resized, to_tensor
 
 logger = logging.getLogger(__name__)
 # What of a VAE and its configuration the posterior does not depend on.
@@ -278,3 +277,59 @@ def _is_whole(path):
 
 def _digest(content):
     return hashlib.sha256(content).hexdigest()[:32]
+
+
+class FeedbackImages(torch.utils.data.Dataset):
+    """Training images with what the diffusion model needs of them: kept posteriors, or the picture for the VAE."""
+
+    def __init__(self, dataset, labels, transform, cache=None, vae_size=None):
+        self.images = ReIDImages(dataset, transform, labels)
+        self.cache = cache
+        self.for_vae = VaeImages(dataset, vae_size) if vae_size else None
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, item):
+        row = self.images[item]
+        if self.for_vae is not None:
+            row["vae_images"] = self.for_vae[row["indices"]]
+        return row
+
+    def collate(self, rows):
+        batch = torch.utils.data.default_collate(rows)
+        if self.cache is not None:
+            batch["means"], batch["stds"] = self.cache.posterior(batch["indices"])
+        return batch
+
+
+def feedback_loader(dataset, labels, transform, sampler, vae, size, *, accelerator, cache_dir, vae_name, num_workers):
+    """Batches for the encoder, with what the diffusion model needs where there is a VAE.
+
+    Without `cache_dir` the VAE stays on the device and runs in every step.
+    """
+    cache = vae_size = None
+    if vae is not None:
+        vae.to(accelerator.device)
+        if cache_dir is None:
+            vae_size = size
+        else:
+            cache = build_latent_cache(
+                dataset,
+                vae,
+                size,
+                accelerator=accelerator,
+                cache_dir=cache_dir,
+                vae_name=vae_name,
+                num_workers=num_workers,
+            )
+            vae.to("cpu")
+    images = FeedbackImages(dataset, labels, transform, cache, vae_size)
+    return torch.utils.data.DataLoader(
+        images,
+        batch_sampler=sampler,
+        collate_fn=images.collate,
+        num_workers=num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        persistent_workers=num_workers > 0,
+    )

@@ -14,8 +14,7 @@ from PIL import Image
 
 from utils.files import portable, to_json, write_csv
 from utils.generated.captions import captions_table
-from utils.generated.made_report import build_page
-from utils.reporting.cards import data_card
+from utils.reporting.report import data_card
 from utils.worklist import differences
 
 CAPTIONS, IMAGES, FAILED = "captions", "images", "failed"

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from utils.batches.augmentation import to_picture
 from utils.batches.mixing import mix_images
-from utils.diffusion.denoising import sheet
 from utils.files import write_together
+from utils.reporting.report import sheet
 from utils.training.report import training_report
 
 BATCH = Path("samples", "batch.png")
