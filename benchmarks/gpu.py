@@ -23,7 +23,7 @@ from utils.reporting.report import text_table
 ROOT = Path(__file__).parent.parent
 # The words after `python -m`; {json} is the part's own file.
 PARTS = {
-    "kernels": "pytest -q -rf tests/test_kernels_triton.py tests/test_kernels.py",
+    "kernels": "pytest -q -rf tests/kernels/test_kernels_triton.py tests/kernels/test_kernels.py",
     "retrieval": "benchmarks.speed.gpu_retrieval --output {json}",
     "dcac_step": "benchmarks.memory.dcac_overhead --step --json {json}",
     "dcac_long": "benchmarks.memory.dcac_overhead --step --modes lora --rounds 3 --steps 100 --json {json}",

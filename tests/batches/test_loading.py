@@ -1,0 +1,1 @@
+"""Transforms, the P x K sampler and the data set of tensors."""
