@@ -45,6 +45,16 @@ def at_least(least):
     return lambda text: number(text, int, lambda value: value >= least, f"{least} or more")
 
 
+@functools.cache
+def between(least, most):
+    """Whole numbers from `least` to `most`."""
+    return lambda text: number(text, int, lambda value: least <= value <= most, f"{least} to {most}")
+
+
+def one_or_more(text):
+    return number(text, float, lambda value: 1 <= value < math.inf, "1 or more")
+
+
 def above_zero(text):
     return number(text, float, lambda value: 0 < value < math.inf, "above 0")
 
@@ -71,6 +81,23 @@ def seed(text):
 
 def pixels(text):
     return number(text, int, lambda value: value >= 8, "at least 8 pixels")
+
+
+def numbers_by_name(words):
+    """{name, or None for all: number} of `0.6` or `market1501=0.6 msmt17=0.5`; None of None."""
+    numbers = {}
+    for word in words or ():
+        name, equals, text = word.rpartition("=")
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or bool(name) != bool(equals) or (name or None) in numbers:
+            raise ValueError(f"{word!r} is not as expected: a number, or DOMAIN=NUMBER for each source")
+        numbers[name or None] = value
+    if None in numbers and len(numbers) > 1:
+        raise ValueError("has a number for all sources and others for single ones; give one kind")
+    return None if words is None else numbers
 
 
 # The parser
@@ -212,17 +239,22 @@ def add_recipe(parser, help, choices=None):
 
 
 def add_data(parser, *, source, target=None, workers=0):
-    """`source`, `target`: the help of these two flags."""
+    """`source`, `target`: the help of these two flags; without `workers` no processes prepare images."""
     group = parser.group("data")
     group.add("--source", nargs="+", metavar="SPEC", help=source)
     if target:
         group.add("--target", nargs="+", metavar="SPEC", help=target)
     group.add("--data_root", free=True, help="folder that holds the benchmarks")
     group.switch("--skip_unreadable", "leave out images that do not decode, and list them")
+    if workers is not None:
+        add_workers(group, workers)
+    return group
+
+
+def add_workers(group, workers=0):
     group.add(
         "--dataloader_num_workers", type=at_least(0), default=workers, free=True, help="processes that prepare images"
     )
-    return group
 
 
 def add_single_image_ids(group):
