@@ -148,7 +148,8 @@ from utils.batches.transforms import test_transform
 from utils.datasets.images import check_images
 from utils.datasets.load import check_splits, load_reid, parse_spec, read_source
 from utils.datasets.search_folders import read_folders
-from utils.evaluation.features import extract, extraction_key, forget_chunks, load_features, save_features
+from utils.evaluation.features import extract, extraction_key, forget_chunks
+from utils.evaluation.kept_features import load_features, save_features
 from utils.evaluation.metrics import MAX_RANK, RANKS, Side
 from utils.evaluation.report import Findings, ResultPictures, evaluation_report
 from utils.evaluation.thresholds import pair_statistics

@@ -205,8 +205,7 @@ def check_args(parser, args):
     """What the arguments alone show to be wrong."""
     if args.probabilities != "classifier" and args.condition != "correlation":
         parser.error(f"--probabilities {args.probabilities} belongs to --condition correlation, not {args.condition}")
-    if args.use_8bit_adam and args.optimizer == "sgd":
-        parser.error("--use_8bit_adam goes with --optimizer adam or adamw, not sgd")
+    flags.check_optimizer(parser, args)
     if args.diffusion == "none" and args.enable_xformers_memory_efficient_attention:
         parser.error("--enable_xformers_memory_efficient_attention is of the U-Net, and --diffusion none has none")
     if args.diffusion == "ldm" and args.ldm_start_epoch > args.num_train_epochs:
@@ -233,14 +232,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from utils import launch
-from utils.batches.images import ReIDImages
 from utils.batches.samplers import IdentitySampler
-from utils.batches.transforms import test_transform, train_transform
-from utils.datasets.training_sets import digest_of, open_source
+from utils.batches.transforms import ReIDImages, test_transform, train_transform
+from utils.datasets.load import digest_of, open_source
 from utils.diffusion.checkpoint import check_diffusion
-from utils.diffusion.denoising import decode, denoise, sheet
 from utils.diffusion.latents import VaeImages, build_latent_cache, encode, image_for_vae, sample_latents
-from utils.diffusion.schedule import NoiseSchedule, noise_loss
+from utils.diffusion.schedule import NoiseSchedule, decode, denoise, noise_loss
 from utils.diffusion.unet import (
     enable_memory_efficient_attention,
     load_unet,
@@ -256,6 +253,7 @@ from utils.modeling.folder import card_text, model_kind, training_card
 from utils.modeling.memories import PrototypeMemory
 from utils.modeling.norms import share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
+from utils.reporting.report import sheet
 from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained
 from utils.training.report import training_report
 
@@ -398,7 +396,7 @@ def main(args):
     )
     own = args.source if len(args.source) == 1 and {"query", "gallery"} <= set(data) else []
     targets = open_targets(args.target or own, args.data_root, skip_unreadable=args.skip_unreadable)
-    batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    batch_size = launch.global_batch_size(args, accelerator)
     if batch_size < 2:
         raise ValueError("a batch of one image has no statistics for BatchNorm; raise --train_batch_size")
     share = accelerator.process_index, accelerator.num_processes

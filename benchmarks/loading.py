@@ -22,9 +22,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from benchmarks.retrieval import RESULTS, environment
-from utils.batches.images import ReIDImages
 from utils.batches.samplers import IdentitySampler
-from utils.batches.transforms import train_transform
+from utils.batches.transforms import ReIDImages, train_transform
 from utils.datasets.load import load_reid
 from utils.datasets.portable import save
 from utils.files import to_json, write_together

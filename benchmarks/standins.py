@@ -20,10 +20,10 @@ from transformers import BlipForQuestionAnswering, BlipProcessor
 
 from benchmarks.retrieval import RESULTS, environment
 from utils import synthetic
-from utils.diffusion.denoising import sheet
 from utils.files import to_json, write_together
 from utils.flags import CAPTIONER_DIR, DIFFUSION_DIR
 from utils.generated.captions import QUESTIONS
+from utils.reporting.report import sheet
 from utils.standins.train import answers_of
 
 BATCH_SIZE = 50

@@ -1,9 +1,117 @@
-"""IDM's third domain between source and target: maps of both, mixed with ratios that are learned for each pair."""
+"""IDM: adaptation with a third domain between source and target, maps of both mixed with ratios learned for each pair.
+
+    L = (1 - w) CE(own classes) + w CE(mixed) + triplets + b bridge of features - d spread of the ratios
+
+The labels and features of the mixed domain are bridged by the same ratios as its maps.
+"""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from utils.launch import gather_by_domain, gather_with_gradient
 from utils.modeling.backbones import ClipBackbone, ResNetBackbone
+from utils.modeling.domain_norms import split_norms
+from utils.modeling.losses import hard_triplet
+from utils.modeling.memories import class_means
+from utils.training.clustering import NOISE
+
+
+class IDM(nn.Module):
+    """Encoder with a classifier of both domains, mixer and pseudo labels; `forward` is the loss of one batch of both.
+
+    With several processes each passes its share of the images through the backbone. The features are gathered, the
+    domains one after the other, so that BatchNorm and triplets see the whole batch, as one process would.
+    """
+
+    under_deepspeed = False
+
+    def __init__(self, encoder, args, num_source, num_images):
+        super().__init__()
+        self.encoder, self.args, self.num_source = encoder, args, num_source
+        self.register_buffer("pseudo_labels", torch.full((num_images,), NOISE))
+        encoder.reset_classifier(num_source + num_images)
+        self.mixer = Mixer(encoder.backbone, args.mix_stage)
+        # Past the mixer there are three domains. BNNeck comes last.
+        before = self.mixer.norms_before(encoder.backbone)
+        split_norms(encoder, lambda name: 2 if name in before else 3)
+        self.mixer.attach(encoder.backbone)
+
+    @staticmethod
+    def scales(args):
+        """The values of eps of a clustering."""
+        return [args.eps]
+
+    @staticmethod
+    def labels_of(clusters, threshold):
+        return clusters[0].labels, threshold
+
+    @staticmethod
+    def labels_for_batches(labels, key):
+        return labels
+
+    def make_room(self, num_clusters):
+        """The classifier has its size from the start."""
+
+    def relabel(self, first, target, source, cluster):
+        """Clusters of an epoch; their mean directions become their rows of the classifier."""
+        features = target()
+        labels = cluster(features)
+        weight = self.encoder.classifier.weight
+        if first:
+            weight[: self.num_source] = source().to(weight.device)
+        known, count = labels >= 0, int(labels.max()) + 1
+        means = class_means(features[known], labels[known], count)
+        weight[self.num_source : self.num_source + count] = means.to(weight.device)
+        return labels
+
+    def forward(self, images, rows):
+        """`rows`: of the source their labels, of the target the numbers of the images after those."""
+        features, rows = gather_by_domain(self.encoder.backbone(images), 3), gather_by_domain(rows, 2)
+        with torch.autocast(images.device.type, enabled=False):
+            bn_features, logits = self.encoder.neck(features.float())
+            ratios = gather_with_gradient(self.mixer.ratios).float()
+            loss, values = self.bridged_losses(features.float(), logits, rows, ratios)
+        values = {"loss": loss, **values}
+        return loss, {name: value.detach() for name, value in values.items()}, (bn_features.detach(), rows)
+
+    def classes(self, rows):
+        """Of source rows their identity, of target rows the number of their cluster, after the identities."""
+        target = self.pseudo_labels[(rows - self.num_source).clamp(min=0)] + self.num_source
+        return torch.where(rows < self.num_source, rows, target)
+
+    def bridged_losses(self, features, logits, rows, ratios):
+        """IDM's losses; `ratios` (B, 2): what a mixed image has of its source and of its target image."""
+        args, classes = self.args, self.classes(rows)
+        logits = logits[:, : self.num_source + int(self.pseudo_labels.max()) + 1]
+        own, mixed = logits[: len(classes)], logits[len(classes) :]
+        source, target, between = features.chunk(3)
+        loss_id = F.cross_entropy(own, classes, label_smoothing=args.label_smoothing)
+        sides = torch.stack(
+            [
+                F.cross_entropy(mixed, side, label_smoothing=args.label_smoothing, reduction="none")
+                for side in classes.chunk(2)
+            ],
+            dim=1,
+        )
+        # A label that learned would turn to the easier side; ratios learn by the mixed maps, the bridge, their spread.
+        loss_mixed = (ratios.detach() * sides).sum(1).mean()
+        loss_triplet = hard_triplet(features[: len(classes)], classes, args.margin)
+        apart = torch.stack([(between - side).square().sum(1).clamp(min=1e-12).sqrt() for side in (source, target)], 1)
+        loss_bridge = (ratios * apart).sum(1).mean()
+        loss_diversity = -ratios.var(0, correction=0).clamp(min=1e-12).sqrt().sum()
+        loss = (1 - args.mix_weight) * loss_id + args.mix_weight * loss_mixed + loss_triplet
+        loss = loss + args.bridge_weight * loss_bridge + args.diversity_weight * loss_diversity
+        return loss, {
+            "loss_id": loss_id,
+            "loss_mixed": loss_mixed,
+            "loss_triplet": loss_triplet,
+            "loss_bridge": loss_bridge,
+            "loss_diversity": loss_diversity,
+        }
+
+    def after_step(self, bn_features, rows):
+        """Nothing that gradients do not move."""
 
 
 class Mixer(nn.Module):

@@ -33,9 +33,9 @@ TRAINING = [
 # What a process says of itself once a script's own start-up is through.
 ASKED = """
 import argparse, sys, torch
-from utils.launch import start_accelerator
+from utils.launch import start_training
 names = dict(mixed_precision=None, report_to=[], output_dir=sys.argv[1], push_to_hub=False, train_batch_size=4)
-accelerator = start_accelerator(argparse.Namespace(**names, max_grad_norm=0, allow_tf32=False), max_zero_stage=3)
+accelerator = start_training(argparse.Namespace(**names, max_grad_norm=0, allow_tf32=False), max_zero_stage=3)
 model, optimizer = torch.nn.Linear(8, 4), None
 model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
 with accelerator.autocast():

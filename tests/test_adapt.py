@@ -19,13 +19,14 @@ from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetModel
 
 import adapt_reid
-from adapt_reid import Adaptation, by_domain, parse_args
-from methods.idm import Mixer
+from adapt_reid import MODULES, parse_args
+from methods.idm import IDM, Mixer
 from utils.datasets.load import load_reid
 from utils.datasets.portable import save
 from utils.datasets.schema import put
-from utils.datasets.training_sets import open_unlabelled
-from utils.modeling.norms import DomainNorm
+from utils.datasets.unlabelled import open_unlabelled
+from utils.launch import gather_by_domain
+from utils.modeling.domain_norms import DomainNorm
 from utils.modeling.reid_model import ReIDModel
 from utils.standins import build
 from utils.training.clustering import cluster, reliable
@@ -35,7 +36,8 @@ TARGET = "synthetic:domain=b,num_ids=6,images_per_id=8"
 SOURCE = ["--setting", "adaptation", "--source", "synthetic:domain=a,num_ids=5,images_per_id=4"]
 SMALL = [
     "--train_batch_size", "8", "--images_per_id", "2", "--steps_per_epoch", "3", "--num_train_epochs", "2",
-    "--k1", "6", "--k2", "2", "--eps", "0.5", "--min_samples", "2", "--eval_every", "9", "--lr_warmup_epochs", "0",
+    "--cluster_k1", "6", "--cluster_k2", "2",
+    "--eps", "0.5", "--min_samples", "2", "--eval_every", "9", "--lr_warmup_epochs", "0",
     "--learning_rate", "1e-4", "--resolution", "64", "32",
 ]  # fmt: skip
 KINDS = {
@@ -108,7 +110,7 @@ def module(standin, *arguments, num_source=5, num_images=12):
     torch.manual_seed(0)
     encoder = ReIDModel.for_training(standin, num_ids=0, image_size=(64, 32))
     args = parse_args(["--target", TARGET, *map(str, arguments)])
-    model = Adaptation(encoder, args, num_source, num_images).train()
+    model = MODULES[args.method](encoder, args, num_source, num_images).train()
     model.pseudo_labels.copy_(torch.arange(num_images) // 4)
     return model
 
@@ -118,7 +120,7 @@ def test_joint_loss_of_spcl(standin):
     model.memory.prototypes.copy_(F.normalize(torch.randn(17, model.encoder.num_features), dim=1))
     model.memory.labels.copy_(torch.cat([torch.arange(5), 5 + model.pseudo_labels]))
     images, rows = torch.randn(8, 3, 64, 32), torch.tensor([0, 0, 3, 3, 5, 6, 12, 16])
-    loss, values, bn_features, seen = model(images, rows)
+    loss, values, (bn_features, seen) = model(images, rows)
     with torch.no_grad():
         features = model.encoder.backbone(images)
         parts = []
@@ -222,7 +224,7 @@ def resnet(folder):
 def test_norms_after_the_mixture_have_three_domains(tmp_path):
     encoder = ReIDModel.for_training(resnet(tmp_path), num_ids=0, image_size=(64, 32))
     args = parse_args(["--target", TARGET, *SOURCE, "--method", "idm", "--mix_stage", "1"])
-    model = Adaptation(encoder, args, 5, 12)
+    model = IDM(encoder, args, 5, 12)
     counts = {name: len(one.norms) for name, one in encoder.named_modules() if isinstance(one, DomainNorm)}
     assert {name: count for name, count in counts.items() if "embedder" in name or "stages.0" in name}
     for name, count in counts.items():
@@ -245,7 +247,7 @@ def test_activations_computed_twice_give_the_same_gradients(tmp_path):
             encoder.enable_gradient_checkpointing()
         args = parse_args(["--target", TARGET, *SOURCE, "--method", "idm", "--mix_stage", "1"])
         torch.manual_seed(1)
-        model = Adaptation(encoder, args, 5, 12).train()
+        model = IDM(encoder, args, 5, 12).train()
         model.pseudo_labels.copy_(torch.arange(12) // 4)
         model(torch.randn(8, 3, 64, 32), torch.tensor([0, 0, 3, 3, 5, 6, 12, 16]))[0].backward()
         grads.append({name: one.grad for name, one in model.named_parameters() if one.grad is not None})
@@ -258,9 +260,9 @@ def test_activations_computed_twice_give_the_same_gradients(tmp_path):
 
 def test_domains_are_put_one_after_the_other(monkeypatch):
     shares = [torch.tensor([0, 1, 10, 11]), torch.tensor([2, 3, 12, 13])]
-    monkeypatch.setattr(adapt_reid, "gather_with_gradient", lambda tensor: torch.cat(shares))
-    assert by_domain(shares[0], 2).tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
-    assert by_domain(shares[0], 1).tolist() == [0, 1, 10, 11, 2, 3, 12, 13]
+    monkeypatch.setattr("utils.launch.gather_with_gradient", lambda tensor: torch.cat(shares))
+    assert gather_by_domain(shares[0], 2).tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
+    assert gather_by_domain(shares[0], 1).tolist() == [0, 1, 10, 11, 2, 3, 12, 13]
 
 
 # Whole runs
@@ -275,7 +277,7 @@ def finished(small, tmp_path_factory):
     for kind, more in KINDS.items():
         AcceleratorState._reset_state(True)
         more = [*small, *more, "--checkpointing_steps", "2", "--output_dir", str(folder / kind)]
-        more += ["--rerank", "--rerank_k1", "5", "--rerank_k2", "3"] if kind == "spcl" else []
+        more += ["--rerank", "--k1", "5", "--k2", "3"] if kind == "spcl" else []
         assert adapt_reid.main(parse_args(more)) == 0
     AcceleratorState._reset_state(True)
     torch.set_num_threads(threads)
@@ -355,7 +357,7 @@ def test_spcl_clusters_its_memory_by_the_first_threshold(small, train, tmp_path,
         return labels, threshold
 
     monkeypatch.setattr(adapt_reid, "cluster", spy_cluster)
-    monkeypatch.setattr(adapt_reid, "reliable", spy_reliable)
+    monkeypatch.setattr("methods.spcl.reliable", spy_reliable)
     train(*small, *KINDS["spcl-adaptation"], "--steps_per_epoch", "1", "--output_dir", tmp_path)
     first, second, last = clustered
     moved = (first != second).any(1)
@@ -520,8 +522,12 @@ def refused(*arguments):
 def test_bad_data_is_told_before_a_model_loads(small, tmp_path, monkeypatch):
     monkeypatch.setattr(ReIDModel, "for_training", None)
     out = ["--output_dir", tmp_path / "out"]
-    assert "48 images cannot be clustered by their k1 = 48 nearest" in refused(*small, *out, "--k1", "48")
-    assert "48 images cannot be averaged over their k2 = 48 nearest" in refused(*small, *out, "--k2", "48")
+    assert "48 images cannot be clustered by their --cluster_k1 48 nearest" in refused(
+        *small, *out, "--cluster_k1", "48"
+    )
+    assert "48 images cannot be averaged over their --cluster_k2 48 nearest" in refused(
+        *small, *out, "--cluster_k2", "48"
+    )
     assert "cannot be split" in refused(*small, *out, "--train_batch_size", "9")
     assert "there are only 5" in refused(*small, *out, *SOURCE, "--train_batch_size", "16")
     assert "did you mean" in refused(*small, *out, "--target", "market1502")
@@ -533,8 +539,8 @@ def test_clusters_that_collapse_say_what_to_turn(small, tmp_path):
     noise = refused(*small, *out, "--eps", "0.01", "--min_samples", "6")
     assert "before epoch 1" in noise and "are in no cluster" in noise and "Raise --eps 0.01" in noise
     assert "50% of them within 0." in noise
-    one = refused(*small, *out, "--eps", "0.99", "--k1", "40", "--k2", "6")
-    assert "fell into 1" in one and "Lower --eps 0.99 or --k1" in one
+    one = refused(*small, *out, "--eps", "0.99", "--cluster_k1", "40", "--cluster_k2", "6")
+    assert "fell into 1" in one and "Lower --eps 0.99 or --cluster_k1" in one
 
 
 @pytest.mark.slow
@@ -571,7 +577,9 @@ def test_going_on_with_other_arguments_names_them(small, finished, tmp_path):
         (["--min_samples", "1"], "--min_samples must be 2 or more"),
         (["--memory_update", "soft"], "invalid choice"),
         (["--gradient_accumulation_steps", "2"], "look at a whole batch at once"),
-        (["--rerank_k1", "0"], "--rerank_k1 must be 1 or more"),
+        (["--k1", "0"], "--k1 must be 1 or more"),
+        (["--k1", "9"], "--k1 is of re-ranking, without --rerank; for the clustering give --cluster_k1"),
+        (["--cluster_k1", "0"], "--cluster_k1 must be 1 or more"),
     ],
 )
 def test_arguments_that_cannot_be(arguments, words, capsys):
@@ -589,7 +597,7 @@ def test_only_a_run_without_sets_is_the_demo():
 
 def test_recipes_set_the_published_values_and_flags_win():
     args = parse_args(["--recipe", "cluster-contrast", "--target", "msmt17", "--eps", "0.7"])
-    assert (args.method, args.setting, args.target, args.eps, args.k1) == (
+    assert (args.method, args.setting, args.target, args.eps, args.cluster_k1) == (
         "cluster-contrast", "unsupervised", ["msmt17"], 0.7, 30,
     )  # fmt: skip
     assert (args.train_batch_size, args.images_per_id, args.memory_momentum) == (256, 16, 0.1)

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.batches.samplers import PseudoBatches, in_groups
+from methods.cluster_contrast import ClusterMemory
+from methods.spcl import HybridMemory
+from utils.batches.pseudo_batches import PseudoBatches, in_groups
 from utils.datasets.load import load_reid
-from utils.modeling.memories import ClusterMemory, HybridMemory
-from utils.modeling.norms import DomainNorm, join_norms, split_norms
+from utils.modeling.domain_norms import DomainNorm, join_norms, split_norms
 from utils.reporting.report import Report
 from utils.training.cluster_report import add_contact_sheet
 from utils.training.clustering import NOISE, Clusters, reliable

@@ -247,7 +247,7 @@ def test_a_state_comes_back(tmp_path, accelerator):
         said = []
         args = arguments(tmp_path, resume_from_checkpoint=asked)
         found, again = opened(args, said=said)
-        assert found == path and said == [f"Going on from {path}, step 4"]
+        assert found == path and said == [f"Resuming from {path}, step 4"]
         # The state's arguments are those of the run that goes on.
         assert again == state | {"arguments": vars(args) | {"effective_batch_size": 32, "data": "digest"}}
     assert opened(arguments(tmp_path, resume_from_checkpoint=None))[0] is None
@@ -455,7 +455,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from utils.training.checkpoints import load_checkpoint, read_state, save_checkpoint
-from utils.training.optimizer import build_optimizer; from utils.launch import start_accelerator
+from utils.training.optimizer import build_optimizer; from utils.launch import start_training
 
 
 class Harm:
@@ -466,7 +466,7 @@ class Harm:
 folder = Path(sys.argv[1])
 settings = {"report_to": ["none"], "push_to_hub": False, "allow_tf32": False, "max_grad_norm": 0}
 settings |= {"train_batch_size": 4, "mixed_precision": sys.argv[2], "output_dir": str(folder)}
-accelerator = start_accelerator(SimpleNamespace(**settings))
+accelerator = start_training(SimpleNamespace(**settings))
 assert accelerator.distributed_type.value == "DEEPSPEED"
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(8, 8).requires_grad_(False), torch.nn.Linear(8, 2))

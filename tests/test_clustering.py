@@ -131,7 +131,7 @@ def test_collapse_says_what_to_turn():
     words = str(stop.value)
     assert "100% of market1501 are in no cluster" in words and "Raise --eps 0.05" in words and "50% of them" in words
     one = cluster(people(60, 1, noise=0.1)[0], eps=0.9, k1=40, k2=6)
-    with pytest.raises(ValueError, match=r"fell into 1\. .*Lower --eps 0\.9 or --k1"):
+    with pytest.raises(ValueError, match=r"fell into 1\. .*Lower --eps 0\.9 or --cluster_k1"):
         check_clusters(one)
     check_clusters(cluster(people(120, 10, noise=0.7)[0], eps=0.5, k1=12, k2=4))
 
@@ -139,8 +139,8 @@ def test_collapse_says_what_to_turn():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"k1": 30}, "30 images cannot be clustered by their k1 = 30"),
-        ({"k1": 8, "k2": 30}, "30 images cannot be averaged over their k2 = 30"),
+        ({"k1": 30}, "30 images cannot be clustered by their --cluster_k1 30"),
+        ({"k1": 8, "k2": 30}, "30 images cannot be averaged over their --cluster_k2 30"),
         ({"k1": 8, "min_samples": 1}, "min_samples must be between 2 and the 30 images, got 1"),
         ({"k1": 8, "eps": 1.0}, "eps must be above 0 and below 1"),
         ({"k1": 8, "eps": [0.5, 0.0]}, "eps must be above 0 and below 1"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
@@ -23,6 +24,7 @@ from utils.datasets.load import load_reid
 from utils.diffusion.latents import encode, sample_latents
 from utils.diffusion.schedule import NoiseSchedule
 from utils.diffusion.unet import load_unet, load_vae
+from utils.launch import introduce
 from utils.modeling.memories import PrototypeMemory
 from utils.modeling.names import open_backbone
 from utils.modeling.reid_model import ReIDModel
@@ -299,15 +301,15 @@ def test_arguments_that_cannot_be(arguments, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_flags_that_change_nothing_and_standins_are_told():
+def test_flags_that_change_nothing_and_standins_are_told(capsys):
     def told(*arguments):
-        said = []
-        train_dcac.introduce(parse_args(["--source", "synthetic:domain=a", *arguments]), said.append)
-        return said
+        args = parse_args(["--source", "synthetic:domain=a", *arguments])
+        introduce(args, Accelerator(cpu=True), demo=train_dcac.DEMO, stand_ins=train_dcac.stand_ins_of(args))
+        return capsys.readouterr().out.splitlines()
 
     schedule = ["--lr_scheduler", "cosine", "--lr_milestones", "3", "--lr_warmup_steps", "2"]
     assert told(*schedule, "--unet_mode", "full", "--rank", "4", "--k1", "9")[-1] == (
-        "Without effect: --k1 (no --rerank), --lr_milestones (--lr_scheduler cosine), --rank (--unet_mode full)"
+        "Without effect: --rank (--unet_mode full), --lr_milestones (--lr_scheduler cosine), --k1 (no --rerank)"
     )
     baseline = told("--diffusion", "none", "--tau", "1", "--gradient_checkpointing", "outer", "--lr_warmup_steps", "2")
     assert baseline[-1].count("(--diffusion none)") == 2 and "--lr_warmup_steps (--lr_scheduler warm" in baseline[-1]
@@ -493,7 +495,7 @@ def test_a_cut_training_goes_on_to_the_same_numbers(small, finished, train, tmp_
     train(*common, "--max_train_steps", "1")
     first = log_of(tmp_path)
     train(*common, "--resume_from_checkpoint", "latest")
-    assert "Going on from" in capsys.readouterr().out
+    assert "Resuming from" in capsys.readouterr().out
     whole = (finished / "out" / "log.jsonl").read_text()
     assert len(first) == 1 and (tmp_path / "log.jsonl").read_text() == whole
     weights, wanted = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path, finished / "out"))

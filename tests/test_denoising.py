@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from torch import nn
 
-from utils.diffusion.denoising import decode, denoise, sheet
-from utils.diffusion.schedule import NoiseSchedule
+from utils.diffusion.schedule import NoiseSchedule, decode, denoise
+from utils.reporting.report import sheet
 from utils.standins import build
 
 STABLE_DIFFUSION = {

@@ -29,11 +29,11 @@ from transformers import (
 import evaluate
 from tests.test_evaluation import average_precision, dense, people
 from tests.test_reporting import Page, needs_chromium, seen_in_chromium
-from utils.batches.images import TransformedImages
+from utils.batches.transforms import TransformedImages
 from utils.batches.transforms import test_transform as make_transform
 from utils.datasets.load import load_reid
 from utils.datasets.search_folders import read_folders
-from utils.evaluation.features import load_features
+from utils.evaluation.kept_features import load_features
 from utils.modeling.reid_model import ReIDModel
 
 ROOT = Path(__file__).parent.parent

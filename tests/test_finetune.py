@@ -126,7 +126,7 @@ def test_delayed_cosine_by_hand():
         (["--train_batch_size", "1", "--images_per_id", "1"], "BatchNorm has no statistics of one image"),
         (["--images_per_id", "1"], "--images_per_id must be 2 or more"),
         (["--margin", "-1"], "--margin must be 0 or more"),
-        (["--margin", "wide"], "invalid margin value: 'wide'"),
+        (["--margin", "wide"], "--margin must be a number, got 'wide'"),
         (["--method", "agw", "--margin", "0.3"], "the weighted one has none"),
         (["--method", "mgn", "--centre_weight", "0.1"], "is for one feature an image; mgn has several"),
         (["--method", "pcb"], "invalid choice: 'pcb'"),
@@ -319,7 +319,7 @@ def test_a_cut_training_goes_on_to_the_same_numbers(starts, finished, train, tmp
     train(*common, "--max_train_steps", "1")
     assert len(log_of(tmp_path)) == 1
     train(*common, "--resume_from_checkpoint", "latest")
-    assert "Going on from" in capsys.readouterr().out
+    assert "Resuming from" in capsys.readouterr().out
     assert (tmp_path / "log.jsonl").read_text() == (finished / "log.jsonl").read_text()
     wanted, found = weights_of(finished), weights_of(tmp_path)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -108,10 +108,12 @@ def test_one_meaning_has_one_name(flags):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_says_what_everything_does(name, capsys):
-    for action in parser_of(name)._actions:
+    parser = parser_of(name)
+    for action in parser._actions:
         flag = "/".join(action.option_strings)
         assert action.help or action.choices, f"{name} {flag} has no help"
-        told = action.help or ""
+        # As it is printed: the formatter adds defaults.
+        told = parser.formatter_class("x")._get_help_string(action)
         # Of a number that can only be 1, and of switches, no more is to be said.
         plain = action.default in (None, False, 1, argparse.SUPPRESS)
         assert plain or "default" in told.lower(), f"{name} {flag} does not say that {action.default} is its default"

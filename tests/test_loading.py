@@ -15,9 +15,15 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks import loading as benchmark
-from utils.batches.images import ReIDImages
 from utils.batches.samplers import IdentitySampler
-from utils.batches.transforms import TestTransform, TrainTransform, test_transform, to_tensor, train_transform
+from utils.batches.transforms import (
+    ReIDImages,
+    TestTransform,
+    TrainTransform,
+    test_transform,
+    to_tensor,
+    train_transform,
+)
 from utils.datasets.load import load_reid
 
 ROOT = Path(__file__).parent.parent

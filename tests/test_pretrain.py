@@ -25,9 +25,10 @@ import finetune_reid
 import pretrain_backbone
 import train_dcac
 from pretrain_backbone import Classification, SelfDistillation, distillation_loss, momentum, parse_args
-from utils.batches.images import ReIDImages
+from utils import launch
 from utils.batches.mixing import Mix
 from utils.batches.samplers import ShuffleSampler
+from utils.batches.transforms import ReIDImages
 from utils.batches.transforms import test_transform as picture_transform
 from utils.flags import CLIP_DIR
 from utils.modeling.backbones import load_backbone
@@ -233,7 +234,7 @@ def test_prototypes_rest_and_the_centre_follows_the_teacher(distilled):
     # Of the first step: a tenth of what the teacher, then the student's twin, says of the first batch.
     args = parse_args(DISTILLED)
     AcceleratorState._reset_state(True)
-    accelerator = pretrain_backbone.start_accelerator(args)
+    accelerator = launch.start_training(args)
     rows, labels, _ = pretrain_backbone.open_train(args)
     model, average = pretrain_backbone.build_model(args, accelerator, 6)
     sampler = ShuffleSampler(len(rows), 8, args.seed)
@@ -280,7 +281,7 @@ def test_recipe_sets_the_published_values_and_flags_win():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--image_fraction", "1.5"], "--image_fraction must be between 0 and 1, got 1.5"),
+        (["--image_fraction", "1.5"], "--image_fraction must be above 0 and at most 1, got 1.5"),
         (["--identity_fraction", "0"], "--identity_fraction must be above 0"),
         (["--train_batch_size", "1"], "BatchNorm needs two images or more"),
         (["--train_batch_size", "7", "--mixup", "1"], "must be even"),
@@ -290,7 +291,7 @@ def test_recipe_sets_the_published_values_and_flags_win():
         (["--objective", "dino", "--ema_decay", "0.9"], "--teacher_momentum"),
         (["--objective", "dino", "--local_crops", "0"], "--local_crops must be 1 or more"),
         (["--adam_weight_decay", "0", "--weight_decay_end", "0.4"], "must be above 0"),
-        (["--layer_decay", "1.2"], "between 0 and 1"),
+        (["--layer_decay", "1.2"], "above 0 and at most 1"),
         (["--local_area", "0.5", "0.3"], "--local_area must be two shares of an image"),
     ],
 )
@@ -393,7 +394,7 @@ def test_a_cut_training_goes_on_to_the_same_numbers(finished, tmp_path, capsys):
     train(*common, "--max_train_steps", "1")
     assert len(log_of(tmp_path)) == 1
     train(*common, "--resume_from_checkpoint", "latest")
-    assert "Going on from" in capsys.readouterr().out
+    assert "Resuming from" in capsys.readouterr().out
     assert (tmp_path / "log.jsonl").read_text() == (finished / "log.jsonl").read_text()
     weights, wanted = (load_file(folder / "backbone" / "model.safetensors") for folder in (tmp_path, finished))
     assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
@@ -425,7 +426,7 @@ def test_the_mean_of_a_swin_keeps_its_table_of_places(dropping, more):
     """Whole numbers that no file holds: the mean would be measured with others than it is opened with."""
     args = parse_args([*SMALL, *more, "--backbone", str(dropping)])
     AcceleratorState._reset_state(True)
-    model, average = pretrain_backbone.build_model(args, pretrain_backbone.start_accelerator(args), 6)
+    model, average = pretrain_backbone.build_model(args, launch.start_training(args), 6)
     AcceleratorState._reset_state(True)
     tables = [name for name, _ in model.named_buffers() if name.endswith("relative_position_index")]
     for step in range(4):
@@ -439,7 +440,7 @@ def test_the_mean_of_a_swin_keeps_its_table_of_places(dropping, more):
 def test_nothing_drops_out_of_a_teacher(dropping):
     args = parse_args([*SMALL, *DINO, "--backbone", str(dropping)])
     AcceleratorState._reset_state(True)
-    model, average = pretrain_backbone.build_model(args, pretrain_backbone.start_accelerator(args), 6)
+    model, average = pretrain_backbone.build_model(args, launch.start_training(args), 6)
     AcceleratorState._reset_state(True)
     pretrain_backbone.set_modes(args, model, average)
     crops = torch.randn(4, 2, 3, 64, 32)

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
-from pretrain_backbone import Classification, optimizer_of, parse_args, rates_of
+from pretrain_backbone import Classification, build_optimizer, build_rates, parse_args
 from utils.batches.augmentation import MultiCrop, RandAugmentTransform, to_picture
 from utils.batches.mixing import Mix, Mixing, cut, mix_images, mixed_loss, neighbours
-from utils.batches.samplers import RemainingBatches, ShuffleSampler
+from utils.batches.samplers import ShuffleSampler
 from utils.batches.transforms import TrainTransform, to_tensor
 from utils.modeling.backbones import backbone_from_config
 from utils.modeling.names import NAMED, check_backbone, named_config, open_backbone
@@ -185,10 +185,10 @@ def test_published_schedule_and_decay():
     """Rates at the first and last step of epochs 1, 20, 21, 150 and 300, at the paper's 777,130 images."""
     args = parse_args(PUBLISHED)
     model = Classification(backbone_from_config(named_config("resnet-small"), (64, 32)), 4)
-    optimizer = optimizer_of(args, model)
+    optimizer = build_optimizer(args, model)
     assert isinstance(optimizer, torch.optim.AdamW)
     steps = 777_130 // 512
-    rates = rates_of(args, optimizer, steps)
+    rates = build_rates(args, optimizer, steps)
     found = {
         epoch: [rates.set(epoch, step) for step in ((epoch - 1) * steps, epoch * steps - 1)]
         for epoch in (1, 20, 21, 150, 300)
@@ -216,7 +216,7 @@ def test_decay_moves_what_has_no_gradient_but_for_norms_and_biases():
     args = parse_args([*PUBLISHED, "--learning_rate", "0.1"])
     model = Classification(backbone_from_config(named_config("resnet-small"), (64, 32)), 4)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = optimizer_of(args, model)
+    optimizer = build_optimizer(args, model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -244,9 +244,9 @@ def test_processes_share_the_batches_of_one():
     for sampler in (one, *shares):
         sampler.set_epoch(4)
     assert [left + right for left, right in zip(*shares, strict=True)] == list(one)
-    rest = RemainingBatches(one)
-    rest.set_epoch(4, done=2)
-    assert list(rest) == list(one)[2:] and len(rest) == 1
+    whole = list(one)
+    one.set_epoch(4, done=2)
+    assert list(one) == whole[2:] and len(one) == 1
 
 
 def test_batches_that_cannot_be():

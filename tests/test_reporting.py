@@ -20,9 +20,8 @@ from PIL import Image, ImageDraw
 
 from utils.files import portable, run_record, to_json, versions, write_csv, write_together
 from utils.reporting import charts
-from utils.reporting.cards import data_card, model_card
 from utils.reporting.charts import histogram, line_chart
-from utils.reporting.report import Report, Tile, data_uri
+from utils.reporting.report import Report, Tile, data_card, data_uri, model_card
 
 LONG = "folder/" + 300 * "x" + ".jpg"
 NASTY = "<script>alert(1)</script>\"'&{{ 7*7 }}/a\x1b_b.jpg"

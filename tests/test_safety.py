@@ -19,7 +19,7 @@ from utils.datasets.load import load_reid
 from utils.diffusion.latents import find
 from utils.diffusion.text_to_image import load_text_encoder
 from utils.diffusion.unet import load_unet, load_vae
-from utils.evaluation.features import load_features
+from utils.evaluation.kept_features import load_features
 from utils.flags import CAPTIONER_DIR, CLIP_DIR, DIFFUSION_DIR
 from utils.generated.captioners import Captioner
 from utils.generated.captions import read_captions

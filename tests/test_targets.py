@@ -16,11 +16,14 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import evaluate
 from tests.tables import ROWS, paint, write_images, write_table
+from utils import flags
+from utils.batches.samplers import ShuffleSampler
 from utils.batches.transforms import test_transform as make_transform
 from utils.datasets.load import load_reid
 from utils.evaluation.features import extract
-from utils.evaluation.targets import Target, evaluate_target, measure_targets, open_targets, results
+from utils.evaluation.targets import Target, evaluate_target, open_targets, results
 from utils.modeling.reid_model import ReIDModel
+from utils.training.loop import Training
 
 ROOT = Path(__file__).parent.parent
 DATA = "synthetic:domain=b,num_ids=6"
@@ -216,12 +219,19 @@ def test_features_that_are_not_finite_name_the_image(model, accelerator):
 
 def test_history_and_the_file_follow_the_epochs(tmp_path, model, accelerator, capsys):
     targets = open_targets([DATA, "synthetic:domain=c,num_ids=3"])
-    state = {"step": 0, "history": []}
+    words = ["--recipe", "x", "--output_dir", str(tmp_path / "new")]
+    parser = flags.Parser("x", recipes={"x": {"eval_batch_size": 32}})
+    flags.add_recipe(parser, "none")
+    flags.add_data(parser, source="none")
+    flags.add_training(parser, batch=8, epochs=2, accumulation="none")
+    flags.add_evaluation(parser, every=1)
+    flags.add_output(parser, "output/x")
+    args = parser.parse(words)
+    training = Training(args, accelerator, ShuffleSampler(9, 4), targets[0].query, script="x.py", data="x")
+    state = training.state
 
     def measure(epoch):
-        measure_targets(
-            state, epoch, model, targets, transform_of(model), accelerator=accelerator, output_dir=tmp_path / "new"
-        )
+        training.measure(epoch, model, targets)
         return json.loads((tmp_path / "new" / "metrics.json").read_text())
 
     first = measure(0)

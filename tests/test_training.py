@@ -15,10 +15,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from diffusers.optimization import get_scheduler
+from diffusers.optimization import SchedulerType, get_scheduler
 
-from utils.flags import OWN_SCHEDULE, SCHEDULES, check_ranges, describe_origin, parse_with_recipes
-from utils.launch import EXIT_SIGTERM, check_trackers, global_batch_size, start_accelerator
+from utils import flags
+from utils.flags import STEP_SCHEDULES, describe_origin, parse_with_recipes
+from utils.launch import EXIT_SIGTERM, check_trackers, global_batch_size, start_training
 from utils.training.log import StepLog
 from utils.training.optimizer import LearningRate, build_optimizer
 
@@ -113,20 +114,66 @@ def test_unknown_recipes_and_bad_values_are_errors(capsys):
 @pytest.mark.parametrize(
     "kind, good, bad, words",
     [
-        ("one_or_more", [1, 7, None], [0, -1], "1 or more"),
-        ("positive", [1e-9, None], [0, -0.5, float("nan")], "above 0"),
-        ("not_negative", [0, 0.0, 3, None], [-1, float("nan")], "0 or more"),
-        ("fractions", [0, 0.5, 1, None], [-0.1, 1.1, float("nan")], "between 0 and 1"),
+        (flags.at_least(1), ["1", "7"], ["0", "-1"], "1 or more"),
+        (flags.at_least(0), ["0", "7"], ["-1"], "0 or more"),
+        (flags.above_zero, ["1e-9", "3"], ["0.0", "-0.5", "nan", "inf"], "above 0"),
+        (flags.not_negative, ["0", "0.0", "3"], ["-1.0", "nan", "inf"], "0 or more"),
+        (flags.fraction, ["0", "0.5", "1"], ["-0.1", "1.1", "nan"], "between 0 and 1"),
+        (flags.share, ["0.5", "1"], ["0.0", "1.1", "nan"], "above 0 and at most 1"),
+        (flags.below_one, ["0", "0.999"], ["1.0", "-0.1"], "between 0 and 1, and below 1"),
+        (flags.seed, ["0", "4294967295"], ["4294967296", "-1"], "0 or more, and below 2^32"),
+        (flags.pixels, ["8", "256"], ["7"], "at least 8 pixels"),
     ],
 )
 def test_ranges(kind, good, bad, words, capsys):
-    parser = argparse.ArgumentParser()
+    parser = flags.Parser("x")
+    parser.add("--recipe")
+    parser.group("numbers").add("--tau", type=kind)
+    assert parser.parse([]).tau is None
     for value in good:
-        check_ranges(parser, argparse.Namespace(tau=value), **{kind: ["tau"]})
+        assert parser.parse(["--tau", value]).tau == float(value)
     for value in bad:
+        with pytest.raises(SystemExit) as stop:
+            parser.parse([f"--tau={value}"])
+        assert stop.value.code == 2 and f"--tau must be {words}, got {value};" in capsys.readouterr().err
+    for value in ("many", ""):
         with pytest.raises(SystemExit):
-            check_ranges(parser, argparse.Namespace(tau=value), **{kind: ["tau"]})
-        assert f"--tau must be {words}, got {value}" in capsys.readouterr().err
+            parser.parse([f"--tau={value}"])
+        assert "--tau must be a" in capsys.readouterr().err
+
+
+def test_a_mistyped_flag_is_told_its_neighbours(capsys):
+    parser = flags.Parser("x")
+    flags.add_optimizer(parser, learning_rate=0.1, weight_decay=0.0)
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--learnig_rate", "3"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert "unrecognized arguments: --learnig_rate 3; did you mean --learning_rate?" in said
+
+
+def test_flags_without_effect_are_named_once_they_are_given():
+    def notes(*words):
+        parser = flags.Parser("x")
+        parser.add("--recipe")
+        flags.add_optimizer(parser, learning_rate=0.1, weight_decay=0.0)
+        flags.add_schedule(parser, milestones=[3])
+        flags.add_evaluation(parser, every=1)
+        args = parser.parse(list(words))
+        assert "eval_batch_size" in args.free_on_resume and "learning_rate" not in args.free_on_resume
+        return [line for line in parser.notes(args) if line.startswith("Without effect")]
+
+    assert notes() == notes("--lr_gamma", "0.5") == notes("--rerank", "--k1", "9") == []
+    assert notes("--k1", "9") == ["Without effect: --k1 (no --rerank)"]
+    assert notes("--optimizer", "sgd", "--adam_beta2", "0.9") == ["Without effect: --adam_beta2 (--optimizer sgd)"]
+    assert notes("--lr_scheduler", "cosine", "--lr_gamma", "0.5", "--lr_warmup_steps", "3") == [
+        "Without effect: --lr_gamma (--lr_scheduler cosine)"
+    ]
+
+
+def test_schedules_are_those_of_diffusers():
+    names = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+    assert sorted(STEP_SCHEDULES) == sorted(names)
 
 
 def test_trackers():
@@ -145,7 +192,7 @@ def test_trackers():
 def start(tmp_path, **changes):
     AcceleratorState._reset_state(reset_partial_state=True)
     settings = {"mixed_precision": "no", "report_to": ["none"], "push_to_hub": False, "allow_tf32": False}
-    return start_accelerator(SimpleNamespace(**settings | changes, output_dir=str(tmp_path)))
+    return start_training(SimpleNamespace(**settings | changes, output_dir=str(tmp_path)))
 
 
 def test_lines_reach_a_pipe_when_they_are_printed(tmp_path, monkeypatch):
@@ -154,7 +201,7 @@ def test_lines_reach_a_pipe_when_they_are_printed(tmp_path, monkeypatch):
         monkeypatch.setattr("sys.stdout", pipe)
         start(tmp_path).print("epoch 0")
         os.set_blocking(reader, False)
-        assert told.readline() == "epoch 0\n"
+        assert [told.readline() for _ in "12"] == ["No GPU found, running on the CPU\n", "epoch 0\n"]
 
 
 def test_the_accelerator_of_one_process(tmp_path, monkeypatch):
@@ -258,7 +305,7 @@ def test_without_warm_up_or_milestones_the_rate_stays():
     assert [rates.set(epoch, 0) for epoch in (1, 2, 500)] == [0.3] * 3
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != OWN_SCHEDULE])
+@pytest.mark.parametrize("name", STEP_SCHEDULES)
 @pytest.mark.parametrize("rate", [1.0, 5e-6])
 def test_diffusers_schedules_are_diffusers_own(name, rate):
     optimizer, theirs = optimizer_of(rate, 3 * rate), optimizer_of(rate, 3 * rate)

@@ -5,11 +5,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.tables import paint, red, write_table
-from utils.batches.images import ReIDImages
-from utils.batches.samplers import IdentitySampler, RemainingBatches
+from utils.batches.samplers import IdentitySampler
+from utils.batches.transforms import ReIDImages
 from utils.batches.transforms import test_transform as make_transform
-from utils.datasets.load import labels_of, load_reid
-from utils.datasets.training_sets import digest_of, open_source
+from utils.datasets.load import digest_of, labels_of, load_reid, open_source
 
 # Identities 3 and 8 have one image each.
 PIDS = [7, 7, 3, 5, 5, 5, 8]
@@ -112,7 +111,7 @@ def sampler_of(**options):
 @pytest.mark.parametrize("rank, num_processes", [(0, 1), (1, 3)])
 def test_the_remaining_batches_are_exactly_the_rest(rank, num_processes):
     plain = sampler_of(rank=rank, num_processes=num_processes)
-    remaining = RemainingBatches(sampler_of(rank=rank, num_processes=num_processes))
+    remaining = sampler_of(rank=rank, num_processes=num_processes)
     lengths = []
     for epoch in (1, 2, 5):
         plain.set_epoch(epoch)
@@ -130,7 +129,7 @@ def test_the_remaining_batches_are_exactly_the_rest(rank, num_processes):
 def test_a_loader_that_lives_through_all_epochs_goes_on_in_the_middle(workers):
     rows = load_reid("synthetic", domain="a", num_ids=6, images_per_id=4)["train"]
     labels = labels_of(rows).tolist()
-    remaining = RemainingBatches(IdentitySampler(labels, 8, 4, seed=1))
+    remaining = IdentitySampler(labels, 8, 4, seed=1)
     images = ReIDImages(rows, make_transform((16, 8)), labels)
     loader = DataLoader(images, batch_sampler=remaining, num_workers=workers, persistent_workers=workers > 0)
     for epoch, done in ((1, 0), (1, 2), (2, 1)):
@@ -142,7 +141,7 @@ def test_a_loader_that_lives_through_all_epochs_goes_on_in_the_middle(workers):
 
 
 def test_steps_of_epochs_of_different_length():
-    remaining = RemainingBatches(sampler_of())
+    remaining = sampler_of()
     counted = []
     for epoch in range(1, 7):
         remaining.set_epoch(epoch)

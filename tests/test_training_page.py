@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.test_reporting import NASTY, Page
 from utils.reporting.report import text_table
-from utils.training.report import before_and_after, build_page, read_log
+from utils.training.report import before_and_after, read_log, training_report
 
 BRACES = "own/{0}/{x}/{}"
 
@@ -73,7 +73,7 @@ def test_a_page_has_numbers_curves_and_samples(tmp_path):
     for name in ("epoch-0000.png", "epoch-0004.png"):
         Image.new("RGB", (60, 40), "navy").save(tmp_path / name)
     samples = [("epoch 0", tmp_path / "epoch-0000.png"), ("epoch 4", tmp_path / "epoch-0004.png")]
-    html = build_page(
+    html = training_report(
         "DCAC",
         tmp_path,
         history("a", "b"),
@@ -111,17 +111,17 @@ def test_of_many_samples_the_first_the_last_and_some_between_are_shown_large(tmp
     for epoch in range(9):
         Image.new("RGB", (60, 40), "navy").save(tmp_path / f"{epoch}.png")
         samples.append((f"epoch {epoch}", tmp_path / f"{epoch}.png"))
-    page = Page(build_page("DCAC", tmp_path, [], samples=samples).html())
+    page = Page(training_report("DCAC", tmp_path, [], samples=samples).html())
     assert len(page.images) == 3
     assert [f"epoch {epoch}" in page.text for epoch in range(9)] == [epoch in (0, 4, 8) for epoch in range(9)]
     assert [picture_of(image).size for image in page.images] == [(420, 280)] * 3
 
 
 def test_a_page_without_numbers_log_or_samples_still_reads(tmp_path):
-    page = Page(build_page("Empty", tmp_path, []).html())
+    page = Page(training_report("Empty", tmp_path, []).html())
     assert "Empty" in page.text and "svg" not in page.tags and "Before and after" not in page.text
     log(tmp_path, steps=1)
-    page = Page(build_page("One step", tmp_path, [measured(0, "a", 0.5)]).html())
+    page = Page(training_report("One step", tmp_path, [measured(0, "a", 0.5)]).html())
     assert "1 steps" in page.text and "50.0 %" in page.text
 
 
@@ -131,7 +131,7 @@ def test_hostile_names_stay_text(tmp_path, name):
     Image.new("RGB", (6, 4), "navy").save(tmp_path / "s.png")
     parsed, plain = (
         Page(
-            build_page(
+            training_report(
                 word,
                 tmp_path,
                 history(word, "other"),
@@ -153,7 +153,7 @@ def test_a_norm_that_overflowed_leaves_a_gap(tmp_path):
     lines = log(tmp_path)
     lines[2]["grad_norm"] = None
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    html = build_page("x", tmp_path, []).html()
+    html = training_report("x", tmp_path, []).html()
     assert "nan" not in html.lower() and Page(html).tags.count("svg") == 4
 
 
@@ -169,5 +169,5 @@ def test_a_long_training_is_drawn_in_few_points(tmp_path):
     values = torch.rand(5000, generator=torch.Generator().manual_seed(0)).tolist()
     lines = [{"step": step, "lr": 0.1, "loss": value, "grad_norm": 1.0} for step, value in enumerate(values, 1)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    html = build_page("x", tmp_path, []).html()
+    html = training_report("x", tmp_path, []).html()
     assert "5,000 steps" in html and len(html) < 60_000

@@ -233,6 +233,8 @@ def shown(value):
 
 # Groups that scripts share
 
+ONE_PASS = "always 1: the losses look at whole batches, not at parts of them"
+
 
 def add_recipe(parser, help, choices=None):
     parser.add("--recipe", choices=choices or tuple(parser.recipes), help=f"{help}; a given flag wins over the recipe")
@@ -378,3 +380,40 @@ def add_output(parser, folder, *, uploaded="the model"):
     idle = (lambda args: not args.push_to_hub, "no --push_to_hub")
     group.add("--hub_model_id", idle=idle, help="repository; default: the name of --output_dir")
     return group
+
+
+def check_optimizer(parser, args):
+    if args.use_8bit_adam and args.optimizer == "sgd":
+        parser.error("--use_8bit_adam goes with --optimizer adam or adamw, not sgd")
+
+
+def check_reid_training(parser, args):
+    """What is wrong in any training whose losses look at whole batches."""
+    check_optimizer(parser, args)
+    if args.gradient_accumulation_steps != 1:
+        parser.error(
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} cannot be: BatchNorm, triplets and "
+            "memory look at a whole batch at once; for less memory use --gradient_checkpointing, --mixed_precision or "
+            "more processes"
+        )
+
+
+def check_ranges(parser, args, *, one_or_more=(), positive=(), not_negative=(), fractions=()):
+    """parser.error for the first argument out of its range; None is never out."""
+    kinds = (
+        (one_or_more, "1 or more", lambda value: value >= 1),
+        (positive, "above 0", lambda value: 0 < value < math.inf),
+        (not_negative, "0 or more", lambda value: value >= 0),
+        (fractions, "between 0 and 1", lambda value: 0 <= value <= 1),
+    )
+    for names, words, fits in kinds:
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not fits(value):
+                parser.error(f"--{name} must be {words}, got {value}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(args, name, 0) == 1:
+            parser.error(f"--{name} must be below 1, got {getattr(args, name)}")
+    # What numpy takes.
+    if getattr(args, "seed", 0) >= 2**32:
+        parser.error(f"--seed must be below 2^32, got {args.seed}")

@@ -186,6 +186,13 @@ def gather_with_gradient(tensor):
     return torch.cat(all_gather(tensor.contiguous()))
 
 
+def gather_by_domain(tensor, num_domains):
+    """The whole batch from each process's share of [domain, domain, ...], the domains one after the other."""
+    size = len(tensor)
+    whole = gather_with_gradient(tensor)
+    return whole.unflatten(0, (len(whole) // size, num_domains, size // num_domains)).transpose(0, 1).flatten(0, 2)
+
+
 def check_trackers(names):
     """The list for `Accelerator(log_with=...)`; ValueError for one that is unknown or not installed."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers

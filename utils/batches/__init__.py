@@ -8,8 +8,7 @@ from utils import opened_when_used
 __getattr__ = opened_when_used(
     __name__,
     {
-        "images": "ReIDImages",
         "samplers": "IdentitySampler ShuffleSampler",
-        "transforms": "train_transform test_transform",
+        "transforms": "ReIDImages test_transform train_transform",
     },
 )

@@ -10,11 +10,13 @@ columns image, pid, camid (from 0), domain and path (below the source's folder).
 import difflib
 import hashlib
 import inspect
+import json
 import os
 import re
 
 import datasets
 import numpy as np
+import torch
 
 from utils.datasets import own_data, published
 from utils.datasets.images import check_files, check_images
@@ -283,3 +285,35 @@ def subset(data, *, image_fraction=None, identity_fraction=None, min_images=None
 
 def draw(seed, *words):
     return hashlib.sha256(" ".join(map(str, (seed, *words))).encode()).digest()
+
+
+def open_source(specs, root=None, *, single_image_ids="error", skip_unreadable=False):
+    """Training rows of one or several sets, their labels 0..N-1, and the whole of the sets.
+
+    An identity with one image has nothing to be compared with in its batch: `single_image_ids` says what to do.
+    """
+    name = " + ".join(specs)
+    data = load_sources(specs, root, skip_unreadable=skip_unreadable)
+    if "train" not in data:
+        raise ValueError(f"--source {name} has no train split, only {', '.join(data)}; give a training set")
+    train = data["train"]
+    if not skip_unreadable:
+        train, _ = check_images(train, where=name)
+    labels = torch.from_numpy(labels_of(train))
+    alone = labels.bincount()[labels] == 1
+    if alone.any() and single_image_ids != "repeat":
+        if single_image_ids == "error":
+            paths = [train["path"][row] for row in alone.nonzero().flatten()[:3].tolist()]
+            more = ", ..." if alone.sum() > 3 else ""
+            raise ValueError(
+                f"{name}: {int(alone.sum())} identities have one image only ({', '.join(paths)}{more}); give more, or "
+                "choose --single_image_ids repeat or drop"
+            )
+        train = train.select((~alone).nonzero().flatten().tolist())
+        labels = torch.from_numpy(labels_of(train))
+    return train, labels, data
+
+
+def digest_of(train, labels):
+    """Changes with any image's name, label or place."""
+    return hashlib.sha256(json.dumps([train["path"][:], labels.tolist()]).encode()).hexdigest()

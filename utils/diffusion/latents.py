@@ -25,8 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from utils.batches.chunks import CHUNK_BATCHES, computed_in_chunks, image_identities, weights_digest
-from utils.batches.images import TransformedImages
-from utils.batches.transforms import HALF, resized, to_tensor
+from utils.batches.transforms import HALF, TransformedImages, resized, to_tensor
 
 logger = logging.getLogger(__name__)
 # What of a VAE and its configuration the posterior does not depend on.

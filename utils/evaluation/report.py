@@ -9,7 +9,8 @@ from PIL import Image, ImageOps
 from kernels import RankMetrics
 from utils.batches.transforms import test_transform
 from utils.datasets.schema import UNKNOWN
-from utils.evaluation.metrics import RANKS, Side, is_match
+from utils.evaluation.lists import is_match
+from utils.evaluation.metrics import RANKS, Side
 from utils.evaluation.thresholds import PairStatistics
 from utils.modeling.attention import attention_maps
 from utils.reporting.charts import histogram, line_chart

@@ -12,7 +12,6 @@ from utils.datasets.load import load_reid, parse_spec
 from utils.datasets.ten_splits import NUM_SPLITS, SMALL_SETS
 from utils.evaluation.features import extract
 from utils.evaluation.metrics import Side
-from utils.files import to_json, write_together
 
 
 class Target(NamedTuple):
@@ -114,24 +113,6 @@ def compare(queries, gallery, rerank):
         reranked = reranking.metrics(*ids, max_rank=evaluation.MAX_RANK, protocol=protocol)
         metrics["reranked"] = evaluation.summary(reranked)
     return metrics
-
-
-def measure_targets(state, epoch, model, targets, transform, *, accelerator, output_dir, **options):
-    """Each target's numbers into `state["history"]` and metrics.json; printed, and sent to the trackers."""
-    for target in targets:
-        metrics = evaluate_target(model, target, transform, accelerator=accelerator, **options)
-        place = {"epoch": epoch, "target": target.spec}
-        # A run that goes on in the middle of an epoch measures that epoch again, at its end.
-        others = [one for one in state["history"] if {key: one[key] for key in place} != place]
-        state["history"] = [*others, place | metrics]
-        shown = f"mAP {100 * metrics['mAP']:.1f} %, Rank-1 {100 * metrics['rank1']:.1f} %"
-        more = f", means of {len(metrics['splits'])} splits" if "splits" in metrics else ""
-        accelerator.print(f"epoch {epoch}: {target.spec} {shown}{more}")
-        numbers = {f"{target.spec}/{name}": value for name, value in metrics.items() if isinstance(value, float)}
-        accelerator.log(numbers, step=state["step"])
-    if accelerator.is_main_process:
-        with write_together(output_dir) as aside:
-            aside("metrics.json").write_text(to_json(results(state["history"])))
 
 
 def results(history):

@@ -12,7 +12,7 @@ import torch
 from kernels.dispatch import full_precision
 from kernels.tiles import expand_ranges, unit_rows
 from utils.datasets.schema import UNKNOWN
-from utils.evaluation.metrics import dropped
+from utils.evaluation.lists import dropped
 
 FALSE_MATCH_RATES = (1e-2, 1e-3, 1e-4)
 QUERY_TILE, GALLERY_TILE = 256, 2048

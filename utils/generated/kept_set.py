@@ -22,7 +22,7 @@ from utils.datasets.images import as_rgb
 from utils.datasets.schema import ENDINGS, check_listed
 from utils.generated import choosing
 from utils.generated.images import CHOSEN
-from utils.reporting.cards import data_card
+from utils.reporting.report import data_card
 
 IMAGES_A_FILE = 5000
 IMAGES_A_GROUP = 100

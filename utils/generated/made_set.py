@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from utils.files import one_line, portable, to_json, write_csv
 from utils.generated.captions import captions_table
 from utils.generated.made_report import made_report
-from utils.reporting.cards import data_card
+from utils.reporting.report import data_card
 from utils.worklist import differences
 
 CAPTIONS, IMAGES, FAILED = "captions", "images", "failed"

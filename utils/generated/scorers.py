@@ -11,9 +11,8 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
 from utils.batches.augmentation import change_scene
-from utils.batches.images import ReIDImages
 from utils.batches.samplers import IdentitySampler
-from utils.batches.transforms import train_transform
+from utils.batches.transforms import ReIDImages, train_transform
 from utils.evaluation.features import extract
 from utils.generated.scoring import View, view_of
 from utils.modeling.losses import hard_triplet

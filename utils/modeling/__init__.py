@@ -7,7 +7,5 @@ from utils import opened_when_used
 
 __getattr__ = opened_when_used(
     __name__,
-    {
-        "reid_model": "ReIDModel",
-    },
+    {"reid_model": "ReIDModel", "heads": "build_head"},
 )

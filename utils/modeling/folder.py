@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from utils.files import portable, to_json
 from utils.flags import shown
-from utils.reporting.cards import model_card
+from utils.reporting.report import model_card
 
 MODEL_TYPE = "diffreid"
 FILES = ("config.json", "preprocessor_config.json", "README.md", "model.safetensors")

@@ -10,7 +10,6 @@ A head works in two parts, so that several processes can gather the whole batch 
 """
 
 import copy
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,34 +17,10 @@ from torch import nn
 from transformers.models.resnet.modeling_resnet import ResNetBottleNeckLayer
 
 from utils.modeling.backbones import ClipBackbone, ResNetBackbone
+from utils.modeling.reid_model import BNNeck, HeadOutput
 
 EPSILON = 1e-6
 METHODS = ("bot", "agw", "sbs", "mgn", "bdb")
-
-
-class HeadOutput(NamedTuple):
-    compared: list
-    logits: list
-    features: torch.Tensor
-
-
-class BNNeck(nn.BatchNorm1d):
-    """BatchNorm with its bias frozen at 0. Always computes, and keeps its weights, in at least float32."""
-
-    def __init__(self, num_features):
-        super().__init__(num_features)
-        self.bias.requires_grad_(False)
-
-    def forward(self, features):
-        return super().forward(features.to(self.weight.dtype))
-
-    def _apply(self, fn, recurse=True):
-        # model.half() and model.to(torch.bfloat16) would round the running averages.
-        def keep_precision(tensor):
-            moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
-
-        return super()._apply(keep_precision, recurse)
 
 
 # Parts

@@ -16,10 +16,10 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import AutoConfig
 
+from utils import modeling
+from utils.modeling import importers
 from utils.modeling.backbones import ClipBackbone, backbone_from_config, load_backbone
 from utils.modeling.folder import MODEL_TYPE, check_fit, model_kind, plain_card, read_model_folder, write_model_folder
-from utils.modeling.heads import BNNeck, HeadOutput, build_head
-from utils.modeling.importers.dcac import read_dcac_checkpoint
 from utils.modeling.norms import add_batch_instance_norms, has_batch_instance_norms
 
 RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
@@ -59,7 +59,8 @@ class ReIDModel(nn.Module):
             raise ValueError(f"resample must be one of {', '.join(RESAMPLE)}, got {resample!r}")
         self.resample = resample
         self.method = method
-        self.head = build_head(method, backbone)
+        # The other heads are loaded when a method asks for them.
+        self.head = None if method == "bot" else modeling.build_head(method, backbone)
         self.num_features = backbone.num_features if self.head is None else self.head.num_features
         self.bnneck = BNNeck(self.num_features) if self.head is None else None
         self.reset_classifier(num_ids)
@@ -161,7 +162,7 @@ class ReIDModel(nn.Module):
     @classmethod
     def from_dcac_checkpoint(cls, path, image_size=None):
         """Open a checkpoint released by DCAC's authors, in eval mode."""
-        config, image_size, num_ids, state = read_dcac_checkpoint(path, image_size)
+        config, image_size, num_ids, state = importers.read_dcac_checkpoint(path, image_size)
         model = cls(backbone_from_config(config, image_size), num_ids)
         model.load_state_dict(state)
         return model.eval()
@@ -246,3 +247,28 @@ class ReIDModel(nn.Module):
             "image_mean": list(self.image_mean),
             "image_std": list(self.image_std),
         }
+
+
+class HeadOutput(NamedTuple):
+    compared: list
+    logits: list
+    features: torch.Tensor
+
+
+class BNNeck(nn.BatchNorm1d):
+    """BatchNorm with its bias frozen at 0. Always computes, and keeps its weights, in at least float32."""
+
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        self.bias.requires_grad_(False)
+
+    def forward(self, features):
+        return super().forward(features.to(self.weight.dtype))
+
+    def _apply(self, fn, recurse=True):
+        # model.half() and model.to(torch.bfloat16) would round the running averages.
+        def keep_precision(tensor):
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(keep_precision, recurse)

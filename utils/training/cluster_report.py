@@ -17,7 +17,7 @@ CURVES = {
 }
 
 
-def told(record):
+def describe_clusters(record):
     """A record of a clustering in a line."""
     parts = [f"{record['clusters']} clusters", f"{100 * record['noise']:.1f} % in none"]
     if record.get("ari") is not None:

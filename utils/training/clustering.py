@@ -58,13 +58,13 @@ def cluster(features, *, eps=0.6, min_samples=4, k1=30, k2=6, backend="auto"):
 def check_settings(num_rows, scales, min_samples, k1, k2=1):
     if num_rows <= k1:
         raise ValueError(
-            f"{num_rows} images cannot be clustered by their k1 = {k1} nearest: every image would be a neighbour of "
-            f"every other. Give more images, or lower --k1 well below {num_rows}"
+            f"{num_rows} images cannot be clustered by their --cluster_k1 {k1} nearest: every image would be a "
+            f"neighbour of every other. Give more images, or lower --cluster_k1 well below {num_rows}"
         )
     if num_rows <= k2:
         raise ValueError(
-            f"{num_rows} images cannot be averaged over their k2 = {k2} nearest: all of them would become equal. Give "
-            f"more images, or lower --k2 well below {num_rows}"
+            f"{num_rows} images cannot be averaged over their --cluster_k2 {k2} nearest: all of them would become "
+            f"equal. Give more images, or lower --cluster_k2 well below {num_rows}"
         )
     if not 2 <= min_samples <= num_rows:
         raise ValueError(f"min_samples must be between 2 and the {num_rows} images, got {min_samples}")
@@ -95,7 +95,7 @@ def check_clusters(found, *, where="the images", least=2):
         turn = f"Raise --eps {found.eps:g}, or lower --min_samples {found.min_samples}; or start from a better model"
     else:
         seen = f"{1 - found.noise:.0%} of {where} fell into {max(found.num_clusters, 1)}"
-        turn = f"Lower --eps {found.eps:g} or --k1; or start from a better model"
+        turn = f"Lower --eps {found.eps:g} or --cluster_k1; or start from a better model"
     raise ValueError(
         f"the clusters collapsed: {seen}. Distances to the nearest {found.min_samples - 1} others: {told}. {turn}"
     )

@@ -81,7 +81,7 @@ class Training:
         if self.accelerator.is_main_process:
             with write_together(self.args.output_dir) as part:
                 part("args.json").write_text(to_json(run_record(self.args)))
-        name = Path(self.state["script"]).stem.replace("_", "-")
+        name = Path(self.state["script"]).stem.removeprefix("train_").split("_")[0]
         self.accelerator.init_trackers(f"diffreid-{name}", config=tracked(self.args))
 
     def epochs(self):

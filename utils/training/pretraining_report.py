@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from utils.batches.augmentation import to_picture
 from utils.batches.mixing import mix_images
-from utils.diffusion.denoising import sheet
 from utils.files import write_together
+from utils.reporting.report import sheet
 from utils.training.report import training_report
 
 BATCH = Path("samples", "batch.png")
@@ -28,16 +28,13 @@ def draw_batch(output_dir, images, mix, mean, std):
         sheet(pictures).save(aside(BATCH.name), "PNG")
 
 
-def write_page(output_dir, history, facts):
-    samples = [("first batch", output_dir / BATCH)] if (output_dir / BATCH).exists() else []
-    page = training_report(
+def pretraining_report(output_dir, history, facts):
+    return training_report(
         "Pre-training",
         output_dir,
         history,
         lead="A backbone, its plain features measured before and after on people it was not trained on.",
         facts=facts,
-        samples=samples,
+        samples=[("first batch", output_dir / BATCH)] if (output_dir / BATCH).exists() else [],
         sample_words="Images as the network sees them: augmented and mixed, or each with its crops.",
     )
-    with write_together(output_dir) as aside:
-        page.write(aside("report.html"))

@@ -1,49 +1,14 @@
-"""The sets that scripts train on: labelled rows, and images whose identities nobody asks for."""
+"""Training images whose identities are not asked for: of any set that `load_reid` knows, or of a folder of images."""
 
-import hashlib
-import json
 import os
 
 import datasets
 import numpy as np
-import torch
 
 from utils.datasets.images import check_images
-from utils.datasets.load import labels_of, load_reid, load_sources, parse_spec
+from utils.datasets.load import labels_of, load_reid, parse_spec
 from utils.datasets.own_data import MissingColumn
 from utils.datasets.schema import ENDINGS, Row, features, listing, rows_to_dataset
-
-
-def open_source(specs, root=None, *, single_image_ids="error", skip_unreadable=False):
-    """Training rows of one or several sets, their labels 0..N-1, and the whole of the sets.
-
-    An identity with one image has nothing to be compared with in its batch: `single_image_ids` says what to do.
-    """
-    name = " + ".join(specs)
-    data = load_sources(specs, root, skip_unreadable=skip_unreadable)
-    if "train" not in data:
-        raise ValueError(f"--source {name} has no train split, only {', '.join(data)}; give a training set")
-    train = data["train"]
-    if not skip_unreadable:
-        train, _ = check_images(train, where=name)
-    labels = torch.from_numpy(labels_of(train))
-    alone = labels.bincount()[labels] == 1
-    if alone.any() and single_image_ids != "repeat":
-        if single_image_ids == "error":
-            paths = [train["path"][row] for row in alone.nonzero().flatten()[:3].tolist()]
-            more = ", ..." if alone.sum() > 3 else ""
-            raise ValueError(
-                f"{name}: {int(alone.sum())} identities have one image only ({', '.join(paths)}{more}); give more, or "
-                "choose --single_image_ids repeat or drop"
-            )
-        train = train.select((~alone).nonzero().flatten().tolist())
-        labels = torch.from_numpy(labels_of(train))
-    return train, labels, data
-
-
-def digest_of(train, labels):
-    """Changes with any image's name, label or place."""
-    return hashlib.sha256(json.dumps([train["path"][:], labels.tolist()]).encode()).hexdigest()
 
 
 def open_unlabelled(specs, root=None, *, skip_unreadable=False):

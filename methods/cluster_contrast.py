@@ -1,0 +1,111 @@
+"""Cluster contrast: cross-entropy with a prototype of each cluster, moved after every step. Noise is left out.
+
+L = CE(u M^T / temperature, cluster)          u: unit-length BNNeck features; M: a prototype of each cluster
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.launch import gather_by_domain
+from utils.modeling.memories import PrototypeMemory, class_means, move_in_turn
+from utils.training.clustering import NOISE
+
+
+class ClusterContrast(nn.Module):
+    """Encoder, prototypes and pseudo labels; `forward` is the loss of one batch of the target.
+
+    With several processes each passes its share of the images through the backbone. The features are gathered, so that
+    BatchNorm and memory see the whole batch, as one process would.
+    """
+
+    under_deepspeed = True
+
+    def __init__(self, encoder, args, num_source, num_images):
+        super().__init__()
+        self.encoder, self.num_source = encoder, num_source
+        self.register_buffer("pseudo_labels", torch.full((num_images,), NOISE))
+        self.memory = ClusterMemory(
+            torch.zeros(1, encoder.num_features), args.memory_temperature, args.memory_momentum, args.memory_update
+        )
+
+    @staticmethod
+    def scales(args):
+        """The values of eps of a clustering."""
+        return [args.eps]
+
+    @staticmethod
+    def labels_of(clusters, threshold):
+        return clusters[0].labels, threshold
+
+    @staticmethod
+    def labels_for_batches(labels, key):
+        return labels
+
+    def make_room(self, num_clusters):
+        """For a checkpoint that is about to be read."""
+        self.memory.make_room(num_clusters)
+
+    def relabel(self, first, target, source, cluster):
+        """Clusters of an epoch; every prototype becomes the mean direction of its cluster."""
+        features = target()
+        labels = cluster(features)
+        self.memory.renew(features, labels)
+        return labels
+
+    def forward(self, images, rows):
+        """`rows`: the numbers of the images."""
+        features, rows = gather_by_domain(self.encoder.backbone(images), 1), gather_by_domain(rows, 1)
+        with torch.autocast(images.device.type, enabled=False):
+            bn_features, _ = self.encoder.neck(features.float())
+            loss = self.memory(bn_features, self.pseudo_labels[rows])
+        return loss, {"loss": loss.detach(), "loss_target": loss.detach()}, (bn_features.detach(), rows)
+
+    @torch.no_grad()
+    def after_step(self, bn_features, rows):
+        self.memory.update(bn_features, self.pseudo_labels[rows])
+
+
+UPDATES = ("momentum", "hard", "mean")
+
+
+class ClusterMemory(PrototypeMemory):
+    """A prototype of each cluster. The update moves `m <- momentum m + (1 - momentum) u`, unit length, with u
+
+    momentum: every image of the cluster in the batch, one after the other;
+    hard: the image least like the prototype;
+    mean: the mean of the cluster's images.
+    """
+
+    def __init__(self, prototypes, temperature=0.05, momentum=0.1, mode="momentum"):
+        super().__init__(prototypes, temperature, momentum)
+        if mode not in UPDATES:
+            raise ValueError(f"mode must be one of {', '.join(UPDATES)}, got {mode!r}")
+        self.mode = mode
+
+    @torch.no_grad()
+    def update(self, features, labels):
+        if self.mode == "hard":
+            super().update(features, labels)
+            return
+        with torch.autocast(features.device.type, enabled=False):
+            unit = F.normalize(features.float(), dim=1)
+            if self.mode == "momentum":
+                move_in_turn(self.prototypes, labels, unit, self.momentum)
+                return
+            same = (labels[:, None] == labels[None, :]).float()
+            means = same @ unit / same.sum(1, keepdim=True)
+            # Images of one cluster all write the same row.
+            self.prototypes[labels] = F.normalize(torch.lerp(means, self.prototypes[labels], self.momentum), dim=1)
+
+    @torch.no_grad()
+    def renew(self, features, labels):
+        """Other clusters: their prototypes are the mean directions of the rows with labels 0 and up."""
+        labels = labels.to(features.device)
+        known = labels >= 0
+        means = class_means(features[known], labels[known], int(labels.max()) + 1)
+        self.prototypes = means.to(self.prototypes.device)
+
+    def make_room(self, num_clusters):
+        """For a checkpoint that is about to be read."""
+        self.prototypes = self.prototypes.new_zeros(num_clusters, self.prototypes.shape[1])
