@@ -396,24 +396,3 @@ def check_reid_training(parser, args):
             "memory look at a whole batch at once; for less memory use --gradient_checkpointing, --mixed_precision or "
             "more processes"
         )
-
-
-def check_ranges(parser, args, *, one_or_more=(), positive=(), not_negative=(), fractions=()):
-    """parser.error for the first argument out of its range; None is never out."""
-    kinds = (
-        (one_or_more, "1 or more", lambda value: value >= 1),
-        (positive, "above 0", lambda value: 0 < value < math.inf),
-        (not_negative, "0 or more", lambda value: value >= 0),
-        (fractions, "between 0 and 1", lambda value: 0 <= value <= 1),
-    )
-    for names, words, fits in kinds:
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and not fits(value):
-                parser.error(f"--{name} must be {words}, got {value}")
-    for name in ("adam_beta1", "adam_beta2"):
-        if getattr(args, name, 0) == 1:
-            parser.error(f"--{name} must be below 1, got {getattr(args, name)}")
-    # What numpy takes.
-    if getattr(args, "seed", 0) >= 2**32:
-        parser.error(f"--seed must be below 2^32, got {args.seed}")
