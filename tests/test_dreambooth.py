@@ -202,6 +202,18 @@ def test_diversity_and_auc_against_loops():
     assert identity_auc(sources[:1], made[:1]) is None
 
 
+def test_constants_of_the_flags_are_those_of_the_modules():
+    assert captions.CLASS_PROMPT == script.CLASS_PROMPT and tuple(SOLVERS) == script.SOLVERS
+
+
+def test_captions_are_shown_whole(models, tmp_path):
+    words = " ".join(f"word{number}" for number in range(40))
+    (tmp_path / "p.csv").write_text(f"pid,prompt\n0,a person {words}\n")
+    run(models, tmp_path / "out", "--prompts", tmp_path / "p.csv", "--ids", "0", "--captions_only")
+    prompt = record(tmp_path / "out", NAMES[0], "captions")["prompt"]
+    assert f'<th scope="row" class="words">{prompt}</th>' in (tmp_path / "out" / "report.html").read_text()
+
+
 # The image sequence
 
 
