@@ -16,19 +16,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.retrieval import RESULTS, environment
+from benchmarks.common import RESULTS, environment
 from utils.files import to_json, write_together
 from utils.reporting.report import text_table
 
 ROOT = Path(__file__).parent.parent
 # The words after `python -m`; {json} is the part's own file.
 PARTS = {
-    "kernels": "pytest -q -rf tests/test_kernels_triton.py tests/test_kernels.py",
-    "retrieval": "benchmarks.gpu_retrieval --output {json}",
-    "dcac_step": "benchmarks.dcac_overhead --step --json {json}",
-    "dcac_long": "benchmarks.dcac_overhead --step --modes lora --rounds 3 --steps 100 --json {json}",
-    "pretraining": "benchmarks.pretraining --json {json}",
-    "generation": "benchmarks.generation --sd15 --json {json}",
+    "kernels": "pytest -q -rf tests/kernels/test_kernels_triton.py tests/kernels/test_kernels.py",
+    "retrieval": "benchmarks.speed.gpu_retrieval --output {json}",
+    "dcac_step": "benchmarks.memory.dcac_overhead --step --json {json}",
+    "dcac_long": "benchmarks.memory.dcac_overhead --step --modes lora --rounds 3 --steps 100 --json {json}",
+    "pretraining": "benchmarks.speed.pretraining --json {json}",
+    "generation": "benchmarks.speed.generation --sd15 --json {json}",
 }
 SMALL = {
     "kernels": "-k equal_rows",

@@ -146,6 +146,11 @@ def portable(value):
     return value
 
 
+def one_line(error):
+    """The words of an error, or its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -45,6 +45,16 @@ def at_least(least):
     return lambda text: number(text, int, lambda value: value >= least, f"{least} or more")
 
 
+@functools.cache
+def between(least, most):
+    """Whole numbers from `least` to `most`."""
+    return lambda text: number(text, int, lambda value: least <= value <= most, f"{least} to {most}")
+
+
+def one_or_more(text):
+    return number(text, float, lambda value: 1 <= value < math.inf, "1 or more")
+
+
 def above_zero(text):
     return number(text, float, lambda value: 0 < value < math.inf, "above 0")
 
@@ -71,6 +81,23 @@ def seed(text):
 
 def pixels(text):
     return number(text, int, lambda value: value >= 8, "at least 8 pixels")
+
+
+def numbers_by_name(words):
+    """{name, or None for all: number} of `0.6` or `market1501=0.6 msmt17=0.5`; None of None."""
+    numbers = {}
+    for word in words or ():
+        name, equals, text = word.rpartition("=")
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or bool(name) != bool(equals) or (name or None) in numbers:
+            raise ValueError(f"{word!r} is not as expected: a number, or DOMAIN=NUMBER for each source")
+        numbers[name or None] = value
+    if None in numbers and len(numbers) > 1:
+        raise ValueError("has a number for all sources and others for single ones; give one kind")
+    return None if words is None else numbers
 
 
 # The parser
@@ -214,17 +241,22 @@ def add_recipe(parser, help, choices=None):
 
 
 def add_data(parser, *, source, target=None, workers=0):
-    """`source`, `target`: the help of these two flags."""
+    """`source`, `target`: the help of these two flags; without `workers` no processes prepare images."""
     group = parser.group("data")
     group.add("--source", nargs="+", metavar="SPEC", help=source)
     if target:
         group.add("--target", nargs="+", metavar="SPEC", help=target)
     group.add("--data_root", free=True, help="folder that holds the benchmarks")
     group.switch("--skip_unreadable", "leave out images that do not decode, and list them")
+    if workers is not None:
+        add_workers(group, workers)
+    return group
+
+
+def add_workers(group, workers=0):
     group.add(
         "--dataloader_num_workers", type=at_least(0), default=workers, free=True, help="processes that prepare images"
     )
-    return group
 
 
 def add_single_image_ids(group):
@@ -364,24 +396,3 @@ def check_reid_training(parser, args):
             "memory look at a whole batch at once; for less memory use --gradient_checkpointing, --mixed_precision or "
             "more processes"
         )
-
-
-def check_ranges(parser, args, *, one_or_more=(), positive=(), not_negative=(), fractions=()):
-    """parser.error for the first argument out of its range; None is never out."""
-    kinds = (
-        (one_or_more, "1 or more", lambda value: value >= 1),
-        (positive, "above 0", lambda value: 0 < value < math.inf),
-        (not_negative, "0 or more", lambda value: value >= 0),
-        (fractions, "between 0 and 1", lambda value: 0 <= value <= 1),
-    )
-    for names, words, fits in kinds:
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and not fits(value):
-                parser.error(f"--{name} must be {words}, got {value}")
-    for name in ("adam_beta1", "adam_beta2"):
-        if getattr(args, name, 0) == 1:
-            parser.error(f"--{name} must be below 1, got {getattr(args, name)}")
-    # What numpy takes.
-    if getattr(args, "seed", 0) >= 2**32:
-        parser.error(f"--seed must be below 2^32, got {args.seed}")

@@ -1,4 +1,7 @@
-"""Start and end of a script: the accelerator, what several processes share, and one line for an error."""
+"""Start and end of a script: the accelerator, what several processes share, and one line for an error.
+
+accelerate is imported where it is first needed: filter_generated.py chooses again without it.
+"""
 
 import json
 import os
@@ -9,9 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 
@@ -41,15 +41,19 @@ def check_folder(folder, script):
         raise ValueError(f"{folder} holds what {owner} left; give another --output_dir")
 
 
-def end_with(main, args, script, *, lean="lower --train_batch_size, or add --gradient_checkpointing"):
-    """main(args) and exit, with what a user can do something about said in one line; `lean` is for a full card."""
+def end_with(main, args, script, *, lean="lower --train_batch_size, or add --gradient_checkpointing", kept=None):
+    """main(args) and exit, with what a user can do something about said in one line.
+
+    `lean` says what to do about a full card, `kept` what a failed write leaves; default: all as it was before.
+    """
+    kept = kept or f"checkpoints and results in {args.output_dir} are as they were before"
     try:
         check_folder(args.output_dir, script)
         code = main(args)
     except ValueError as error:
         message = str(error)
     except (OSError, SafetensorError) as error:
-        message = f"{error}; checkpoints and results in {args.output_dir} are as they were before"
+        message = f"{error}; {kept}"
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
@@ -76,6 +80,9 @@ def start_accelerator(mixed_precision=None, *, patient=False, handlers=(), **opt
 
     `patient`: processes wait for each other as long as it takes. `options` are those of `Accelerator`.
     """
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
     # Into a file or a pipe, lines would wait for the buffer to fill: hours of a training.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)
@@ -94,6 +101,9 @@ def start_accelerator(mixed_precision=None, *, patient=False, handlers=(), **opt
 
 def start_training(args, *, find_unused_parameters=False, max_zero_stage=2):
     """The Accelerator of a training script: one process, DDP, or DeepSpeed; ZeRO-3 needs `whole_weights` there."""
+    from accelerate import DistributedDataParallelKwargs, PartialState
+    from accelerate.utils import DistributedType
+
     cpu = not torch.accelerator.is_available()
     if cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         # With `cpu`, accelerate leaves DeepSpeed out: its processes are joined first, and then it is not told.
@@ -151,6 +161,8 @@ def start_training(args, *, find_unused_parameters=False, max_zero_stage=2):
 @contextmanager
 def whole_weights(model, accelerator):
     """Under ZeRO-3 every process holds a part of each weight; while this lasts, all hold all of them."""
+    from accelerate.utils import DistributedType
+
     if accelerator.distributed_type != DistributedType.DEEPSPEED or model.zero_optimization_stage() < 3:
         yield
         return
@@ -183,6 +195,9 @@ def gather_by_domain(tensor, num_domains):
 
 def check_trackers(names):
     """The list for `Accelerator(log_with=...)`; ValueError for one that is unknown or not installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
     names = [name for name in names or () if name != "none"]
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
@@ -206,10 +221,14 @@ def tracked(args):
 
 
 def introduce(args, accelerator, *, demo, stand_ins=None):
-    """The first lines of a run: `demo` where nothing was asked for, `stand_ins` where stand-ins are used unasked."""
+    """The first lines of a run: `demo` where nothing was asked for, `stand_ins` where stand-ins are used unasked.
+
+    Without an accelerator, of a run that needs none, this process says them.
+    """
+    say = accelerator.print if accelerator else print
     if args.demo:
-        accelerator.print(demo)
+        say(demo)
     elif stand_ins:
-        accelerator.print(stand_ins)
+        say(stand_ins)
     for line in args.notes:
-        accelerator.print(line)
+        say(line)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from utils import flags
 from utils.batches import augmentation
 from utils.batches.transforms import resized
 from utils.datasets.load import load_reid
@@ -58,7 +59,7 @@ def test_reasons_come_in_order():
     found = scores([0] * 6, [0.9, 0.8, 0.7, 0.1, 0.6, 0.5], sound=[0, 1, 1, 1, 1, 1], match=[1, 0, 1, 1, 1, 1])
     found.sound = found.sound.astype(bool)
     found.match = found.match.astype(bool)
-    choice = choosing.choose(found, "reid", {"d0": 0.4}, target_per_id=2)
+    choice = choosing.choose_images(found, "reid", {"d0": 0.4}, target_per_id=2)
     words = [choosing.REASONS[number] for number in choice.reason]
     assert words == [choosing.UNREADABLE, choosing.STRANGER, "", choosing.BELOW, "", choosing.SURPLUS]
     assert choice.kept.tolist() == [False, False, True, False, True, False]
@@ -68,7 +69,7 @@ def test_doubles_go_before_the_count_and_small_identities_last():
     hashes = [0b0, 0b1, 0b111111, 0b0, 0b0]
     found = scores([0, 0, 0, 1, 1], [0.5, 0.9, 0.4, 0.3, 0.2], hashes=hashes)
     duplicates = choosing.duplicate_finder(found, "perceptual", 1, None)
-    choice = choosing.choose(found, "reid", {"d0": 0.0}, min_per_id=2, duplicates=duplicates)
+    choice = choosing.choose_images(found, "reid", {"d0": 0.0}, min_per_id=2, duplicates=duplicates)
     words = [choosing.REASONS[number] for number in choice.reason]
     assert words == [choosing.DOUBLE, "", "", choosing.FEW, choosing.DOUBLE]
 
@@ -77,7 +78,7 @@ def test_feature_doubles():
     features = np.array([[1, 0], [1, 0.01], [0, 1]], np.float16)
     found = scores([0, 0, 0], [0.5, 0.6, 0.7])
     duplicates = choosing.duplicate_finder(found, "feature", None, features)
-    choice = choosing.choose(found, "reid", {"d0": 0.0}, duplicates=duplicates)
+    choice = choosing.choose_images(found, "reid", {"d0": 0.0}, duplicates=duplicates)
     assert choice.kept.tolist() == [False, True, True]
 
 
@@ -107,7 +108,7 @@ def test_a_score_that_is_no_number_sets_no_threshold():
     found = scores([0] * 4, [np.nan, 0.9, 0.8, np.nan])
     limits = choosing.thresholds_of(found, "reid", keep_fraction={"d0": 0.25})
     assert limits == {"d0": pytest.approx(0.9)}
-    assert choosing.choose(found, "reid", limits).kept.tolist() == [False, True, False, False]
+    assert choosing.choose_images(found, "reid", limits).kept.tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -115,23 +116,25 @@ def test_a_score_that_is_no_number_sets_no_threshold():
 )
 def test_the_advised_threshold_keeps_half(values):
     found = scores([0] * len(values), values)
-    nothing = choosing.choose(found, "reid", {"d0": 2.0})
+    nothing = choosing.choose_images(found, "reid", {"d0": 2.0})
     words = choosing.nothing_left(found, nothing, "reid").split("--threshold ")[1].split(" ")[0]
-    kept = choosing.choose(found, "reid", {"d0": float(words)}).kept
+    kept = choosing.choose_images(found, "reid", {"d0": float(words)}).kept
     assert kept.sum() == len(values) // 2 and len(words) <= 30
 
 
 def test_an_advised_threshold_can_be_typed():
     found = scores([0, 0], [0.5, 0.9], source=[0, 1])
     found.domains[0] = "my people"
-    words = choosing.nothing_left(found, choosing.choose(found, "reid", dict.fromkeys(found.domains, 2.0)), "reid")
+    words = choosing.nothing_left(
+        found, choosing.choose_images(found, "reid", dict.fromkeys(found.domains, 2.0)), "reid"
+    )
     typed = shlex.split(words.split("--threshold ")[1].split(" is reached")[0])
-    assert choosing.numbers_of(typed) == {"my people": 0.5, "d1": pytest.approx(0.9, abs=1e-4)}
+    assert flags.numbers_by_name(typed) == {"my people": 0.5, "d1": pytest.approx(0.9, abs=1e-4)}
 
 
 def test_who_asks_for_too_many_of_everybody_is_told_so():
     found = scores([0, 0, 1], [0.5, 0.9, 0.8])
-    nothing = choosing.choose(found, "reid", {"d0": 0.0}, min_per_id=3)
+    nothing = choosing.choose_images(found, "reid", {"d0": 0.0}, min_per_id=3)
     words = choosing.nothing_left(found, nothing, "reid")
     assert "(3 too few left of its identity)" in words and words.endswith(" Lower --min_per_id")
 
@@ -140,7 +143,7 @@ def test_thresholds_of_each_source():
     found = scores([0] * 8, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], source=[0, 0, 0, 0, 1, 1, 1, 1])
     shares = {"d0": 0.5, "d1": 0.25}
     limits = choosing.thresholds_of(found, "reid", keep_fraction=shares)
-    choice = choosing.choose(found, "reid", limits)
+    choice = choosing.choose_images(found, "reid", limits)
     assert choice.kept.tolist() == [False, False, True, True, False, False, False, True]
 
 
@@ -190,7 +193,7 @@ def test_a_small_lead_may_count_as_a_match(tmp_path):
     for margin, wanted in ((None, [1, 0, 0, 0]), (0.05, [1, 1, 0, 0]), (0.1, [1, 1, 1, 0])):
         found = choosing.read_scores(tmp_path / "scores.parquet", margin)
         assert found.match.tolist() == [bool(one) for one in wanted]
-        assert choosing.choose(found, "reid", {"d": 0.0}).kept.tolist() == found.match.tolist()
+        assert choosing.choose_images(found, "reid", {"d": 0.0}).kept.tolist() == found.match.tolist()
 
 
 def test_what_filters_keep_of_every_kind(tmp_path):

@@ -122,6 +122,29 @@ def test_page_in_chromium(tmp_path, width):
     assert seen_in_chromium(tmp_path, full_page(NASTY + LONG).html(), width) == f"loaded 20 of 20, width {width}"
 
 
+def test_no_line_of_a_marker_crosses_a_label():
+    markers = [(0.19, "0.01"), (0.1, "0.001"), (0.09, "0.0001"), (1.62, "upper"), (1.7, "threshold 1.70")]
+    chart = histogram([("a", [1] * 4)], [0, 0.5, 1, 1.5, 2], title="t", x_label="x", markers=markers)
+    lines = [float(x) for x in re.findall(r'class="marker" x1="([\d.]+)" x2="\1"', chart)]
+    found = re.findall(r'class="marked" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]+)', chart)
+    assert len(lines) == len(found) == len(markers)
+    assert len({y for _, y, *_ in found}) == len(markers)
+    for x, _, anchor, label in found:
+        # Letters of 12 px are at most 7 wide.
+        end = float(x) + 7 * len(label) * (1 if anchor == "start" else -1)
+        left, right = sorted((float(x), end))
+        assert not [line for line in lines if left - 2 < line < right + 2], label
+    # A label that had to move is led to by a line from its marker.
+    leaders = re.findall(r'class="marker" x1="([\d.]+)" x2="([\d.]+)"', chart)
+    assert sum(start != end for start, end in leaders) == 3
+
+
+def test_long_text_in_a_table_is_wrapped():
+    css = full_page("x").html()
+    rule = re.search(r"tbody th\.words:not\(:first-child\)[^{]*{([^}]*)}", css)
+    assert rule and "white-space: normal" in rule[1]
+
+
 def seen_in_chromium(folder, html, width):
     """Which pictures a browser loads and how wide the page gets; asserts that it has nothing to say on its console."""
     (folder / "page.html").write_text(html, encoding="utf-8")

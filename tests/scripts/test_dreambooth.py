@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
@@ -24,11 +25,12 @@ from tests.reporting.test_reporting import needs_chromium, seen_in_chromium
 from tests.runs import ROOT, launch, stopped
 from tests.runs import files_of as files
 from utils.batches.chunks import weights_digest
-from utils.datasets.identities import choose, identities_of, open_identities
+from utils.datasets.identities import chosen_identities, identities_of, open_identities
 from utils.datasets.load import load_reid
 from utils.diffusion.schedule import NoiseSchedule
 from utils.diffusion.text_to_image import SOLVERS, TextToImage
-from utils.generated import captions
+from utils.generated import captioning, captions
+from utils.generated.captioning import open_prompts
 from utils.generated.measures import diversity, identity_auc
 from utils.standins import build
 
@@ -36,6 +38,16 @@ SOURCE = "synthetic:domain=a,num_ids=3,images_per_id=4"
 NAMES = ["synthetic-a/0000", "synthetic-a/0002", "synthetic-a/0004"]
 FEW = "--max_train_steps 3 --num_images 3 --num_reference_images 4 --num_inference_steps 2 --train_batch_size 2"
 FEW += " --sample_batch_size 2 --save_resolution 64 32 --resolution 64 32"
+
+
+class Quiet:
+    """A progress that says nothing."""
+
+    def stage(self, *words):
+        pass
+
+
+PROMPTS = {"class_prompt": script.CLASS_PROMPT, "identity_token": "<iir-{pid}>", "lists": {}, "progress": Quiet()}
 
 
 @pytest.fixture(scope="module")
@@ -67,22 +79,22 @@ def whole(models, tmp_path_factory):
     seen = {"start": [], "reference": [], "tuned": [], "rows": [], "embeddings": []}
     plain = {name: getattr(script, name) for name in ("fine_tune", "reference_set")}
 
-    def hashes(run):
-        return [weights_digest(part) for part in (run.model.unet, run.model.vae, run.model.text_encoder)]
+    def hashes(model):
+        return [weights_digest(part) for part in (model.unet, model.vae, model.text_encoder)]
 
-    def reference_set(run, prompt):
-        before = hashes(run)
-        result = plain["reference_set"](run, prompt)
-        assert hashes(run) == before
+    def reference_set(args, model, work, prompt):
+        before = hashes(model)
+        result = plain["reference_set"](args, model, work, prompt)
+        assert hashes(model) == before
         seen["reference"].append((*before, prompt))
         return result
 
-    def fine_tune(run, *rest):
-        seen["start"].append([*hashes(run), run.token.row.detach().clone()])
-        losses = plain["fine_tune"](run, *rest)
-        seen["tuned"].append(hashes(run))
-        seen["rows"].append(run.token.row.detach().clone())
-        seen["embeddings"].append(run.model.text_encoder.get_input_embeddings().weight.detach().clone())
+    def fine_tune(args, tunable, *rest):
+        seen["start"].append([*hashes(tunable.model), tunable.token.row.detach().clone()])
+        losses = plain["fine_tune"](args, tunable, *rest)
+        seen["tuned"].append(hashes(tunable.model))
+        seen["rows"].append(tunable.token.row.detach().clone())
+        seen["embeddings"].append(tunable.model.text_encoder.get_input_embeddings().weight.detach().clone())
         return losses
 
     with pytest.MonkeyPatch.context() as patch:
@@ -174,6 +186,18 @@ def test_diversity_and_auc_against_loops():
     assert identity_auc(sources[:1], made[:1]) is None
 
 
+def test_constants_of_the_flags_are_those_of_the_modules():
+    assert captions.CLASS_PROMPT == script.CLASS_PROMPT and tuple(SOLVERS) == script.SOLVERS
+
+
+def test_captions_are_shown_whole(models, tmp_path):
+    words = " ".join(f"word{number}" for number in range(40))
+    (tmp_path / "p.csv").write_text(f"pid,prompt\n0,a person {words}\n")
+    run(models, tmp_path / "out", "--prompts", tmp_path / "p.csv", "--ids", "0", "--captions_only")
+    prompt = record(tmp_path / "out", NAMES[0], "captions")["prompt"]
+    assert f'<th scope="row" class="words">{prompt}</th>' in (tmp_path / "out" / "report.html").read_text()
+
+
 # The image sequence
 
 
@@ -196,13 +220,13 @@ def test_the_sequence_is_of_the_fullest_camera_in_file_order():
 
 def test_ids_are_numbers_ranges_and_names():
     everyone = open_identities(["synthetic:domain=a,num_ids=4", "synthetic:domain=b,num_ids=2"])
-    assert [one.name for one in choose(everyone, ["2-4", "synthetic-b/2"])] == [
+    assert [one.name for one in chosen_identities(everyone, ["2-4", "synthetic-b/2"])] == [
         "synthetic-a/0002", "synthetic-a/0004", "synthetic-b/0002",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="--ids 1: the source has no images of such an identity; it has 6 identities"):
-        choose(everyone, ["1"])
+        chosen_identities(everyone, ["1"])
     with pytest.raises(ValueError, match="neither a number, a range"):
-        choose(everyone, ["two"])
+        chosen_identities(everyone, ["two"])
     with pytest.raises(ValueError, match="two of the sources have an identity synthetic-a/0000"):
         open_identities([SOURCE, SOURCE])
 
@@ -242,11 +266,10 @@ def test_only_the_row_of_the_token_moves(whole, models):
 
 def test_the_token_is_one_token_and_its_row_is_what_is_read(models):
     folder = str(models / "stable-diffusion")
-    args = script.parse_args(["--pretrained_model_name_or_path", folder])
     identity = open_identities([SOURCE])[1]
     tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
     first_id = len(tokenizer)
-    script.add_tokens(tokenizer, args, [identity])
+    assert open_prompts(tokenizer, [identity], **PROMPTS).first_id == first_id
     ids = tokenizer("a photo of <iir-0002> person").input_ids
     assert ids[4] == first_id and len(ids) == 7
     model = TextToImage(folder, tokenizer, mode="lora")
@@ -306,18 +329,21 @@ def test_the_hundredth_identity_starts_where_the_first_did(models, tmp_path, mod
     more = ["--finetune", mode, "--train_text_encoder", "--max_train_steps", "1", "--learning_rate", "1e-3"]
     source = ["--source", "synthetic:domain=a,num_ids=100,images_per_id=4"]
     args = script.parse_args(arguments(models, tmp_path, *more, *source))
-    found = script.open_run(args, script.Accelerator(cpu=True))
-    script.open_model(found)
-    words = {"identity_prompt": f"a photo of {script.token_of(args, found.identities[0])} person"}
+    identities = open_identities(args.source)
+    _, tokenizer = script.check_inputs(args, identities, identities)
+    prompts = open_prompts(tokenizer, identities, **PROMPTS)
+    tunable = script.open_model(args, Accelerator(cpu=True), prompts)
+    words = {"identity_prompt": f"a photo of {prompts.token_of(identities[0])} person"}
     words["prompt"] = "a photo of a person"
     starts, ends = set(), set()
-    for number, identity in enumerate(found.identities):
-        script.restore(found)
-        starts.add(tuple(weights_digest(part) for part in (found.model.unet, found.model.text_encoder, found.token)))
+    for number, identity in enumerate(identities):
+        tunable.restore()
+        parts = (tunable.model.unet, tunable.model.text_encoder, tunable.token)
+        starts.add(tuple(weights_digest(part) for part in parts))
         latents = torch.randn(3, 2, 4, 8, 4, generator=torch.Generator().manual_seed(number))
-        script.fine_tune(found, identity, words, (latents[0], latents[1].abs()), latents[2])
-        ends.add(weights_digest(found.model.unet))
-    assert len(found.identities) == 100 and len(starts) == 1 and len(ends) == 100
+        script.fine_tune(args, tunable, identity, words, (latents[0], latents[1].abs()), latents[2], Quiet())
+        ends.add(weights_digest(tunable.model.unet))
+    assert len(identities) == 100 and len(starts) == 1 and len(ends) == 100
 
 
 def test_identities_of_the_same_words_share_a_reference_set(models, tmp_path):
@@ -372,15 +398,10 @@ def test_a_step_adds_both_halves_with_lambda(models, monkeypatch):
     args.prior_loss_weight, args.max_grad_norm, args.identity_token = 0.3, 1e9, "sks"
     tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
     model = TextToImage(folder, tokenizer, mode="lora")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = script.Accelerator(cpu=True)
-    found = script.Run(args, accelerator, None, [], [], tokenizer, {}, model=model)
-    found.weights = model.trained_weights()
-    for weight in found.weights:
+    tunable = script.Tunable.of(model, script.IdentityToken(model.text_encoder, len(tokenizer), 0), with_token=False)
+    for weight in tunable.weights:
         # The second matrices start at zero, and with them the gradient of the first.
         weight.data = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
-    found.token = script.IdentityToken(model.text_encoder, len(tokenizer), 0)
-    found.progress = type("Quiet", (), {"stage": lambda *words: None})
     identity = open_identities([SOURCE])[0]
     torch.manual_seed(0)
     source, reference = (torch.randn(3, 4, 8, 4), torch.rand(3, 4, 8, 4)), torch.randn(4, 4, 8, 4)
@@ -390,12 +411,12 @@ def test_a_step_adds_both_halves_with_lambda(models, monkeypatch):
         args.prior_loss_weight = weight
         rates = {"lr": 1.0}
         monkeypatch.setattr(
-            script, "build_optimizer", lambda groups, *_, **__: torch.optim.SGD(found.weights, **rates)
+            script, "build_optimizer", lambda groups, *_, **__: torch.optim.SGD(tunable.weights, **rates)
         )
-        before = [one.detach().clone() for one in found.weights]
-        losses = script.fine_tune(found, identity, words, source, reference)
-        moved = [new.detach() - old for new, old in zip(found.weights, before, strict=True)]
-        for one, old in zip(found.weights, before, strict=True):
+        before = [one.detach().clone() for one in tunable.weights]
+        losses = script.fine_tune(args, tunable, identity, words, source, reference, Quiet())
+        moved = [new.detach() - old for new, old in zip(tunable.weights, before, strict=True)]
+        for one, old in zip(tunable.weights, before, strict=True):
             one.data.copy_(old)
         return losses, moved
 
@@ -483,11 +504,13 @@ def test_a_second_run_does_nothing_but_what_is_missing(whole, models, tmp_path, 
     made = []
     plain = script.make_identity
     monkeypatch.setattr(
-        script, "make_identity", lambda run, identity, *rest: made.append(identity.name) or plain(run, identity, *rest)
+        script,
+        "make_identity",
+        lambda args, identity, *rest: made.append(identity.name) or plain(args, identity, *rest),
     )
     run(models, out)
     assert made == [NAMES[1]] and files(out) == files(whole[0])
-    monkeypatch.setattr(script, "open_model", lambda run: pytest.fail("nothing is left to do"))
+    monkeypatch.setattr(script, "open_model", lambda *_: pytest.fail("nothing is left to do"))
     run(models, out)
     assert files(out) == files(whole[0])
 
@@ -496,12 +519,12 @@ def test_a_failure_is_recorded_and_does_not_stop_the_others(whole, models, tmp_p
     out = tmp_path / "out"
     plain = script.fine_tune
 
-    def failing(run, identity, *rest):
+    def failing(args, tunable, identity, *rest):
         if identity.name == NAMES[0]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         if identity.name == NAMES[2]:
             raise RuntimeError("a loose cable")
-        return plain(run, identity, *rest)
+        return plain(args, tunable, identity, *rest)
 
     monkeypatch.setattr(script, "fine_tune", failing)
     failures = run(models, out)
@@ -611,7 +634,7 @@ def test_another_captioner_is_heard_in_the_same_folder(models, tmp_path):
 
 def test_captions_that_failed_once_are_no_failure_for_ever(models, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(script, "caption_identity", lambda *_: 1 / 0)
+        patch.setattr(captioning, "caption_identity", lambda *_: 1 / 0)
         assert run(models, tmp_path / "out", "--captions_only", "--ids", "0") == {
             NAMES[0]: "ZeroDivisionError: division by zero"
         }
@@ -782,8 +805,8 @@ def test_bad_flags_end_in_one_line(capsys, flags, message):
     ],
 )
 def test_bad_input_is_said_before_a_model_is_loaded(models, tmp_path, monkeypatch, flags, message):
-    monkeypatch.setattr(script, "load_captioner", lambda run: pytest.fail("too late"))
-    monkeypatch.setattr(script, "open_model", lambda run: pytest.fail("too late"))
+    monkeypatch.setattr(script, "load_captioner", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(script, "open_model", lambda *_: pytest.fail("too late"))
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
         run(models, tmp_path / "out", *(one.format(models=models) for one in flags.split()))
 

@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from utils.batches.transforms import TransformedImages
 from utils.batches.transforms import test_transform as make_transform
 from utils.datasets.load import load_reid
 from utils.datasets.search_folders import read_folders
+from utils.evaluation import metrics
 from utils.evaluation.kept_features import load_features
 from utils.modeling.reid_model import ReIDModel
 
@@ -158,8 +160,8 @@ def test_features_of_a_file_give_the_same_numbers(evaluated, tmp_path):
 @pytest.mark.skipif(not evaluate.DEMO_MODEL.is_dir(), reason="the stand-in CLIP is not in this checkout")
 def test_demo_says_that_it_is_one_and_finds_people(tmp_path, capsys):
     metrics = run("--output_dir", tmp_path)
-    first = capsys.readouterr().out.splitlines()[0]
-    assert first.startswith("Demo") and "--model" in first and "--data" in first
+    first = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Demo"))
+    assert "--model" in first and "--data" in first
     # By chance 1 in 16 people would be right.
     assert metrics["rank1"] > 0.2
 
@@ -330,6 +332,45 @@ def test_search_reads_labels_of_files_and_folders(clip, tmp_path, name, protocol
         )
 
 
+def test_a_single_image_is_looked_for(clip, tmp_path):
+    search = folders_of_people(tmp_path, lambda pid, camid, number: f"{pid:04d}_c{camid + 1}_{number}.png")
+    first, *others = sorted((tmp_path / "query").iterdir())
+    for path in others:
+        path.unlink()
+    lists = []
+    for query in (first, tmp_path / "query"):
+        run("--model", clip, *search[2:], "--query_dir", query, "--output_dir", tmp_path / "out", "--rerank")
+        lists.append((tmp_path / "out" / "rankings.csv").read_text())
+    assert lists[0] == lists[1] and lists[0].splitlines()[1].startswith(f"{first.name},1,")
+
+
+def test_a_report_counts_cameras_as_file_names_do(clip, evaluated, tmp_path):
+    search = folders_of_people(tmp_path, lambda pid, camid, number: f"{pid:04d}_c{camid + 1}_{number}.png")
+    run("--model", clip, *search, "--output_dir", tmp_path / "out")
+    for folder in (evaluated[0], tmp_path / "out"):
+        html = (folder / "report.html").read_text()
+        shown = re.findall(r'camera (\d+)</span><span class="name" title="[^"]*_c(\d+)_', html)
+        assert shown and all(said == named for said, named in shown)
+        heads = re.search(r"query . gallery</th>(.*?)</tr>", html)[1]
+        assert re.findall(r">(\d+)</th>", heads) == ["1", "2", "3", "4"]
+
+
+def test_cameras_of_folders_count_from_0_as_those_of_other_sets(tmp_path):
+    for side, names in {"query": ["1_c1_0.png", "2_c3_0.png"], "gallery": ["1_c2_0.png", "x.png"]}.items():
+        (tmp_path / side).mkdir()
+        for name in names:
+            Image.new("RGB", (4, 8)).save(tmp_path / side / name)
+    queries, gallery = read_folders(tmp_path / "query", tmp_path / "gallery")
+    assert queries["camid"][:] == [0, 2] and gallery["camid"][:] == [1, -1]
+    Image.new("RGB", (4, 8)).save(tmp_path / "gallery" / "3_c0_0.png")
+    queries, gallery = read_folders(tmp_path / "query", tmp_path / "gallery")
+    assert queries["camid"][:] == [1, 3] and gallery["camid"][:] == [2, 0, -1]
+
+
+def test_protocols_of_the_flags_are_those_of_the_metrics():
+    assert metrics.PROTOCOLS == evaluate.PROTOCOLS
+
+
 def test_a_number_too_long_for_an_identity_is_a_name(tmp_path):
     for path in ("query/20231122334455667788/a.png", "gallery/20231122334455667788/b.png", "gallery/7/c.png"):
         (tmp_path / path).parent.mkdir(parents=True)
@@ -492,7 +533,7 @@ def test_damaged_files_of_features_are_refused_in_one_line(tmp_path, content):
         (["--data", "viper:split=2", "--splits", "10"], "leave split= out"),
         (["--splits", "0"], "--splits must be 1 or more"),
         (["--export", "torchscript", "m.pt"], "--export takes `onnx FILE.onnx`"),
-        (["--resolution", "0", "128"], "--resolution must be two positive"),
+        (["--resolution", "0", "128"], "--resolution must be at least 8 pixels, got 0"),
     ],
 )
 def test_bad_arguments_stop_in_the_parser(arguments, message, capsys):

@@ -413,6 +413,28 @@ def test_the_source_is_found_in_the_generated_folder(drawn, tmp_path):
     (drawn / "args.json").unlink()
 
 
+def test_a_generated_folder_without_images_is_named(drawn, tmp_path):
+    """What is missing, and what to do: before anything else is looked at."""
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(ValueError, match=f"--generated {nowhere}: there is no such folder; give one that train_dream"):
+        script.main(script.parse_args(["--generated", str(nowhere), "--output_dir", str(tmp_path / "out")]))
+    captioned = tmp_path / "captioned"
+    (captioned / "identities" / "synthetic-a" / "0000").mkdir(parents=True)
+    (captioned / "args.json").write_text(json.dumps({"arguments": {"source": [SOURCE]}}))
+    for more in ([], ["--source", SOURCE]):
+        args = script.parse_args(["--generated", str(captioned), "--output_dir", str(tmp_path / "out"), *more])
+        with pytest.raises(ValueError, match="holds captions and no images; run .* again, without --captions_only"):
+            script.main(args)
+    shutil.copytree(drawn / "images", captioned / "images")
+    with pytest.raises(ValueError, match="no metadata.parquet yet: run train_dreambooth_reid.py there to its end, or"):
+        script.main(args)
+    assert not (tmp_path / "out").exists()
+
+
+def test_filters_of_the_flags_are_those_of_the_choice():
+    assert tuple(choosing.FILTERS) == script.FILTERS
+
+
 def test_somebody_elses_data_set_is_not_replaced(drawn, tmp_path):
     mine = tmp_path / "out" / "dataset" / "mine.jpg"
     mine.parent.mkdir(parents=True)

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -124,18 +125,29 @@ def test_help_says_what_everything_does(name, capsys):
     assert f"{name}.py" in said and "--output_dir" in said
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_and_a_mistyped_flag_wait_for_no_library(name):
+    """By processor time, which other work on the machine does not change much."""
+    for words, code in ((["--help"], 0), (["--nonsense"], 2)):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run = subprocess.run([sys.executable, f"{name}.py", *words], cwd=ROOT, capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert run.returncode == code, run.stderr
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+
+
 BAD = [
-    ("--seed", ["x"], "invalid int value: 'x'"),
-    ("--seed", [str(2**32)], "must be below 2^32, got 4294967296"),
+    ("--seed", ["x"], "must be a whole number, got 'x'"),
+    ("--seed", [str(2**32)], "must be 0 or more, and below 2^32, got 4294967296"),
     ("--mixed_precision", ["fp8"], "invalid choice: 'fp8'"),
     ("--resolution", ["256"], "expected 2 arguments"),
     ("--nonsense", ["1"], "unrecognized arguments: --nonsense 1"),
     ("--dataloader_num_workers", ["-1"], "got -1"),
     ("--eval_batch_size", ["0"], "got 0"),
-    ("--adam_beta1", ["1.5"], "between 0 and 1, got 1.5"),
+    ("--adam_beta1", ["1.5"], "between 0 and 1, and below 1, got 1.5"),
     ("--adam_beta2", ["1"], "below 1, got 1.0"),
     ("--learning_rate", ["inf"], "above 0, got inf"),
-    ("--adam_beta2", ["-1"], "between 0 and 1, got -1"),
+    ("--adam_beta2", ["-1"], "between 0 and 1, and below 1, got -1"),
     ("--output_dir", [], "expected one argument"),
 ]
 

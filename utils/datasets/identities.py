@@ -63,7 +63,7 @@ def identities_of(dataset, max_images=32):
         yield Identity(domain, pid, camid, paths, dataset, rows)
 
 
-def choose(identities, wanted):
+def chosen_identities(identities, wanted):
     """The identities named by numbers, ranges or DOMAIN/NUMBER: `2 4-8 market1501/12`."""
     chosen = set()
     for word in wanted:

@@ -93,7 +93,7 @@ def occludedduke(root, *, all_for_training=False):
 
 def msmt17(root, *, version=None, all_for_training=False):
     """`version` is V1, V2 or converted; without it the first that is there. Validation belongs to training."""
-    choose("version", version, tuple(MSMT_FOLDERS), allow_none=True)
+    check_option("version", version, tuple(MSMT_FOLDERS), allow_none=True)
     there = [key for key, names in MSMT_FOLDERS.items() if os.path.isdir(os.path.join(root, names[0]))]
     if version is None and not there:
         wanted = "; ".join(f"{key}: {', '.join(names)}" for key, names in MSMT_FOLDERS.items())
@@ -133,7 +133,7 @@ def read_msmt_list(root, split, folder):
 
 def cuhk03np(root, *, variant="detected", all_for_training=False):
     """`variant` is detected or labeled. Under the set's original names the identity is pair and number together."""
-    choose("variant", variant, ("detected", "labeled"))
+    check_option("variant", variant, ("detected", "labeled"))
     splits = read_market_folders(root, CUHK03, label_cuhk03, prefix=f"{variant}/")
     return for_training(splits) if all_for_training else splits
 
@@ -164,7 +164,7 @@ def cuhksysu(root, *, version=None, all_for_training=True):
 
     A scene of cropped_image is a camera; the other two know none, so all their images are of one.
     """
-    choose("version", version, tuple(SYSU), allow_none=True)
+    check_option("version", version, tuple(SYSU), allow_none=True)
     base = "cuhksysu4reid/" if os.path.isdir(os.path.join(root, "cuhksysu4reid")) else ""
     parts = [base + name for name in ("combine", "train", "query", "gallery")]
     folders = {"cropped_images": ["cropped_images"], "cropped_image": ["cropped_image"], "cuhksysu4reid": parts}
@@ -289,7 +289,7 @@ def find_folder(name, root, version=None):
     raise ValueError(f"{root} holds no {name}: looked for {' or '.join(marks)} in {', '.join(seen[:5])}")
 
 
-def choose(option, value, choices, allow_none=False):
+def check_option(option, value, choices, allow_none=False):
     if value not in choices and not (allow_none and value is None):
         raise ValueError(f"{option} must be one of {', '.join(choices)}, not {value!r}")
 

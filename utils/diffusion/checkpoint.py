@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from huggingface_hub import HfApi, hf_hub_download
 from safetensors import SafetensorError, safe_open
 
+from utils.files import one_line
 from utils.modeling.folder import read_json
 
 CONFIGS = {
@@ -199,7 +200,3 @@ def read_config(name, part, revision=None, token=None):
 def defaults(model_class):
     """Older configurations leave out what has its usual value."""
     return {name: value.default for name, value in inspect.signature(model_class.__init__).parameters.items()}
-
-
-def one_line(error):
-    return " ".join(str(error).split()) or type(error).__name__

@@ -15,9 +15,9 @@ from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModel
 
 from utils.batches.chunks import weights_digest
-from utils.diffusion.checkpoint import one_line
 from utils.diffusion.schedule import NoiseSchedule
 from utils.diffusion.unet import load_unet, load_vae, set_unet_mode
+from utils.files import one_line
 
 # Those that draw nothing themselves: an image depends on its first noise alone.
 SOLVERS = {
@@ -93,7 +93,9 @@ class TextToImage:
         self.denoiser = self.unet
 
     def trained_weights(self):
-        return [one for part in (self.unet, self.text_encoder) for one in part.parameters() if one.requires_grad]
+        return [
+            weight for part in (self.unet, self.text_encoder) for weight in part.parameters() if weight.requires_grad
+        ]
 
     def encode(self, prompts):
         """Conditions (B, window, width)."""
@@ -153,7 +155,28 @@ class TextToImage:
 
     def pictures(self, latents, batch_size=8):
         """PIL images."""
-        return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in self.decode(latents, batch_size)]
+        return [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in self.decode(latents, batch_size)]
+
+
+def what_saves_memory(
+    num_weights, *, finetune, use_8bit_adam, gradient_checkpointing, train_batch_size, resolution, sample_batch_size
+):
+    """What to do about a full memory, in numbers of a model of which so many weights train."""
+    words = []
+    if finetune == "full":
+        size = 16 * num_weights / 2**30
+        words.append(f"--finetune lora {size:.1f} GiB of gradients, optimiser, copy and half the weights;")
+        if not use_8bit_adam:
+            words.append(f"--use_8bit_adam {6 * num_weights / 2**30:.1f} GiB;")
+    if not gradient_checkpointing:
+        words.append("--gradient_checkpointing most activations of a step;")
+    if train_batch_size > 1:
+        words.append(f"--train_batch_size 1 {1 - 1 / train_batch_size:.0%} of them;")
+    height, width = resolution
+    if 2 * width > height:
+        words.append(f"--resolution {height} {height // 2} {1 - height / 2 / width:.0%} of them;")
+    words.append(f"--sample_batch_size, now {sample_batch_size}, where it happens while images are drawn")
+    return " ".join(words)
 
 
 def check_finite(drawn):

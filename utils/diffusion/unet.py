@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.amp import is_autocast_available
 
-from utils.diffusion.checkpoint import WEIGHTS, one_line, read_config
-from utils.files import to_json, write_together
+from utils.diffusion.checkpoint import WEIGHTS, read_config
+from utils.files import one_line, to_json, write_together
 
 UNET_MODES = ("lora", "frozen", "partial-1", "partial-2", "full", "scratch")
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj"]

@@ -1,4 +1,4 @@
-"""The page of an evaluation: numbers, curves, thresholds, cameras, confusions, ranked lists with their pictures."""
+"""The report of an evaluation: numbers, curves, thresholds, cameras, confusions, ranked lists with their pictures."""
 
 import random
 from dataclasses import dataclass, field
@@ -155,14 +155,14 @@ def add_distances(report, pairs):
         f"The protocol keeps {pairs.num_matches:,} pairs of one person and {pairs.num_non_matches:,} of two people."
     )
     report.section("Distances and thresholds", text)
-    found = [(rate, one) for rate, one in pairs.thresholds.items() if one["distance"] is not None]
+    reached = {rate: limit for rate, limit in pairs.thresholds.items() if limit["distance"] is not None}
     bars = histogram(
         [("same person", pairs.match_counts), ("two people", pairs.non_match_counts)],
         pairs.edges,
         title="Distances of matches and non-matches",
         x_label="distance",
         y_label="pairs",
-        markers=[(one["distance"], rate) for rate, one in found],
+        markers=[(limit["distance"], rate) for rate, limit in reached.items()],
     )
     curve = line_chart(
         [("true-match rate", pairs.curve["false_match_rate"], pairs.curve["true_match_rate"])],
@@ -183,8 +183,8 @@ def add_distances(report, pairs):
         ]
     )
     rows = [
-        [rate, f"{one['distance']:.4f}", percent(one["true_match_rate"]), f"{one['false_match_rate']:.2g}"]
-        for rate, one in found
+        [rate, f"{limit['distance']:.4f}", percent(limit["true_match_rate"]), f"{limit['false_match_rate']:.2g}"]
+        for rate, limit in reached.items()
     ]
     caption = (
         "Two images are called one person if their distance is at most the threshold: the largest within the rate."
@@ -196,16 +196,17 @@ def add_cameras(report, query_cameras, gallery_cameras, table):
     if len(query_cameras) * len(gallery_cameras) < 2:
         return
     report.section("Cameras", "mAP in % of each query camera against each gallery camera alone.")
-    columns = ["query \\ gallery", *map(str, gallery_cameras)]
+    columns = ["query \\ gallery", *map(camera_name, gallery_cameras)]
     rows = [
-        [camera, *("–" if value is None else f"{100 * value:.1f}" for value in row)]
+        [camera_name(camera), *("–" if value is None else f"{100 * value:.1f}" for value in row)]
         for camera, row in zip(query_cameras, table, strict=True)
     ]
     values = [value for row in table for value in row if value is not None]
     low, spread = min(values, default=0), max(values, default=0) - min(values, default=0)
     shades = [[None if value is None else (value - low) / (spread or 1) for value in row] for row in table]
     caption = (
-        "Cameras count from 0; the stronger the colour, the better. A dash: no query of that camera has a match there."
+        "Cameras count from 1, as in names such as 0002_c1; the stronger the colour, the better. A dash: no query of "
+        "that camera has a match there."
     )
     report.table(columns, rows, shades=shades, caption=caption)
 
@@ -213,24 +214,30 @@ def add_cameras(report, query_cameras, gallery_cameras, table):
 def add_confusions(report, findings, pictures):
     if not findings.confusions:
         return
-    text = "People ranked first when another was asked for, the most frequent first."
+    text = "Identities ranked first when another was asked for, the most frequent first."
     if pictures is not None:
-        text += " From the left: the query, the wrong person, and the nearest right image if the ranked list has one."
+        text += " From the left: the query, the wrong identity, and the nearest right image if the list has one."
     report.section("Hardest confusions", text)
     gallery = findings.gallery
     if pictures is None:
-        rows = [[*one.pids, one.count, f"{one.distance:.3f}"] for one in findings.confusions]
-        report.table(["person", "person", "queries", "closest distance"], rows, text_columns=2)
+        rows = [[*confusion.pids, confusion.count, f"{confusion.distance:.3f}"] for confusion in findings.confusions]
+        report.table(["identity", "identity", "queries", "closest distance"], rows, text_columns=2)
         return
     cards = []
-    for one in findings.confusions:
-        wrong = Tile(pictures.gallery(one.gallery), gallery.paths[one.gallery], describe(gallery, one.gallery), False)
-        tiles = [query_tile(findings, pictures, one.query), wrong]
-        match = nearest_match(findings, one.query)
+    for confusion in findings.confusions:
+        wrong = Tile(
+            pictures.gallery(confusion.gallery),
+            gallery.paths[confusion.gallery],
+            describe(gallery, confusion.gallery),
+            False,
+        )
+        tiles = [query_tile(findings, pictures, confusion.query), wrong]
+        match = nearest_match(findings, confusion.query)
         if match is not None:
             tiles.append(Tile(pictures.gallery(match), gallery.paths[match], describe(gallery, match), True))
-        note = f"{one.count} {'query' if one.count == 1 else 'queries'}, closest distance {one.distance:.3f}"
-        cards.append({"title": f"{one.pids[0]} and {one.pids[1]}", "note": note, "tiles": tiles})
+        queries = "query" if confusion.count == 1 else "queries"
+        note = f"{confusion.count} {queries}, closest distance {confusion.distance:.3f}"
+        cards.append({"title": f"{confusion.pids[0]} and {confusion.pids[1]}", "note": note, "tiles": tiles})
     report.cards(cards)
 
 
@@ -313,7 +320,12 @@ def query_tile(findings, pictures, row):
     return Tile(pictures.query(row), findings.queries.paths[row], describe(findings.queries, row))
 
 
+def camera_name(camera):
+    """A camera as file names count it, from 1; as a number it counts from 0."""
+    return str(camera + 1) if camera >= 0 else "unknown"
+
+
 def describe(side, row):
     pid, camera = int(side.pids[row]), int(side.camids[row])
-    words = [f"person {pid}" if pid != UNKNOWN else "", f"camera {camera}" if camera >= 0 else ""]
+    words = [f"person {pid}" if pid != UNKNOWN else "", f"camera {camera_name(camera)}" if camera >= 0 else ""]
     return ", ".join(filter(None, words))

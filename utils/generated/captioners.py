@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from utils.diffusion.checkpoint import one_line
+from utils.files import one_line
 from utils.modeling.backbones import ask_hub
 
 # Kinds of captioners: what they can be asked, and how.

@@ -130,7 +130,7 @@ def calibration_rows(calibration, rates):
     return rows
 
 
-def choose(scores, name, thresholds, *, target_per_id=None, min_per_id=1, duplicates=None):
+def choose_images(scores, name, thresholds, *, target_per_id=None, min_per_id=1, duplicates=None):
     """A `Choice`. `duplicates` is a function (rows of one identity, best first) -> mask of those to drop."""
     values = scores.values[name]
     reason = np.zeros(len(scores), np.int8)
@@ -228,25 +228,6 @@ def share_below(counts, limits):
     return [float(np.searchsorted(ordered, limit, side="left") / max(len(ordered), 1)) for limit in limits]
 
 
-def numbers_of(words):
-    """{domain or None for all: number} of `0.6` or `market1501=0.6 msmt17=0.5`, None of None."""
-    if words is None:
-        return None
-    found = {}
-    for word in words:
-        domain, equals, text = word.rpartition("=")
-        try:
-            number = float(text)
-        except ValueError:
-            number = float("nan")
-        if not np.isfinite(number) or bool(domain) != bool(equals) or domain in found:
-            raise ValueError(f"{word!r} is not as expected: a number, or DOMAIN=NUMBER for each source")
-        found[domain or None] = number
-    if None in found and len(found) > 1:
-        raise ValueError("has a number for all sources and others for single ones; give one kind")
-    return found
-
-
 def numbers_by_domain(numbers, domains, flag):
     """{domain: number} of {domain or None for all: number}, or None; ValueError unless it names each domain once."""
     if numbers is None:
@@ -288,7 +269,7 @@ def short_threshold(values, least):
 
 
 def duplicate_finder(scores, kind, limit, features):
-    """A function for `choose`, or None: `kind` keep, perceptual or feature; `features` has a row an image."""
+    """A function for `choose_images`, or None: `kind` keep, perceptual or feature; `features` has a row an image."""
     if kind == "keep":
         return None
     if kind == "perceptual":

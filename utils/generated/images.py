@@ -1,6 +1,7 @@
 """A generated set read in pieces: its labels and bytes pass by, they are never all in memory."""
 
 import hashlib
+import json
 import os
 from array import array
 from pathlib import Path
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from utils.datasets.images import read_bytes
-from utils.datasets.load import load_reid
+from utils.datasets.load import known_names, load_reid, parse_spec
 from utils.datasets.schema import check_listed
 
 METADATA = "metadata.parquet"
@@ -31,6 +32,40 @@ SCORED = pa.schema(
 CHOSEN = [("kept", pa.bool_()), ("rejected", pa.string())]
 WHOLE = {"pid", "camid", "seed", "steps", "index"}
 TEXT = {"path", "file_name", "domain"}
+
+
+def check_generated(name):
+    """ValueError for a folder of train_dreambooth_reid.py in which there is no set of images yet."""
+    path = Path(name)
+    if not (path / "identities").is_dir() or (path / METADATA).is_file():
+        return
+    if any(path.glob("images/*/*")):
+        raise ValueError(
+            f"--generated {name} has images of some identities and no {METADATA} yet: run train_dreambooth_reid.py "
+            "there to its end, or with --merge for what is there"
+        )
+    raise ValueError(
+        f"--generated {name} holds captions and no images; run train_dreambooth_reid.py there again, without "
+        "--captions_only"
+    )
+
+
+def sources_named_by(name):
+    """The data set specs that a generated folder says it was made from; ValueError where it says nothing."""
+    path = Path(name)
+    if not path.exists() and parse_spec(name)[0] not in known_names():
+        raise ValueError(
+            f"--generated {name}: there is no such folder; give one that train_dreambooth_reid.py wrote, or any data "
+            "set together with --source"
+        )
+    folder = path.parent if path.is_file() else path
+    try:
+        specs = json.loads((folder / "args.json").read_text(encoding="utf-8"))["arguments"]["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        specs = None
+    if not (isinstance(specs, list) and specs and all(isinstance(spec, str) for spec in specs)):
+        raise ValueError(f"{name} does not say what it was made from; give --source")
+    return specs
 
 
 def open_generated(name, data_root=None, domains=()):
@@ -115,7 +150,7 @@ class TableImages(Generated):
                 fields.append(pa.field(name, kind))
         if "synthetic" not in names:
             fields.append(pa.field("synthetic", pa.bool_()))
-        self.schema = pa.schema([pa.field(one.name, one.type) for one in fields])
+        self.schema = pa.schema([pa.field(field.name, field.type) for field in fields])
         self.look()
 
     def tables(self):
@@ -160,8 +195,8 @@ class DatasetImages(Generated):
     def __init__(self, name, dataset, domains=()):
         self.name, self.dataset, self.domain = str(name), dataset, None
         # Where no column says otherwise, the domain is what the set itself is called.
-        place, found = Path(name).resolve(), set(dataset.unique("domain"))
-        if found <= {place.name, place.stem, place.parent.name} - set(domains) and len(domains) == 1:
+        place, own = Path(name).resolve(), set(dataset.unique("domain"))
+        if own <= {place.name, place.stem, place.parent.name} - set(domains) and len(domains) == 1:
             self.domain = domains[0]
         kinds = {"path": pa.string(), "pid": pa.int64(), "domain": pa.string(), "camid": pa.int64()}
         self.schema = pa.schema([*kinds.items(), ("synthetic", pa.bool_())])

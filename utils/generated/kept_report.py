@@ -1,4 +1,4 @@
-"""The page of a filtered set: what each filter keeps and drops, where they disagree, scores, identities."""
+"""The report of a filtered set: what each filter keeps and drops, where they disagree, scores, identities."""
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,29 +20,29 @@ LABELS = {"clip": "CLIP", "cctf": "CCTF", "reid": "Re-ID CTF"}
 MAX_SOURCES = 6
 
 
-def kept_report(run, scores_path, scores, choice, calibration, summary):
-    """A `Report` of scores and choice."""
+def kept_report(generated, name, sources, scores_path, scores, choice, calibration, summary):
+    """A `Report` of scores and choice; `name` is what the generated set was asked for by."""
     masks = masks_of(scores, choice, summary["filter"])
     facts = [
-        ("Generated", portable(run.args.generated)),
-        ("Source", " + ".join(run.sources)),
+        ("Generated", portable(name)),
+        ("Source", " + ".join(sources)),
         ("Filter", LABELS[summary["filter"]]),
         ("Threshold", ", ".join(f"{domain} {number(value)}" for domain, value in choice.thresholds.items())),
     ]
-    if run.args.match_margin:
-        facts.append(("Margin of the match", number(run.args.match_margin)))
+    if summary["choice"]["match_margin"]:
+        facts.append(("Margin of the match", number(summary["choice"]["match_margin"])))
     lead = f"{summary['kept']:,} of {summary['images']:,} generated images are kept; they are {summary['made_by']}."
     report = Report("Filtered people", subtitle=lead, facts=facts)
     add_counts(report, summary)
     if summary["against_truth"]:
         add_truth(report, summary["against_truth"])
-    pictures = SamplePictures(run, scores_path)
+    pictures = SamplePictures(generated, scores_path)
     add_examples(report, scores, masks, pictures)
     add_disagreements(report, scores, masks, pictures)
     pictures.load()
     add_histograms(report, scores, choice, summary["filter"])
     add_calibration(report, calibration)
-    add_identities(report, scores, choice, run.sources, summary)
+    add_identities(report, scores, choice, sources, summary)
     return report
 
 
@@ -64,14 +64,13 @@ def add_counts(report, summary):
             ("images an identity", f"{spread['mean']:.1f}", f"{spread['min']} to {spread['max']}"),
         ]
     )
+    names = ("generated", "kept", "identities", "identities_without")
     rows = [
-        [domain, one["generated"], one["kept"], one["identities"], one["identities_without"], number(one["threshold"])]
-        for domain, one in summary["sources"].items()
+        [domain, *(f"{source[name]:,}" for name in names), number(source["threshold"])]
+        for domain, source in summary["sources"].items()
     ]
     columns = ["source", "generated", "kept", "identities", "identities without", "threshold"]
-    report.table(
-        columns, [[row[0], *(f"{one:,}" if isinstance(one, int) else one for one in row[1:])] for row in rows]
-    )
+    report.table(columns, rows)
     rejected = [[why, f"{count:,}"] for why, count in summary["rejected"].items() if count]
     if rejected:
         report.table(["left out because", "images"], rejected)
@@ -96,28 +95,28 @@ def against_truth(scores_path, scores):
     good = np.array([str(truth).startswith("right") for truth in truths])
     if not good.any():
         return None
-    found = {}
+    result = {}
     for name in [name for name in choosing.FILTERS if scores.has(name)]:
         values = choosing.ranking(scores, name)
         kept = np.zeros(len(scores), bool)
         kept[np.argsort(-values, kind="stable")[: good.sum()]] = True
         shares = {kind: float(kept[truths == kind].mean()) for kind in dict.fromkeys(truths)}
-        found[name] = {"auc": choosing.area_under_curve(values, good), "kept": shares}
-    return found
+        result[name] = {"auc": choosing.area_under_curve(values, good), "kept": shares}
+    return result
 
 
-def truth_table(found):
+def truth_table(result):
     """(columns, rows) of text."""
-    kinds = list(next(iter(found.values()))["kept"])
+    kinds = list(next(iter(result.values()))["kept"])
     rows = []
-    for name, one in found.items():
+    for name, values in result.items():
         # Where nothing is wrong, nothing can come after what is right.
-        auc = "" if one["auc"] is None else f"{one['auc']:.3f}"
-        rows.append([LABELS[name], auc, *(f"{100 * one['kept'][kind]:.0f} %" for kind in kinds)])
+        auc = "" if values["auc"] is None else f"{values['auc']:.3f}"
+        rows.append([LABELS[name], auc, *(f"{100 * values['kept'][kind]:.0f} %" for kind in kinds)])
     return ["filter", "AUC", *kinds], rows
 
 
-def add_truth(report, found):
+def add_truth(report, result):
     report.section(
         "Against the truth",
         "These images are drawn, and what each shows is known. AUC: how often an image of the right person, whatever "
@@ -125,14 +124,14 @@ def add_truth(report, found):
         "for Re-ID CTF, those nearest to somebody else before them, by how much nearer. Then the share of every kind "
         "that each filter keeps, if it keeps as many images as are right.",
     )
-    report.table(*truth_table(found))
+    report.table(*truth_table(result))
 
 
 class SamplePictures:
     """Tiles of rows, asked for by number and filled in one pass over the set."""
 
-    def __init__(self, run, scores_path):
-        self.run, self.path, self.wanted = run, scores_path, {}
+    def __init__(self, generated, scores_path):
+        self.generated, self.path, self.wanted = generated, scores_path, {}
 
     def tile(self, row, match=None):
         tile = Tile(None, "", "", match)
@@ -140,15 +139,15 @@ class SamplePictures:
         return tile
 
     def load(self):
-        for start, table, readers in self.run.generated.pieces(self.starts()):
+        for start, table, readers in self.generated.pieces(self.starts()):
             if table is None:
                 continue
             scored = self.scored(start, len(table))
             for row in [row for row in self.wanted if start <= row < start + len(table)]:
-                one = scored[row - start]
+                values = scored[row - start]
                 for tile in self.wanted[row]:
-                    tile.name = one["path"]
-                    tile.note = note_of(one)
+                    tile.name = values["path"]
+                    tile.note = note_of(values)
                     tile.uri = picture_of(readers[row - start])
 
     def starts(self):
@@ -213,15 +212,15 @@ def add_examples(report, scores, masks, pictures):
 
 
 def add_disagreements(report, scores, masks, pictures):
-    pairs = [(one, other) for one in masks for other in masks if one != other]
+    pairs = [(keeps, rejects) for keeps in masks for rejects in masks if keeps != rejects]
     cards, rows = [], []
-    for one, other in pairs:
-        found = np.flatnonzero(masks[one] & ~masks[other])
-        rows.append([f"{LABELS[one]} keeps, {LABELS[other]} rejects", f"{len(found):,}"])
-        tiles = [pictures.tile(row) for row in spread_over(found)]
+    for keeps, rejects in pairs:
+        title = f"{LABELS[keeps]} keeps, {LABELS[rejects]} rejects"
+        differ = np.flatnonzero(masks[keeps] & ~masks[rejects])
+        rows.append([title, f"{len(differ):,}"])
+        tiles = [pictures.tile(row) for row in spread_over(differ)]
         if tiles:
-            note = count_of(len(found), "image")
-            cards.append({"title": f"{LABELS[one]} keeps, {LABELS[other]} rejects", "note": note, "tiles": tiles})
+            cards.append({"title": title, "note": count_of(len(differ), "image"), "tiles": tiles})
     if rows:
         report.section("Disagreements", "Where two filters differ, while both keep as many images.")
         report.table(["between", "images"], rows)

@@ -95,8 +95,8 @@ def write_scores(path, tables, choice=None):
             writer.close()
 
 
-def summary_of(args, generated, sources, scores, choice, calibration):
-    """Everything the card says, as plain values."""
+def summary_of(name, settings, sources, scores, choice):
+    """Everything the card says, as plain values: `name` of the filter, `settings` of the choice by flag."""
     person_source = np.array([scores.domains.index(domain) for domain, _ in scores.people], np.int64)
     counts = choosing.images_per_person(scores, choice.kept)
     by_source = {}
@@ -117,15 +117,9 @@ def summary_of(args, generated, sources, scores, choice, calibration):
     limits = LIMITS if top > 30 else range(1, int(top) + 2)
     limits = [limit for limit in limits if limit <= top + 20]
     return {
-        "filter": args.filter,
-        "choice": {
-            name: getattr(args, name)
-            for name in (
-                "threshold", "keep_fraction", "false_match_rate", "match_margin", "target_per_id", "min_per_id",
-                "near_duplicates", "duplicate_distance",
-            )
-        },
-        "images": len(generated),
+        "filter": name,
+        "choice": settings,
+        "images": len(scores),
         "kept": int(choice.kept.sum()),
         "identities": int((counts > 0).sum()),
         "sources": by_source,
@@ -137,32 +131,36 @@ def summary_of(args, generated, sources, scores, choice, calibration):
             "source": choosing.share_below(source_counts, limits),
         },
         "row": None,
-    }  # fmt: skip
+    }
 
 
-def write_set(folder, generated, scores_path, summary, args, command):
-    """The kept images in `folder`, which is replaced when the new one is whole. Adds the table's row to `summary`."""
+def write_set(folder, generated, scores_path, summary, *, kind, size, title, license, command, models):
+    """The kept images in `folder`, which is replaced when the new one is whole. Adds the table's row to `summary`.
+
+    `kind` is parquet or folder, `size` that of the images or None, `models` the names of what scored, by flag.
+    """
     folder = Path(folder)
-    aside = folder.with_name(f".{folder.name}.part")
+    part = folder.with_name(f".{folder.name}.part")
     old = folder.with_name(f".{folder.name}.old")
-    for left in (aside, old):
+    for left in (part, old):
         shutil.rmtree(left, ignore_errors=True)
-    aside.mkdir(parents=True)
-    write = write_parquet if args.format == "parquet" else write_files
+    part.mkdir(parents=True)
+    write = write_parquet if kind == "parquet" else write_files
     origin = Origin()
-    rows = origin.noted(kept_rows(generated, scores_path, args.resize))
+    rows = origin.noted(kept_rows(generated, scores_path, size))
     try:
-        sizes = write(aside, rows, summary["kept"], schema_of(scores_path))
+        sizes = write(part, rows, summary["kept"], schema_of(scores_path))
         summary |= {"made_by": origin.words(), "models": sorted(origin.models), "synthetic": origin.synthetic}
-        size = " x ".join(map(str, sizes.pop())) if len(sizes) == 1 else "vary"
-        summary["row"] = [f"{summary['kept']:,}", "vary", f"{summary['identities']:,}", "yes", "vary", size]
-        (aside / "README.md").write_text(card(args, summary, command), encoding="utf-8")
+        crop = " x ".join(map(str, sizes.pop())) if len(sizes) == 1 else "vary"
+        summary["row"] = [f"{summary['kept']:,}", "vary", f"{summary['identities']:,}", "yes", "vary", crop]
+        text = card(summary, kind=kind, title=title, license=license, command=command, models=models)
+        (part / "README.md").write_text(text, encoding="utf-8")
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
         raise
     if folder.exists():
         os.replace(folder, old)
-    os.replace(aside, folder)
+    os.replace(part, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -280,20 +278,29 @@ def ending_of(held):
         return f".{image.format.lower()}"
 
 
-def card(args, summary, command):
-    files = "data/train-*" if args.format == "parquet" else "**"
+def card(summary, *, kind, title, license, command, models):
+    files = "data/train-*" if kind == "parquet" else "**"
     per_source = [
-        [domain, one["generated"], one["kept"], one["identities"], one["source_images"], number(one["threshold"])]
-        for domain, one in summary["sources"].items()
+        [
+            domain,
+            source["generated"],
+            source["kept"],
+            source["identities"],
+            source["source_images"],
+            number(source["threshold"]),
+        ]
+        for domain, source in summary["sources"].items()
     ]
     spread = summary["distribution"]
     shares = zip(spread["limits"], spread["kept"], spread["source"], strict=True)
     heads = ["source", "generated", "kept", "identities", "source images", "threshold"]
-    notes = [
-        f"- {one_line(domain)}: images made from {one['identities'] + one['identities_without']:,} of its identities, "
-        f"{one['identities_without']:,} of them with none kept; licence and terms are those of its publishers."
-        for domain, one in summary["sources"].items()
-    ]
+    notes = []
+    for domain, source in summary["sources"].items():
+        count, without = source["identities"] + source["identities_without"], source["identities_without"]
+        notes.append(
+            f"- {as_cell(domain)}: images made from {count:,} of its identities, {without:,} of them with none kept; "
+            "licence and terms are those of its publishers."
+        )
     text = CARD.format(
         kept=summary["kept"],
         identities=summary["identities"],
@@ -305,25 +312,22 @@ def card(args, summary, command):
         reasons=markdown(["reason", "images"], [[why, count] for why, count in summary["rejected"].items() if count]),
         distribution="Share of identities with fewer than X images, of those that have any.\n\n"
         + markdown(["X", "here", "source"], [[x, f"{a:.1%}", f"{b:.1%}"] for x, a, b in shares]),
-        row=markdown(["data set", *TABLE_COLUMNS], [[args.title, *summary["row"]]]),
+        row=markdown(["data set", *TABLE_COLUMNS], [[title, *summary["row"]]]),
         sources="\n".join(notes),
     )
-    models = {
-        name: " ".join(
-            os.path.basename(str(one).rstrip("/")) for one in (value if isinstance(value, list) else [value])
-        )
-        for name in ("clip_model", "reid_model", "classifier_model")
-        for value in [getattr(args, name) or "trained on the source"]
-    }
+    names = {}
+    for flag, value in models.items():
+        values = value if isinstance(value, list) else [value or "trained on the source"]
+        names[flag] = " ".join(os.path.basename(str(name).rstrip("/")) for name in values)
     return data_card(
-        args.title,
+        title,
         text=text,
         command=command,
         details={name: plain(value) for name, value in summary["choice"].items() if value is not None}
         | {"filter": summary["filter"]}
         | ({"generated by": " ".join(summary["models"][:5])} if summary["models"] else {})
-        | models,
-        license=args.license,
+        | names,
+        license=license,
         tags=["person-re-identification", "synthetic"],
         task_categories=["image-feature-extraction"],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": files}]}],
@@ -346,11 +350,11 @@ def marked(summary):
 
 def markdown(columns, rows):
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
-    cells = [[f"{cell:,}" if isinstance(cell, int) else one_line(cell) for cell in row] for row in rows]
+    cells = [[f"{cell:,}" if isinstance(cell, int) else as_cell(cell) for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in [*lines, *cells])
 
 
-def one_line(text):
+def as_cell(text):
     """As a cell of a table: names of others may hold line ends, bars and markup."""
     return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
 

@@ -1,4 +1,4 @@
-"""The page of a generated set: numbers, measures, words, and sheets of source, reference and generated pictures."""
+"""The report of a generated set: numbers, measures, words, and sheets of source, reference and generated pictures."""
 
 import torch
 from PIL import Image
@@ -74,12 +74,16 @@ def add_numbers(report, records):
     if len(records) > 3:
         report.charts(charts)
     rows = [
-        [f"{one['domain']}/{one['pid']}", len(one["images"]), *(f"{one['measures'][name]:.3f}" for name in names)]
-        for one in records[:MAX_ROWS]
+        [name_of(record), len(record["images"]), *(f"{record['measures'][name]:.3f}" for name in names)]
+        for record in records[:MAX_ROWS]
     ]
     more = f" The first {MAX_ROWS}; all are in measures.csv." if len(records) > MAX_ROWS else ""
     columns = ["identity", "images", *(MEASURES[name][0] for name in names)]
     report.table(columns, rows, caption=f"Each identity by itself.{more}")
+
+
+def name_of(record):
+    return f"{record['domain']}/{record['pid']}"
 
 
 def add_sheets(report, work, identities, records, number):
@@ -122,7 +126,7 @@ def previews(work, key):
             pictures = file.get_tensor("preview")
     except (OSError, SafetensorError):
         return []
-    return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pictures[: SHOWN["reference"]]]
+    return [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in pictures[: SHOWN["reference"]]]
 
 
 def add_tuning(report, records):
@@ -132,7 +136,7 @@ def add_tuning(report, records):
         values = [record["loss"][part] for record in records if record["loss"].get(part)]
         if values:
             length = min(map(len, values))
-            curves[part] = [sum(one[place] for one in values) / len(values) for place in range(length)]
+            curves[part] = [sum(losses[place] for losses in values) / len(values) for place in range(length)]
     if not curves:
         return
     series = [
@@ -146,6 +150,6 @@ def add_tuning(report, records):
 
 def add_words(report, described):
     report.section("Captions", "What the captioner saw, merged over each image sequence.")
-    rows = [[f"{one['domain']}/{one['pid']}", one["prompt"]] for one in described[:MAX_ROWS]]
+    rows = [[name_of(record), record["prompt"]] for record in described[:MAX_ROWS]]
     more = f" The first {MAX_ROWS}; all are in captions.parquet." if len(described) > MAX_ROWS else ""
     report.table(["identity", "prompt"], rows, text_columns=2, caption=f"The prompt without identity.{more}")

@@ -10,10 +10,13 @@ import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 
-from utils.files import portable, to_json, write_csv
+from utils.files import one_line, portable, to_json, write_csv
 from utils.generated.captions import captions_table
+from utils.generated.made_report import made_report
 from utils.reporting.report import data_card
 from utils.worklist import differences
 
@@ -71,12 +74,12 @@ def save_image(image, path, *, quality, prompt, seed, model):
 def read_settings(work):
     """What args.json says, or None; ValueError where another script wrote it."""
     try:
-        found = json.loads((work.folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = json.loads((work.folder / SETTINGS).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    if not (isinstance(found, dict) and str(found.get("command")).startswith(COMMAND)):
+    if not (isinstance(settings, dict) and str(settings.get("command")).startswith(COMMAND)):
         raise ValueError(f"{work.folder} holds what another script wrote; give another --output_dir")
-    return found
+    return settings
 
 
 def keep_settings(work, arguments, command, versions):
@@ -86,7 +89,7 @@ def keep_settings(work, arguments, command, versions):
     if before == arguments:
         return
     if before is not None and work.recorded(IMAGES):
-        changed = "; ".join(f"--{one}" for one in differences(before, arguments))
+        changed = "; ".join(f"--{change}" for change in differences(before, arguments))
         raise ValueError(
             f"{work.folder} holds images of a run with other settings: {changed}. Give the same settings, or another "
             "--output_dir"
@@ -94,42 +97,120 @@ def keep_settings(work, arguments, command, versions):
     work.write(SETTINGS, to_json({"command": command, "arguments": arguments, "versions": versions}))
 
 
-def command_of(args, apart):
-    """What to type for the same images, without what concerns this machine alone."""
+def command_of(given):
+    """What to type for the same images: `given` are the flags that were given, {name: value}."""
     words = [COMMAND]
-    for name, origin in args.origin.items():
-        if origin == "flag" and (name not in apart or name == "recipe"):
-            value = portable(getattr(args, name))
-            words += [f"--{name}", *(value if isinstance(value, list) else [] if value is True else [value])]
+    for name, value in given.items():
+        value = portable(value)
+        words += [f"--{name}", *(value if isinstance(value, list) else [] if value is True else [value])]
     return " ".join(map(str, words))
 
 
+def attempt(work, progress, name, lean, function, *arguments):
+    """What the function returns, or None: whatever goes wrong with one identity, thousands of others wait.
+
+    `lean` says what to do about a full memory.
+    """
+    try:
+        return function(*arguments)
+    except torch.OutOfMemoryError as error:
+        reason = f"out of memory ({one_line(error)[:120]}); what saves how much: {lean}"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+    work.commit(name, FAILED, {"error": reason})
+    progress.finished(name, reason)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def is_made(work, record):
+    """Whether there are images of the prompts that now hold, and nobody took one away."""
+    made = work.read(f"{record['domain']}/{record['pid']:04d}", IMAGES)
+    if made is None or any(made[name] != record[name] for name in ("prompt", "identity_prompt")):
+        return False
+    paths = {work.folder / image["path"] for image in made["images"]}
+    return paths <= {path for folder in {path.parent for path in paths} for path in folder.glob("*")}
+
+
+def check_model(work, digest):
+    """ValueError where images of another model lie in the folder."""
+    made = next(filter(None, (work.read(name, IMAGES) for name in work.recorded(IMAGES))), None)
+    if made and made["model"] != digest:
+        raise ValueError(
+            f"the images in {work.folder} were made by the model {made['model']}, this one is {digest}; give the same "
+            "model, or another --output_dir"
+        )
+
+
+def is_reference(path, count):
+    """Whether a file holds so many reference images, whole."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_slice("latents").get_shape()[0] == count
+    except (OSError, SafetensorError):
+        return False
+
+
+def in_tenths(losses):
+    """(steps, halves) -> the course of each half, as means of ten stretches."""
+    means = torch.stack([part.mean(0) for part in losses.tensor_split(min(10, len(losses)))])
+    return {
+        name: [round(value, 5) for value in means[:, place].tolist()]
+        for place, name in enumerate(("instance", "prior")[: losses.shape[1]])
+    }
+
+
+def finish(work, identities, validation_ids, *, captions_only, unfinished):
+    """The process that sees everything done writes tables and report, any process of what is `unfinished`.
+
+    Returns the failures.
+    """
+    kind = CAPTIONS if captions_only else IMAGES
+    missing = [name for name in work.pieces if not (work.has(name, kind) or work.has(name, FAILED))]
+    if missing and not unfinished:
+        print(f"{len(missing)} of {len(work.pieces)} identities are still with other shards; the last one merges")
+        return {}
+    count, images, failures = merge(work, identities, validation_ids)
+    if not missing:
+        work.tidy()
+    done = f"{images} images of {count} identities: {work.folder}"
+    if captions_only:
+        done = f"Captions of {len(work.pieces)} identities: {work.folder / 'captions.parquet'}"
+    print(f"{done}; open {work.folder / 'report.html'}")
+    return failures
+
+
 def merge(work, identities, validation_ids=0):
-    """All tables and pages, from what lies in the folder. Returns (identities with images, images, failed ones)."""
+    """All tables and the report, of what lies in the folder. Returns (identities with images, images, failures)."""
     settings = read_settings(work)
     if settings is None:
         raise ValueError(f"{work.folder} holds no run, as it has no {SETTINGS}; give the --output_dir of one")
     arguments, command = settings["arguments"], settings["command"]
     records = [work.read(name, IMAGES) for name in work.recorded(IMAGES)]
-    records = sorted(filter(None, records), key=lambda one: (one["domain"], one["pid"]))
+    records = sorted(filter(None, records), key=by_identity)
     described = [work.read(name, CAPTIONS) for name in work.recorded(CAPTIONS)]
-    described = sorted(filter(None, described), key=lambda one: (one["domain"], one["pid"]))
+    described = sorted(filter(None, described), key=by_identity)
     failures = {name: work.read(name, FAILED)["error"] for name in work.recorded(FAILED)}
     rows = [metadata_row(record, image) for record in records for image in record["images"]]
-    with work.scratch() as aside:
+    with work.scratch() as part:
         if described:
-            pq.write_table(captions_table(described), aside / "captions.parquet")
+            pq.write_table(captions_table(described), part / "captions.parquet")
         if rows:
-            pq.write_table(pa.Table.from_pylist(rows, schema=METADATA), aside / "metadata.parquet")
-            (aside / "README.md").write_text(card(records, arguments, command), encoding="utf-8")
+            pq.write_table(pa.Table.from_pylist(rows, schema=METADATA), part / "metadata.parquet")
+            (part / "README.md").write_text(card(records, arguments, command), encoding="utf-8")
             names = list(records[0]["measures"])
-            lines = [[one["domain"], one["pid"], *(one["measures"].get(name) for name in names)] for one in records]
-            write_csv(aside / "measures.csv", ("domain", "pid", *names), lines)
-        page = build_page(work, identities, records, described, failures, arguments, validation_ids)
-        page.write(aside / "report.html")
-        for path in sorted(aside.iterdir()):
+            lines = [[*by_identity(record), *map(record["measures"].get, names)] for record in records]
+            write_csv(part / "measures.csv", ("domain", "pid", *names), lines)
+        report = made_report(work, identities, records, described, failures, arguments, validation_ids)
+        report.write(part / "report.html")
+        for path in sorted(part.iterdir()):
             work.move(path, work.folder / path.name)
     return len(records), len(rows), failures
+
+
+def by_identity(record):
+    return record["domain"], record["pid"]
 
 
 def metadata_row(record, image):
@@ -138,8 +219,8 @@ def metadata_row(record, image):
 
 
 def card(records, arguments, command):
-    sources = ", ".join(sorted({one["domain"] for one in records}))
-    count = sum(len(one["images"]) for one in records)
+    sources = ", ".join(sorted({record["domain"] for record in records}))
+    count = sum(len(record["images"]) for record in records)
     return data_card(
         "People made by Diffusion-ReID",
         text=CARD.format(count=count, people=len(records), sources=sources),

@@ -99,11 +99,11 @@ def score_pieces(folder, generated, score_piece, *, accelerator):
         columns, features = score_piece(table, readers)
         for name, kind in zip(SCORED.names, SCORED.types, strict=True):
             table = table.append_column(name, pa.array(columns[name], kind))
-        with write_together(pieces) as aside:
+        with write_together(pieces) as part:
             # np.save would put an ending of its own behind the name for now.
-            with open(aside(f"{start:08d}.npy"), "wb") as file:
+            with open(part(f"{start:08d}.npy"), "wb") as file:
                 np.save(file, features)
-            pq.write_table(table, aside(f"{start:08d}.parquet"))
+            pq.write_table(table, part(f"{start:08d}.parquet"))
         bar.update(len(table))
     bar.close()
     accelerator.wait_for_everyone()
@@ -115,18 +115,18 @@ def score_pieces(folder, generated, score_piece, *, accelerator):
 
 def gather_pieces(folder, names, size):
     """The pieces become scores.parquet and features.npy, one piece in memory at a time; scores.parquet comes last."""
-    with write_together(folder) as aside:
+    with write_together(folder) as part:
         width = np.load(f"{names[0]}.npy", mmap_mode="r").shape[1]
         start = 0
-        with open(aside(FEATURES), "wb") as file:
+        with open(part(FEATURES), "wb") as file:
             header = {"descr": "<f2", "fortran_order": False, "shape": (size, width)}
             np.lib.format.write_array_header_1_0(file, header)
             for name in names:
-                part = np.load(f"{name}.npy")
-                file.write(part.astype("<f2").tobytes())
-                start += len(part)
+                rows = np.load(f"{name}.npy")
+                file.write(rows.astype("<f2").tobytes())
+                start += len(rows)
         assert start == size
-        write_scores(aside(SCORES), (pq.read_table(f"{name}.parquet") for name in names))
+        write_scores(part(SCORES), (pq.read_table(f"{name}.parquet") for name in names))
 
 
 class View(NamedTuple):
@@ -196,4 +196,4 @@ def batches_ahead(prepare, rows, *, batch_size, num_threads):
         for number in range(len(batches)):
             following = batches[number + 1] if number + 1 < len(batches) else []
             ready, waiting = waiting, [pool.submit(prepare, row) for row in following]
-            yield [one.result() for one in ready]
+            yield [prepared.result() for prepared in ready]

@@ -13,6 +13,8 @@ WIDTH, HEIGHT = 460, 280
 LEFT, RIGHT, TOP, BOTTOM = 66, 16, 34, 44
 LEGEND_LINE = 18
 MAX_POINTS = 400
+# The width of a letter, and the space between a marker and its label.
+LETTER, GAP = 7, 5
 
 
 def line_chart(
@@ -65,16 +67,7 @@ def histogram(groups, edges, *, title, x_label, y_label="share", markers=()):
         parts.append(
             Markup('<path class="area s{0}" d="{1}Z"/><path class="line s{0}" d="{1}"/>').format(number, path)
         )
-    lines, labels = [], []
-    for index, (x, label) in enumerate(markers):
-        # The label stands on the side with more room, each a line lower than the one before.
-        side, anchor = (5, "start") if x_scale(x) < (LEFT + WIDTH) / 2 else (-5, "end")
-        line = Markup('<line class="marker" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>')
-        lines.append(line.format(x_scale(x), TOP, HEIGHT - BOTTOM))
-        text = Markup('<text class="marked" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
-        labels.append(text.format(x_scale(x) + side, TOP + 12 + 14 * index, anchor, label))
-    # All lines before all labels, so that none is crossed out.
-    parts += lines + labels
+    parts.append(_markers([(x_scale(x), label) for x, label in markers]))
     legend, lines = _legend([name for name, _ in shares])
     return _svg(title, [*parts, legend], lines)
 
@@ -84,8 +77,9 @@ class _Scale:
 
     def __init__(self, values, limits, log, start, end):
         low, high = limits or (min(values), max(values))
-        if low == high:
-            low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+        # Means of equal values differ in their last digits.
+        if high - low <= 1e-9 * max(abs(low), abs(high)):
+            low, high = around(low, log)
         self.low, self.high, self.log, self.start, self.end = low, high, log, start, end
         self.ticks = _log_ticks(low, high) if log else _ticks(low, high)
 
@@ -95,6 +89,13 @@ class _Scale:
             low, high, value = math.log10(low), math.log10(high), math.log10(value)
         share = (value - low) / (high - low)
         return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
+
+
+def around(value, log):
+    """Limits of an axis for one value: it lies in the middle, and zero is on the axis."""
+    if log:
+        return value / 2, value * 2
+    return (-0.5, 0.5) if value == 0 else (min(0.0, 2 * value), max(0.0, 2 * value))
 
 
 def _ticks(low, high, wanted=5):
@@ -188,6 +189,28 @@ def _axes(x_scale, y_scale, x_label, y_label, percent):
     return Markup("").join(parts)
 
 
+def _markers(markers):
+    """Vertical lines at the coordinates, each with a label beside it that no other line crosses."""
+    line = Markup('<line class="marker" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>')
+    text = Markup('<text class="marked" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
+    lines, labels = [], []
+    for index, (x, label) in enumerate(markers):
+        # On the side with more room, each a line lower than the one before, and past the lines that are near.
+        side, anchor = (1, "start") if x < (LEFT + WIDTH) / 2 else (-1, "end")
+        width, place = LETTER * len(str(label)), x
+        for other in sorted((other for other, _ in markers), reverse=side < 0):
+            if 0 < side * (other - place) < width + 2 * GAP:
+                place = other
+        y = TOP + 12 + 14 * index
+        lines.append(line.format(x, x, TOP, HEIGHT - BOTTOM))
+        if place != x:
+            # A short line leads from the marker to a label that does not stand beside it.
+            lines.append(line.format(x, place + side * (GAP - 2), y - 4, y - 4))
+        labels.append(text.format(place + side * GAP, y, anchor, label))
+    # All lines before all labels, so that none is crossed out.
+    return Markup("").join(lines + labels)
+
+
 def _legend(names):
     """Names above the chart, in as many lines as they need: (parts, lines)."""
     if len(names) < 2:
@@ -201,9 +224,9 @@ def _legend(names):
         places.append((short, name, x, line))
         x += 44 + 7 * len(short)
     parts = []
-    for number, (short, name, x, its) in enumerate(places):
+    for number, (short, name, x, row) in enumerate(places):
         # The last line stands where a single one would; those before it rise above the chart's upper edge.
-        y = 14 - LEGEND_LINE * (line - its)
+        y = 14 - LEGEND_LINE * (line - row)
         parts.append(
             Markup(
                 '<line class="line s{}" x1="{}" x2="{}" y1="{y}" y2="{y}"/>'

@@ -9,7 +9,7 @@ __getattr__ = opened_when_used(
     __name__,
     {
         "world": (
-            "SIZE VIEWS attributes caption camera_of check_request choose describe file_name rows "
+            "SIZE VIEWS attributes caption camera_of check_request describe file_name rows "
             "parse_name appearance pose_of render tint HATS HAIR_KINDS CARRIED_KINDS LOWER_KINDS "
             "PATTERNS UPPER_KINDS PROTOCOL SyntheticFileSystem"
         ),

@@ -34,7 +34,7 @@ HATS = ("none", "cap", "beanie")
 VIEWS = ("front", "back", "left", "right")
 
 
-def choose(rng, weights):
+def weighted_choice(rng, weights):
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
@@ -54,19 +54,19 @@ def appearance(domain, pid, seed=0):
         "height": rng.uniform(0.93, 1.04),
         "skin": rng.randrange(len(SKIN)),
         "hair_kind": rng.choice(HAIR_KINDS),
-        "hair_colour": choose(rng, {"black": 4, "brown": 4, "blond": 3, "grey": 2, "red": 1}),
+        "hair_colour": weighted_choice(rng, {"black": 4, "brown": 4, "blond": 3, "grey": 2, "red": 1}),
         "upper_kind": rng.choices(UPPER_KINDS, spec["kinds"])[0],
-        "upper_colour": choose(rng, spec["upper"]),
+        "upper_colour": weighted_choice(rng, spec["upper"]),
         "pattern": rng.choices(PATTERNS, (5, 2, 1, 1, 2))[0],
         "lower_kind": rng.choices(LOWER_KINDS, (6, 2, 2))[0],
-        "lower_colour": choose(rng, spec["lower"]),
-        "shoes_colour": choose(rng, {"black": 4, "white": 4, "brown": 2, "red": 1, "blue": 1}),
+        "lower_colour": weighted_choice(rng, spec["lower"]),
+        "shoes_colour": weighted_choice(rng, {"black": 4, "white": 4, "brown": 2, "red": 1, "blue": 1}),
         "carried_kind": rng.choices(CARRIED_KINDS, (4, 3, 2, 2))[0],
-        "carried_colour": choose(
+        "carried_colour": weighted_choice(
             rng, {"black": 3, "brown": 2, "red": 2, "blue": 2, "green": 2, "yellow": 1, "purple": 1}
         ),
         "hat_kind": rng.choices(HATS, (6, 2, 2))[0],
-        "hat_colour": choose(rng, {"black": 3, "red": 2, "blue": 2, "white": 2, "green": 1, "yellow": 1}),
+        "hat_colour": weighted_choice(rng, {"black": 3, "red": 2, "blue": 2, "white": 2, "green": 1, "yellow": 1}),
         "second": rng.choice(("white", "black", "yellow", "red", "blue", "green")),
         "pitch": rng.uniform(0.040, 0.075),
         "print_x": rng.choice((-0.045, 0.0, 0.045)),

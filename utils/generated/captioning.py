@@ -1,0 +1,154 @@
+"""Captions of identities, from a captioner or from a user's rows, and the prompts that are written of them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AddedToken
+
+from utils.generated import captions
+from utils.generated.made_set import CAPTIONS, FAILED, attempt
+from utils.worklist import Progress
+
+# A record of an identity whose images no captioner was asked about.
+NOTHING_SEEN = {"attributes": {}, "caption": "", "images": [], "made_with": None}
+CAPTIONER_LEAN = "--captioner_bits 8 half of the captioner's weights, --captioner_batch_size 1 the rest"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """How prompts are written: of words for each identity, with and without the identity token.
+
+    class_prompt: P, whose last word is the noun. identity_token: in <brackets> a new token, numbered from `first_id`
+    on; `{pid}` stands for the identity's number. lists: what generated images vary, {attribute: phrases}.
+    """
+
+    tokenizer: Any
+    first_id: int
+    class_prompt: str
+    identity_token: str
+    lists: dict
+    progress: Progress
+
+    @property
+    def noun(self):
+        return self.class_prompt.split()[-1]
+
+    @property
+    def has_new_tokens(self):
+        """Whether the token is one that the vocabulary does not have."""
+        return self.identity_token.startswith("<") and self.identity_token.endswith(">")
+
+    def token_of(self, identity):
+        return self.identity_token.replace("{pid}", f"{identity.pid:04d}")
+
+    def fit(self, prompt, identity):
+        """The prompt, short enough for the text encoder with the token in it."""
+        room = len(self.tokenizer(self.token_of(identity), add_special_tokens=False).input_ids)
+        fitted = captions.fit(prompt, self.tokenizer, room)
+        if fitted != prompt:
+            self.progress.once(
+                "cut",
+                f"Prompts longer than the text encoder's {self.tokenizer.model_max_length} tokens are cut at a word, "
+                f"that of {identity.name} for one",
+            )
+        return fitted
+
+    def written(self, record, identity):
+        """A record of captions with P_LPE* and P_E, short enough for the text encoder."""
+        text, token = record.get("text", ""), self.token_of(identity)
+        if token in text:
+            raise ValueError(f"the prompt of {identity.name} has the identity token {token!r} in it; leave it out")
+        prompt = self.fit(text or captions.composed(record, self.class_prompt), identity)
+        try:
+            identity_prompt = captions.with_token(prompt, token, self.noun)
+        except ValueError as error:
+            raise ValueError(f"{identity.name}: {error}; say {self.noun}, or give another --class_prompt") from None
+        return record | {"text": text, "prompt": prompt, "identity_prompt": identity_prompt}
+
+    def of_images(self, record, identity, count, seed):
+        """For each image: the words drawn, P_E with them, and the same without the token."""
+        # A prompt that was written by hand says all there is to say.
+        known = {} if record["text"] else record["attributes"]
+        caption = "" if record["text"] or known else record["caption"]
+        prompts = []
+        for index in range(count):
+            drawn = captions.draw_attributes(known, self.lists, seed, identity.name, index)
+            prompt = self.fit(captions.compose(drawn, record["text"] or self.class_prompt, caption), identity)
+            words = [drawn[key] for key in sorted(self.lists) if drawn[key] not in captions.ABSENT]
+            prompts.append((words, captions.with_token(prompt, self.token_of(identity), self.noun), prompt))
+        return prompts
+
+
+def open_prompts(tokenizer, identities, *, class_prompt, identity_token, lists, progress):
+    """`Prompts`, after new tokens of all identities got their numbers; given words stay what they are."""
+    prompts = Prompts(tokenizer, len(tokenizer), class_prompt, identity_token, lists, progress)
+    tokens = dict.fromkeys(prompts.token_of(identity) for identity in identities)
+    if prompts.has_new_tokens:
+        if known := [token for token in tokens if token in tokenizer.get_vocab()]:
+            raise ValueError(
+                f"--identity_token asks for the new token {known[0]!r}, which is a word of the vocabulary already; "
+                "choose another, or words without brackets to be used as they are"
+            )
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    longest = max(identities, key=lambda identity: identity.pid)
+    if prompts.fit(class_prompt, longest) != class_prompt:
+        raise ValueError("--class_prompt and --identity_token leave no room in a prompt; give shorter ones")
+    return prompts
+
+
+def caption_identity(captioner, identity, made_with):
+    """LPE: answers about every image of the sequence, and what the majority of them says."""
+    images = identity.images()
+    free = captioner.describe(images) if captioner.can_describe else [""] * len(images)
+    answers = {key: [""] * len(images) for key in captions.QUESTIONS}
+    if captioner.can_answer:
+        answers = {key: captioner.ask(images, question) for key, question in captions.QUESTIONS.items()}
+    seen = [
+        {"path": path, "caption": caption, "answers": {key: values[row] for key, values in answers.items()}}
+        for row, (path, caption) in enumerate(zip(identity.paths, free, strict=True))
+    ]
+    return {
+        "domain": identity.domain,
+        "pid": identity.pid,
+        "camid": identity.camid,
+        **captions.merged(captions.answers_of(seen)),
+        "images": seen,
+        "made_with": made_with,
+    }
+
+
+def caption_identities(work, progress, prompts, identities, mine, *, rows, made_with, load_captioner):
+    """The captions of all identities that have some, {name: record}; made for `mine` where there are none yet.
+
+    `rows` are a user's own, which replace captions, or None. `made_with` says what asks, `load_captioner()` opens it
+    where it is needed. Edits of captions.parquet hold for all at once, so that no merge can undo them.
+    """
+    kept = work.folder / "captions.parquet"
+    edits = rows or (captions.read_captions(kept) if kept.is_file() else {})
+    names, records, captioner = {identity.name for identity in mine}, {}, None
+    for identity in identities:
+        record = before = work.read(identity.name, CAPTIONS)
+        if record is None or record["made_with"] not in (None, made_with):
+            if identity.name not in names:
+                continue
+            if rows:
+                record = NOTHING_SEEN | {"domain": identity.domain, "pid": identity.pid, "camid": identity.camid}
+            else:
+                progress.stage(identity.name, "captions")
+                captioner = captioner or load_captioner()
+                record = attempt(
+                    work, progress, identity.name, CAPTIONER_LEAN, caption_identity, captioner, identity, made_with
+                )
+                if record is None:
+                    continue
+                work.forget(identity.name, FAILED)
+        if row := captions.row_of(edits, identity):
+            how = (prompts.fit, identity, prompts.class_prompt)
+            if rows:
+                record = captions.stated(record, row, *how)
+            else:
+                record = captions.edited(record, before or {}, row, *how)
+        records[identity.name] = prompts.written(record, identity)
+        if records[identity.name] != before:
+            work.commit(identity.name, CAPTIONS, records[identity.name])
+    return records
