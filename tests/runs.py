@@ -5,6 +5,7 @@ therefore keeps one server that has done so and forks from it, in a tenth of a s
 process of its own. What is about the start itself (imports, `--help`, the environment) uses `subprocess`.
 """
 
+import atexit
 import json
 import multiprocessing.connection
 import os
@@ -131,6 +132,8 @@ def start(script, *arguments, processes=1, limit=None, **more):
         options = words, environment(**place, **more), Path(folder.name), limit
         started.append(FORKSERVER.Process(target=become, args=options))
         started[-1].start()
+    # Where tests are interrupted, nothing waits for what still runs.
+    atexit.register(lambda: [process.kill() for process in started])
     return Run(started, folder)
 
 
