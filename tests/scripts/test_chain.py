@@ -98,7 +98,7 @@ def test_a_step_is_run_once_and_an_other_chain_is_refused(tmp_path, monkeypatch)
     assert 0.19 < found["peak_gib"] < 0.4 and found["seconds"] >= found["cpu_seconds"] * 0.5
     with pytest.raises(ValueError, match="another chain, .* give another --output_dir"):
         chain.run(chain.Step("one", "count.py --more", ""), tmp_path, False)
-    with pytest.raises(ValueError, match="count.py stopped with 1: no; the same command goes on"):
+    with pytest.raises(ValueError, match="count.py stopped with 1: no; the same command continues"):
         chain.run(chain.Step("two", "count.py --fail", ""), tmp_path, False)
     assert not (tmp_path / "steps" / "two.json").exists()
 
