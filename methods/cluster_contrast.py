@@ -93,8 +93,8 @@ class ClusterMemory(PrototypeMemory):
             if self.mode == "momentum":
                 move_in_turn(self.prototypes, labels, unit, self.momentum)
                 return
-            same = (labels[:, None] == labels[None, :]).float()
-            means = same @ unit / same.sum(1, keepdim=True)
+            same_label = (labels[:, None] == labels[None, :]).float()
+            means = same_label @ unit / same_label.sum(1, keepdim=True)
             # Images of one cluster all write the same row.
             self.prototypes[labels] = F.normalize(torch.lerp(means, self.prototypes[labels], self.momentum), dim=1)
 
@@ -102,8 +102,8 @@ class ClusterMemory(PrototypeMemory):
     def renew(self, features, labels):
         """Other clusters: their prototypes are the mean directions of the rows with labels 0 and up."""
         labels = labels.to(features.device)
-        known = labels >= 0
-        means = class_means(features[known], labels[known], int(labels.max()) + 1)
+        in_cluster = labels >= 0
+        means = class_means(features[in_cluster], labels[in_cluster], int(labels.max()) + 1)
         self.prototypes = means.to(self.prototypes.device)
 
     def make_room(self, num_clusters):

@@ -60,8 +60,8 @@ class IDM(nn.Module):
         weight = self.encoder.classifier.weight
         if first:
             weight[: self.num_source] = source().to(weight.device)
-        known, count = labels >= 0, int(labels.max()) + 1
-        means = class_means(features[known], labels[known], count)
+        in_cluster, count = labels >= 0, int(labels.max()) + 1
+        means = class_means(features[in_cluster], labels[in_cluster], count)
         weight[self.num_source : self.num_source + count] = means.to(weight.device)
         return labels
 
@@ -84,12 +84,12 @@ class IDM(nn.Module):
         """IDM's losses; `ratios` (B, 2): what a mixed image has of its source and of its target image."""
         args, classes = self.args, self.classes(rows)
         logits = logits[:, : self.num_source + int(self.pseudo_labels.max()) + 1]
-        own, mixed = logits[: len(classes)], logits[len(classes) :]
+        own_logits, mixed_logits = logits[: len(classes)], logits[len(classes) :]
         source, target, between = features.chunk(3)
-        loss_id = F.cross_entropy(own, classes, label_smoothing=args.label_smoothing)
+        loss_id = F.cross_entropy(own_logits, classes, label_smoothing=args.label_smoothing)
         sides = torch.stack(
             [
-                F.cross_entropy(mixed, side, label_smoothing=args.label_smoothing, reduction="none")
+                F.cross_entropy(mixed_logits, side, label_smoothing=args.label_smoothing, reduction="none")
                 for side in classes.chunk(2)
             ],
             dim=1,
@@ -145,9 +145,9 @@ class Mixer(nn.Module):
     @torch.no_grad()
     def trace(self, backbone):
         """The width of the maps, and the names of the norms before them, in one pass of an empty image."""
-        seen, width = [], []
+        norm_names, width = [], []
         hooks = [
-            module.register_forward_hook(lambda *call, name=name: None if width else seen.append(name))
+            module.register_forward_hook(lambda *call, name=name: None if width else norm_names.append(name))
             for name, module in backbone.named_modules()
             if isinstance(module, nn.modules.batchnorm._BatchNorm)
         ]
@@ -157,7 +157,7 @@ class Mixer(nn.Module):
         backbone.train(was_training)
         for hook in hooks:
             hook.remove()
-        return width[0], [f"backbone.{name}" for name in seen]
+        return width[0], [f"backbone.{name}" for name in norm_names]
 
     def norms_before(self, backbone):
         return self.trace(backbone)[1]

@@ -36,16 +36,16 @@ def scatter_loss(features, domains):
 
 def shuffle_loss(features, labels, domains):
     """mean log(1 + exp(farthest of other domains - nearest other person of the own domain)): domains mingle."""
-    distance, ours = distances(features), domains[:, None] == domains[None, :]
-    farthest = distance.masked_fill(ours, -torch.inf).amax(1)
-    nearest = distance.masked_fill(~ours | (labels[:, None] == labels[None, :]), torch.inf).amin(1)
+    distance, same_domain = distances(features), domains[:, None] == domains[None, :]
+    farthest = distance.masked_fill(same_domain, -torch.inf).amax(1)
+    nearest = distance.masked_fill(~same_domain | (labels[:, None] == labels[None, :]), torch.inf).amin(1)
     return F.softplus(farthest - nearest).mean()
 
 
 def triplet_loss(features, labels):
-    distance, same = distances(features), labels[:, None] == labels[None, :]
-    farthest = distance.masked_fill(~same, -torch.inf).amax(1)
-    nearest = distance.masked_fill(same, torch.inf).amin(1)
+    distance, same_identity = distances(features), labels[:, None] == labels[None, :]
+    farthest = distance.masked_fill(~same_identity, -torch.inf).amax(1)
+    nearest = distance.masked_fill(same_identity, torch.inf).amin(1)
     return F.relu(farthest - nearest + MARGIN).mean()
 
 
@@ -66,30 +66,32 @@ def meta_step(backbone, images, labels, domains, held_in, *, inner_rate, outer_r
     """
     rho = {name: tensor.detach().requires_grad_() for name, tensor in balances(backbone).items()}
     weights = {name: parameter.detach() for name, parameter in backbone.named_parameters()}
-    known = torch.isin(domains, torch.as_tensor(held_in, device=domains.device))
+    is_held_in = torch.isin(domains, torch.as_tensor(held_in, device=domains.device))
     with held_averages(backbone):
-        features = functional_call(backbone, weights | rho, (images[known],))
-        scatter = scatter_loss(features, domains[known])
+        features = functional_call(backbone, weights | rho, (images[is_held_in],))
+        scatter = scatter_loss(features, domains[is_held_in])
         # One domain has no others to mingle with.
         shuffle = scatter.new_zeros(())
         if len(held_in) > 1:
-            shuffle = shuffle_loss(features, labels[known], domains[known])
-        triplet = triplet_loss(features, labels[known])
+            shuffle = shuffle_loss(features, labels[is_held_in], domains[is_held_in])
+        triplet = triplet_loss(features, labels[is_held_in])
         slopes = torch.autograd.grad(scatter + shuffle + triplet, list(rho.values()), create_graph=not first_order)
         moved = {
             name: clipped(old - inner_rate * slope) for (name, old), slope in zip(rho.items(), slopes, strict=True)
         }
-        features = functional_call(backbone, weights | moved, (images[~known],))
-        test = triplet_loss(features, labels[~known])
+        features = functional_call(backbone, weights | moved, (images[~is_held_in],))
+        test = triplet_loss(features, labels[~is_held_in])
         slopes = torch.cat(torch.autograd.grad(test, list(rho.values())))
     if reduce is not None:
         slopes = reduce(slopes)
     with torch.no_grad():
-        found = balances(backbone)
-        for tensor, slope in zip(found.values(), slopes.split([len(one) for one in found.values()]), strict=True):
+        current = balances(backbone)
+        for tensor, slope in zip(
+            current.values(), slopes.split([len(value_of_norm) for value_of_norm in current.values()]), strict=True
+        ):
             tensor.sub_(outer_rate * slope).clamp_(0, 1)
         values = {"loss_scatter": scatter, "loss_shuffle": shuffle, "loss_inner_triplet": triplet}
-        values |= {"loss_meta_test": test, "rho": torch.cat(list(found.values())).mean()}
+        values |= {"loss_meta_test": test, "rho": torch.cat(list(current.values())).mean()}
     return {name: value.detach() for name, value in values.items()}
 
 

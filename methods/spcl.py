@@ -66,8 +66,8 @@ class SpCL(nn.Module):
             if self.num_source:
                 rows = [source().to(device), *rows]
             self.memory.prototypes.copy_(torch.cat(rows))
-        known = torch.arange(self.num_source, device=device)
-        self.memory.labels.copy_(torch.cat([known, self.num_source + singled_out(labels).to(device)]))
+        source_labels = torch.arange(self.num_source, device=device)
+        self.memory.labels.copy_(torch.cat([source_labels, self.num_source + singled_out(labels).to(device)]))
         return labels
 
     def forward(self, images, rows):

@@ -99,18 +99,18 @@ def write_csv(path, columns, rows):
 
 def versions():
     """Versions of Python and of the packages that decide the numbers, the device's name, the repository's revision."""
-    found = {"python": platform.python_version()}
+    values = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            values[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     # A run that has not loaded torch used no GPU.
     torch = sys.modules.get("torch")
     with_gpu = torch is not None and torch.cuda.is_available()
-    found["device"] = torch.cuda.get_device_name() if with_gpu else platform.processor() or "cpu"
-    found["git"] = git_revision()
-    return found
+    values["device"] = torch.cuda.get_device_name() if with_gpu else platform.processor() or "cpu"
+    values["git"] = git_revision()
+    return values
 
 
 def git_revision():
@@ -136,7 +136,7 @@ def run_record(args):
 def portable(value):
     """A setting as it may be written down: of a path of this machine only the last name."""
     if isinstance(value, (list, tuple)):
-        return [portable(one) for one in value]
+        return [portable(item) for item in value]
     if isinstance(value, str) and value.startswith("--") and "=" in value:
         flag, _, word = value.partition("=")
         return f"{flag}={portable(word)}"

@@ -126,7 +126,7 @@ OTHER_PLACE, COARSE = 0.6, 0.3
 # Light of another place, as a logarithm: a night is farther from a day than two cameras are from each other.
 DARKEST, BRIGHTEST, PLACE_CAST = -1.2, 0.3, 0.25
 # At most these shares of the width left and right, of the height above and below, are of another image.
-ASIDE, TOP, BOTTOM = 0.28, 0.08, 0.04
+SIDE, TOP, BOTTOM = 0.28, 0.08, 0.04
 COARSEST = 2.5
 
 
@@ -142,8 +142,8 @@ def other_camera(images, generator):
 
     gain = (EXPOSURE * (2 * drawn(1) - 1) + CAST * (2 * drawn(3) - 1)).exp()
     haze, grain = HAZE * drawn(1), GRAIN * drawn(1)
-    seen = haze + (1 - 2 * haze) * (images * gain).clamp(0, 1)
-    return (seen + grain * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+    exposed = haze + (1 - 2 * haze) * (images * gain).clamp(0, 1)
+    return (exposed + grain * torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
 
 def other_place(images, generator):
@@ -152,14 +152,14 @@ def other_place(images, generator):
     others = other_light(images[torch.randperm(count, generator=generator)], generator)
     shares = torch.rand(count, 4, generator=generator)
     chosen = torch.rand(count, generator=generator) < OTHER_PLACE
-    left, right = shares[:, 0] * ASIDE * width, (1 - shares[:, 1] * ASIDE) * width
+    left, right = shares[:, 0] * SIDE * width, (1 - shares[:, 1] * SIDE) * width
     top, bottom = shares[:, 2] * TOP * height, (1 - shares[:, 3] * BOTTOM) * height
     across, down = torch.arange(width) + 0.5, torch.arange(height) + 0.5
     inside = (across >= left[:, None]) & (across <= right[:, None])
     within = (down >= top[:, None]) & (down <= bottom[:, None])
     # [B, 1, H, W]
-    kept = (within[:, :, None] & inside[:, None, :])[:, None] | ~chosen.view(-1, 1, 1, 1)
-    return torch.where(kept, images, others)
+    is_kept = (within[:, :, None] & inside[:, None, :])[:, None] | ~chosen.view(-1, 1, 1, 1)
+    return torch.where(is_kept, images, others)
 
 
 def other_light(images, generator):
@@ -176,6 +176,6 @@ def coarser(images, generator):
     for place in (torch.rand(len(images), generator=generator) < COARSE).nonzero().flatten().tolist():
         factor = 1 + (COARSEST - 1) * torch.rand(1, generator=generator).item()
         small = [max(1, int(side / factor)) for side in size]
-        one = F.interpolate(images[place : place + 1], size=small, mode="bilinear", antialias=True)
-        images[place] = F.interpolate(one, size=size, mode="bilinear")[0]
+        reduced = F.interpolate(images[place : place + 1], size=small, mode="bilinear", antialias=True)
+        images[place] = F.interpolate(reduced, size=size, mode="bilinear")[0]
     return images

@@ -24,18 +24,18 @@ def image_identities(dataset):
 
     Of a drawn image it is the name and the code that draws.
     """
-    found, drawing = [], drawing_digest()
+    descriptions, drawing = [], drawing_digest()
     for path, stored in zip(dataset["path"], storage_of(dataset, "image").to_pylist(), strict=True):
         if stored["bytes"] is not None:
-            found.append([path, hashlib.sha256(stored["bytes"]).hexdigest()])
+            descriptions.append([path, hashlib.sha256(stored["bytes"]).hexdigest()])
         elif os.path.isfile(stored["path"]):
             status = os.stat(stored["path"])
-            found.append([path, status.st_size, status.st_mtime_ns])
+            descriptions.append([path, status.st_size, status.st_mtime_ns])
         elif stored["path"].startswith(DRAWN):
-            found.append([path, drawing])
+            descriptions.append([path, drawing])
         else:
-            found.append([path, stored["path"]])
-    return found
+            descriptions.append([path, stored["path"]])
+    return descriptions
 
 
 def drawing_digest():

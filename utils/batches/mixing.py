@@ -66,5 +66,5 @@ def mix_images(images, mix):
 
 def mixed_loss(loss, logits, labels, mix):
     """A loss that is linear in its labels, such as cross-entropy, for labels mixed like the images."""
-    own = loss(logits, labels)
-    return own if mix.share == 1 else mix.share * own + (1 - mix.share) * loss(logits, neighbours(labels))
+    own_loss = loss(logits, labels)
+    return own_loss if mix.share == 1 else mix.share * own_loss + (1 - mix.share) * loss(logits, neighbours(labels))

@@ -47,13 +47,13 @@ class PseudoBatches:
     def batches_of(self, owners, name):
         """P of `owners` (rows of each) a batch, without end. With fewer than P of them one has several groups."""
         rng = random.Random(f"{name}/{self.seed}/{self.epoch}")
-        wanted = self.batch_size // self.images_per_id
+        num_owners = self.batch_size // self.images_per_id
         while True:
             order = rng.sample(owners, len(owners))
-            if len(order) < wanted:
-                order = list(itertools.islice(itertools.cycle(order), wanted))
-            for start in range(0, len(order) - wanted + 1, wanted):
-                yield [row for rows in order[start : start + wanted] for row in self.group(rng, rows)]
+            if len(order) < num_owners:
+                order = list(itertools.islice(itertools.cycle(order), num_owners))
+            for start in range(0, len(order) - num_owners + 1, num_owners):
+                yield [row for rows in order[start : start + num_owners] for row in self.group(rng, rows)]
 
     def group(self, rng, rows):
         """K of `rows`: all where they are few; else one, and others that other cameras saw, if there are any."""

@@ -78,12 +78,12 @@ class IdentitySampler(KeyedBatches):
                 continue
             shuffled = rng.sample(numbers, len(numbers))
             groups.append([shuffled[start : start + size] for start in range(0, len(numbers) - size + 1, size)])
-        left = [owner for owner, its in enumerate(groups) if its]
-        while len(left) >= self.ids_per_batch:
+        owners = [owner for owner, owner_groups in enumerate(groups) if owner_groups]
+        while len(owners) >= self.ids_per_batch:
             batch = []
-            for owner in rng.sample(left, self.ids_per_batch):
+            for owner in rng.sample(owners, self.ids_per_batch):
                 batch += groups[owner].pop()
-            left = [owner for owner in left if groups[owner]]
+            owners = [owner for owner in owners if groups[owner]]
             yield batch
 
 

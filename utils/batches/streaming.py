@@ -129,19 +129,19 @@ class StreamedImages(torch.utils.data.IterableDataset):
         """(row number, image as stored) of this part, again and again in another order."""
         for turn in range(1_000_000):
             rng = random.Random(f"stream/{self.seed}/{self.epoch}/{part}/{turn}")
-            held, empty = [], True
-            for one in self.rows(part, parts, rng):
+            buffered, empty = [], True
+            for entry in self.rows(part, parts, rng):
                 empty = False
-                if len(held) < self.buffer:
-                    held.append(one)
+                if len(buffered) < self.buffer:
+                    buffered.append(entry)
                     continue
                 place = rng.randrange(self.buffer)
-                yield held[place]
-                held[place] = one
+                yield buffered[place]
+                buffered[place] = entry
             if empty:
                 raise ValueError(f"part {part} of {parts} has none of the images; use fewer --dataloader_num_workers")
-            rng.shuffle(held)
-            yield from held
+            rng.shuffle(buffered)
+            yield from buffered
 
     def rows(self, part, parts, rng):
         """Chosen rows of files in a random order; with fewer files than parts, each part takes every n-th row."""

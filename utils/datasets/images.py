@@ -58,17 +58,17 @@ class PersonImage(datasets.Image):
         """All bytes into the table, from any protocol; of the path only the file's name stays."""
         rows = []
         for row in storage.to_pylist():
-            held = row["bytes"] if row["bytes"] is not None else read_bytes(row["path"])
+            content = row["bytes"] if row["bytes"] is not None else read_bytes(row["path"])
             name = os.path.basename(row["path"] or "") or None
-            rows.append({"bytes": as_plain_readers_see_it(held), "path": name})
+            rows.append({"bytes": as_plain_readers_see_it(content), "path": name})
         return pa.array(rows, type=IMAGE_TYPE)
 
 
-def as_plain_readers_see_it(held):
+def as_plain_readers_see_it(content):
     """The bytes, except of 16-bit grey, which becomes the 8-bit image that other readers would not make of it."""
-    with Image.open(BytesIO(held)) as image:
+    with Image.open(BytesIO(content)) as image:
         if not image.mode.startswith("I"):
-            return held
+            return content
         buffer = BytesIO()
         as_rgb(ImageOps.exif_transpose(image)).save(buffer, format="PNG")
         return buffer.getvalue()
@@ -169,16 +169,16 @@ def reason_of(error):
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def damage(held, path, decode):
+def damage(content, path, decode):
     """Why an image cannot be read, or None. A whole header and trailer are believed unless `decode` is set."""
     try:
-        on_disk = held is None and "://" not in path
-        if held is None and not on_disk:
-            held = read_bytes(path)
-        size = os.stat(path).st_size if on_disk else len(held)
+        on_disk = content is None and "://" not in path
+        if content is None and not on_disk:
+            content = read_bytes(path)
+        size = os.stat(path).st_size if on_disk else len(content)
         if size == 0:
             return "empty file"
-        with open(path, "rb") if on_disk else BytesIO(held) as file, Image.open(file) as image:
+        with open(path, "rb") if on_disk else BytesIO(content) as file, Image.open(file) as image:
             if not decode:
                 file.seek(max(0, size - 12))
                 end = file.read()
@@ -200,19 +200,19 @@ def damaged_rows(dataset, decode, pool, bar):
     storage = storage_of(dataset, "image")
 
     def look(start):
-        found = []
+        bad_rows = []
         rows = storage.slice(start, CHUNK).to_pylist()
         for number, row in enumerate(rows, start):
-            held, path = (row["bytes"], row["path"]) if row else (None, None)
-            if held is None and path is None:
-                found.append((number, f"row {number}", "neither bytes nor a path"))
-            elif held is not None or not path.startswith(DRAWN):
-                reason = damage(held, path, decode)
-                found += [(number, path, reason)] if reason else []
+            content, path = (row["bytes"], row["path"]) if row else (None, None)
+            if content is None and path is None:
+                bad_rows.append((number, f"row {number}", "neither bytes nor a path"))
+            elif content is not None or not path.startswith(DRAWN):
+                reason = damage(content, path, decode)
+                bad_rows += [(number, path, reason)] if reason else []
         bar.update(len(rows))
-        return found
+        return bad_rows
 
-    return [bad for found in pool.map(look, range(0, len(dataset), CHUNK)) for bad in found]
+    return [bad for bad_rows in pool.map(look, range(0, len(dataset), CHUNK)) for bad in bad_rows]
 
 
 def check_images(data, *, skip_unreadable=False, decode=None, workers=None, where="data"):
@@ -226,13 +226,13 @@ def check_images(data, *, skip_unreadable=False, decode=None, workers=None, wher
     splits = data if whole else {str(data.split or "data"): data}
     total = sum(len(dataset) for dataset in splits.values())
     decode = total < DECODE_ALL_BELOW if decode is None else decode
-    kept, skipped = {}, []
+    readable, skipped = {}, []
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         with tqdm(total=total, desc="checking images", disable=None) as bar:
             for split, dataset in splits.items():
                 bad = damaged_rows(dataset, decode, pool, bar)
                 drop = {row for row, _, _ in bad}
-                kept[split] = (
+                readable[split] = (
                     dataset.select([row for row in range(len(dataset)) if row not in drop]) if bad else dataset
                 )
                 names = dataset.remove_columns("image")
@@ -242,7 +242,7 @@ def check_images(data, *, skip_unreadable=False, decode=None, workers=None, wher
     if skipped:
         listed = "".join(f"\n  {split}: {path} ({reason})" for split, path, reason in skipped)
         logger.warning("%s: left out %d of %d images that cannot be read:%s", where, len(skipped), total, listed)
-    empty = [split for split, dataset in kept.items() if not len(dataset)]
+    empty = [split for split, dataset in readable.items() if not len(dataset)]
     if empty:
         raise ValueError(f"{where}: no readable image is left in {', '.join(empty)}")
-    return (datasets.DatasetDict(kept) if whole else kept[next(iter(kept))]), skipped
+    return (datasets.DatasetDict(readable) if whole else readable[next(iter(readable))]), skipped

@@ -88,11 +88,11 @@ def load_reid(
     }
     if isinstance(name, (list, tuple)):
         return load_sources(name, root, **common, **options)
-    name, written = parse_spec(os.fspath(name))
-    common |= {key: written.pop(key) for key in list(written) if key in common}
+    name, spec_options = parse_spec(os.fspath(name))
+    common |= {key: spec_options.pop(key) for key in list(spec_options) if key in common}
     if not isinstance(common["skip_unreadable"], bool):
         raise ValueError(f"{name}: skip_unreadable must be true or false, not {common['skip_unreadable']!r}")
-    data = read_source(name, root, options | written)
+    data = read_source(name, root, options | spec_options)
     check_splits(data, name)
     if common["skip_unreadable"]:
         data, skipped = check_images(data, skip_unreadable=True, where=name)
@@ -162,12 +162,12 @@ def check_splits(data, where, own_camera=False):
     empty = [split for split in data if not len(data[split])]
     if empty or not data:
         raise ValueError(f"{where} has no images in {', '.join(empty) or 'any split'}")
-    seen = {}
+    split_of = {}
     for split, dataset in data.items():
         for key in zip(dataset["domain"][:], dataset["path"][:], strict=True):
-            if key in seen:
-                raise ValueError(f"{where} lists {key[1]} of {key[0]} twice, in {seen[key]} and in {split}")
-            seen[key] = split
+            if key in split_of:
+                raise ValueError(f"{where} lists {key[1]} of {key[0]} twice, in {split_of[key]} and in {split}")
+            split_of[key] = split
     if ("query" in data) != ("gallery" in data):
         raise ValueError(f"{where} has {' and '.join(data)} only; query and gallery go together")
     if "query" in data:
@@ -179,20 +179,20 @@ def check_queries(query, gallery, where, own_camera):
     cameras = {}
     for pid, camid in zip(gallery["pid"][:], gallery["camid"][:], strict=True):
         cameras.setdefault(pid, set()).add(camid)
-    asked = sorted(set(zip(query["pid"][:], query["camid"][:], strict=True)))
-    if any(cameras.get(pid, set()) - (set() if own_camera else {camid}) for pid, camid in asked):
+    query_keys = sorted(set(zip(query["pid"][:], query["camid"][:], strict=True)))
+    if any(cameras.get(pid, set()) - (set() if own_camera else {camid}) for pid, camid in query_keys):
         return
-    shown = ", ".join(f"{pid} (camera {camid})" for pid, camid in asked[:5])
-    held = ", ".join(f"{pid} (cameras {sorted(cameras[pid])[:5]})" for pid in sorted(cameras)[:5])
-    if any(pid in cameras for pid, _ in asked):
+    shown_queries = ", ".join(f"{pid} (camera {camid})" for pid, camid in query_keys[:5])
+    in_gallery = ", ".join(f"{pid} (cameras {sorted(cameras[pid])[:5]})" for pid in sorted(cameras)[:5])
+    if any(pid in cameras for pid, _ in query_keys):
         raise ValueError(
             f"{where}: query identities are in the gallery only under the query's own camera, which does not count. "
-            f"pids of queries: {shown}; of the gallery: {held}. Check the camera numbers; of a table without cameras "
-            "camid_column is none"
+            f"pids of queries: {shown_queries}; of the gallery: {in_gallery}. Check the camera numbers; of a table "
+            "without cameras camid_column is none"
         )
     raise ValueError(
         f"{where}: no query identity appears in the gallery. "
-        f"pids of queries: {shown}; of the gallery: {held}. Check the pids"
+        f"pids of queries: {shown_queries}; of the gallery: {in_gallery}. Check the pids"
     )
 
 
@@ -212,9 +212,9 @@ def load_sources(specs, data_root=None, **common):
     for data in loaded:
         cameras = dense(camid for dataset in data.values() for camid in dataset["camid"][:])
         for group, splits in {"train": ("train",), "test": ("query", "gallery")}.items():
-            there = [split for split in splits if split in data]
-            people = dense(key for split in there for key in people_of(data[split]))
-            for split in there:
+            present = [split for split in splits if split in data]
+            people = dense(key for split in present for key in people_of(data[split]))
+            for split in present:
                 pids = [num_people[group] + people[key] for key in people_of(data[split])]
                 camids = [num_cameras + cameras[camid] for camid in data[split]["camid"][:]]
                 dataset = put(put(data[split], "pid", pids), "camid", camids)
@@ -276,11 +276,11 @@ def subset(data, *, image_fraction=None, identity_fraction=None, min_images=None
         return data.select(sorted(row for *_, row in order))
     if min_images is None:
         # The first of everyone comes before all others.
-        order.sort(key=lambda one: (one[1] > 0, one))
-        kept = order[: max(len(people), round(image_fraction * len(order)))]
+        order.sort(key=lambda entry: (entry[1] > 0, entry))
+        chosen = order[: max(len(people), round(image_fraction * len(order)))]
     else:
-        kept = [one for one in order if one[0] < image_fraction]
-    return data.select(sorted({row for *_, row in kept} | set(least)))
+        chosen = [entry for entry in order if entry[0] < image_fraction]
+    return data.select(sorted({row for *_, row in chosen} | set(least)))
 
 
 def draw(seed, *words):

@@ -43,7 +43,7 @@ def read_identity_folders(folder):
     odd = [entry.name for entry in listing(folder) if entry.is_dir() and entry.name not in SPLITS]
     if split_folders and odd:
         raise ValueError(f"{folder} has {odd[0]} beside {', '.join(split_folders)}; splits are {', '.join(SPLITS)}")
-    found = []
+    images = []
     for split, place in [(split, folder / split) for split in split_folders] or [("train", folder)]:
         for identity in listing(place):
             if not identity.is_dir():
@@ -52,22 +52,22 @@ def read_identity_folders(folder):
                 if not entry.name.lower().endswith(ENDINGS) or not entry.is_file():
                     raise ValueError(f"{entry.path} is no image; expected files ending in {', '.join(ENDINGS)}")
                 camera = CAMERA.search(entry.name)
-                found.append((split, identity.name, entry.name, camera and int(camera[1])))
-    names = {identity for _, identity, _, _ in found}
+                images.append((split, identity.name, entry.name, camera and int(camera[1])))
+    names = {identity for _, identity, _, _ in images}
     # a longer number, such as a time stamp, does not fit a pid
     numbers = {int(name) for name in names if re.fullmatch(r"[0-9]{1,18}", name)}
     # 1 and 0001 are two folders, so two people
     numbered = len(numbers) == len(names)
     pids = {name: int(name) for name in names} if numbered else dense(names)
-    with_camera = sum(camera is not None for *_, camera in found)
-    if 0 < with_camera < len(found):
-        odd = next((split, identity, name) for split, identity, name, camera in found if camera is None)
+    with_camera = sum(camera is not None for *_, camera in images)
+    if 0 < with_camera < len(images):
+        odd = next((split, identity, name) for split, identity, name, camera in images if camera is None)
         raise ValueError(
             f"{folder}: {'/'.join(odd)} has no camera in its name, others do; expected ..._c2_... or ..._cam2_..."
         )
-    cameras = dense(camera for *_, camera in found)
+    cameras = dense(camera for *_, camera in images)
     splits = {split: [] for split in split_folders or ["train"]}
-    for split, identity, name, camera in found:
+    for split, identity, name, camera in images:
         path = f"{split}/{identity}/{name}" if split_folders else f"{identity}/{name}"
         camid = cameras[camera] if with_camera else int(split == "gallery")
         splits[split].append(Row(path, pids[identity], camid))
@@ -163,9 +163,9 @@ def conform(splits, columns, domain, where):
         for name, values in (("pid", numbers["pid"]), ("domain", domains), ("path", paths)):
             dataset = put(dataset, name, values)
         result[split] = dataset
-    own = 1 + max((int(values.max(initial=-1)) for values in cameras.values()), default=-1)
+    unused_camera = 1 + max((int(values.max(initial=-1)) for values in cameras.values()), default=-1)
     for split, values in cameras.items():
-        dataset = put(result[split], "camid", np.where(values < 0, own, values))
+        dataset = put(result[split], "camid", np.where(values < 0, unused_camera, values))
         result[split] = dataset.select_columns(list(features()))
     return datasets.DatasetDict(result)
 

@@ -62,29 +62,29 @@ def as_storage(array, file, column):
 
 def locate_images(table, file, image_column):
     """The table with an image column: embedded images as they are, file names looked up below the table's folder."""
-    wanted = (image_column,) if image_column else ("image", "file_name", "path")
-    found = next((name for name in wanted if name in table.column_names), None)
-    if found is None:
-        raise ValueError(f"{file} has no column {' or '.join(wanted)}; its columns are {table.column_names}")
+    candidates = (image_column,) if image_column else ("image", "file_name", "path")
+    column = next((name for name in candidates if name in table.column_names), None)
+    if column is None:
+        raise ValueError(f"{file} has no column {' or '.join(candidates)}; its columns are {table.column_names}")
     if not len(table):
         raise ValueError(f"{file} has no rows")
     chunks, paths = [], []
-    for chunk in table[found].chunks:
-        held, names = as_storage(chunk, file, found)
-        outside = pc.is_null(held).to_pylist()
+    for chunk in table[column].chunks:
+        content, names = as_storage(chunk, file, column)
+        outside = pc.is_null(content).to_pylist()
         for out, name in zip(outside, names, strict=True):
             if out and not name:
-                raise ValueError(f"{file}: column {found!r} is empty in row {len(paths)}")
+                raise ValueError(f"{file}: column {column!r} is empty in row {len(paths)}")
             paths.append(os.path.normpath(name) if out else None)
         check_listed(file.parent, [name for out, name in zip(outside, names, strict=True) if out], file)
         files = [os.path.join(file.parent, name) if out else name for out, name in zip(outside, names, strict=True)]
-        chunks.append(pa.StructArray.from_arrays([held, pa.array(files, pa.string())], ["bytes", "path"]))
-    rest = table.select([name for name in table.column_names if name not in (found, "image")])
-    if all(paths) and ("path" not in rest.column_names or found == "file_name"):
-        rest = rest.select([name for name in rest.column_names if name != "path"])
-        rest = rest.append_column("path", pa.array(paths, pa.string()))
+        chunks.append(pa.StructArray.from_arrays([content, pa.array(files, pa.string())], ["bytes", "path"]))
+    result = table.select([name for name in table.column_names if name not in (column, "image")])
+    if all(paths) and ("path" not in result.column_names or column == "file_name"):
+        result = result.select([name for name in result.column_names if name != "path"])
+        result = result.append_column("path", pa.array(paths, pa.string()))
     # what the writer's library noted about the columns no longer holds
-    return rest.append_column("image", pa.chunked_array(chunks, IMAGE_TYPE)).replace_schema_metadata()
+    return result.append_column("image", pa.chunked_array(chunks, IMAGE_TYPE)).replace_schema_metadata()
 
 
 def split_of_file(file):

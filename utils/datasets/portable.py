@@ -46,10 +46,10 @@ def save(data, folder):
     if folder.exists():
         raise ValueError(f"{folder} exists already; give a new folder")
     mine = f".{folder.name}.part-{platform.node()}-"
-    for left in folder.parent.glob(f"{glob.escape(mine)}*"):
+    for leftover in folder.parent.glob(f"{glob.escape(mine)}*"):
         # What a killed one left, which may be as large as the set.
-        if not psutil.pid_exists(int(left.name.removeprefix(mine))):
-            shutil.rmtree(left, ignore_errors=True)
+        if not psutil.pid_exists(int(leftover.name.removeprefix(mine))):
+            shutil.rmtree(leftover, ignore_errors=True)
     part = folder.with_name(f"{mine}{os.getpid()}")
     try:
         embedded(data, part / "read").save_to_disk(str(part / "written"))

@@ -94,11 +94,11 @@ def occludedduke(root, *, all_for_training=False):
 def msmt17(root, *, version=None, all_for_training=False):
     """`version` is V1, V2 or converted; without it the first that is there. Validation belongs to training."""
     check_option("version", version, tuple(MSMT_FOLDERS), allow_none=True)
-    there = [key for key, names in MSMT_FOLDERS.items() if os.path.isdir(os.path.join(root, names[0]))]
-    if version is None and not there:
-        wanted = "; ".join(f"{key}: {', '.join(names)}" for key, names in MSMT_FOLDERS.items())
-        raise ValueError(f"{root} holds none of MSMT17's layouts ({wanted})")
-    version = version or there[0]
+    present = [key for key, names in MSMT_FOLDERS.items() if os.path.isdir(os.path.join(root, names[0]))]
+    if version is None and not present:
+        layouts = "; ".join(f"{key}: {', '.join(names)}" for key, names in MSMT_FOLDERS.items())
+        raise ValueError(f"{root} holds none of MSMT17's layouts ({layouts})")
+    version = version or present[0]
     if version == "converted":
         splits = read_market_folders(root, MSMT_CONVERTED, number_and_camera)
     else:
@@ -171,10 +171,12 @@ def cuhksysu(root, *, version=None, all_for_training=True):
     folders = {
         crop: [name for name in names if os.path.isdir(os.path.join(root, name))] for crop, names in folders.items()
     }
-    there = [crop for crop, names in folders.items() if names]
-    if not there or (version or there[0]) not in there:
-        raise ValueError(f"{root} holds no {version or ' or '.join(SYSU)}; CUHK-SYSU's crops there: {there or 'none'}")
-    version = version or there[0]
+    present = [crop for crop, names in folders.items() if names]
+    if not present or (version or present[0]) not in present:
+        raise ValueError(
+            f"{root} holds no {version or ' or '.join(SYSU)}; CUHK-SYSU's crops there: {present or 'none'}"
+        )
+    version = version or present[0]
     rows = []
     for folder in folders[version]:
         rows += read_names(root, folder, SYSU[version], CROP_LABELS[version])
@@ -275,18 +277,18 @@ def find_folder(name, root, version=None):
     names, marks = BENCHMARKS[name].names, BENCHMARKS[name].marks
     if name == "msmt17" and version in MSMT_FOLDERS:
         marks = MSMT_FOLDERS[version][:1]
-    level, seen = [os.fspath(root)], []
+    level, searched = [os.fspath(root)], []
     for _ in range(3):
         for folder in level:
             if any(os.path.exists(os.path.join(folder, mark)) for mark in marks):
                 return folder
-        seen += level
+        searched += level
         children = [entry for folder in level for entry in listing(folder) if entry.is_dir()]
         level = [entry.path for word in names for entry in children if plain(entry.name).startswith(word)]
         if not marks:
             # nothing tells the folder of a set of loose files but its name
             return level[0] if level else os.fspath(root)
-    raise ValueError(f"{root} holds no {name}: looked for {' or '.join(marks)} in {', '.join(seen[:5])}")
+    raise ValueError(f"{root} holds no {name}: looked for {' or '.join(marks)} in {', '.join(searched[:5])}")
 
 
 def check_option(option, value, choices, allow_none=False):

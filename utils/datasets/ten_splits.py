@@ -119,8 +119,8 @@ def prid(root, *, split=0, split_file=None, all_for_training=False):
     second = read_names(root, "single_shot/cam_b", PRID, lambda match: (int(match[1]), 1))
     if all_for_training:
         return {"train": first + second}
-    known = {row.pid for row in first}
-    alone = [row for row in second if row.pid not in known]
+    first_pids = {row.pid for row in first}
+    alone = [row for row in second if row.pid not in first_pids]
     return two_views("prid", first, second, split, split_file, PRID, alone)
 
 

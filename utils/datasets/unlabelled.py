@@ -62,8 +62,12 @@ def folder_of_images(spec, root):
         for folder in (os.path.join(place, "train"), place):
             if os.path.isdir(folder):
                 entries = listing(folder)
-                if entries and all(one.is_file() for one in entries) and any(is_image(one.name) for one in entries):
-                    return None if any(one.name.startswith("metadata.") for one in entries) else folder
+                if (
+                    entries
+                    and all(entry.is_file() for entry in entries)
+                    and any(is_image(entry.name) for entry in entries)
+                ):
+                    return None if any(entry.name.startswith("metadata.") for entry in entries) else folder
     return None
 
 

@@ -59,18 +59,18 @@ def check_backbone(name, from_scratch):
         if not from_scratch and NAMED[name].hub_id is None:
             raise ValueError(f"--backbone {name} has no published weights; add --from_scratch")
         return
-    known = ", ".join(NAMED)
+    short_names = ", ".join(NAMED)
     try:
         kind = model_kind(name)
     except ValueError as error:
-        raise ValueError(f"--backbone {name}: {error}; the short names are {known}") from None
+        raise ValueError(f"--backbone {name}: {error}; the short names are {short_names}") from None
     if kind == "file":
-        raise ValueError(f"--backbone {name} is a file; give a folder, a Hub id or one of {known}")
+        raise ValueError(f"--backbone {name} is a file; give a folder, a Hub id or one of {short_names}")
     if kind == "backbone":
         read_config(name, **HUB)
-    elif not from_scratch and (what := not_plain(PreTrainedConfig.get_config_dict(name)[0])):
+    elif not from_scratch and (reason := not_plain(PreTrainedConfig.get_config_dict(name)[0])):
         raise ValueError(
-            f"--backbone {name}: its {what}, which a plain backbone folder cannot hold; start from a backbone or from "
+            f"--backbone {name}: its {reason}, which a plain backbone folder cannot hold; start from a backbone or from "
             "a model of bot or bdb"
         )
 
