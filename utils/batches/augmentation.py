@@ -149,7 +149,7 @@ def other_camera(images, generator):
 
 
 def other_place(images, generator):
-    """Replaces the margins of some images by those of another image of the batch, in another light; the middle stays."""
+    """Replaces the margins of some images by those of another image, in another light; the middle stays."""
     count, _, height, width = images.shape
     others = other_light(images[torch.randperm(count, generator=generator)], generator)
     shares = torch.rand(count, 4, generator=generator)

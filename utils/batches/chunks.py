@@ -1,7 +1,7 @@
-"""What is computed of every image of a data set, in chunks: on any number of processes, with the same bits.
+"""Computes something for every image of a data set, in chunks: the same bits on any number of processes.
 
-Rows go through a model in batches that depend on nothing but the row numbers and the batch size: a matrix product's
-rounding may change with its shape, so the last batch is filled up with copies of its last row. Each process takes
+Rows go through a model in batches that depend only on the row numbers and the batch size. The rounding of a matrix
+product may change with its shape, so the last batch is filled up with copies of its last row. Each process takes
 every n-th chunk of batches.
 """
 
@@ -43,7 +43,7 @@ def drawing_digest():
 
 
 def weights_digest(model, skip=()):
-    """SHA-256 of the names, types, shapes and values of a model's tensors; `skip`: beginnings of names to leave out."""
+    """SHA-256 of the names, types, shapes and values of a model's tensors, without names that start with `skip`."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         if not name.startswith(tuple(skip)):

@@ -37,7 +37,7 @@ class Mixing:
 
 
 def cut(share, image_size, rng):
-    """A box with 1 - share of the area around a random place, cut at the image's edges; the share is then corrected."""
+    """A box with 1 - share of the area, at a random place, cut at the edges; the share is then corrected."""
     height, width = image_size
     half = 0.5 * math.sqrt(1 - share)
     y, x = rng.randrange(height), rng.randrange(width)

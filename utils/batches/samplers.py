@@ -89,7 +89,7 @@ class IdentitySampler(KeyedBatches):
 
 
 class ShuffleSampler(KeyedBatches):
-    """Batches of all images in a new order each epoch, one rank's share of every global batch; a rest is left out.
+    """Batches of all images in a new order each epoch, one rank's share of every global batch; no smaller last batch.
 
     Yields lists of (number, key of the draw), as `IdentitySampler` does.
     """

@@ -1,4 +1,4 @@
-"""The identities of labelled sources, each with the image sequence that stands for it."""
+"""The identities of labelled sources, each with the image sequence that represents it."""
 
 import re
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ FOLDER = re.compile(r"\w[\w.-]*")
 
 @dataclass(frozen=True)
 class Identity:
-    """One person of one set: the set's own number, and its images from the camera that has most of them."""
+    """One identity of one data set: its number there, and its images from the camera that has most of them."""
 
     domain: str
     pid: int
@@ -55,7 +55,10 @@ def open_identities(specs, data_root=None, *, max_images=32, skip_unreadable=Fal
 
 
 def identities_of(dataset, max_images=32):
-    """Each identity of a split with its image sequence: of one camera, the fullest, first of equals, in file order."""
+    """Each identity of a split with its image sequence, in file order, from the camera with most images of it.
+
+    Of cameras with equally many images the one with the lowest number is taken.
+    """
     cameras = {}
     columns = (dataset[name][:] for name in ("domain", "pid", "camid", "path"))
     for row, (domain, pid, camid, path) in enumerate(zip(*columns, strict=True)):

@@ -1,4 +1,4 @@
-"""Pixels and files of images: right RGB from any mode, reading from any protocol, finding the damaged ones."""
+"""Pixels and files of images: correct RGB from any mode, reading from any protocol, finding damaged images."""
 
 import functools
 import logging
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-# So many images are decoded in a second or two, so all of them are; of larger sets only the doubtful ones.
+# Below this number all images are decoded, which takes a second or two; in larger sets only doubtful ones are.
 DECODE_ALL_BELOW = 4096
 CHUNK = 512
 # Images drawn on access cannot be damaged.
@@ -27,7 +27,7 @@ DRAWN = "synthetic://"
 
 
 def as_rgb(image):
-    """RGB pixels of any mode, alpha dropped; 16-bit grey is scaled down, where Pillow would clip it to white."""
+    """RGB pixels of any mode, without alpha; 16-bit grey is scaled down (Pillow would clip it to white)."""
     if image.mode.startswith("I"):
         deep = np.asarray(image).astype(np.int64).clip(0, 65535)
         image = Image.fromarray((deep >> 8).astype(np.uint8))
@@ -36,10 +36,10 @@ def as_rgb(image):
 
 @dataclass
 class PersonImage(datasets.Image):
-    """`datasets.Image(mode="RGB")` that is also right for 16-bit grey.
+    """`datasets.Image(mode="RGB")` that also decodes 16-bit grey correctly.
 
-    It is stored, and read elsewhere, as that feature, which is why the mode is written out wherever this is made: a
-    default of its own would not be stored.
+    It is stored as `datasets.Image`, and other programs read it as that. Always pass the mode: a default of this class
+    would not be stored.
     """
 
     def decode_example(self, value, token_per_repo_id=None):
@@ -48,14 +48,14 @@ class PersonImage(datasets.Image):
         plain = datasets.Image(decode=self.decode)
         try:
             return as_rgb(plain.decode_example(value, token_per_repo_id=token_per_repo_id))
-        # decoders raise whatever the parser of their format stumbles over, and never name the file
+        # Decoders raise errors of many classes, and none of them names the file.
         except Exception as error:
             raise ValueError(
                 f"image {value['path'] or 'inside a table'} cannot be read: {reason_of(error)}"
             ) from error
 
     def embed_storage(self, storage, token_per_repo_id=None, **_):
-        """All bytes into the table, from any protocol; of the path only the file's name stays."""
+        """Store all bytes in the table, read with any protocol; of the path only the file name is kept."""
         rows = []
         for row in storage.to_pylist():
             content = row["bytes"] if row["bytes"] is not None else read_bytes(row["path"])
@@ -65,7 +65,7 @@ class PersonImage(datasets.Image):
 
 
 def as_plain_readers_see_it(content):
-    """The bytes, except of 16-bit grey, which becomes the 8-bit image that other readers would not make of it."""
+    """The bytes; 16-bit grey becomes an 8-bit image, because other readers would convert it wrongly."""
     with Image.open(BytesIO(content)) as image:
         if not image.mode.startswith("I"):
             return content
@@ -87,7 +87,7 @@ class LmdbFileSystem(AbstractFileSystem):
     protocol = "lmdb"
 
     def _open(self, path, mode="rb", **_):
-        # fsspec takes the first slash away on some of its ways here
+        # Some fsspec calls remove the first slash.
         database, key = "/" + self._strip_protocol(path).lstrip("/"), ""
         while database and not is_lmdb(database):
             database, _, part = database.rpartition("/")
@@ -100,7 +100,7 @@ class LmdbFileSystem(AbstractFileSystem):
 
 
 fsspec.register_implementation("lmdb", LmdbFileSystem, clobber=True)
-# by name, so that a data loader's freshly started worker, which imports no more than this, can draw too
+# Registered by name, so that a new worker of a data loader, which imports only this module, can draw too.
 fsspec.register_implementation("synthetic", "utils.synthetic.world.SyntheticFileSystem", clobber=True)
 
 
@@ -110,7 +110,7 @@ def is_lmdb(folder):
 
 @functools.lru_cache(maxsize=4)
 def open_lmdb(folder, process):
-    """One handle a process: an lmdb must not be carried over a fork."""
+    """One handle per process: an open lmdb must not be used after a fork."""
     try:
         import lmdb
     except ImportError:
@@ -119,26 +119,26 @@ def open_lmdb(folder, process):
 
 
 def lmdb_names(folder):
-    """Keys that are names of files; what else writers keep in there (a length, a list of keys) has no ending."""
+    """Keys that are file names; other entries that writers add (a length, a list of keys) have no ending."""
     with open_lmdb(os.path.realpath(folder), os.getpid()).begin() as transaction:
         keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
     return [key.decode() for key in keys if b"." in key]
 
 
 def storage_of(dataset, column):
-    """A column as Arrow holds it: nothing decoded, and nothing copied from a set that is mapped from the disk."""
+    """A column in Arrow's storage form: images are not decoded, and data mapped from the disk is not copied."""
     return dataset.select_columns([column]).with_format("arrow")[:][column]
 
 
 def local_files(dataset):
-    """Paths of the images that are files of this machine."""
+    """Paths of the images that are files on this machine."""
     storage = storage_of(dataset, "image")
     names = pc.struct_field(storage, "path").filter(pc.is_null(pc.struct_field(storage, "bytes")))
     return [name for name in names.to_pylist() if name and "://" not in name]
 
 
 def check_files(data, where):
-    """Raise for files that are missing or empty; only their sizes are looked at."""
+    """ValueError for files that are missing or empty; only file sizes are checked."""
     bad, total = [], 0
     for dataset in data.values():
         for path in local_files(dataset):
@@ -170,7 +170,7 @@ def reason_of(error):
 
 
 def damage(content, path, decode):
-    """Why an image cannot be read, or None. A whole header and trailer are believed unless `decode` is set."""
+    """Why an image cannot be read, or None. A complete header and trailer are enough unless `decode` is set."""
     try:
         on_disk = content is None and "://" not in path
         if content is None and not on_disk:
@@ -189,7 +189,7 @@ def damage(content, path, decode):
             file.seek(0)
             with Image.open(file) as image:
                 image.load()
-    # as above
+    # Decoders raise errors of many classes.
     except Exception as error:
         return reason_of(error)
     return None
@@ -216,11 +216,11 @@ def damaged_rows(dataset, decode, pool, bar):
 
 
 def check_images(data, *, skip_unreadable=False, decode=None, workers=None, where="data"):
-    """Find the images that do not decode before training does; returns (data without them, list of them).
+    """Find images that cannot be decoded, before training starts; returns (data without them, list of them).
 
-    They are an error unless `skip_unreadable`, which drops them, logs how many and which, and lists them as (split,
-    path, reason). Headers and trailers are looked at and what is doubtful is decoded; sets below 4096 images are
-    decoded whole, any set with `decode=True`. `data` is a `DatasetDict` or one of its splits.
+    They are an error unless `skip_unreadable` is set: then they are dropped, logged, and listed as (split, path,
+    reason). Headers and trailers are checked, and doubtful images are decoded. All images are decoded in data sets
+    with fewer than 4096 images, or with `decode=True`. `data` is a `DatasetDict` or one of its splits.
     """
     whole = isinstance(data, dict)
     splits = data if whole else {str(data.split or "data"): data}
