@@ -1,4 +1,4 @@
-"""What a Stable Diffusion checkpoint is, read from its configuration before any weights are."""
+"""Properties of a Stable Diffusion checkpoint, read from its configuration before any weights are loaded."""
 
 import inspect
 from pathlib import Path
@@ -29,7 +29,7 @@ MORE_CONDITIONS = (
 
 
 class DiffusionInfo(NamedTuple):
-    """What a training script has to know of a checkpoint before it loads it."""
+    """What a training script must know about a checkpoint before it loads it."""
 
     condition_width: int
     latent_channels: int
@@ -42,7 +42,7 @@ class DiffusionInfo(NamedTuple):
 
 
 def check_diffusion(name_or_path, *, resolution=None, revision=None, token=None):
-    """DiffusionInfo of a diffusers folder or Hub id, from its configuration alone; ValueError where it cannot serve.
+    """DiffusionInfo of a diffusers folder or Hub id, from its configuration only; ValueError if it is not supported.
 
     resolution: (height, width) of the images in pixels, or None.
     """
@@ -109,7 +109,7 @@ def check_unet(name, config, latent_channels):
 
 
 def noise_schedule(config, name):
-    """(prediction type, cumulated products of 1 - beta) of a scheduler's configuration."""
+    """(prediction type, cumulative products of 1 - beta) of a scheduler's configuration."""
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTIONS:
         raise ValueError(
@@ -147,7 +147,7 @@ def check_weight_files(name, part, files):
 
 
 def check_weights(folder, width):
-    """Reads the headers of the U-Net's files only: the shapes in them must be those of the configuration."""
+    """Check that the shapes in the headers of the U-Net's weight files match the configuration."""
     paths = [folder / WEIGHTS]
     if not paths[0].is_file():
         shards = read_json(folder / f"{WEIGHTS}.index.json").get("weight_map", {})
@@ -168,7 +168,7 @@ def check_weights(folder, width):
 
 
 def open_checkpoint(name, revision, token):
-    """(names of all files, their folder) of a checkpoint; the folder is None for one that is on the Hub only."""
+    """(names of all files, folder) of a checkpoint; the folder is None for a checkpoint that is on the Hub only."""
     folder = Path(name)
     if folder.is_file():
         raise ValueError(f"{name!r} is a file; a diffusers folder with unet, vae and scheduler is needed")
@@ -177,7 +177,7 @@ def open_checkpoint(name, revision, token):
             repository = HfApi(token=token).model_info(name, revision=revision)
             return {file.rfilename for file in repository.siblings}, None
         except Exception as error:
-            # The Hub client raises classes of its own, and of the HTTP library under it. Offline, its cache will do.
+            # The Hub's client raises its own error classes and those of its HTTP library. Offline, use its cache.
             try:
                 config = hf_hub_download(name, CONFIGS["unet"], revision=revision, local_files_only=True)
             except Exception:
@@ -200,5 +200,5 @@ def read_config(name, part, revision=None, token=None):
 
 
 def defaults(model_class):
-    """Older configurations leave out what has its usual value."""
+    """The default of each parameter of a model class: older configurations leave out defaults."""
     return {name: value.default for name, value in inspect.signature(model_class.__init__).parameters.items()}

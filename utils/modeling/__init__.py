@@ -1,6 +1,6 @@
-"""The Re-ID model and what it is made of: backbones, heads, norms, memories, losses, its folder on disk.
+"""The Re-ID model and its parts: backbones, heads, norms, memories, losses, its folder on disk.
 
-`ReIDModel` is for others.
+`ReIDModel` is for use in other projects.
 """
 
 from utils import opened_when_used

@@ -1,4 +1,4 @@
-"""BatchNorm with averages and weights of its own for each domain of a batch."""
+"""BatchNorm with separate averages and weights for each domain of a batch."""
 
 import copy
 
@@ -9,7 +9,7 @@ TARGET = 1
 
 
 class DomainNorm(nn.Module):
-    """Copies of a BatchNorm, one a domain."""
+    """Copies of a BatchNorm, one per domain; in eval mode the target's is used."""
 
     def __init__(self, norm, num_domains):
         super().__init__()
@@ -29,7 +29,7 @@ class DomainNorm(nn.Module):
 
 
 def split_norms(model, num_domains):
-    """In place, for every BatchNorm; `num_domains` is a number, or a function of the module's name."""
+    """In place: every BatchNorm becomes a DomainNorm; `num_domains` is a number or a function of the module's name."""
     for name, owner, attribute, norm in list(places(model, nn.modules.batchnorm._BatchNorm)):
         count = num_domains(name) if callable(num_domains) else num_domains
         setattr(owner, attribute, DomainNorm(norm, count))
@@ -42,7 +42,7 @@ def join_norms(model):
 
 
 def places(model, kind):
-    """(name, owner, attribute, module) of the modules of a kind, not looking into those."""
+    """(name, owner, attribute, module) of all modules of a kind that are not inside a DomainNorm."""
     for name, owner in model.named_modules():
         if isinstance(owner, DomainNorm):
             continue

@@ -1,4 +1,4 @@
-"""A Re-ID model in ONNX, checked against torch."""
+"""Export of a Re-ID model to ONNX, checked against torch."""
 
 import torch
 
@@ -6,9 +6,9 @@ from utils.files import to_json, write_together
 
 
 def export_onnx(model, path):
-    """Write the model, with a free batch size, and compare what onnxruntime makes of it with torch's features.
+    """Write the model, with any batch size, and compare onnxruntime's features with torch's.
 
-    Returns a line that says how far they agree; ValueError where they do not.
+    Returns a line with the largest difference; ValueError if it is too large.
     """
     try:
         import onnxruntime
@@ -18,7 +18,7 @@ def export_onnx(model, path):
     device, attention = next(model.parameters()).device, model.backbone.config._attn_implementation
     images = torch.randn(3, 3, *model.image_size, generator=torch.Generator().manual_seed(0))
     settings = {"image_size": model.image_size, "mean": model.image_mean, "std": model.image_std}
-    # Torch's exporter stumbles over the fused attention of windows.
+    # Torch's exporter fails on the fused attention of Swin's windows.
     model.cpu().backbone.set_attention("eager")
     with write_together(path.parent) as part:
         try:

@@ -1,4 +1,4 @@
-"""Memories of features: a row an identity, a cluster or an image; unit length, float32, no gradient."""
+"""Memories of features: one row per identity, cluster or image; unit length, float32, no gradient."""
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +13,14 @@ def class_means(features, labels, num_ids):
 
 
 class PrototypeMemory(nn.Module):
-    """One unit-length prototype an identity, compared with features by cosine and moved by the batch's hardest ones.
+    """One unit-length prototype per identity, compared with features by cosine and updated with the hardest ones.
 
     loss = memory(features, labels)       # raw BNNeck features (B, D), labels 0..N-1; gradient to the features only
     memory.update(features, labels)       # after the backward pass
 
-    The loss is the cross-entropy of `u M^T / temperature` with u the unit-length features. The update takes, of each
-    identity in the batch, the sample least like its prototype m: `m <- momentum m + (1 - momentum) u`, unit length.
-    With several processes, give every one of them the whole batch: the prototypes then stay equal.
+    The loss is the cross-entropy of `u M^T / temperature` with u the unit-length features. For each identity in the
+    batch, the update takes the sample least similar to its prototype m: `m <- momentum m + (1 - momentum) u`, unit
+    length. With several processes, give the whole batch to each of them: the prototypes then stay equal.
     """
 
     def __init__(self, prototypes, temperature=0.01, momentum=0.2):
@@ -37,7 +37,7 @@ class PrototypeMemory(nn.Module):
     def similarities(self, features):
         """Cosine of each feature with each prototype: (B, N) float32."""
         with torch.autocast(features.device.type, enabled=False):
-            # The update writes into the prototypes, also while a graph still needs the old ones.
+            # A copy: `update` changes the prototypes while a graph may still need the old ones.
             return F.normalize(features.float(), dim=1) @ self.prototypes.clone().t()
 
     def forward(self, features, labels):
@@ -48,11 +48,11 @@ class PrototypeMemory(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             unit = F.normalize(features.float(), dim=1)
             old = self.prototypes[labels]
-            # [B, B]: for each sample, the similarities of those of its identity, and the first lowest of them.
+            # [B, B]: for each sample, the similarities of all samples of its identity; the first lowest is hardest.
             similarities = (unit * old).sum(1).expand(len(labels), -1)
             similarities = similarities.masked_fill(labels[:, None] != labels[None, :], torch.inf)
             hardest = unit[similarities.argmin(1)]
-            # Samples of one identity all write the same row.
+            # All samples of one identity write the same row.
             self.prototypes[labels] = F.normalize(torch.lerp(hardest, old, self.momentum), dim=1)
 
     def _apply(self, fn, recurse=True):
@@ -65,7 +65,7 @@ class PrototypeMemory(nn.Module):
 
     @torch.no_grad()
     def rebuild(self, features, labels):
-        """Every prototype anew: the mean direction of its identity's features."""
+        """Replace every prototype by the mean direction of its identity's features."""
         self.prototypes.copy_(class_means(features, labels, len(self.prototypes)))
 
 

@@ -1,4 +1,4 @@
-"""The Re-ID model: backbone, BNNeck, classifier; how it is saved, loaded and shared.
+"""The Re-ID model: backbone, BNNeck, classifier; how to save, load and share it.
 
 model = ReIDModel.from_backbone("openai/clip-vit-base-patch16", num_ids=751)
 features, bn_features, logits = model.train()(images)
@@ -29,7 +29,7 @@ BATCH_INSTANCE = "batch-instance"
 
 
 class ReIDOutput(NamedTuple):
-    """What training sees: features before BatchNorm (B, D), after it (B, D), and logits (B, num_ids) or None."""
+    """The output in training: features before BatchNorm (B, D), after it (B, D), and logits (B, num_ids) or None."""
 
     features: torch.Tensor
     bn_features: torch.Tensor
@@ -39,9 +39,9 @@ class ReIDOutput(NamedTuple):
 class ReIDModel(nn.Module):
     """`model(images)`: a ReIDOutput in training mode, unit-length test features (B, D) float32 in eval mode.
 
-    `method` is what follows the backbone: `bot`, BNNeck and a classifier, or a head of `utils.modeling.heads`; then
-    training gives a HeadOutput. `image_size` (height, width), `image_mean`, `image_std` and `resample` say how its
-    images are to be prepared.
+    `method` sets what follows the backbone: BNNeck and a classifier for `bot`, else a head of `utils.modeling.heads`,
+    which returns a HeadOutput in training. Prepare images according to `image_size` (height, width), `image_mean`,
+    `image_std` and `resample`.
     """
 
     def __init__(self, backbone, num_ids=0, *, image_mean=None, image_std=None, resample="bilinear", method="bot"):
@@ -59,7 +59,7 @@ class ReIDModel(nn.Module):
             raise ValueError(f"resample must be one of {', '.join(RESAMPLE)}, got {resample!r}")
         self.resample = resample
         self.method = method
-        # The other heads are loaded when a method asks for them.
+        # Other heads are imported only for methods that need them.
         self.head = None if method == "bot" else modeling.build_head(method, backbone)
         self.num_features = backbone.num_features if self.head is None else self.head.num_features
         self.bnneck = BNNeck(self.num_features) if self.head is None else None
@@ -88,18 +88,18 @@ class ReIDModel(nn.Module):
         return F.normalize(features.float(), dim=1)
 
     def pool(self, images, rng=None):
-        """Features of each image by itself: (B, C), or (B, groups, C) of a head. `rng` is for what a head draws."""
+        """Features of each image, without batch statistics: (B, C), or (B, groups, C) for a head, which may use `rng`."""
         return self.backbone(images) if self.head is None else self.head.pool(self.backbone, images, rng)
 
     def outputs(self, pooled):
-        """What losses of any method look at: `pool`'s features of the whole batch -> HeadOutput."""
+        """The inputs of the losses of any method: `pool`'s features of the whole batch -> HeadOutput."""
         if self.head is not None:
             return self.head(pooled)
         bn_features, logits = self.neck(pooled)
         return HeadOutput([pooled], [] if logits is None else [logits], bn_features)
 
     def neck(self, features):
-        """Features after BatchNorm, and logits. Apart, so that several processes can gather `features` before it."""
+        """Features after BatchNorm, and logits. Several processes can gather `features` before they call this."""
         if self.head is not None:
             raise ValueError(f"a model of method {self.method} has a head instead of a BNNeck; train it with its own")
         bn_features = self.bnneck(features)
@@ -135,7 +135,7 @@ class ReIDModel(nn.Module):
 
     @classmethod
     def for_training(cls, name_or_path, *, num_ids, image_size, resample="bilinear", method="bot"):
-        """With a new classifier, from a plain backbone, a saved Re-ID model, or a checkpoint of DCAC's authors."""
+        """A model with a new classifier, from a plain backbone, a saved Re-ID model, or DCAC's authors' checkpoint."""
         kind = model_kind(name_or_path)
         if kind == "backbone":
             return cls.from_backbone(
@@ -235,7 +235,7 @@ class ReIDModel(nn.Module):
         }
 
     def preprocessing(self):
-        """In the words of transformers' image processors, so that AutoImageProcessor reads it too."""
+        """The configuration of a transformers image processor, so that AutoImageProcessor can read it."""
         return {
             "image_processor_type": "ViTImageProcessor",
             "do_resize": True,
@@ -256,7 +256,7 @@ class HeadOutput(NamedTuple):
 
 
 class BNNeck(nn.BatchNorm1d):
-    """BatchNorm with its bias frozen at 0. Always computes, and keeps its weights, in at least float32."""
+    """BatchNorm with its bias frozen at 0. Computes in at least float32 and keeps its weights in it."""
 
     def __init__(self, num_features):
         super().__init__(num_features)

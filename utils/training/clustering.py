@@ -25,7 +25,7 @@ SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 class Clusters:
     """Labels 0..num_clusters-1 in the order of their first cores, -1 for noise.
 
-    `reach` (N,) is the distance within which a row has `min_samples` rows, itself included: for any larger eps, the row
+    `reach` (N,) is the distance within which a row has `min_samples` rows, itself included: from this eps on, the row
     is a core of a cluster.
     """
 

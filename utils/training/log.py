@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 
-# Scripts find these here, beside what they train with.
-
 
 class StepLog:
     """`log.jsonl`: one line per step, written in whole lines, and equal for two equal runs.

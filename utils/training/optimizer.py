@@ -29,7 +29,7 @@ def build_optimizer(
 
 
 def warmup_multistep(epoch, warmup_epochs, warmup_factor, milestones, gamma):
-    """Factor on the learning rate in an epoch (from 1): a linear warm-up from `warmup_factor` at epoch 0, then steps."""
+    """Factor on the learning rate in an epoch (from 1): linear from `warmup_factor` at epoch 0, then steps down."""
     if epoch < warmup_epochs:
         return warmup_factor + (1 - warmup_factor) * epoch / warmup_epochs
     return gamma ** sum(epoch >= milestone for milestone in milestones)

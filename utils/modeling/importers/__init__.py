@@ -1,4 +1,4 @@
-"""Weights of other projects, in the names of our model. Nothing is unpickled but tensors."""
+"""Weights of other projects, renamed for our model. Only tensors are unpickled."""
 
 from utils import opened_when_used
 
