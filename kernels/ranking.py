@@ -1,6 +1,6 @@
-"""mAP, CMC and mINP of a ranked gallery, exact, without sorting it.
+"""mAP, CMC and mINP of a ranked gallery, exact, without sorting the gallery.
 
-For a query with P matches left, r_i the 1-based rank of the i-th of them among the kept gallery items:
+For a query with P kept matches, where r_i is the 1-based rank of the i-th match among the kept gallery items:
 
     AP = 1/P sum_i i / r_i        CMC(k) = [r_1 <= k]        INP = P / r_P
 
@@ -22,9 +22,9 @@ NO_MATCH_PID = -1
 
 @dataclass(frozen=True)
 class RankMetrics:
-    """Means over the queries that have a match left, and the values of each query (CPU, float64).
+    """Means over the queries that have a kept match, and the values of each query (CPU, float64).
 
-    `ap`, `inp` are NaN and `first_match`, the 1-based rank of the first match, is -1 where none is left.
+    For queries without one, `ap` and `inp` are NaN and `first_match`, the 1-based rank of the first match, is -1.
     """
 
     mAP: float
@@ -78,7 +78,7 @@ def rank_metrics(
 
 
 def rank_metrics_reference(scores, query_pids, gallery_pids, query_cams, gallery_cams, protocol="market"):
-    """The definition for a dense (Q, G) score matrix, a query at a time: a list of the match ranks of each query."""
+    """The definition for a dense (Q, G) score matrix, query by query: a list of the match ranks of each query."""
     ranks = []
     for row, pid, cam in zip(scores, query_pids.tolist(), query_cams.tolist(), strict=True):
         same_identity = (gallery_pids == pid) & (gallery_pids != NO_MATCH_PID)
@@ -113,19 +113,19 @@ class Labels:
         self.counts_cpu = self.counts.cpu()
 
     def pairs(self, begin, end):
-        """Rows (from `begin` on), gallery columns (ascending in a row) and whether each same-identity pair stays."""
+        """The same-identity pairs: rows (counted from `begin`), columns (ascending in a row), whether each is kept."""
         rows, places = expand_ranges(self.starts[begin:end], self.counts[begin:end])
         columns = self.order[places]
         return rows, columns, self.keeps(rows + begin, columns)
 
     def keeps(self, rows, columns):
-        """Whether each same-identity pair (query, gallery item) stays under the protocol."""
+        """Whether the protocol keeps each same-identity pair (query, gallery item)."""
         if self.protocol == "all":
             return torch.ones_like(rows, dtype=torch.bool)
         return self.query_cams[rows] != self.gallery_cams[columns]
 
     def no_valid_query(self):
-        """The error for sets in which no query has a match left."""
+        """The error for data sets in which no query has a kept match."""
 
         def some(values):
             if values is None:
@@ -163,7 +163,7 @@ def metrics_of_strips(strips, labels, max_rank, path, seed=0):
 
 
 class Tally:
-    """AP, INP and first rank of each query, filled some queries at a time."""
+    """AP, INP and first rank of each query; `add` fills in some queries at a time."""
 
     def __init__(self, labels):
         self.labels = labels
@@ -207,7 +207,7 @@ class Tally:
 
 
 def first_rank_curve(first, max_rank):
-    """How many of the first-match ranks are at most 1, 2, ... max_rank."""
+    """The number of first-match ranks that are at most 1, 2, ... max_rank."""
     return torch.bincount(first.clamp(max=max_rank + 1), minlength=max_rank + 2)[1 : max_rank + 1].cumsum(0).double()
 
 

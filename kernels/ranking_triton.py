@@ -1,7 +1,7 @@
-"""Fused cosine similarity and rank counting: no similarity leaves the chip.
+"""Fused cosine similarity and rank counting: similarities are not written to memory.
 
-The gallery is sorted by identity, so the matches of a block of queries, sorted likewise, lie in a few tiles. One
-kernel takes their scores from these tiles, another counts in all tiles what is before each match.
+Queries and gallery are sorted by identity, so the matches of a block of queries are in a few tiles. One kernel reads
+their scores from these tiles, another counts the items before each match in all tiles.
 """
 
 import torch
@@ -23,13 +23,13 @@ def match_scores_kernel(
     valid = rows < num_rows
     start = tl.load(starts + rows, mask=valid, other=0).to(tl.int32)
     count = tl.load(counts + rows, mask=valid, other=0).to(tl.int32)
-    # The slots of a block lie together: offsets from its first fit 32 bits, and half the registers.
+    # The slots of a block are adjacent: offsets from the first slot fit 32 bits and need half the registers.
     slot = tl.load(slots + rows, mask=valid, other=9223372036854775807)
     base = tl.min(slot, axis=0)
     shift = tl.where(valid, slot - base, 0).to(tl.int32)
     first = tl.min(tl.where(count > 0, start, num_columns), axis=0)
     last = tl.max(tl.where(count > 0, start + count, 0), axis=0)
-    # From a tile's border on, as in the counting kernel.
+    # Start at a tile's border, as in the counting kernel.
     for left in range(first // BLOCK_N * BLOCK_N, last, BLOCK_N):
         columns = left + tl.arange(0, BLOCK_N)
         overlap = tl.minimum(start + count, left + BLOCK_N) - tl.maximum(start, left)
@@ -49,7 +49,7 @@ def count_kernel(
     counts_out, num_rows, num_columns, depth, per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to each match the number of items of other identities before it."""
+    """Add the number of items of other identities before each match to its count."""
     row_block, split = tl.program_id(0), tl.program_id(1)
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < num_rows
@@ -70,7 +70,7 @@ def count_kernel(
         # Matches and dropped items have the query's identity: their order among themselves needs no product.
         is_other = inside[None, :] & (query_pid[:, None] != gallery_pid[None, :])
         tile = tl.where(is_other, tile, float("-inf"))
-        # From the worst match up, until nothing in the tile comes before any row's match.
+        # From the worst match to better ones, until no item of the tile is before any row's match.
         step = longest * 0
         searching = longest > 0
         while searching:

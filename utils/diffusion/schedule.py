@@ -60,7 +60,7 @@ class NoiseSchedule(nn.Module):
 
 
 def noise_loss(unet, schedule, latents, noise, timesteps, condition):
-    """Mean squared error of the U-Net's prediction in float32; the condition (B, T, W) has a gradient in every mode."""
+    """Mean squared error of the U-Net's prediction in float32; condition (B, T, W) has a gradient in every mode."""
     noised = schedule.add_noise(latents.float(), noise.float(), timesteps)
     # The first parameter belongs to the convolution that takes the latents.
     dtype = next(unet.parameters()).dtype

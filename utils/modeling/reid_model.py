@@ -88,7 +88,7 @@ class ReIDModel(nn.Module):
         return F.normalize(features.float(), dim=1)
 
     def pool(self, images, rng=None):
-        """Features of each image, without batch statistics: (B, C), or (B, groups, C) for a head, which may use `rng`."""
+        """Features of each image by itself: (B, C), or (B, groups, C) for a head, which may draw from `rng`."""
         return self.backbone(images) if self.head is None else self.head.pool(self.backbone, images, rng)
 
     def outputs(self, pooled):

@@ -1,6 +1,6 @@
 """The built-in world: drawn pedestrians in drawn places. `python -m utils.synthetic` draws a sheet of them.
 
-`rows` lists the images of a domain, `render` one picture, `attributes` and `describe` the truth about it.
+`rows` lists the images of a domain, `render` draws one, `attributes` and `describe` give its true attributes.
 """
 
 from utils import opened_when_used

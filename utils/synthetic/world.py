@@ -1,11 +1,12 @@
-"""The built-in world: pedestrians drawn by code, so that everything runs anywhere and nobody's privacy is in it.
+"""The built-in world: pedestrians drawn by code, so that everything runs without downloads or real people's images.
 
     python -m utils.synthetic --domain a --num_ids 8 --out sheet.png
 
-A domain is a set of cameras with a place, a light and a palette of clothes; an identity is body, skin, hair, garments,
-shoes, bag and hat. (domain, seed, pid, camid, index) decides every pixel, on every machine with the same Pillow:
-another version moves a few edges by a shade. The true attributes are there as words, so captions and filters can be
-checked against truth. Domains a to e are for training and testing, f to h only for pre-training the stand-in models.
+A domain is a set of cameras with a place, a light and a palette of clothes. An identity has a body, skin, hair,
+clothes, shoes, bag and hat. (domain, seed, pid, camid, index) determines every pixel on every machine with the same
+version of Pillow; another version changes a few edges slightly. The true attributes are available as words, so
+captions and filters can be checked against them. Domains a to e are for training and testing, f to h only for
+pre-training the stand-in models.
 """
 
 import functools
@@ -24,7 +25,7 @@ SIZE = (128, 64)
 PROTOCOL = "synthetic"
 NAME = re.compile(r"synthetic-([a-z])/s(\d+)/(\d{4,})_c(\d+)_(\d{4,})\.png")
 MIN_IMAGES_PER_ID = 3
-# Words of every attribute; captions and the tokenizer of the stand-ins are made from these.
+# The words of every attribute; captions and the stand-ins' tokenizer are made from them.
 UPPER_KINDS = ("t-shirt", "shirt", "jacket", "coat", "hoodie")
 PATTERNS = ("plain", "striped", "checked", "dotted", "printed")
 LOWER_KINDS = ("trousers", "shorts", "skirt")
@@ -39,14 +40,14 @@ def weighted_choice(rng, weights):
 
 
 def tint(rng, colour):
-    """The same word covers many cloths: one shade of the colour."""
+    """A random shade of the colour: one word stands for many shades."""
     level = rng.uniform(0.86, 1.12)
     return tuple(max(0, min(255, round(channel * level + rng.uniform(-12, 12)))) for channel in colour)
 
 
 @functools.lru_cache(maxsize=4096)
 def appearance(domain, pid, seed=0):
-    """Everything that stays the same about one identity: words, colours and proportions."""
+    """The constant properties of one identity: words, colours and proportions."""
     spec = DOMAINS[domain]
     rng = random.Random(f"person/{domain}/{seed}/{pid}")
     person = {
@@ -83,7 +84,7 @@ def appearance(domain, pid, seed=0):
 
 
 def attributes(domain, pid, seed=0):
-    """The truth about one identity, as words."""
+    """The true attributes of one identity, as words."""
     person = appearance(domain, pid, seed)
     pattern = "" if person["pattern"] == "plain" else f"{person['pattern']} "
     return {
@@ -104,7 +105,7 @@ def attributes(domain, pid, seed=0):
 
 
 def caption(words, noun="person"):
-    """One sentence in a fixed order from `attributes` (and a place, an action or a view where given)."""
+    """One sentence in a fixed order from `attributes` (and from a place, an action or a view if there is one)."""
     parts = [f"wearing a {words['upper']}, {words['lower']} and {words['shoes']}", f"with {words['hair']}"]
     if words["carried"] != "nothing":
         parts.append(f"carrying a {words['carried']}")
@@ -115,7 +116,7 @@ def caption(words, noun="person"):
 
 
 def pose_of(domain, pid, camid, index, seed=0):
-    """What differs from picture to picture, and the generator that continues to draw it."""
+    """(the properties that differ between pictures, the generator for the rest of the picture)."""
     lens = DOMAINS[domain]["cameras"][camid]
     rng = random.Random(f"image/{domain}/{seed}/{pid}/{camid}/{index}")
     walking = rng.random() < 0.75
@@ -135,7 +136,7 @@ def pose_of(domain, pid, camid, index, seed=0):
 
 
 def describe(domain, pid, camid, index, seed=0):
-    """`attributes` and what is true of one picture only: action, view, place and scene."""
+    """`attributes`, and the properties of one picture: action, view, place and scene."""
     pose, _ = pose_of(domain, pid, camid, index, seed)
     view = {"front": "seen from the front", "back": "seen from behind"}.get(pose["view"], "seen from the side")
     action = "walking" if pose["walking"] else "standing"
@@ -151,14 +152,14 @@ def render(domain, pid, camid, index, seed=0):
 
 
 def camera_of(domain, pid, index, seed=0):
-    """The camera of an identity's picture: two in one camera, then on to the next, starting anywhere."""
+    """The camera of an identity's picture: two pictures in each camera in turn, from a random first camera."""
     count = len(DOMAINS[domain]["cameras"])
     start = random.Random(f"route/{domain}/{seed}/{pid}").randrange(count)
     return (start + index // 2) % count
 
 
 def file_name(domain, pid, camid, index, seed=0):
-    """Depends on nothing but its arguments; cameras count from 1 in file names, as in the benchmarks."""
+    """The file name of a picture; cameras count from 1 in file names, as in the benchmarks."""
     return f"synthetic-{domain}/s{seed}/{pid:04d}_c{camid + 1}_{index:04d}.png"
 
 
@@ -186,7 +187,7 @@ class SyntheticFileSystem(AbstractFileSystem):
         if mode != "rb":
             raise ValueError(f"the synthetic world can only be read, got mode {mode!r}")
         buffer = io.BytesIO()
-        # Stored, not deflated: that would take as long as the drawing.
+        # Not compressed: compression would take as long as drawing.
         render(**parse_name(self._strip_protocol(path))).save(buffer, "PNG", compress_level=0)
         buffer.seek(0)
         return buffer
@@ -214,8 +215,8 @@ def check_request(domain, num_ids, images_per_id, seed):
 def rows(domain="a", num_ids=32, images_per_id=8, seed=0):
     """{split: [(path, pid, camid)]}: `num_ids` identities for training and as many others for testing.
 
-    Larger numbers only add rows. Even identities train, odd ones test. An identity's first picture in a camera is a
-    query, the rest are gallery.
+    With larger numbers, rows are only added. Even identities train, odd ones test. An identity's first picture in a
+    camera is a query, its other pictures are in the gallery.
     """
     check_request(domain, num_ids, images_per_id, seed)
     splits = {"train": [], "query": [], "gallery": []}
