@@ -28,7 +28,7 @@ GATHER_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class SparseRows:
-    """Rows of a sparse matrix: row i has columns[offsets[i]:offsets[i + 1]], ascending, and the same part of values."""
+    """Rows of a sparse matrix: row i has columns[offsets[i]:offsets[i + 1]], ascending, and that part of values."""
 
     offsets: torch.Tensor
     columns: torch.Tensor

@@ -107,7 +107,7 @@ class ReRanking:
             strip.mul_(scale).sub_(scale + (1 - self.lambda_value))
 
     def _add_overlaps(self, strip, start, shared, mask):
-        """In place: add (1 - lambda) t / (2 - t) where rows and gallery share a neighbour; `shared` is set back to 0."""
+        """In place: add (1 - lambda) t / (2 - t) where rows and gallery share a neighbour; `shared` is reset to 0."""
         stop = start + strip.shape[0]
         rows, columns, _ = self._vectors.entries(start, stop)
         costs = torch.zeros(strip.shape[0], dtype=torch.int64, device=strip.device)

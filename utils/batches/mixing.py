@@ -12,7 +12,7 @@ from typing import NamedTuple
 class Mix(NamedTuple):
     """How the images of a step are mixed: not at all (share 1), a blend, or a pasted `box` (top, bottom, left, right).
 
-    `share` is the part of an image that stays its own, and the weight of its own label.
+    `share` is the part of an image that stays unchanged, and the weight of its own label.
     """
 
     share: float = 1.0

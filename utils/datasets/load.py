@@ -302,16 +302,16 @@ def open_source(specs, root=None, *, single_image_ids="error", skip_unreadable=F
     if not skip_unreadable:
         train, _ = check_images(train, where=name)
     labels = torch.from_numpy(labels_of(train))
-    alone = labels.bincount()[labels] == 1
-    if alone.any() and single_image_ids != "repeat":
+    is_single = labels.bincount()[labels] == 1
+    if is_single.any() and single_image_ids != "repeat":
         if single_image_ids == "error":
-            paths = [train["path"][row] for row in alone.nonzero().flatten()[:3].tolist()]
-            more = ", ..." if alone.sum() > 3 else ""
+            paths = [train["path"][row] for row in is_single.nonzero().flatten()[:3].tolist()]
+            more = ", ..." if is_single.sum() > 3 else ""
             raise ValueError(
-                f"{name}: {int(alone.sum())} identities have one image only ({', '.join(paths)}{more}); give more, or "
+                f"{name}: {int(is_single.sum())} identities have one image only ({', '.join(paths)}{more}); give more, or "
                 "choose --single_image_ids repeat or drop"
             )
-        train = train.select((~alone).nonzero().flatten().tolist())
+        train = train.select((~is_single).nonzero().flatten().tolist())
         labels = torch.from_numpy(labels_of(train))
     return train, labels, data
 

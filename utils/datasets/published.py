@@ -145,7 +145,7 @@ def label_cuhk03(match):
 
 
 def cuhk02(root, *, all_for_training=False):
-    """Pairs 1 to 4 train, pair 5 tests, camera 1 against 2; pid is 10000 x pair + number, as each pair counts anew."""
+    """Pairs 1 to 4 train, pair 5 tests, camera 1 against 2; pid is 10000 x pair + number (each pair counts from 1)."""
     views = {}
     for pair in range(1, 6):
         for camera in (1, 2):

@@ -123,8 +123,8 @@ def prid(root, *, split=0, split_file=None, all_for_training=False):
     if all_for_training:
         return {"train": first + second}
     first_pids = {row.pid for row in first}
-    alone = [row for row in second if row.pid not in first_pids]
-    return two_views("prid", first, second, split, split_file, PRID, alone)
+    only_second = [row for row in second if row.pid not in first_pids]
+    return two_views("prid", first, second, split, split_file, PRID, only_second)
 
 
 def ilids(root, *, split=0, split_file=None, all_for_training=False):

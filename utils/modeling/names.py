@@ -1,4 +1,4 @@
-"""Backbones by a short name, beside folders and Hub ids: with published weights, or from their configuration alone."""
+"""Backbones by short name, folder or Hub id: with published weights, or from their configuration only."""
 
 from typing import NamedTuple
 
@@ -54,7 +54,7 @@ def configuration(name):
 
 
 def check_backbone(name, from_scratch):
-    """ValueError for what `open_backbone` cannot open, from names and configurations alone."""
+    """ValueError if `open_backbone` cannot open `name`, from names and configurations only."""
     if name in NAMED:
         if not from_scratch and NAMED[name].hub_id is None:
             raise ValueError(f"--backbone {name} has no published weights; add --from_scratch")
@@ -87,9 +87,9 @@ def not_plain(config):
 
 
 def open_backbone(name, image_size, from_scratch=False):
-    """The backbone of a short name, a folder or a Hub id; of a saved Re-ID model, its backbone.
+    """The backbone of a short name, a folder or a Hub id; for a saved Re-ID model, the model's backbone.
 
-    `from_scratch` takes the configuration only, and draws the weights from torch's generator.
+    `from_scratch` uses the configuration only, and draws the weights with torch's generator.
     """
     check_backbone(name, from_scratch)
     if from_scratch:

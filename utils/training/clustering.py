@@ -109,11 +109,11 @@ def check_clusters(clusters, *, where="the images", least=2):
 
 def agreement(labels, truth):
     """ARI and NMI of labels with the true labels, both (N,); every image of the noise counts as its own cluster."""
-    alone = singled_out(torch.as_tensor(labels)).numpy()
+    single_labels = singled_out(torch.as_tensor(labels)).numpy()
     truth = np.asarray(truth)
     return {
-        "ari": float(adjusted_rand_score(truth, alone)),
-        "nmi": float(normalized_mutual_info_score(truth, alone)),
+        "ari": float(adjusted_rand_score(truth, single_labels)),
+        "nmi": float(normalized_mutual_info_score(truth, single_labels)),
     }
 
 
