@@ -61,7 +61,7 @@ def save(data, folder):
 def push(data, name, private=True):
     """Push a portable copy, images inside, to the Hub."""
     try:
-        # First, so that a missing token or network raises before all images are read.
+        # Called first, so that a missing token or network raises before all images are read.
         HfApi().create_repo(name, repo_type="dataset", private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             embedded(data, Path(folder) / "read").push_to_hub(name, private=private)
