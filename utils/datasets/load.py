@@ -308,8 +308,8 @@ def open_source(specs, root=None, *, single_image_ids="error", skip_unreadable=F
             paths = [train["path"][row] for row in is_single.nonzero().flatten()[:3].tolist()]
             more = ", ..." if is_single.sum() > 3 else ""
             raise ValueError(
-                f"{name}: {int(is_single.sum())} identities have one image only ({', '.join(paths)}{more}); give more, "
-                "or choose --single_image_ids repeat or drop"
+                f"{name}: {int(is_single.sum())} identities have one image only ({', '.join(paths)}{more}); give "
+                "more, or choose --single_image_ids repeat or drop"
             )
         train = train.select((~is_single).nonzero().flatten().tolist())
         labels = torch.from_numpy(labels_of(train))
