@@ -224,8 +224,8 @@ def check_args(parser, args):
             parser.error(f"--{name} is of re-ranking, without --rerank; for the clustering give --cluster_{name}")
     gap = args.eps_gap if args.method == "spcl" else 0
     if not 0 < args.eps - gap <= args.eps + gap < 1:
-        told = f" with --eps_gap {args.eps_gap}" if gap else ""
-        parser.error(f"--eps {args.eps}{told} must be above 0 and below 1, the largest Jaccard distance")
+        listed = f" with --eps_gap {args.eps_gap}" if gap else ""
+        parser.error(f"--eps {args.eps}{listed} must be above 0 and below 1, the largest Jaccard distance")
     if args.images_per_id < 2:
         parser.error(f"--images_per_id must be 2 or more, got {args.images_per_id}")
     flags.check_reid_training(parser, args)

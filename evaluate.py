@@ -21,3 +21,476 @@
 #     "triton>=3.6.0",
 # ]
 # ///
+"""Evaluate a Re-ID model: features, ranking, re-ranking, thresholds, search in your own images, and a report.
+
+    python evaluate.py --model output/model --data market1501 --data_root ~/reid --rerank --output_dir output/market
+    python evaluate.py --model output/model --query_dir lost --gallery_dir cameras --output_dir output/search
+
+Without arguments it is a demo: the shipped stand-in CLIP on people drawn by code. Features are kept in the output
+folder: the same command with `--rerank` or another `--protocol` extracts nothing again, and `--features FILE` ranks
+anyone's features.
+"""
+
+from pathlib import Path
+
+from utils import flags
+from utils.flags import CLIP_DIR, at_least
+
+DEMO_MODEL = Path(CLIP_DIR)
+DEMO_DATA = "synthetic:domain=b,num_ids=16"
+DEMO_RESOLUTION = (128, 64)
+DEMO = (
+    "Demo: the shipped stand-in CLIP, without training, on drawn people. "
+    "For your own: --model DIR --data SPEC --data_root DIR, or --query_dir DIR --gallery_dir DIR"
+)
+# Those of utils.evaluation.metrics.
+PROTOCOLS = ("market", "cuhk03", "all")
+FEATURES = "features.safetensors"
+
+
+def build_parser():
+    parser = flags.Parser(__doc__)
+    group = parser.group("model")
+    group.add(
+        "--model",
+        help="a ReIDModel folder or Hub id, a plain backbone (CLIP, ResNet, Swin) for zero-shot features, or a file "
+        "released by DCAC's authors (.pth); default: the shipped stand-in CLIP",
+    )
+    group.size(
+        "--resolution",
+        help="input of a backbone or .pth file in pixels; default 256 128 (a ReIDModel folder knows its own)",
+    )
+    group.add(
+        "--export",
+        nargs=2,
+        metavar=("FORMAT", "FILE"),
+        help="`onnx FILE`: write the model with a free batch size and check it against torch's features; with --model "
+        "and no data nothing else is done",
+    )
+
+    group = parser.group("data")
+    group.add("--data", metavar="SPEC", help=f"data set, such as market1501 or viper:split=3; default: {DEMO_DATA}")
+    group.add("--data_root", help="folder that holds the benchmarks; default: where --data itself points")
+    group.add(
+        "--splits",
+        type=at_least(1),
+        help="average over splits 0..N-1 of a small set (viper, grid, prid, ilids): mean and deviation",
+    )
+    group.add("--query_dir", help="search: folder of the images to look for, or one image; needs --gallery_dir")
+    group.add(
+        "--gallery_dir",
+        help="search: folder of the images to look in; labels are read from names like 0001_c2_x.jpg or folders",
+    )
+    group.add(
+        "--features",
+        metavar="FILE",
+        help="rank these features instead of extracting: safetensors or npz with qf, gf, q_pid, g_pid, q_cam, g_cam; "
+        "with --data the report shows that set's images",
+    )
+    group.switch("--skip_unreadable", "leave out images that do not decode, and list them")
+
+    group = parser.group("ranking")
+    group.add(
+        "--protocol",
+        choices=PROTOCOLS,
+        help="market drops gallery images of the query's identity and camera, cuhk03 also draws one image of each "
+        "identity for the CMC, all drops nothing; default market, or all where there are no cameras",
+    )
+    group.add(
+        "--topk",
+        type=at_least(1),
+        help="images per query in rankings.csv; default 50, or the whole gallery if it is smaller",
+    )
+    flags.add_reranking(group)
+    group.add(
+        "--rerank_compat",
+        choices=["torchreid"],
+        idle=(lambda args: not args.rerank, "no --rerank"),
+        help="re-ranking: torchreid's distance to the fourth power, to compare with published numbers",
+    )
+    group.add("--backend", choices=["auto", "torch", "triton"], default="auto", help="implementation of the kernels")
+
+    group = parser.group("running")
+    group.add("--eval_batch_size", "--batch_size", type=at_least(1), default=64, help="images of each process")
+    flags.add_workers(group)
+    group.add("--mixed_precision", choices=flags.PRECISIONS, help="of extraction; default: accelerate's setting")
+    group.add("--seed", type=flags.seed, default=0, help="of the random queries in the report")
+
+    group = parser.group("output")
+    group.add("--output_dir", default="output/evaluate", help="folder of the results")
+    group.add(
+        "--report_queries",
+        type=at_least(0),
+        default=4,
+        help="queries of each kind (best, worst, random) in the report, 0 for none",
+    )
+    return parser
+
+
+def parse_args(input_args=None):
+    parser = build_parser()
+    args = parser.parse(input_args)
+    check_args(parser, args)
+    args.demo = not (args.model or args.data or args.query_dir or args.features)
+    args.export_only = bool(args.export and not (args.data or args.query_dir))
+    if args.model is None and not args.features:
+        args.model, args.resolution = str(DEMO_MODEL), args.resolution or DEMO_RESOLUTION
+    if args.data is None and not (args.query_dir or args.features):
+        args.data = DEMO_DATA
+    args.notes = parser.notes(args)
+    return args
+
+
+def check_args(parser, args):
+    """What the arguments alone show to be wrong."""
+    if bool(args.query_dir) != bool(args.gallery_dir):
+        parser.error("--query_dir and --gallery_dir belong together: what to look for, and where")
+    if args.query_dir and (args.data or args.features):
+        parser.error("--query_dir is a search of its own; leave out --data and --features")
+    if args.features and (args.model or args.export or args.splits):
+        parser.error("--features needs no model, export or splits; leave out --model, --export and --splits")
+    if args.splits and args.query_dir:
+        parser.error(f"--splits {args.splits} are those of --data; leave it out with --query_dir")
+    if args.splits and args.data and "split=" in args.data:
+        parser.error(f"--splits {args.splits} runs over all splits; leave split= out of --data {args.data}")
+    if args.export and (args.export[0] != "onnx" or not args.export[1].endswith(".onnx")):
+        parser.error(f"--export takes `onnx FILE.onnx`, got {' '.join(args.export)}")
+
+
+if __name__ == "__main__":
+    # Before torch and transformers are imported, so that --help and a mistyped flag answer at once.
+    args = parse_args()
+
+import datasets
+import torch
+
+from kernels import k_reciprocal_rerank
+from utils import evaluation, launch
+from utils.batches.chunks import image_identities
+from utils.batches.transforms import test_transform
+from utils.datasets.images import check_images
+from utils.datasets.load import check_splits, load_reid, parse_spec, read_source
+from utils.datasets.search_folders import read_folders
+from utils.evaluation.features import extract, extraction_key, forget_chunks
+from utils.evaluation.kept_features import load_features, save_features
+from utils.evaluation.metrics import MAX_RANK, RANKS, Side
+from utils.evaluation.report import Findings, ResultPictures, evaluation_report
+from utils.evaluation.thresholds import pair_statistics
+from utils.files import run_record, to_json, versions, write_csv, write_together
+from utils.modeling.export import export_onnx
+from utils.modeling.folder import model_kind
+from utils.modeling.reid_model import ReIDModel
+from utils.reporting.report import percent
+
+
+def main(args):
+    accelerator = launch.start_accelerator(args.mixed_precision)
+    unasked = args.model == str(DEMO_MODEL) and args.origin["model"] == "default"
+    launch.introduce(
+        args, accelerator, demo=DEMO, stand_ins=unasked and "No --model given: using the shipped stand-in CLIP"
+    )
+    if args.features:
+        model = None
+        sides, images, splits, skipped = read_features(args)
+    else:
+        kind = model_kind(args.model)
+        images, splits, skipped = open_images(args) if not args.export_only else (None, [], [])
+        check_topk(args, splits)
+        if images is not None and images.info.description:
+            # Which identities a drawn split tests on.
+            accelerator.print(images.info.description)
+        model = open_model(args, kind).to(accelerator.device).eval()
+        if args.export and accelerator.is_main_process:
+            accelerator.print(export_onnx(model, Path(args.export[1])))
+        if args.export_only:
+            return None
+        sides = extract_or_read(args, accelerator, model, images, splits)
+
+    metrics = None
+    if accelerator.is_main_process:
+        results = [measure(args, *(side.to(accelerator.device) for side in pair)) for pair in sides]
+        findings = results[0]
+        metrics = combine(args, results) if findings.result else nothing_measured(findings)
+        metrics |= {"model": args.model, "data": data_name(args), "skipped_images": skipped, "versions": versions()}
+        pictures = ResultPictures(images, *(rows for rows, *_ in splits[0]), model) if images is not None else None
+        report = evaluation_report(metrics, findings, pictures, num_random=args.report_queries, seed=args.seed)
+        write_results(args, metrics, findings, report)
+        print_summary(metrics, args.output_dir)
+    accelerator.end_training()
+    return metrics
+
+
+def data_name(args):
+    return args.data or args.features or f"{args.query_dir} in {args.gallery_dir}"
+
+
+# Images and models
+
+
+def open_images(args):
+    """All images as one data set; each split's ((query rows, pids, camids), (the gallery's)); the unreadable.
+
+    The splits of a small set are other choices among the same images: each image is there, and is extracted, once.
+    """
+    if args.query_dir:
+        pairs = [read_folders(args.query_dir, args.gallery_dir)]
+    else:
+        numbers = [{"split": number} for number in range(args.splits)] if args.splits else [{}]
+        pairs = [query_and_gallery(args, number) for number in numbers]
+    images = datasets.concatenate_datasets([side for pair in pairs for side in pair])
+    rows = list(range(len(images)))
+    if len(pairs) > 1:
+        first = {}
+        rows = [first.setdefault(path, row) for row, path in enumerate(images["path"])]
+
+    images = images.add_column("row", list(range(len(images)))).select(sorted(set(rows)))
+    images, skipped = check_images(images, skip_unreadable=args.skip_unreadable, where=data_name(args))
+    place = {row: number for number, row in enumerate(images["row"])}
+    splits, start = [], 0
+    for pair in pairs:
+        splits.append([])
+        for side, name in zip(pair, ("query", "gallery"), strict=True):
+            labelled = zip(rows[start : start + len(side)], side["pid"], side["camid"], strict=True)
+            kept = [(place[row], pid, camid) for row, pid, camid in labelled if row in place]
+            if not kept:
+                raise ValueError(f"{data_name(args)}: no readable {name} image is left")
+            splits[-1].append(tuple(map(list, zip(*kept, strict=True))))
+            start += len(side)
+    return images.remove_columns("row"), splits, [f"{path}: {reason}" for _, path, reason in skipped]
+
+
+def query_and_gallery(args, number):
+    name, options = parse_spec(args.data)
+    options |= number
+    if args.skip_unreadable or args.protocol == "all":
+        # load_reid leaves unreadable images out too, but keeps no list of them; and its queries need another camera.
+        data = read_source(name, args.data_root, options)
+        check_splits(data, args.data, own_camera=args.protocol == "all")
+    else:
+        data = load_reid(name, args.data_root, **options)
+    if not {"query", "gallery"} <= set(data):
+        raise ValueError(f"{args.data} has no query and gallery, only {', '.join(data)}; it cannot be evaluated")
+    return data["query"], data["gallery"]
+
+
+def check_topk(args, splits):
+    for _, (rows, *_) in splits:
+        if args.topk and args.topk > len(rows):
+            raise ValueError(f"--topk {args.topk} is more than the gallery's {len(rows)} images; ask for fewer")
+
+
+def open_model(args, kind):
+    if kind == "file":
+        return ReIDModel.from_dcac_checkpoint(args.model, image_size=args.resolution)
+    if kind == "backbone":
+        # A fresh neck changes no direction: its averages are 0 and 1.
+        return ReIDModel.from_backbone(args.model, image_size=args.resolution or (256, 128))
+    model = ReIDModel.from_pretrained(args.model, num_ids=0)
+    if args.resolution and tuple(args.resolution) != tuple(model.image_size):
+        raise ValueError(
+            f"{args.model} takes images of {model.image_size[0]} x {model.image_size[1]}; leave out --resolution"
+        )
+    return model
+
+
+# Features
+
+
+def extract_or_read(args, accelerator, model, images, splits):
+    """Pairs of (queries, gallery): from the output folder if these very features lie there, else from the images."""
+    paths = list(images["path"])
+    key = extraction_key(
+        model,
+        image_identities(images),
+        image=[model.image_size, model.image_mean, model.image_std, model.resample],
+        precision=accelerator.mixed_precision,
+        device=accelerator.device.type,
+        batch_size=args.eval_batch_size,
+        rows=splits,
+    )
+    kept = Path(args.output_dir) / FEATURES
+    if kept.is_file():
+        try:
+            sides, header = load_features(kept)
+        except ValueError:
+            header = {}
+        if header.get("key") == key:
+            accelerator.print(f"Features: {kept}, extracted before")
+            return sides
+    features = extract(
+        model,
+        images,
+        test_transform(model.image_size, model.image_mean, model.image_std, model.resample),
+        accelerator=accelerator,
+        keep_in=args.output_dir,
+        key=key,
+        batch_size=args.eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+    )
+    sides = [
+        tuple(
+            Side(features[rows], torch.tensor(pids), torch.tensor(camids), [paths[row] for row in rows])
+            for rows, pids, camids in split
+        )
+        for split in splits
+    ]
+    if accelerator.is_main_process:
+        keep = [
+            (split[0][0], queries, split[1][0], gallery)
+            for split, (queries, gallery) in zip(splits, sides, strict=True)
+        ]
+        with write_together(args.output_dir) as part:
+            save_features(part(FEATURES), features, keep, key=key, model=args.model, data=data_name(args))
+        forget_chunks(args.output_dir)
+    return sides
+
+
+def read_features(args):
+    """Pairs of sides from --features, and the images of --data where given."""
+    sides, _ = load_features(args.features)
+    for queries, gallery in sides:
+        evaluation.check_sides(queries, gallery)
+    if not args.data:
+        return sides, None, [], []
+    images, splits, skipped = open_images(args)
+    for side, (rows, *_), name in zip(sides[0], splits[0], ("query", "gallery"), strict=True):
+        if len(side) != len(rows):
+            raise ValueError(
+                f"{args.features} has {len(side)} {name} rows, {args.data} {len(rows)}; give the data they are from"
+            )
+        side.paths = [images["path"][row] for row in rows]
+    return sides, images, splits, skipped
+
+
+# Numbers
+
+
+def measure(args, queries, gallery):
+    """Everything about one split."""
+    evaluation.check_sides(queries, gallery)
+    if args.topk and args.topk > len(gallery):
+        raise ValueError(f"--topk {args.topk} is more than the gallery's {len(gallery)} images; ask for fewer")
+    has_cameras = bool((queries.camids >= 0).any() and (gallery.camids >= 0).any())
+    protocol = args.protocol or ("market" if has_cameras else "all")
+    options = {"protocol": protocol, "backend": args.backend}
+    k = min(args.topk or MAX_RANK, len(gallery))
+    lists = evaluation.ranked_lists(queries, gallery, k, **options)
+    reranked_lists = reranked = None
+    if args.rerank:
+        reranking = k_reciprocal_rerank(
+            queries.features, gallery.features, **rerank_options(args), backend=args.backend
+        )
+        reranked_lists = evaluation.ranked_lists(queries, gallery, k, reranking=reranking, **options)
+    if args.query_dir and not evaluation.can_match(queries, gallery, protocol):
+        # A search without labels: nothing can be measured, and nothing is wrong.
+        return Findings(queries, gallery, protocol, lists, reranked_lists)
+
+    result = evaluation.rank(queries, gallery, **options)
+    if args.rerank:
+        ids = queries.pids, gallery.pids, queries.camids, gallery.camids
+        reranked = reranking.metrics(*ids, max_rank=MAX_RANK, protocol=protocol)
+    return Findings(
+        queries,
+        gallery,
+        protocol,
+        lists,
+        reranked_lists,
+        result=result,
+        reranked=reranked,
+        pairs=pair_statistics(queries, gallery, protocol=protocol),
+        cameras=evaluation.camera_pairs(queries, gallery, **options),
+        confusions=evaluation.confusions(queries, gallery, *lists),
+    )
+
+
+def rerank_options(args):
+    return {"k1": args.k1, "k2": args.k2, "lambda_value": args.lambda_value, "compat": args.rerank_compat}
+
+
+def combine(args, results):
+    """The content of metrics.json: means over the splits, and beyond the numbers what is known of the first one."""
+    findings = results[0]
+    metrics = averaged([evaluation.summary(split.result) for split in results])
+    thresholds = [split.pairs.thresholds for split in results]
+    metrics["thresholds"] = {rate: averaged([split[rate] for split in thresholds]) for rate in thresholds[0]}
+    metrics |= described(findings) | {"backend": findings.result.backend}
+    metrics["cmc"] = torch.stack([split.result.cmc for split in results]).mean(0)
+    if args.rerank:
+        reranked = [split.reranked for split in results]
+        metrics["reranked"] = averaged([evaluation.summary(split) for split in reranked]) | rerank_options(args)
+        metrics["reranked"]["backend"] = reranked[0].backend
+        metrics["reranked"]["cmc"] = torch.stack([split.cmc for split in reranked]).mean(0)
+    metrics["num_match_pairs"] = findings.pairs.num_matches
+    metrics["num_non_match_pairs"] = findings.pairs.num_non_matches
+    metrics["threshold_curve"] = findings.pairs.curve
+    metrics["camera_pairs"] = dict(zip(("query_cameras", "gallery_cameras", "mAP"), findings.cameras, strict=True))
+    if args.splits or len(results) > 1:
+        metrics["splits"] = [
+            {"split": number, **evaluation.summary(split.result), "thresholds": split.pairs.thresholds}
+            for number, split in enumerate(results)
+        ]
+    return metrics
+
+
+def averaged(parts):
+    """One split's numbers as they are; of several the means, with the sample standard deviations under `std`."""
+    if len(parts) == 1:
+        return dict(parts[0])
+    mean, deviation = evaluation.mean_and_deviation(parts)
+    return {**mean, "std": deviation}
+
+
+def described(findings):
+    return {"protocol": findings.protocol, "num_queries": len(findings.queries), "num_gallery": len(findings.gallery)}
+
+
+def nothing_measured(findings):
+    names = ("mAP", "mINP", *(f"rank{rank}" for rank in RANKS), "num_valid", "num_skipped", "thresholds", "backend")
+    return dict.fromkeys(names) | described(findings)
+
+
+# Results
+
+
+def write_results(args, metrics, findings, report):
+    lists = {"rankings.csv": findings.lists, "rankings_reranked.csv": findings.reranked_lists}
+    with write_together(args.output_dir) as part:
+        part("metrics.json").write_text(to_json(metrics))
+        part("args.json").write_text(to_json(run_record(args)))
+        for name, ranked in lists.items():
+            if ranked is not None:
+                rows = ranking_rows(findings.queries, findings.gallery, *ranked)
+                write_csv(part(name), ("query", "rank", "gallery", "distance", "match"), rows)
+        report.write(part("report.html"))
+    if findings.reranked_lists is None:
+        # One of an earlier run would not belong to these metrics.
+        (Path(args.output_dir) / "rankings_reranked.csv").unlink(missing_ok=True)
+
+
+def ranking_rows(queries, gallery, indices, distances):
+    for row, (columns, values) in enumerate(zip(indices.tolist(), distances.tolist(), strict=True)):
+        for place, (column, distance) in enumerate(zip(columns, values, strict=True), start=1):
+            if column >= 0:
+                match = evaluation.is_match(queries, gallery, row, column)
+                word = "" if match is None else int(match)
+                yield queries.paths[row], place, gallery.paths[column], f"{distance:.6f}", word
+
+
+def print_summary(metrics, output_dir):
+    for name, numbers in (("", metrics), ("re-ranked: ", metrics.get("reranked"))):
+        if numbers and numbers["mAP"] is not None:
+            shown = {"mAP": numbers["mAP"], "mINP": numbers["mINP"]} | {
+                f"Rank-{k}": numbers[f"rank{k}"] for k in RANKS
+            }
+            print(name + ", ".join(f"{key} {percent(value)}" for key, value in shown.items()))
+    if metrics["mAP"] is None:
+        print("No query has a label that the gallery has too: ranked lists, no metrics")
+    print(f"Results: {output_dir}; open {Path(output_dir) / 'report.html'}")
+
+
+def run_script(args):
+    launch.end_with(main, args, "evaluate.py", lean=f"lower --eval_batch_size, now {args.eval_batch_size}")
+
+
+if __name__ == "__main__":
+    run_script(args)

@@ -315,7 +315,7 @@ from utils.training.report import training_report
 
 
 def check_start(args):
-    """Whether --backbone can start the method, told from its configuration."""
+    """Whether --backbone can start the method, by its configuration."""
     family = "clip"
     if model_kind(args.backbone) == "reid":
         method = PreTrainedConfig.get_config_dict(args.backbone)[0].get("method", "bot")

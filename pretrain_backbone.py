@@ -362,9 +362,9 @@ class SelfDistillation(nn.Module):
 def distillation_loss(student, teacher, centre, student_temperature, teacher_temperature):
     """Scores of the student's crops, whole ones first, and of the teacher's: loss, and mean entropy of the teacher."""
     wanted = ((teacher - centre) / teacher_temperature).softmax(-1)
-    told = (student / student_temperature).log_softmax(-1)
+    listed = (student / student_temperature).log_softmax(-1)
     # [teacher's crops, student's crops]: means over the batch; a crop is not compared with itself.
-    losses = -torch.einsum("tbk,sbk->ts", wanted, told) / wanted.shape[1]
+    losses = -torch.einsum("tbk,sbk->ts", wanted, listed) / wanted.shape[1]
     itself = torch.eye(*losses.shape, dtype=torch.bool, device=losses.device)
     loss = losses.masked_fill(itself, 0.0).sum() / (losses.numel() - len(losses))
     return loss, torch.special.entr(wanted).sum(-1).mean()

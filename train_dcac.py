@@ -284,7 +284,7 @@ from utils.training.report import training_report
 
 
 class Condition(nn.Module):
-    """What the U-Net is told about each image: (B, 1, width)."""
+    """The condition of the U-Net for each image: (B, 1, width)."""
 
     def __init__(self, kind, probabilities, bottleneck, *, num_ids, num_features, width, tau):
         super().__init__()

@@ -27,7 +27,7 @@
     accelerate launch train_dreambooth_reid.py --recipe lora --source market1501 --data_root ~/reid --output_dir out
 
 The first is a demo on drawn people with the shipped stand-in models. The second takes Stable Diffusion v1.4 and
-BLIP-2; `--recipe paper` has the published settings. A killed run goes on with the same command, and any number of
+BLIP-2; `--recipe paper` has the published settings. A killed run continues with the same command, and any number of
 processes, hosts or array jobs (`--num_shards 8 --shard 3`) may work in one folder. For each identity:
 
     LPE  a captioner is asked about every image of a sequence; the answers, merged by majority, make the prompt
@@ -661,7 +661,7 @@ def end_in_words(args):
 
 
 def run_script(args):
-    kept = "the same command goes on with what is not done"
+    kept = "the same command continues with what is not done"
     launch.end_with(end_in_words, args, "train_dreambooth_reid.py", kept=kept)
 
 

@@ -92,9 +92,9 @@ def main(input_args=None):
         parts[name]["said"] = said
         failed += [name] if ended != "done" else []
         print(f"{name}: {ended}, {seconds} s", *(said if ended != "done" else []), sep="\n", flush=True)
-        with write_together(args.json_dir) as aside:
+        with write_together(args.json_dir) as part:
             content = {"environment": environment(), "card": card, "small": args.small, "parts": parts}
-            aside("gpu.json").write_text(to_json(content), encoding="utf-8")
+            part("gpu.json").write_text(to_json(content), encoding="utf-8")
     print(
         text_table(["part", "ended", "seconds"], [[name, one["ended"], one["seconds"]] for name, one in parts.items()])
     )

@@ -6,8 +6,8 @@ import os
 import torch
 
 BACKENDS = ("auto", "torch", "triton")
-# Card name -> operations that `python -m benchmarks.speed.gpu_retrieval` measured faster in Triton than in torch there. No
-# card has been measured yet, so `auto` is torch everywhere.
+# Card name -> operations that `python -m benchmarks.speed.gpu_retrieval` measured faster in Triton than in torch.
+# No card has been measured yet, so `auto` is torch everywhere.
 FASTER_ON: dict[str, tuple[str, ...]] = {}
 TRITON_MAX_K = 64
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

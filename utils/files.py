@@ -18,21 +18,21 @@ PACKAGES = ("torch", "torchvision", "transformers", "diffusers", "accelerate", "
 
 @contextmanager
 def write_together(folder):
-    """Files that appear together: `with write_together(out) as aside: aside("metrics.json").write_text(...)`.
+    """Files that appear together: `with write_together(out) as part: part("a.json").write_text(...)`.
 
-    `aside(name)` is where to write `name` for now. The files take their names when the block ends without an error;
-    after an error, a full disk included, what was there before stays and nothing is left over.
+    `part(name)` is the temporary file to write `name` to. The files take their names when the block ends without
+    an error; after an error, a full disk included, what was there before stays and nothing is left over.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = []
 
-    def aside(name):
+    def path_of(name):
         names.append(name)
         return folder / f"{name}.part"
 
     try:
-        yield aside
+        yield path_of
         for name in names:
             part = folder / f"{name}.part"
             # safetensors makes its files readable for the owner alone.

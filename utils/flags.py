@@ -123,8 +123,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An argparse parser with recipes below its flags.
 
-    A flag may be `free`: another value of it goes on from the same checkpoint. It may have `idle`, a pair of a test of
-    the arguments and words for it: where the test holds, the flag has no effect, and a run that was given it says so.
+    A flag may be `free`: a run with another value of it resumes from the same checkpoint. It may have `idle`, a test
+    of the arguments and words for it: where the test holds, the flag has no effect, and a run that is given it says so.
     """
 
     def __init__(self, description, *, recipes=None):

@@ -24,7 +24,7 @@ SCRIPTS = (
 def check_folder(folder, script):
     """ValueError where `folder` cannot be written, or holds what another of the scripts left.
 
-    Results must not write over each other. A script of one's own, copied from one of them, may go on where that was.
+    Results must not write over each other. A copied script may continue where its original was.
     """
     place = Path(folder)
     while not place.exists() and place != place.parent:
@@ -69,7 +69,7 @@ EXIT_SIGTERM = 128 + signal.SIGTERM
 
 
 def use_all_cores(num_processes):
-    """`accelerate launch` gives a process on the CPU one thread, unless told otherwise: then it gets its share."""
+    """`accelerate launch` gives a process on the CPU one thread, without OMP_NUM_THREADS: here it gets its share."""
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if by_accelerate and num_processes == 1:
         torch.set_num_threads(os.cpu_count())
@@ -106,7 +106,7 @@ def start_training(args, *, find_unused_parameters=False, max_zero_stage=2):
 
     cpu = not torch.accelerator.is_available()
     if cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        # With `cpu`, accelerate leaves DeepSpeed out: its processes are joined first, and then it is not told.
+        # With `cpu`, accelerate leaves DeepSpeed out: its processes are joined first, and the setting is then removed.
         PartialState(cpu=True)
         os.environ["ACCELERATE_USE_CPU"] = "false"
         cpu = False

@@ -1,11 +1,11 @@
-"""Many independent pieces of work, one folder: shares of them, atomic commits, going on after a kill.
+"""Many independent pieces of work, one folder: shares of them, atomic commits, continuing after a kill.
 
     work = Worklist("out", ["market1501/0002", "market1501/0007"])
     for piece in share(work.pieces, num_shards=4, shard=1):
         if work.read(piece, "done") is None:
-            with work.scratch() as aside:
-                (aside / "0.txt").write_text("...")
-                work.commit(piece, "done", {"files": 1}, {aside: f"files/{piece}"})
+            with work.scratch() as part:
+                (part / "0.txt").write_text("...")
+                work.commit(piece, "done", {"files": 1}, {part: f"files/{piece}"})
 
 Processes, hosts and shards meet in the folder alone: nobody waits for anybody. A piece is done when its record is
 there, and a record is written last. What is being written lies under `.work/` until it is whole.
@@ -70,27 +70,27 @@ class Worklist:
     @contextmanager
     def scratch(self):
         """A new folder on the same disk, gone when the block ends."""
-        aside = self.folder / SCRATCH / uuid.uuid4().hex
-        aside.mkdir(parents=True)
+        part = self.folder / SCRATCH / uuid.uuid4().hex
+        part.mkdir(parents=True)
         try:
-            yield aside
+            yield part
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(part, ignore_errors=True)
 
     def write(self, path, content):
         """A file, below the folder, that is whole or not there."""
         path = self.folder / path
-        with self.scratch() as aside:
-            (aside / path.name).write_bytes(content if isinstance(content, bytes) else content.encode())
-            self.move(aside / path.name, path)
+        with self.scratch() as part:
+            (part / path.name).write_bytes(content if isinstance(content, bytes) else content.encode())
+            self.move(part / path.name, path)
 
-    def move(self, aside, path):
+    def move(self, part, path):
         """A file written in a scratch folder takes its place."""
         # safetensors makes its files readable for the owner alone.
-        os.chmod(aside, 0o644)
-        sync(aside)
+        os.chmod(part, 0o644)
+        sync(part)
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(aside, path)
+        os.replace(part, path)
 
     def commit(self, piece, name, record, folders=None):
         """Folders written in a scratch folder take their places ({from: to, below the work folder}), then the record.
@@ -98,9 +98,9 @@ class Worklist:
         What an earlier, unfinished commit left in these places is replaced.
         """
         self.forget(piece, name)
-        for aside, place in (folders or {}).items():
+        for part, place in (folders or {}).items():
             place = self.folder / place
-            for file in Path(aside).rglob("*"):
+            for file in Path(part).rglob("*"):
                 if file.is_file():
                     os.chmod(file, 0o644)
                     sync(file)
@@ -109,7 +109,7 @@ class Worklist:
             with self.scratch() as old, suppress(FileNotFoundError):
                 os.rename(place, old / "old")
             try:
-                os.rename(aside, place)
+                os.rename(part, place)
             except OSError as error:
                 # Another process did the same piece, with the same result.
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):

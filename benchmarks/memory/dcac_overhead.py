@@ -206,8 +206,8 @@ def print_table(table, steps):
 
 
 def write(path, content):
-    with write_together(path.parent) as aside:
-        aside(path.name).write_text(to_json(content), encoding="utf-8")
+    with write_together(path.parent) as part:
+        part(path.name).write_text(to_json(content), encoding="utf-8")
 
 
 def parse_args(input_args=None):

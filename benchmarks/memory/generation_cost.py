@@ -106,8 +106,8 @@ def main(input_args=None):
             print(f"{way:<34}{name:<12}fine-tuning {tuning:6.2f}   drawing {drawn:6.2f}", flush=True)
     if args.json:
         content = {**environment(), **packages(), "unit": "GiB of tensors alive at the peak", "counted": table}
-        with write_together(args.json.parent) as aside:
-            aside(args.json.name).write_text(to_json(content))
+        with write_together(args.json.parent) as part:
+            part(args.json.name).write_text(to_json(content))
 
 
 if __name__ == "__main__":

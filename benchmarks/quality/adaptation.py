@@ -5,7 +5,7 @@
 People of domain b are learned without labels, or with those of domain a alone; domains d and e are only measured on.
 It starts from a small ResNet of random weights, and from the same pre-trained by pretrain_backbone.py on 128 people of
 domain h. All images are drawn once, at the size that is trained on. Every run has a process and a folder of its own:
-the same command goes on after a stop, and runs nothing twice.
+the same command continues after a stop, and runs nothing twice.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def run(folder, script, words, done):
     if process.exitcode:
         last = (folder / "said.txt").read_text().strip().splitlines()[-1]
         if "the clusters collapsed" not in last:
-            raise ValueError(f"{script.__name__}.py stopped: {last}; the same command goes on")
+            raise ValueError(f"{script.__name__}.py stopped: {last}; the same command continues")
         (folder / COLLAPSED).write_text(last)
     print(f"{time.perf_counter() - began:.0f} s", flush=True)
 
@@ -248,11 +248,11 @@ def main(input_args=None):
                 runs.append(found_in(place, start, name, seed))
         # Every row has the same seeds.
         rows = rows_of(runs)
-        with write_together(folder) as aside:
-            build_page(runs, rows, args.seeds).write(aside("report.html"))
-        with write_together(args.json.parent) as aside:
+        with write_together(folder) as part:
+            build_page(runs, rows, args.seeds).write(part("report.html"))
+        with write_together(args.json.parent) as part:
             content = {"environment": environment(), "columns": COLUMNS, "table": rows, "runs": runs}
-            aside(args.json.name).write_text(to_json(content))
+            part(args.json.name).write_text(to_json(content))
     print(text_table(COLUMNS, rows))
 
 

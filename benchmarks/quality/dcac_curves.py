@@ -74,8 +74,8 @@ def main(input_args=None):
                 )
     if args.json:
         record = {**environment(), "steps": len(wanted), "plain": [line["loss"] for line in wanted], "largest": found}
-        with write_together(args.json.parent) as aside:
-            aside(args.json.name).write_text(to_json(record), encoding="utf-8")
+        with write_together(args.json.parent) as part:
+            part(args.json.name).write_text(to_json(record), encoding="utf-8")
 
 
 if __name__ == "__main__":

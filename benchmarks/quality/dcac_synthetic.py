@@ -92,8 +92,8 @@ def main():
     print(text_table(COLUMNS, rows))
     content = {"environment": environment(), "training": TRAINING, "columns": COLUMNS, "table": rows, "runs": runs}
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    with write_together(args.json.parent) as aside:
-        aside(args.json.name).write_text(to_json(content))
+    with write_together(args.json.parent) as part:
+        part(args.json.name).write_text(to_json(content))
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def main(input_args=None):
     parser.add_argument("--num_ids", type=int, default=24, help="people; default 24")
     parser.add_argument("--cameras", nargs="+", choices=CAMERAS, default=list(CAMERAS), help="default both")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="for filter_generated.py; the last flag")
-    parser.add_argument("--work", type=Path, help="folder that is kept, to go on after a stop")
+    parser.add_argument("--work", type=Path, help="folder that is kept, to continue after a stop")
     parser.add_argument("--json", type=Path, default=RESULTS / "filter_truth.json", help="file to write")
     args = parser.parse_args(input_args)
     found = {cameras: {} for cameras in args.cameras}
@@ -86,8 +86,8 @@ def main(input_args=None):
         },
         "cameras": found,
     }
-    with write_together(args.json.parent) as aside:
-        aside(args.json.name).write_text(to_json(report))
+    with write_together(args.json.parent) as part:
+        part(args.json.name).write_text(to_json(report))
 
 
 if __name__ == "__main__":

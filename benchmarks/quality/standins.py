@@ -116,8 +116,8 @@ def main(input_args=None):
     if args.samples:
         picture, words = sample_sheet()
         print("\n".join(words))
-        with write_together(args.samples.parent) as aside:
-            picture.save(aside(args.samples.name), "PNG")
+        with write_together(args.samples.parent) as part:
+            picture.save(part(args.samples.name), "PNG")
         return
     if args.num_ids < 1 or args.first_pid < 0:
         parser.error(f"--num_ids must be 1 or more and --first_pid 0 or more, got {args.num_ids} and {args.first_pid}")
@@ -132,8 +132,8 @@ def main(input_args=None):
         "pictures": len(examples),
         "question_answerer": found,
     }
-    with write_together(args.json.parent) as aside:
-        aside(args.json.name).write_text(to_json(report))
+    with write_together(args.json.parent) as part:
+        part(args.json.name).write_text(to_json(report))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ The first, on drawn people, makes its own starts: a small ResNet pre-trained by 
 four domains, drawn as a generator's set is once it is filtered (an identity in any scene, no camera, marked as
 synthetic), and the same network with random weights. Both are fine-tuned alike on part of a fifth domain and measured
 on other people of it; half an hour on a core. Every run is a process of its own and its own folder: the same command
-goes on after a stop, and runs nothing twice.
+continues after a stop, and runs nothing twice.
 
 Random weights learn more at three times that rate, with a warm-up; what is left of the difference there:
 
@@ -69,7 +69,7 @@ def run(script, folder, arguments, done):
     if not (folder / done).exists():
         print(f"{script} {shlex.join(command)}", flush=True)
         if run_process(script, command):
-            sys.exit(f"{script} stopped, it said why above; the same command goes on from there")
+            sys.exit(f"{script} stopped, it said why above; the same command continues from there")
 
 
 def run_process(script, command):
@@ -91,20 +91,20 @@ def call(script, command):
 
 def draw_people(folder):
     """A set as `train_dreambooth_reid.py` and `filter_generated.py` leave it, drawn by code."""
-    aside, rows = folder.with_name(f".{folder.name}.part"), []
-    shutil.rmtree(aside, ignore_errors=True)
+    part, rows = folder.with_name(f".{folder.name}.part"), []
+    shutil.rmtree(part, ignore_errors=True)
     for domain, number in itertools.product(DOMAINS, range(NUM_IDS)):
         world, pid = World(domain), 2 * number
         for index in range(IMAGES_PER_ID):
             scene = random.Random(f"scene/{domain}/{pid}/{index}").choice(DOMAINS)
             row = metadata_of(world, pid, index, image_path(f"synthetic-{domain}/{pid:04d}", index, "jpg"), "")
-            path = aside / row["path"]
+            path = part / row["path"]
             path.parent.mkdir(parents=True, exist_ok=True)
             mark = {key: row[key] for key in ("prompt", "seed", "model")}
             save_image(in_scene(world, pid, scene, index), path, quality=95, **mark)
             rows.append({name: row[name] for name in METADATA.names})
-    pq.write_table(pa.Table.from_pylist(rows, schema=METADATA), aside / "metadata.parquet")
-    aside.rename(folder)
+    pq.write_table(pa.Table.from_pylist(rows, schema=METADATA), part / "metadata.parquet")
+    part.rename(folder)
 
 
 def own_starts(args):
@@ -244,12 +244,12 @@ def main(input_args=None):
     columns = ["setting", "number", *starts, "gain"]
     rows = rows_of(runs, args.settings, list(starts))
     print(text_table(columns, rows))
-    with write_together(args.output_dir) as aside:
-        build_page(args, runs, list(starts), columns, rows).write(aside("report.html"))
-    with write_together(args.json.parent) as aside:
+    with write_together(args.output_dir) as part:
+        build_page(args, runs, list(starts), columns, rows).write(part("report.html"))
+    with write_together(args.json.parent) as part:
         asked = {key: getattr(args, key) for key in ("pretrain", "source", "method", "settings", "finetune")}
         content = {"environment": environment(), **asked, "columns": columns, "table": rows, "runs": runs}
-        aside(args.json.name).write_text(to_json(content))
+        part(args.json.name).write_text(to_json(content))
     print(f"Page: {args.output_dir / 'report.html'}; numbers: {args.json}")
 
 

@@ -6,7 +6,7 @@
     generation      captions -> fine-tuning an identity, images -> filter -> pre-train -> few-shot -> evaluate
     generalisation  train DCAC on one domain -> evaluate on two it has not seen -> adapt to one of them, unlabelled
 
-Each under ten minutes on two cores. A step that is done is not run again, one that was stopped goes on.
+Each under ten minutes on two cores. A step that is done is not run again, one that was stopped continues.
 """
 
 import argparse
@@ -103,7 +103,7 @@ CHAINS = {
         ),
     ],
 }
-# Trainings go on from their checkpoints by this, the others without being told.
+# Trainings continue from their checkpoints by this, the others without being told.
 RESUMED = ("pretrain_backbone.py", "finetune_reid.py", "train_dcac.py", "adapt_reid.py")
 
 
@@ -140,15 +140,15 @@ def run(step, folder, small):
     log = record.with_suffix(".log")
     before = time.perf_counter()
     usage = record.with_suffix(".usage")
-    with open(log, "w", encoding="utf-8") as said, open(record.with_suffix(".err"), "w", encoding="utf-8") as told:
+    with open(log, "w", encoding="utf-8") as said, open(record.with_suffix(".err"), "w", encoding="utf-8") as listed:
         words = [sys.executable, "-S", "-c", MEASURED, str(usage), sys.executable, *command]
-        code = subprocess.run(words, cwd=ROOT, stdout=said, stderr=told).returncode
+        code = subprocess.run(words, cwd=ROOT, stdout=said, stderr=listed).returncode
     seconds = time.perf_counter() - before
     lines = log.read_text(encoding="utf-8").splitlines()
     print("\n".join(lines[-LAST_LINES:]), flush=True)
     if code:
         end = record.with_suffix(".err").read_text(encoding="utf-8").strip().splitlines()[-1:]
-        raise ValueError(f"{command[0]} stopped with {code}: {' '.join(end)}; the same command goes on from there")
+        raise ValueError(f"{command[0]} stopped with {code}: {' '.join(end)}; the same command continues from there")
     cpu_seconds, kilobytes = json.loads(usage.read_text(encoding="utf-8"))
     found = {
         "step": step.name,
@@ -158,8 +158,8 @@ def run(step, folder, small):
         "peak_gib": round(kilobytes / 2**20, 2),
         "said": [line.replace(f"{folder}/", "") for line in lines[-LAST_LINES:]],
     }
-    with write_together(record.parent) as aside:
-        aside(record.name).write_text(to_json(found), encoding="utf-8")
+    with write_together(record.parent) as part:
+        part(record.name).write_text(to_json(found), encoding="utf-8")
     return found
 
 
@@ -197,8 +197,8 @@ def main(input_args=None):
     kept = content.get(size, {}).get("chains", {})
     content[size] = {"environment": environment(), "chains": kept | chains}
     content[size]["columns"], content[size]["table"] = columns, rows_of(content[size]["chains"])
-    with write_together(args.json.parent) as aside:
-        aside(args.json.name).write_text(to_json(content), encoding="utf-8")
+    with write_together(args.json.parent) as part:
+        part(args.json.name).write_text(to_json(content), encoding="utf-8")
     print(f"Pages: report.html in the folders of {args.output_dir}; numbers: {args.json}")
 
 

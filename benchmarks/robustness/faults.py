@@ -379,7 +379,7 @@ def killed_often(runner, job, kills, seed=0, signs=(signal.SIGKILL, signal.SIGTE
 
 
 def full_disk(runner, job, limits):
-    """No file may be larger than a limit: one clear line, nothing half written, and the same command goes on."""
+    """No file may be larger than a limit: one clear line, nothing half written, and the same command continues."""
     wanted, _ = runner.one_piece(job)
     out = runner.folder / "full" / job
     out.parent.mkdir(exist_ok=True)
@@ -393,7 +393,7 @@ def full_disk(runner, job, limits):
         assert not (bad := half_written(out)), f"{job}: half-written {bad} under a limit of {limit} bytes"
     assert refused, f"{job} never met the limits {limits}"
     code, _, said = runner.run(runner.words(job, out))
-    assert code == 0, f"{job} did not go on: {said[-2000:]}"
+    assert code == 0, f"{job} did not continue: {said[-2000:]}"
     assert digests(job, out) == wanted, f"{job}: another result after a full disk"
     return refused
 
@@ -455,7 +455,7 @@ def write(args, columns, rows):
     kept = json.loads(args.json.read_text(encoding="utf-8"))["table"] if args.json.is_file() else []
     table = [row for row in kept if row[0] not in {one[0] for one in rows}] + rows
     table.sort(key=lambda row: list(JOBS).index(row[0]))
-    with write_together(args.json.parent) as aside:
+    with write_together(args.json.parent) as part:
         content = {
             "environment": environment(),
             "seed": args.seed,
@@ -463,7 +463,7 @@ def write(args, columns, rows):
             "columns": columns,
             "table": table,
         }
-        aside(args.json.name).write_text(to_json(content), encoding="utf-8")
+        part(args.json.name).write_text(to_json(content), encoding="utf-8")
 
 
 if __name__ == "__main__":

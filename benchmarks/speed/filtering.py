@@ -59,8 +59,8 @@ def kept(file, measure):
     """What `measure` gives, from `file` where it was measured before."""
     if not file.is_file():
         found = measure()
-        with write_together(file.parent) as aside:
-            aside(file.name).write_text(to_json(found))
+        with write_together(file.parent) as part:
+            part(file.name).write_text(to_json(found))
     return json.loads(file.read_text())
 
 
@@ -110,7 +110,7 @@ def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000], help="default 10000 100000")
     parser.add_argument("--mixed_precision", default="bf16", choices=["no", "bf16"], help="default bf16")
-    parser.add_argument("--work", type=Path, help="folder that is kept, to go on after a stop")
+    parser.add_argument("--work", type=Path, help="folder that is kept, to continue after a stop")
     parser.add_argument("--json", type=Path, default=RESULTS / "filtering.json", help="file to write")
     args = parser.parse_args(input_args)
     if min(args.sizes) < 1:
@@ -135,8 +135,8 @@ def main(input_args=None):
             f"{row['peak_mib']:>10.0f}{row['choose_again_seconds']:>9.1f}"
             f"{row['choose_again_processor_seconds']:>7.1f}"
         )
-    with write_together(args.json.parent) as aside:
-        aside(args.json.name).write_text(to_json(report))
+    with write_together(args.json.parent) as part:
+        part(args.json.name).write_text(to_json(report))
 
 
 if __name__ == "__main__":

@@ -107,8 +107,8 @@ def main(input_args=None):
     print(f"{'source':<28}{'images/s':>10}{'images/CPU s':>14}   one worker, {report['machine']}")
     for row in report["rows"]:
         print(f"{row['source']:<28}{row['images_a_second']:>10.0f}{row['images_a_cpu_second']:>14.0f}")
-    with write_together(args.json.parent) as aside:
-        aside(args.json.name).write_text(to_json(report))
+    with write_together(args.json.parent) as part:
+        part(args.json.name).write_text(to_json(report))
 
 
 def summary(name, found):

@@ -201,8 +201,8 @@ def decay_rows(name, size, num_ids):
     for group in build_optimizer(arguments(name), model).param_groups:
         kinds = Counter(kind_of(model, names[parameter]) for parameter in group["params"])
         numbers = sum(parameter.numel() for parameter in group["params"]) / 1e6
-        told = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-        rows.append([name, group["weight_decay"], len(group["params"]), f"{numbers:.3f}", told])
+        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        rows.append([name, group["weight_decay"], len(group["params"]), f"{numbers:.3f}", listed])
     return rows
 
 
@@ -286,9 +286,9 @@ def main(input_args=None):
         packages = {name: number for name, number in versions().items() if name in names}
         gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {"threads": torch.get_num_threads()}
         head = {**environment(), **packages, **gpu, "device": device, "mixed_precision": args.mixed_precision}
-        with write_together(args.json.parent) as aside:
+        with write_together(args.json.parent) as part:
             content = {**head, "product_tflops": round(rate, 3), "data_sheet_tflops": sheet, "models": found}
-            aside(args.json.name).write_text(to_json(content), encoding="utf-8")
+            part(args.json.name).write_text(to_json(content), encoding="utf-8")
 
 
 if __name__ == "__main__":

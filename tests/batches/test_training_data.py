@@ -1,4 +1,4 @@
-"""The training side of a data set: identities with one image, labels, batches that go on in the middle of an epoch."""
+"""The training side of a data set: identities with one image, labels, batches that resume within an epoch."""
 
 import pytest
 import torch

@@ -366,3 +366,15 @@ def test_pictures_are_scaled_down_and_never_up():
     assert size(Image.new("L", (3200, 400))) == (320, 40)
     original = picture(size=(100, 400))
     assert data_uri(original) and original.size == (100, 400)
+
+
+@pytest.mark.parametrize("value", [1e-4, -3.0, 0.0])
+def test_a_constant_is_drawn_at_its_value(value):
+    """In the middle of an axis that starts at zero; also where means differ in their last digits."""
+    values = [value, value * (1 + 1e-15), value]
+    svg = str(charts.line_chart([("lr", [1, 2, 3], values)], title="lr", x_label="step", y_label="rate"))
+    heights = {float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", re.search(r'class="line s0" d="([^"]+)"', svg)[1])}
+    middle = (charts.TOP + charts.HEIGHT - charts.BOTTOM) / 2
+    assert heights and all(abs(height - middle) < 0.2 for height in heights)
+    scale = charts._Scale(values, None, False, 0.0, 1.0)
+    assert scale(value) == pytest.approx(0.5) and scale.low <= 0 <= scale.high and len(scale.ticks) > 1

@@ -325,7 +325,7 @@ def test_spcl_clusters_its_memory_by_the_first_threshold(small, tmp_path, monkey
 
 @pytest.mark.slow
 def test_kill_and_go_on(small, finished, tmp_path):
-    """SIGKILL in an epoch, then go on: the log file is the unbroken run's, byte by byte."""
+    """SIGKILL in an epoch, then continue: the log file is the unbroken run's, byte by byte."""
     common = [*small, *KINDS["spcl-adaptation"], "--checkpointing_steps", "1", "--output_dir", str(tmp_path)]
     killed = stopped(start(SCRIPT, *common), lambda: lines_written(tmp_path) >= 2)
     assert killed.returncode == -signal.SIGKILL

@@ -470,7 +470,7 @@ def test_a_cut_training_goes_on_to_the_same_numbers(small, finished, tmp_path, c
 
 
 def test_kill_and_go_on(small, finished, tmp_path):
-    """SIGKILL after some step, then go on: the log file is the unbroken run's, byte by byte."""
+    """SIGKILL after some step, then continue: the log file is the unbroken run's, byte by byte."""
     common = [*small, "--num_train_epochs", "2", "--checkpointing_steps", "1", "--rerank", "--output_dir", tmp_path]
     common += ["--cache_dir", finished / "cache"]
     killed = stopped(start(SCRIPT, *common), lambda: lines_written(tmp_path) >= 2)

@@ -165,7 +165,7 @@ def test_values_that_cannot_be_end_in_one_line(name, capsys, flags):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_folder_of_another_script_is_left_alone(name, tmp_path):
-    """Refused before anything is read or written; what was copied from a script and changed may go on there."""
+    """Refused before anything is read or written; what was copied from a script and changed may continue there."""
     script, record = importlib.import_module(name), tmp_path / "args.json"
     run = getattr(script, "run_script", None) or script.start
     args = script.parse_args(["--output_dir", str(tmp_path)])

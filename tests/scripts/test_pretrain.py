@@ -410,7 +410,7 @@ def test_another_run_s_checkpoint_goes_on_in_a_new_folder(finished, tmp_path):
 
 
 def test_kill_and_go_on(distilled, tmp_path):
-    """SIGKILL after some step of DINO, then go on: the log file is the unbroken run's, byte by byte."""
+    """SIGKILL after some step of DINO, then continue: the log file is the unbroken run's, byte by byte."""
     common = [*DISTILLED, "--output_dir", tmp_path]
     killed = stopped(start(SCRIPT, *common), lambda: lines_written(tmp_path) >= 2)
     assert killed.returncode == -signal.SIGKILL

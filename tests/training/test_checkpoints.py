@@ -1,4 +1,4 @@
-"""Checkpoints: going on to the same numbers, kills, full disks, damage, what belongs to what."""
+"""Checkpoints: continuing to the same numbers, kills, full disks, damage, what belongs to what."""
 
 import json
 import pickle
@@ -237,7 +237,7 @@ def test_a_state_comes_back(tmp_path, accelerator):
         args = arguments(tmp_path, resume_from_checkpoint=asked)
         found, again = opened(args, said=said)
         assert found == path and said == [f"Resuming from {path}, step 4"]
-        # The state's arguments are those of the run that goes on.
+        # The state's arguments are those of the run that continues.
         assert again == state | {"arguments": vars(args) | {"effective_batch_size": 32, "data": "digest"}}
     assert opened(arguments(tmp_path, resume_from_checkpoint=None))[0] is None
 

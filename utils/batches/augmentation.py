@@ -47,7 +47,7 @@ class MultiCrop:
 
     Crops keep the aspect of a person. With `colours` 1 and `hidden` 0 they are changed as in DINO. Hues that change
     less tell people apart better. `hidden` is the probability that noise covers what is left and right of a person,
-    anew in each crop: scenes, which all crops of an image share, would else be told apart before people are.
+    anew in each crop: scenes, which all crops of an image share, would else be learned before people are.
     """
 
     def __init__(

@@ -70,7 +70,7 @@ def light(name, stream):
 class StreamLoader:
     """As many batches an epoch as there are images for, from workers that start with it.
 
-    Sampler and loader in one: `set_epoch(epoch, done)` says where it goes on.
+    Sampler and loader in one: `set_epoch(epoch, done)` says where it continues.
     """
 
     def __init__(self, images, steps_an_epoch, *, num_workers=0, pin_memory=False):

@@ -41,7 +41,7 @@ def embedded(data, folder):
 
 
 def save(data, folder):
-    """Write a portable copy, images inside, readable by `load_reid(folder)`: aside first, then renamed."""
+    """Write a portable copy, images inside, readable by `load_reid(folder)`; written elsewhere, then renamed."""
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists already; give a new folder")
@@ -50,12 +50,12 @@ def save(data, folder):
         # What a killed one left, which may be as large as the set.
         if not psutil.pid_exists(int(left.name.removeprefix(mine))):
             shutil.rmtree(left, ignore_errors=True)
-    aside = folder.with_name(f"{mine}{os.getpid()}")
+    part = folder.with_name(f"{mine}{os.getpid()}")
     try:
-        embedded(data, aside / "read").save_to_disk(str(aside / "written"))
-        (aside / "written").rename(folder)
+        embedded(data, part / "read").save_to_disk(str(part / "written"))
+        (part / "written").rename(folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def push(data, name, private=True):

@@ -143,7 +143,7 @@ def recompute_activations(unet, which):
 
 @contextmanager
 def seeded(seed, device):
-    """Draws inside belong to the seed, those after it go on as if nothing had been drawn."""
+    """Draws inside belong to the seed, those after it continue as if nothing had been drawn."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.default_generator.manual_seed(seed)
@@ -169,15 +169,15 @@ def save_unet(unet, mode, output_dir):
             key: value * (config.lora_alpha / config.r) if ".lora_B." in key else value for key, value in state.items()
         }
         state = {f"unet.{key}": value for key, value in convert_state_dict_to_diffusers(state).items()}
-        with write_together(Path(output_dir) / "unet_lora") as aside:
-            save_tensors(state, aside("pytorch_lora_weights.safetensors"))
+        with write_together(Path(output_dir) / "unet_lora") as part:
+            save_tensors(state, part("pytorch_lora_weights.safetensors"))
         return
     config = json.loads(unet.to_json_string())
     # Where the weights once came from may be a path of this disk.
     config.pop("_name_or_path", None)
-    with write_together(Path(output_dir) / "unet") as aside:
-        aside("config.json").write_text(to_json(config), encoding="utf-8")
-        save_tensors(unet.state_dict(), aside(WEIGHTS))
+    with write_together(Path(output_dir) / "unet") as part:
+        part("config.json").write_text(to_json(config), encoding="utf-8")
+        save_tensors(unet.state_dict(), part(WEIGHTS))
 
 
 def save_tensors(state, path):

@@ -2,7 +2,7 @@
 
 Rows go through the model in batches that depend on nothing but the row numbers and the batch size: a matrix
 product's rounding may change with its shape, so the last batch is filled up with copies of its last row. Each
-process takes every n-th chunk of batches. A chunk is written aside and renamed; what a killed run leaves is whole
+process takes every n-th chunk of batches. A chunk is written and renamed; what a killed run leaves is whole
 and is not computed again.
 """
 
@@ -33,7 +33,7 @@ def extract(
 ):
     """Test features (N, D) float32 on the CPU, the same on every process, by the model in eval mode.
 
-    With a folder `keep_in`, finished chunks lie in `keep_in/chunks-KEY`, and another run with the same key goes on
+    With a folder `keep_in`, finished chunks lie in `keep_in/chunks-KEY`, and another run with the same key continues
     from there; all processes must see the folder.
     """
     was_training = model.training

@@ -253,8 +253,8 @@ def nothing_left(scores, choice, name):
     if counts[REASONS.index(FEW)]:
         advice = "Lower --min_per_id"
     elif words:
-        told = words[0][1] if len(words) == 1 else " ".join(shlex.quote(f"{one}={number}") for one, number in words)
-        advice = f"--threshold {told} is reached by half of the images it could keep"
+        listed = words[0][1] if len(words) == 1 else " ".join(shlex.quote(f"{one}={number}") for one, number in words)
+        advice = f"--threshold {listed} is reached by half of the images it could keep"
     return f"nothing is left of {len(scores)} images ({why}); all of them are scored. {advice}"
 
 

@@ -133,35 +133,35 @@ def write_source(folder, world, images_per_id=12):
     folder = Path(folder)
     if folder.is_dir():
         return folder
-    aside, rows = folder.with_name(f".{folder.name}.part"), []
-    shutil.rmtree(aside, ignore_errors=True)
+    part, rows = folder.with_name(f".{folder.name}.part"), []
+    shutil.rmtree(part, ignore_errors=True)
     for pid in range(0, 2 * world.num_ids, 2):
         for index in range(images_per_id):
             camid = source_camera(world, pid, index)
             name = file_name(world.domain, pid, camid, index, world.seed)
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
             # Lossless: the same pixels as those of the spec `synthetic:domain=...`.
-            render(world.domain, pid, camid, index, world.seed).save(aside / name)
+            render(world.domain, pid, camid, index, world.seed).save(part / name)
             rows.append({"path": name, "pid": pid, "domain": f"synthetic-{world.domain}", "camid": camid})
-    pq.write_table(pa.Table.from_pylist(rows), aside / "metadata.parquet")
-    sync(aside / "metadata.parquet")
-    aside.rename(folder)
+    pq.write_table(pa.Table.from_pylist(rows), part / "metadata.parquet")
+    sync(part / "metadata.parquet")
+    part.rename(folder)
     return folder
 
 
 def write_drawn(folder, world=World(), *, num_damaged=2, size=None):
-    """The set in `folder`, written aside and renamed; left alone where it is already there. Returns its metadata file.
+    """The set in `folder`, written to a temporary folder and renamed, unless it exists. Returns its metadata file.
 
     The last `num_damaged` files are cut off in the middle. `size` (height, width) is another size than the drawn.
     """
     folder = Path(folder)
     if (folder / "metadata.parquet").is_file():
         return folder / "metadata.parquet"
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     total = world.num_ids * world.images_per_id
-    with pq.ParquetWriter(aside / "metadata.parquet", SCHEMA) as writer:
+    with pq.ParquetWriter(part / "metadata.parquet", SCHEMA) as writer:
         for person_number in range(world.num_ids):
             pid, rows = 2 * person_number, []
             for number in range(world.images_per_id):
@@ -169,7 +169,7 @@ def write_drawn(folder, world=World(), *, num_damaged=2, size=None):
                 if size is not None:
                     picture = picture.resize(size[::-1], Image.Resampling.BOX)
                 name = image_path(f"synthetic-{world.domain}/{pid:04d}", number, "jpg")
-                path = aside / name
+                path = part / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_image(picture, path, quality=95, prompt="a photo of a person", seed=number, model="drawn")
                 if person_number * world.images_per_id + number >= total - num_damaged:
@@ -177,8 +177,8 @@ def write_drawn(folder, world=World(), *, num_damaged=2, size=None):
                     truth = BROKEN
                 rows.append(metadata_of(world, pid, number, name, truth))
             writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
-    sync(aside / "metadata.parquet")
-    aside.rename(folder)
+    sync(part / "metadata.parquet")
+    part.rename(folder)
     return folder / "metadata.parquet"
 
 

@@ -1,4 +1,4 @@
-"""Scoring a large set piece by piece: every piece is written whole or not at all, so a killed run goes on after it."""
+"""Scoring a large set in pieces: each is written whole or not at all, so that a killed run continues after it."""
 
 import json
 import shutil

@@ -33,7 +33,7 @@ NOT_ON_CARD = (
 
 
 def write_model_folder(folder, config, preprocessor, tensors, card):
-    """All files are written aside; one rename makes them the ones that are read; then they take their places."""
+    """All files go to a temporary folder; one rename makes them those that are read; then they take their places."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"cannot save a model in {str(folder)!r}: it is a file")
@@ -41,15 +41,15 @@ def write_model_folder(folder, config, preprocessor, tensors, card):
     move_into_place(folder)
     for unfinished in folder.glob(".saving-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
-    aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (aside / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
-    (aside / "README.md").write_text(card, encoding="utf-8")
-    save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+    part = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (part / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
+    (part / "README.md").write_text(card, encoding="utf-8")
+    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
     for name in FILES:
-        with open(aside / name, "rb") as file:
+        with open(part / name, "rb") as file:
             os.fsync(file.fileno())
-    aside.rename(folder / COMMITTED)
+    part.rename(folder / COMMITTED)
     move_into_place(folder)
 
 
@@ -199,15 +199,15 @@ def model_kind(name):
 
 
 def write_backbone_folder(backbone, folder, preprocessor, card):
-    """A plain `transformers` folder with its image processor and card, written aside; an older one goes last."""
+    """A plain `transformers` folder with its image processor and card; an older one is removed last."""
     folder = Path(folder)
-    aside, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
-    for left in (aside, old):
+    part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    for left in (part, old):
         shutil.rmtree(left, ignore_errors=True)
-    backbone.save_pretrained(aside)
-    (aside / "preprocessor_config.json").write_text(to_json(preprocessor))
-    (aside / "README.md").write_text(card, encoding="utf-8")
+    backbone.save_pretrained(part)
+    (part / "preprocessor_config.json").write_text(to_json(preprocessor))
+    (part / "README.md").write_text(card, encoding="utf-8")
     if folder.exists():
         os.replace(folder, old)
-    os.replace(aside, folder)
+    os.replace(part, folder)
     shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Line charts and histograms as inline SVG: no plotting library, and the page's own colours in light and dark.
 
-Lines differ by colour and by dash, so that they can be told apart in print. Shapes carry only class names; the
+Lines differ by colour and by dash, so that they differ in print too. Shapes carry only class names; the
 colours are in `templates/report.css`.
 """
 

@@ -113,7 +113,7 @@ def caption(words, noun="person"):
 
 
 def pose_of(domain, pid, camid, index, seed=0):
-    """What differs from picture to picture, and the generator that goes on to draw it."""
+    """What differs from picture to picture, and the generator that continues to draw it."""
     lens = DOMAINS[domain]["cameras"][camid]
     rng = random.Random(f"image/{domain}/{seed}/{pid}/{camid}/{index}")
     walking = rng.random() < 0.75

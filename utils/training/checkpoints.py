@@ -1,4 +1,4 @@
-"""Checkpoints of a training: written aside and renamed, checked when read, old ones removed last.
+"""Checkpoints of a training: written to a temporary folder and renamed, checked when read; old ones are removed last.
 
     checkpoint-120/
         state.json            step, place in the epoch, arguments: whatever the script keeps there
@@ -71,9 +71,9 @@ def read_state(path, script):
 
 
 def open_state(args, script, *, effective_batch_size, data, free, precision=None, say=print):
-    """(checkpoint to go on from or None, the state it stands in): that of the checkpoint, or of a fresh start.
+    """(checkpoint to continue from or None, the state it stands in): that of the checkpoint, or of a fresh start.
 
-    A state holds what a training must know to go on: step, epoch and batches done in it, the history of its
+    A state holds what a training must know to continue: step, epoch and batches done in it, the history of its
     measurements, and the arguments and data it belongs to. Arguments named in `free` may differ.
     """
     arguments = {**json.loads(to_json(vars(args))), "effective_batch_size": effective_batch_size, "data": data}
@@ -103,11 +103,11 @@ def check_arguments(path, before, now, free):
     if names:
         if names == ["data"]:
             raise ValueError(f"{path} was trained on other images than the source holds now")
-        told = "; ".join(
+        listed = "; ".join(
             f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in sorted(names) if name != "data"
         )
         raise ValueError(
-            f"{path} belongs to a run with other arguments: {told}. Give the same, or another --output_dir"
+            f"{path} belongs to a run with other arguments: {listed}. Give the same, or another --output_dir"
         )
 
 
@@ -117,28 +117,28 @@ def save_checkpoint(output_dir, step, state, model, optimizer, *, accelerator, l
     Then go the oldest beyond `limit`, and those of later steps: this training has replaced the one they are of.
     """
     final = Path(output_dir) / f"checkpoint-{step}"
-    aside = Path(output_dir) / f".checkpoint-{step}.part"
+    part = Path(output_dir) / f".checkpoint-{step}.part"
     main = accelerator.is_main_process
     if main:
         for left in Path(output_dir).glob(".checkpoint-*"):
             shutil.rmtree(left)
-        aside.mkdir(parents=True)
+        part.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
-        write_share(aside, model, optimizer, accelerator)
+        write_share(part, model, optimizer, accelerator)
         accelerator.wait_for_everyone()
         if main:
-            seal(aside, state)
+            seal(part, state)
     # torch and safetensors have errors of their own for a full disk.
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
         free = shutil.disk_usage(output_dir).free / 1e9
         raise OSError(f"{final} could not be written ({free:.1f} GB are free there): {error}") from error
     if main:
         replaced = final.with_name(f".{final.name}.old")
         if final.exists():
             os.replace(final, replaced)
-        os.replace(aside, final)
+        os.replace(part, final)
         shutil.rmtree(replaced, ignore_errors=True)
         found = list_checkpoints(output_dir)
         kept = [number for number in found if number <= step][-(limit or 0) :]
@@ -148,25 +148,25 @@ def save_checkpoint(output_dir, step, state, model, optimizer, *, accelerator, l
     return final
 
 
-def write_share(aside, model, optimizer, accelerator):
+def write_share(part, model, optimizer, accelerator):
     """What this process has to write of a checkpoint."""
-    torch.save(random_states(), aside / f"rng-{accelerator.process_index}.pt")
+    torch.save(random_states(), part / f"rng-{accelerator.process_index}.pt")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        model.save_checkpoint(str(aside / "deepspeed"), "state", exclude_frozen_parameters=True)
+        model.save_checkpoint(str(part / "deepspeed"), "state", exclude_frozen_parameters=True)
     elif accelerator.is_main_process:
-        save_file(changing_tensors(accelerator.unwrap_model(model)), aside / MODEL)
+        save_file(changing_tensors(accelerator.unwrap_model(model)), part / MODEL)
         kept = {"optimizer": optimizer.state_dict()}
         if accelerator.scaler is not None:
             kept["scaler"] = accelerator.scaler.state_dict()
-        torch.save(kept, aside / OPTIMIZER)
+        torch.save(kept, part / OPTIMIZER)
 
 
-def seal(aside, state):
+def seal(part, state):
     """Add the state and the digests of all files, and wait until everything is on the disk."""
-    (aside / STATE).write_text(to_json(state))
-    names = sorted(str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file())
-    (aside / MANIFEST).write_text(to_json({"files": {name: sha256(aside / name) for name in names}}))
-    for path in aside.rglob("*"):
+    (part / STATE).write_text(to_json(state))
+    names = sorted(str(path.relative_to(part)) for path in part.rglob("*") if path.is_file())
+    (part / MANIFEST).write_text(to_json({"files": {name: sha256(part / name) for name in names}}))
+    for path in part.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -183,11 +183,11 @@ def load_checkpoint(path, model, optimizer, *, accelerator):
     """Fill model, optimizer, loss scale and random states from a checkpoint that `read_state` found whole."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if not (path / "deepspeed").is_dir():
-            raise ValueError(f"{path} was written without DeepSpeed; go on without it")
+            raise ValueError(f"{path} was written without DeepSpeed; continue without it")
         load_deepspeed(path / "deepspeed", model)
     else:
         if not (path / MODEL).is_file():
-            raise ValueError(f"{path} was written with DeepSpeed; go on with it")
+            raise ValueError(f"{path} was written with DeepSpeed; continue with it")
         bare = accelerator.unwrap_model(model)
         tensors, wanted = load_file(path / MODEL), changing_tensors(bare)
         if unlike := sorted(name for name in {**tensors, **wanted} if _shape(tensors, name) != _shape(wanted, name)):

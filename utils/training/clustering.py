@@ -89,7 +89,9 @@ def check_clusters(found, *, where="the images", least=2):
     if found.num_clusters >= least:
         return
     quantiles = torch.quantile(found.reach.double(), torch.tensor(SHARES, dtype=torch.float64)).tolist()
-    told = ", ".join(f"{share:.0%} of them within {value:.2f}" for share, value in zip(SHARES, quantiles, strict=True))
+    listed = ", ".join(
+        f"{share:.0%} of them within {value:.2f}" for share, value in zip(SHARES, quantiles, strict=True)
+    )
     if found.noise > 0.5:
         seen = f"{found.noise:.0%} of {where} are in no cluster"
         turn = f"Raise --eps {found.eps:g}, or lower --min_samples {found.min_samples}; or start from a better model"
@@ -97,7 +99,7 @@ def check_clusters(found, *, where="the images", least=2):
         seen = f"{1 - found.noise:.0%} of {where} fell into {max(found.num_clusters, 1)}"
         turn = f"Lower --eps {found.eps:g} or --cluster_k1; or start from a better model"
     raise ValueError(
-        f"the clusters collapsed: {seen}. Distances to the nearest {found.min_samples - 1} others: {told}. {turn}"
+        f"the clusters collapsed: {seen}. Distances to the nearest {found.min_samples - 1} others: {listed}. {turn}"
     )
 
 

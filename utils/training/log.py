@@ -36,9 +36,9 @@ class StepLog:
                     "damaged. Start anew without --resume_from_checkpoint, or give another --output_dir"
                 )
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            aside = self.path.with_name(self.path.name + ".part")
-            aside.write_text("".join(kept))
-            os.replace(aside, self.path)
+            part = self.path.with_name(self.path.name + ".part")
+            part.write_text("".join(kept))
+            os.replace(part, self.path)
         self.accelerator.wait_for_everyone()
 
     def add(self, step, epoch, lr, values, rows=None):
@@ -105,7 +105,7 @@ class StopSignal:
         self.received = True
 
     def asked(self, accelerator):
-        """Whether any process was told to stop; all of them must ask at the same place."""
+        """Whether any process has received SIGTERM; all processes must ask at the same place."""
         if accelerator.num_processes == 1:
             return self.received
         flag = torch.tensor(float(self.received), device=accelerator.device)

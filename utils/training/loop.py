@@ -33,7 +33,7 @@ SHOWN_IMAGES = 64
 class Training:
     """A training and the place it stands at: `state` holds step, epoch, batches done in it, and the measurements.
 
-    Made before the model is built: a checkpoint that is absent, damaged or of other arguments is told at once.
+    Made before the model is built: a checkpoint that is absent, damaged or of other arguments raises at once.
     `images` is the data set whose rows batches hold as `indices`, `data` what identifies it in a checkpoint.
     """
 

@@ -24,8 +24,8 @@ def draw_batch(output_dir, images, mix, mean, std):
         rows = mix_images(images[:16], mix).split(8)
         rows = [row for row in rows if len(row) == len(rows[0])]
     pictures = [[to_picture(image, mean, std) for image in row] for row in rows]
-    with write_together(Path(output_dir) / BATCH.parent) as aside:
-        sheet(pictures).save(aside(BATCH.name), "PNG")
+    with write_together(Path(output_dir) / BATCH.parent) as part:
+        sheet(pictures).save(part(BATCH.name), "PNG")
 
 
 def pretraining_report(output_dir, history, facts):

@@ -28,7 +28,7 @@ WORDS = {
     "loss_inner_triplet": "Images of one identity nearer than those of others, likewise.",
     "loss_meta_test": "The same on the other domains, once norms have followed the three losses before.",
     "rho": "Mean share of batch normalisation in the norms; the rest is instance normalisation.",
-    "accuracy": "Share of images whose identity is told; of mixed images, by the shares of both.",
+    "accuracy": "Share of images whose identity is right; of mixed images, by the shares of both.",
     "teacher_entropy": "Of the teacher's answers; near 0 or near the logarithm of their number it has collapsed.",
     "grad_norm": "Length of the gradient, before any clipping.",
     "lr": "Learning rate.",

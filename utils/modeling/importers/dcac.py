@@ -75,7 +75,7 @@ def read_dcac_checkpoint(path, image_size=None):
 
 
 def encoder_tensors(path):
-    """What lies under `encoder.` in the file; `denoiser.` and all else is left aside."""
+    """What lies under `encoder.` in the file; `denoiser.` and all else is left out."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no checkpoint at {str(path)!r}")
