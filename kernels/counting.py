@@ -38,23 +38,23 @@ def match_ranks(strip, rows, columns, mask):
         counts, ends = counts - (counts > 0).long(), ends - (counts > 0).long()
 
     # What is before the others is little, and found in one pass over the strip.
-    left = torch.arange(rows.shape[0], device=rows.device) < ends[rows]
-    keys, columns = keys[left], columns[left]
+    remaining = torch.arange(rows.shape[0], device=rows.device) < ends[rows]
+    keys, columns = keys[remaining], columns[remaining]
     starts = counts.cumsum(0) - counts
     floor = torch.full_like(strip[:, 0], torch.inf)
     some = counts > 0
     floor[some] = values[ends[some] - 1]
     torch.ge(strip, floor[:, None], out=mask)
-    found = []
+    ranks_of_groups = []
     for begin, end in row_groups(count_set(mask).cpu(), HIT_LIMIT):
         first = int(starts[begin])
         last = int(starts[end]) if end < num_rows else keys.shape[0]
         if first < last:
             part = strip[begin:end]
             own_keys = keys[first:last] - (begin << 32)
-            found.append(ranks_among_hits(part, own_keys, columns[first:last], mask[begin:end]))
-    if found:
-        ranks[left] = torch.cat(found)
+            ranks_of_groups.append(ranks_among_hits(part, own_keys, columns[first:last], mask[begin:end]))
+    if ranks_of_groups:
+        ranks[remaining] = torch.cat(ranks_of_groups)
     return rows, ranks
 
 
@@ -68,8 +68,8 @@ def counted_ranks(strip, rows, columns, values, mask):
     tied = (equal > 1).nonzero().flatten()
     position = torch.arange(strip.shape[1], device=strip.device)
     for some in tied.split(max(1, PAIR_LIMIT // strip.shape[1])):
-        same = strip[rows[some]] == values[some][:, None]
-        ranks[some] += (same & (position < columns[some][:, None])).sum(1)
+        equals_value = strip[rows[some]] == values[some][:, None]
+        ranks[some] += (equals_value & (position < columns[some][:, None])).sum(1)
     return ranks
 
 

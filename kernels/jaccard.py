@@ -82,12 +82,12 @@ def check_compat(compat):
 
 def neighbour_vectors(units, num_rows, k1, k2, fourth_power, path="torch"):
     """V' in units of 1 / ONE (int32) and the inverse of each row's largest distance (0 where all rows are equal)."""
-    found = self_neighbours(units, num_rows, max(k1 + 1, k2), path)
-    inverse = inverse_largest(found.lowest)
-    members = expanded_sets(found.indices, k1)
+    neighbours = self_neighbours(units, num_rows, max(k1 + 1, k2), path)
+    inverse = inverse_largest(neighbours.lowest)
+    members = expanded_sets(neighbours.indices, k1)
     weights = neighbour_weights(units, members, inverse, fourth_power)
     if k2 > 1:
-        return mean_rows(weights, found.indices[:, :k2]), inverse
+        return mean_rows(weights, neighbours.indices[:, :k2]), inverse
     return SparseRows(weights.offsets, weights.columns, fixed_point(weights.values)), inverse
 
 
@@ -110,9 +110,9 @@ def reciprocal_sets(indices, k):
     step = max(1, ENTRY_LIMIT // (width * width))
     for begin in range(0, num_rows, step):
         some = near[begin : begin + step]
-        own = torch.arange(begin, begin + some.shape[0], device=near.device)[:, None]
-        mutual = (near[some] == own[:, :, None]).any(-1)
-        keys.append((own * num_rows + some)[mutual].sort().values)
+        row_numbers = torch.arange(begin, begin + some.shape[0], device=near.device)[:, None]
+        mutual = (near[some] == row_numbers[:, :, None]).any(-1)
+        keys.append((row_numbers * num_rows + some)[mutual].sort().values)
     keys = torch.cat(keys)
     return keys, torch.searchsorted(keys, torch.arange(num_rows + 1, device=keys.device) * num_rows)
 
@@ -128,14 +128,14 @@ def expanded_sets(indices, k1):
     running = torch.cat([half_counts.new_zeros(1), half_counts[candidates].cumsum(0)])[offsets]
     merged = []
     for begin, end in row_groups((running[1:] - running[:-1]).cpu(), ENTRY_LIMIT):
-        own = keys[offsets[begin] : offsets[end]]
-        candidate = own % num_rows
+        row_keys = keys[offsets[begin] : offsets[end]]
+        candidate = row_keys % num_rows
         pair, place = expand_ranges(half_offsets[:-1][candidate], half_counts[candidate])
-        member = (own - candidate)[pair] + half_keys[place] % num_rows
-        inside = own[torch.searchsorted(own, member).clamp(max=own.shape[0] - 1)] == member
-        shared = torch.bincount(pair[inside], minlength=own.shape[0])
+        member = (row_keys - candidate)[pair] + half_keys[place] % num_rows
+        inside = row_keys[torch.searchsorted(row_keys, member).clamp(max=row_keys.shape[0] - 1)] == member
+        shared = torch.bincount(pair[inside], minlength=row_keys.shape[0])
         accepted = 3 * shared > 2 * half_counts[candidate]
-        merged.append(torch.cat([own, member[accepted[pair]]]).unique())
+        merged.append(torch.cat([row_keys, member[accepted[pair]]]).unique())
     merged = torch.cat(merged)
     offsets = torch.searchsorted(merged, torch.arange(num_rows + 1, device=keys.device) * num_rows)
     return SparseRows(offsets, merged % num_rows, merged)
@@ -157,11 +157,11 @@ def sampled_products(units, members, num_rows):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
             zeros = torch.zeros(members.columns.shape[0], dtype=units.dtype)
-            wanted = torch.sparse_csr_tensor(
+            pattern = torch.sparse_csr_tensor(
                 members.offsets, members.columns, zeros, size=(num_rows, num_rows), check_invariants=False
             )
         units = units[:num_rows]
-        return torch.sparse.sampled_addmm(wanted, units, units.t(), beta=0.0).values()
+        return torch.sparse.sampled_addmm(pattern, units, units.t(), beta=0.0).values()
     products = torch.empty(members.columns.shape[0], dtype=units.dtype, device=units.device)
     limit = max(1, GATHER_BYTES // (units.shape[1] * units.element_size()))
     for begin, end in row_groups(members.counts.cpu(), limit):

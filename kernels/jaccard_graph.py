@@ -55,10 +55,10 @@ def jaccard_graph(features, *, k1=20, k2=6, max_distance=1.0, nearest=1, compat=
             reach.append(distance_of(counted.topk(nearest, dim=1).values))
             row, column, place = hits(torch.ne(counted, 0, out=mask[: end - begin]))
             distance = distance_of(counted.view(-1)[place])
-            kept = distance <= max_distance
-            counts.append(torch.bincount(row[kept], minlength=end - begin))
-            columns.append(column[kept])
-            values.append(distance[kept])
+            is_near = distance <= max_distance
+            counts.append(torch.bincount(row[is_near], minlength=end - begin))
+            columns.append(column[is_near])
+            values.append(distance[is_near])
             counted.zero_()
     counts = torch.cat(counts)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

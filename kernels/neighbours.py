@@ -181,8 +181,8 @@ class RunningBest:
             merged = offered.sort(dim=1).values[:, : self.k]
             self.keys[top + touched] = merged
         worst = self.keys[top : top + num_rows, -1]
-        known = worst != NOTHING
-        self.floor[top : top + num_rows][known] = value_of_key(worst[known])
+        is_full = worst != NOTHING
+        self.floor[top : top + num_rows][is_full] = value_of_key(worst[is_full])
 
 
 def places_in_rows(rows, counts):

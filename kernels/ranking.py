@@ -81,10 +81,10 @@ def rank_metrics_reference(scores, query_pids, gallery_pids, query_cams, gallery
     """The definition for a dense (Q, G) score matrix, a query at a time: a list of the match ranks of each query."""
     ranks = []
     for row, pid, cam in zip(scores, query_pids.tolist(), query_cams.tolist(), strict=True):
-        same = (gallery_pids == pid) & (gallery_pids != NO_MATCH_PID)
-        kept = torch.ones_like(same) if protocol == "all" else ~(same & (gallery_cams == cam))
-        order = row[kept].argsort(descending=True, stable=True)
-        ranks.append(same[kept][order].nonzero().flatten() + 1)
+        same_identity = (gallery_pids == pid) & (gallery_pids != NO_MATCH_PID)
+        is_kept = torch.ones_like(same_identity) if protocol == "all" else ~(same_identity & (gallery_cams == cam))
+        order = row[is_kept].argsort(descending=True, stable=True)
+        ranks.append(same_identity[is_kept][order].nonzero().flatten() + 1)
     return ranks
 
 
@@ -151,10 +151,10 @@ def metrics_of_strips(strips, labels, max_rank, path, seed=0):
             mask = torch.empty(strip.shape, dtype=torch.bool, device=strip.device)
         counts = labels.counts_cpu[start : start + strip.shape[0]]
         for begin, end in row_groups(counts, PAIR_LIMIT):
-            rows, columns, kept = labels.pairs(start + begin, start + end)
+            rows, columns, is_kept = labels.pairs(start + begin, start + end)
             part = strip[begin:end]
-            part[rows[~kept], columns[~kept]] = -torch.inf
-            rows, columns = rows[kept], columns[kept]
+            part[rows[~is_kept], columns[~is_kept]] = -torch.inf
+            rows, columns = rows[is_kept], columns[is_kept]
             if single_shot is not None:
                 single_shot.add(start + begin, part, rows, columns)
             rows, ranks = match_ranks(part, rows, columns, mask[: end - begin])
@@ -233,10 +233,10 @@ class SingleShot:
         starts = counts.cumsum(0) - counts
         others = self.pids[None] != self.query_pids[start : start + strip.shape[0]][valid][:, None]
         for chosen, draws in zip(self.chosen, self.own_draws[:, start : start + strip.shape[0]], strict=True):
-            own = columns[(starts + (draws * counts).long())[valid]]
+            own_matches = columns[(starts + (draws * counts).long())[valid]]
             scores = strip[:, chosen][valid]
-            own_scores = strip[valid].gather(1, own[:, None])
-            before = (scores > own_scores) | ((scores == own_scores) & (chosen < own[:, None]))
+            own_scores = strip[valid].gather(1, own_matches[:, None])
+            before = (scores > own_scores) | ((scores == own_scores) & (chosen < own_matches[:, None]))
             self.curve += first_rank_curve(1 + (before & others).sum(1), self.max_rank)
 
     def cmc(self, num_valid):

@@ -39,8 +39,8 @@ def match_scores_kernel(
                 BLOCK_M, BLOCK_N, BLOCK_K, SCALED, PRECISION,
             )  # fmt: skip
             place = columns[None, :] - start[:, None]
-            wanted = (place >= 0) & (place < count[:, None])
-            tl.store(scores_out + base + (shift[:, None] + place), tile, mask=wanted)
+            selected = (place >= 0) & (place < count[:, None])
+            tl.store(scores_out + base + (shift[:, None] + place), tile, mask=selected)
 
 
 @triton.jit
@@ -68,21 +68,21 @@ def count_kernel(
         gallery_pid = tl.load(gallery_pids + columns, mask=inside, other=-1)
         index = tl.load(order + columns, mask=inside, other=0)
         # Matches and dropped items have the query's identity: their order among themselves needs no product.
-        other = inside[None, :] & (query_pid[:, None] != gallery_pid[None, :])
-        tile = tl.where(other, tile, float("-inf"))
+        is_other = inside[None, :] & (query_pid[:, None] != gallery_pid[None, :])
+        tile = tl.where(is_other, tile, float("-inf"))
         # From the worst match up, until nothing in the tile comes before any row's match.
         step = longest * 0
-        found = longest > 0
-        while found:
+        searching = longest > 0
+        while searching:
             place = end - 1 - step
-            known = valid & (place >= begin)
-            score = tl.load(scores + place, mask=known, other=float("inf"))
-            own = tl.load(indices + place, mask=known, other=0)
-            ahead = (tile > score[:, None]) | ((tile == score[:, None]) & (index[None, :] < own[:, None]))
+            has_match = valid & (place >= begin)
+            score = tl.load(scores + place, mask=has_match, other=float("inf"))
+            match_index = tl.load(indices + place, mask=has_match, other=0)
+            ahead = (tile > score[:, None]) | ((tile == score[:, None]) & (index[None, :] < match_index[:, None]))
             number = tl.sum(ahead.to(tl.int32), axis=1)
-            tl.atomic_add(counts_out + place, number, mask=known & (number > 0))
+            tl.atomic_add(counts_out + place, number, mask=has_match & (number > 0))
             step += 1
-            found = (tl.max(number, axis=0) > 0) & (step < longest)
+            searching = (tl.max(number, axis=0) > 0) & (step < longest)
 
 
 def match_ranks_triton(queries, gallery, labels, precision="ieee"):
@@ -110,8 +110,8 @@ def match_ranks_triton(queries, gallery, labels, precision="ieee"):
 
     # The kept matches of each query, best first, equal scores by gallery index.
     indices = labels.order[places]
-    kept = labels.keeps(by_pid[rows], indices)
-    rows, indices, scores = rows[kept], indices[kept], scores[kept]
+    is_kept = labels.keeps(by_pid[rows], indices)
+    rows, indices, scores = rows[is_kept], indices[is_kept], scores[is_kept]
     order = indices.argsort(stable=True)
     order = order[scores[order].argsort(descending=True, stable=True)]
     order = order[rows[order].argsort(stable=True)]

@@ -28,8 +28,8 @@ def k_reciprocal_rerank(queries, gallery, *, k1=20, k2=6, lambda_value=0.3, comp
     if isinstance(lambda_value, bool) or not isinstance(lambda_value, numbers.Real) or not 0 <= lambda_value <= 1:
         raise ValueError(f"lambda_value must be a number between 0 and 1, got {lambda_value!r}")
     check_compat(compat)
-    wanted = min(max(k1 + 1, k2), queries.shape[0] + gallery.shape[0])
-    path = choose_backend(backend, queries, "k_reciprocal_rerank", wanted)
+    num_neighbours = min(max(k1 + 1, k2), queries.shape[0] + gallery.shape[0])
+    path = choose_backend(backend, queries, "k_reciprocal_rerank", num_neighbours)
     return ReRanking(queries, gallery, k1, k2, float(lambda_value), compat == "torchreid", path)
 
 
@@ -147,7 +147,7 @@ def k_reciprocal_rerank_reference(queries, gallery, k1=20, k2=6, lambda_value=0.
         vectors[i, members] = weights / weights.sum()
     if k2 > 1:
         vectors = torch.stack([vectors[order[i, :k2]].mean(0) for i in range(num_rows)])
-    ours, others = vectors[: queries.shape[0]], vectors[queries.shape[0] :]
-    overlap = torch.stack([torch.minimum(row, others).sum(1) for row in ours])
+    query_vectors, gallery_vectors = vectors[: queries.shape[0]], vectors[queries.shape[0] :]
+    overlap = torch.stack([torch.minimum(row, gallery_vectors).sum(1) for row in query_vectors])
     jaccard = 1 - overlap / (2 - overlap)
     return (1 - lambda_value) * jaccard + lambda_value * original[: queries.shape[0], queries.shape[0] :]

@@ -80,18 +80,18 @@ class TileInputs:
 
     def take(self, order):
         """The same rows in another order."""
-        other = object.__new__(TileInputs)
-        other.__dict__.update(self.__dict__)
-        other.rows = self.rows[order]
-        other.scale = self.scale[order] if self.scaled else other.rows
-        return other
+        taken = object.__new__(TileInputs)
+        taken.__dict__.update(self.__dict__)
+        taken.rows = self.rows[order]
+        taken.scale = self.scale[order] if self.scaled else taken.rows
+        return taken
 
 
 def paired_inputs(queries, gallery, precision):
     """TileInputs of both, either both scaled or neither, in one dtype."""
     if gallery is queries:
-        same = TileInputs("features", queries, precision)
-        return same, same
+        inputs = TileInputs("features", queries, precision)
+        return inputs, inputs
     if queries.dtype != gallery.dtype:
         queries, gallery = queries.float(), gallery.float()
     pair = TileInputs("queries", queries, precision), TileInputs("gallery", gallery, precision)

@@ -81,11 +81,11 @@ def strip_topk(strip, k):
             ordered, order = strip[some].sort(dim=1, descending=True, stable=True)
             values[some], columns[some] = ordered[:, :k], order[:, :k]
     rows, cols, places = hits(mask)
-    found = strip.view(-1)[places]
-    order = ((rows << 32) + descending_key(found)).sort(stable=True).indices
+    hit_values = strip.view(-1)[places]
+    order = ((rows << 32) + descending_key(hit_values)).sort(stable=True).indices
     counts = torch.where(crowded, 0, counts)
     place = torch.arange(rows.shape[0], device=rows.device) - (counts.cumsum(0) - counts)[rows]
     rows, keep = rows[order], place < k
-    values[rows[keep], place[keep]] = found[order][keep]
+    values[rows[keep], place[keep]] = hit_values[order][keep]
     columns[rows[keep], place[keep]] = cols[order][keep]
     return values, columns

@@ -41,8 +41,8 @@ def topk_kernel(
         largest = tl.max(keys, axis=1)
         # Most tiles hold nothing that beats a row's worst; the others give up their best entries one by one.
         while tl.max((largest > worst).to(tl.int32), axis=0) > 0:
-            taken = largest > worst
-            replaced = (best == worst[:, None]) & taken[:, None]
+            improved = largest > worst
+            replaced = (best == worst[:, None]) & improved[:, None]
             best = tl.where(replaced, largest[:, None], best)
             keys = tl.where(keys == largest[:, None], nothing, keys)
             worst = tl.min(best, axis=1)

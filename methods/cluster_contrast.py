@@ -1,4 +1,4 @@
-"""Cluster contrast: cross-entropy with a prototype of each cluster, moved after every step. Noise is left out.
+"""Cluster contrast: cross-entropy with a prototype of each cluster, updated after every step. Noise is left out.
 
 L = CE(u M^T / temperature, cluster)          u: unit-length BNNeck features; M: a prototype of each cluster
 """
@@ -15,8 +15,8 @@ from utils.training.clustering import NOISE
 class ClusterContrast(nn.Module):
     """Encoder, prototypes and pseudo labels; `forward` is the loss of one batch of the target.
 
-    With several processes each passes its share of the images through the backbone. The features are gathered, so that
-    BatchNorm and memory see the whole batch, as one process would.
+    With several processes, each passes its share of the images through the backbone. The features are gathered, so
+    that BatchNorm and memory see the whole batch, as in a run with one process.
     """
 
     under_deepspeed = True
@@ -31,7 +31,7 @@ class ClusterContrast(nn.Module):
 
     @staticmethod
     def scales(args):
-        """The values of eps of a clustering."""
+        """The values of eps to cluster with."""
         return [args.eps]
 
     @staticmethod
@@ -43,11 +43,11 @@ class ClusterContrast(nn.Module):
         return labels
 
     def make_room(self, num_clusters):
-        """For a checkpoint that is about to be read."""
+        """Set the number of prototypes before a checkpoint is loaded."""
         self.memory.make_room(num_clusters)
 
     def relabel(self, first, target, source, cluster):
-        """Clusters of an epoch; every prototype becomes the mean direction of its cluster."""
+        """Cluster for an epoch; every prototype becomes the mean direction of its cluster."""
         features = target()
         labels = cluster(features)
         self.memory.renew(features, labels)
@@ -70,11 +70,11 @@ UPDATES = ("momentum", "hard", "mean")
 
 
 class ClusterMemory(PrototypeMemory):
-    """A prototype of each cluster. The update moves `m <- momentum m + (1 - momentum) u`, unit length, with u
+    """A prototype of each cluster. The update is `m <- momentum m + (1 - momentum) u`, unit length. `mode` sets u:
 
     momentum: every image of the cluster in the batch, one after the other;
-    hard: the image least like the prototype;
-    mean: the mean of the cluster's images.
+    hard: the image least similar to the prototype;
+    mean: the mean of the cluster's images in the batch.
     """
 
     def __init__(self, prototypes, temperature=0.05, momentum=0.1, mode="momentum"):
@@ -93,19 +93,19 @@ class ClusterMemory(PrototypeMemory):
             if self.mode == "momentum":
                 move_in_turn(self.prototypes, labels, unit, self.momentum)
                 return
-            same = (labels[:, None] == labels[None, :]).float()
-            means = same @ unit / same.sum(1, keepdim=True)
-            # Images of one cluster all write the same row.
+            same_label = (labels[:, None] == labels[None, :]).float()
+            means = same_label @ unit / same_label.sum(1, keepdim=True)
+            # All images of one cluster write the same row.
             self.prototypes[labels] = F.normalize(torch.lerp(means, self.prototypes[labels], self.momentum), dim=1)
 
     @torch.no_grad()
     def renew(self, features, labels):
-        """Other clusters: their prototypes are the mean directions of the rows with labels 0 and up."""
+        """Replace the prototypes after a new clustering: each is the mean direction of a cluster's rows."""
         labels = labels.to(features.device)
-        known = labels >= 0
-        means = class_means(features[known], labels[known], int(labels.max()) + 1)
+        in_cluster = labels >= 0
+        means = class_means(features[in_cluster], labels[in_cluster], int(labels.max()) + 1)
         self.prototypes = means.to(self.prototypes.device)
 
     def make_room(self, num_clusters):
-        """For a checkpoint that is about to be read."""
+        """Set the number of prototypes before a checkpoint is loaded."""
         self.prototypes = self.prototypes.new_zeros(num_clusters, self.prototypes.shape[1])

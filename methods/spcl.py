@@ -1,8 +1,8 @@
-"""SpCL: self-paced contrast with a memory that has a row of each source identity and of each target image.
+"""SpCL: self-paced contrast with a memory that has a row for each source identity and each target image.
 
     L = CE(u C^T / temperature, class)            u: unit-length BNNeck features; C: mean of the rows of each class
 
-Clusters that do not hold at a looser and a tighter scale are dissolved, and each image in none is a class of its own.
+Clusters that change too much at a looser or a tighter scale are dissolved. Each image in no cluster is its own class.
 """
 
 import torch
@@ -19,8 +19,8 @@ from utils.training.clustering import NOISE, reliable, singled_out
 class SpCL(nn.Module):
     """Encoder, memory and pseudo labels; `forward` is the loss of one batch of source (where there is one) and target.
 
-    With several processes each passes its share of the images through the backbone. The features are gathered, the
-    domains one after the other, so that BatchNorm and memory see the whole batch, as one process would.
+    With several processes, each passes its share of the images through the backbone. The features are gathered, one
+    domain after the other, so that BatchNorm and memory see the whole batch, as in a run with one process.
     """
 
     under_deepspeed = True
@@ -39,25 +39,25 @@ class SpCL(nn.Module):
 
     @staticmethod
     def scales(args):
-        """The values of eps of a clustering: a tighter and a looser scale beside its own."""
+        """The values of eps to cluster with: --eps, a tighter and a looser one."""
         return [args.eps + gap for gap in (0, -args.eps_gap, args.eps_gap)]
 
     @staticmethod
     def labels_of(clusters, threshold):
-        """Labels without the clusters that do not hold; the threshold of the first epoch serves for all."""
+        """Labels of the reliable clusters; the threshold of the first epoch is used in all epochs."""
         if not clusters[0].num_clusters:
             return clusters[0].labels, threshold
         return reliable(*clusters, threshold)
 
     def labels_for_batches(self, labels, key):
-        """Images in no cluster are trained on too: in random groups."""
+        """Labels in which images in no cluster form random groups, so that they are trained on too."""
         return in_groups(labels, self.images_per_id, key)
 
     def make_room(self, num_clusters):
-        """The memory has its size from the start."""
+        """Nothing to do: the memory has its full size from the start."""
 
     def relabel(self, first, target, source, cluster):
-        """Clusters of an epoch: of the model's features before the first, of what the memory holds later."""
+        """Cluster for an epoch: the model's features before the first epoch, the memory's rows before later ones."""
         device = self.memory.prototypes.device
         features = target() if first else self.memory.prototypes[self.num_source :]
         labels = cluster(features)
@@ -66,12 +66,12 @@ class SpCL(nn.Module):
             if self.num_source:
                 rows = [source().to(device), *rows]
             self.memory.prototypes.copy_(torch.cat(rows))
-        known = torch.arange(self.num_source, device=device)
-        self.memory.labels.copy_(torch.cat([known, self.num_source + singled_out(labels).to(device)]))
+        source_labels = torch.arange(self.num_source, device=device)
+        self.memory.labels.copy_(torch.cat([source_labels, self.num_source + singled_out(labels).to(device)]))
         return labels
 
     def forward(self, images, rows):
-        """`rows`: of the source their labels, of the target the numbers of the images after those."""
+        """`rows`: labels for source images; for target images `num_source` plus the number of the image."""
         features = gather_by_domain(self.encoder.backbone(images), self.num_domains)
         rows = gather_by_domain(rows, self.num_domains)
         with torch.autocast(images.device.type, enabled=False):
@@ -91,8 +91,8 @@ class SpCL(nn.Module):
 class HybridMemory(PrototypeMemory):
     """A row of each source identity and of each target image, and a label of each row, from 0.
 
-    A label's prototype is the mean of its rows, not brought to unit length: `loss = CE(u means^T / temperature)`. In
-    the update every image of the batch moves its own row, one after the other.
+    A label's prototype is the mean of its rows, not normalised: `loss = CE(u means^T / temperature)`. In the update
+    the images of the batch move their own rows, one after the other.
     """
 
     def __init__(self, rows, temperature=0.05, momentum=0.2):
@@ -102,7 +102,7 @@ class HybridMemory(PrototypeMemory):
     def forward(self, features, rows):
         with torch.autocast(features.device.type, enabled=False):
             sums, counts = self.sums()
-            # Labels without rows are no class.
+            # A label without rows is not a class.
             empty = counts == 0
             means = sums / counts.clamp(min=1)[:, None]
             logits = F.normalize(features.float(), dim=1) @ means.t() / self.temperature
@@ -110,7 +110,7 @@ class HybridMemory(PrototypeMemory):
 
     @torch.no_grad()
     def sums(self):
-        """Of each label below the number of rows: the sum of its rows, and how many they are."""
+        """For each label: the sum of its rows and the number of its rows."""
         sums = torch.zeros_like(self.prototypes).index_add_(0, self.labels, self.prototypes)
         return sums, self.labels.bincount(minlength=len(sums)).to(sums.dtype)
 

@@ -1,6 +1,6 @@
-"""Start and end of a script: the accelerator, what several processes share, and one line for an error.
+"""Start and end of a script: the accelerator, helpers for several processes, and errors in one line.
 
-accelerate is imported where it is first needed: filter_generated.py chooses again without it.
+accelerate is imported where it is first needed: filter_generated.py can choose from existing scores without it.
 """
 
 import json
@@ -22,9 +22,9 @@ SCRIPTS = (
 
 
 def check_folder(folder, script):
-    """ValueError where `folder` cannot be written, or holds what another of the scripts left.
+    """ValueError where `folder` cannot be written to, or holds results of another of our scripts.
 
-    Results must not write over each other. A copied script may continue where its original was.
+    Scripts must not overwrite each other's results. A copy of a script may use the folder of its original.
     """
     place = Path(folder)
     while not place.exists() and place != place.parent:
@@ -42,9 +42,10 @@ def check_folder(folder, script):
 
 
 def end_with(main, args, script, *, lean="lower --train_batch_size, or add --gradient_checkpointing", kept=None):
-    """main(args) and exit, with what a user can do something about said in one line.
+    """Run main(args) and exit. Errors that a user can fix are printed in one line.
 
-    `lean` says what to do about a full card, `kept` what a failed write leaves; default: all as it was before.
+    `lean` says what to do when GPU memory is full. `kept` says what a failed write leaves; default: everything stays
+    as it was.
     """
     kept = kept or f"checkpoints and results in {args.output_dir} are as they were before"
     try:
@@ -59,34 +60,34 @@ def end_with(main, args, script, *, lean="lower --train_batch_size, or add --gra
             raise
         message = f"{error}; {lean}"
     else:
-        # What else a main returns is for those who call it.
+        # Other values that a main returns are for its callers in Python.
         sys.exit(code if isinstance(code, int) else 0)
     sys.exit(f"{script}: {' '.join(message.split())}")
 
 
-# What a shell reports for a process that SIGTERM ended.
+# The exit code of a process that SIGTERM ended, as shells report it.
 EXIT_SIGTERM = 128 + signal.SIGTERM
 
 
 def use_all_cores(num_processes):
-    """`accelerate launch` gives a process on the CPU one thread, without OMP_NUM_THREADS: here it gets its share."""
+    """Use all cores in a single process on the CPU; `accelerate launch` sets OMP_NUM_THREADS to 1 by default."""
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if by_accelerate and num_processes == 1:
         torch.set_num_threads(os.cpu_count())
 
 
 def start_accelerator(mixed_precision=None, *, patient=False, handlers=(), **options):
-    """The Accelerator of any script. A run without a GPU says so in its first line.
+    """The Accelerator of any script. A run without a GPU prints a line about it.
 
-    `patient`: processes wait for each other as long as it takes. `options` are those of `Accelerator`.
+    `patient`: processes wait for each other without a time limit. `options` are those of `Accelerator`.
     """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    # Into a file or a pipe, lines would wait for the buffer to fill: hours of a training.
+    # Otherwise output to a file or a pipe appears only when its buffer is full: after hours of training.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)
-    # Without `cpu`, accelerate takes several processes of torchrun on a machine without a GPU for single ones.
+    # Without `cpu`, accelerate treats torchrun's processes on a machine without a GPU as separate single processes.
     options = {"cpu": not torch.accelerator.is_available()} | options
     if patient:
         handlers = [*handlers, InitProcessGroupKwargs(timeout=timedelta(days=365))]
@@ -106,7 +107,7 @@ def start_training(args, *, find_unused_parameters=False, max_zero_stage=2):
 
     cpu = not torch.accelerator.is_available()
     if cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        # With `cpu`, accelerate leaves DeepSpeed out: its processes are joined first, and the setting is then removed.
+        # With `cpu`, accelerate ignores DeepSpeed: the processes are connected first, and then the setting is removed.
         PartialState(cpu=True)
         os.environ["ACCELERATE_USE_CPU"] = "false"
         cpu = False
@@ -115,7 +116,7 @@ def start_training(args, *, find_unused_parameters=False, max_zero_stage=2):
         cpu=cpu,
         log_with=check_trackers(args.report_to) or None,
         project_dir=args.output_dir,
-        # Buffers are computed from the whole batch and equal everywhere.
+        # Buffers are computed from the whole batch, so they are equal on all processes.
         handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=find_unused_parameters)
         ],
@@ -130,18 +131,18 @@ def start_training(args, *, find_unused_parameters=False, max_zero_stage=2):
         if accelerator.mixed_precision == "fp16":
             raise ValueError("DeepSpeed in fp16 would cast all weights and buffers; use --mixed_precision bf16 or no")
         if accelerator.mixed_precision == "bf16":
-            # So would its bf16; with this, `accelerator.autocast` computes in bf16 as it does without DeepSpeed.
+            # DeepSpeed's bf16 would cast them too. This way `accelerator.autocast` uses bf16, as without DeepSpeed.
             plugin.deepspeed_config["bf16"] = {"enabled": False}
             accelerator.native_amp = True
             torch.set_autocast_dtype(accelerator.device.type, torch.bfloat16)
         if plugin.zero_stage == 3:
-            # Else transformers splits weights as it loads them, before they are put together into our model.
+            # Otherwise transformers splits weights while it loads them, before our model is built from them.
             from transformers.integrations import unset_hf_deepspeed_config
 
             unset_hf_deepspeed_config()
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         plugin.deepspeed_config["gradient_accumulation_steps"] = 1
-        # Offloaded, our optimiser runs too; DeepSpeed's own would have to be compiled first.
+        # Our optimiser works with offloading too; DeepSpeed's own would have to be compiled first.
         plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
         if args.max_grad_norm:
             plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm
@@ -160,7 +161,7 @@ def start_training(args, *, find_unused_parameters=False, max_zero_stage=2):
 
 @contextmanager
 def whole_weights(model, accelerator):
-    """Under ZeRO-3 every process holds a part of each weight; while this lasts, all hold all of them."""
+    """Inside this context every process holds all weights whole; under ZeRO-3 each holds only a part of them."""
     from accelerate.utils import DistributedType
 
     if accelerator.distributed_type != DistributedType.DEEPSPEED or model.zero_optimization_stage() < 3:
@@ -173,12 +174,12 @@ def whole_weights(model, accelerator):
 
 
 def global_batch_size(args, accelerator):
-    """Images of one step: of all passes and processes."""
+    """Images in one step: over all accumulated batches and all processes."""
     return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
 
 def gather_with_gradient(tensor):
-    """The whole batch from each process's share, in order; accelerate's `gather` would stop the gradient."""
+    """The whole batch from all processes' shares, in order, with gradient; accelerate's `gather` has no gradient."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return tensor
     from torch.distributed.nn.functional import all_gather
@@ -187,7 +188,7 @@ def gather_with_gradient(tensor):
 
 
 def gather_by_domain(tensor, num_domains):
-    """The whole batch from each process's share of [domain, domain, ...], the domains one after the other."""
+    """The whole batch from all processes' shares of [domain, domain, ...], one domain after the other."""
     size = len(tensor)
     whole = gather_with_gradient(tensor)
     return whole.unflatten(0, (len(whole) // size, num_domains, size // num_domains)).transpose(0, 1).flatten(0, 2)
@@ -216,14 +217,14 @@ def bitsandbytes_module():
 
 
 def tracked(args):
-    """The arguments as trackers take them: plain values."""
+    """The arguments as plain values, for trackers."""
     return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in vars(args).items()}
 
 
 def introduce(args, accelerator, *, demo, stand_ins=None):
-    """The first lines of a run: `demo` where nothing was asked for, `stand_ins` where stand-ins are used unasked.
+    """Print the first lines of a run: `demo` for a run without flags, `stand_ins` where it uses stand-ins by default.
 
-    Without an accelerator, of a run that needs none, this process says them.
+    Without an accelerator, this process prints them.
     """
     say = accelerator.print if accelerator else print
     if args.demo:

@@ -1,6 +1,6 @@
 """From a data set to batches of tensors: transforms, augmentation, samplers, streaming.
 
-For others: `ReIDImages`, `IdentitySampler`, `train_transform`, `test_transform`.
+For use in other projects: `ReIDImages`, `IdentitySampler`, `train_transform`, `test_transform`.
 """
 
 from utils import opened_when_used

@@ -1,4 +1,4 @@
-"""Batches that follow pseudo labels: P clusters with K images each, beside as many of a labelled source."""
+"""Batches by pseudo label: P clusters with K images each, and the same number of images of a labelled source."""
 
 import itertools
 import random
@@ -7,7 +7,7 @@ import random
 class PseudoBatches:
     """A batch sampler; yields lists of (row, key of the draw), this process's share: source, then target.
 
-    `camids`: the cameras of all rows, source and target. `take` the target's labels of an epoch before its batches.
+    `camids`: the cameras of all rows, source and target. Before an epoch's batches, `take` sets the target's labels.
     """
 
     def __init__(self, batch_size, images_per_id, steps, camids, *, source_labels=(), seed=0, rank=0, num_processes=1):
@@ -30,33 +30,33 @@ class PseudoBatches:
         self.epoch = self.done = 0
 
     def set_epoch(self, epoch, done=0):
-        """`done` batches of the epoch have been taken before."""
+        """`done` batches of the epoch have been trained on before."""
         self.epoch, self.done = epoch, done
 
     def take(self, labels):
-        """Labels (N,) of the target's images; those with -1 are left out."""
+        """Set the labels (N,) of the target's images; those with -1 are left out."""
         self.target = rows_of(labels.tolist(), first=self.num_source)
         if not self.target:
             raise ValueError(f"all {len(labels)} images are in no cluster: there is nothing to make batches of")
 
     def global_batches(self):
-        """The rows of every batch of the epoch: target, and before it source where there is one."""
+        """(source rows, target rows) of every batch of the epoch; source rows are empty without a source."""
         source = self.batches_of(self.source, "source") if self.source else itertools.repeat([])
         yield from itertools.islice(zip(source, self.batches_of(self.target, "target"), strict=False), self.steps)
 
     def batches_of(self, owners, name):
-        """P of `owners` (rows of each) a batch, without end. With fewer than P of them one has several groups."""
+        """Batches without end, each of P of `owners` (the rows of each). With fewer than P, owners are repeated."""
         rng = random.Random(f"{name}/{self.seed}/{self.epoch}")
-        wanted = self.batch_size // self.images_per_id
+        num_owners = self.batch_size // self.images_per_id
         while True:
             order = rng.sample(owners, len(owners))
-            if len(order) < wanted:
-                order = list(itertools.islice(itertools.cycle(order), wanted))
-            for start in range(0, len(order) - wanted + 1, wanted):
-                yield [row for rows in order[start : start + wanted] for row in self.group(rng, rows)]
+            if len(order) < num_owners:
+                order = list(itertools.islice(itertools.cycle(order), num_owners))
+            for start in range(0, len(order) - num_owners + 1, num_owners):
+                yield [row for rows in order[start : start + num_owners] for row in self.group(rng, rows)]
 
     def group(self, rng, rows):
-        """K of `rows`: all where they are few; else one, and others that other cameras saw, if there are any."""
+        """K of `rows`: all and some again if there are at most K; else one row and others, of other cameras if any."""
         size = self.images_per_id
         if len(rows) <= size:
             return rows + rng.choices(rows, k=size - len(rows))
@@ -85,7 +85,7 @@ class PseudoBatches:
 
 
 def rows_of(labels, first=0):
-    """[rows of a label, ...], counted from `first`; those with a negative label are left out."""
+    """[rows of a label, ...], numbered from `first`; rows with a negative label are left out."""
     rows = {}
     for row, label in enumerate(labels, first):
         if label >= 0:
@@ -94,7 +94,7 @@ def rows_of(labels, first=0):
 
 
 def in_groups(labels, size, seed):
-    """Labels whose noise is drawn into random groups of `size`, each with a label of its own after the clusters."""
+    """Labels in which noise is divided into random groups of `size`, with new labels after those of the clusters."""
     noise = (labels < 0).nonzero().flatten().tolist()
     random.Random(f"groups/{seed}").shuffle(noise)
     grouped = labels.clone()

@@ -1,4 +1,4 @@
-"""Which images make a batch: P x K by identity, shuffled, or by pseudo label."""
+"""Batch samplers: P identities with K images each, or all images shuffled."""
 
 import random
 
@@ -6,9 +6,9 @@ import torch
 
 
 class KeyedBatches(torch.utils.data.Sampler):
-    """Batches as lists of (number, key of the draw): one rank's even share, in order, of every batch of all ranks.
+    """Batches as lists of (number, key of the draw): one rank's equal share of every global batch, in order.
 
-    `set_epoch(epoch, done)` leaves out the first `done` batches of the epoch, for a run that resumes in it. Children
+    `set_epoch(epoch, done)` skips the first `done` batches of the epoch, for a run that resumes in it. Subclasses
     have `global_batches(epoch)`, the numbers of every batch.
     """
 
@@ -32,21 +32,22 @@ class KeyedBatches(torch.utils.data.Sampler):
                 ]
 
     def __len__(self):
-        """Batches left of the epoch; with identities of different sizes their number differs between epochs."""
+        """Remaining batches of the epoch. With identities of different sizes the number differs between epochs."""
         return self.steps_of(1, first=self.epoch) - self.done
 
     def steps_of(self, epochs, first=1):
-        """Batches of so many epochs from `first` on."""
+        """Number of batches in `epochs` epochs, starting with epoch `first`."""
         return sum(1 for epoch in range(first, first + epochs) for _ in self.global_batches(epoch))
 
 
 class IdentitySampler(KeyedBatches):
     """Batches of P identities with K images each, one rank's share of every global batch.
 
-    An epoch: each identity's images are shuffled into groups of K (fewer than K: drawn with replacement; a rest of
-    less than K is left out this time); a batch is one group of each of P random identities that still have one; the
-    epoch ends when fewer than P have. `batch_size` is the global P x K: with more processes each gets its even share,
-    in order, of the very batches one process would get. Yields lists of (number, key of the draw).
+    In an epoch, each identity's images are shuffled into groups of K. An identity with fewer than K images gives one
+    group, drawn with replacement; a last group of fewer than K is left out of this epoch. A batch has one group of
+    each of P random identities that still have groups; the epoch ends when fewer than P have. `batch_size` is the
+    global P x K: with several processes, each gets its equal share, in order, of the batches that a single process
+    would get. Yields lists of (number, key of the draw).
     """
 
     def __init__(self, labels, batch_size, images_per_id=4, seed=0, rank=0, num_processes=1):
@@ -78,17 +79,17 @@ class IdentitySampler(KeyedBatches):
                 continue
             shuffled = rng.sample(numbers, len(numbers))
             groups.append([shuffled[start : start + size] for start in range(0, len(numbers) - size + 1, size)])
-        left = [owner for owner, its in enumerate(groups) if its]
-        while len(left) >= self.ids_per_batch:
+        owners = [owner for owner, owner_groups in enumerate(groups) if owner_groups]
+        while len(owners) >= self.ids_per_batch:
             batch = []
-            for owner in rng.sample(left, self.ids_per_batch):
+            for owner in rng.sample(owners, self.ids_per_batch):
                 batch += groups[owner].pop()
-            left = [owner for owner in left if groups[owner]]
+            owners = [owner for owner in owners if groups[owner]]
             yield batch
 
 
 class ShuffleSampler(KeyedBatches):
-    """Batches of all images in a new order each epoch, one rank's share of every global batch; a rest is left out.
+    """Batches of all images in a new order each epoch, one rank's share of every global batch; no smaller last batch.
 
     Yields lists of (number, key of the draw), as `IdentitySampler` does.
     """

@@ -1,7 +1,7 @@
 """From a picture to a tensor: resizing, mirroring, padding, erasing.
 
-Every draw of an augmentation belongs to (seed, epoch, place in the epoch), not to a worker or a process: the same seed
-gives the same batches with any number of workers and processes, and after a resume.
+Augmentations are drawn from (seed, epoch, place in the epoch), not from the state of a worker or process: the same
+seed gives the same batches with any number of workers and processes, and after a resume.
 """
 
 import random
@@ -16,7 +16,7 @@ HALF = (0.5, 0.5, 0.5)
 
 def to_tensor(image, mean, std):
     """An RGB picture as a float tensor (3, H, W), normalised."""
-    # The planes are sorted out as bytes: four times less to move.
+    # Channels are moved while values are bytes: a quarter of the memory traffic of floats.
     planes = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
     return planes.float().div_(255.0).sub_(mean).div_(std)
@@ -32,7 +32,7 @@ def resized(image, image_size, resample):
 class TestTransform:
     """Resize and normalise: PIL image -> (3, H, W)."""
 
-    # pytest collects classes by their name; this is none of its.
+    # pytest collects classes whose names start with Test; this is not a test.
     __test__ = False
 
     def __init__(self, image_size=(256, 128), mean=HALF, std=HALF, resample="bilinear"):
@@ -65,7 +65,7 @@ class TrainTransform:
         self.image_size, self.mean, self.std, self.resample = tuple(image_size), tuple(mean), tuple(std), resample
         self.flip, self.padding = flip, padding
         self.erasing, self.erasing_area, self.erasing_aspect = erasing, erasing_area, erasing_aspect
-        # The value stands after normalisation: 0.5 is a light grey of 0.75 for mean and std of a half.
+        # The value is filled in after normalisation: with mean and std 0.5, a value of 0.5 is a light grey of 0.75.
         self.erasing_value = erasing_value
 
     def __call__(self, image, rng):
@@ -108,7 +108,7 @@ test_transform.__test__ = False
 
 
 class ReIDImages(torch.utils.data.Dataset):
-    """Rows of a data set as tensors with labels; an item is asked for as a number, or as (number, key of its draw)."""
+    """Rows of a data set as tensors with labels; the index of an item is a number or (number, key of its draw)."""
 
     def __init__(self, dataset, transform, labels=None):
         self.dataset, self.transform = dataset, transform
@@ -132,7 +132,7 @@ class ReIDImages(torch.utils.data.Dataset):
 
 
 class TransformedImages(torch.utils.data.Dataset):
-    """Rows of a data set as the model's input, by `transform`: PIL image -> (3, height, width)."""
+    """Rows of a data set as input for a model; `transform`: PIL image -> (3, height, width)."""
 
     def __init__(self, dataset, transform):
         self.dataset, self.transform = dataset, transform
@@ -145,7 +145,7 @@ class TransformedImages(torch.utils.data.Dataset):
 
 
 def training_loader(model, dataset, labels, sampler, *, padding, erasing, num_workers=0, pin_memory=False):
-    """Augmented batches, sized and normalised for a model, of a sampler that gives keyed rows."""
+    """A loader of augmented batches, resized and normalised for a model; `sampler` yields (row, key) pairs."""
     transform = train_transform(model.image_size, model.image_mean, model.image_std, padding=padding, erasing=erasing)
     return torch.utils.data.DataLoader(
         ReIDImages(dataset, transform, labels),

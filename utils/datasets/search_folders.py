@@ -1,4 +1,4 @@
-"""Plain folders of images, or single ones, as query and gallery, with whatever labels their names give."""
+"""Plain folders of images, or single images, as query and gallery, with the labels that their names give."""
 
 import os
 import re
@@ -10,11 +10,11 @@ LABELLED = re.compile(r"(-?\d+)_c(\d+)")
 
 
 def read_folders(query_dir, gallery_dir):
-    """Query and gallery data sets of all images below two folders; either may be one image instead.
+    """Query and gallery data sets of all images below two folders; either may be a single image instead.
 
-    Identity and camera are read from names such as 0001_c2_x.jpg; else the folder an image lies in is its identity.
-    The same name is the same identity in both folders. Cameras count from 0, as those of other sets: c1 is 0, unless
-    there is a c0. What is not given is -1.
+    Identity and camera are read from names such as 0001_c2_x.jpg; other images have their folder as identity. The same
+    name is the same identity in both folders. Cameras count from 0, as in other data sets: c1 becomes 0, unless there
+    is a c0. An unknown identity or camera is -1.
     """
     sides = [images_of(place) for place in (query_dir, gallery_dir)]
     paths = [path for _, side in sides for path in side]
@@ -35,7 +35,7 @@ def read_folders(query_dir, gallery_dir):
 
 
 def images_of(place):
-    """(folder, paths of the images below it, relative to it and sorted); of a file its folder and name."""
+    """(folder, sorted relative paths of the images below it); for a file, its folder and name."""
     folder = Path(place)
     if folder.is_file():
         return folder.parent, [Path(folder.name)]
@@ -43,7 +43,7 @@ def images_of(place):
         raise ValueError(f"{folder} is not a folder; give one that holds images, or an image")
     paths = []
     for level, inner, names in os.walk(folder, followlinks=True):
-        # A link to a folder above would lead round and round.
+        # A link to a parent folder would give an endless loop.
         above = os.path.join(os.path.realpath(level), "")
         reals = {name: os.path.join(os.path.realpath(os.path.join(level, name)), "") for name in inner}
         inner[:] = [name for name in inner if not hidden(name) and not above.startswith(reals[name])]

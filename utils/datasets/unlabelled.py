@@ -1,4 +1,4 @@
-"""Training images whose identities are not asked for: of any set that `load_reid` knows, or of a folder of images."""
+"""Training images whose identities are not used: of any data set that `load_reid` opens, or of a folder of images."""
 
 import os
 
@@ -12,10 +12,10 @@ from utils.datasets.schema import ENDINGS, Row, features, listing, rows_to_datas
 
 
 def open_unlabelled(specs, root=None, *, skip_unreadable=False):
-    """(training rows of one or several sets, their true labels for a report or None, specs with query and gallery).
+    """(training rows of one or several data sets, true labels for a report or None, specs with query and gallery).
 
-    A folder with images in it, or in its `train`, and no folder an identity has no labels, nor has a table without a
-    column of pids. Neither has a set whose images all bear one.
+    There are no true labels for a folder with images directly in it or in its `train`, for a table without a column of
+    pids, or for a data set whose images all have the same pid.
     """
     parts, truths, measurable = [], [], []
     for spec in dict.fromkeys(specs):
@@ -40,13 +40,13 @@ def open_unlabelled(specs, root=None, *, skip_unreadable=False):
 
 
 def read_set(spec, root, skip_unreadable):
-    """What `load_reid` gives; a table may lack pids, and then cameras too."""
+    """The data set from `load_reid`; a table may have no pids, or no pids and no cameras."""
     absent = {}
     for column in ("pid", "camid"):
         try:
             return load_reid(spec, root, skip_unreadable=skip_unreadable, **absent)
         except MissingColumn as error:
-            # One that somebody named must be there.
+            # A column that the user named must exist.
             if error.column != column:
                 raise
             absent[f"{column}_column"] = "none"
@@ -54,7 +54,7 @@ def read_set(spec, root, skip_unreadable):
 
 
 def folder_of_images(spec, root):
-    """The folder in which unlabelled images lie, or None for any other set."""
+    """The folder that holds unlabelled images, or None for any other data set."""
     name, options = parse_spec(spec)
     if options:
         return None
@@ -62,8 +62,12 @@ def folder_of_images(spec, root):
         for folder in (os.path.join(place, "train"), place):
             if os.path.isdir(folder):
                 entries = listing(folder)
-                if entries and all(one.is_file() for one in entries) and any(is_image(one.name) for one in entries):
-                    return None if any(one.name.startswith("metadata.") for one in entries) else folder
+                if (
+                    entries
+                    and all(entry.is_file() for entry in entries)
+                    and any(is_image(entry.name) for entry in entries)
+                ):
+                    return None if any(entry.name.startswith("metadata.") for entry in entries) else folder
     return None
 
 

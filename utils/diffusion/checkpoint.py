@@ -50,14 +50,14 @@ def check_diffusion(name_or_path, *, resolution=None, revision=None, token=None)
     files, folder = open_checkpoint(name, revision, token)
     missing = [file for file in CONFIGS.values() if file not in files]
     if missing:
-        found = ", ".join(sorted({file.split("/")[0] for file in files})[:8]) or "nothing"
-        raise ValueError(f"{name!r} is not a whole diffusers checkpoint: it has no {missing[0]} (found: {found})")
+        folders = ", ".join(sorted({file.split("/")[0] for file in files})[:8]) or "nothing"
+        raise ValueError(f"{name!r} is not a whole diffusers checkpoint: it has no {missing[0]} (found: {folders})")
     unet, vae, scheduler = (read_config(folder or name, part, revision, token) for part in CONFIGS)
     classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
-    for (part, wanted), config in zip(classes.items(), (unet, vae), strict=True):
-        if config.get("_class_name") != wanted.__name__:
+    for (part, model_class), config in zip(classes.items(), (unet, vae), strict=True):
+        if config.get("_class_name") != model_class.__name__:
             raise ValueError(
-                f"the {part} of {name!r} is a {config.get('_class_name')}, but only {wanted.__name__} is "
+                f"the {part} of {name!r} is a {config.get('_class_name')}, but only {model_class.__name__} is "
                 "supported (Stable Diffusion 1.x and 2.x)"
             )
     unet, vae = defaults(UNet2DConditionModel) | unet, defaults(AutoencoderKL) | vae
@@ -129,12 +129,14 @@ def noise_schedule(config, name):
 
 
 def check_weight_files(name, part, files):
-    own = sorted(file.split("/", 1)[1] for file in files if file.startswith(f"{part}/"))
-    if WEIGHTS in own or f"{WEIGHTS}.index.json" in own:
+    part_files = sorted(file.split("/", 1)[1] for file in files if file.startswith(f"{part}/"))
+    if WEIGHTS in part_files or f"{WEIGHTS}.index.json" in part_files:
         return
-    if any(file.endswith(".safetensors") for file in own):
-        reason = f"the weights there have another name ({', '.join(own)}): save the pipeline with save_pretrained"
-    elif any(file.endswith((".bin", ".pt", ".pth", ".ckpt")) for file in own):
+    if any(file.endswith(".safetensors") for file in part_files):
+        reason = (
+            f"the weights there have another name ({', '.join(part_files)}): save the pipeline with save_pretrained"
+        )
+    elif any(file.endswith((".bin", ".pt", ".pth", ".ckpt")) for file in part_files):
         reason = (
             "pickled weights (.bin) are never read: where you trust them, convert them with "
             "save_pretrained(safe_serialization=True)"
@@ -150,18 +152,18 @@ def check_weights(folder, width):
     if not paths[0].is_file():
         shards = read_json(folder / f"{WEIGHTS}.index.json").get("weight_map", {})
         paths = [folder / shard for shard in sorted(set(shards.values()))]
-    found = set()
+    widths = set()
     for path in paths:
         try:
             with safe_open(path, "pt") as file:
                 names = [key for key in file.keys() if key.endswith("attn2.to_k.weight")]  # noqa: SIM118
-                found |= {file.get_slice(key).get_shape()[1] for key in names}
+                widths |= {file.get_slice(key).get_shape()[1] for key in names}
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot read {str(path)!r}: {error}. Download or save the checkpoint again") from error
-    if found != {width}:
-        seen = ", ".join(map(str, sorted(found))) or "no cross-attention"
+    if widths != {width}:
+        shown = ", ".join(map(str, sorted(widths))) or "no cross-attention"
         raise ValueError(
-            f"{str(folder / 'config.json')!r} says cross_attention_dim {width}, the weights beside it have {seen}"
+            f"{str(folder / 'config.json')!r} says cross_attention_dim {width}, the weights beside it have {shown}"
         )
 
 
@@ -172,8 +174,8 @@ def open_checkpoint(name, revision, token):
         raise ValueError(f"{name!r} is a file; a diffusers folder with unet, vae and scheduler is needed")
     if not folder.is_dir():
         try:
-            found = HfApi(token=token).model_info(name, revision=revision)
-            return {file.rfilename for file in found.siblings}, None
+            repository = HfApi(token=token).model_info(name, revision=revision)
+            return {file.rfilename for file in repository.siblings}, None
         except Exception as error:
             # The Hub client raises classes of its own, and of the HTTP library under it. Offline, its cache will do.
             try:

@@ -159,8 +159,8 @@ def cache_key(vae, size, dtype):
 
 def image_keys(dataset):
     """What names each image in a chunk: bytes that tell nothing of where it lies."""
-    known = zip(dataset["domain"], image_identities(dataset), strict=True)
-    return [hashlib.sha256(json.dumps(one).encode()).digest()[:KEY_BYTES] for one in known]
+    descriptions = zip(dataset["domain"], image_identities(dataset), strict=True)
+    return [hashlib.sha256(json.dumps(description).encode()).digest()[:KEY_BYTES] for description in descriptions]
 
 
 def find(folder, keys):
@@ -180,18 +180,18 @@ def find(folder, keys):
     whole = set()
     with ThreadPoolExecutor(4) as pool:
         while True:
-            holds = {}
-            for name, its in listed.items():
-                for place, key in enumerate(its):
+            holders = {}
+            for name, chunk_keys in listed.items():
+                for place, key in enumerate(chunk_keys):
                     if key in rows:
-                        holds.setdefault(key, (name, place))
-            used = sorted({name for name, _ in holds.values()})
-            unsure = [name for name in used if name not in whole]
-            if not unsure:
+                        holders.setdefault(key, (name, place))
+            used = sorted({name for name, _ in holders.values()})
+            unchecked = [name for name in used if name not in whole]
+            if not unchecked:
                 break
-            right = list(pool.map(lambda name: _is_whole(folder / name), unsure))
-            whole.update(name for name, good in zip(unsure, right, strict=True) if good)
-            for name in set(unsure) - whole:
+            results = list(pool.map(lambda name: _is_whole(folder / name), unchecked))
+            whole.update(name for name, good in zip(unchecked, results, strict=True) if good)
+            for name in set(unchecked) - whole:
                 damaged.append(name)
                 del listed[name]
     if damaged:
@@ -204,9 +204,9 @@ def find(folder, keys):
     numbers = {name: number for number, name in enumerate(used)}
     places = np.full((len(keys), 2), -1, dtype=np.int32)
     for row, key in enumerate(keys):
-        if key in holds:
-            places[row] = numbers[holds[key][0]], holds[key][1]
-    return used, places, sorted(row for key, row in rows.items() if key not in holds)
+        if key in holders:
+            places[row] = numbers[holders[key][0]], holders[key][1]
+    return used, places, sorted(row for key, row in rows.items() if key not in holders)
 
 
 def prepare(folder):

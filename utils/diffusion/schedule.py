@@ -89,4 +89,4 @@ def decode(vae, latents, size):
     shift = vae.config.get("shift_factor") or 0.0
     decoded = vae.decode((latents / vae.config.scaling_factor + shift).to(vae.device, vae.dtype)).sample
     pixels = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(one).resize(size[::-1], Image.Resampling.BICUBIC) for one in pixels]
+    return [Image.fromarray(picture).resize(size[::-1], Image.Resampling.BICUBIC) for picture in pixels]

@@ -197,11 +197,11 @@ def enable_memory_efficient_attention(unet):
         unet.enable_xformers_memory_efficient_attention()
     except Exception as error:
         try:
-            found = importlib.metadata.version("xformers")
+            version = importlib.metadata.version("xformers")
         except importlib.metadata.PackageNotFoundError:
-            found = "is not installed"
+            version = "is not installed"
         raise ValueError(
-            f"xformers cannot run here (xformers {found}, torch {torch.__version__}, {device.type}): "
+            f"xformers cannot run here (xformers {version}, torch {torch.__version__}, {device.type}): "
             f"{one_line(error)[:200]}. "
             "Leave it off: torch's scaled-dot-product attention is the default and as lean"
         ) from error

@@ -80,8 +80,8 @@ def read_model_folder(name_or_path, *, revision=None, token=None):
         return committed if committed.exists() else folder / file_name
 
     if not current("config.json").is_file():
-        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-        raise ValueError(f"{name!r} is not a Re-ID model: it has no config.json (found: {found})")
+        names = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise ValueError(f"{name!r} is not a Re-ID model: it has no config.json (found: {names})")
     config = read_json(current("config.json"))
     kind = config.get("model_type")
     if kind != MODEL_TYPE:
@@ -111,14 +111,14 @@ def read_json(path):
     return content
 
 
-def check_fit(wanted, found, name):
+def check_fit(expected, tensors, name):
     """ValueError naming the tensors where weights and configuration do not belong together."""
-    wrong = [f"{key} is missing" for key in wanted if key not in found]
-    wrong += [f"{key} is not part of the model" for key in found if key not in wanted]
+    wrong = [f"{key} is missing" for key in expected if key not in tensors]
+    wrong += [f"{key} is not part of the model" for key in tensors if key not in expected]
     wrong += [
-        f"{key} is {tuple(found[key].shape)} in the file and {tuple(tensor.shape)} in the model"
-        for key, tensor in wanted.items()
-        if key in found and found[key].shape != tensor.shape
+        f"{key} is {tuple(tensors[key].shape)} in the file and {tuple(tensor.shape)} in the model"
+        for key, tensor in expected.items()
+        if key in tensors and tensors[key].shape != tensor.shape
     ]
     if wrong:
         more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -186,8 +186,8 @@ def model_kind(name):
     if not path.exists() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise ValueError(f"{name} does not exist; give a model folder, a .pth file or a Hub id such as user/name")
     if path.is_dir() and not (path / "config.json").is_file():
-        found = ", ".join(sorted(one.name for one in path.iterdir())[:5]) or "nothing"
-        raise ValueError(f"{name} is no model folder: it has no config.json (found: {found})")
+        names = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+        raise ValueError(f"{name} is no model folder: it has no config.json (found: {names})")
     try:
         # One question to the Hub or its cache: without network, transformers would try for half a minute.
         folder = path if path.is_dir() else snapshot_download(name, allow_patterns=["config.json"])
@@ -202,8 +202,8 @@ def write_backbone_folder(backbone, folder, preprocessor, card):
     """A plain `transformers` folder with its image processor and card; an older one is removed last."""
     folder = Path(folder)
     part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
-    for left in (part, old):
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     backbone.save_pretrained(part)
     (part / "preprocessor_config.json").write_text(to_json(preprocessor))
     (part / "README.md").write_text(card, encoding="utf-8")

@@ -112,12 +112,12 @@ def check_rows(method, backbone, rows):
     weight = next(backbone.parameters())
     with torch.no_grad():
         image = torch.zeros(1, 3, *backbone.image_size, device=weight.device, dtype=weight.dtype)
-        found = backbone.eval().feature_map(image).shape[2]
+        num_rows = backbone.eval().feature_map(image).shape[2]
     backbone.train(was_training)
-    if found < rows:
+    if num_rows < rows:
         raise ValueError(
             f"method {method} needs a map of {rows} rows or more, and images of "
-            f"{' x '.join(map(str, backbone.image_size))} give this backbone's {found}: use larger images"
+            f"{' x '.join(map(str, backbone.image_size))} give this backbone's {num_rows}: use larger images"
         )
 
 
@@ -135,8 +135,8 @@ class Head(nn.Module):
     def reset_classifiers(self, num_ids):
         self.classifiers = None
         if num_ids:
-            made = nn.ModuleList(classifier(width, num_ids, self.bias) for width in self.widths)
-            self.classifiers = made.to(next(self.parameters()).device)
+            classifiers = nn.ModuleList(classifier(width, num_ids, self.bias) for width in self.widths)
+            self.classifiers = classifiers.to(next(self.parameters()).device)
 
     def scores(self, features):
         if self.classifiers is None or not self.training:
@@ -277,9 +277,9 @@ class BdbHead(Head):
         height, width = size
         tall, wide = max(1, round(self.HEIGHT_RATIO * height)), round(self.WIDTH_RATIO * width)
         top, left = rng.randint(0, height - tall), rng.randint(0, width - wide)
-        kept = torch.ones(height, width)
-        kept[top : top + tall, left : left + wide] = 0
-        return kept
+        mask = torch.ones(height, width)
+        mask[top : top + tall, left : left + wide] = 0
+        return mask
 
     def forward(self, pooled):
         reduced = [reduce(part) for reduce, part in zip(self.reductions, pooled.unbind(1), strict=True)]

@@ -18,9 +18,9 @@ def hard_triplet(features, labels, margin=None):
     mean max(0, farthest - nearest + margin), or without a margin its soft form, mean log(1 + exp(farthest - nearest)).
     """
     distance = distances(features)
-    same = labels[:, None] == labels[None, :]
-    farthest = distance.masked_fill(~same, -torch.inf).amax(1)
-    nearest = distance.masked_fill(same, torch.inf).amin(1)
+    same_identity = labels[:, None] == labels[None, :]
+    farthest = distance.masked_fill(~same_identity, -torch.inf).amax(1)
+    nearest = distance.masked_fill(same_identity, torch.inf).amin(1)
     if margin is None:
         return F.softplus(farthest - nearest).mean()
     return F.relu(farthest - nearest + margin).mean()
@@ -33,9 +33,11 @@ def weighted_triplet(features, labels):
     hard pairs weigh more. A feature without such pairs has a sum of 0.
     """
     distance = distances(features)
-    same = labels[:, None] == labels[None, :]
+    same_identity = labels[:, None] == labels[None, :]
     others = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    return F.softplus(weighted(distance, distance, same & others) - weighted(distance, -distance, ~same)).mean()
+    return F.softplus(
+        weighted(distance, distance, same_identity & others) - weighted(distance, -distance, ~same_identity)
+    ).mean()
 
 
 def weighted(distance, hardness, pairs):
@@ -52,10 +54,10 @@ def circle_logits(cosines, labels, scale=64.0, margin=0.35):
     """
     cosines = cosines.float()
     fixed = cosines.detach()
-    own = (1 + margin - fixed).clamp(min=0) * (cosines - 1 + margin)
-    other = (fixed + margin).clamp(min=0) * (cosines - margin)
-    mine = F.one_hot(labels, cosines.shape[1]).bool()
-    return scale * torch.where(mine, own, other)
+    positive = (1 + margin - fixed).clamp(min=0) * (cosines - 1 + margin)
+    negative = (fixed + margin).clamp(min=0) * (cosines - margin)
+    is_own = F.one_hot(labels, cosines.shape[1]).bool()
+    return scale * torch.where(is_own, positive, negative)
 
 
 class CentreLoss(nn.Module):

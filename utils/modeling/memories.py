@@ -49,9 +49,9 @@ class PrototypeMemory(nn.Module):
             unit = F.normalize(features.float(), dim=1)
             old = self.prototypes[labels]
             # [B, B]: for each sample, the similarities of those of its identity, and the first lowest of them.
-            own = (unit * old).sum(1).expand(len(labels), -1)
-            own = own.masked_fill(labels[:, None] != labels[None, :], torch.inf)
-            hardest = unit[own.argmin(1)]
+            similarities = (unit * old).sum(1).expand(len(labels), -1)
+            similarities = similarities.masked_fill(labels[:, None] != labels[None, :], torch.inf)
+            hardest = unit[similarities.argmin(1)]
             # Samples of one identity all write the same row.
             self.prototypes[labels] = F.normalize(torch.lerp(hardest, old, self.momentum), dim=1)
 

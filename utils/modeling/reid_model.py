@@ -153,8 +153,8 @@ class ReIDModel(nn.Module):
         if model.method not in ("bot", method):
             raise ValueError(f"{name_or_path} is a model of method {model.method}, it cannot start one of {method}")
         if model.method != method:
-            known = {"image_mean": model.image_mean, "image_std": model.image_std}
-            model = cls(model.backbone, method=method, **known).eval()
+            normalisation = {"image_mean": model.image_mean, "image_std": model.image_std}
+            model = cls(model.backbone, method=method, **normalisation).eval()
         model.resample = resample
         model.reset_classifier(num_ids)
         return model

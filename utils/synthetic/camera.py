@@ -178,7 +178,7 @@ def paint_clutter(ink, rng, width, height, horizon):
     fill(ink, (0, 0, width, horizon), colour(), colour())
     fill(ink, (0, horizon, width, height), colour(), colour())
     for _ in range(40):
-        x, y, wide, tall = (rng.randint(0, most) for most in (width, height, 60, 90))
+        x, y, wide, tall = (rng.randint(0, limit) for limit in (width, height, 60, 90))
         draw = rng.choice((ink.rectangle, ink.ellipse))
         draw((x, y, x + wide, y + tall), fill=rng.choice((colour(), rng.choice(list(COLOURS.values())))))
 

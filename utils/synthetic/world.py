@@ -49,7 +49,7 @@ def appearance(domain, pid, seed=0):
     """Everything that stays the same about one identity: words, colours and proportions."""
     spec = DOMAINS[domain]
     rng = random.Random(f"person/{domain}/{seed}/{pid}")
-    who = {
+    person = {
         "build": rng.uniform(0.84, 1.22),
         "height": rng.uniform(0.93, 1.04),
         "skin": rng.randrange(len(SKIN)),
@@ -71,33 +71,35 @@ def appearance(domain, pid, seed=0):
         "pitch": rng.uniform(0.040, 0.075),
         "print_x": rng.choice((-0.045, 0.0, 0.045)),
     }
-    if who["second"] == who["upper_colour"]:
-        who["second"] = "black" if who["upper_colour"] != "black" else "white"
+    if person["second"] == person["upper_colour"]:
+        person["second"] = "black" if person["upper_colour"] != "black" else "white"
     for part in ("upper", "lower", "shoes", "carried", "hat"):
-        who[f"{part}_rgb"] = tint(rng, COLOURS[who[f"{part}_colour"]])
-    who["hair_rgb"] = tint(rng, HAIR[who["hair_colour"]])
-    who["second_rgb"] = tint(rng, COLOURS[who["second"]])
-    who["inner_rgb"] = tint(rng, COLOURS[rng.choice(("white", "grey", "black", "blue", "red"))])
-    who["sleeve_rgb"] = shade(who["upper_rgb"], 0.94)
-    return who
+        person[f"{part}_rgb"] = tint(rng, COLOURS[person[f"{part}_colour"]])
+    person["hair_rgb"] = tint(rng, HAIR[person["hair_colour"]])
+    person["second_rgb"] = tint(rng, COLOURS[person["second"]])
+    person["inner_rgb"] = tint(rng, COLOURS[rng.choice(("white", "grey", "black", "blue", "red"))])
+    person["sleeve_rgb"] = shade(person["upper_rgb"], 0.94)
+    return person
 
 
 def attributes(domain, pid, seed=0):
     """The truth about one identity, as words."""
-    who = appearance(domain, pid, seed)
-    pattern = "" if who["pattern"] == "plain" else f"{who['pattern']} "
+    person = appearance(domain, pid, seed)
+    pattern = "" if person["pattern"] == "plain" else f"{person['pattern']} "
     return {
-        "upper": f"{who['upper_colour']} {pattern}{who['upper_kind']}",
-        "upper_colour": who["upper_colour"],
-        "upper_kind": who["upper_kind"],
-        "pattern": who["pattern"],
-        "lower": f"{who['lower_colour']} {who['lower_kind']}",
-        "lower_colour": who["lower_colour"],
-        "lower_kind": who["lower_kind"],
-        "shoes": f"{who['shoes_colour']} shoes",
-        "hair": f"{who['hair_kind']} {who['hair_colour']} hair",
-        "carried": "nothing" if who["carried_kind"] == "nothing" else f"{who['carried_colour']} {who['carried_kind']}",
-        "hat": "none" if who["hat_kind"] == "none" else f"{who['hat_colour']} {who['hat_kind']}",
+        "upper": f"{person['upper_colour']} {pattern}{person['upper_kind']}",
+        "upper_colour": person["upper_colour"],
+        "upper_kind": person["upper_kind"],
+        "pattern": person["pattern"],
+        "lower": f"{person['lower_colour']} {person['lower_kind']}",
+        "lower_colour": person["lower_colour"],
+        "lower_kind": person["lower_kind"],
+        "shoes": f"{person['shoes_colour']} shoes",
+        "hair": f"{person['hair_kind']} {person['hair_colour']} hair",
+        "carried": "nothing"
+        if person["carried_kind"] == "nothing"
+        else f"{person['carried_colour']} {person['carried_kind']}",
+        "hat": "none" if person["hat_kind"] == "none" else f"{person['hat_colour']} {person['hat_kind']}",
     }
 
 
@@ -218,11 +220,11 @@ def rows(domain="a", num_ids=32, images_per_id=8, seed=0):
     check_request(domain, num_ids, images_per_id, seed)
     splits = {"train": [], "query": [], "gallery": []}
     for pid in range(2 * num_ids):
-        seen = set()
+        seen_cameras = set()
         for index in range(images_per_id):
             camid = camera_of(domain, pid, index, seed)
-            split = "train" if pid % 2 == 0 else ("gallery" if camid in seen else "query")
-            seen.add(camid)
+            split = "train" if pid % 2 == 0 else ("gallery" if camid in seen_cameras else "query")
+            seen_cameras.add(camid)
             splits[split].append((file_name(domain, pid, camid, index, seed), pid, camid))
     return {
         split: sorted(entries, key=lambda entry: (entry[1], entry[2], entry[0])) for split, entries in splits.items()

@@ -35,19 +35,21 @@ def list_checkpoints(folder):
     """{step: path} of the checkpoints in a folder, in order of steps."""
     folder = Path(folder)
     entries = folder.iterdir() if folder.is_dir() else ()
-    found = {int(match[1]): path for path in entries if (match := NAME.fullmatch(path.name)) and path.is_dir()}
-    return dict(sorted(found.items()))
+    checkpoints = {int(match[1]): path for path in entries if (match := NAME.fullmatch(path.name)) and path.is_dir()}
+    return dict(sorted(checkpoints.items()))
 
 
-def find_checkpoint(output_dir, asked):
+def find_checkpoint(output_dir, name_or_path):
     """The folder `--resume_from_checkpoint` means: `latest` (None where there is none yet), a name or a path."""
-    if asked == LATEST:
+    if name_or_path == LATEST:
         return next(reversed(list_checkpoints(output_dir).values()), None)
-    for path in (Path(output_dir) / asked, Path(asked)):
+    for path in (Path(output_dir) / name_or_path, Path(name_or_path)):
         if path.is_dir():
             return path
-    known = ", ".join(path.name for path in list_checkpoints(output_dir).values()) or "none"
-    raise ValueError(f"there is no checkpoint {asked!r}, neither in {output_dir} (found: {known}) nor as a path")
+    names = ", ".join(path.name for path in list_checkpoints(output_dir).values()) or "none"
+    raise ValueError(
+        f"there is no checkpoint {name_or_path!r}, neither in {output_dir} (found: {names}) nor as a path"
+    )
 
 
 def read_state(path, script):
@@ -62,7 +64,7 @@ def read_state(path, script):
         state = json.loads((path / STATE).read_text())
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else error
-        others = [one.name for one in list_checkpoints(path.parent).values() if one != path]
+        others = [checkpoint.name for checkpoint in list_checkpoints(path.parent).values() if checkpoint != path]
         advice = f"; the others there: {', '.join(others)}" if others else ""
         raise ValueError(f"{path} is damaged or no checkpoint of ours: {name}: {reason}{advice}") from None
     if state.get("script") != script:
@@ -120,8 +122,8 @@ def save_checkpoint(output_dir, step, state, model, optimizer, *, accelerator, l
     part = Path(output_dir) / f".checkpoint-{step}.part"
     main = accelerator.is_main_process
     if main:
-        for left in Path(output_dir).glob(".checkpoint-*"):
-            shutil.rmtree(left)
+        for leftover in Path(output_dir).glob(".checkpoint-*"):
+            shutil.rmtree(leftover)
         part.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
@@ -140,10 +142,10 @@ def save_checkpoint(output_dir, step, state, model, optimizer, *, accelerator, l
             os.replace(final, replaced)
         os.replace(part, final)
         shutil.rmtree(replaced, ignore_errors=True)
-        found = list_checkpoints(output_dir)
-        kept = [number for number in found if number <= step][-(limit or 0) :]
-        for number in found.keys() - set(kept):
-            put_away(found[number])
+        checkpoints = list_checkpoints(output_dir)
+        kept_steps = [number for number in checkpoints if number <= step][-(limit or 0) :]
+        for number in checkpoints.keys() - set(kept_steps):
+            put_away(checkpoints[number])
     accelerator.wait_for_everyone()
     return final
 
@@ -155,10 +157,10 @@ def write_share(part, model, optimizer, accelerator):
         model.save_checkpoint(str(part / "deepspeed"), "state", exclude_frozen_parameters=True)
     elif accelerator.is_main_process:
         save_file(changing_tensors(accelerator.unwrap_model(model)), part / MODEL)
-        kept = {"optimizer": optimizer.state_dict()}
+        states = {"optimizer": optimizer.state_dict()}
         if accelerator.scaler is not None:
-            kept["scaler"] = accelerator.scaler.state_dict()
-        torch.save(kept, part / OPTIMIZER)
+            states["scaler"] = accelerator.scaler.state_dict()
+        torch.save(states, part / OPTIMIZER)
 
 
 def seal(part, state):
@@ -189,16 +191,18 @@ def load_checkpoint(path, model, optimizer, *, accelerator):
         if not (path / MODEL).is_file():
             raise ValueError(f"{path} was written with DeepSpeed; continue with it")
         bare = accelerator.unwrap_model(model)
-        tensors, wanted = load_file(path / MODEL), changing_tensors(bare)
-        if unlike := sorted(name for name in {**tensors, **wanted} if _shape(tensors, name) != _shape(wanted, name)):
+        tensors, expected = load_file(path / MODEL), changing_tensors(bare)
+        if unlike := sorted(
+            name for name in {**tensors, **expected} if _shape(tensors, name) != _shape(expected, name)
+        ):
             raise ValueError(f"{path} holds another model: {', '.join(unlike[:3])} differ in shape or are missing")
         bare.load_state_dict(tensors, strict=False)
-        kept = load_plain(path / OPTIMIZER)
-        optimizer.load_state_dict(kept["optimizer"])
-        if (accelerator.scaler is None) != ("scaler" not in kept):
+        saved = load_plain(path / OPTIMIZER)
+        optimizer.load_state_dict(saved["optimizer"])
+        if (accelerator.scaler is None) != ("scaler" not in saved):
             raise ValueError(f"{path} was written with another --mixed_precision")
         if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(kept["scaler"])
+            accelerator.scaler.load_state_dict(saved["scaler"])
     states = path / f"rng-{accelerator.process_index}.pt"
     # With more processes than before, the new ones have no state of their own and keep theirs.
     if states.is_file():

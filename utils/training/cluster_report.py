@@ -25,7 +25,7 @@ def describe_clusters(record):
     return ", ".join(parts)
 
 
-def add_clusters(report, records, found=None):
+def add_clusters(report, records, clusters=None):
     """Curves of `records`, dicts with epoch, clusters, noise, and ari and nmi where truth is known; and how far the
     images of the last clustering, a `Clusters`, lie apart."""
     report.section(
@@ -41,14 +41,14 @@ def add_clusters(report, records, found=None):
             percent = key == "noise"
             chart = line_chart(series, title=name, x_label="epoch", y_label=name, percent=percent, dots=True)
             charts.append((chart, words))
-    if found is not None:
-        counts = torch.histc(found.reach.float(), BINS, 0, 1).tolist()
+    if clusters is not None:
+        counts = torch.histc(clusters.reach.float(), BINS, 0, 1).tolist()
         chart = histogram(
             [("images", counts)],
             [place / BINS for place in range(BINS + 1)],
             title="Distance to the nearest others",
-            x_label=f"Jaccard distance within which an image has {found.min_samples - 1} others",
-            markers=[(found.eps, f"eps {found.eps:g}")],
+            x_label=f"Jaccard distance within which an image has {clusters.min_samples - 1} others",
+            markers=[(clusters.eps, f"eps {clusters.eps:g}")],
         )
         charts.append((chart, "Images left of eps are cores of clusters."))
     report.charts(charts)
@@ -68,17 +68,17 @@ def add_contact_sheet(report, dataset, labels, features, truth=None):
         truth = torch.as_tensor(truth)
         quality = [float((truth[rows] == truth[rows].mode().values).double().mean()) for rows in members]
         words = "{:.0%} of one identity"
-    order = sorted(range(len(members)), key=lambda one: (-quality[one], -len(members[one]), one))
-    others = [one for one in reversed(order) if one not in order[:SHOWN]][:SHOWN]
+    order = sorted(range(len(members)), key=lambda number: (-quality[number], -len(members[number]), number))
+    others = [number for number in reversed(order) if number not in order[:SHOWN]][:SHOWN]
     kinds = ("Close", order[:SHOWN]), ("Loose", others)
     if truth is not None:
-        kinds = ("Good", order[:SHOWN]), ("Mixed", [one for one in others if quality[one] < 1])
+        kinds = ("Good", order[:SHOWN]), ("Mixed", [number for number in others if quality[number] < 1])
     cards = []
     for kind, chosen in kinds:
-        for one in chosen:
-            rows = members[one]
-            note = f"{len(rows)} images, {words.format(quality[one])}"
-            cards.append({"title": f"{kind}: cluster {one}", "note": note, "tiles": tiles(dataset, rows, truth)})
+        for number in chosen:
+            rows = members[number]
+            note = f"{len(rows)} images, {words.format(quality[number])}"
+            cards.append({"title": f"{kind}: cluster {number}", "note": note, "tiles": tiles(dataset, rows, truth)})
     noise = (labels == NOISE).nonzero().flatten()
     if len(noise):
         cards.append({"title": "In no cluster", "note": f"{len(noise)} images", "tiles": tiles(dataset, noise)})
@@ -93,9 +93,9 @@ def tiles(dataset, rows, truth=None):
     """Pictures of rows, evenly chosen; those of the most frequent identity are marked as matches."""
     chosen = rows[torch.linspace(0, len(rows) - 1, min(PICTURES, len(rows))).long()].tolist()
     main = None if truth is None else int(truth[rows].mode().values)
-    made = []
+    pictures = []
     for row in chosen:
         image = dataset[row]["image"]
         match = None if truth is None else bool(truth[row] == main)
-        made.append(Tile(data_uri(image, height=120), dataset[row]["path"].split("/")[-1], match=match))
-    return made
+        pictures.append(Tile(data_uri(image, height=120), dataset[row]["path"].split("/")[-1], match=match))
+    return pictures

@@ -51,8 +51,8 @@ def cluster(features, *, eps=0.6, min_samples=4, k1=30, k2=6, backend="auto"):
     check_settings(len(features), scales, min_samples, k1, k2)
     graph = jaccard_graph(features, k1=k1, k2=k2, max_distance=max(scales), nearest=min_samples, backend=backend)
     near, reach = as_matrix(graph.near), graph.reach[:, -1].cpu()
-    found = [Clusters(dbscan(near, one, min_samples), reach, one, min_samples) for one in scales]
-    return found if several else found[0]
+    clusterings = [Clusters(dbscan(near, scale, min_samples), reach, scale, min_samples) for scale in scales]
+    return clusterings if several else clusterings[0]
 
 
 def check_settings(num_rows, scales, min_samples, k1, k2=1):
@@ -68,7 +68,7 @@ def check_settings(num_rows, scales, min_samples, k1, k2=1):
         )
     if not 2 <= min_samples <= num_rows:
         raise ValueError(f"min_samples must be between 2 and the {num_rows} images, got {min_samples}")
-    if not all(0 < one < 1 for one in scales):
+    if not all(0 < scale < 1 for scale in scales):
         raise ValueError(f"eps must be above 0 and below 1, the largest Jaccard distance, got {scales}")
 
 
@@ -84,22 +84,26 @@ def dbscan(near, eps, min_samples):
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def check_clusters(found, *, where="the images", least=2):
+def check_clusters(clusters, *, where="the images", least=2):
     """ValueError for fewer than `least` clusters: all is noise, or all is one."""
-    if found.num_clusters >= least:
+    if clusters.num_clusters >= least:
         return
-    quantiles = torch.quantile(found.reach.double(), torch.tensor(SHARES, dtype=torch.float64)).tolist()
+    quantiles = torch.quantile(clusters.reach.double(), torch.tensor(SHARES, dtype=torch.float64)).tolist()
     listed = ", ".join(
         f"{share:.0%} of them within {value:.2f}" for share, value in zip(SHARES, quantiles, strict=True)
     )
-    if found.noise > 0.5:
-        seen = f"{found.noise:.0%} of {where} are in no cluster"
-        turn = f"Raise --eps {found.eps:g}, or lower --min_samples {found.min_samples}; or start from a better model"
+    if clusters.noise > 0.5:
+        problem = f"{clusters.noise:.0%} of {where} are in no cluster"
+        advice = (
+            f"Raise --eps {clusters.eps:g}, or lower --min_samples {clusters.min_samples}; "
+            "or start from a better model"
+        )
     else:
-        seen = f"{1 - found.noise:.0%} of {where} fell into {max(found.num_clusters, 1)}"
-        turn = f"Lower --eps {found.eps:g} or --cluster_k1; or start from a better model"
+        problem = f"{1 - clusters.noise:.0%} of {where} fell into {max(clusters.num_clusters, 1)}"
+        advice = f"Lower --eps {clusters.eps:g} or --cluster_k1; or start from a better model"
     raise ValueError(
-        f"the clusters collapsed: {seen}. Distances to the nearest {found.min_samples - 1} others: {listed}. {turn}"
+        f"the clusters collapsed: {problem}. Distances to the nearest {clusters.min_samples - 1} others: {listed}. "
+        f"{advice}"
     )
 
 
@@ -140,24 +144,24 @@ def reliable(middle, tight, loose, threshold=None):
         several = (labels.bincount(minlength=len(labels)) > 1).nonzero().flatten()
         ordered = by_independence[several].sort().values.tolist()
         threshold = ordered[min(len(ordered) - 1, round(0.9 * len(ordered)))] if ordered else 0.0
-    kept = (by_independence[labels] <= threshold) & (compactness <= by_compactness[labels])
-    left = torch.where(kept & (middle.labels != NOISE), middle.labels, NOISE)
+    is_reliable = (by_independence[labels] <= threshold) & (compactness <= by_compactness[labels])
+    reliable_labels = torch.where(is_reliable & (middle.labels != NOISE), middle.labels, NOISE)
     # A cluster of one image is none.
-    counts = torch.bincount(left[left != NOISE], minlength=len(left))
-    left[(left != NOISE) & (counts[left] < 2)] = NOISE
-    return renumbered(left), threshold
+    counts = torch.bincount(reliable_labels[reliable_labels != NOISE], minlength=len(reliable_labels))
+    reliable_labels[(reliable_labels != NOISE) & (counts[reliable_labels] < 2)] = NOISE
+    return renumbered(reliable_labels), threshold
 
 
 def unlike(labels, others):
     """1 - |A n B| / |A u B| of every row's two clusters, float64."""
     pairs = labels * (int(others.max()) + 1) + others
     _, pair, shared = pairs.unique(return_inverse=True, return_counts=True)
-    shared, ours, theirs = shared[pair], labels.bincount()[labels], others.bincount()[others]
-    return 1 - shared.double() / (ours + theirs - shared)
+    shared, size, other_size = shared[pair], labels.bincount()[labels], others.bincount()[others]
+    return 1 - shared.double() / (size + other_size - shared)
 
 
 def renumbered(labels):
     """Labels 0 and up without gaps, in the same order; noise stays."""
-    kept = labels[labels != NOISE].unique()
-    numbers = torch.searchsorted(kept, labels) if len(kept) else labels
+    present = labels[labels != NOISE].unique()
+    numbers = torch.searchsorted(present, labels) if len(present) else labels
     return torch.where(labels == NOISE, NOISE, numbers)

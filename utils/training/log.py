@@ -29,15 +29,15 @@ class StepLog:
         if self.accelerator.is_main_process:
             path = beside if beside is not None and beside.exists() else self.path
             lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
-            if len(kept) < step:
+            kept_lines = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
+            if len(kept_lines) < step:
                 raise ValueError(
-                    f"{path} has {len(kept)} lines up to the checkpoint's step {step}: it is of another run or "
+                    f"{path} has {len(kept_lines)} lines up to the checkpoint's step {step}: it is of another run or "
                     "damaged. Start anew without --resume_from_checkpoint, or give another --output_dir"
                 )
             self.path.parent.mkdir(parents=True, exist_ok=True)
             part = self.path.with_name(self.path.name + ".part")
-            part.write_text("".join(kept))
+            part.write_text("".join(kept_lines))
             os.replace(part, self.path)
         self.accelerator.wait_for_everyone()
 
@@ -63,7 +63,7 @@ class StepLog:
             for (head, _, _), row in zip(waiting, table.tolist(), strict=True)
         ]
         bad = [self.not_finite(line, names) for line in lines]
-        good = next((number for number, found in enumerate(bad) if found), len(lines))
+        good = next((number for number, problem in enumerate(bad) if problem), len(lines))
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write("".join(json.dumps(_without_infinity(line)) + "\n" for line in lines[:good]))

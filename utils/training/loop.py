@@ -158,7 +158,7 @@ class Training:
             )
             place = {"epoch": epoch, "target": target.spec}
             # A run that resumes in the middle of an epoch measures that epoch again, at its end.
-            others = [one for one in state["history"] if {key: one[key] for key in place} != place]
+            others = [entry for entry in state["history"] if {key: entry[key] for key in place} != place]
             state["history"] = [*others, place | metrics]
             more = f", means of {len(metrics['splits'])} splits" if "splits" in metrics else ""
             accelerator.print(

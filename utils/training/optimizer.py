@@ -92,12 +92,12 @@ def decays(name, parameter):
 
 def block_sizes(names):
     """Blocks in each stage of a backbone, by its parameter names; a stage without inner blocks is one."""
-    found = {}
+    sizes = {}
     for name in names:
         if match := BLOCKS.search(name):
             stage, block = int(match[1]), int(match[2] or 0)
-            found[stage] = max(found.get(stage, 0), block + 1)
-    return [found[stage] for stage in sorted(found)]
+            sizes[stage] = max(sizes.get(stage, 0), block + 1)
+    return [sizes[stage] for stage in sorted(sizes)]
 
 
 def depths(backbone):
@@ -105,17 +105,17 @@ def depths(backbone):
     names = [name for name, _ in backbone.named_parameters()]
     sizes = block_sizes(names)
     last = sum(sizes) + 1
-    found = {}
+    depth_of = {}
     for name in names:
         match = BLOCKS.search(name)
         if match:
             stage = int(match[1])
             # What leads from a stage to the next belongs to its last block.
             block = int(match[2]) if match[2] is not None else sizes[stage] - 1
-            found[name] = sum(sizes[:stage]) + block + 1
+            depth_of[name] = sum(sizes[:stage]) + block + 1
         else:
-            found[name] = last if any(part in AFTER_ALL_BLOCKS for part in name.split(".")) else 0
-    return found, last
+            depth_of[name] = last if any(part in AFTER_ALL_BLOCKS for part in name.split(".")) else 0
+    return depth_of, last
 
 
 def parameter_groups(model, *, learning_rate, weight_decay, layer_decay=1.0):

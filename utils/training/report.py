@@ -40,9 +40,9 @@ PLACE = ("step", "epoch", "lr", "grad_norm")
 def before_and_after(history):
     """Rows of text: target, number, before, after, difference in points; of re-ranking too where it was measured."""
     rows = []
-    for spec in dict.fromkeys(one["target"] for one in history):
-        its = [one for one in history if one["target"] == spec]
-        first, last = its[0], its[-1]
+    for spec in dict.fromkeys(entry["target"] for entry in history):
+        entries = [entry for entry in history if entry["target"] == spec]
+        first, last = entries[0], entries[-1]
         kinds = [("", first, last)]
         if "reranked" in last:
             kinds.append((" (re-ranked)", first["reranked"], last["reranked"]))
@@ -80,28 +80,31 @@ def training_report(title, output_dir, history, *, lead="", facts=(), samples=()
     return report
 
 
-def spread(items, most):
+def spread(items, limit):
     """The first, the last, and as many evenly between them."""
-    if len(items) <= most:
+    if len(items) <= limit:
         return list(items)
-    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
+    return [items[round(place * (len(items) - 1) / (limit - 1))] for place in range(limit)]
 
 
 def add_numbers(report, history):
     report.section("Before and after", "Epoch 0 is the model before any training.")
-    targets = list(dict.fromkeys(one["target"] for one in history))
+    targets = list(dict.fromkeys(entry["target"] for entry in history))
     for spec in targets:
-        its = [one for one in history if one["target"] == spec]
+        entries = [entry for entry in history if entry["target"] == spec]
         report.tiles(
-            [(NUMBERS[key], percent(its[-1][key]), f"was {percent(its[0][key])}, {spec}") for key in ("mAP", "rank1")]
+            [
+                (NUMBERS[key], percent(entries[-1][key]), f"was {percent(entries[0][key])}, {spec}")
+                for key in ("mAP", "rank1")
+            ]
         )
     report.table(["target", "number", "before", "after", "points"], before_and_after(history), text_columns=2)
     charts = []
     for key in ("mAP", "rank1"):
         series = []
         for spec in targets:
-            its = [one for one in history if one["target"] == spec]
-            series.append((spec, [one["epoch"] for one in its], [one[key] for one in its]))
+            entries = [entry for entry in history if entry["target"] == spec]
+            series.append((spec, [entry["epoch"] for entry in entries], [entry[key] for entry in entries]))
         chart = line_chart(
             series, title=f"{NUMBERS[key]} by epoch", x_label="epoch", y_label=NUMBERS[key], percent=True, dots=True
         )

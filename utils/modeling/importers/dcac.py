@@ -58,12 +58,12 @@ def read_dcac_checkpoint(path, image_size=None):
         hidden_act="quick_gelu",
     )
 
-    tower = {ours: encoder[theirs] for theirs, ours in NAMES.items()}
+    tower = {our_name: encoder[dcac_name] for dcac_name, our_name in NAMES.items()}
     for block in range(depth):
         old, new = f"transformer.resblocks.{block}.", f"encoder.layers.{block}."
         for kind in ("weight", "bias"):
-            for theirs, ours in BLOCK_NAMES.items():
-                tower[f"{new}{ours}.{kind}"] = encoder[f"{old}{theirs}.{kind}"]
+            for dcac_name, our_name in BLOCK_NAMES.items():
+                tower[f"{new}{our_name}.{kind}"] = encoder[f"{old}{dcac_name}.{kind}"]
             for letter, part in zip("qkv", encoder[f"{old}attn.in_proj_{kind}"].chunk(3), strict=True):
                 tower[f"{new}self_attn.{letter}_proj.{kind}"] = part
     state = {f"backbone.model.vision_model.{name}": tensor for name, tensor in tower.items()}
@@ -100,9 +100,9 @@ def encoder_tensors(path):
                 raise ValueError(f"{name} in {str(path)!r} is a {type(value).__name__}, not a tensor")
             tensors[name.removeprefix("encoder.")] = value
     if not tensors:
-        found = ", ".join(sorted(map(str, content))[:5]) or "nothing"
+        names = ", ".join(sorted(map(str, content))[:5]) or "nothing"
         raise ValueError(
-            f"{str(path)!r} is not a DCAC checkpoint: it has no tensors under 'encoder.' (found: {found})"
+            f"{str(path)!r} is not a DCAC checkpoint: it has no tensors under 'encoder.' (found: {names})"
         )
     return tensors
 
@@ -150,11 +150,11 @@ def check_shapes(path, encoder, neck, depth):
     neck_shapes = {f"bnneck.{name}": projection for name in ("weight", "bias", "running_mean", "running_var")}
     optional = {"bnneck.num_batches_tracked": (), "fc.weight": (-1, *projection)}
 
-    for found, wanted, may in ((encoder, shapes, {}), (neck, neck_shapes, optional)):
-        if missing := [name for name in wanted if name not in found]:
+    for tensors, expected, optional_shapes in ((encoder, shapes, {}), (neck, neck_shapes, optional)):
+        if missing := [name for name in expected if name not in tensors]:
             refuse(f"{len(missing)} tensors are missing, such as {missing[0]}")
-        for name, tensor in found.items():
-            shape = wanted.get(name, may.get(name))
+        for name, tensor in tensors.items():
+            shape = expected.get(name, optional_shapes.get(name))
             if shape is None:
                 refuse(f"{name} is not part of one")
             fits = len(shape) == tensor.dim() and all(a in (-1, b) for a, b in zip(shape, tensor.shape, strict=True))
