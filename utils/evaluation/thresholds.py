@@ -94,7 +94,7 @@ def _unit(features):
 
 
 def _tiles(queries, gallery, protocol):
-    """Yield for each tile (bits of the distances (m, n) int32, rows and columns of its same-identity pairs, kept mask).
+    """Yield for each tile (bits of the distances (m, n) int32, rows and columns of same-identity pairs, kept mask).
 
     The mask says which of these pairs the protocol keeps. The gallery is sorted by identity, so that the matches of a
     query are contiguous. The next tile overwrites the bits.
