@@ -142,8 +142,10 @@ def add_numbers(report, metrics, result):
             [name, *(percent(values[key]) for key in HEADLINES)]
             for name, values in (("plain", metrics), ("re-ranked", reranked))
         ]
-        caption = f"k-reciprocal re-ranking with k1 = {reranked['k1']}, k2 = {reranked['k2']}, "
+        caption = (
+            f"k-reciprocal re-ranking with k1 = {reranked['k1']}, k2 = {reranked['k2']}, "
             f"lambda = {reranked['lambda_value']:g}"
+        )
         caption += f", as {reranked['compat']} computes it." if reranked["compat"] else "."
         report.table(["", *HEADLINES.values()], rows, caption=caption)
 

@@ -81,7 +81,7 @@ def pair_statistics(queries, gallery, *, protocol="market", rates=FALSE_MATCH_RA
             "false_match_rate": accepted_non_matches / num_non_matches if num_non_matches else None,
         }
     if not num_non_matches:
-        thresholds = {rate: {**threshold, "distance": None} for rate, threshold in thresholds.items()}
+        thresholds = {key: {**threshold, "distance": None} for key, threshold in thresholds.items()}
     # With few pairs, wide bars show the shape better.
     num_bars = min(80, max(16, round(2 * num_matches**0.5)))
     edges, (match_counts, non_match_counts) = _bars((matches, non_matches), num_bars)
@@ -94,7 +94,7 @@ def _unit(features):
 
 
 def _tiles(queries, gallery, protocol):
-    """Yield for each tile (bits of the distances (m, n) int32, rows and columns of its same-identity pairs, kept mask).
+    """Yield for each tile (bits of the distances (m, n) int32, rows and columns of same-identity pairs, kept mask).
 
     The mask says which of these pairs the protocol keeps. The gallery is sorted by identity, so that the matches of a
     query are contiguous. The next tile overwrites the bits.

@@ -259,7 +259,7 @@ def nothing_left(scores, choice, name):
         listed = (
             suggestions[0][1]
             if len(suggestions) == 1
-            else " ".join(shlex.quote(f"{domain}={number}") for domain, number in suggestions)
+            else " ".join(shlex.quote(f"{source}={number}") for source, number in suggestions)
         )
         advice = f"--threshold {listed} is reached by half of the images it could keep"
     return f"nothing is left of {len(scores)} images ({why}); all of them are scored. {advice}"

@@ -289,8 +289,8 @@ def add_identities(report, scores, choice, sources, summary):
     report.charts([(chart, "Identities with no kept image are not counted.")])
     shares = summary["distribution"]
     rows = [
-        [str(limit), f"{100 * kept:.1f} %", f"{100 * source:.1f} %"]
-        for limit, kept, source in zip(shares["limits"], shares["kept"], shares["source"], strict=True)
+        [str(limit), f"{100 * kept_share:.1f} %", f"{100 * source_share:.1f} %"]
+        for limit, kept_share, source_share in zip(shares["limits"], shares["kept"], shares["source"], strict=True)
     ]
     report.table(["X", "kept", "source"], rows)
     report.table(["", *TABLE_COLUMNS], [["this set", *map(str, summary["row"])]], text_columns=1)
