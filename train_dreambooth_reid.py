@@ -373,7 +373,7 @@ def fine_tune(args, tunable, identity, record, source, reference, progress):
     scaler = torch.amp.GradScaler(model.device.type, enabled=args.mixed_precision == "fp16")
     texts = [record["identity_prompt"], record["prompt"]][: 1 if reference is None else 2]
     trains_text = args.train_text_encoder or is_new(args.identity_token)
-    fixed_condition = None if trains_text else model.encode_all(texts)
+    cached = None if trains_text else model.encode_all(texts)
     model.unet.train()
     losses = []
     for step in range(args.max_train_steps):
@@ -387,9 +387,7 @@ def fine_tune(args, tunable, identity, record, source, reference, progress):
                 latents, noise = torch.cat([latents, reference[rows]]), torch.cat([noise, reference_noise])
             timesteps = torch.randint(schedule.num_steps, (len(latents),), generator=generator).to(model.device)
             # P_E for the half of own images, P_LPE* for the half of reference images.
-            condition = (model.encode(texts) if fixed_condition is None else fixed_condition).repeat_interleave(
-                size, 0
-            )
+            condition = (model.encode(texts) if cached is None else cached).repeat_interleave(size, 0)
             with model.autocast():
                 errors = denoising_errors(
                     model.denoiser, schedule, latents, noise, timesteps, condition, args.snr_gamma
