@@ -71,10 +71,10 @@ def pair_statistics(queries, gallery, *, protocol="market", rates=FALSE_MATCH_RA
             coarse = wanted[rate]
             fine_matches, fine_non_matches = fine[coarse]
             before = int(below[coarse - 1]) if coarse else 0
-            place = int(torch.searchsorted(fine_non_matches.cumsum(0), count - before))
-            accepted_non_matches = before + int(fine_non_matches[:place].sum())
-            accepted_matches = (int(below_match[coarse - 1]) if coarse else 0) + int(fine_matches[:place].sum())
-            distance = _as_float((coarse << LOW_BITS) + place - 1)
+            index = int(torch.searchsorted(fine_non_matches.cumsum(0), count - before))
+            accepted_non_matches = before + int(fine_non_matches[:index].sum())
+            accepted_matches = (int(below_match[coarse - 1]) if coarse else 0) + int(fine_matches[:index].sum())
+            distance = _as_float((coarse << LOW_BITS) + index - 1)
         thresholds[f"{rate:g}"] = {
             "distance": distance,
             "true_match_rate": accepted_matches / num_matches if num_matches else None,

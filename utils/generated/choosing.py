@@ -251,7 +251,7 @@ def nothing_left(scores, choice, name):
         if len(values):
             suggestions.append((domain, short_threshold(values, score_of_rank(values, max(1, len(values) // 2)))))
     counts = np.bincount(choice.reason, minlength=len(REASONS))
-    why = ", ".join(f"{counts[place]} {word}" for place, word in enumerate(REASONS) if word and counts[place])
+    why = ", ".join(f"{counts[index]} {word}" for index, word in enumerate(REASONS) if word and counts[index])
     advice = "no image could be kept at any threshold"
     if counts[REASONS.index(FEW)]:
         advice = "Lower --min_per_id"

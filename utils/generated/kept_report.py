@@ -163,14 +163,14 @@ class SamplePictures:
 
 def note_of(row):
     # Non-breaking spaces keep each name and its number on one line.
-    words = [f"identity\u00a0{row['pid']}", *([row["error"]] if row["error"] else [])]
+    notes = [f"identity\u00a0{row['pid']}", *([row["error"]] if row["error"] else [])]
     for name, column in choosing.FILTERS.items():
         if row[column] is not None:
-            words.append(f"{SHORT[name]}\u00a0{row[column]:.2f}")
+            notes.append(f"{SHORT[name]}\u00a0{row[column]:.2f}")
     if row["reid_match"] is False:
-        words.append(f"nearer to another by {row['reid_lead']:.2f}")
+        notes.append(f"nearer to another by {row['reid_lead']:.2f}")
     truth = f"{row['truth']}: " if row.get("truth") else ""
-    return truth + ", ".join(words)
+    return truth + ", ".join(notes)
 
 
 def picture_of(read):
@@ -184,7 +184,7 @@ def spread_over(rows, count=SHOWN):
     """At most `count` of the rows, evenly spaced."""
     if len(rows) <= count:
         return list(rows)
-    return [rows[place] for place in np.linspace(0, len(rows) - 1, count).round().astype(int)]
+    return [rows[index] for index in np.linspace(0, len(rows) - 1, count).round().astype(int)]
 
 
 def add_examples(report, scores, masks, pictures):

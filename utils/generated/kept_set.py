@@ -123,7 +123,7 @@ def summary_of(name, settings, sources, scores, choice):
         "kept": int(choice.kept.sum()),
         "identities": int((counts > 0).sum()),
         "sources": by_source,
-        "rejected": {why: int(reasons[place]) for place, why in enumerate(choosing.REASONS) if why},
+        "rejected": {why: int(reasons[index]) for index, why in enumerate(choosing.REASONS) if why},
         "images_per_identity": {"mean": float(present.mean()), "min": int(present.min()), "max": int(present.max())},
         "distribution": {
             "limits": limits,

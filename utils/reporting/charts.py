@@ -216,15 +216,15 @@ def _legend(names):
     if len(names) < 2:
         return Markup(""), 1
     room = WIDTH - RIGHT - LEFT - 28
-    places, x, line = [], LEFT, 0
+    entries, x, line = [], LEFT, 0
     for name in map(str, names):
         short = name if 7 * len(name) <= room else name[: room // 7 - 1] + "…"
         if x > LEFT and x + 28 + 7 * len(short) > WIDTH - RIGHT:
             x, line = LEFT, line + 1
-        places.append((short, name, x, line))
+        entries.append((short, name, x, line))
         x += 44 + 7 * len(short)
     parts = []
-    for number, (short, name, x, row) in enumerate(places):
+    for number, (short, name, x, row) in enumerate(entries):
         # The last line is at the place of a single line; earlier lines extend above the chart.
         y = 14 - LEGEND_LINE * (line - row)
         parts.append(
