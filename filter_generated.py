@@ -21,7 +21,7 @@
 #     "triton>=3.6.0",
 # ]
 # ///
-"""Filter generated images: three filters score every image, one of them chooses, and the rest is left out.
+"""Filter generated images: three filters score each image, one of them chooses, and the kept ones form a data set.
 
     accelerate launch --config_file accelerate_config.yaml filter_generated.py
     accelerate launch filter_generated.py --recipe diff-person --source market1501 --data_root ~/reid --generated out
