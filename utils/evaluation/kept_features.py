@@ -104,7 +104,9 @@ def _side(path, arrays, header, prefix, letter):
     if paths is not None and not (isinstance(paths, list) or np.ndim(paths)):
         raise ValueError(f"{letter}_path in {path} is no list of names")
     side = "query" if letter == "q" else "gallery"
-    paths = [f"{side} {row}" for row in range(len(features))] if paths is None else [str(name) for name in paths]
+    paths = (
+        [f"{side} {row}" for row in range(len(features))] if paths is None else [str(file_name) for file_name in paths]
+    )
     return Side(features.float(), *ids, paths)
 
 

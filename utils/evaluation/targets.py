@@ -62,8 +62,8 @@ def evaluate_target(model, target, transform, *, accelerator, batch_size=64, num
         desc=f"evaluating {target.spec}",
     ).to(accelerator.device)
     results = [
-        compare(*(side_of(part, features[rows]) for part, rows in zip(pair, rows_of_pair, strict=True)), rerank)
-        for pair, rows_of_pair in zip(pairs, rows, strict=True)
+        compare(*(side_of(part, features[part_rows]) for part, part_rows in zip(pair, pair_rows, strict=True)), rerank)
+        for pair, pair_rows in zip(pairs, rows, strict=True)
     ]
     if len(results) == 1:
         return results[0]

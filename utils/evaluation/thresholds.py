@@ -71,17 +71,17 @@ def pair_statistics(queries, gallery, *, protocol="market", rates=FALSE_MATCH_RA
             coarse = wanted[rate]
             fine_matches, fine_non_matches = fine[coarse]
             before = int(below[coarse - 1]) if coarse else 0
-            place = int(torch.searchsorted(fine_non_matches.cumsum(0), count - before))
-            accepted_non_matches = before + int(fine_non_matches[:place].sum())
-            accepted_matches = (int(below_match[coarse - 1]) if coarse else 0) + int(fine_matches[:place].sum())
-            distance = _as_float((coarse << LOW_BITS) + place - 1)
+            index = int(torch.searchsorted(fine_non_matches.cumsum(0), count - before))
+            accepted_non_matches = before + int(fine_non_matches[:index].sum())
+            accepted_matches = (int(below_match[coarse - 1]) if coarse else 0) + int(fine_matches[:index].sum())
+            distance = _as_float((coarse << LOW_BITS) + index - 1)
         thresholds[f"{rate:g}"] = {
             "distance": distance,
             "true_match_rate": accepted_matches / num_matches if num_matches else None,
             "false_match_rate": accepted_non_matches / num_non_matches if num_non_matches else None,
         }
     if not num_non_matches:
-        thresholds = {rate: {**threshold, "distance": None} for rate, threshold in thresholds.items()}
+        thresholds = {key: {**threshold, "distance": None} for key, threshold in thresholds.items()}
     # With few pairs, wide bars show the shape better.
     num_bars = min(80, max(16, round(2 * num_matches**0.5)))
     edges, (match_counts, non_match_counts) = _bars((matches, non_matches), num_bars)

@@ -251,7 +251,7 @@ def nothing_left(scores, choice, name):
         if len(values):
             suggestions.append((domain, short_threshold(values, score_of_rank(values, max(1, len(values) // 2)))))
     counts = np.bincount(choice.reason, minlength=len(REASONS))
-    why = ", ".join(f"{counts[place]} {word}" for place, word in enumerate(REASONS) if word and counts[place])
+    why = ", ".join(f"{counts[index]} {word}" for index, word in enumerate(REASONS) if word and counts[index])
     advice = "no image could be kept at any threshold"
     if counts[REASONS.index(FEW)]:
         advice = "Lower --min_per_id"
@@ -259,7 +259,7 @@ def nothing_left(scores, choice, name):
         listed = (
             suggestions[0][1]
             if len(suggestions) == 1
-            else " ".join(shlex.quote(f"{domain}={number}") for domain, number in suggestions)
+            else " ".join(shlex.quote(f"{source}={number}") for source, number in suggestions)
         )
         advice = f"--threshold {listed} is reached by half of the images it could keep"
     return f"nothing is left of {len(scores)} images ({why}); all of them are scored. {advice}"

@@ -92,7 +92,7 @@ class Generated:
     def look(self):
         """Count the images, reject repeated paths and compute the digest, in one pass over the labels."""
         self.counts, self.size = {}, 0
-        digest, seen = hashlib.sha256(), array("Q")
+        digest, hashes = hashlib.sha256(), array("Q")
         labels = ("domain", "pid", "path")
         # Another seed or model makes another image under the same path.
         names = (*labels, *sorted(set(self.schema.names) - set(labels)))
@@ -100,12 +100,12 @@ class Generated:
             rows = zip(*(table[name].to_pylist() for name in names), strict=True)
             for domain, pid, path, *others in rows:
                 digest.update(f"{domain}\t{pid}\t{path}\t{others}\n".encode())
-                seen.append(int.from_bytes(hashlib.blake2b(f"{domain}\t{path}".encode(), digest_size=8).digest()))
+                hashes.append(int.from_bytes(hashlib.blake2b(f"{domain}\t{path}".encode(), digest_size=8).digest()))
                 self.counts[domain, pid] = self.counts.get((domain, pid), 0) + 1
             self.size += len(table)
         if not self.size:
             raise ValueError(f"{self.name} holds no images")
-        if len(np.unique(np.frombuffer(seen, dtype=np.uint64))) < self.size:
+        if len(np.unique(np.frombuffer(hashes, dtype=np.uint64))) < self.size:
             raise ValueError(f"{self.name} names an image twice; every row needs a path of its own")
         self.digest = digest.hexdigest()
 

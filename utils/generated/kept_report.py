@@ -163,14 +163,14 @@ class SamplePictures:
 
 def note_of(row):
     # Non-breaking spaces keep each name and its number on one line.
-    words = [f"identity\u00a0{row['pid']}", *([row["error"]] if row["error"] else [])]
+    notes = [f"identity\u00a0{row['pid']}", *([row["error"]] if row["error"] else [])]
     for name, column in choosing.FILTERS.items():
         if row[column] is not None:
-            words.append(f"{SHORT[name]}\u00a0{row[column]:.2f}")
+            notes.append(f"{SHORT[name]}\u00a0{row[column]:.2f}")
     if row["reid_match"] is False:
-        words.append(f"nearer to another by {row['reid_lead']:.2f}")
+        notes.append(f"nearer to another by {row['reid_lead']:.2f}")
     truth = f"{row['truth']}: " if row.get("truth") else ""
-    return truth + ", ".join(words)
+    return truth + ", ".join(notes)
 
 
 def picture_of(read):
@@ -184,7 +184,7 @@ def spread_over(rows, count=SHOWN):
     """At most `count` of the rows, evenly spaced."""
     if len(rows) <= count:
         return list(rows)
-    return [rows[place] for place in np.linspace(0, len(rows) - 1, count).round().astype(int)]
+    return [rows[index] for index in np.linspace(0, len(rows) - 1, count).round().astype(int)]
 
 
 def add_examples(report, scores, masks, pictures):
@@ -289,8 +289,8 @@ def add_identities(report, scores, choice, sources, summary):
     report.charts([(chart, "Identities with no kept image are not counted.")])
     shares = summary["distribution"]
     rows = [
-        [str(limit), f"{100 * kept:.1f} %", f"{100 * source:.1f} %"]
-        for limit, kept, source in zip(shares["limits"], shares["kept"], shares["source"], strict=True)
+        [str(limit), f"{100 * kept_share:.1f} %", f"{100 * source_share:.1f} %"]
+        for limit, kept_share, source_share in zip(shares["limits"], shares["kept"], shares["source"], strict=True)
     ]
     report.table(["X", "kept", "source"], rows)
     report.table(["", *TABLE_COLUMNS], [["this set", *map(str, summary["row"])]], text_columns=1)

@@ -123,7 +123,7 @@ def summary_of(name, settings, sources, scores, choice):
         "kept": int(choice.kept.sum()),
         "identities": int((counts > 0).sum()),
         "sources": by_source,
-        "rejected": {why: int(reasons[place]) for place, why in enumerate(choosing.REASONS) if why},
+        "rejected": {why: int(reasons[index]) for index, why in enumerate(choosing.REASONS) if why},
         "images_per_identity": {"mean": float(present.mean()), "min": int(present.min()), "max": int(present.max())},
         "distribution": {
             "limits": limits,
@@ -313,7 +313,8 @@ def card(summary, *, kind, title, license, command, models):
         reasons=markdown(["reason", "images"], [[why, count] for why, count in summary["rejected"].items() if count]),
         distribution="Share of identities with fewer than X images, of those that have any.\n\n"
         + markdown(
-            ["X", "here", "source"], [[limit, f"{kept:.1%}", f"{source:.1%}"] for limit, kept, source in shares]
+            ["X", "here", "source"],
+            [[limit, f"{kept_share:.1%}", f"{source_share:.1%}"] for limit, kept_share, source_share in shares],
         ),
         row=markdown(["data set", *TABLE_COLUMNS], [[title, *summary["row"]]]),
         sources="\n".join(notes),

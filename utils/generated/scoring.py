@@ -85,15 +85,15 @@ def score_pieces(folder, generated, score_piece, *, accelerator):
     missing = {start for start, name in names.items() if not (is_table(f"{name}.parquet") and is_array(f"{name}.npy"))}
     # All processes list the missing pieces before any of them writes.
     accelerator.wait_for_everyone()
-    mine = missing & set(starts[accelerator.process_index :: accelerator.num_processes])
+    own_starts = missing & set(starts[accelerator.process_index :: accelerator.num_processes])
     bar = tqdm(
         total=len(generated),
-        initial=sum(min(size, len(generated) - start) for start in starts if start not in mine),
+        initial=sum(min(size, len(generated) - start) for start in starts if start not in own_starts),
         desc="scoring",
         unit="image",
         disable=None if accelerator.is_main_process else True,
     )
-    for start, table, readers in generated.pieces(mine):
+    for start, table, readers in generated.pieces(own_starts):
         if table is None:
             continue
         columns, features = score_piece(table, readers)
