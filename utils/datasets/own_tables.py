@@ -61,7 +61,7 @@ def as_storage(array, file, column):
 
 
 def locate_images(table, file, image_column):
-    """The table with an image column: embedded images stay as they are, file names are relative to its folder."""
+    """The table with an image column: embedded images as they are, file names relative to the table's folder."""
     candidates = (image_column,) if image_column else ("image", "file_name", "path")
     column = next((name for name in candidates if name in table.column_names), None)
     if column is None:

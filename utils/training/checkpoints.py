@@ -1,13 +1,13 @@
-"""Checkpoints of a training: written to a temporary folder and renamed, checked when read; old ones are removed last.
+"""Checkpoints of a training: written to a temporary folder, renamed, checked when read; old ones are removed last.
 
     checkpoint-120/
-        state.json            step, place in the epoch, arguments: whatever the script keeps there
-        model.safetensors     what training changes (frozen weights of a known origin stay out)
+        state.json            step, place in the epoch, arguments, and what else the script stores there
+        model.safetensors     the tensors that training changes (frozen weights of a known origin are left out)
         optimizer.pt, rng-0.pt, ...
-        files.json            SHA-256 of all others: a folder without it, or that differs from it, is damaged
+        files.json            SHA-256 of all other files: a folder without it, or that differs from it, is damaged
 
-With DeepSpeed the model and optimizer files are DeepSpeed's own, in `deepspeed/`. What a killed run leaves is hidden
-(`.checkpoint-120.part`, `.checkpoint-80.old`) and goes with the next checkpoint.
+With DeepSpeed the model and optimizer files are DeepSpeed's own, in `deepspeed/`. A killed run leaves hidden folders
+(`.checkpoint-120.part`, `.checkpoint-80.old`), which the next checkpoint removes.
 """
 
 import json
@@ -32,7 +32,7 @@ LATEST = "latest"
 
 
 def list_checkpoints(folder):
-    """{step: path} of the checkpoints in a folder, in order of steps."""
+    """{step: path} of the checkpoints in a folder, in the order of their steps."""
     folder = Path(folder)
     entries = folder.iterdir() if folder.is_dir() else ()
     checkpoints = {int(match[1]): path for path in entries if (match := NAME.fullmatch(path.name)) and path.is_dir()}
@@ -40,7 +40,7 @@ def list_checkpoints(folder):
 
 
 def find_checkpoint(output_dir, name_or_path):
-    """The folder `--resume_from_checkpoint` means: `latest` (None where there is none yet), a name or a path."""
+    """The folder for `--resume_from_checkpoint`: `latest` (None if there is none yet), a name or a path."""
     if name_or_path == LATEST:
         return next(reversed(list_checkpoints(output_dir).values()), None)
     for path in (Path(output_dir) / name_or_path, Path(name_or_path)):
@@ -53,7 +53,7 @@ def find_checkpoint(output_dir, name_or_path):
 
 
 def read_state(path, script):
-    """The content of state.json, once every file of the checkpoint is found whole and `script` is its writer."""
+    """The content of state.json; ValueError if a file is damaged or another script wrote the checkpoint."""
     name = MANIFEST
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
@@ -73,10 +73,10 @@ def read_state(path, script):
 
 
 def open_state(args, script, *, effective_batch_size, data, free, precision=None, say=print):
-    """(checkpoint to continue from or None, the state it stands in): that of the checkpoint, or of a fresh start.
+    """(checkpoint to resume or None, its state or the state of a new training).
 
-    A state holds what a training must know to continue: step, epoch and batches done in it, the history of its
-    measurements, and the arguments and data it belongs to. Arguments named in `free` may differ.
+    A state holds what a training needs to resume: the step, the epoch and the batches done in it, the history of
+    measurements, the arguments and the data. Arguments named in `free` may differ from the checkpoint's.
     """
     arguments = {**json.loads(to_json(vars(args))), "effective_batch_size": effective_batch_size, "data": data}
     fresh = {"script": script, "step": 0, "epoch": 1, "batch": 0, "history": [], "arguments": arguments}
@@ -114,9 +114,10 @@ def check_arguments(path, before, now, free):
 
 
 def save_checkpoint(output_dir, step, state, model, optimizer, *, accelerator, limit=None):
-    """Write `checkpoint-STEP`; called by every process. Returns its path.
+    """Write `checkpoint-STEP` and return its path; every process must call this.
 
-    Then go the oldest beyond `limit`, and those of later steps: this training has replaced the one they are of.
+    Then the oldest checkpoints beyond `limit` are removed, and those of later steps: they belong to an older training
+    that this one replaces.
     """
     final = Path(output_dir) / f"checkpoint-{step}"
     part = Path(output_dir) / f".checkpoint-{step}.part"
@@ -131,7 +132,7 @@ def save_checkpoint(output_dir, step, state, model, optimizer, *, accelerator, l
         accelerator.wait_for_everyone()
         if main:
             seal(part, state)
-    # torch and safetensors have errors of their own for a full disk.
+    # For a full disk, torch and safetensors raise their own error classes.
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         free = shutil.disk_usage(output_dir).free / 1e9
@@ -151,7 +152,7 @@ def save_checkpoint(output_dir, step, state, model, optimizer, *, accelerator, l
 
 
 def write_share(part, model, optimizer, accelerator):
-    """What this process has to write of a checkpoint."""
+    """Write this process's part of a checkpoint."""
     torch.save(random_states(), part / f"rng-{accelerator.process_index}.pt")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         model.save_checkpoint(str(part / "deepspeed"), "state", exclude_frozen_parameters=True)
@@ -164,7 +165,7 @@ def write_share(part, model, optimizer, accelerator):
 
 
 def seal(part, state):
-    """Add the state and the digests of all files, and wait until everything is on the disk."""
+    """Write the state and the digests of all files, and wait until everything is on the disk."""
     (part / STATE).write_text(to_json(state))
     names = sorted(str(path.relative_to(part)) for path in part.rglob("*") if path.is_file())
     (part / MANIFEST).write_text(to_json({"files": {name: sha256(part / name) for name in names}}))
@@ -175,14 +176,14 @@ def seal(part, state):
 
 
 def put_away(path):
-    """Remove a checkpoint; killed in the middle, no half of one is left under its name."""
+    """Rename a checkpoint to a hidden name and remove it: a killed process leaves no incomplete checkpoint."""
     hidden = path.with_name(f".{path.name}.old")
     os.replace(path, hidden)
     shutil.rmtree(hidden)
 
 
 def load_checkpoint(path, model, optimizer, *, accelerator):
-    """Fill model, optimizer, loss scale and random states from a checkpoint that `read_state` found whole."""
+    """Load model, optimizer, loss scale and random states from a checkpoint that `read_state` has checked."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if not (path / "deepspeed").is_dir():
             raise ValueError(f"{path} was written without DeepSpeed; continue without it")
@@ -204,13 +205,13 @@ def load_checkpoint(path, model, optimizer, *, accelerator):
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved["scaler"])
     states = path / f"rng-{accelerator.process_index}.pt"
-    # With more processes than before, the new ones have no state of their own and keep theirs.
+    # With more processes than before, the new ones find no state in the checkpoint and keep their current one.
     if states.is_file():
         set_random_states(load_plain(states))
 
 
 def load_deepspeed(folder, model):
-    """By DeepSpeed, which by itself would unpickle anything: here nothing but the classes that it writes itself."""
+    """Load with DeepSpeed, but unpickle only the classes that DeepSpeed writes; it would unpickle anything."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -226,11 +227,11 @@ def load_deepspeed(folder, model):
 
 
 def load_plain(path, map_location="cpu"):
-    """Tensors and plain values of a file of torch.save; code in it does not run, but is an error."""
+    """Tensors and plain values from a torch.save file; code in the file is an error and does not run."""
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        # torch's advice, to allow whatever was found, is left out.
+        # torch's advice to allow the found classes is left out.
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition(". ")[0]
         raise ValueError(f"{path} holds more than tensors and plain values, or is damaged: {reason}") from None
 
@@ -250,7 +251,7 @@ def _shape(tensors, name):
 
 
 def random_states():
-    """Of Python, NumPy and torch, as tensors and plain values."""
+    """The random states of Python, NumPy and torch, as tensors and plain values."""
     version, numbers, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
     states = {

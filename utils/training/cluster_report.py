@@ -1,4 +1,4 @@
-"""Clusters on a report: their numbers by epoch, how far images lie apart, and what the clusters hold."""
+"""Clusters in a report: their numbers by epoch, distances between images, and pictures of clusters."""
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ CURVES = {
 
 
 def describe_clusters(record):
-    """A record of a clustering in a line."""
+    """One line of text about a clustering's record."""
     parts = [f"{record['clusters']} clusters", f"{100 * record['noise']:.1f} % in none"]
     if record.get("ari") is not None:
         parts.append(f"ARI {record['ari']:.3f}, NMI {record['nmi']:.3f}")
@@ -26,12 +26,14 @@ def describe_clusters(record):
 
 
 def add_clusters(report, records, clusters=None):
-    """Curves of `records`, dicts with epoch, clusters, noise, and ari and nmi where truth is known; and how far the
-    images of the last clustering, a `Clusters`, lie apart."""
+    """Add curves of `records` and, of the last clustering (a `Clusters`), a histogram of distances.
+
+    `records` are dicts with epoch, clusters, noise, and with ari and nmi where true identities are known.
+    """
     report.section(
         "Clusters",
-        "Found anew before every epoch: the point at 0 is of the model before training. True identities, where a set "
-        "has them, are looked at for this page alone.",
+        "Computed anew before every epoch: the point at 0 is of the model before training. True identities, where a "
+        "data set has them, are used for this report only.",
     )
     epochs = [record["epoch"] for record in records]
     charts = []
@@ -55,7 +57,10 @@ def add_clusters(report, records, clusters=None):
 
 
 def add_contact_sheet(report, dataset, labels, features, truth=None):
-    """Some good clusters, some mixed ones if there are any, and images in none. Without truth: closest and loosest."""
+    """Add pictures of good clusters, of mixed ones if any, and of images in no cluster.
+
+    Without true identities, the closest and the loosest clusters are shown.
+    """
     labels = labels.cpu()
     if labels.max() < 0:
         return
@@ -90,7 +95,7 @@ def add_contact_sheet(report, dataset, labels, features, truth=None):
 
 
 def tiles(dataset, rows, truth=None):
-    """Pictures of rows, evenly chosen; those of the most frequent identity are marked as matches."""
+    """Pictures of evenly chosen rows; those of the most frequent identity are marked as matches."""
     chosen = rows[torch.linspace(0, len(rows) - 1, min(PICTURES, len(rows))).long()].tolist()
     main = None if truth is None else int(truth[rows].mode().values)
     pictures = []

@@ -1,4 +1,4 @@
-"""`log.jsonl`, a line a step, and SIGTERM between two steps."""
+"""`log.jsonl`, one line per step, and the handling of SIGTERM between steps."""
 
 import json
 import math
@@ -12,20 +12,20 @@ import torch
 
 
 class StepLog:
-    """`log.jsonl`: one line a step, in whole lines, and nothing in it that differs between two equal runs.
+    """`log.jsonl`: one line per step, written in whole lines, and equal for two equal runs.
 
     Values are tensors that stay on the device until `flush`, which reads them all at once, averages them over the
-    processes, and raises where one is not finite.
+    processes, and raises if one is not finite.
     """
 
     def __init__(self, path, accelerator, *, every=1, describe=None):
         self.path, self.accelerator, self.every = Path(path), accelerator, every
-        # Turns the rows of a step into what an error should name.
+        # Turns the rows of a step into text for an error.
         self.describe = describe or (lambda rows: "")
         self.waiting, self.last = [], None
 
     def cut(self, step, beside=None):
-        """Keep the lines up to a checkpoint's step, of the log `beside` it where there is one; 0 starts anew."""
+        """Keep the lines up to a checkpoint's step, from the log `beside` it if there is one; 0 starts a new log."""
         if self.accelerator.is_main_process:
             path = beside if beside is not None and beside.exists() else self.path
             lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
@@ -42,7 +42,7 @@ class StepLog:
         self.accelerator.wait_for_everyone()
 
     def add(self, step, epoch, lr, values, rows=None):
-        """True when the lines were written."""
+        """Add a step's values; returns whether lines were written."""
         self.waiting.append(({"step": step, "epoch": epoch, "lr": lr}, values, rows))
         if len(self.waiting) >= self.every:
             self.flush()
@@ -56,7 +56,7 @@ class StepLog:
         table = torch.stack(
             [torch.stack([values[name].detach().float() for name in names]) for _, values, _ in waiting]
         )
-        # The gradient norm and the losses of the whole batch are the same everywhere; the others are shares.
+        # The gradient norm and losses of the whole batch are equal on all processes; other values differ.
         table = self.accelerator.reduce(table, reduction="mean")
         lines = [
             head | dict(zip(names, row, strict=True))
@@ -77,7 +77,7 @@ class StepLog:
             )
 
     def not_finite(self, line, names):
-        # With a loss scale the norm may overflow: the scaler leaves out that step and lowers the scale.
+        # With a loss scale the norm may overflow: the scaler skips that step and lowers the scale.
         allowed = ("grad_norm",) if self.accelerator.scaler else ()
         bad = [name for name in names if not math.isfinite(line[name]) and name not in allowed]
         return ", ".join(f"{name} {line[name]}" for name in bad)
@@ -95,7 +95,7 @@ def _without_infinity(line):
 
 
 class StopSignal:
-    """SIGTERM, which clusters send before they kill: asked for between steps, so that a checkpoint can be written."""
+    """Records SIGTERM, which clusters send before they kill, so that a checkpoint can be written between two steps."""
 
     def __init__(self):
         self.received = False

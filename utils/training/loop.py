@@ -1,4 +1,4 @@
-"""The loop of every training: from where a checkpoint stands, epoch by epoch, with a log and a way to stop.
+"""The loop of every training: starts or resumes, runs epoch by epoch, logs, saves checkpoints, stops at SIGTERM.
 
 training = Training(args, accelerator, sampler, train, script="train_x.py", data=digest_of(train, labels))
 model, optimizer = accelerator.prepare(model, optimizer_of(args, parameters))
@@ -31,10 +31,10 @@ SHOWN_IMAGES = 64
 
 
 class Training:
-    """A training and the place it stands at: `state` holds step, epoch, batches done in it, and the measurements.
+    """A training and its progress: `state` holds the step, the epoch, the batches done in it, and the measurements.
 
-    Made before the model is built: a checkpoint that is absent, damaged or of other arguments raises at once.
-    `images` is the data set whose rows batches hold as `indices`, `data` what identifies it in a checkpoint.
+    Create it before the model: a checkpoint that is absent, damaged or has other arguments raises at once. `images` is
+    the data set whose row numbers are the batches' `indices`; `data` identifies it in a checkpoint.
     """
 
     def __init__(self, args, accelerator, sampler, images, *, script, data, free=None, batch_size=None):
@@ -58,7 +58,7 @@ class Training:
 
     @property
     def step(self):
-        """Steps taken before the one that runs."""
+        """Number of completed steps."""
         return self.state["step"]
 
     @property
@@ -67,13 +67,13 @@ class Training:
 
     @property
     def in_mid_epoch(self):
-        """Whether batches of this epoch were done before: prototypes, clusters and the like are in the checkpoint."""
+        """Whether batches of this epoch are done already: the checkpoint then holds its prototypes and clusters."""
         return self.state["batch"] > 0
 
     def begin(self, model, optimizer, rates, *, kept=None):
-        """Fill the prepared model and optimizer from the checkpoint; write args.json and start the trackers.
+        """Load the checkpoint into the prepared model and optimizer; write args.json and start the trackers.
 
-        `kept` is the module whose tensors a checkpoint holds, where that is not `model`.
+        `kept` is the module whose tensors a checkpoint holds, if it is not `model`.
         """
         self.kept, self.optimizer, self.rates = kept or model, optimizer, rates
         if self.resumed:
@@ -85,7 +85,7 @@ class Training:
         self.accelerator.init_trackers(f"diffreid-{name}", config=tracked(self.args))
 
     def epochs(self):
-        """The epochs that are left; the last checkpoint is written after them."""
+        """The remaining epochs; the last checkpoint is written after them."""
         args, accelerator, state = self.args, self.accelerator, self.state
         path = Path(args.output_dir) / "log.jsonl"
         self.lines = StepLog(path, accelerator, every=args.log_every, describe=self.name_images)
@@ -109,11 +109,11 @@ class Training:
             self.signal.close()
 
     def batches(self, loader):
-        """The batches that are left of the epoch. Each must be followed by `log` before the next is taken."""
+        """The remaining batches of the epoch. After each batch, call `log` before taking the next one."""
         args, state, epoch = self.args, self.state, self.epoch
         for batch in loader:
             self.rate = self.rates.set(epoch, self.step)
-            # Swin drops paths by torch's own generator, from which measurements and loaders draw too.
+            # Swin drops paths with torch's global generator, which measurements and loaders use too.
             torch.manual_seed(seed_of(args.seed, self.step, self.accelerator.process_index))
             self.rows, expected = batch["indices"], self.step + 1
             yield batch
@@ -128,7 +128,7 @@ class Training:
         state["epoch"], state["batch"] = epoch + 1, 0
 
     def log(self, values):
-        """One step is done; `values` are its numbers as tensors on the device."""
+        """Log a completed step; `values` are its numbers as tensors on the device."""
         self.state["step"], self.state["batch"] = self.step + 1, self.state["batch"] + 1
         self.bar.update()
         self.written = self.lines.add(self.step, self.epoch, self.rate, values, self.rows)
@@ -144,7 +144,7 @@ class Training:
         return epoch % self.args.eval_every == 0 or epoch == self.args.num_train_epochs or self.cut
 
     def measure(self, epoch, model, targets, transform=None):
-        """Each target's numbers into the history and metrics.json; printed, and sent to the trackers."""
+        """Measure each target; write the numbers to the history, metrics.json, the console and the trackers."""
         args, accelerator, state = self.args, self.accelerator, self.state
         for target in targets:
             metrics = evaluate_target(
@@ -178,12 +178,12 @@ class Training:
 
     @property
     def facts(self):
-        """What every report says of a training."""
+        """The facts about a training at the top of every report."""
         return [("Steps", f"{self.step:,}"), ("Batch", self.batch_size), ("Seed", self.args.seed)]
 
     @property
     def cut(self):
-        """Whether --max_train_steps ends the training here: its place in the epoch stays, for a run that resumes."""
+        """Whether --max_train_steps ends the training here; the place in the epoch is kept for a run that resumes."""
         return self.args.max_train_steps is not None and self.step >= self.args.max_train_steps
 
     @property
@@ -205,15 +205,15 @@ class Training:
         )
 
     def name_images(self, rows):
-        """The images of a batch, of all processes, for an error; the first of a large batch."""
+        """The names of a batch's images on all processes, for an error; only the first ones of a large batch."""
         rows = sorted(set(self.accelerator.gather(rows.to(self.accelerator.device)).tolist()))
         more = f" and {len(rows) - SHOWN_IMAGES} others" if len(rows) > SHOWN_IMAGES else ""
         return f"Images of that batch: {', '.join(self.images[row]['path'] for row in rows[:SHOWN_IMAGES])}{more}. "
 
     def end(self, report=None, *, upload=None):
-        """The report, the table of results, the upload; returns the exit code.
+        """Write the report, print the table of results, upload; returns the exit code.
 
-        `report` makes the page and is called by one process; `upload(repo_id)` returns an address.
+        `report()` returns a `Report` and is called by one process only; `upload(repo_id)` returns an address.
         """
         args, accelerator = self.args, self.accelerator
         accelerator.wait_for_everyone()
@@ -233,12 +233,12 @@ class Training:
 
 
 def seed_of(seed, step, process):
-    """Of what a step drops out on one process: again the same after a resume."""
+    """The seed of dropout in a step on one process: the same after a resume."""
     return random.Random(f"paths/{seed}/{step}/{process}").getrandbits(62)
 
 
 def transform_of(model):
-    """How a model's images are prepared where it is measured."""
+    """The transform of a model's images for measurements."""
     return test_transform(model.image_size, model.image_mean, model.image_std, model.resample)
 
 
@@ -253,7 +253,7 @@ def trained(model):
 
 
 def optimizer_of(args, groups):
-    """The optimizer that the flags ask for, over parameter groups."""
+    """The optimizer set by the flags, over parameter groups."""
     return build_optimizer(
         groups,
         getattr(args, "optimizer", "adamw"),
@@ -280,5 +280,5 @@ def rates_of(args, optimizer, num_steps, schedule=None):
 
 
 def norm_of(norm, device):
-    """The gradient norm as a tensor; DeepSpeed gives none before its first step."""
+    """The gradient norm as a tensor; DeepSpeed returns None before its first step."""
     return torch.as_tensor(0.0 if norm is None else norm, device=device)

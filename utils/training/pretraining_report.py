@@ -1,4 +1,4 @@
-"""The page of a pre-training, and the picture of its first batch."""
+"""The report of a pre-training, and the picture of its first batch."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ BATCH = Path("samples", "batch.png")
 
 
 def draw_batch(output_dir, images, mix, mean, std):
-    """The first images as the network sees them, mixed, or each with its crops: `samples/batch.png`."""
+    """Draw the first images as the network sees them, mixed, or each with its crops: `samples/batch.png`."""
     if isinstance(images, dict):
         size = images["whole"].shape[-2:]
         parts = [F.interpolate(crops, size=size, mode="bilinear") for crops in images["parts"][:4]]
