@@ -26,9 +26,9 @@
     python evaluate.py --model output/model --data market1501 --data_root ~/reid --rerank --output_dir output/market
     python evaluate.py --model output/model --query_dir lost --gallery_dir cameras --output_dir output/search
 
-Without arguments it is a demo: the shipped stand-in CLIP on people drawn by code. Features are kept in the output
-folder: the same command with `--rerank` or another `--protocol` extracts nothing again, and `--features FILE` ranks
-anyone's features.
+Without arguments it is a demo: the shipped stand-in CLIP on people drawn by code. Features are stored in the
+output folder: the same command with `--rerank` or another `--protocol` does not extract them again. `--features FILE`
+ranks features of any other tool.
 """
 
 from pathlib import Path
@@ -43,7 +43,7 @@ DEMO = (
     "Demo: the shipped stand-in CLIP, without training, on drawn people. "
     "For your own: --model DIR --data SPEC --data_root DIR, or --query_dir DIR --gallery_dir DIR"
 )
-# Those of utils.evaluation.metrics.
+# The protocols of utils.evaluation.metrics.
 PROTOCOLS = ("market", "cuhk03", "all")
 FEATURES = "features.safetensors"
 
@@ -142,7 +142,7 @@ def parse_args(input_args=None):
 
 
 def check_args(parser, args):
-    """What the arguments alone show to be wrong."""
+    """Reject wrong combinations of arguments."""
     if bool(args.query_dir) != bool(args.gallery_dir):
         parser.error("--query_dir and --gallery_dir belong together: what to look for, and where")
     if args.query_dir and (args.data or args.features):
@@ -158,7 +158,7 @@ def check_args(parser, args):
 
 
 if __name__ == "__main__":
-    # Before torch and transformers are imported, so that --help and a mistyped flag answer at once.
+    # Parse before torch and transformers are imported, so that --help and a mistyped flag answer at once.
     args = parse_args()
 
 import datasets
@@ -185,9 +185,9 @@ from utils.reporting.report import percent
 
 def main(args):
     accelerator = launch.start_accelerator(args.mixed_precision)
-    unasked = args.model == str(DEMO_MODEL) and args.origin["model"] == "default"
+    is_default = args.model == str(DEMO_MODEL) and args.origin["model"] == "default"
     launch.introduce(
-        args, accelerator, demo=DEMO, stand_ins=unasked and "No --model given: using the shipped stand-in CLIP"
+        args, accelerator, demo=DEMO, stand_ins=is_default and "No --model given: using the shipped stand-in CLIP"
     )
     if args.features:
         model = None
@@ -197,7 +197,7 @@ def main(args):
         images, splits, skipped = open_images(args) if not args.export_only else (None, [], [])
         check_topk(args, splits)
         if images is not None and images.info.description:
-            # Which identities a drawn split tests on.
+            # The test identities of a drawn split.
             accelerator.print(images.info.description)
         model = open_model(args, kind).to(accelerator.device).eval()
         if args.export and accelerator.is_main_process:
@@ -228,42 +228,42 @@ def data_name(args):
 
 
 def open_images(args):
-    """All images as one data set; each split's ((query rows, pids, camids), (the gallery's)); the unreadable.
+    """(images, splits, unreadable files). A split is ((query rows, pids, camids), (gallery rows, pids, camids)).
 
-    The splits of a small set are other choices among the same images: each image is there, and is extracted, once.
+    The splits of a small set choose from the same images, so each image is opened and extracted once.
     """
     if args.query_dir:
         pairs = [read_folders(args.query_dir, args.gallery_dir)]
     else:
-        numbers = [{"split": number} for number in range(args.splits)] if args.splits else [{}]
-        pairs = [query_and_gallery(args, number) for number in numbers]
+        choices = [{"split": number} for number in range(args.splits)] if args.splits else [{}]
+        pairs = [query_and_gallery(args, choice) for choice in choices]
     images = datasets.concatenate_datasets([side for pair in pairs for side in pair])
     rows = list(range(len(images)))
     if len(pairs) > 1:
-        first = {}
-        rows = [first.setdefault(path, row) for row, path in enumerate(images["path"])]
+        first_row = {}
+        rows = [first_row.setdefault(path, row) for row, path in enumerate(images["path"])]
 
     images = images.add_column("row", list(range(len(images)))).select(sorted(set(rows)))
     images, skipped = check_images(images, skip_unreadable=args.skip_unreadable, where=data_name(args))
-    place = {row: number for number, row in enumerate(images["row"])}
+    readable = {row: number for number, row in enumerate(images["row"])}
     splits, start = [], 0
     for pair in pairs:
         splits.append([])
         for side, name in zip(pair, ("query", "gallery"), strict=True):
             labelled = zip(rows[start : start + len(side)], side["pid"], side["camid"], strict=True)
-            kept = [(place[row], pid, camid) for row, pid, camid in labelled if row in place]
-            if not kept:
+            columns = [(readable[row], pid, camid) for row, pid, camid in labelled if row in readable]
+            if not columns:
                 raise ValueError(f"{data_name(args)}: no readable {name} image is left")
-            splits[-1].append(tuple(map(list, zip(*kept, strict=True))))
+            splits[-1].append(tuple(map(list, zip(*columns, strict=True))))
             start += len(side)
     return images.remove_columns("row"), splits, [f"{path}: {reason}" for _, path, reason in skipped]
 
 
-def query_and_gallery(args, number):
+def query_and_gallery(args, choice):
     name, options = parse_spec(args.data)
-    options |= number
+    options |= choice
     if args.skip_unreadable or args.protocol == "all":
-        # load_reid leaves unreadable images out too, but keeps no list of them; and its queries need another camera.
+        # load_reid skips unreadable images without listing them, and requires matches in other cameras.
         data = read_source(name, args.data_root, options)
         check_splits(data, args.data, own_camera=args.protocol == "all")
     else:
@@ -283,7 +283,7 @@ def open_model(args, kind):
     if kind == "file":
         return ReIDModel.from_dcac_checkpoint(args.model, image_size=args.resolution)
     if kind == "backbone":
-        # A fresh neck changes no direction: its averages are 0 and 1.
+        # A fresh neck does not change the direction of features: its mean is 0 and its variance 1.
         return ReIDModel.from_backbone(args.model, image_size=args.resolution or (256, 128))
     model = ReIDModel.from_pretrained(args.model, num_ids=0)
     if args.resolution and tuple(args.resolution) != tuple(model.image_size):
@@ -297,7 +297,7 @@ def open_model(args, kind):
 
 
 def extract_or_read(args, accelerator, model, images, splits):
-    """Pairs of (queries, gallery): from the output folder if these very features lie there, else from the images."""
+    """Pairs of (queries, gallery): read from the output folder if it has exactly these features, else extracted."""
     paths = list(images["path"])
     key = extraction_key(
         model,
@@ -308,14 +308,14 @@ def extract_or_read(args, accelerator, model, images, splits):
         batch_size=args.eval_batch_size,
         rows=splits,
     )
-    kept = Path(args.output_dir) / FEATURES
-    if kept.is_file():
+    stored = Path(args.output_dir) / FEATURES
+    if stored.is_file():
         try:
-            sides, header = load_features(kept)
+            sides, header = load_features(stored)
         except ValueError:
             header = {}
         if header.get("key") == key:
-            accelerator.print(f"Features: {kept}, extracted before")
+            accelerator.print(f"Features: {stored}, extracted before")
             return sides
     features = extract(
         model,
@@ -335,18 +335,18 @@ def extract_or_read(args, accelerator, model, images, splits):
         for split in splits
     ]
     if accelerator.is_main_process:
-        keep = [
+        split_rows = [
             (split[0][0], queries, split[1][0], gallery)
             for split, (queries, gallery) in zip(splits, sides, strict=True)
         ]
         with write_together(args.output_dir) as part:
-            save_features(part(FEATURES), features, keep, key=key, model=args.model, data=data_name(args))
+            save_features(part(FEATURES), features, split_rows, key=key, model=args.model, data=data_name(args))
         forget_chunks(args.output_dir)
     return sides
 
 
 def read_features(args):
-    """Pairs of sides from --features, and the images of --data where given."""
+    """Pairs of sides from --features, and the images of --data if given."""
     sides, _ = load_features(args.features)
     for queries, gallery in sides:
         evaluation.check_sides(queries, gallery)
@@ -366,7 +366,7 @@ def read_features(args):
 
 
 def measure(args, queries, gallery):
-    """Everything about one split."""
+    """The `Findings` of one split."""
     evaluation.check_sides(queries, gallery)
     if args.topk and args.topk > len(gallery):
         raise ValueError(f"--topk {args.topk} is more than the gallery's {len(gallery)} images; ask for fewer")
@@ -382,7 +382,7 @@ def measure(args, queries, gallery):
         )
         reranked_lists = evaluation.ranked_lists(queries, gallery, k, reranking=reranking, **options)
     if args.query_dir and not evaluation.can_match(queries, gallery, protocol):
-        # A search without labels: nothing can be measured, and nothing is wrong.
+        # A search without labels has no metrics; this is no error.
         return Findings(queries, gallery, protocol, lists, reranked_lists)
 
     result = evaluation.rank(queries, gallery, **options)
@@ -408,7 +408,7 @@ def rerank_options(args):
 
 
 def combine(args, results):
-    """The content of metrics.json: means over the splits, and beyond the numbers what is known of the first one."""
+    """The content of metrics.json: metrics are means over the splits, other details are those of the first split."""
     findings = results[0]
     metrics = averaged([evaluation.summary(split.result) for split in results])
     thresholds = [split.pairs.thresholds for split in results]
@@ -433,7 +433,7 @@ def combine(args, results):
 
 
 def averaged(parts):
-    """One split's numbers as they are; of several the means, with the sample standard deviations under `std`."""
+    """The numbers of a single split, or the means of several with the sample standard deviations under `std`."""
     if len(parts) == 1:
         return dict(parts[0])
     mean, deviation = evaluation.mean_and_deviation(parts)
@@ -463,17 +463,17 @@ def write_results(args, metrics, findings, report):
                 write_csv(part(name), ("query", "rank", "gallery", "distance", "match"), rows)
         report.write(part("report.html"))
     if findings.reranked_lists is None:
-        # One of an earlier run would not belong to these metrics.
+        # A file of an earlier run would not belong to these metrics.
         (Path(args.output_dir) / "rankings_reranked.csv").unlink(missing_ok=True)
 
 
 def ranking_rows(queries, gallery, indices, distances):
     for row, (columns, values) in enumerate(zip(indices.tolist(), distances.tolist(), strict=True)):
-        for place, (column, distance) in enumerate(zip(columns, values, strict=True), start=1):
+        for position, (column, distance) in enumerate(zip(columns, values, strict=True), start=1):
             if column >= 0:
                 match = evaluation.is_match(queries, gallery, row, column)
-                word = "" if match is None else int(match)
-                yield queries.paths[row], place, gallery.paths[column], f"{distance:.6f}", word
+                label = "" if match is None else int(match)
+                yield queries.paths[row], position, gallery.paths[column], f"{distance:.6f}", label
 
 
 def print_summary(metrics, output_dir):

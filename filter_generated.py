@@ -21,7 +21,7 @@
 #     "triton>=3.6.0",
 # ]
 # ///
-"""Which generated images may stay: three filters score every image, one of them chooses, and a data set comes out.
+"""Filter generated images: three filters score each image, one of them chooses, and the kept ones form a data set.
 
     accelerate launch --config_file accelerate_config.yaml filter_generated.py
     accelerate launch filter_generated.py --recipe diff-person --source market1501 --data_root ~/reid --generated out
@@ -35,8 +35,8 @@ The first is a demo on drawn people with the shipped stand-in models; the second
                 and the nearest of all source images must show y, or be nearer by --match_margin at most
 
 All scores go to scores.parquet. The same command with another --filter, --threshold, --keep_fraction,
---false_match_rate, --match_margin, --target_per_id or --near_duplicates chooses again from there, in seconds and
-without a model.
+--false_match_rate, --match_margin, --target_per_id or --near_duplicates chooses again from these scores, in seconds
+and without a model.
 """
 
 from utils import flags
@@ -62,9 +62,9 @@ RECIPES = {
         "eval_batch_size": 128,
     }
 }
-# Those of utils.generated.choosing.
+# The names of utils.generated.choosing.FILTERS.
 FILTERS = ("clip", "cctf", "reid")
-# What decides the choice among scored images.
+# The flags of the choice among scored images.
 CHOICE = (
     "threshold", "keep_fraction", "false_match_rate", "match_margin", "target_per_id", "min_per_id",
     "near_duplicates", "duplicate_distance",
@@ -201,14 +201,14 @@ def parse_args(input_args=None):
 
 
 def check_args(parser, args):
-    """What the arguments alone show to be wrong; the defaults of the choice are filled in."""
+    """Reject wrong combinations of arguments; fill in the defaults of the choice."""
     if args.generated is None and args.source is not None:
         parser.error("--source is given without --generated; give the folder of the generated images")
     if args.train_batch_size % args.images_per_id:
         parser.error(f"--train_batch_size {args.train_batch_size} is no multiple of --images_per_id")
-    ways = [name for name in ("threshold", "keep_fraction", "false_match_rate") if getattr(args, name) is not None]
-    if len(ways) > 1:
-        parser.error(f"--{ways[0]} and --{ways[1]} both set the threshold; give one")
+    limits = [name for name in ("threshold", "keep_fraction", "false_match_rate") if getattr(args, name) is not None]
+    if len(limits) > 1:
+        parser.error(f"--{limits[0]} and --{limits[1]} both set the threshold; give one")
     if args.false_match_rate is not None and args.filter != "reid":
         parser.error(f"--false_match_rate is calibrated for --filter reid, not {args.filter}; give --threshold")
     if args.match_margin is not None and args.filter != "reid":
@@ -219,7 +219,7 @@ def check_args(parser, args):
         )
     if args.duplicate_distance is not None and args.near_duplicates == "keep":
         parser.error("--duplicate_distance goes with --near_duplicates perceptual or feature")
-    if not ways and args.target_per_id is None:
+    if not limits and args.target_per_id is None:
         if args.filter != "reid":
             parser.error(f"--filter {args.filter} needs --threshold, --keep_fraction or --target_per_id")
         args.false_match_rate = 0.01
@@ -230,13 +230,13 @@ def check_args(parser, args):
             parser.error(f"--{name} {error}")
     if args.keep_fraction and not all(0 < value <= 1 for value in args.keep_fraction.values()):
         parser.error("--keep_fraction must be above 0 and at most 1")
-    absent = {"clip": args.clip_model == "none", "cctf": (args.classifier_model or [""])[0] == "none"}
-    if absent.get(args.filter):
+    skipped = {"clip": args.clip_model == "none", "cctf": (args.classifier_model or [""])[0] == "none"}
+    if skipped.get(args.filter):
         parser.error(f"--filter {args.filter} cannot choose without its model")
 
 
 if __name__ == "__main__":
-    # Before torch and data sets are imported, so that --help and a mistyped flag answer at once.
+    # Parse before torch and datasets are imported, so that --help and a mistyped flag answer at once.
     args = parse_args()
 
 import os
@@ -251,7 +251,7 @@ import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
-# transformers, diffusers and accelerate are imported where they are needed: choosing again waits for none of them.
+# transformers, diffusers and accelerate are imported where they are needed, so that choosing again starts at once.
 from kernels import cosine_topk
 from utils import launch
 from utils.datasets.schema import ENDINGS
@@ -280,38 +280,38 @@ from utils.reporting.report import text_table
 
 
 def clip_scores(features, sentences, scale):
-    """Probability of the first of the sentences (S, D), by CLIP's own temperature; all of unit length: (B,)."""
+    """The probability of the first of the sentences (S, D) by CLIP's temperature: (B,). All rows are unit-length."""
     return (scale * features @ sentences.T).softmax(1)[:, 0]
 
 
 def cctf_scores(logits, labels):
-    """Probability of each image's identity: (B,)."""
+    """The probability of each image's identity: (B,)."""
     return logits.float().softmax(1).gather(1, labels[:, None])[:, 0]
 
 
 def reid_scores(features, labels, gallery, gallery_labels):
-    """Mean of the best cosines with the identity's source images; the nearest image of all; whether it is its own;
-    and by how much it is nearer than the nearest of its own."""
+    """(scores, nearest, match, lead): the mean of the best cosines with the identity's source images; the nearest
+    source image; whether it shows the identity; by how much it is nearer than the nearest image of the identity."""
     top = cosine_topk(features, gallery, 1)
     nearest = top.indices[:, 0]
     match = gallery_labels[nearest] == labels
     scores, lead = torch.empty(2, len(features), device=features.device)
     for label in labels.unique():
-        rows, own = labels == label, gallery[gallery_labels == label]
-        best = cosine_topk(features[rows], own, min(BEST, len(own))).scores
+        rows, own_gallery = labels == label, gallery[gallery_labels == label]
+        best = cosine_topk(features[rows], own_gallery, min(BEST, len(own_gallery))).scores
         scores[rows], lead[rows] = best.mean(1), top.scores[rows, 0] - best[:, 0]
-    # Both searches may round differently.
+    # The two searches may round differently, so the lead of a match is set to 0.
     return scores, nearest, match, lead.clamp(min=0).masked_fill(match, 0)
 
 
 def calibration_scores(features, labels, held_out):
-    """Scores of held-out source images against the others: of their own identity, and of every other one."""
+    """Scores of held-out source images against the others: genuine (own identity) and impostor (any other)."""
     gallery, gallery_labels = features[~held_out], labels[~held_out]
     queries, query_labels = features[held_out], labels[held_out]
     genuine, impostor = [], []
     for label in gallery_labels.unique():
-        own = gallery[gallery_labels == label]
-        scores = cosine_topk(queries, own, min(BEST, len(own))).scores.mean(1)
+        own_gallery = gallery[gallery_labels == label]
+        scores = cosine_topk(queries, own_gallery, min(BEST, len(own_gallery))).scores.mean(1)
         genuine.append(scores[query_labels == label])
         impostor.append(scores[query_labels != label])
     return torch.cat(genuine).cpu(), torch.cat(impostor).cpu()
@@ -321,7 +321,7 @@ def calibration_scores(features, labels, held_out):
 
 
 def score(args, accelerator, sources, generated, wanted, settings):
-    """scores.parquet, features.npy and the calibration, from wherever an earlier run was stopped."""
+    """Write scores.parquet, features.npy and the calibration; resumes an earlier run."""
     from utils.generated.scorers import load_clip, load_models
 
     folder = Path(args.output_dir)
@@ -332,7 +332,7 @@ def score(args, accelerator, sources, generated, wanted, settings):
         with write_together(folder) as part:
             part(SETTINGS).write_text(to_json(settings), encoding="utf-8")
     accelerator.wait_for_everyone()
-    # First: what is wrong with it would else be known after the training of the others.
+    # CLIP is loaded first, so that its errors show before the other models are trained.
     clip = load_clip(wanted, accelerator.device)
     models = load_models(wanted, sources, folder / "models", accelerator, batch_size=args.eval_batch_size)
     if accelerator.is_main_process:
@@ -349,7 +349,7 @@ def score(args, accelerator, sources, generated, wanted, settings):
 
 
 def score_piece(args, accelerator, models, clip, table, readers):
-    """Columns of `SCORED` for the rows of a table, and the Re-ID features (rows, D) in float16."""
+    """The columns of `SCORED` for the rows of a table, and their Re-ID features (rows, D) in float16."""
     columns = {name: [None] * len(table) for name in SCORED.names}
     width = max(scorers.reid.num_features for scorers in models.values())
     features = np.zeros((len(table), width), np.float16)
@@ -358,9 +358,9 @@ def score_piece(args, accelerator, models, clip, table, readers):
         scorers = models[domain]
         views = {"reid": view_of(scorers.reid)} | ({"clip": clip.view} if clip else {})
         views |= {"cctf": view_of(scorers.classifier)} if scorers.classifier else {}
-        mine = [row for row, name in enumerate(domains) if name == domain]
+        domain_rows = [row for row, name in enumerate(domains) if name == domain]
         sizes = {"batch_size": args.eval_batch_size, "num_threads": args.dataloader_num_workers}
-        for batch in batches_ahead(Preparation(readers, views), mine, **sizes):
+        for batch in batches_ahead(Preparation(readers, views), domain_rows, **sizes):
             for row, pixels, hash_or_reason in batch:
                 columns["perceptual_hash" if pixels else "error"][row] = hash_or_reason
             rows = [row for row, pixels, _ in batch if pixels]
@@ -387,7 +387,7 @@ def score_piece(args, accelerator, models, clip, table, readers):
 
 @torch.inference_mode()
 def score_batch(scorers, clip, images, labels):
-    """{column: values} and features of the first images of a batch, as many as there are labels."""
+    """{column: values} and the features of a batch; images beyond the labels are padding and are dropped."""
     count, columns = len(labels), {}
     features = scorers.reid(images["reid"])[:count].float()
     if clip:
@@ -402,15 +402,17 @@ def score_batch(scorers, clip, images, labels):
 
 
 def calibrate(source, features, labels, seed):
-    """Scores of at most some thousand held-out images; where none are held out there is nothing to calibrate on."""
+    """Genuine and impostor scores of at most `MAX_CALIBRATION_QUERIES` held-out images; empty without any."""
     rows = source.held_out.nonzero().flatten().tolist()
-    asked = torch.zeros(len(labels), dtype=torch.bool)
-    asked[sorted(random.Random(f"calibration/{seed}").sample(rows, min(len(rows), MAX_CALIBRATION_QUERIES)))] = True
-    # What is held out and not asked about stays out of the gallery too.
-    among = (asked | ~source.held_out).to(features.device)
+    is_query = torch.zeros(len(labels), dtype=torch.bool)
+    is_query[sorted(random.Random(f"calibration/{seed}").sample(rows, min(len(rows), MAX_CALIBRATION_QUERIES)))] = True
+    # Held-out images that are no queries are not in the gallery either.
+    is_used = (is_query | ~source.held_out).to(features.device)
     genuine, impostor = torch.zeros(0), torch.zeros(0)
     if rows:
-        genuine, impostor = calibration_scores(features[among], labels[among], asked.to(features.device)[among])
+        genuine, impostor = calibration_scores(
+            features[is_used], labels[is_used], is_query.to(features.device)[is_used]
+        )
     return {f"{source.domain}/genuine": genuine.contiguous(), f"{source.domain}/impostor": impostor.contiguous()}
 
 
@@ -418,16 +420,16 @@ def calibrate(source, features, labels, seed):
 
 
 def thresholds_by_domain(args, sources):
-    """The flags' numbers for each source, as `choosing.thresholds_of` takes them."""
-    wanted = {
+    """The flags that set the threshold, by source, as arguments of `choosing.thresholds_of`."""
+    arguments = {
         name: choosing.numbers_by_domain(getattr(args, name), list(sources), f"--{name}")
         for name in ("threshold", "keep_fraction")
     }
-    return wanted | {"false_match_rate": args.false_match_rate}
+    return arguments | {"false_match_rate": args.false_match_rate}
 
 
 def write_choice(args, sources):
-    """What is kept; written into scores.parquet, even where nothing is. Returns (scores, choice, calibration)."""
+    """Choose images; write the choice to scores.parquet, even if empty. Returns (scores, choice, calibration)."""
     folder = Path(args.output_dir)
     scores = choosing.read_scores(folder / SCORES, args.match_margin)
     stored = {name: tensor.numpy() for name, tensor in load_file(folder / CALIBRATION).items()}
@@ -452,26 +454,26 @@ def write_choice(args, sources):
 
 
 def main(args):
-    # Into a file or a pipe, lines would wait for the buffer to fill.
+    # In a file or a pipe, lines would wait until the buffer is full.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)
-    # accelerate's own rule, which must be known before it is imported: it decides the scores.
+    # The precision determines the scores: accelerate's default is read here, before accelerate is imported.
     args.mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    # The processes meet only to score, or before one draws the demo's images.
+    # The processes join only to score, or when one draws the images of the demo.
     is_main_process = int(os.environ.get("RANK", 0)) == 0
-    say = print if is_main_process else lambda *_: None
+    print_once = print if is_main_process else lambda *_: None
     accelerator, demo = open_demo(args) if args.demo else (None, None)
     if is_main_process:
         launch.introduce(args, None, demo=demo, stand_ins=stand_ins_of(args))
     if args.source is None:
         args.source = sources_named_by(args.generated)
-        say(f"Sources, as {args.generated} names them: {' '.join(args.source)}")
+        print_once(f"Sources, as {args.generated} names them: {' '.join(args.source)}")
     sources, generated = open_sets(args)
     wanted = wanted_models(args, sources)
     settings = settings_of(wanted, generated.digest, sources, args.holdout_fraction, args.mixed_precision, args.seed)
     scores_path = Path(args.output_dir) / SCORES
     if is_scored(scores_path.parent, settings):
-        say(f"All {len(generated):,} images are scored: choosing from {scores_path}")
+        print_once(f"All {len(generated):,} images are scored: choosing from {scores_path}")
     else:
         accelerator = accelerator or launch.start_accelerator(args.mixed_precision, patient=True)
         score(args, accelerator, sources, generated, wanted, settings)
@@ -489,7 +491,7 @@ def stand_ins_of(args):
 
 
 def open_demo(args):
-    """What the demo filters: (accelerator or None, words)."""
+    """Open the images of the demo: (accelerator or None, its introduction)."""
     args.generated = DEMO_GENERATED
     if (Path(DEMO_GENERATED) / METADATA).is_file():
         return None, DEMO.format(images=f"the images in {DEMO_GENERATED}")
@@ -507,7 +509,7 @@ def open_demo(args):
 
 
 def open_sets(args):
-    """Sources and generated images: all that can be wrong shows here, before a model is loaded."""
+    """Open sources and generated images, and check all inputs before any model is loaded."""
     folder = Path(args.output_dir)
     if (folder / METADATA).is_file():
         raise ValueError(f"{folder} holds generated images; give another --output_dir")
@@ -544,8 +546,8 @@ def open_sets(args):
 
 
 def wanted_models(args, sources):
-    """The models that score, as they were asked for."""
-    # The stand-in knows people in their own shape.
+    """The models that score, from the arguments."""
+    # The stand-in CLIP was trained on images of people in this shape.
     own_shape = [128, 64] if args.clip_model == CLIP_DIR else None
     return Wanted(
         clip=args.clip_model,
@@ -569,13 +571,13 @@ def wanted_models(args, sources):
 
 
 def finish(args, sources, generated):
-    """The choice, the set, the report."""
+    """Choose images, then write the data set and the report."""
     folder = Path(args.output_dir)
     scores_path = folder / SCORES
     scores, choice, calibration = write_choice(args, sources)
     summary = summary_of(args.filter, {name: getattr(args, name) for name in CHOICE}, sources, scores, choice)
     summary["against_truth"] = against_truth(scores_path, scores)
-    words = ["accelerate", "launch", "filter_generated.py", *(str(portable(word)) for word in sys.argv[1:])]
+    command = ["accelerate", "launch", "filter_generated.py", *(str(portable(word)) for word in sys.argv[1:])]
     write_set(
         folder / "dataset",
         generated,
@@ -585,7 +587,7 @@ def finish(args, sources, generated):
         size=args.resize,
         title=args.title,
         license=args.license,
-        command=shlex.join(words),
+        command=shlex.join(command),
         models={name: getattr(args, name) for name in ("clip_model", "reid_model", "classifier_model")},
     )
     report = kept_report(generated, args.generated, sources, scores_path, scores, choice, calibration, summary)
@@ -602,9 +604,9 @@ def finish(args, sources, generated):
     if args.push_to_hub:
         api, name = HfApi(), args.hub_dataset_id or folder.resolve().name
         name = api.create_repo(name, repo_type="dataset", private=True, exist_ok=True).repo_id
-        # What an earlier choice left there would be read with this one.
-        old = ["*.parquet", *(f"*{ending}" for ending in ENDINGS)]
-        options = {"repo_type": "dataset", "folder_path": folder / "dataset", "delete_patterns": old}
+        # Files of an earlier choice would be loaded together with the new ones.
+        old_files = ["*.parquet", *(f"*{ending}" for ending in ENDINGS)]
+        options = {"repo_type": "dataset", "folder_path": folder / "dataset", "delete_patterns": old_files}
         print(f"Uploaded: {api.upload_folder(repo_id=name, **options)}")
 
 

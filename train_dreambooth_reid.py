@@ -21,7 +21,7 @@
 #     "triton>=3.6.0",
 # ]
 # ///
-"""Diffusion-ReID, generation: from the images of every identity, many new ones, by a diffusion model tuned to it.
+"""Diffusion-ReID, generation: many new images of every identity, by a diffusion model tuned to its images.
 
     accelerate launch --config_file accelerate_config.yaml train_dreambooth_reid.py
     accelerate launch train_dreambooth_reid.py --recipe lora --source market1501 --data_root ~/reid --output_dir out
@@ -49,8 +49,8 @@ DEMO = (
     "Demo: 4 drawn people, the shipped stand-in models, small pictures, about three minutes on two cores. For your "
     "own: --source SPEC --data_root DIR, and --recipe lora or paper for real models"
 )
-# The paper says size, rate, steps and numbers of images; solver, guidance, precision and the token's rate are ours,
-# and 8-bit Adam and recomputation are for a card of 24 GB.
+# The paper gives size, learning rate, steps and numbers of images. Solver, guidance, precision and the token's rate
+# are our choices; 8-bit Adam and gradient checkpointing fit the training on a card of 24 GB.
 PUBLISHED = {
     "pretrained_model_name_or_path": "CompVis/stable-diffusion-v1-4",
     "captioner_model_name_or_path": "Salesforce/blip2-opt-2.7b",
@@ -73,16 +73,16 @@ LEAN = {"resolution": [512, 256], "finetune": "lora", "learning_rate": 5e-4, "tr
 LEAN |= {"max_train_steps": 400, "num_reference_images": 64, "num_inference_steps": 20}
 LEAN |= {"use_8bit_adam": False, "gradient_checkpointing": False}
 RECIPES = {"paper": PUBLISHED, "lora": PUBLISHED | LEAN}
-# Those of utils.generated.captions and utils.diffusion.text_to_image.
+# The same as in utils.generated.captions and utils.diffusion.text_to_image.
 CLASS_PROMPT = "a photo of a person"
 SOLVERS = ("dpmsolver++", "unipc", "ddim", "euler")
-# What decides the captions.
+# The flags that determine the captions.
 CAPTIONING = ("captioner_model_name_or_path", "captioner_bits", "max_sequence_images")
 CHECK_EVERY = 20
 
 
 def build_parser():
-    """Flags marked `free` change no image but by rounding, or only which images are made."""
+    """Flags marked `free` change images by rounding at most, or only which images are made."""
     parser = flags.Parser(__doc__, recipes=RECIPES)
     flags.add_recipe(
         parser,
@@ -212,7 +212,7 @@ def parse_args(input_args=None):
 
 
 def check_args(parser, args):
-    """What the arguments alone show to be wrong."""
+    """Reject wrong combinations of arguments."""
     if any(side % 8 for side in args.resolution):
         parser.error(f"--resolution must be two multiples of 8, got {args.resolution[0]} {args.resolution[1]}")
     if args.shard >= args.num_shards:
@@ -232,12 +232,12 @@ def check_args(parser, args):
 
 
 def is_new(identity_token):
-    """Whether the token is one that the vocabulary does not have."""
+    """Whether the token is new to the vocabulary."""
     return identity_token.startswith("<") and identity_token.endswith(">")
 
 
 if __name__ == "__main__":
-    # Before torch and diffusers are imported, so that --help and a mistyped flag answer at once.
+    # Parse before torch and diffusers are imported, so that --help and a mistyped flag answer at once.
     args = parse_args()
 
 import hashlib
@@ -271,7 +271,7 @@ from utils.worklist import Progress, Worklist, seed_of, share
 
 
 class IdentityToken(nn.Module):
-    """The embedding of tokens that the vocabulary does not have, kept apart, so that no other row can move."""
+    """The embedding of new tokens, stored apart from the vocabulary, so that no other row is trained."""
 
     def __init__(self, text_encoder, first_id, noun_id):
         super().__init__()
@@ -291,7 +291,7 @@ class IdentityToken(nn.Module):
 
 @dataclass(frozen=True)
 class Tunable:
-    """The model and what of it trains: `weights`, the token's row among them if it is new, and their first values."""
+    """The model, its trained `weights`, with the token's row if the token is new, and their initial values `start`."""
 
     model: TextToImage
     token: IdentityToken
@@ -301,11 +301,11 @@ class Tunable:
     @classmethod
     def of(cls, model, token, *, with_token):
         weights = model.trained_weights() + ([token.row] if with_token else [])
-        # In the host's memory: a whole U-Net's is 3.2 GiB, and it is needed once an identity.
+        # In the host's memory: a whole U-Net takes 3.2 GiB and is needed once for each identity.
         return cls(model, token, weights, [weight.detach().to("cpu", copy=True) for weight in weights])
 
     def restore(self):
-        """All weights that train as they were loaded, in place."""
+        """Reset all trained weights to their initial values, in place."""
         with torch.no_grad():
             torch._foreach_copy_(self.weights, self.start)
 
@@ -314,7 +314,7 @@ class Tunable:
 
 
 def sampling(args):
-    """How images are drawn, as `TextToImage.sample` takes it."""
+    """The settings of sampling, as arguments of `TextToImage.sample`."""
     return {
         "solver": args.solver,
         "steps": args.num_inference_steps,
@@ -325,12 +325,12 @@ def sampling(args):
 
 
 def reference_set(args, model, work, prompt):
-    """Latents that the untouched model draws from P_LPE*, and their key; kept for all who share the prompt."""
+    """(latents that the untouched model draws from P_LPE*, key). All identities with the same prompt share them."""
     if not args.num_reference_images:
         return None, None
     settings = [args.num_reference_images, args.resolution, args.solver, args.num_inference_steps, args.guidance_scale]
-    words = [prompt, model.digest, str(model.dtype), args.mixed_precision, args.seed, *settings]
-    key = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:32]
+    inputs = [prompt, model.digest, str(model.dtype), args.mixed_precision, args.seed, *settings]
+    key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
     path = work.folder / REFERENCES / f"{key}.safetensors"
     if not made_set.is_reference(path, args.num_reference_images):
         seeds = [seed_of(args.seed, "reference", prompt, number) for number in range(args.num_reference_images)]
@@ -345,35 +345,35 @@ def reference_set(args, model, work, prompt):
 
 
 def denoising_errors(unet, schedule, latents, noise, timesteps, condition, snr_gamma=None):
-    """w_t |unet(x_t, t, c) - target|^2 of each image, the mean over its pixels: (B,).
+    """w_t |unet(x_t, t, c) - target|^2 of each image, averaged over its pixels: (B,).
 
-    As errors of the denoised image, |x^ - x|^2 is that of the noise divided by SNR, so w_t = SNR is the plain loss on
-    noise. Min-SNR takes w_t = min(SNR, gamma).
+    The error of the denoised image is that of the noise divided by SNR, so w_t = SNR gives the plain noise loss.
+    Min-SNR uses w_t = min(SNR, gamma).
     """
     noised = schedule.add_noise(latents, noise, timesteps)
     prediction = unet(noised.to(condition.dtype), timesteps, encoder_hidden_states=condition).sample
     errors = (prediction.float() - schedule.target(latents, noise, timesteps)).square().flatten(1).mean(1)
     if snr_gamma is None:
         return errors
-    signal, strength = schedule.parts(errors, timesteps)
-    snr = (signal / strength).square()
+    signal, noise_level = schedule.parts(errors, timesteps)
+    snr = (signal / noise_level).square()
     weight = snr.clamp(max=snr_gamma) / snr
     return errors * (weight if schedule.prediction_type == "epsilon" else weight * snr / (snr + 1))
 
 
 def fine_tune(args, tunable, identity, record, source, reference, progress):
-    """Tune to one identity. Returns the losses of own and of reference images, (steps, 2), or (steps, 1) without.
+    """Tune to one identity. Returns the losses of own and reference images, (steps, 2), or (steps, 1) without these.
 
-    source: mean and std of the VAE's posterior of its images; reference: latents, or None.
+    source: mean and std of the VAE's posterior of its images; reference: latents of reference images, or None.
     """
     model = tunable.model
     size, scale, schedule = args.train_batch_size, model.vae.config.scaling_factor, model.schedule
     generator = torch.Generator().manual_seed(seed_of(args.seed, identity.name, "training"))
-    optimizer, rates = build_tuning(args, tunable)
+    optimizer, scheduler = build_tuning(args, tunable)
     scaler = torch.amp.GradScaler(model.device.type, enabled=args.mixed_precision == "fp16")
     texts = [record["identity_prompt"], record["prompt"]][: 1 if reference is None else 2]
     trains_text = args.train_text_encoder or is_new(args.identity_token)
-    fixed = None if trains_text else model.encode_all(texts)
+    cached = None if trains_text else model.encode_all(texts)
     model.unet.train()
     losses = []
     for step in range(args.max_train_steps):
@@ -383,11 +383,11 @@ def fine_tune(args, tunable, identity, record, source, reference, progress):
             latents = sample_latents(source[0][rows], source[1][rows], posterior, scale)
             if reference is not None:
                 rows = torch.randint(len(reference), (size,), generator=generator)
-                more = torch.randn(size, *latents.shape[1:], generator=generator).to(model.device)
-                latents, noise = torch.cat([latents, reference[rows]]), torch.cat([noise, more])
+                reference_noise = torch.randn(size, *latents.shape[1:], generator=generator).to(model.device)
+                latents, noise = torch.cat([latents, reference[rows]]), torch.cat([noise, reference_noise])
             timesteps = torch.randint(schedule.num_steps, (len(latents),), generator=generator).to(model.device)
-            # P_E for the own half, P_LPE* for the reference half.
-            condition = (model.encode(texts) if fixed is None else fixed).repeat_interleave(size, 0)
+            # P_E for the half of own images, P_LPE* for the half of reference images.
+            condition = (model.encode(texts) if cached is None else cached).repeat_interleave(size, 0)
             with model.autocast():
                 errors = denoising_errors(
                     model.denoiser, schedule, latents, noise, timesteps, condition, args.snr_gamma
@@ -399,7 +399,7 @@ def fine_tune(args, tunable, identity, record, source, reference, progress):
         nn.utils.clip_grad_norm_(tunable.weights, args.max_grad_norm or float("inf"))
         scaler.step(optimizer)
         scaler.update()
-        rates.step()
+        scheduler.step()
         optimizer.zero_grad()
         losses.append(halves.detach())
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == args.max_train_steps:
@@ -409,7 +409,7 @@ def fine_tune(args, tunable, identity, record, source, reference, progress):
 
 
 def build_tuning(args, tunable):
-    """A fresh optimizer and schedule: nothing of the identity before is left in them."""
+    """A new optimizer and learning rate schedule, without the state of the previous identity."""
     row = tunable.token.row
     groups = [{"params": [weight for weight in tunable.weights if weight is not row], "lr": args.learning_rate}]
     if is_new(args.identity_token):
@@ -437,15 +437,15 @@ def check_losses(losses):
 
 
 def make_identity(args, identity, record, work, progress, prompts, tunable, measures):
-    """Reference set, fine-tuning, images, measures, and one commit of it all."""
+    """Reference set, fine-tuning, images and measures of one identity, in a single commit."""
     model = tunable.model
     tunable.restore()
     progress.stage(identity.name, "reference set")
     reference, key = reference_set(args, model, work, record["prompt"])
     images = identity.images()
     pixels = torch.stack([image_for_vae(image, tuple(args.resolution)) for image in images])
-    parts = [encode(model.vae, part) for part in pixels.split(args.sample_batch_size)]
-    source = [torch.cat(values) for values in zip(*parts, strict=True)]
+    posteriors = [encode(model.vae, part) for part in pixels.split(args.sample_batch_size)]
+    source = [torch.cat(values) for values in zip(*posteriors, strict=True)]
     losses = fine_tune(args, tunable, identity, record, source, reference, progress)
 
     progress.stage(identity.name, "images")
@@ -461,24 +461,24 @@ def make_identity(args, identity, record, work, progress, prompts, tunable, meas
         rows = []
         for index, (picture, prompt, seed) in enumerate(zip(pictures, with_token, seeds, strict=True)):
             path = made_set.image_path(identity.name, index, args.image_format)
-            mark = {"prompt": prompt, "seed": seed, "model": model.digest}
-            made_set.save_image(picture, part / "images" / Path(path).name, quality=args.jpeg_quality, **mark)
+            exif = {"prompt": prompt, "seed": seed, "model": model.digest}
+            made_set.save_image(picture, part / "images" / Path(path).name, quality=args.jpeg_quality, **exif)
             rows.append({"path": path, "prompt": prompt, "seed": seed, "drawn": words[index]})
         folders = {part / "images": f"images/{identity.name}"}
         if args.save_adapters:
             save_adapter(tunable, prompts, identity, part / "adapter")
             folders[part / "adapter"] = f"adapters/{identity.name}"
-        made = {name: record[name] for name in ("domain", "pid", "prompt", "identity_prompt")}
-        made |= {"reference": key, "model": model.digest, "steps": args.num_inference_steps}
-        made |= {"guidance": args.guidance_scale, "loss": made_set.in_tenths(losses)}
-        made |= {"measures": values, "features": features, "images": rows}
-        work.commit(identity.name, made_set.IMAGES, made, folders)
+        result = {name: record[name] for name in ("domain", "pid", "prompt", "identity_prompt")}
+        result |= {"reference": key, "model": model.digest, "steps": args.num_inference_steps}
+        result |= {"guidance": args.guidance_scale, "loss": made_set.in_tenths(losses)}
+        result |= {"measures": values, "features": features, "images": rows}
+        work.commit(identity.name, made_set.IMAGES, result, folders)
     work.forget(identity.name, made_set.FAILED)
     return True
 
 
 def save_adapter(tunable, prompts, identity, folder):
-    """LoRA for `load_lora_weights`, the token for `load_textual_inversion`."""
+    """Save LoRA for `load_lora_weights` and the token for `load_textual_inversion`."""
     save_unet(tunable.model.unet, "lora", folder)
     if prompts.has_new_tokens:
         row = tunable.token.row.detach().cpu().clone()
@@ -489,9 +489,9 @@ def save_adapter(tunable, prompts, identity, folder):
 
 
 def main(args):
-    """Returns the identities that failed, {name: why}."""
+    """Returns the identities that failed, {name: reason}."""
     accelerator = launch.start_accelerator(args.mixed_precision, patient=True)
-    # Where no flag is given, accelerate's own setting decides.
+    # Without the flag, accelerate's own setting decides.
     args.mixed_precision = accelerator.mixed_precision
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     launch.introduce(args, accelerator, demo=DEMO, stand_ins=stand_ins_of(args))
@@ -532,14 +532,14 @@ def stand_ins_of(args):
         "captioner_model_name_or_path": CAPTIONER_DIR,
         "clip_model_name_or_path": CLIP_DIR,
     }
-    kept = [f"--{name}" for name, folder in stand_ins.items() if getattr(args, name) == folder]
-    if not kept:
+    used = [f"--{name}" for name, folder in stand_ins.items() if getattr(args, name) == folder]
+    if not used:
         return None
-    return f"Stand-in models, good for tests only, are used for {', '.join(kept)}; --recipe lora has real ones"
+    return f"Stand-in models, good for tests only, are used for {', '.join(used)}; --recipe lora has real ones"
 
 
 def check_inputs(args, everyone, identities):
-    """The rows of --prompts, or None, and the tokenizer. What can be wrong shows here, before a model is loaded."""
+    """Check all inputs before any model is loaded. Returns (the rows of --prompts or None, the tokenizer)."""
     name, rows = args.pretrained_model_name_or_path, None
     info = check_diffusion(name, revision=args.revision)
     check_text_encoder(name, info.condition_width, args.revision)
@@ -558,7 +558,7 @@ def check_inputs(args, everyone, identities):
 
 
 def write_settings(args, work, lists):
-    """What decides the images; ValueError where images of other settings lie there."""
+    """Write the settings that determine the images; ValueError if the folder has images of other settings."""
     free = args.free_on_resume
     arguments = {name: portable(value) for name, value in vars(args).items() if name not in free}
     given = [
@@ -573,23 +573,23 @@ def write_settings(args, work, lists):
 
 
 def work_on(args, accelerator, identities, work, progress, prompts, rows):
-    """This process's share: captions first, then one identity after the other."""
+    """Do the share of this process: captions first, then one identity after the other."""
     shards = {"num_shards": args.num_shards, "shard": args.shard}
     processes = {"num_processes": accelerator.num_processes, "process": accelerator.process_index}
-    mine = share(identities, **shards, **processes)
+    own_share = share(identities, **shards, **processes)
     records = caption_identities(
         work,
         progress,
         prompts,
         identities,
-        mine,
+        own_share,
         rows=rows,
         made_with={name: portable(getattr(args, name)) for name in CAPTIONING},
         load_captioner=lambda: load_captioner(args, accelerator.device),
     )
     missing = [
         identity
-        for identity in mine
+        for identity in own_share
         if identity.name in records and not made_set.is_made(work, records[identity.name])
     ]
     if args.captions_only or not missing:
@@ -641,7 +641,7 @@ def open_model(args, accelerator, prompts):
     if args.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     if args.torch_compile:
-        # Weights are put back in place, so what is compiled for the first identity serves all.
+        # Weights are restored in place, so the model compiled for the first identity serves all.
         model.denoiser = torch.compile(model.unet)
     noun_id = prompts.tokenizer(prompts.noun, add_special_tokens=False).input_ids[0]
     token = IdentityToken(model.text_encoder, prompts.first_id, noun_id).to(accelerator.device)
@@ -653,7 +653,7 @@ def clip_name(args):
 
 
 def end_in_words(args):
-    """main, which fails where an identity failed."""
+    """Run main; ValueError if an identity failed."""
     if failures := main(args):
         raise ValueError(
             f"{len(failures)} identities failed, {next(iter(failures))} for one; the same command tries again"
@@ -661,8 +661,8 @@ def end_in_words(args):
 
 
 def run_script(args):
-    kept = "the same command continues with what is not done"
-    launch.end_with(end_in_words, args, "train_dreambooth_reid.py", kept=kept)
+    advice = "the same command continues with what is not done"
+    launch.end_with(end_in_words, args, "train_dreambooth_reid.py", kept=advice)
 
 
 if __name__ == "__main__":

@@ -36,9 +36,13 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def sigterm_ends():
-    """A training that raises leaves its handler, with which worker processes of later tests could not be ended."""
+def process_as_before():
+    """A training that raises leaves its handler, with which worker processes of later tests could not be ended.
+
+    Once there were several threads, a fork waits for ever for those it does not have.
+    """
     yield
+    torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, SIGTERM)
 
 

@@ -119,17 +119,19 @@ class Run:
         return Path(self.folder.name, stream).read_text(errors="replace")
 
 
-def start(script, *arguments, processes=1, limit=None, **more):
-    """A script by its path, in one or several processes of their own; `limit` is the largest file it may write."""
+def start(job, *arguments, processes=1, limit=None, **more):
+    """One or several processes of their own, for a script by its path or a function of a module of tests.
+
+    `limit` is the size of the largest file it may write, `more` is for its environment.
+    """
     with mock.patch.dict(os.environ, environment()):
         forkserver.ensure_running()
     folder = tempfile.TemporaryDirectory(prefix="run-")
     for stream in ("stdout", "stderr"):
         Path(folder.name, stream).touch()
-    words = [str(ROOT / script), *map(str, arguments)]
     started = []
     for place in places(processes) if processes > 1 else [{}]:
-        options = words, environment(**place, **more), Path(folder.name), limit
+        options = job, arguments, environment(**place, **more), Path(folder.name), limit
         started.append(FORKSERVER.Process(target=become, args=options))
         started[-1].start()
     # Where tests are interrupted, nothing waits for what still runs.
@@ -137,8 +139,8 @@ def start(script, *arguments, processes=1, limit=None, **more):
     return Run(started, folder)
 
 
-def become(words, environment, folder, limit):
-    """What a fork does: it prints into files and is, from here on, `python` with these words."""
+def become(job, arguments, environment, folder, limit):
+    """What a fork does: it prints into files and is, from here on, `python SCRIPT ARGUMENTS` or a function's call."""
     for stream, number in (("stdout", 1), ("stderr", 2)):
         file = os.open(folder / stream, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
@@ -152,13 +154,15 @@ def become(words, environment, folder, limit):
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
+    if callable(job):
+        return job(*arguments)
+    sys.argv = [str(ROOT / job), *map(str, arguments)]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def launch(script, *arguments, check=True, timeout=300, **options):
-    """A script by its path, to its end: exit code and all it prints."""
-    done = start(script, *arguments, **options).wait(timeout)
+def launch(job, *arguments, check=True, timeout=300, **options):
+    """The same to its end: exit code and all it prints."""
+    done = start(job, *arguments, **options).wait(timeout)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 

@@ -124,7 +124,7 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser with recipes below its flags.
 
     A flag may be `free`: a run with another value of it resumes from the same checkpoint. It may have `idle`, a test
-    of the arguments and words for it: where the test holds, the flag has no effect, and a run that is given it says so.
+    of the arguments and words for it: where the test holds, the flag has no effect, and a run that has it says so.
     """
 
     def __init__(self, description, *, recipes=None):

@@ -1,7 +1,6 @@
 """The latent cache: same values and losses as the VAE in the loop, kills, damage, changes, several processes."""
 
 import logging
-import multiprocessing
 import os
 import pickle
 import resource
@@ -18,7 +17,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from tests.runs import places, torchrun
+from tests import runs
+from tests.runs import launch, stopped, torchrun
 from utils.datasets.load import load_reid
 from utils.datasets.schema import features
 from utils.diffusion.latents import (
@@ -54,21 +54,13 @@ def build(dataset, vae, cache_dir, size=SIZE, **options):
     return build_latent_cache(dataset, vae, size, cache_dir=cache_dir, **options)
 
 
-def forked(cache_dir, num_ids, **environment):
-    """A build in a process of its own; one of several by torch's variables in the `environment`."""
-
-    def work():
-        os.environ.update(environment)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        torch.manual_seed(0)
-        vae = build_vae()
-        with counted(vae) as seen:
-            build(people(num_ids), vae, cache_dir)
-        cache_dir.with_name(f"batches-{environment.get('RANK')}").write_text(str(len(seen)))
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    return process
+def build_alone(cache_dir, num_ids):
+    """What a process of its own does; one of several by torch's variables in the environment."""
+    torch.manual_seed(0)
+    vae = build_vae()
+    with counted(vae) as seen:
+        build(people(num_ids), vae, cache_dir)
+    cache_dir.with_name(f"batches-{os.environ.get('RANK')}").write_text(str(len(seen)))
 
 
 def files(cache_dir):
@@ -278,14 +270,8 @@ def test_any_flipped_bit_of_header_and_keys_is_noticed(vae, tmp_path):
 
 
 def test_killed_build_goes_on_to_the_same_bytes(vae, tmp_path):
-    running = forked(tmp_path / "killed", 32)
-    until = time.monotonic() + 120
-    while len(files(tmp_path / "killed")) < 3:
-        assert running.is_alive() and time.monotonic() < until, "finished before it could be killed"
-        time.sleep(0.002)
-    running.kill()
-    running.join()
-    assert running.exitcode == -signal.SIGKILL
+    killed = stopped(runs.start(build_alone, tmp_path / "killed", 32), lambda: len(files(tmp_path / "killed")) >= 3)
+    assert killed.returncode == -signal.SIGKILL
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert 3 <= len(kept) < 16
     folder = next(iter(kept)).parent
@@ -304,11 +290,8 @@ def test_killed_build_goes_on_to_the_same_bytes(vae, tmp_path):
 
 
 def test_two_processes_write_the_same_bytes_as_one(vae, tmp_path):
-    ranks = [forked(tmp_path / "two", 6, **place) for place in places(2)]
+    launch(build_alone, tmp_path / "two", 6, processes=2)
     build(people(6), vae, tmp_path / "one")
-    for rank in ranks:
-        rank.join(120)
-    assert [rank.exitcode for rank in ranks] == [0, 0]
     assert files(tmp_path / "one") == files(tmp_path / "two") and len(files(tmp_path / "one")) == 3
     # Three chunks of eight batches, shared.
     assert [(tmp_path / f"batches-{rank}").read_text() for rank in "01"] == ["16", "8"]
@@ -328,10 +311,8 @@ def test_torchrun_writes_the_same_bytes(vae, tmp_path):
 
 
 def test_two_runs_at_once_share_a_folder(vae, tmp_path):
-    runs = [forked(tmp_path / "shared", 8) for _ in range(2)]
-    for run in runs:
-        run.join(120)
-    assert [run.exitcode for run in runs] == [0, 0]
+    started = [runs.start(build_alone, tmp_path / "shared", 8) for _ in range(2)]
+    assert [run.wait().returncode for run in started] == [0, 0]
     with counted(vae) as seen:
         cache = build(people(8), vae, tmp_path / "shared")
     mean, _ = cache.posterior(range(64))

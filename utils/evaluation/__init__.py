@@ -1,6 +1,6 @@
 """From features to numbers: extraction, exact ranking, thresholds, and the report of an evaluation.
 
-For others: `rank`, `summary`, `ranked_lists`, and `extract` for the features of a data set.
+The public API: `rank`, `summary`, `ranked_lists`, and `extract` for the features of a data set.
 """
 
 from utils import opened_when_used

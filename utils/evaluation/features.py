@@ -1,9 +1,8 @@
-"""Features of a set of images, extracted once and kept: in chunks, on any number of processes, with the same bits.
+"""Extracts the features of a data set in chunks; any number of processes gives the same bits.
 
-Rows go through the model in batches that depend on nothing but the row numbers and the batch size: a matrix
-product's rounding may change with its shape, so the last batch is filled up with copies of its last row. Each
-process takes every n-th chunk of batches. A chunk is written and renamed; what a killed run leaves is whole
-and is not computed again.
+Batches depend only on the row numbers and the batch size. The rounding of a matrix product may change with its shape,
+so the last batch is padded with copies of its last row. Each process takes every n-th chunk of batches. A chunk is
+written to a temporary file and renamed, so that the chunks of a killed run are complete and are not computed again.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ from utils.files import write_together
 
 
 def extraction_key(model, identities, **settings):
-    """A name for these features: it changes with the weights, the images' `identities` and any of the `settings`."""
+    """The key of these features; it changes with the weights, the `identities` of the images and the `settings`."""
     text = json.dumps([weights_digest(model), settings, identities])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -31,10 +30,10 @@ def extraction_key(model, identities, **settings):
 def extract(
     model, dataset, transform, *, accelerator, batch_size=64, num_workers=0, desc="extracting", keep_in=None, key=None
 ):
-    """Test features (N, D) float32 on the CPU, the same on every process, by the model in eval mode.
+    """Features (N, D) float32 on the CPU, equal on every process, extracted in eval mode.
 
-    With a folder `keep_in`, finished chunks lie in `keep_in/chunks-KEY`, and another run with the same key continues
-    from there; all processes must see the folder.
+    With a folder `keep_in`, finished chunks are stored in `keep_in/chunks-KEY`, and a run with the same key resumes
+    from them; all processes must see the folder.
     """
     was_training = model.training
     model.to(accelerator.device).eval()
@@ -70,22 +69,22 @@ def extract(
 
 
 def gathered(parts, count, batch_size, width, accelerator):
-    """The batches of all processes, each of which took every n-th, in order."""
+    """Join the batches of all processes in order; each process has every n-th batch."""
     if accelerator.num_processes == 1:
         return torch.cat(parts)
-    # [most batches, B, D]; a process that has fewer, or a shorter one, fills up with zeros.
+    # (most batches, B, D); zeros pad missing batches and short ones.
     most = -(-count // (batch_size * accelerator.num_processes))
-    filled = torch.zeros(most, batch_size, width, device=accelerator.device)
+    padded = torch.zeros(most, batch_size, width, device=accelerator.device)
     for number, part in enumerate(parts):
-        filled[number, : len(part)] = part.to(accelerator.device)
-    features = accelerator.gather(filled).unflatten(0, (accelerator.num_processes, most))
+        padded[number, : len(part)] = part.to(accelerator.device)
+    features = accelerator.gather(padded).unflatten(0, (accelerator.num_processes, most))
     return features.transpose(0, 1).flatten(0, 2)[:count].cpu()
 
 
 def missing_chunks(folder, chunks):
     folder.mkdir(parents=True, exist_ok=True)
     missing = [[rows for rows in chunks if not _is_whole(folder / _name(rows.start), len(rows))]]
-    # One process looks for all: a fast neighbour's new chunk must not shift the shares of the others.
+    # One process lists the chunks for all: a chunk written in between would shift the shares of the others.
     return broadcast_object_list(missing)[0]
 
 
@@ -100,18 +99,18 @@ def keep_chunk(folder, rows, features, dataset):
 def kept_chunks(folder, chunks, accelerator):
     accelerator.wait_for_everyone()
     try:
-        found = [load_file(folder / _name(rows.start))["features"] for rows in chunks]
+        features = [load_file(folder / _name(rows.start))["features"] for rows in chunks]
     except OSError as error:
         raise ValueError(
             f"{error}; with several machines, --output_dir must lie on a disk that all of them see"
         ) from None
-    # Nobody may remove the chunks (forget_chunks) while another process still reads them.
+    # No process may remove the chunks (forget_chunks) while another still reads them.
     accelerator.wait_for_everyone()
-    return torch.cat(found)
+    return torch.cat(features)
 
 
 def forget_chunks(folder):
-    """Remove the chunks of this and of earlier, abandoned extractions, once the features are kept elsewhere."""
+    """Remove the chunks of this and of abandoned extractions, after the features are saved elsewhere."""
     for chunks in Path(folder).glob("chunks-*"):
         shutil.rmtree(chunks, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Features and labels in a file: as `evaluate.py` keeps them, and as other tools write them."""
+"""Reads and writes files of features and labels, those of `evaluate.py` and those of other tools."""
 
 import json
 import zipfile
@@ -25,20 +25,20 @@ NAMES = {
 
 
 def save_features(path, features, splits, **metadata):
-    """Keep `features` (N, D) and what each split takes, a list of (query rows, query Side, gallery rows, its Side).
+    """Save `features` (N, D) and `splits`, a list of (query rows, query Side, gallery rows, gallery Side).
 
-    One split is written as anyone would read it: qf, gf, q_pid, g_pid, q_cam, g_cam. Several share `features` and
-    have their rows beside the ids, `0.q_row`, `0.q_pid` and so on. Paths and `metadata` are JSON in the file's
-    header.
+    A single split is written under the common names qf, gf, q_pid, g_pid, q_cam, g_cam. Several splits share
+    `features` and store their rows and ids as `0.q_row`, `0.q_pid` and so on. Paths and `metadata` are JSON in the
+    header of the file.
     """
     tensors, header = {}, {name: json.dumps(value) for name, value in metadata.items()}
     for number, (query_rows, queries, gallery_rows, gallery) in enumerate(splits):
-        mark = f"{number}." if len(splits) > 1 else ""
+        prefix = f"{number}." if len(splits) > 1 else ""
         for side, rows, letter in ((queries, query_rows, "q"), (gallery, gallery_rows, "g")):
-            tensors[f"{mark}{letter}_pid"], tensors[f"{mark}{letter}_cam"] = side.pids, side.camids
-            header[f"{mark}{letter}_path"] = json.dumps(side.paths)
+            tensors[f"{prefix}{letter}_pid"], tensors[f"{prefix}{letter}_cam"] = side.pids, side.camids
+            header[f"{prefix}{letter}_path"] = json.dumps(side.paths)
             if len(splits) > 1:
-                tensors[f"{mark}{letter}_row"] = torch.as_tensor(rows)
+                tensors[f"{prefix}{letter}_row"] = torch.as_tensor(rows)
             else:
                 tensors[f"{letter}f"] = side.features
     if len(splits) > 1:
@@ -50,8 +50,8 @@ def load_features(path):
     """A list of (queries, gallery) from a safetensors or npz file, and the file's metadata.
 
     Names: qf, gf, q_pid, g_pid, q_cam, g_cam, or query_features, gallery_features, query_pids, gallery_pids,
-    query_camids, gallery_camids; query_paths and gallery_paths where there are any. Identities and cameras may be
-    absent: -1. Nothing is unpickled.
+    query_camids, gallery_camids; query_paths and gallery_paths are optional. Missing identities and cameras become -1.
+    Nothing is unpickled.
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".npz"):
@@ -74,18 +74,18 @@ def load_features(path):
         raise ValueError(f"{path} cannot be read as features: {error}") from None
     header = {name: _from_json(value) for name, value in header.items()}
     numbers = sorted({int(name.split(".")[0]) for name in arrays if name.split(".")[0].isdigit()})
-    marks = [f"{number}." for number in numbers] or [""]
-    return [tuple(_side(path, arrays, header, mark, letter) for letter in "qg") for mark in marks], header
+    prefixes = [f"{number}." for number in numbers] or [""]
+    return [tuple(_side(path, arrays, header, prefix, letter) for letter in "qg") for prefix in prefixes], header
 
 
-def _side(path, arrays, header, mark, letter):
+def _side(path, arrays, header, prefix, letter):
     def find(kind):
-        values = (arrays.get(mark + name, header.get(mark + name)) for name in NAMES[letter + kind])
+        values = (arrays.get(prefix + name, header.get(prefix + name)) for name in NAMES[letter + kind])
         return next((value for value in values if value is not None), None)
 
     features = find("f")
-    if features is None and mark and f"{mark}{letter}_row" in arrays:
-        features = arrays["features"][arrays[f"{mark}{letter}_row"]]
+    if features is None and prefix and f"{prefix}{letter}_row" in arrays:
+        features = arrays["features"][arrays[f"{prefix}{letter}_row"]]
     if features is None:
         raise ValueError(
             f"{path} has no {' or '.join(NAMES[letter + 'f'])}, only {', '.join(sorted(arrays)) or 'nothing'}"
@@ -104,7 +104,9 @@ def _side(path, arrays, header, mark, letter):
     if paths is not None and not (isinstance(paths, list) or np.ndim(paths)):
         raise ValueError(f"{letter}_path in {path} is no list of names")
     side = "query" if letter == "q" else "gallery"
-    paths = [f"{side} {row}" for row in range(len(features))] if paths is None else [str(one) for one in paths]
+    paths = (
+        [f"{side} {row}" for row in range(len(features))] if paths is None else [str(file_name) for file_name in paths]
+    )
     return Side(features.float(), *ids, paths)
 
 

@@ -1,7 +1,7 @@
-"""From features to numbers: ranking, ranked lists, camera pairs, confusions.
+"""Ranking metrics of query and gallery features.
 
-The ranking arithmetic is in `kernels/`. A distance is `2 - 2 cos`, from 0 to 4. Which pairs count is the protocol's
-matter: `market` and `cuhk03` drop gallery images of the query's own identity and camera, `all` drops nothing.
+`kernels/` computes the ranking. A distance is `2 - 2 cos`, from 0 to 4. The protocol decides which pairs count:
+`market` and `cuhk03` drop gallery images of the query's own identity and camera; `all` drops nothing.
 """
 
 import statistics
@@ -21,7 +21,7 @@ MAX_RANK = 50
 class Side:
     """The query or the gallery side: features (N, D), identities (N,), cameras (N,), and a name for each row.
 
-    Identity -1 is a person nobody has named: never a match. Camera -1 is an unknown camera.
+    Identity -1 is unknown and never a match. Camera -1 is unknown.
     """
 
     features: torch.Tensor
@@ -42,7 +42,7 @@ class Side:
 
 
 def check_sides(queries, gallery):
-    """ValueError for what cannot be ranked, naming the side, the row and its file."""
+    """ValueError for features that cannot be ranked; it names the side, the row and the file."""
     for side, name in ((queries, "query"), (gallery, "gallery")):
         if side.features.ndim != 2 or not len(side.features):
             raise ValueError(
@@ -99,13 +99,13 @@ def summary(result):
 
 
 def mean_and_deviation(summaries):
-    """Mean of each number over several splits and the sample standard deviation (n - 1), 0 for one value.
+    """The mean of each number over several splits, and the sample standard deviation (n - 1), 0 for one value.
 
-    A split that has no such number (None) is left out; without any the mean is None.
+    A split without the number (None) is skipped; if no split has it, the mean is None.
     """
     mean, deviation = {}, {}
     for key in summaries[0]:
-        values = [one[key] for one in summaries if one[key] is not None]
+        values = [numbers[key] for numbers in summaries if numbers[key] is not None]
         mean[key] = statistics.fmean(values) if values else None
         deviation[key] = statistics.stdev(values) if len(values) > 1 else 0.0
     return mean, deviation
@@ -116,6 +116,6 @@ def can_match(queries, gallery, protocol):
     cameras = {}
     for pid, camid in torch.stack([gallery.pids, gallery.camids], 1).unique(dim=0).tolist():
         cameras.setdefault(pid, set()).add(camid)
-    asked = torch.stack([queries.pids, queries.camids], 1).unique(dim=0).tolist()
-    own = (lambda camid: set()) if protocol == "all" else (lambda camid: {camid})
-    return any(pid != UNKNOWN and cameras.get(pid, set()) - own(camid) for pid, camid in asked)
+    query_labels = torch.stack([queries.pids, queries.camids], 1).unique(dim=0).tolist()
+    excluded = (lambda camid: set()) if protocol == "all" else (lambda camid: {camid})
+    return any(pid != UNKNOWN and cameras.get(pid, set()) - excluded(camid) for pid, camid in query_labels)

@@ -1,4 +1,4 @@
-"""The report of an evaluation: numbers, curves, thresholds, cameras, confusions, ranked lists with their pictures."""
+"""The report of an evaluation: metrics, curves, thresholds, cameras, confusions, and ranked lists with images."""
 
 import random
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ NOTES = {
 
 @dataclass
 class Findings:
-    """What is known of one split. Without labels all but the ranked lists stays empty."""
+    """The results of one split. Without labels, only the ranked lists are filled."""
 
     queries: Side
     gallery: Side
@@ -43,7 +43,7 @@ class Findings:
 
 
 class ResultPictures:
-    """The images behind the rows of both sides, and what `model` looks at in them."""
+    """The images of the query and gallery rows as data URIs, and the attention of `model`."""
 
     def __init__(self, images, query_rows, gallery_rows, model=None):
         self.images, self.query_rows, self.gallery_rows, self.model = images, query_rows, gallery_rows, model
@@ -55,7 +55,7 @@ class ResultPictures:
         return data_uri(self.images[self.gallery_rows[row]]["image"])
 
     def attention(self, row):
-        """The query, dark where the model looks away."""
+        """The attention map over a query, bright where the model attends, or None without a model."""
         if self.model is None:
             return None
         model, image = self.model, self.images[self.query_rows[row]]["image"]
@@ -70,8 +70,8 @@ class ResultPictures:
 
 
 def evaluation_report(metrics, findings, pictures=None, *, num_random=4, seed=0):
-    """A `Report` of metrics.json's content and the `Findings` behind it; without `pictures` lists of names."""
-    searching = metrics["mAP"] is None
+    """A `Report` of the metrics and their `Findings`; without `pictures` the lists show names only."""
+    is_search = metrics["mAP"] is None
     cameras = torch.cat([findings.queries.camids, findings.gallery.camids]).unique()
     facts = [
         ("Data", metrics["data"]),
@@ -81,7 +81,7 @@ def evaluation_report(metrics, findings, pictures=None, *, num_random=4, seed=0)
         ("Cameras", len(cameras[cameras >= 0]) or "unknown"),
         ("Protocol", findings.protocol),
     ]
-    if searching:
+    if is_search:
         report = Report("Search", subtitle="The nearest gallery images of each query, closest first.", facts=facts)
         add_searches(report, findings, pictures)
     else:
@@ -127,25 +127,26 @@ def add_numbers(report, metrics, result):
     precisions = result.ap[~result.ap.isnan()]
     counts = torch.histc(precisions.float(), bins=20, min=0, max=1).tolist()
     edges = torch.linspace(0, 1, 21).tolist()
-    spread = histogram(
+    precision_bars = histogram(
         [("queries", counts)], edges, title="Average precision", x_label="average precision", y_label="queries"
     )
     report.charts(
         [
             (curve, "Cumulative match characteristic: queries with a right image at this rank or before."),
-            (spread, "Average precision of each query: 1 where all matches come before everyone else."),
+            (precision_bars, "Average precision of each query: 1 where all matches come before everyone else."),
         ]
     )
     if "reranked" in metrics:
-        again = metrics["reranked"]
+        reranked = metrics["reranked"]
         rows = [
             [name, *(percent(values[key]) for key in HEADLINES)]
-            for name, values in (("plain", metrics), ("re-ranked", again))
+            for name, values in (("plain", metrics), ("re-ranked", reranked))
         ]
         caption = (
-            f"k-reciprocal re-ranking with k1 = {again['k1']}, k2 = {again['k2']}, lambda = {again['lambda_value']:g}"
+            f"k-reciprocal re-ranking with k1 = {reranked['k1']}, k2 = {reranked['k2']}, "
+            f"lambda = {reranked['lambda_value']:g}"
         )
-        caption += f", as {again['compat']} computes it." if again["compat"] else "."
+        caption += f", as {reranked['compat']} computes it." if reranked["compat"] else "."
         report.table(["", *HEADLINES.values()], rows, caption=caption)
 
 
@@ -242,13 +243,13 @@ def add_confusions(report, findings, pictures):
 
 
 def nearest_match(findings, row):
-    """The first right image in a query's ranked list, or None."""
+    """The gallery row of the first right image in a query's ranked list, or None."""
     columns = findings.lists[0][row].tolist()
     return next((c for c in columns if c >= 0 and is_match(findings.queries, findings.gallery, row, c)), None)
 
 
 def add_queries(report, findings, pictures, number, seed):
-    """The queries of lowest and highest average precision, and some drawn at random."""
+    """Sections of the queries with the highest and the lowest average precision, and of random ones."""
     precisions = findings.result.ap
     valid = (~precisions.isnan()).nonzero().flatten()
     order = valid[precisions[valid].argsort(stable=True)].tolist()
@@ -321,7 +322,7 @@ def query_tile(findings, pictures, row):
 
 
 def camera_name(camera):
-    """A camera as file names count it, from 1; as a number it counts from 0."""
+    """The name of a camera: file names count cameras from 1, `camera` counts from 0."""
     return str(camera + 1) if camera >= 0 else "unknown"
 
 

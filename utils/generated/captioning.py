@@ -1,4 +1,4 @@
-"""Captions of identities, from a captioner or from a user's rows, and the prompts that are written of them."""
+"""Captions of identities, from a captioner or from a user's rows, and the prompts written from them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,17 +9,18 @@ from utils.generated import captions
 from utils.generated.made_set import CAPTIONS, FAILED, attempt
 from utils.worklist import Progress
 
-# A record of an identity whose images no captioner was asked about.
+# The record of an identity that no captioner has seen.
 NOTHING_SEEN = {"attributes": {}, "caption": "", "images": [], "made_with": None}
 CAPTIONER_LEAN = "--captioner_bits 8 half of the captioner's weights, --captioner_batch_size 1 the rest"
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """How prompts are written: of words for each identity, with and without the identity token.
+    """Writes the prompts of each identity, with and without the identity token.
 
-    class_prompt: P, whose last word is the noun. identity_token: in <brackets> a new token, numbered from `first_id`
-    on; `{pid}` stands for the identity's number. lists: what generated images vary, {attribute: phrases}.
+    class_prompt: P; its last word is the noun. identity_token: a token in <brackets> is new to the vocabulary and gets
+    an id from `first_id` on; `{pid}` stands for the identity's number. lists: phrases that generated images draw from,
+    {attribute: phrases}.
     """
 
     tokenizer: Any
@@ -35,14 +36,14 @@ class Prompts:
 
     @property
     def has_new_tokens(self):
-        """Whether the token is one that the vocabulary does not have."""
+        """Whether the token is new to the vocabulary."""
         return self.identity_token.startswith("<") and self.identity_token.endswith(">")
 
     def token_of(self, identity):
         return self.identity_token.replace("{pid}", f"{identity.pid:04d}")
 
     def fit(self, prompt, identity):
-        """The prompt, short enough for the text encoder with the token in it."""
+        """The prompt, cut so that it fits the text encoder together with the token."""
         room = len(self.tokenizer(self.token_of(identity), add_special_tokens=False).input_ids)
         fitted = captions.fit(prompt, self.tokenizer, room)
         if fitted != prompt:
@@ -54,7 +55,7 @@ class Prompts:
         return fitted
 
     def written(self, record, identity):
-        """A record of captions with P_LPE* and P_E, short enough for the text encoder."""
+        """The record with its prompts P_LPE* and P_E, cut to fit the text encoder."""
         text, token = record.get("text", ""), self.token_of(identity)
         if token in text:
             raise ValueError(f"the prompt of {identity.name} has the identity token {token!r} in it; leave it out")
@@ -66,8 +67,8 @@ class Prompts:
         return record | {"text": text, "prompt": prompt, "identity_prompt": identity_prompt}
 
     def of_images(self, record, identity, count, seed):
-        """For each image: the words drawn, P_E with them, and the same without the token."""
-        # A prompt that was written by hand says all there is to say.
+        """For each image: the drawn words, P_E with these words, and the same prompt without the token."""
+        # A prompt written by hand is used without the attributes and the caption.
         known = {} if record["text"] else record["attributes"]
         caption = "" if record["text"] or known else record["caption"]
         prompts = []
@@ -80,7 +81,7 @@ class Prompts:
 
 
 def open_prompts(tokenizer, identities, *, class_prompt, identity_token, lists, progress):
-    """`Prompts`, after new tokens of all identities got their numbers; given words stay what they are."""
+    """`Prompts`, after the new tokens of all identities are added; words without brackets add none."""
     prompts = Prompts(tokenizer, len(tokenizer), class_prompt, identity_token, lists, progress)
     tokens = dict.fromkeys(prompts.token_of(identity) for identity in identities)
     if prompts.has_new_tokens:
@@ -97,34 +98,35 @@ def open_prompts(tokenizer, identities, *, class_prompt, identity_token, lists, 
 
 
 def caption_identity(captioner, identity, made_with):
-    """LPE: answers about every image of the sequence, and what the majority of them says."""
+    """LPE: the answers about every image of the sequence, merged by majority."""
     images = identity.images()
-    free = captioner.describe(images) if captioner.can_describe else [""] * len(images)
+    image_captions = captioner.describe(images) if captioner.can_describe else [""] * len(images)
     answers = {key: [""] * len(images) for key in captions.QUESTIONS}
     if captioner.can_answer:
         answers = {key: captioner.ask(images, question) for key, question in captions.QUESTIONS.items()}
-    seen = [
+    image_records = [
         {"path": path, "caption": caption, "answers": {key: values[row] for key, values in answers.items()}}
-        for row, (path, caption) in enumerate(zip(identity.paths, free, strict=True))
+        for row, (path, caption) in enumerate(zip(identity.paths, image_captions, strict=True))
     ]
     return {
         "domain": identity.domain,
         "pid": identity.pid,
         "camid": identity.camid,
-        **captions.merged(captions.answers_of(seen)),
-        "images": seen,
+        **captions.merged(captions.answers_of(image_records)),
+        "images": image_records,
         "made_with": made_with,
     }
 
 
 def caption_identities(work, progress, prompts, identities, mine, *, rows, made_with, load_captioner):
-    """The captions of all identities that have some, {name: record}; made for `mine` where there are none yet.
+    """{name: record} of all captioned identities; makes the captions of `mine` that do not exist yet.
 
-    `rows` are a user's own, which replace captions, or None. `made_with` says what asks, `load_captioner()` opens it
-    where it is needed. Edits of captions.parquet hold for all at once, so that no merge can undo them.
+    `rows`: a user's own captions, which replace the captioner's, or None. `made_with` names the captioner;
+    `load_captioner()` opens it when it is first needed. Edits of captions.parquet apply to all identities at once, so
+    that a merge cannot undo them.
     """
-    kept = work.folder / "captions.parquet"
-    edits = rows or (captions.read_captions(kept) if kept.is_file() else {})
+    table = work.folder / "captions.parquet"
+    edits = rows or (captions.read_captions(table) if table.is_file() else {})
     names, records, captioner = {identity.name for identity in mine}, {}, None
     for identity in identities:
         record = before = work.read(identity.name, CAPTIONS)
@@ -143,11 +145,11 @@ def caption_identities(work, progress, prompts, identities, mine, *, rows, made_
                     continue
                 work.forget(identity.name, FAILED)
         if row := captions.row_of(edits, identity):
-            how = (prompts.fit, identity, prompts.class_prompt)
+            writing = (prompts.fit, identity, prompts.class_prompt)
             if rows:
-                record = captions.stated(record, row, *how)
+                record = captions.stated(record, row, *writing)
             else:
-                record = captions.edited(record, before or {}, row, *how)
+                record = captions.edited(record, before or {}, row, *writing)
         records[identity.name] = prompts.written(record, identity)
         if records[identity.name] != before:
             work.commit(identity.name, CAPTIONS, records[identity.name])

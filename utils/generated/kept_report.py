@@ -1,4 +1,4 @@
-"""The report of a filtered set: what each filter keeps and drops, where they disagree, scores, identities."""
+"""The report of a filtered set: kept and rejected images of each filter, disagreements, scores, identities."""
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,7 +21,7 @@ MAX_SOURCES = 6
 
 
 def kept_report(generated, name, sources, scores_path, scores, choice, calibration, summary):
-    """A `Report` of scores and choice; `name` is what the generated set was asked for by."""
+    """A `Report` of the scores and the choice; `name` is the value of --generated."""
     masks = masks_of(scores, choice, summary["filter"])
     facts = [
         ("Generated", portable(name)),
@@ -47,11 +47,14 @@ def kept_report(generated, name, sources, scores_path, scores, choice, calibrati
 
 
 def masks_of(scores, choice, chosen):
-    """{filter: rows it keeps}; the others keep as many images as the chosen one's threshold does."""
+    """{filter: mask of the rows it keeps}; all filters keep as many images as the threshold of the chosen one."""
     floor = np.array([choice.thresholds[domain] for domain in scores.domains], np.float64)[scores.source]
-    own = choosing.eligible(scores, chosen) & (scores.values[chosen] >= floor)
+    chosen_mask = choosing.eligible(scores, chosen) & (scores.values[chosen] >= floor)
     names = [name for name in choosing.FILTERS if scores.has(name)]
-    return {name: own if name == chosen else choosing.equal_share(scores, name, int(own.sum())) for name in names}
+    return {
+        name: chosen_mask if name == chosen else choosing.equal_share(scores, name, int(chosen_mask.sum()))
+        for name in names
+    }
 
 
 def add_counts(report, summary):
@@ -88,7 +91,7 @@ def read_truths(scores_path):
 
 
 def against_truth(scores_path, scores):
-    """{filter: {"auc", "kept": {kind: share}}} of drawn images, where each keeps as many as are right; else None."""
+    """{filter: {"auc", "kept": {truth: share}}} of drawn images, each filter keeping as many as are right, or None."""
     truths = read_truths(scores_path)
     if truths is None:
         return None
@@ -106,11 +109,11 @@ def against_truth(scores_path, scores):
 
 
 def truth_table(result):
-    """(columns, rows) of text."""
+    """The result of `against_truth` as text: (columns, rows)."""
     kinds = list(next(iter(result.values()))["kept"])
     rows = []
     for name, values in result.items():
-        # Where nothing is wrong, nothing can come after what is right.
+        # If no image is wrong, there is no AUC.
         auc = "" if values["auc"] is None else f"{values['auc']:.3f}"
         rows.append([LABELS[name], auc, *(f"{100 * values['kept'][kind]:.0f} %" for kind in kinds)])
     return ["filter", "AUC", *kinds], rows
@@ -128,7 +131,7 @@ def add_truth(report, result):
 
 
 class SamplePictures:
-    """Tiles of rows, asked for by number and filled in one pass over the set."""
+    """Tiles of the report: `tile` requests the image of a row, `load` fills all tiles in one pass over the set."""
 
     def __init__(self, generated, scores_path):
         self.generated, self.path, self.wanted = generated, scores_path, {}
@@ -159,15 +162,15 @@ class SamplePictures:
 
 
 def note_of(row):
-    # No line ends between a name and its number.
-    words = [f"identity\u00a0{row['pid']}", *([row["error"]] if row["error"] else [])]
+    # Non-breaking spaces keep each name and its number on one line.
+    notes = [f"identity\u00a0{row['pid']}", *([row["error"]] if row["error"] else [])]
     for name, column in choosing.FILTERS.items():
         if row[column] is not None:
-            words.append(f"{SHORT[name]}\u00a0{row[column]:.2f}")
+            notes.append(f"{SHORT[name]}\u00a0{row[column]:.2f}")
     if row["reid_match"] is False:
-        words.append(f"nearer to another by {row['reid_lead']:.2f}")
+        notes.append(f"nearer to another by {row['reid_lead']:.2f}")
     truth = f"{row['truth']}: " if row.get("truth") else ""
-    return truth + ", ".join(words)
+    return truth + ", ".join(notes)
 
 
 def picture_of(read):
@@ -178,10 +181,10 @@ def picture_of(read):
 
 
 def spread_over(rows, count=SHOWN):
-    """At most `count` of the rows, evenly over their order."""
+    """At most `count` of the rows, evenly spaced."""
     if len(rows) <= count:
         return list(rows)
-    return [rows[place] for place in np.linspace(0, len(rows) - 1, count).round().astype(int)]
+    return [rows[index] for index in np.linspace(0, len(rows) - 1, count).round().astype(int)]
 
 
 def add_examples(report, scores, masks, pictures):
@@ -232,12 +235,14 @@ def add_histograms(report, scores, choice, chosen):
     charts = []
     for name in choosing.FILTERS:
         values = scores.values[name]
-        seen = values[np.isfinite(values)]
-        if not len(seen):
+        finite = values[np.isfinite(values)]
+        if not len(finite):
             continue
-        # Probabilities start at 0; their upper end is where the highest is, in tenths.
-        low = 0.0 if name != "reid" else float(seen.min()) - 0.01
-        high = min(1.0, np.ceil(10 * float(seen.max()) + 1e-6) / 10) if name != "reid" else float(seen.max()) + 0.01
+        # Probabilities start at 0 and end at the highest one, rounded up to a tenth.
+        low = 0.0 if name != "reid" else float(finite.min()) - 0.01
+        high = (
+            min(1.0, np.ceil(10 * float(finite.max()) + 1e-6) / 10) if name != "reid" else float(finite.max()) + 0.01
+        )
         edges = np.linspace(low, high, BARS + 1)
         groups, markers = [], []
         for place, domain in enumerate(scores.domains[:MAX_SOURCES]):
@@ -269,11 +274,11 @@ def add_calibration(report, calibration):
 def add_identities(report, scores, choice, sources, summary):
     counts = choosing.images_per_person(scores, choice.kept)
     counts = counts[counts > 0]
-    theirs = np.concatenate([source.labels.bincount().numpy() for source in sources.values()])
-    top = int(max(counts.max(), theirs.max())) + 1
+    source_counts = np.concatenate([source.labels.bincount().numpy() for source in sources.values()])
+    top = int(max(counts.max(), source_counts.max())) + 1
     xs = np.unique(np.linspace(0, top, min(top + 1, 200)).round().astype(int)).tolist()
     chart = line_chart(
-        [("kept", xs, choosing.share_below(counts, xs)), ("source", xs, choosing.share_below(theirs, xs))],
+        [("kept", xs, choosing.share_below(counts, xs)), ("source", xs, choosing.share_below(source_counts, xs))],
         title="Images an identity",
         x_label="X images",
         y_label="identities with fewer",
@@ -282,10 +287,10 @@ def add_identities(report, scores, choice, sources, summary):
     )
     report.section("Identities", "The share of identities that have fewer than X images.")
     report.charts([(chart, "Identities with no kept image are not counted.")])
-    spread = summary["distribution"]
+    shares = summary["distribution"]
     rows = [
-        [str(x), f"{100 * a:.1f} %", f"{100 * b:.1f} %"]
-        for x, a, b in zip(spread["limits"], spread["kept"], spread["source"], strict=True)
+        [str(limit), f"{100 * kept_share:.1f} %", f"{100 * source_share:.1f} %"]
+        for limit, kept_share, source_share in zip(shares["limits"], shares["kept"], shares["source"], strict=True)
     ]
     report.table(["X", "kept", "source"], rows)
     report.table(["", *TABLE_COLUMNS], [["this set", *map(str, summary["row"])]], text_columns=1)

@@ -1,4 +1,4 @@
-"""The report of a generated set: numbers, measures, words, and sheets of source, reference and generated pictures."""
+"""The report of a generated set: measures, losses, captions, and source, reference and generated images."""
 
 import torch
 from PIL import Image
@@ -22,7 +22,7 @@ MAX_ROWS = 200
 
 
 def made_report(work, identities, records, described, failures, arguments, validation_ids):
-    """A `Report` of everything that lies in the folder."""
+    """A `Report` of all that a folder holds. `described`: the records of captions; `records`: those of images."""
     count = sum(len(record["images"]) for record in records)
     facts = [
         ("Source", ", ".join(map(str, arguments["source"]))),
@@ -87,8 +87,8 @@ def name_of(record):
 
 
 def add_sheets(report, work, identities, records, number):
-    known = {identity.name: identity for identity in identities}
-    shown = [record for record in records if f"{record['domain']}/{record['pid']:04d}" in known][:number]
+    by_name = {identity.name: identity for identity in identities}
+    shown = [record for record in records if f"{record['domain']}/{record['pid']:04d}" in by_name][:number]
     if not shown:
         return
     report.section(
@@ -97,7 +97,7 @@ def add_sheets(report, work, identities, records, number):
         "of the model tuned to it.",
     )
     for record in shown:
-        identity = known[f"{record['domain']}/{record['pid']:04d}"]
+        identity = by_name[f"{record['domain']}/{record['pid']:04d}"]
         source = [
             Tile(data_uri(identity.dataset[row]["image"]), path)
             for path, row in zip(identity.paths[: SHOWN["source"]], identity.rows, strict=False)
@@ -113,12 +113,12 @@ def add_sheets(report, work, identities, records, number):
 
 
 def picture_of(path):
-    """None where somebody took the file away."""
+    """The image as a data URI, or None if the file is missing."""
     return data_uri(Image.open(path)) if path.is_file() else None
 
 
 def previews(work, key):
-    """The first reference images, as they are kept beside their latents."""
+    """The first reference images, read from the file of their latents."""
     if key is None:
         return []
     try:
@@ -130,13 +130,13 @@ def previews(work, key):
 
 
 def add_tuning(report, records):
-    """How the loss went: the mean over the identities, in tenths of the training."""
+    """A chart of the loss over the training, in tenths of its steps: the mean over the identities."""
     curves = {}
     for part in ("instance", "prior"):
-        values = [record["loss"][part] for record in records if record["loss"].get(part)]
-        if values:
-            length = min(map(len, values))
-            curves[part] = [sum(losses[place] for losses in values) / len(values) for place in range(length)]
+        courses = [record["loss"][part] for record in records if record["loss"].get(part)]
+        if courses:
+            length = min(map(len, courses))
+            curves[part] = [sum(losses[tenth] for losses in courses) / len(courses) for tenth in range(length)]
     if not curves:
         return
     series = [

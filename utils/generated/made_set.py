@@ -1,8 +1,8 @@
-"""A generated set on disk: the files of its images, its tables, its card, and how the identities' parts become one.
+"""A generated set on disk: its images, tables and card, and the merge of the identities' records.
 
 images/DOMAIN/PID/INDEX.jpg     marked as synthetic inside the file
-identities/DOMAIN/PID/*.json    what is known of each: captions, images (the mark of being done), or a failure
-metadata.parquet                a row an image, for `load_reid` and `datasets.load_dataset`
+identities/DOMAIN/PID/*.json    records of each identity: captions, images (written when it is done), or a failure
+metadata.parquet                a row for each image, for `load_reid` and `datasets.load_dataset`
 captions.parquet, measures.csv, README.md, report.html
 """
 
@@ -39,7 +39,7 @@ METADATA = pa.schema(
     ]
 )
 DESCRIPTION, SOFTWARE = 0x010E, 0x0131
-# The images and the table beside them; references and records are not part of the set.
+# The files of the set: images and their table, without references and records.
 CARD_FILES = ["images/**", "metadata.parquet"]
 CARD = """{count:,} images of {people:,} identities, all of them made by a diffusion model that was fine-tuned to each
 identity of {sources}; none is a photograph. Every file says so in its EXIF data. `metadata.parquet` has, for each
@@ -63,7 +63,7 @@ def image_path(name, index, ending):
 
 
 def save_image(image, path, *, quality, prompt, seed, model):
-    """JPEG, or PNG by the path's ending, with the mark that no camera took it."""
+    """Save as JPEG or PNG, by the path's ending; the EXIF data marks the image as synthetic."""
     exif = Image.Exif()
     exif[DESCRIPTION] = json.dumps({"synthetic": True, "prompt": prompt, "seed": seed, "model": model})
     exif[SOFTWARE] = "diffreid"
@@ -72,7 +72,7 @@ def save_image(image, path, *, quality, prompt, seed, model):
 
 
 def read_settings(work):
-    """What args.json says, or None; ValueError where another script wrote it."""
+    """The contents of args.json, or None; ValueError if another script wrote it."""
     try:
         settings = json.loads((work.folder / SETTINGS).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -83,7 +83,7 @@ def read_settings(work):
 
 
 def keep_settings(work, arguments, command, versions):
-    """Write down what decides the images; ValueError where images made with other settings lie there."""
+    """Write args.json; ValueError if the folder has images made with other settings."""
     arguments = json.loads(to_json(arguments))
     before = (read_settings(work) or {}).get("arguments")
     if before == arguments:
@@ -98,7 +98,7 @@ def keep_settings(work, arguments, command, versions):
 
 
 def command_of(given):
-    """What to type for the same images: `given` are the flags that were given, {name: value}."""
+    """The command that makes the same images. `given`: the flags of the command line, {name: value}."""
     words = [COMMAND]
     for name, value in given.items():
         value = portable(value)
@@ -107,9 +107,9 @@ def command_of(given):
 
 
 def attempt(work, progress, name, lean, function, *arguments):
-    """What the function returns, or None: whatever goes wrong with one identity, thousands of others wait.
+    """Call the function for one identity. An error is recorded and returns None, so that the run continues.
 
-    `lean` says what to do about a full memory.
+    `lean`: the advice for an out-of-memory error.
     """
     try:
         return function(*arguments)
@@ -125,7 +125,7 @@ def attempt(work, progress, name, lean, function, *arguments):
 
 
 def is_made(work, record):
-    """Whether there are images of the prompts that now hold, and nobody took one away."""
+    """Whether the identity has images of the current prompts, and none of their files is missing."""
     made = work.read(f"{record['domain']}/{record['pid']:04d}", IMAGES)
     if made is None or any(made[name] != record[name] for name in ("prompt", "identity_prompt")):
         return False
@@ -134,7 +134,7 @@ def is_made(work, record):
 
 
 def check_model(work, digest):
-    """ValueError where images of another model lie in the folder."""
+    """ValueError if the folder has images of another model."""
     made = next(filter(None, (work.read(name, IMAGES) for name in work.recorded(IMAGES))), None)
     if made and made["model"] != digest:
         raise ValueError(
@@ -144,7 +144,7 @@ def check_model(work, digest):
 
 
 def is_reference(path, count):
-    """Whether a file holds so many reference images, whole."""
+    """Whether the file is complete and holds `count` reference images."""
     try:
         with safe_open(path, "pt") as file:
             return file.get_slice("latents").get_shape()[0] == count
@@ -153,18 +153,18 @@ def is_reference(path, count):
 
 
 def in_tenths(losses):
-    """(steps, halves) -> the course of each half, as means of ten stretches."""
+    """(steps, halves) -> {half: the means over each tenth of the steps}."""
     means = torch.stack([part.mean(0) for part in losses.tensor_split(min(10, len(losses)))])
     return {
-        name: [round(value, 5) for value in means[:, place].tolist()]
-        for place, name in enumerate(("instance", "prior")[: losses.shape[1]])
+        name: [round(value, 5) for value in means[:, column].tolist()]
+        for column, name in enumerate(("instance", "prior")[: losses.shape[1]])
     }
 
 
 def finish(work, identities, validation_ids, *, captions_only, unfinished):
-    """The process that sees everything done writes tables and report, any process of what is `unfinished`.
+    """Merge and report, if all identities are done or `unfinished` is set. Returns the failures.
 
-    Returns the failures.
+    The last process to finish sees all identities done.
     """
     kind = CAPTIONS if captions_only else IMAGES
     missing = [name for name in work.pieces if not (work.has(name, kind) or work.has(name, FAILED))]
@@ -174,15 +174,15 @@ def finish(work, identities, validation_ids, *, captions_only, unfinished):
     count, images, failures = merge(work, identities, validation_ids)
     if not missing:
         work.tidy()
-    done = f"{images} images of {count} identities: {work.folder}"
+    summary = f"{images} images of {count} identities: {work.folder}"
     if captions_only:
-        done = f"Captions of {len(work.pieces)} identities: {work.folder / 'captions.parquet'}"
-    print(f"{done}; open {work.folder / 'report.html'}")
+        summary = f"Captions of {len(work.pieces)} identities: {work.folder / 'captions.parquet'}"
+    print(f"{summary}; open {work.folder / 'report.html'}")
     return failures
 
 
 def merge(work, identities, validation_ids=0):
-    """All tables and the report, of what lies in the folder. Returns (identities with images, images, failures)."""
+    """Write the tables and the report of a folder. Returns (identities with images, images, failures)."""
     settings = read_settings(work)
     if settings is None:
         raise ValueError(f"{work.folder} holds no run, as it has no {SETTINGS}; give the --output_dir of one")
@@ -214,8 +214,8 @@ def by_identity(record):
 
 
 def metadata_row(record, image):
-    fixed = {"camid": -1, "synthetic": True, "file_name": image["path"]}
-    return {name: fixed.get(name, image.get(name, record.get(name))) for name in METADATA.names}
+    constants = {"camid": -1, "synthetic": True, "file_name": image["path"]}
+    return {name: constants.get(name, image.get(name, record.get(name))) for name in METADATA.names}
 
 
 def card(records, arguments, command):

@@ -1,6 +1,6 @@
-"""Which models score a set: what was asked for, checked before anything loads, and written down beside the scores.
+"""The models that score a set: checks them before any is loaded, and identifies them in the settings of the scores.
 
-transformers is imported only where a model is looked at: a run that only chooses again does not wait for it.
+transformers is imported inside the functions that need it: a run that only chooses again does not load it.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from utils.generated.images import SCORED
 
 @dataclass(frozen=True)
 class Training:
-    """How a model that is not given is trained; `resolution` is (height, width)."""
+    """How the script trains a model that is not given; `resolution` is (height, width)."""
 
     reid_method: str
     resolution: list
@@ -28,7 +28,7 @@ class Training:
     seed: int
 
     def settings(self):
-        """What decides the weights, by name."""
+        """The settings that determine the trained weights, by name."""
         values = asdict(self)
         del values["num_workers"], values["seed"]
         return values | {"backbone": identity_of_model(self.backbone)}
@@ -36,9 +36,9 @@ class Training:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The models that score. `clip` is a name, `reid` and `classifiers` are {domain: name}, or None to be trained.
+    """The models that score. `clip` is a name; `reid` and `classifiers` are {domain: name}, or None to train them.
 
-    The name `none` leaves a filter out. `clip_size` is (height, width), or None for CLIP's own square.
+    The name `none` skips a filter. `clip_size` is (height, width), or None for CLIP's own square.
     """
 
     clip: str
@@ -58,7 +58,7 @@ class Wanted:
 
 
 def given(names, sources, flag):
-    """{domain: model}, or None where the models are to be trained."""
+    """{domain: model name}, or None to train the models."""
     if not names:
         return None
     if len(names) not in (1, len(sources)):
@@ -67,7 +67,7 @@ def given(names, sources, flag):
 
 
 def check_models(wanted, sources):
-    """ValueError, from configurations alone, where a model is not what it should be."""
+    """ValueError if a model is of the wrong kind or has other identities; reads only the configurations."""
     from utils.modeling.folder import MODEL_TYPE, model_kind
 
     if wanted.has_clip:
@@ -103,9 +103,9 @@ def check_kind(flag, name, wanted):
 
 
 def settings_of(wanted, digest, sources, holdout_fraction, mixed_precision, seed):
-    """What decides the scores: digests of images' names and of models, found without loading one.
+    """The settings that determine the scores, with digests of the image lists and models. No model is loaded.
 
-    `digest` is that of the generated set.
+    `digest`: that of the generated set.
     """
     images = hashlib.sha256()
     for source in sources.values():
@@ -122,7 +122,7 @@ def settings_of(wanted, digest, sources, holdout_fraction, mixed_precision, seed
         "columns": SCORED.names,
     }
     for flag, names in (("reid_model", wanted.reid), ("classifier_model", wanted.classifiers)):
-        # What all sources share is named once.
+        # A model that all sources share is listed once.
         names = list((names or {}).values())[: 1 if names and len(set(names.values())) == 1 else None]
         settings[flag] = [identity_of_model(name) for name in names] or "trained"
     if "trained" in (settings["reid_model"], settings["classifier_model"]):
@@ -131,7 +131,7 @@ def settings_of(wanted, digest, sources, holdout_fraction, mixed_precision, seed
 
 
 def identity_of_model(name):
-    """A Hub id as it is; of a folder its name and a digest of its weights and settings."""
+    """A Hub id unchanged; for a folder, its name and a digest of its weights and settings."""
     if not Path(name).is_dir():
         return name
     files = sorted(path for path in Path(name).iterdir() if path.suffix in (".safetensors", ".json"))

@@ -1,4 +1,4 @@
-"""The models that score a generated set: given ones are opened, the others trained on the source and kept."""
+"""The models that score a generated set: given models are loaded, the others trained on the source and saved."""
 
 import random
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Scorers:
 
 @dataclass
 class Clip:
-    """CLIP and the unit-length features of what it could see, the sentence that is wanted first."""
+    """CLIP and the unit-length features of its sentences; the first sentence describes a wanted image."""
 
     model: CLIPModel
     view: View
@@ -54,18 +54,18 @@ def own_size(clip):
 
 
 def as_tensor(output):
-    """A tensor in older versions of transformers, an output object in newer ones."""
+    """The features as a tensor; older versions of transformers return one, newer ones an output object."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 
 def load_clip(wanted, device):
-    """None where it is left out. A picture is squeezed into CLIP's square as a whole: its own crop would behead."""
+    """`Clip`, or None if the filter is skipped. Images are resized whole: CLIP's own crop would cut off heads."""
     if not wanted.has_clip:
         return None
     try:
         clip = CLIPModel.from_pretrained(wanted.clip, use_safetensors=True).to(device).eval()
         processor = CLIPProcessor.from_pretrained(wanted.clip)
-    # The Hub, the readers of weights and those of words have errors of their own, which name no model.
+    # The Hub, the weights and the tokenizer raise errors that do not name the model.
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             raise
@@ -80,26 +80,26 @@ def load_clip(wanted, device):
 
 
 def load_models(wanted, sources, folder, accelerator, *, batch_size):
-    """{domain: Scorers}; those that are not given are trained, each by one process, and kept in `folder`."""
+    """{domain: Scorers}. A model that is not given is trained by one process and saved in `folder`."""
     kinds = {"reid": wanted.reid} | ({"classifier": wanted.classifiers} if wanted.has_cctf else {})
-    places = {kind: names or {} for kind, names in kinds.items()}
-    absent = [(kind, domain) for kind, names in kinds.items() if names is None for domain in sources]
-    for kind, domain in absent:
-        # A domain may be called as no folder can be, or as one elsewhere.
-        places[kind][domain] = folder / f"{kind}-{quote(domain, safe='')}"
-    for kind, domain in absent[accelerator.process_index :: accelerator.num_processes]:
-        if not (places[kind][domain] / "model.safetensors").is_file():
+    paths = {kind: names or {} for kind, names in kinds.items()}
+    to_train = [(kind, domain) for kind, names in kinds.items() if names is None for domain in sources]
+    for kind, domain in to_train:
+        # Quoted: a domain's name may be invalid for a folder, or lead elsewhere.
+        paths[kind][domain] = folder / f"{kind}-{quote(domain, safe='')}"
+    for kind, domain in to_train[accelerator.process_index :: accelerator.num_processes]:
+        if not (paths[kind][domain] / "model.safetensors").is_file():
             model = train_model(
                 kind, sources[domain], wanted.training, accelerator.device, quiet=not accelerator.is_main_process
             )
-            model.save_pretrained(places[kind][domain])
+            model.save_pretrained(paths[kind][domain])
     accelerator.wait_for_everyone()
     models = {}
     for domain, source in sources.items():
-        reid = ReIDModel.from_pretrained(places["reid"][domain], num_ids=0).to(accelerator.device)
+        reid = ReIDModel.from_pretrained(paths["reid"][domain], num_ids=0).to(accelerator.device)
         classifier = None
-        if "classifier" in places:
-            classifier = ReIDModel.from_pretrained(places["classifier"][domain]).to(accelerator.device)
+        if "classifier" in paths:
+            classifier = ReIDModel.from_pretrained(paths["classifier"][domain]).to(accelerator.device)
         gallery = extract(
             reid,
             source.train,
@@ -118,11 +118,11 @@ LABEL_SMOOTHING, ERASING, WEIGHT_DECAY, WARMUP = 0.1, 0.5, 1e-4, 0.1
 
 
 def train_model(kind, source, training, device, quiet=False):
-    """A model of one source, by one process alone.
+    """Train a model on one source, in a single process.
 
-    `reid`: the head of `--reid_method`, cross-entropy and triplets, on images that are not held out, moved, mirrored,
-    put into other scenes and erased. `classifier`: BNNeck and cross-entropy on all images, mirrored and no more, so
-    that it knows an image by all that is in it.
+    `reid`: the head of `--reid_method`, cross-entropy and triplet loss, on the images that are not held out, with
+    padded crops, mirroring, scene changes and erasing. `classifier`: BNNeck and cross-entropy on all images, with
+    mirroring only, so that it uses the whole image, scene included.
     """
     set_seed(training.seed)
     size, reid = tuple(training.resolution), kind == "reid"
@@ -132,10 +132,10 @@ def train_model(kind, source, training, device, quiet=False):
     )
     rows = (~source.held_out).nonzero().flatten().tolist() if reid else list(range(len(source.train)))
     images, labels = source.train.select(rows), source.labels[rows].tolist()
-    # Of few identities, the batch has fewer.
+    # With few identities, the batch is smaller.
     batch_size = min(training.train_batch_size, training.images_per_id * len(source.pids))
     sampler = IdentitySampler(labels, batch_size, training.images_per_id, training.seed)
-    # Between 0 and 1, for what changes scenes.
+    # Pixels between 0 and 1, as the scene change needs them.
     plain = train_transform(size, (0.0,) * 3, (1.0,) * 3, padding=size[0] // 25 if reid else 0, erasing=0.0)
     loader = torch.utils.data.DataLoader(
         ReIDImages(images, plain, labels),
@@ -178,7 +178,7 @@ def train_model(kind, source, training, device, quiet=False):
 
 
 class SceneChange:
-    """Images between 0 and 1 in other scenes, erased here and there, as the model takes them."""
+    """Changes the scenes of images between 0 and 1, scales them for the model and erases some at random."""
 
     def __init__(self, model, seed):
         self.view = view_of(model)
