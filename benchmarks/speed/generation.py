@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -23,6 +22,8 @@ from benchmarks.common import SCHEDULE, UNET, VAE, environment
 from utils.diffusion.latents import encode
 from utils.files import to_json, versions, write_together
 from utils.flags import DIFFUSION_DIR
+from utils.launch import start_accelerator
+from utils.worklist import Progress, Worklist
 
 IDENTITIES, IMAGES = 5183, 150
 TEXT = {
@@ -60,16 +61,30 @@ def save_sd15(folder):
     return str(folder)
 
 
-def open_run(model, finetune, resolution, folder, flags):
+def open_tuning(model, finetune, resolution, folder, flags):
+    """What fine-tuning one identity takes, by the functions of the script, and the seconds that loading took."""
     words = ["--pretrained_model_name_or_path", model, "--finetune", finetune, "--output_dir", folder]
     words += ["--resolution", *resolution, "--source", "synthetic:domain=a,num_ids=1"]
     args = script.parse_args([str(word) for word in (*words, "--clip_model_name_or_path", "none", *flags)])
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision)
-    run = script.open_run(args, accelerator)
+    accelerator = start_accelerator(args.mixed_precision)
+    args.mixed_precision = accelerator.mixed_precision
+    identities = script.open_identities(args.source)
+    _, tokenizer = script.check_inputs(args, identities, identities)
+    progress = Progress(
+        Worklist(folder, [identity.name for identity in identities]), "images", "images", 1, main=False
+    )
+    prompts = script.open_prompts(
+        tokenizer,
+        identities,
+        class_prompt=args.class_prompt,
+        identity_token=args.identity_token,
+        lists=script.captions.DIVERSITY,
+        progress=progress,
+    )
     began = time.perf_counter()
-    script.open_model(run)
+    tunable = script.open_model(args, accelerator, prompts)
     synchronize()
-    return run, time.perf_counter() - began
+    return args, tunable, identities[0], progress, time.perf_counter() - began
 
 
 def synchronize():
@@ -102,8 +117,9 @@ def peak_of(call):
 def measure(model, finetune, resolution, steps, flags):
     """{part: seconds} of one way of fine-tuning at one size, with the peak of memory."""
     with tempfile.TemporaryDirectory() as folder:
-        run, load = open_run(model, finetune, resolution, folder, ["--max_train_steps", steps, *flags])
-    args, model = run.args, run.model
+        opened = open_tuning(model, finetune, resolution, folder, ["--max_train_steps", steps, *flags])
+    args, tunable, identity, progress, load = opened
+    model = tunable.model
     scale = 2 ** (len(model.vae.config.block_out_channels) - 1)
     shape = (4, model.vae.config.latent_channels, resolution[0] // scale, resolution[1] // scale)
     source = (torch.randn(shape, device=model.device), torch.rand(shape, device=model.device))
@@ -113,20 +129,20 @@ def measure(model, finetune, resolution, steps, flags):
     seeds = list(range(args.sample_batch_size))
 
     def tune():
-        script.fine_tune(run, run.identities[0], words, source, source[0])
+        script.fine_tune(args, tunable, identity, words, source, source[0], progress)
 
     def draw(solver, solver_steps):
-        settings = run.sampling | {"solver": solver, "steps": solver_steps}
+        settings = script.sampling(args) | {"solver": solver, "steps": solver_steps}
         model.decode(model.sample(condition, seeds, **settings), args.sample_batch_size)
 
-    found = {"load": load, "peak_gib": peak_of(tune), "step": seconds(tune, 1) / steps}
-    found["image"] = seconds(lambda: draw(args.solver, args.num_inference_steps)) / len(seeds)
-    found["image_50"] = seconds(lambda: draw("ddim", 50), 1) / len(seeds)
-    found["encode"] = seconds(lambda: encode(model.vae, pixels))
-    found["encode"] += seconds(lambda: model.encode_all([words["identity_prompt"], words["prompt"]]))
-    script.restore(run)
-    found["restore"] = seconds(lambda: script.restore(run))
-    return found
+    measured = {"load": load, "peak_gib": peak_of(tune), "step": seconds(tune, 1) / steps}
+    measured["image"] = seconds(lambda: draw(args.solver, args.num_inference_steps)) / len(seeds)
+    measured["image_50"] = seconds(lambda: draw("ddim", 50), 1) / len(seeds)
+    measured["encode"] = seconds(lambda: encode(model.vae, pixels))
+    measured["encode"] += seconds(lambda: model.encode_all([words["identity_prompt"], words["prompt"]]))
+    tunable.restore()
+    measured["restore"] = seconds(tunable.restore)
+    return measured
 
 
 def ours_of(parts, counts):

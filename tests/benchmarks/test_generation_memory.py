@@ -3,6 +3,8 @@
 import pytest
 
 from benchmarks.memory.generation_cost import GIB, count
+from benchmarks.speed.generation import measure, ours_of
+from utils.flags import DIFFUSION_DIR
 
 UNET, TEXT, VAE = 859_520_964, 123_060_480, 83_653_863
 
@@ -17,3 +19,11 @@ def test_weights_gradients_and_states_are_all_that_small_pictures_take():
     assert 0 < drawing - (6 * UNET + beside) / GIB < 0.5
     tuning, drawing = count("lora", (64, 64))
     assert 0 < tuning - (2 * UNET + beside) / GIB < 0.3 and 0 < drawing - (2 * UNET + beside) / GIB < 0.3
+
+
+def test_parts_of_an_identity_are_measured():
+    parts = measure(DIFFUSION_DIR, "lora", (64, 64), 2, ["--train_batch_size", 1, "--sample_batch_size", 2])
+    seconds = {name: value for name, value in parts.items() if name != "peak_gib"}
+    assert set(seconds) == {"load", "step", "image", "image_50", "encode", "restore"} and min(seconds.values()) > 0
+    assert parts["image_50"] > parts["image"]
+    assert ours_of(parts, {"references": 4, "images": 6, "steps": 5}) > 10 * parts["image"] + 5 * parts["step"]
