@@ -6,7 +6,7 @@ import os
 import torch
 
 BACKENDS = ("auto", "torch", "triton")
-# Card name -> operations that `python -m benchmarks.gpu_retrieval` measured faster in Triton than in torch there. No
+# Card name -> operations that `python -m benchmarks.speed.gpu_retrieval` measured faster in Triton than in torch. No
 # card has been measured yet, so `auto` is torch everywhere.
 FASTER_ON: dict[str, tuple[str, ...]] = {}
 TRITON_MAX_K = 64

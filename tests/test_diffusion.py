@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.alive import gpu_autocast, hollow
+from benchmarks.memory.alive import gpu_autocast, hollow
 from utils.diffusion.checkpoint import check_diffusion
 from utils.diffusion.schedule import NoiseSchedule, noise_loss
 from utils.diffusion.unet import (

@@ -36,5 +36,13 @@ def test_every_script_is_there():
     for path in ROOT.glob("*.py"):
         assert f"| `{path.name}` |" in text, path.name
     assert {name for _, name, _ in COMMANDS} == {path.stem for path in ROOT.glob("*.py")}
-    for module in re.findall(r"python -m (benchmarks\.\w+|utils\.\w+)", text):
-        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+
+
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md"])
+def test_every_module_is_there(name):
+    """`python -m benchmarks.memory.dcac_overhead` is a file, `python -m utils.datasets` a folder with __main__.py."""
+    modules = re.findall(r"python -m ((?:benchmarks|utils)(?:\.\w+)+)", (ROOT / name).read_text(encoding="utf-8"))
+    assert modules
+    for module in modules:
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module

@@ -32,7 +32,7 @@ from utils.worklist import Worklist
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(
-    [*ROOT.glob("*.py"), *ROOT.glob("utils/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("benchmarks/*.py")]
+    [*ROOT.glob("*.py"), *ROOT.glob("utils/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("benchmarks/**/*.py")]
 )
 # Names that run what they are given; pickle's are asked for apart.
 RUNS_CODE = {"eval", "exec", "system", "popen", "unpack_archive", "extractall", "read_pickle", "Unpickler", "run_path"}

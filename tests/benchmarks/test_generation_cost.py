@@ -1,0 +1,20 @@
+"""Counted memory of an identity: what must lie on the card, and what does not."""
+
+import pytest
+
+from benchmarks.common import GIB
+from benchmarks.memory.generation_cost import count
+
+UNET, TEXT, VAE = 859_520_964, 123_060_480, 83_653_863
+
+
+@pytest.mark.slow
+def test_weights_gradients_and_states_are_all_that_small_pictures_take():
+    tuning, drawing = count("full, 8-bit Adam", (64, 64))
+    beside = 2 * (TEXT + VAE)
+    # Float32 weights and gradients and two bytes of state; no second copy of the weights.
+    assert 0 < tuning - (10 * UNET + beside) / GIB < 0.8
+    # Without gradients: float32 weights, and autocast's copy in half.
+    assert 0 < drawing - (6 * UNET + beside) / GIB < 0.5
+    tuning, drawing = count("lora", (64, 64))
+    assert 0 < tuning - (2 * UNET + beside) / GIB < 0.3 and 0 < drawing - (2 * UNET + beside) / GIB < 0.3
