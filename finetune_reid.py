@@ -1,12 +1,36 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "accelerate>=1.12.0",
+#     "bitsandbytes>=0.50.0",
+#     "datasets>=4.5.0",
+#     "diffusers>=0.38.0",
+#     "huggingface_hub>=1.20.0",
+#     "jinja2>=3.1.4",
+#     "matplotlib>=3.9.0",
+#     "numpy>=2.1.0",
+#     "peft>=0.19.0",
+#     "Pillow>=11.0.0",
+#     "safetensors>=0.7.0",
+#     "scikit-learn>=1.5.2",
+#     "scipy>=1.14.1",
+#     "torch>=2.11.0",
+#     "torchvision>=0.26.0",
+#     "tqdm>=4.67.0",
+#     "transformers>=5.17.0",
+#     "triton>=3.6.0",
+# ]
+# ///
 """Fine-tune a Re-ID model with labels, by one of five methods, from any start: where does a better start show?
 
     accelerate launch --config_file accelerate_config.yaml finetune_reid.py
+    accelerate launch finetune_reid.py --source ./people --backbone microsoft/resnet-50 --output_dir output/people
     accelerate launch finetune_reid.py --method agw --recipe published --setting few-shot --fraction 0.1 \\
         --backbone output/pretrain/backbone --source market1501 --data_root ~/reid --output_dir output/agw-10
 
 The first is a demo on drawn people with the shipped stand-in CLIP, about two minutes on two CPU cores; the second
-starts from a backbone of `pretrain_backbone.py`, with the values AGW was published with. What a method makes of the
-backbone's map, and its losses:
+trains on your own images; the third starts from a backbone of `pretrain_backbone.py`, with the values that AGW was
+published with. What a method makes of the backbone's map, and its losses:
 
     bot  mean, BNNeck                                         classes, smoothed; hard triplets, margin 0.3; centres
     agw  non-local blocks, GeM, BNNeck                        classes, smoothed; weighted triplets; centres
@@ -30,50 +54,9 @@ backbone. Left out: SBS's AutoAugment, MGN's mirrored images at test time, MetaB
 
 import argparse
 import math
-import random
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
-import datasets
-import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
-from torch import nn
-from transformers import PreTrainedConfig
-
-from methods.metabin import MetaBatches, domains_held_in, inner_rate, meta_step
-from utils.batches.samplers import IdentitySampler, RemainingBatches
-from utils.datasets.load import labels_of, subset
-from utils.datasets.training_sets import digest_of, open_source
-from utils.evaluation.targets import open_targets, results
-from utils.files import write_together
-from utils.flags import CLIP_DIR, OPTIMIZERS, SCHEDULES, SINGLE_IMAGE_IDS, check_ranges, parse_with_recipes
-from utils.launch import EXIT_SIGTERM, end_with, gather_with_gradient, start_accelerator
-from utils.modeling.backbones import read_config
-from utils.modeling.folder import model_kind
-from utils.modeling.heads import METHODS as HEADS
-from utils.modeling.losses import CentreLoss, circle_logits, hard_triplet, weighted_triplet
-from utils.modeling.norms import add_batch_instance_norms, share_batch_statistics
-from utils.modeling.reid_model import ReIDModel
-from utils.training.checkpoints import load_checkpoint, open_state
-from utils.training.loop import name_images, train_epochs
-from utils.training.reid import (
-    FREE_ON_RESUME,
-    build_loader,
-    check_training,
-    introduce,
-    measure,
-    optimizer_of,
-    rates_of,
-    save_model,
-    say_goodbye,
-    trained,
-    write_arguments,
-)
-from utils.training.report import build_page
+from utils import flags
+from utils.flags import CLIP_DIR, above_zero, at_least, fraction, not_negative
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=64"
 DEMO_SOURCES = [f"synthetic:domain={name},num_ids=24" for name in "abc"]
@@ -81,7 +64,6 @@ DEMO_TARGETS = ["synthetic:domain=d,num_ids=16", "synthetic:domain=e,num_ids=16"
 SETTINGS = ("supervised", "few-shot", "small-scale", "generalisation")
 PARTS = ("few-shot", "small-scale")
 METABIN = "metabin"
-METHODS = (*HEADS, METABIN)
 DELAYED_COSINE = "delayed_cosine"
 SOFT = "soft"
 # What a method's losses are made of; MGN takes the mean over its groups, BDB the sum, as their authors do.
@@ -93,6 +75,7 @@ LOSSES = {
     "bdb": {"triplet": "hard", "margin": SOFT, "label_smoothing": 0.1, "groups": "sum", "centre_weight": 0.0},
     METABIN: {"triplet": "hard", "margin": 0.3, "label_smoothing": 0.1, "groups": "sum", "centre_weight": 0.0},
 }
+METHODS = tuple(LOSSES)
 # SBS is also how it is trained, at any size.
 DEMO = {"sbs": {"lr_scheduler": DELAYED_COSINE, "lr_warmup_steps": 16, "lr_delay_epochs": 4, "freeze_steps": 16}}
 BAG_OF_TRICKS = {
@@ -168,168 +151,92 @@ PUBLISHED = {
 }
 
 
-def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    yes = {"action": "store_true"}
-    parser.add_argument("--method", choices=METHODS, default="bot", help="default bot; its losses are set with it")
-    parser.add_argument(
-        "--recipe",
-        choices=["published"],
-        help="the method's published values, Market-1501 and an ImageNet ResNet-50; any flag given wins. Default: "
-        "values for the stand-ins",
-    )
+DEMO_WORDS = (
+    "Demo: {} on drawn people, from the shipped stand-in CLIP; about two minutes on two cores. "
+    "For your own data: --source SPEC --data_root DIR --backbone DIR --recipe published"
+)
+STAND_IN = (
+    "No --backbone or --recipe given: using the shipped stand-in CLIP, which knows drawn people only. "
+    "A real one: --backbone microsoft/resnet-50"
+)
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--source", nargs="+", metavar="SPEC", help=f"training sets; default {DEMO_SOURCE}")
-    group.add_argument(
-        "--target",
-        nargs="+",
-        metavar="SPEC",
-        help="sets with query and gallery to measure on; default the source's own",
+
+def build_parser():
+    parser = flags.Parser(__doc__, recipes={"published": {}})
+    parser.add("--method", choices=METHODS, default="bot", help="method; its losses are set with it")
+    flags.add_recipe(parser, "the method's published values, Market-1501 and an ImageNet ResNet-50")
+    data = flags.add_data(
+        parser,
+        source=f"training sets; default {DEMO_SOURCE}",
+        target="sets with query and gallery to measure on; default the source's own",
     )
-    group.add_argument("--data_root", help="folder in which the benchmarks lie")
-    group.add_argument(
+    flags.add_single_image_ids(data)
+    data.add(
         "--setting",
         choices=SETTINGS,
         default="supervised",
         help="supervised: all images; few-shot: --fraction of each identity's images, at least 2; small-scale: "
         "--fraction of the identities; generalisation: several sources, other targets. With one seed, smaller parts "
-        "lie inside larger ones; default supervised",
+        "lie inside larger ones",
     )
-    group.add_argument("--fraction", type=float, help="of few-shot and small-scale, above 0, at most 1; default 0.1")
-    group.add_argument("--fraction_seed", type=int, default=0, help="which part it is; default 0")
-    group.add_argument(
-        "--resolution",
-        type=int,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        default=[128, 64],
-        help="input in pixels; default 128 64",
-    )
-    group.add_argument("--padding", type=int, default=5, help="pixels around, of which a crop is taken; default 5")
-    group.add_argument("--erasing", type=float, default=0.0, help="probability of random erasing; default 0")
-    group.add_argument(
-        "--single_image_ids",
-        choices=SINGLE_IMAGE_IDS,
-        default="error",
-        help="identities with one image have nothing to be compared with in a batch: stop, repeat the image, or leave "
-        "them out; default error",
-    )
-    group.add_argument("--skip_unreadable", **yes, help="leave out images that do not decode, and list them")
-    group.add_argument(
-        "--dataloader_num_workers", type=int, default=0, help="processes that prepare images; default 0"
-    )
+    data.add("--fraction", type=flags.share, help="of few-shot and small-scale, above 0, at most 1; default 0.1")
+    data.add("--fraction_seed", type=at_least(0), default=0, help="another seed takes another part")
+    flags.add_images(parser, resolution=[128, 64], padding=5, erasing=0.0)
 
-    group = parser.add_argument_group("model and losses")
-    group.add_argument(
+    group = parser.group("model and losses")
+    group.add(
         "--backbone",
         default=CLIP_DIR,
-        help="to start from, folder or Hub id: CLIP, ResNet, Swin, such as backbone/ of pretrain_backbone.py, or a "
-        "ReIDModel of bot or of the same method; default: the stand-in CLIP",
+        help="model to start from, folder or Hub id: CLIP, ResNet, Swin, such as backbone/ of pretrain_backbone.py, "
+        "or a ReIDModel of bot or of the same method",
     )
-    group.add_argument("--triplet", choices=["hard", "weighted"], help="default by the method, see above")
-    group.add_argument("--margin", type=margin, help="of hard triplets, a number or `soft`; default by the method")
-    group.add_argument("--label_smoothing", type=float, help="of the class loss; default 0.1, of mgn 0")
-    group.add_argument(
+    group.add("--triplet", choices=["hard", "weighted"], help="triplet loss; default by the method, see above")
+    group.add("--margin", type=margin, help="of hard triplets, a number or `soft`; default by the method")
+    group.add("--label_smoothing", type=fraction, help="of the class loss; default 0.1, of mgn 0")
+    group.add(
         "--groups", choices=["sum", "mean"], help="of a method with several features: their losses' sum, or mean (mgn)"
     )
-    group.add_argument("--triplet_weight", type=float, default=1.0, help="beside the class loss; default 1")
-    group.add_argument(
+    group.add("--triplet_weight", type=not_negative, default=1.0, help="weight beside the class loss")
+    group.add(
         "--centre_weight",
-        type=float,
-        help="of the distance to the identity's centre; default 5e-4 of bot and agw, else 0",
+        type=not_negative,
+        help="weight of the distance to the identity's centre; default 5e-4 of bot and agw, else 0",
     )
-    group.add_argument("--circle_scale", type=float, default=64.0, help="of sbs; default 64")
-    group.add_argument("--circle_margin", type=float, default=0.35, help="of sbs; default 0.35")
+    sbs = (lambda args: args.method != "sbs", lambda args: f"--method {args.method}")
+    group.add("--circle_scale", type=above_zero, default=64.0, idle=sbs, help="of sbs")
+    group.add("--circle_margin", type=fraction, default=0.35, idle=sbs, help="of sbs")
 
-    group.add_argument(
-        "--meta_rate", type=float, default=0.1, help="of metabin: rate of the mixtures of norms; default 0.1"
-    )
-    group.add_argument(
+    metabin = (lambda args: args.method != METABIN, lambda args: f"--method {args.method}")
+    group = parser.group("metabin", idle=metabin)
+    group.add("--meta_rate", type=above_zero, default=0.1, help="rate of the mixtures of norms")
+    group.add(
         "--meta_inner_rates",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
         default=[0.001, 0.1],
-        help="of metabin: between these the rate of its inner step goes up and down; default 0.001 0.1",
+        help="the rate of the inner step goes up and down between these",
     )
-    group.add_argument(
-        "--meta_period", type=float, default=5.0, help="of metabin: epochs in which it does so once; default 5"
-    )
-    group.add_argument(
-        "--meta_first_order", **yes, help="of metabin: without second derivatives, as the authors' code: less work"
-    )
+    group.add("--meta_period", type=above_zero, default=5.0, help="epochs in which it does so once")
+    group.switch("--meta_first_order", "without second derivatives, as the authors' code: less work")
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--train_batch_size", type=int, default=32, help="images a process; default 32")
-    group.add_argument("--images_per_id", type=int, default=4, help="K: images of each identity in a batch; default 4")
-    group.add_argument("--num_train_epochs", type=int, default=8, help="default 8")
-    group.add_argument("--max_train_steps", type=int, help="stop after so many steps; default: all epochs")
-    group.add_argument(
-        "--gradient_accumulation_steps", type=int, default=1, help="1: whole batches are looked at, not parts of them"
+    group = flags.add_training(parser, batch=32, epochs=8, accumulation=flags.ONE_PASS)
+    group.add("--freeze_steps", type=at_least(0), default=0, help="first steps in which the backbone does not train")
+    flags.add_optimizer(parser, learning_rate=3e-4, weight_decay=5e-4)
+    group = flags.add_schedule(parser, milestones=[7], own=[DELAYED_COSINE])
+    delayed = (lambda args: args.lr_scheduler != DELAYED_COSINE, lambda args: f"--lr_scheduler {args.lr_scheduler}")
+    group.add(
+        "--lr_delay_epochs", type=at_least(0), default=0, idle=delayed, help="delayed_cosine (of SBS): flat epochs"
     )
-    group.add_argument("--learning_rate", type=float, default=3e-4, help="default 3e-4, for the stand-ins")
-    group.add_argument(
-        "--freeze_steps", type=int, default=0, help="first steps in which the backbone stays as it is; default 0"
-    )
-    group.add_argument(
-        "--lr_scheduler",
-        choices=[DELAYED_COSINE, *SCHEDULES],
-        default="warmup_multistep",
-        help="delayed_cosine, SBS's own: warm-up of --lr_warmup_steps, flat for --lr_delay_epochs, then a cosine down "
-        "to --lr_final_factor; default warmup_multistep",
-    )
-    group.add_argument("--lr_warmup_epochs", type=int, default=1, help="of warmup_multistep; default 1")
-    group.add_argument("--lr_warmup_factor", type=float, default=0.1, help="of the rate, at the start; default 0.1")
-    group.add_argument(
-        "--lr_milestones", type=int, nargs="*", default=[7], help="epochs from which the rate is lower; default 7"
-    )
-    group.add_argument("--lr_gamma", type=float, default=0.1, help="factor at each milestone; default 0.1")
-    group.add_argument("--lr_warmup_steps", type=int, default=0, help="of the other schedules, in steps; default 0")
-    group.add_argument("--lr_delay_epochs", type=int, default=0, help="of delayed_cosine; default 0")
-    group.add_argument("--lr_final_factor", type=float, default=0.01, help="of delayed_cosine; default 0.01")
-    group.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="default adam, weight decay as L2")
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="default 0.9; of sgd the momentum")
-    group.add_argument("--adam_beta2", type=float, default=0.999, help="default 0.999")
-    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="default 1e-8")
-    group.add_argument("--adam_weight_decay", type=float, default=5e-4, help="default 5e-4")
-    group.add_argument(
-        "--max_grad_norm", type=float, default=0.0, help="clip gradients to this norm; default 0, never"
-    )
-    group.add_argument("--use_8bit_adam", **yes, help="bitsandbytes' 8-bit optimiser")
-    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="default accelerate's setting")
-    group.add_argument("--allow_tf32", **yes, help="TF32 matrix products on Ampere and newer")
-    group.add_argument("--gradient_checkpointing", **yes, help="recompute activations: less memory, more time")
-    group.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentation; default 0")
-
-    group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval_every", type=int, default=1, help="epochs between evaluations; default 1")
-    group.add_argument("--eval_batch_size", type=int, default=64, help="images a process; default 64")
-    group.add_argument("--rerank", **yes, help="k-reciprocal re-ranking beside the plain numbers")
-    group.add_argument("--k1", type=int, default=20, help="re-ranking: reciprocal neighbours; default 20")
-    group.add_argument("--k2", type=int, default=6, help="re-ranking: neighbours averaged over; default 6")
-    group.add_argument(
-        "--lambda_value", type=float, default=0.3, help="re-ranking: weight of the plain distance, 0 to 1; default 0.3"
-    )
-
-    group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", default="output/finetune", help="default output/finetune")
-    group.add_argument("--checkpointing_steps", type=int, default=500, help="steps between checkpoints; default 500")
-    group.add_argument("--checkpoints_total_limit", type=int, default=2, help="how many are kept; default 2")
-    group.add_argument(
-        "--resume_from_checkpoint", help="`latest` (from 0 where there is none), a name such as checkpoint-500, a path"
-    )
-    group.add_argument("--log_every", type=int, default=1, help="steps between writes of log.jsonl; default 1")
-    group.add_argument(
-        "--report_to", nargs="+", default=["none"], help="tensorboard, wandb, trackio or others; default none"
-    )
-    group.add_argument("--push_to_hub", **yes, help="upload the model when done")
-    group.add_argument("--hub_model_id", help="repository; default: the name of --output_dir")
+    group.add("--lr_final_factor", type=fraction, default=0.01, idle=delayed, help="delayed_cosine: factor at the end")
+    flags.add_memory(parser)
+    flags.add_evaluation(parser, every=1)
+    flags.add_output(parser, "output/finetune")
     return parser
 
 
 def margin(text):
-    return text if text == SOFT else float(text)
+    return text if text == SOFT else flags.not_negative(text)
 
 
 def parse_args(input_args=None):
@@ -339,7 +246,7 @@ def parse_args(input_args=None):
     method = first.parse_known_args(input_args)[0].method
     # A name that is none is refused below.
     parser.set_defaults(**LOSSES.get(method, {}), **DEMO.get(method, {}))
-    args, args.origin = parse_with_recipes(parser, {"published": PUBLISHED.get(method, {})}, input_args)
+    args = parser.parse(input_args, {"published": PUBLISHED.get(method, {})})
     args.demo = args.source is None and args.target is None
     if args.demo and args.setting == "generalisation":
         args.source, args.target = DEMO_SOURCES, DEMO_TARGETS
@@ -347,31 +254,12 @@ def parse_args(input_args=None):
     if args.setting in PARTS and args.fraction is None:
         args.fraction = 0.1
     check_args(parser, args)
+    args.notes = parser.notes(args)
     return args
 
 
 def check_args(parser, args):
-    """All that can be told from the arguments alone."""
-    check_ranges(
-        parser,
-        args,
-        one_or_more=[
-            "num_train_epochs", "max_train_steps", "eval_every", "eval_batch_size", "checkpointing_steps",
-            "checkpoints_total_limit", "log_every", "k1", "k2",
-        ],
-        positive=["learning_rate", "adam_epsilon", "circle_scale", "meta_rate", "meta_period"],
-        not_negative=[
-            "adam_weight_decay", "max_grad_norm", "dataloader_num_workers", "lr_warmup_epochs", "lr_warmup_steps",
-            "lr_delay_epochs", "freeze_steps", "seed", "fraction_seed", "padding", "triplet_weight",
-            "centre_weight",
-        ],
-        fractions=[
-            "erasing", "label_smoothing", "lambda_value", "lr_warmup_factor", "lr_gamma", "lr_final_factor",
-            "circle_margin", "adam_beta1", "adam_beta2",
-        ],
-    )  # fmt: skip
-    if args.fraction is not None and not 0 < args.fraction <= 1:
-        parser.error(f"--fraction must be above 0 and at most 1, got {args.fraction}")
+    """What the arguments alone show to be wrong."""
     if args.fraction is not None and args.setting not in PARTS:
         parser.error(f"--fraction {args.fraction} belongs to --setting few-shot or small-scale")
     if args.method == METABIN and args.setting != "generalisation":
@@ -385,21 +273,49 @@ def check_args(parser, args):
                 f"--{name} must be 2 or more, got {getattr(args, name)}: BatchNorm has no statistics of one image, "
                 "and a triplet takes two images of an identity"
             )
-    if args.margin != SOFT and not 0 <= args.margin < math.inf:
-        parser.error(f"--margin must be 0 or more, or `soft`, got {args.margin}")
     if args.centre_weight and args.method in ("mgn", "bdb"):
         parser.error(f"--centre_weight {args.centre_weight} is for one feature an image; {args.method} has several")
     if args.triplet == "weighted" and args.margin != SOFT:
         parser.error(f"--margin {args.margin} is of --triplet hard; the weighted one has none, use --margin soft")
-    check_training(parser, args)
+    flags.check_reid_training(parser, args)
     if args.lr_scheduler == DELAYED_COSINE and args.lr_delay_epochs >= args.num_train_epochs:
         parser.error(
             f"--lr_delay_epochs {args.lr_delay_epochs} leaves no epoch of {args.num_train_epochs} for the cosine"
         )
 
 
+if __name__ == "__main__":
+    # Before torch and transformers are imported, so that --help and a mistyped flag answer at once.
+    args = parse_args()
+
+import random
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import DistributedType, set_seed
+from torch import nn
+from transformers import PreTrainedConfig
+
+from methods.metabin import MetaBatches, domains_held_in, inner_rate, meta_step
+from utils import launch
+from utils.batches.samplers import IdentitySampler
+from utils.batches.transforms import training_loader
+from utils.datasets.load import digest_of, labels_of, open_source, subset
+from utils.evaluation.targets import open_targets
+from utils.launch import gather_with_gradient
+from utils.modeling.backbones import read_config
+from utils.modeling.folder import card_text, model_kind, training_card
+from utils.modeling.losses import CentreLoss, circle_logits, hard_triplet, weighted_triplet
+from utils.modeling.norms import add_batch_instance_norms, share_batch_statistics
+from utils.modeling.reid_model import ReIDModel
+from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained
+from utils.training.report import training_report
+
+
 def check_start(args):
-    """Whether --backbone can start the method, told from its configuration."""
+    """Whether --backbone can start the method, by its configuration."""
     family = "clip"
     if model_kind(args.backbone) == "reid":
         method = PreTrainedConfig.get_config_dict(args.backbone)[0].get("method", "bot")
@@ -493,34 +409,10 @@ def delayed_cosine(epoch, step, args):
 # Training
 
 
-@dataclass
-class Run:
-    """What the functions below share."""
-
-    args: argparse.Namespace
-    accelerator: Accelerator
-    train: datasets.Dataset
-    labels: torch.Tensor
-    domains: torch.Tensor
-    period: int
-    targets: list
-    state: dict
-    method: FineTuning
-
-    @property
-    def model(self):
-        """The ReIDModel without what accelerate puts around it."""
-        return self.accelerator.unwrap_model(self.method).model
-
-
 def main(args):
-    accelerator = start_accelerator(args, find_unused_parameters=args.freeze_steps > 0)
-    introduce(
-        args,
-        f"Demo: {args.method} on drawn people, from the shipped stand-in CLIP; about two minutes on two cores. "
-        "For your own data: --source SPEC --data_root DIR --backbone DIR --recipe published",
-        accelerator.print,
-    )
+    accelerator = launch.start_training(args, find_unused_parameters=args.freeze_steps > 0)
+    stand_ins = STAND_IN if args.backbone == CLIP_DIR else None
+    launch.introduce(args, accelerator, demo=DEMO_WORDS.format(args.method), stand_ins=stand_ins)
     # What can be wrong with data and configuration shows before a model is loaded.
     check_start(args)
     if args.method == METABIN and accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -537,25 +429,16 @@ def main(args):
         skip_unreadable=args.skip_unreadable,
         all_splits=args.setting == "generalisation",
     )
-    batch_size = args.train_batch_size * accelerator.num_processes
-    if batch_size < 2 * args.images_per_id:
-        raise ValueError(
-            f"a batch of {batch_size} images, {args.images_per_id} of each identity, holds one identity: a triplet "
-            "takes two; raise --train_batch_size or lower --images_per_id"
-        )
-    share = accelerator.process_index, accelerator.num_processes
-    sampler = IdentitySampler(labels.tolist(), batch_size, args.images_per_id, args.seed, *share)
-    if args.method == METABIN:
-        each = max(2, batch_size // args.images_per_id // (int(domains.max()) + 1))
-        sampler = MetaBatches(sampler, labels.tolist(), train["domain"][:], each, args.images_per_id, args.seed)
-    sampler = RemainingBatches(sampler)
-    path, state = open_state(
+    batch_size = launch.global_batch_size(args, accelerator)
+    sampler = build_sampler(args, accelerator, train, labels, domains, batch_size)
+    training = Training(
         args,
-        "finetune_reid.py",
-        effective_batch_size=batch_size,
+        accelerator,
+        sampler,
+        train,
+        script="finetune_reid.py",
         data=digest_of(train, labels),
-        free=FREE_ON_RESUME,
-        say=accelerator.print,
+        batch_size=batch_size,
     )
     num_ids = int(labels.max()) + 1
     accelerator.print(
@@ -563,6 +446,96 @@ def main(args):
         f"measured on {', '.join(target.spec for target in targets) or 'nothing'}"
     )
 
+    model = build_model(args, accelerator, num_ids)
+    loader = training_loader(
+        model,
+        train,
+        labels.tolist(),
+        sampler,
+        padding=args.padding,
+        erasing=args.erasing,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    bare = FineTuning(model, args)
+    method, optimizer = accelerator.prepare(bare, optimizer_of(args, [{"params": trained(model)}]))
+    training.begin(method, optimizer, rates_of(args, optimizer, training.num_steps, own_schedule(args)))
+    params = trained(method)
+    period = max(2, round(args.meta_period * sampler.steps_of(1)))
+
+    if not training.resumed:
+        training.measure(0, model, targets)
+    for epoch in training.epochs():
+        method.train()
+        for batch in training.batches(loader):
+            values = training_step(training, method, bare, batch, params)
+            if args.method == METABIN:
+                values |= balance(training, model, batch, domains, period)
+            training.log(values)
+        if training.measures(epoch):
+            training.measure(epoch, model, targets)
+    if not training.stopped and accelerator.is_main_process:
+        model.save_pretrained(Path(args.output_dir) / "model", card=card_of(args, training, model))
+    return training.end(
+        lambda: report_of(args, training, num_ids),
+        upload=lambda repo_id: model.push_to_hub(repo_id, card=card_of(args, training, model)),
+    )
+
+
+def training_step(training, method, bare, batch, params):
+    """Losses, gradients, the optimizer's step, then the centres."""
+    args, accelerator, optimizer = training.args, training.accelerator, training.optimizer
+    # Of metabin, the images of its meta-step come after the batch.
+    images, labels = (
+        batch[name][: args.train_batch_size].to(accelerator.device, non_blocking=True) for name in ("images", "labels")
+    )
+    # The same draw on every process, and again after a resume.
+    rng = random.Random(f"step/{args.seed}/{training.step}")
+    loss, values, compared, labels = method(images, labels, rng=rng, frozen=training.step < args.freeze_steps)
+    accelerator.backward(loss)
+    norm = accelerator.clip_grad_norm_(params, args.max_grad_norm or float("inf"))
+    optimizer.step()
+    optimizer.zero_grad()
+    if bare.centres is not None:
+        bare.centres.update(compared[0], labels)
+    return {"grad_norm": norm_of(norm, loss.device), **values}
+
+
+def balance(training, model, batch, domains, period):
+    """MetaBIN's second half of a step: every norm's mixture moves, and nothing else. Its losses."""
+    args, accelerator = training.args, training.accelerator
+    images, labels, rows = (batch[name][args.train_batch_size :] for name in ("images", "labels", "indices"))
+    return meta_step(
+        model.backbone,
+        images.to(accelerator.device, non_blocking=True),
+        labels.to(accelerator.device, non_blocking=True),
+        domains[rows].to(accelerator.device),
+        domains_held_in(int(domains.max()) + 1, f"{args.seed}/{training.step}"),
+        inner_rate=inner_rate(training.step, period, *args.meta_inner_rates),
+        outer_rate=args.meta_rate,
+        first_order=args.meta_first_order,
+        reduce=lambda slopes: accelerator.reduce(slopes, reduction="mean"),
+    )
+
+
+# What the training is made of
+
+
+def build_sampler(args, accelerator, train, labels, domains, batch_size):
+    if batch_size < 2 * args.images_per_id:
+        raise ValueError(
+            f"a batch of {batch_size} images, {args.images_per_id} of each identity, holds one identity: a triplet "
+            "takes two; raise --train_batch_size or lower --images_per_id"
+        )
+    share = accelerator.process_index, accelerator.num_processes
+    sampler = IdentitySampler(labels.tolist(), batch_size, args.images_per_id, args.seed, *share)
+    if args.method != METABIN:
+        return sampler
+    each = max(2, batch_size // args.images_per_id // (int(domains.max()) + 1))
+    return MetaBatches(sampler, labels.tolist(), train["domain"][:], each, args.images_per_id, args.seed)
+
+
+def build_model(args, accelerator, num_ids):
     set_seed(args.seed)
     head = "bot" if args.method == METABIN else args.method
     model = ReIDModel.for_training(args.backbone, num_ids=num_ids, image_size=tuple(args.resolution), method=head)
@@ -574,86 +547,13 @@ def main(args):
     for part in (model.backbone, getattr(model.head, "branches", None), getattr(model.head, "bottleneck", None)):
         if part is not None:
             share_batch_statistics(part, accelerator.device)
-    period = max(2, round(args.meta_period * sampler.steps_of(1)))
-    run = Run(args, accelerator, train, labels, domains, period, targets, state, FineTuning(model, args))
-    loader = build_loader(args, accelerator, model, train, labels.tolist(), sampler)
-    run.method, optimizer = accelerator.prepare(run.method, optimizer_of(args, model))
-    num_steps = sampler.steps_of(args.num_train_epochs)
-    own_schedule = partial(delayed_cosine, args=args) if args.lr_scheduler == DELAYED_COSINE else None
-    rates = rates_of(args, optimizer, num_steps, own_schedule)
-    if path:
-        load_checkpoint(path, run.method, optimizer, accelerator=accelerator)
-    write_arguments(args, accelerator, "diffreid-finetune")
-
-    def measured(epoch):
-        measure(args, accelerator, state, run.model, targets, epoch, (args.k1, args.k2))
-
-    if not path:
-        measured(0)
-    params = trained(run.method)
-    stopped_at = train_epochs(
-        args,
-        accelerator,
-        state,
-        loader,
-        sampler,
-        rates,
-        kept=run.method,
-        optimizer=optimizer,
-        num_steps=num_steps,
-        step=lambda batch: training_step(run, batch, optimizer, params),
-        measure=measured,
-        before=lambda epoch: run.method.train(),
-        rows=partial(name_images, accelerator, train),
-    )
-    if stopped_at:
-        accelerator.print(f"SIGTERM: {stopped_at} is written; go on with --resume_from_checkpoint latest")
-    else:
-        finish(run)
-    accelerator.end_training()
-    return EXIT_SIGTERM if stopped_at else 0
+    return model
 
 
-def training_step(run, batch, optimizer, params):
-    args, accelerator, step = run.args, run.accelerator, run.state["step"]
-    images, labels = (batch[name].to(accelerator.device, non_blocking=True) for name in ("images", "labels"))
-    # Of metabin, what its meta-step takes comes after the batch.
-    (images, meta_images), (labels, meta_labels) = (
-        (whole[: args.train_batch_size], whole[args.train_batch_size :]) for whole in (images, labels)
-    )
-    # The same draw on every process, and again after a resume.
-    rng = random.Random(f"step/{args.seed}/{step}")
-    loss, values, compared, labels = run.method(images, labels, rng=rng, frozen=step < args.freeze_steps)
-    accelerator.backward(loss)
-    norm = accelerator.clip_grad_norm_(params, args.max_grad_norm or float("inf"))
-    optimizer.step()
-    optimizer.zero_grad()
-    bare = accelerator.unwrap_model(run.method)
-    if bare.centres is not None:
-        bare.centres.update(compared[0], labels)
-    if args.method == METABIN:
-        domains = run.domains[batch["indices"][args.train_batch_size :]].to(labels.device)
-        values = {**values, **balance(run, meta_images, meta_labels, domains)}
-    return {"grad_norm": torch.as_tensor(0.0 if norm is None else norm, device=loss.device), **values}
-
-
-def balance(run, images, labels, domains):
-    """MetaBIN's second half of a step: every norm's mixture moves, and nothing else. Its losses."""
-    args, step = run.args, run.state["step"]
-    return meta_step(
-        run.model.backbone,
-        images,
-        labels,
-        domains,
-        domains_held_in(int(run.domains.max()) + 1, f"{args.seed}/{step}"),
-        inner_rate=inner_rate(step, run.period, *args.meta_inner_rates),
-        outer_rate=args.meta_rate,
-        first_order=args.meta_first_order,
-        reduce=partial(run.accelerator.reduce, reduction="mean"),
-    )
-
-
-# What the training is made of
+def own_schedule(args):
+    if args.lr_scheduler != DELAYED_COSINE:
+        return None
+    return lambda epoch, step: delayed_cosine(epoch, step, args)
 
 
 def part_of(args, train, labels):
@@ -680,45 +580,37 @@ def domains_of(args, train):
 # Results
 
 
-def finish(run):
-    """The trained model, its card, the page, the table."""
-    args, model = run.args, run.model
-    run.accelerator.wait_for_everyone()
-    if not run.accelerator.is_main_process:
-        return
-    final = results(run.state["history"])
-    title = f"{args.method.upper()} fine-tuned on {' + '.join(args.source)}"
-    details = {"images": len(run.train), "identities": model.num_ids}
-    card = save_model(args, "finetune_reid.py", model, title, final["targets"], details)
-    write_page(run, final["history"])
-    say_goodbye(args, model, card, final["history"])
+def card_of(args, training, model):
+    return training_card(
+        f"{args.method.upper()} fine-tuned on {' + '.join(args.source)}",
+        card_text(model),
+        "finetune_reid.py",
+        args,
+        metrics=training.results["targets"],
+        details={"images": len(training.images), "identities": model.num_ids},
+    )
 
 
-def write_page(run, history):
-    args, output_dir = run.args, Path(run.args.output_dir)
+def report_of(args, training, num_ids):
     setting = args.setting if args.fraction is None else f"{args.setting}, {100 * args.fraction:g} %"
-    page = build_page(
+    return training_report(
         f"Fine-tuning: {args.method.upper()}",
-        output_dir,
-        history,
+        args.output_dir,
+        training.state["history"],
         lead="A Re-ID model, measured before and after it was trained with labels.",
         facts=[
             ("Source", " + ".join(args.source)),
             ("Setting", setting),
-            ("Images", f"{len(run.train):,} of {run.model.num_ids:,} identities"),
+            ("Images", f"{len(training.images):,} of {num_ids:,} identities"),
             ("Start", Path(args.backbone).name),
-            ("Steps", f"{run.state['step']:,}"),
-            ("Batch", run.state["arguments"]["effective_batch_size"]),
-            ("Seed", args.seed),
+            *training.facts,
         ],
     )
-    with write_together(output_dir) as aside:
-        page.write(aside("report.html"))
 
 
 def run_script(args):
-    end_with(main, args, "finetune_reid.py")
+    launch.end_with(main, args, "finetune_reid.py")
 
 
 if __name__ == "__main__":
-    run_script(parse_args())
+    run_script(args)

@@ -1,11 +1,37 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "accelerate>=1.12.0",
+#     "bitsandbytes>=0.50.0",
+#     "datasets>=4.5.0",
+#     "diffusers>=0.38.0",
+#     "huggingface_hub>=1.20.0",
+#     "jinja2>=3.1.4",
+#     "matplotlib>=3.9.0",
+#     "numpy>=2.1.0",
+#     "peft>=0.19.0",
+#     "Pillow>=11.0.0",
+#     "safetensors>=0.7.0",
+#     "scikit-learn>=1.5.2",
+#     "scipy>=1.14.1",
+#     "torch>=2.11.0",
+#     "torchvision>=0.26.0",
+#     "tqdm>=4.67.0",
+#     "transformers>=5.17.0",
+#     "triton>=3.6.0",
+# ]
+# ///
 """Pre-train a backbone on many people, most of them generated, so that re-identification starts better.
 
     accelerate launch --config_file accelerate_config.yaml pretrain_backbone.py
     accelerate launch pretrain_backbone.py --recipe diff-person --source DIFF_PERSON --output_dir output/pretrained
 
+    accelerate launch pretrain_backbone.py --objective dino --backbone swin-t --source ./people --output_dir dino
+
 The first is a demo on drawn people; the second the published pre-training of a ResNet-50 on the folder or Hub id of a
-set that `filter_generated.py` wrote. What comes out is `backbone/`, a plain `transformers` folder: a start for
-`train_dcac.py --backbone` and `finetune_reid.py --backbone`, and a model for `evaluate.py --model`.
+set that `filter_generated.py` wrote; the third learns from your own images without their labels. What comes out is
+`backbone/`, a plain `transformers` folder: a start for `train_dcac.py --backbone` and `finetune_reid.py --backbone`,
+and a model for `evaluate.py --model`.
 
 --objective classification, one class an identity, of images x with identities y:
 
@@ -21,44 +47,9 @@ set that `filter_generated.py` wrote. What comes out is `backbone/`, a plain `tr
 
 import argparse
 import math
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
-import datasets
-import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, send_to_device, set_seed
-from huggingface_hub import HfApi
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
-
-from utils.batches.augmentation import MultiCrop, RandAugmentTransform
-from utils.batches.images import ReIDImages
-from utils.batches.mixing import Mixing, mix_images, mixed_loss
-from utils.batches.samplers import RemainingBatches, ShuffleSampler
-from utils.batches.streaming import StreamedImages, StreamLoader, open_stream
-from utils.batches.transforms import test_transform
-from utils.datasets.load import labels_of, subset
-from utils.datasets.training_sets import digest_of, open_source
-from utils.evaluation.targets import measure_targets, open_targets, results
-from utils.files import portable, run_record, to_json, write_together
-from utils.flags import check_ranges, describe_origin, parse_with_recipes
-from utils.launch import EXIT_SIGTERM, end_with, global_batch_size, start_accelerator, tracked
-from utils.modeling.backbones import ClipBackbone
-from utils.modeling.folder import training_card, write_backbone_folder
-from utils.modeling.names import NAMED, check_backbone, open_backbone
-from utils.modeling.norms import share_batch_statistics
-from utils.modeling.reid_model import ReIDModel
-from utils.reporting.report import text_table
-from utils.training.checkpoints import load_checkpoint, open_state
-from utils.training.loop import name_images, train_epochs
-from utils.training.optimizer import LearningRate, build_optimizer, parameter_groups
-from utils.training.pretraining_report import draw_batch, write_page
-from utils.training.report import before_and_after
+from utils import flags
+from utils.flags import above_zero, at_least, fraction, not_negative
 
 DEMO_SOURCE = [f"synthetic:domain={domain},num_ids=64" for domain in "acde"]
 DEMO_TARGET = "synthetic:domain=b"
@@ -111,170 +102,116 @@ CARD = (
     "`transformers` folder. Finding people again across cameras is surveillance: use it only where the law and the "
     "people concerned allow it."
 )
-# What may differ from the checkpoint's run without changing what it trains.
-FREE_ON_RESUME = (
-    "output_dir", "data_root", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit",
-    "log_every", "report_to", "dataloader_num_workers", "max_train_steps", "eval_batch_size", "recipe", "push_to_hub",
-    "hub_model_id", "gradient_checkpointing", "demo", "origin",
-)  # fmt: skip
+DEMO_WORDS = (
+    "Demo: identity classification of drawn people of domains a, c, d and e, by a small ResNet from scratch, and what "
+    "its features are worth on the unseen domain b; about two minutes on two cores. For your own data: --source SPEC "
+    "--target SPEC --data_root DIR"
+)
+STAND_IN = "No --backbone or --recipe given: using resnet-small, made for drawn people. A real one: resnet50, swin-t"
+# Short names of backbones, see utils/modeling/names.py.
+NAMED = ("resnet-small", "resnet50", "swin-t", "swin-s", "swin-b", "clip-b16")
+SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    yes, either = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction, "default": None}
-    size = {"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")}
-    area = {"type": float, "nargs": 2, "metavar": ("LEAST", "MOST")}
-    parser.add_argument(
-        "--recipe",
-        choices=RECIPES,
-        help="published values: diff-person, identity classification of a ResNet-50 for 300 epochs; diff-person-dino, "
-        "DINO's own values on a Swin-T; any flag given wins",
+    parser = flags.Parser(__doc__, recipes=RECIPES)
+    flags.add_recipe(
+        parser,
+        "published values: diff-person, identity classification of a ResNet-50 for 300 epochs; diff-person-dino, "
+        "DINO's own values on a Swin-T",
     )
-
-    group = parser.add_argument_group("data")
-    group.add_argument("--source", nargs="+", metavar="SPEC", help=f"training sets; default {' '.join(DEMO_SOURCE)}")
-    group.add_argument(
-        "--target",
-        nargs="+",
-        metavar="SPEC",
-        help=f"sets with query and gallery to measure the features on; default {DEMO_TARGET} in the demo, else none",
+    data = flags.add_data(
+        parser,
+        source=f"training sets; default {' '.join(DEMO_SOURCE)}",
+        target=f"sets with query and gallery to measure the features on; default {DEMO_TARGET} in the demo, else none",
     )
-    group.add_argument("--data_root", help="folder in which the benchmarks lie")
-    group.add_argument("--image_fraction", type=float, help="keep this share of each identity's images; default all")
-    group.add_argument("--identity_fraction", type=float, help="keep this share of the identities; default all")
-    group.add_argument(
-        "--fraction_seed", type=int, default=0, help="which part; small ones lie in large ones; default 0"
-    )
-    group.add_argument("--resolution", **size, default=[64, 32], help="of the backbone's input; default 64 32")
-    group.add_argument(
+    data.add("--image_fraction", type=flags.share, help="share of each identity's images that is kept; default all")
+    data.add("--identity_fraction", type=flags.share, help="share of the identities that is kept; default all")
+    data.add("--fraction_seed", type=at_least(0), default=0, help="another seed takes another part")
+    data.switch(
         "--streaming",
-        **yes,
-        help="read images from the Hub, or from a folder of parquet files or images with metadata, only as they are "
+        "read images from the Hub, or from a folder of parquet files or images with metadata, only as they are "
         "needed; the order then depends on the numbers of processes and workers",
     )
-    group.add_argument("--skip_unreadable", **yes, help="leave out images that do not decode, and list them")
-    group.add_argument("--dataloader_num_workers", type=int, default=0, help="that prepare images; default 0")
+    flags.add_images(parser, resolution=[64, 32], padding=3, erasing=0.25)
 
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--backbone",
-        default="resnet-small",
-        help=f"{', '.join(NAMED)}, a folder, Hub id or ReIDModel; default resnet-small",
-    )
-    group.add_argument(
+    group = parser.group("model and objective")
+    group.add("--backbone", default="resnet-small", help=f"{', '.join(NAMED)}, a folder, Hub id or ReIDModel")
+    group.add(
         "--from_scratch",
-        **either,
+        action=argparse.BooleanOptionalAction,
+        default=None,
         help="only the configuration of --backbone, with random weights; default for resnet-small and in the recipes",
     )
+    group.add("--objective", choices=["classification", "dino"], default="classification", help="loss, see above")
 
-    group = parser.add_argument_group("objective")
-    group.add_argument(
-        "--objective",
-        choices=["classification", "dino"],
-        default="classification",
-        help="see above; default classification",
-    )
-    group.add_argument(
-        "--ema_decay", type=float, help="of a running mean of the weights, which is then the result; default: none"
-    )
-    group.add_argument("--layer_decay", type=float, default=1.0, help="factor on the rate, block by block; default 1")
-    group.add_argument("--label_smoothing", type=float, default=0.1, help="classification; default 0.1")
-    group.add_argument("--mixup", type=float, default=0.0, help="classification: alpha of Mixup; default 0, none")
-    group.add_argument("--cutmix", type=float, default=0.0, help="classification: alpha of CutMix; default 0, none")
-    group.add_argument("--randaugment_ops", type=int, default=2, help="classification: changes an image; default 2")
-    group.add_argument(
-        "--randaugment_magnitude", type=int, default=9, help="classification: their strength, 0 to 30; default 9"
-    )
-    group.add_argument("--erasing", type=float, default=0.25, help="probability of random erasing; default 0.25")
-    group.add_argument("--padding", type=int, default=3, help="pixels around, of which a crop is taken; default 3")
-    group.add_argument("--local_crops", type=int, default=4, help="dino: crops of parts of an image; default 4")
-    group.add_argument(
-        "--local_resolution", **size, help="dino: of those, in pixels; default half of --resolution, of CLIP all of it"
-    )
-    group.add_argument(
-        "--whole_area",
-        **area,
-        default=[0.4, 1.0],
-        help="dino: share of the image in crops of the whole; default 0.4 1",
-    )
-    group.add_argument(
-        "--local_area",
-        **area,
-        default=[0.05, 0.4],
-        help="dino: share of the image in crops of parts; default 0.05 0.4",
-    )
-    group.add_argument(
-        "--colours", type=float, default=0.25, help="dino: how much they are changed, by DINO itself 1; default 0.25"
-    )
-    group.add_argument(
-        "--hidden_sides", type=float, default=0.0, help="dino: share of crops with noise for sides; default 0"
-    )
-    group.add_argument("--prototypes", type=int, default=512, help="dino: width of what is compared; default 512")
-    group.add_argument("--head_width", type=int, default=256, help="dino: of the head's hidden layers; default 256")
-    group.add_argument("--student_temperature", type=float, default=0.1, help="dino; default 0.1")
-    group.add_argument("--teacher_temperature", type=float, default=0.04, help="dino; default 0.04")
-    group.add_argument("--teacher_warmup_epochs", type=int, default=0, help="dino: of its rise from 0.04; default 0")
-    group.add_argument("--teacher_momentum", type=float, default=0.99, help="dino: at first, 1 at last; default 0.99")
-    group.add_argument("--centre_momentum", type=float, default=0.9, help="dino: what the centre keeps; default 0.9")
-    group.add_argument(
-        "--freeze_prototypes_epochs",
-        type=int,
-        default=1,
-        help="dino: first epochs, in which the last layer stays; default 1",
+    def only(objective):
+        return lambda args: args.objective != objective, lambda args: f"--objective {args.objective}"
+
+    group = parser.group("classification", idle=only("classification"))
+    group.add("--label_smoothing", type=fraction, default=0.1, help="of the class loss")
+    group.add("--mixup", type=not_negative, default=0.0, help="alpha of Mixup, 0 for none")
+    group.add("--cutmix", type=not_negative, default=0.0, help="alpha of CutMix, 0 for none")
+    group.add("--randaugment_ops", type=at_least(0), default=2, help="changes of an image")
+    group.add("--randaugment_magnitude", type=magnitude, default=9, help="strength of the changes, 0 to 30")
+    group.arguments.add_argument(
+        "--ema_decay",
+        type=fraction,
+        metavar="N",
+        help="decay of a running mean of the weights, which is then the result; default: none",
     )
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--train_batch_size", type=int, default=64, help="images a process and forward; default 64")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forwards a step; default 1")
-    group.add_argument("--num_train_epochs", type=int, default=12, help="default 12")
-    group.add_argument("--max_train_steps", type=int, help="stop after so many steps; default: all epochs")
-    group.add_argument("--learning_rate", type=float, default=2e-3, help="default 2e-3, for resnet-small")
-    group.add_argument(
-        "--lr_scheduler", choices=["cosine", "linear", "constant_with_warmup"], default="cosine", help="default cosine"
+    group = parser.group("dino: crops", idle=only("dino"))
+    group.add("--local_crops", type=at_least(0), default=4, help="crops of parts of an image")
+    group.size(
+        "--local_resolution", help="size of those crops in pixels; default half of --resolution, of CLIP all of it"
     )
-    group.add_argument("--lr_warmup_epochs", type=int, default=1, help="of linear rise before it; default 1")
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="default 0.9")
-    group.add_argument("--adam_beta2", type=float, default=0.999, help="default 0.999")
-    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="default 1e-8")
-    group.add_argument("--adam_weight_decay", type=float, default=0.05, help="not on norms, biases; default 0.05")
-    group.add_argument("--weight_decay_end", type=float, help="where it is at last, by a cosine; default where it was")
-    group.add_argument("--max_grad_norm", type=float, default=0.0, help="clip gradients; default 0, never")
-    group.add_argument("--use_8bit_adam", **yes, help="bitsandbytes' 8-bit optimiser")
-    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="default accelerate's setting")
-    group.add_argument("--allow_tf32", **yes, help="TF32 matrix products on Ampere and newer")
-    group.add_argument("--gradient_checkpointing", **yes, help="recompute activations, less memory for more time")
-    group.add_argument("--torch_compile", **yes, help="compile the backbone")
-    group.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentation; default 0")
+    area = {"type": float, "nargs": 2, "metavar": ("LEAST", "MOST")}
+    group.add("--whole_area", **area, default=[0.4, 1.0], help="share of the image in crops of the whole")
+    group.add("--local_area", **area, default=[0.05, 0.4], help="share of the image in crops of parts")
+    group.add("--colours", type=fraction, default=0.25, help="strength of the changes of colour, by DINO itself 1")
+    group.add("--hidden_sides", type=fraction, default=0.0, help="share of crops with noise in place of their sides")
 
-    group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval_every", type=int, default=3, help="epochs between evaluations; default 3")
-    group.add_argument("--eval_batch_size", type=int, default=64, help="images a process; default 64")
-    group.add_argument(
-        "--test_resample",
-        choices=["bilinear", "bicubic"],
-        default="bilinear",
-        help="resizing of targets; default bilinear",
+    group = parser.group("dino: head and teacher", idle=only("dino"))
+    group.add("--prototypes", type=at_least(1), default=512, help="width of the scores that are compared")
+    group.add("--head_width", type=at_least(1), default=256, help="width of the head's hidden layers")
+    group.add("--student_temperature", type=above_zero, default=0.1, help="temperature of the student's scores")
+    group.add("--teacher_temperature", type=above_zero, default=0.04, help="temperature of the teacher's scores")
+    group.add("--teacher_warmup_epochs", type=at_least(0), default=0, help="epochs in which it rises from 0.04")
+    group.add("--teacher_momentum", type=fraction, default=0.99, help="what the teacher keeps, at first; 1 at the end")
+    group.add("--centre_momentum", type=fraction, default=0.9, help="what the centre keeps")
+    group.add(
+        "--freeze_prototypes_epochs", type=at_least(0), default=1, help="first epochs in which the last layer stays"
     )
 
-    group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", default="output/pretrain", help="default output/pretrain")
-    group.add_argument("--checkpointing_steps", type=int, default=500, help="steps between checkpoints; default 500")
-    group.add_argument("--checkpoints_total_limit", type=int, default=2, help="how many are kept; default 2")
-    group.add_argument(
-        "--resume_from_checkpoint", help="`latest` (from 0 where there is none), a name such as checkpoint-500, a path"
+    flags.add_training(
+        parser,
+        batch=64,
+        epochs=12,
+        images_per_id=None,
+        batch_help="images of each process and forward pass",
+        accumulation="forward passes of a step",
     )
-    group.add_argument("--log_every", type=int, default=1, help="steps between writes of log.jsonl; default 1")
-    group.add_argument(
-        "--report_to", nargs="+", default=["none"], help="tensorboard, wandb, trackio or others; default none"
-    )
-    group.add_argument("--push_to_hub", **yes, help="upload the backbone when done")
-    group.add_argument("--hub_model_id", help="repository; default: the name of --output_dir")
+    # Here BatchNorm and Mixup see each pass by itself, so that both change the training.
+    parser.free -= {"train_batch_size"}
+    group = flags.add_optimizer(parser, learning_rate=2e-3, weight_decay=0.05, optimizers=None)
+    group.add("--weight_decay_end", type=not_negative, help="weight decay at the end of a cosine; default constant")
+    group.add("--layer_decay", type=flags.share, default=1.0, help="factor on the rate from block to block")
+    group.add("--lr_scheduler", choices=SCHEDULES, default="cosine", help="how the rate changes")
+    group.add("--lr_warmup_epochs", type=at_least(0), default=1, help="epochs of linear rise before it")
+    flags.add_memory(parser, compiled="the backbone")
+    flags.add_evaluation(parser, every=3, resample=True, rerank=False)
+    flags.add_output(parser, "output/pretrain", uploaded="the backbone")
     return parser
+
+
+def magnitude(text):
+    return flags.number(text, int, lambda value: 0 <= value <= 30, "0 to 30")
 
 
 def parse_args(input_args=None):
     parser = build_parser()
-    args, args.origin = parse_with_recipes(parser, RECIPES, input_args)
+    args = parser.parse(input_args)
     args.demo = args.source is None and args.target is None and args.recipe is None
     if args.recipe and args.source is None:
         parser.error(f"--recipe {args.recipe} needs --source: the set of images to pre-train on")
@@ -283,39 +220,14 @@ def parse_args(input_args=None):
     if args.from_scratch is None:
         args.from_scratch = args.backbone == "resnet-small"
     check_args(parser, args)
+    args.notes = parser.notes(args)
     return args
 
 
 def check_args(parser, args):
-    """All that can be told from the arguments alone."""
-    check_ranges(
-        parser,
-        args,
-        one_or_more=[
-            "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "eval_every",
-            "eval_batch_size", "checkpointing_steps", "checkpoints_total_limit", "log_every", "prototypes",
-            "head_width",
-        ],
-        positive=[
-            "learning_rate", "adam_epsilon", "layer_decay", "student_temperature", "teacher_temperature",
-            "image_fraction", "identity_fraction",
-        ],
-        not_negative=[
-            "mixup", "cutmix", "randaugment_ops", "adam_weight_decay", "max_grad_norm", "dataloader_num_workers",
-            "lr_warmup_epochs", "seed", "padding", "local_crops", "teacher_warmup_epochs", "freeze_prototypes_epochs",
-            "weight_decay_end",
-        ],
-        fractions=[
-            "image_fraction", "identity_fraction", "erasing", "label_smoothing", "ema_decay", "layer_decay",
-            "teacher_momentum", "centre_momentum", "colours", "hidden_sides", "adam_beta1", "adam_beta2",
-        ],
-    )  # fmt: skip
+    """What the arguments alone show to be wrong."""
     if args.streaming and len(args.source) > 1:
         parser.error(f"--streaming reads one source, got {len(args.source)}; merge them into one set first")
-    if args.randaugment_magnitude not in range(31):
-        parser.error(f"--randaugment_magnitude must be 0 to 30, got {args.randaugment_magnitude}")
-    if min(args.resolution + (args.local_resolution or [])) < 8:
-        parser.error("--resolution and --local_resolution must be at least 8 pixels")
     for name in ("whole_area", "local_area"):
         least, most = getattr(args, name)
         if not 0 < least <= most <= 1:
@@ -338,6 +250,39 @@ def check_args(parser, args):
         parser.error("--local_crops must be 1 or more with --objective dino")
 
 
+if __name__ == "__main__":
+    # Before torch and transformers are imported, so that --help and a mistyped flag answer at once.
+    args = parse_args()
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import DistributedType, send_to_device, set_seed
+from huggingface_hub import HfApi
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from utils import launch
+from utils.batches.augmentation import MultiCrop, RandAugmentTransform
+from utils.batches.mixing import Mixing, mix_images, mixed_loss
+from utils.batches.samplers import ShuffleSampler
+from utils.batches.streaming import StreamedImages, StreamLoader, open_stream
+from utils.batches.transforms import ReIDImages, test_transform
+from utils.datasets.load import digest_of, labels_of, open_source, subset
+from utils.evaluation.targets import open_targets
+from utils.files import portable
+from utils.modeling.backbones import ClipBackbone
+from utils.modeling.folder import training_card, write_backbone_folder
+from utils.modeling.names import check_backbone, open_backbone
+from utils.modeling.norms import share_batch_statistics
+from utils.modeling.reid_model import ReIDModel
+from utils.training.loop import Training, optimizer_of, trained
+from utils.training.optimizer import LearningRate, parameter_groups
+from utils.training.pretraining_report import draw_batch, pretraining_report
+
 # The objectives
 
 
@@ -350,15 +295,18 @@ class Classification(nn.Module):
         self.classifier = nn.Linear(backbone.num_features, num_ids)
         nn.init.trunc_normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
-        self.loss = partial(F.cross_entropy, label_smoothing=label_smoothing)
+        self.label_smoothing = label_smoothing
 
     def forward(self, images, labels, mix):
         features = self.backbone(mix_images(images, mix))
         with torch.autocast(images.device.type, enabled=False):
             logits = self.classifier(features.float())
-            loss = mixed_loss(self.loss, logits, labels, mix)
+            loss = mixed_loss(self.class_loss, logits, labels, mix)
             hit = mixed_loss(share_right, logits, labels, mix)
         return loss, {"loss": loss.detach(), "accuracy": hit}
+
+    def class_loss(self, logits, labels):
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
 
 def share_right(logits, labels):
@@ -414,9 +362,9 @@ class SelfDistillation(nn.Module):
 def distillation_loss(student, teacher, centre, student_temperature, teacher_temperature):
     """Scores of the student's crops, whole ones first, and of the teacher's: loss, and mean entropy of the teacher."""
     wanted = ((teacher - centre) / teacher_temperature).softmax(-1)
-    told = (student / student_temperature).log_softmax(-1)
+    listed = (student / student_temperature).log_softmax(-1)
     # [teacher's crops, student's crops]: means over the batch; a crop is not compared with itself.
-    losses = -torch.einsum("tbk,sbk->ts", wanted, told) / wanted.shape[1]
+    losses = -torch.einsum("tbk,sbk->ts", wanted, listed) / wanted.shape[1]
     itself = torch.eye(*losses.shape, dtype=torch.bool, device=losses.device)
     loss = losses.masked_fill(itself, 0.0).sum() / (losses.numel() - len(losses))
     return loss, torch.special.entr(wanted).sum(-1).mean()
@@ -425,65 +373,38 @@ def distillation_loss(student, teacher, centre, student_temperature, teacher_tem
 # Training
 
 
-@dataclass
-class Run:
-    """What the functions below share."""
-
-    args: argparse.Namespace
-    accelerator: Accelerator
-    train: datasets.Dataset
-    labels: torch.Tensor
-    targets: list
-    state: dict
-    model: nn.Module
-    # The running mean of the model: the teacher of dino, or that of --ema_decay, or None.
-    average: nn.Module | None
-    num_steps: int
-
-    @property
-    def bare(self):
-        """The model without what accelerate puts around it."""
-        return self.accelerator.unwrap_model(self.model)
-
-    @property
-    def result(self):
-        """The backbone that is measured and saved."""
-        return (self.bare if self.average is None else self.average.module).backbone
-
-
 def main(args):
-    accelerator = start_accelerator(args)
-    introduce(args, accelerator.print)
+    accelerator = launch.start_training(args)
+    launch.introduce(
+        args, accelerator, demo=DEMO_WORDS, stand_ins=STAND_IN if args.backbone == "resnet-small" else None
+    )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("DeepSpeed has no use for a backbone of this size; train by DDP, without it")
     # What can be wrong with data and configuration shows before a model is loaded.
     check_backbone(args.backbone, args.from_scratch)
     train, labels, stream = open_train(args)
     targets = open_targets(args.target, args.data_root, skip_unreadable=args.skip_unreadable)
-    batch_size = global_batch_size(args, accelerator)
+    batch_size = launch.global_batch_size(args, accelerator)
     share = accelerator.process_index, accelerator.num_processes
-    sampler = RemainingBatches(ShuffleSampler(len(train), batch_size, args.seed, *share))
-    steps_an_epoch, free = len(sampler), FREE_ON_RESUME
+    sampler, free = ShuffleSampler(len(train), batch_size, args.seed, *share), args.free_on_resume
     if stream is not None:
         # They decide which image comes when.
         args.num_processes = accelerator.num_processes
         free = [name for name in free if name != "dataloader_num_workers"]
-    path, state = open_state(
-        args,
-        "pretrain_backbone.py",
-        effective_batch_size=batch_size,
-        data=digest_of(train, labels),
-        free=free,
-        say=accelerator.print,
+    training = Training(
+        args, accelerator, sampler, train, script="pretrain_backbone.py", data=digest_of(train, labels), free=free
     )
+    num_ids = int(labels.max()) + 1
     accelerator.print(
-        f"{' + '.join(args.source)}: {len(train)} images of {int(labels.max()) + 1} identities; "
+        f"{' + '.join(args.source)}: {len(train)} images of {num_ids} identities; "
         f"measured on {', '.join(target.spec for target in targets) or 'nothing'}"
     )
 
-    model, average = build_model(args, accelerator, num_ids=int(labels.max()) + 1)
-    transform, on_gpu = build_transform(args, model.backbone), accelerator.device.type == "cuda"
-    workers = {"num_workers": args.dataloader_num_workers, "pin_memory": on_gpu}
+    bare, average = build_model(args, accelerator, num_ids)
+    # What is measured and saved: the running mean where there is one.
+    result = (bare if average is None else average.module).backbone
+    transform = build_transform(args, bare.backbone)
+    workers = {"num_workers": args.dataloader_num_workers, "pin_memory": accelerator.device.type == "cuda"}
     if stream is None:
         images = ReIDImages(train, transform, labels.tolist())
         keep = args.dataloader_num_workers > 0
@@ -492,43 +413,35 @@ def main(args):
         images = StreamedImages(
             stream, train, labels.tolist(), transform, batch_size=batch_size // share[1], seed=args.seed, share=share
         )
-        loader = sampler = StreamLoader(images, steps_an_epoch, **workers)
-    prepared, optimizer = accelerator.prepare(model, optimizer_of(args, model))
-    run = Run(
-        args, accelerator, train, labels, targets, state, prepared, average, steps_an_epoch * args.num_train_epochs
-    )
-    kept = nn.ModuleDict({"model": model} if average is None else {"model": model, "average": average})
-    if path:
-        load_checkpoint(path, kept, optimizer, accelerator=accelerator)
-    if accelerator.is_main_process:
-        with write_together(args.output_dir) as aside:
-            aside("args.json").write_text(to_json(run_record(args)))
-    accelerator.init_trackers("diffreid-pretrain", config=tracked(args))
+        loader = training.sampler = StreamLoader(images, len(sampler), **workers)
+    model, optimizer = accelerator.prepare(bare, build_optimizer(args, bare))
+    kept = nn.ModuleDict({"model": bare} if average is None else {"model": bare, "average": average})
+    training.begin(model, optimizer, build_rates(args, optimizer, sampler.steps_of(1)), kept=kept)
+    params = trained(bare)
 
-    if not path:
-        measure(run, 0)
-    params = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    stopped_at = train_epochs(
-        args,
-        accelerator,
-        state,
-        loader,
-        sampler,
-        rates_of(args, optimizer, steps_an_epoch),
-        kept=kept,
-        optimizer=optimizer,
-        num_steps=run.num_steps,
-        step=partial(training_step, run, optimizer=optimizer, params=params),
-        measure=partial(measure, run),
-        before=lambda epoch: set_modes(args, model, average),
-        rows=partial(name_images, accelerator, train),
+    def measure(epoch):
+        """By the plain features of the backbone: what `evaluate.py` finds with `backbone/`."""
+        encoder = ReIDModel(result).to(accelerator.device)
+        size, mean, std = encoder.image_size, encoder.image_mean, encoder.image_std
+        training.measure(epoch, encoder, targets, test_transform(size, mean, std, args.test_resample))
+
+    if not training.resumed:
+        measure(0)
+    for epoch in training.epochs():
+        set_modes(args, bare, average)
+        for batch in training.batches(loader):
+            if training.step == 0 and accelerator.is_main_process:
+                encoder = ReIDModel(bare.backbone)
+                draw_batch(args.output_dir, batch["images"], mix_of(args, 0), encoder.image_mean, encoder.image_std)
+            training.log(training_step(training, model, bare, average, batch, params))
+        if training.measures(epoch):
+            measure(epoch)
+    if not training.stopped and accelerator.is_main_process:
+        save(args, training, result, num_ids)
+    return training.end(
+        lambda: report_of(args, training, num_ids),
+        upload=lambda repo_id: upload(repo_id, Path(args.output_dir) / "backbone"),
     )
-    if stopped_at:
-        accelerator.print(f"SIGTERM: {stopped_at} is written; go on with --resume_from_checkpoint latest")
-    else:
-        finish(run)
-    accelerator.end_training()
-    return EXIT_SIGTERM if stopped_at else 0
 
 
 def set_modes(args, model, average):
@@ -540,36 +453,41 @@ def set_modes(args, model, average):
                 module.train()
 
 
-def training_step(run, batch, *, optimizer, params):
-    """Losses and gradients of all passes, the optimiser's step, then the running mean."""
-    args, accelerator, model = run.args, run.accelerator, run.model
+def training_step(training, model, bare, average, batch, params):
+    """Losses and gradients of all passes, the optimizer's step, then the running mean."""
+    args, accelerator, optimizer = training.args, training.accelerator, training.optimizer
     batch = send_to_device(batch, accelerator.device, non_blocking=True)
-    if run.state["step"] == 0 and accelerator.is_main_process:
-        encoder = ReIDModel(run.bare.backbone)
-        draw_batch(args.output_dir, batch["images"], mix_of(args, 0), encoder.image_mean, encoder.image_std)
-    loss_of = classify if args.objective == "classification" else distil
-    values, passes = [], args.gradient_accumulation_steps
+    parts, passes = [], args.gradient_accumulation_steps
     for number in range(passes):
-        part = slice(number * args.train_batch_size, (number + 1) * args.train_batch_size)
+        rows = slice(number * args.train_batch_size, (number + 1) * args.train_batch_size)
         # Processes exchange their gradients once a step.
         with nullcontext() if number == passes - 1 else accelerator.no_sync(model):
-            loss, found = loss_of(run, batch, part)
+            if args.objective == "classification":
+                mix = mix_of(args, training.step)
+                loss, values = model(batch["images"][rows], batch["labels"][rows], mix)
+            else:
+                crops = {name: tensor[rows] for name, tensor in batch["images"].items()}
+                with torch.no_grad(), accelerator.autocast():
+                    scores = average.module.scores(crops["whole"])
+                loss, values = model(crops, scores, teacher_temperature(args, training.epoch))
+                values = values | {"centre": scores.mean((0, 1))}
             accelerator.backward(loss / passes)
-        values.append(found)
-    values = {name: torch.stack([found[name] for found in values]).mean(0) for name in values[0]}
-    if args.objective == "dino" and run.state["epoch"] <= args.freeze_prototypes_epochs:
-        run.bare.prototypes.weight.grad = None
+        parts.append(values)
+    values = {name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}
+    if args.objective == "dino" and training.epoch <= args.freeze_prototypes_epochs:
+        bare.prototypes.weight.grad = None
     norm = accelerator.clip_grad_norm_(params, args.max_grad_norm or float("inf"))
     for group in optimizer.param_groups:
         if group["weight_decay"]:
-            group["weight_decay"] = weight_decay(args, run.state["step"], run.num_steps)
+            group["weight_decay"] = weight_decay(args, training.step, training.num_steps)
     optimizer.step()
     optimizer.zero_grad()
     if args.objective == "dino":
-        update_centre(run, values.pop("centre"))
-    if run.average is not None:
-        run.average.multi_avg_fn = running_mean(momentum(args, run.state["step"], run.num_steps))
-        run.average.update_parameters(run.bare)
+        mean = accelerator.reduce(values.pop("centre"), reduction="mean")
+        bare.centre.lerp_(mean, 1 - args.centre_momentum)
+    if average is not None:
+        average.multi_avg_fn = running_mean(momentum(args, training.step, training.num_steps))
+        average.update_parameters(bare)
     return {"grad_norm": norm, **values}
 
 
@@ -589,24 +507,6 @@ def running_mean(keep):
 
 def mix_of(args, step):
     return Mixing(args.mixup, args.cutmix, args.seed).draw(step, args.resolution)
-
-
-def classify(run, batch, part):
-    return run.model(batch["images"][part], batch["labels"][part], mix_of(run.args, run.state["step"]))
-
-
-def distil(run, batch, part):
-    crops = {name: tensor[part] for name, tensor in batch["images"].items()}
-    teacher = run.average.module
-    with torch.no_grad(), run.accelerator.autocast():
-        scores = teacher.scores(crops["whole"])
-    loss, values = run.model(crops, scores, teacher_temperature(run.args, run.state["epoch"]))
-    return loss, values | {"centre": scores.mean((0, 1))}
-
-
-def update_centre(run, mean):
-    keep = run.args.centre_momentum
-    run.bare.centre.lerp_(run.accelerator.reduce(mean, reduction="mean"), 1 - keep)
 
 
 def teacher_temperature(args, epoch):
@@ -631,19 +531,6 @@ def momentum(args, step, num_steps):
 
 
 # What the training is made of
-
-
-def introduce(args, say):
-    if args.demo:
-        say(
-            "Demo: identity classification of drawn people of domains a, c, d and e, by a small ResNet from scratch, "
-            "and what its features are worth on the unseen domain b; about two minutes on two cores. For your own "
-            "data: --source SPEC --target SPEC --data_root DIR"
-        )
-    elif args.backbone == "resnet-small":
-        say("No --backbone or --recipe given: using resnet-small, made for drawn people. A real one: resnet50, swin-t")
-    for line in describe_origin(args, args.origin):
-        say(line)
 
 
 def open_train(args):
@@ -716,25 +603,18 @@ def build_transform(args, backbone):
     return MultiCrop(args.resolution, parts, mean, std, **options)
 
 
-def optimizer_of(args, model):
+def build_optimizer(args, model):
+    """AdamW; norms and biases do not decay, and each block has its own rate."""
     groups = parameter_groups(
         model,
         learning_rate=args.learning_rate,
         weight_decay=args.adam_weight_decay,
         layer_decay=args.layer_decay,
     )
-    return build_optimizer(
-        groups,
-        "adamw",
-        learning_rate=args.learning_rate,
-        weight_decay=args.adam_weight_decay,
-        betas=(args.adam_beta1, args.adam_beta2),
-        epsilon=args.adam_epsilon,
-        use_8bit=args.use_8bit_adam,
-    )
+    return optimizer_of(args, groups)
 
 
-def rates_of(args, optimizer, steps_an_epoch):
+def build_rates(args, optimizer, steps_an_epoch):
     return LearningRate(
         optimizer,
         args.lr_scheduler,
@@ -746,59 +626,36 @@ def rates_of(args, optimizer, steps_an_epoch):
 # Results
 
 
-def measure(run, epoch):
-    """Every target's numbers, by the plain features of the backbone: what `evaluate.py` finds with `backbone/`."""
-    args, accelerator = run.args, run.accelerator
-    encoder = ReIDModel(run.result).to(accelerator.device)
-    measure_targets(
-        run.state,
-        epoch,
-        encoder,
-        run.targets,
-        test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, args.test_resample),
-        accelerator=accelerator,
-        output_dir=args.output_dir,
-        batch_size=args.eval_batch_size,
-        num_workers=args.dataloader_num_workers,
-    )
-
-
-def finish(run):
-    """The backbone, its card and the page."""
-    args = run.args
-    run.accelerator.wait_for_everyone()
-    if not run.accelerator.is_main_process:
-        return
-    output_dir = Path(args.output_dir)
-    final = results(run.state["history"])
+def save(args, training, backbone, num_ids):
+    """The backbone and its card."""
     card = training_card(
         f"{Path(args.backbone).name} pre-trained on {' + '.join(portable(args.source))}",
         CARD,
         "pretrain_backbone.py",
         args,
-        metrics=final["targets"],
-        details={"images": len(run.train), "identities": int(run.labels.max()) + 1},
+        metrics=training.results["targets"],
+        details={"images": len(training.images), "identities": num_ids},
         library_name="transformers",
     )
-    write_backbone_folder(run.result, output_dir / "backbone", ReIDModel(run.result).preprocessing(), card)
+    write_backbone_folder(backbone, Path(args.output_dir) / "backbone", ReIDModel(backbone).preprocessing(), card)
+
+
+def upload(repo_id, folder):
+    api = HfApi()
+    repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
+    return api.upload_folder(repo_id=repo_id, folder_path=folder)
+
+
+def report_of(args, training, num_ids):
     objective = {"classification": "identity classification", "dino": "self-distillation (DINO)"}[args.objective]
     facts = [
         ("Source", " + ".join(args.source)),
-        ("Images", f"{len(run.train):,} of {int(run.labels.max()) + 1:,} identities"),
+        ("Images", f"{len(training.images):,} of {num_ids:,} identities"),
         ("Backbone", Path(args.backbone).name + (", from scratch" if args.from_scratch else "")),
         ("Objective", objective),
-        ("Steps", f"{run.state['step']:,}"),
-        ("Batch", run.state["arguments"]["effective_batch_size"]),
-        ("Seed", args.seed),
+        *training.facts,
     ]
-    write_page(output_dir, final["history"], facts)
-    if final["history"]:
-        print(text_table(["target", "number", "before", "after", "points"], before_and_after(final["history"])))
-    print(f"Results: {output_dir}; open {output_dir / 'report.html'}")
-    if args.push_to_hub:
-        api = HfApi()
-        repo_id = api.create_repo(args.hub_model_id or output_dir.resolve().name, exist_ok=True).repo_id
-        print(f"Uploaded: {api.upload_folder(repo_id=repo_id, folder_path=output_dir / 'backbone')}")
+    return pretraining_report(Path(args.output_dir), training.state["history"], facts)
 
 
 def run_script(args):
@@ -806,8 +663,8 @@ def run_script(args):
         f"lower --train_batch_size {args.train_batch_size} and raise --gradient_accumulation_steps by as much, or add "
         "--gradient_checkpointing"
     )
-    end_with(main, args, "pretrain_backbone.py", lean=lean)
+    launch.end_with(main, args, "pretrain_backbone.py", lean=lean)
 
 
 if __name__ == "__main__":
-    run_script(parse_args())
+    run_script(args)

@@ -1,10 +1,35 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "accelerate>=1.12.0",
+#     "bitsandbytes>=0.50.0",
+#     "datasets>=4.5.0",
+#     "diffusers>=0.38.0",
+#     "huggingface_hub>=1.20.0",
+#     "jinja2>=3.1.4",
+#     "matplotlib>=3.9.0",
+#     "numpy>=2.1.0",
+#     "peft>=0.19.0",
+#     "Pillow>=11.0.0",
+#     "safetensors>=0.7.0",
+#     "scikit-learn>=1.5.2",
+#     "scipy>=1.14.1",
+#     "torch>=2.11.0",
+#     "torchvision>=0.26.0",
+#     "tqdm>=4.67.0",
+#     "transformers>=5.17.0",
+#     "triton>=3.6.0",
+# ]
+# ///
 """DCAC: train a Re-ID encoder with feedback from a diffusion model, so that it generalises to cameras never seen.
 
     accelerate launch --config_file accelerate_config.yaml train_dcac.py
     accelerate launch train_dcac.py --recipe ma-ms --data_root ~/reid --output_dir output/ma-ms
+    accelerate launch train_dcac.py --recipe multi --source ./people --target ./gallery --output_dir output/own
 
-The first is a demo on drawn people with the shipped stand-in models; the second the published Market-1501 -> MSMT17
-run with CLIP ViT-B/16 and Stable Diffusion 1.5. `--diffusion none` is the baseline.
+The first is a demo on drawn people with the shipped stand-in models. The second is the published Market-1501 -> MSMT17
+run with CLIP ViT-B/16 and Stable Diffusion 1.5; the third trains on your own images. `--diffusion none` trains the
+baseline.
 
 One step, on a batch of images x with identities y:
 
@@ -18,71 +43,15 @@ One step, on a batch of images x with identities y:
 Through c the diffusion model tells classifier, neck and encoder which identities look alike.
 """
 
-import argparse
-import hashlib
-from dataclasses import dataclass
-from functools import partial, wraps
-from pathlib import Path
-
-import datasets
-import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
-from safetensors.torch import save_file
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-
-from utils.batches.images import ReIDImages
-from utils.batches.samplers import IdentitySampler, RemainingBatches
-from utils.batches.transforms import test_transform, train_transform
-from utils.datasets.training_sets import digest_of, open_source
-from utils.diffusion.checkpoint import check_diffusion
-from utils.diffusion.denoising import decode, denoise, sheet
-from utils.diffusion.latents import VaeImages, build_latent_cache, encode, image_for_vae, sample_latents
-from utils.diffusion.schedule import NoiseSchedule, noise_loss
-from utils.diffusion.unet import (
-    UNET_MODES,
-    enable_memory_efficient_attention,
-    load_unet,
-    load_vae,
-    recompute_activations,
-    save_unet,
-)
-from utils.evaluation.features import extract
-from utils.evaluation.targets import measure_targets, open_targets, results
-from utils.files import portable, run_record, to_json, write_together
-from utils.flags import (
-    CLIP_DIR,
-    DIFFUSION_DIR,
-    OPTIMIZERS,
-    SCHEDULES,
-    SINGLE_IMAGE_IDS,
-    check_ranges,
-    describe_origin,
-    parse_with_recipes,
-)
-from utils.launch import (
-    EXIT_SIGTERM,
-    end_with,
-    gather_with_gradient,
-    global_batch_size,
-    start_accelerator,
-    tracked,
-    whole_weights,
-)
-from utils.modeling.folder import card_text, model_kind, training_card
-from utils.modeling.memories import PrototypeMemory
-from utils.modeling.norms import share_batch_statistics
-from utils.modeling.reid_model import ReIDModel
-from utils.reporting.report import text_table
-from utils.training.checkpoints import load_checkpoint, open_state
-from utils.training.loop import name_images, train_epochs
-from utils.training.optimizer import LearningRate, build_optimizer
-from utils.training.report import before_and_after, build_page
+from utils import flags
+from utils.flags import CLIP_DIR, DIFFUSION_DIR, above_zero, at_least, fraction, not_negative
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=112"
 DEMO_TARGETS = ["synthetic:domain=b", "synthetic:domain=c"]
+DEMO = (
+    "Demo: DCAC from drawn people of domain a to the unseen domains b and c, with the shipped stand-in models; two to "
+    "three minutes on two cores. For your own data: --source SPEC --target SPEC --data_root DIR"
+)
 PUBLISHED = {
     "backbone": "openai/clip-vit-base-patch16",
     "pretrained_model_name_or_path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -117,215 +86,132 @@ RECIPES = {
     "multi": published(["market1501", "dukemtmcreid", "cuhk03np"], ["msmt17"], 32, 1.0, test_resample="bicubic"),
     "supervised": published(["market1501"], ["market1501"], 8, 0.6),
 }
-# What may differ from the checkpoint's run without changing what it trains.
-FREE_ON_RESUME = (
-    "output_dir", "data_root", "cache_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit",
-    "log_every", "report_to", "dataloader_num_workers", "max_train_steps", "eval_batch_size", "recipe", "push_to_hub",
-    "hub_model_id", "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "demo", "origin",
-)  # fmt: skip
-
-# What only the diffusion model's part of the training reads.
-OF_DIFFUSION = (
-    "pretrained_model_name_or_path", "revision", "diffusion_resolution", "cache_dir", "condition", "probabilities",
-    "bottleneck", "unet_mode", "rank", "tau", "ldm_weight", "ldm_start_epoch", "lr_multiplier", "validation_ids",
-)  # fmt: skip
-OF_WARMUP_MULTISTEP = ("lr_warmup_epochs", "lr_warmup_factor", "lr_milestones", "lr_gamma")
+UNET_MODES = ("lora", "frozen", "partial-1", "partial-2", "full", "scratch")
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    yes = {"action": "store_true"}
-    parser.add_argument(
-        "--recipe",
-        choices=RECIPES,
-        help="published values and real models (ma: Market-1501, d: DukeMTMC-reID, ms: MSMT17, c3: CUHK03-NP; first "
-        "the source); any flag given wins; multi and supervised take other sets by --source and --target",
+    parser = flags.Parser(__doc__, recipes=RECIPES)
+    flags.add_recipe(
+        parser,
+        "published values and real models (ma: Market-1501, d: DukeMTMC-reID, ms: MSMT17, c3: CUHK03-NP; the source "
+        "comes first); multi and supervised take other sets by --source and --target",
     )
-
-    group = parser.add_argument_group("data")
-    group.add_argument("--source", nargs="+", metavar="SPEC", help=f"training sets; default {DEMO_SOURCE}")
-    group.add_argument(
-        "--target",
-        nargs="+",
-        metavar="SPEC",
-        help=f"sets with query and gallery to measure on; default {' '.join(DEMO_TARGETS)} in the demo, else a "
+    data = flags.add_data(
+        parser,
+        source=f"training sets; default {DEMO_SOURCE}",
+        target=f"sets with query and gallery to measure on; default {' '.join(DEMO_TARGETS)} in the demo, else a "
         "single source's own",
     )
-    group.add_argument("--data_root", help="folder in which the benchmarks lie")
-    group.add_argument(
-        "--resolution",
-        type=int,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        default=[128, 64],
-        help="input of the encoder in pixels; default 128 64",
-    )
-    group.add_argument(
-        "--diffusion_resolution",
-        type=int,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        default=[128, 64],
-        help="input of the VAE in pixels, the picture is stretched to it; default 128 64",
-    )
-    group.add_argument("--padding", type=int, default=5, help="pixels around, of which a crop is taken; default 5")
-    group.add_argument("--erasing", type=float, default=0.5, help="probability of random erasing; default 0.5")
-    group.add_argument(
-        "--single_image_ids",
-        choices=SINGLE_IMAGE_IDS,
-        default="error",
-        help="identities with one image have nothing to be compared with in a batch: stop, repeat the image, or leave "
-        "them out; default error",
-    )
-    group.add_argument("--skip_unreadable", **yes, help="leave out images that do not decode, and list them")
-    group.add_argument(
-        "--dataloader_num_workers", type=int, default=0, help="processes that prepare images; default 0, in the demo 1"
-    )
-    group.add_argument(
-        "--cache_dir",
-        default="~/.cache/diffreid",
-        help="where latents of the training images are kept; `none` runs the VAE in every step; default "
-        "~/.cache/diffreid",
-    )
+    flags.add_single_image_ids(data)
+    images = flags.add_images(parser, resolution=[128, 64], padding=5, erasing=0.5)
+    baseline = (lambda args: args.diffusion == "none", "--diffusion none")
+    images.size("--diffusion_resolution", [128, 64], idle=baseline, help="input of the VAE; images are stretched")
 
-    group = parser.add_argument_group("models")
-    group.add_argument(
-        "--backbone",
-        default=CLIP_DIR,
-        help="encoder to start from, folder or Hub id: CLIP, ResNet, Swin, or a ReIDModel; default: the stand-in CLIP",
+    group = parser.group("models")
+    group.add(
+        "--backbone", default=CLIP_DIR, help="encoder to start from: CLIP, ResNet, Swin or ReIDModel; folder or Hub id"
     )
-    group.add_argument(
+    group.add(
         "--pretrained_model_name_or_path",
         default=DIFFUSION_DIR,
-        help="Stable Diffusion 1.x or 2.x, folder or Hub id; default: the shipped stand-in",
+        idle=baseline,
+        help="Stable Diffusion 1.x or 2.x, folder or Hub id",
     )
-    group.add_argument("--revision", help="of the diffusion model on the Hub")
-    group.add_argument(
-        "--diffusion", choices=["ldm", "none"], default="ldm", help="none trains the baseline; default ldm"
+    group.add("--revision", idle=baseline, help="revision of the diffusion model on the Hub")
+    group.add(
+        "--cache_dir",
+        default="~/.cache/diffreid",
+        free=True,
+        idle=baseline,
+        help="folder that keeps the latents of the training images; `none` runs the VAE in every step",
     )
 
-    group = parser.add_argument_group("method")
-    group.add_argument(
+    group = parser.group("identity losses")
+    group.add("--label_smoothing", type=fraction, default=0.1, help="of L_id")
+    group.add("--memory_temperature", type=above_zero, default=0.1, help="of L_pcl")
+    group.add("--memory_momentum", type=fraction, default=0.2, help="what a prototype keeps in an update")
+
+    group = parser.group("diffusion feedback", idle=baseline)
+    group.arguments.add_argument(
+        "--diffusion", choices=["ldm", "none"], default="ldm", help="none trains the baseline"
+    )
+    group.add(
         "--condition",
         choices=["correlation", "class", "instance"],
         default="correlation",
-        help="what conditions the U-Net: probabilities x prompts, the label's prompt, or feature x prompts; default "
-        "correlation",
+        help="condition of the U-Net: probabilities x prompts, the label's prompt, or feature x prompts",
     )
-    group.add_argument(
+    group.add(
         "--probabilities",
         choices=["classifier", "prototype", "mean"],
         default="classifier",
-        help="of --condition correlation: from the classifier, from the prototypes, or the mean of both; default "
-        "classifier",
+        help="of --condition correlation: from the classifier, from the prototypes, or the mean of both",
     )
-    group.add_argument(
+    group.add(
         "--bottleneck",
         choices=["none", "silu", "bn", "bn-silu", "condition-net"],
         default="none",
-        help="what the condition passes before the U-Net; default none",
+        help="layers between the condition and the U-Net",
     )
-    group.add_argument(
-        "--unet_mode", choices=UNET_MODES, default="lora", help="what of the U-Net trains; default lora"
+    group.add("--unet_mode", choices=UNET_MODES, default="lora", help="part of the U-Net that trains")
+    without_lora = (lambda args: args.unet_mode != "lora", lambda args: f"--unet_mode {args.unet_mode}")
+    group.add("--rank", type=at_least(1), default=8, idle=without_lora, help="rank of LoRA")
+    group.add(
+        "--tau",
+        type=above_zero,
+        default=0.6,
+        idle=(without_tau, tau_replaced_by),
+        help="of the probabilities",
     )
-    group.add_argument("--rank", type=int, default=8, help="of LoRA; default 8")
-    group.add_argument("--tau", type=float, default=0.6, help="temperature of the probabilities; default 0.6")
-    group.add_argument("--ldm_weight", type=float, default=1.0, help="lambda, weight of L_ldm; default 1")
-    group.add_argument("--ldm_start_epoch", type=int, default=1, help="first epoch with L_ldm; default 1")
-    group.add_argument("--lr_multiplier", type=float, default=1.0, help="on the rate of U-Net and prompts; default 1")
-    group.add_argument("--memory_temperature", type=float, default=0.1, help="of L_pcl; default 0.1")
-    group.add_argument("--memory_momentum", type=float, default=0.2, help="what a prototype keeps; default 0.2")
-    group.add_argument("--label_smoothing", type=float, default=0.1, help="of L_id; default 0.1")
+    group.add("--ldm_weight", type=not_negative, default=1.0, help="lambda, the weight of L_ldm")
+    group.add("--ldm_start_epoch", type=at_least(1), default=1, help="first epoch with L_ldm")
+    group.add("--lr_multiplier", type=above_zero, default=1.0, help="factor on the rate of U-Net and prompts")
+    group.add(
+        "--validation_ids",
+        type=at_least(0),
+        default=4,
+        help="identities whose images are denoised under the right and a wrong condition, 0 for none",
+    )
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--train_batch_size", type=int, default=32, help="images a process and forward; default 32")
-    group.add_argument(
-        "--gradient_accumulation_steps",
-        type=int,
-        default=1,
-        help="forward passes a step: the batch of all of them is one batch for BatchNorm, memory and losses, and each "
-        "pass is computed a second time in the backward pass; default 1",
+    flags.add_training(
+        parser,
+        batch=32,
+        epochs=5,
+        batch_help="images of each process and forward pass",
+        accumulation="forward passes of a step: together one batch for BatchNorm, memory and losses, and each "
+        "pass is computed a second time in the backward pass",
     )
-    group.add_argument("--images_per_id", type=int, default=4, help="K: images of each identity in a batch; default 4")
-    group.add_argument("--num_train_epochs", type=int, default=5, help="default 5")
-    group.add_argument("--max_train_steps", type=int, help="stop after so many steps; default: all epochs")
-    group.add_argument("--learning_rate", type=float, default=1e-3, help="default 1e-3, for the stand-ins")
-    group.add_argument(
-        "--lr_scheduler", choices=SCHEDULES, default="warmup_multistep", help="default warmup_multistep"
-    )
-    group.add_argument("--lr_warmup_epochs", type=int, default=1, help="of warmup_multistep; default 1")
-    group.add_argument("--lr_warmup_factor", type=float, default=0.1, help="of the rate at epoch 0; default 0.1")
-    group.add_argument(
-        "--lr_milestones", type=int, nargs="*", default=[4], help="epochs from which the rate is lower; default 4"
-    )
-    group.add_argument("--lr_gamma", type=float, default=0.1, help="factor at each milestone; default 0.1")
-    group.add_argument("--lr_warmup_steps", type=int, default=0, help="of diffusers' schedules, in steps; default 0")
-    group.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="default adam, weight decay as L2")
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="default 0.9; of sgd the momentum")
-    group.add_argument("--adam_beta2", type=float, default=0.999, help="default 0.999")
-    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="default 1e-8")
-    group.add_argument("--adam_weight_decay", type=float, default=1e-4, help="default 1e-4")
-    group.add_argument(
-        "--max_grad_norm", type=float, default=0.0, help="clip gradients to this norm; default 0, never"
-    )
-    group.add_argument("--use_8bit_adam", **yes, help="bitsandbytes' 8-bit optimiser")
-    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="default accelerate's setting")
-    group.add_argument("--allow_tf32", **yes, help="TF32 matrix products on Ampere and newer")
-    group.add_argument(
+    parser.free.add("gradient_accumulation_steps")
+    flags.add_optimizer(parser, learning_rate=1e-3, weight_decay=1e-4)
+    flags.add_schedule(parser, milestones=[4])
+    group = flags.add_memory(parser, checkpointing=False, compiled="encoder and U-Net")
+    group.add(
         "--gradient_checkpointing",
         nargs="?",
         choices=["all", "outer"],
         const="all",
-        help="recompute activations, less memory for more time: all of encoder and U-Net, or only those of the "
-        "U-Net's outer blocks, which hold most; without a word all",
+        free=True,
+        idle=(lambda args: args.diffusion == "none" and args.gradient_checkpointing == "outer", "--diffusion none"),
+        help="recompute activations, less memory for more time: all of encoder and U-Net, or only the U-Net's outer "
+        "blocks, which hold most; without a word all",
     )
-    group.add_argument(
-        "--enable_xformers_memory_efficient_attention", **yes, help="xformers in the U-Net; default torch's SDPA"
-    )
-    group.add_argument("--torch_compile", **yes, help="compile encoder and U-Net")
-    group.add_argument("--seed", type=int, default=0, help="of weights, batches, augmentation and noise; default 0")
-
-    group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval_every", type=int, default=5, help="epochs between evaluations; default 5")
-    group.add_argument("--eval_batch_size", type=int, default=64, help="images a process; default 64")
-    group.add_argument(
-        "--test_resample",
-        choices=["bilinear", "bicubic"],
-        default="bilinear",
-        help="resizing of targets; default bilinear",
-    )
-    group.add_argument("--rerank", **yes, help="k-reciprocal re-ranking beside the plain numbers")
-    group.add_argument("--k1", type=int, default=20, help="re-ranking: reciprocal neighbours; default 20")
-    group.add_argument("--k2", type=int, default=6, help="re-ranking: neighbours averaged over; default 6")
-    group.add_argument(
-        "--lambda_value", type=float, default=0.3, help="re-ranking: weight of the plain distance, 0 to 1; default 0.3"
-    )
-    group.add_argument(
-        "--validation_ids",
-        type=int,
-        default=4,
-        help="identities denoised under right and wrong condition; default 4, 0 for none",
-    )
-
-    group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", default="output/dcac", help="default output/dcac")
-    group.add_argument("--checkpointing_steps", type=int, default=500, help="steps between checkpoints; default 500")
-    group.add_argument("--checkpoints_total_limit", type=int, default=2, help="how many are kept; default 2")
-    group.add_argument(
-        "--resume_from_checkpoint", help="`latest` (from 0 where there is none), a name such as checkpoint-500, a path"
-    )
-    group.add_argument("--log_every", type=int, default=1, help="steps between writes of log.jsonl; default 1")
-    group.add_argument(
-        "--report_to", nargs="+", default=["none"], help="tensorboard, wandb, trackio or others; default none"
-    )
-    group.add_argument("--push_to_hub", **yes, help="upload the model when done")
-    group.add_argument("--hub_model_id", help="repository; default: the name of --output_dir")
+    group.switch("--enable_xformers_memory_efficient_attention", "xformers in the U-Net; default torch's SDPA")
+    flags.add_evaluation(parser, every=5, resample=True)
+    flags.add_output(parser, "output/dcac")
     return parser
+
+
+def without_tau(args):
+    return args.condition != "correlation" or args.probabilities == "prototype"
+
+
+def tau_replaced_by(args):
+    return f"--condition {args.condition}" if args.condition != "correlation" else "--probabilities prototype"
 
 
 def parse_args(input_args=None):
     parser = build_parser()
-    args, args.origin = parse_with_recipes(parser, RECIPES, input_args)
+    args = parser.parse(input_args)
     args.demo = args.source is None and args.target is None
     args.source = args.source or [DEMO_SOURCE]
     if args.demo:
@@ -334,35 +220,15 @@ def parse_args(input_args=None):
             # People are drawn beside the steps, which leave a second core idle.
             args.dataloader_num_workers = 1
     check_args(parser, args)
+    args.notes = parser.notes(args)
     return args
 
 
 def check_args(parser, args):
-    """All that can be told from the arguments alone."""
-    check_ranges(
-        parser,
-        args,
-        one_or_more=[
-            "train_batch_size", "gradient_accumulation_steps", "images_per_id", "num_train_epochs", "max_train_steps",
-            "rank", "ldm_start_epoch", "eval_every", "eval_batch_size", "checkpointing_steps",
-            "checkpoints_total_limit", "log_every", "k1", "k2",
-        ],
-        positive=["tau", "memory_temperature", "learning_rate", "lr_multiplier", "adam_epsilon"],
-        not_negative=[
-            "ldm_weight", "adam_weight_decay", "max_grad_norm", "dataloader_num_workers", "validation_ids",
-            "lr_warmup_epochs", "lr_warmup_steps", "seed", "padding",
-        ],
-        fractions=[
-            "erasing", "memory_momentum", "label_smoothing", "lambda_value", "lr_warmup_factor", "lr_gamma",
-            "adam_beta1", "adam_beta2",
-        ],
-    )  # fmt: skip
-    if min(args.resolution + args.diffusion_resolution) < 8:
-        parser.error("--resolution and --diffusion_resolution must be at least 8 pixels")
+    """What the arguments alone show to be wrong."""
     if args.probabilities != "classifier" and args.condition != "correlation":
         parser.error(f"--probabilities {args.probabilities} belongs to --condition correlation, not {args.condition}")
-    if args.use_8bit_adam and args.optimizer == "sgd":
-        parser.error("--use_8bit_adam goes with --optimizer adam or adamw, not sgd")
+    flags.check_optimizer(parser, args)
     if args.diffusion == "none" and args.enable_xformers_memory_efficient_attention:
         parser.error("--enable_xformers_memory_efficient_attention is of the U-Net, and --diffusion none has none")
     if args.diffusion == "ldm" and args.ldm_start_epoch > args.num_train_epochs:
@@ -374,30 +240,51 @@ def check_args(parser, args):
         parser.error("--validation_ids 1: the wrong condition is another identity's; give 0, or 2 and more")
 
 
-def without_effect(args):
-    """{flag: what makes it idle} of flags that were given and change nothing beside the others."""
-    baseline, own_schedule = args.diffusion == "none", args.lr_scheduler == "warmup_multistep"
-    outer = args.gradient_checkpointing == "outer"
-    cases = (
-        (baseline, "--diffusion none", OF_DIFFUSION),
-        (baseline and outer, "--diffusion none", ["gradient_checkpointing"]),
-        (args.unet_mode != "lora", f"--unet_mode {args.unet_mode}", ["rank"]),
-        (args.condition != "correlation", f"--condition {args.condition}", ["tau"]),
-        (args.probabilities == "prototype", "--probabilities prototype", ["tau"]),
-        (own_schedule, f"--lr_scheduler {args.lr_scheduler}", ["lr_warmup_steps"]),
-        (not own_schedule, f"--lr_scheduler {args.lr_scheduler}", OF_WARMUP_MULTISTEP),
-        (not args.rerank, "no --rerank", ["k1", "k2", "lambda_value"]),
-        (args.optimizer == "sgd", "--optimizer sgd", ["adam_beta2", "adam_epsilon"]),
-        (not args.push_to_hub, "no --push_to_hub", ["hub_model_id"]),
-    )
-    return {name: why for idle, why, names in reversed(cases) if idle for name in names if args.origin[name] == "flag"}
+if __name__ == "__main__":
+    # Before torch and diffusers are imported, so that --help and a mistyped flag answer at once.
+    args = parse_args()
 
+import hashlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import DistributedType, set_seed
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from utils import launch
+from utils.batches.samplers import IdentitySampler
+from utils.batches.transforms import test_transform, train_transform
+from utils.datasets.load import digest_of, open_source
+from utils.diffusion.checkpoint import check_diffusion
+from utils.diffusion.latents import encode, feedback_loader, image_for_vae, sample_latents
+from utils.diffusion.schedule import NoiseSchedule, decode, denoise, noise_loss
+from utils.diffusion.unet import (
+    enable_memory_efficient_attention,
+    load_unet,
+    load_vae,
+    recompute_activations,
+    save_unet,
+)
+from utils.evaluation.features import extract
+from utils.evaluation.targets import open_targets
+from utils.files import portable, write_together
+from utils.launch import gather_with_gradient, whole_weights
+from utils.modeling.folder import card_text, model_kind, training_card
+from utils.modeling.memories import PrototypeMemory
+from utils.modeling.norms import share_batch_statistics
+from utils.modeling.reid_model import ReIDModel
+from utils.reporting.report import sheet
+from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained
+from utils.training.report import training_report
 
 # The method
 
 
 class Condition(nn.Module):
-    """What the U-Net is told about each image: (B, 1, width)."""
+    """The condition of the U-Net for each image: (B, 1, width)."""
 
     def __init__(self, kind, probabilities, bottleneck, *, num_ids, num_features, width, tau):
         super().__init__()
@@ -486,75 +373,18 @@ def share_of(batch, size):
     return slice(start, start + size)
 
 
-# Data
-
-
-class Batches(torch.utils.data.Dataset):
-    """Training images with what the diffusion model needs of them: kept posteriors, or the picture for the VAE."""
-
-    def __init__(self, dataset, labels, transform, cache=None, vae_size=None):
-        self.images = ReIDImages(dataset, transform, labels)
-        self.cache = cache
-        self.for_vae = VaeImages(dataset, vae_size) if vae_size else None
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, item):
-        row = self.images[item]
-        if self.for_vae is not None:
-            row["vae_images"] = self.for_vae[row["indices"]]
-        return row
-
-    def collate(self, rows):
-        batch = torch.utils.data.default_collate(rows)
-        if self.cache is not None:
-            batch["means"], batch["stds"] = self.cache.posterior(batch["indices"])
-        return batch
-
-
 # Training
-
-
-@dataclass
-class Run:
-    """What the functions below share."""
-
-    args: argparse.Namespace
-    accelerator: Accelerator
-    train: datasets.Dataset
-    labels: torch.Tensor
-    targets: list
-    state: dict
-    model: DCAC
-    vae: nn.Module = None
-
-    @property
-    def bare(self):
-        """The DCAC module without what accelerate puts around it."""
-        return self.accelerator.unwrap_model(self.model)
-
-
-def on_whole_weights(function):
-    """For what reads the model's weights outside of a training step."""
-
-    @wraps(function)
-    def call(run, *arguments):
-        with whole_weights(run.model, run.accelerator):
-            return function(run, *arguments)
-
-    return call
 
 
 def main(args):
     late = args.diffusion == "ldm" and args.ldm_start_epoch > 1
-    accelerator = start_accelerator(args, find_unused_parameters=late, max_zero_stage=3)
-    introduce(args, accelerator.print)
+    accelerator = launch.start_training(args, find_unused_parameters=late, max_zero_stage=3)
+    launch.introduce(args, accelerator, demo=DEMO, stand_ins=stand_ins_of(args))
     # What can be wrong with data and configuration shows before a model is loaded.
     model_kind(args.backbone)
-    info = None
+    diffusion = None
     if args.diffusion == "ldm":
-        info = check_diffusion(
+        diffusion = check_diffusion(
             args.pretrained_model_name_or_path, resolution=args.diffusion_resolution, revision=args.revision
         )
     train, labels, data = open_source(
@@ -562,107 +392,78 @@ def main(args):
     )
     own = args.source if len(args.source) == 1 and {"query", "gallery"} <= set(data) else []
     targets = open_targets(args.target or own, args.data_root, skip_unreadable=args.skip_unreadable)
-    batch_size = global_batch_size(args, accelerator)
+    batch_size = launch.global_batch_size(args, accelerator)
     if batch_size < 2:
         raise ValueError("a batch of one image has no statistics for BatchNorm; raise --train_batch_size")
     share = accelerator.process_index, accelerator.num_processes
-    sampler = RemainingBatches(IdentitySampler(labels.tolist(), batch_size, args.images_per_id, args.seed, *share))
-    path, state = open_state(
-        args,
-        "train_dcac.py",
-        effective_batch_size=batch_size,
-        data=digest_of(train, labels),
-        free=FREE_ON_RESUME,
-        say=accelerator.print,
-    )
-    precision = state.setdefault("precision", accelerator.mixed_precision)
-    if precision != accelerator.mixed_precision:
-        raise ValueError(
-            f"{path} was trained in precision {precision}, accelerate's setting is {accelerator.mixed_precision}: "
-            f"give --mixed_precision {precision}"
-        )
+    sampler = IdentitySampler(labels.tolist(), batch_size, args.images_per_id, args.seed, *share)
+    training = Training(args, accelerator, sampler, train, script="train_dcac.py", data=digest_of(train, labels))
     num_ids = int(labels.max()) + 1
     accelerator.print(
         f"{' + '.join(args.source)}: {len(train)} images of {num_ids} identities; "
-        f"measured on {', '.join(target.spec for target in targets) or 'nothing, for want of --target'}"
+        f"measured on {', '.join(target.spec for target in targets) or 'nothing, as there is no --target'}"
     )
 
-    model, vae = build_model(args, accelerator, num_ids, info)
-    run = Run(args, accelerator, train, labels, targets, state, model, vae)
-    loader = build_loader(run, sampler)
-    run.model, optimizer = accelerator.prepare(model, optimizer_of(args, model))
-    rates = LearningRate(
-        optimizer,
-        args.lr_scheduler,
-        warmup_epochs=args.lr_warmup_epochs,
-        warmup_factor=args.lr_warmup_factor,
-        milestones=args.lr_milestones,
-        gamma=args.lr_gamma,
-        warmup_steps=args.lr_warmup_steps,
-        num_steps=sampler.steps_of(args.num_train_epochs),
+    bare, vae = build_model(args, accelerator, num_ids, diffusion)
+    loader = build_loader(args, accelerator, bare.encoder, train, labels, sampler, vae)
+    model, optimizer = accelerator.prepare(bare, optimizer_of(args, parameter_groups(args, bare)))
+    training.begin(model, optimizer, rates_of(args, optimizer, training.num_steps))
+    params = trained(model)
+
+    def measure(epoch):
+        with whole_weights(model, accelerator):
+            training.measure(epoch, bare.encoder, targets, evaluation_transform(args, bare.encoder))
+            if vae is not None and args.validation_ids and accelerator.is_main_process:
+                denoise_samples(args, accelerator, bare, vae, train, labels, epoch)
+
+    if not training.resumed:
+        measure(0)
+    for epoch in training.epochs():
+        if not training.in_mid_epoch:
+            with whole_weights(model, accelerator):
+                rebuild_prototypes(args, accelerator, bare, train, labels)
+        model.train()
+        for batch in training.batches(loader):
+            training.log(training_step(training, model, bare, vae, batch, params))
+        if training.measures(epoch):
+            measure(epoch)
+    if not training.stopped:
+        with whole_weights(model, accelerator):
+            save(args, accelerator, training, bare)
+    return training.end(
+        lambda: report_of(args, training, num_ids),
+        upload=lambda repo_id: bare.encoder.push_to_hub(repo_id, card=card_of(args, training, bare.encoder)),
     )
-    if path:
-        load_checkpoint(path, run.model, optimizer, accelerator=accelerator)
-    if accelerator.is_main_process:
-        with write_together(args.output_dir) as aside:
-            aside("args.json").write_text(to_json(run_record(args)))
-    accelerator.init_trackers("diffreid-dcac", config=tracked(args))
-
-    if not path:
-        measure(run, 0)
-    params = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    stopped_at = train_epochs(
-        args,
-        accelerator,
-        state,
-        loader,
-        sampler,
-        rates,
-        kept=run.model,
-        optimizer=optimizer,
-        num_steps=sampler.steps_of(args.num_train_epochs),
-        step=lambda batch: training_step(run, batch, optimizer, params),
-        measure=partial(measure, run),
-        before=partial(start_epoch, run),
-        rows=partial(name_images, accelerator, train),
-    )
-    if stopped_at:
-        accelerator.print(f"SIGTERM: {stopped_at} is written; go on with --resume_from_checkpoint latest")
-    else:
-        finish(run)
-    accelerator.end_training()
-    return EXIT_SIGTERM if stopped_at else 0
 
 
-def training_step(run, batch, optimizer, params):
-    """Losses, gradients, the optimiser's step, then the prototypes."""
-    args, accelerator, state = run.args, run.accelerator, run.state
+def training_step(training, model, bare, vae, batch, params):
+    """Losses, gradients, the optimizer's step, then the prototypes."""
+    args, accelerator, optimizer = training.args, training.accelerator, training.optimizer
     batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-    diffusion = {}
-    if run.bare.unet is not None and state["epoch"] >= args.ldm_start_epoch:
-        diffusion = diffusion_inputs(run, batch)
+    feedback = {}
+    if vae is not None and training.epoch >= args.ldm_start_epoch:
+        feedback = feedback_inputs(args, accelerator, bare, vae, batch, training.step)
     # Only DeepSpeed does not do so by itself.
     with accelerator.autocast():
-        loss, values, bn_features, labels = run.model(batch["images"], batch["labels"], **diffusion)
+        loss, values, bn_features, labels = model(batch["images"], batch["labels"], **feedback)
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(params, args.max_grad_norm or float("inf"))
     optimizer.step()
     optimizer.zero_grad()
-    run.bare.memory.update(bn_features, labels)
-    return {"grad_norm": torch.as_tensor(0.0 if norm is None else norm, device=loss.device), **values}
+    bare.memory.update(bn_features, labels)
+    return {"grad_norm": norm_of(norm, loss.device), **values}
 
 
-def diffusion_inputs(run, batch):
+def feedback_inputs(args, accelerator, bare, vae, batch, step):
     """Latents of the images, and the noise and timesteps of this step."""
-    device = run.accelerator.device
-    mean, std = (batch["means"], batch["stds"]) if "means" in batch else encode(run.vae, batch["vae_images"])
-    first = run.accelerator.process_index * len(mean)
-    shape = (run.accelerator.num_processes * len(mean), *mean.shape[1:])
+    mean, std = (batch["means"], batch["stds"]) if "means" in batch else encode(vae, batch["vae_images"])
+    first = accelerator.process_index * len(mean)
+    shape = (accelerator.num_processes * len(mean), *mean.shape[1:])
     posterior, noise, timesteps = (
-        drawn[first : first + len(mean)].to(device, non_blocking=True)
-        for drawn in draw_noise(run.args.seed, run.state["step"], shape, run.bare.schedule.num_steps)
+        drawn[first : first + len(mean)].to(accelerator.device, non_blocking=True)
+        for drawn in draw_noise(args.seed, step, shape, bare.schedule.num_steps)
     )
-    latents = sample_latents(mean, std, posterior, run.vae.config.scaling_factor)
+    latents = sample_latents(mean, std, posterior, vae.config.scaling_factor)
     return {"latents": latents, "noise": noise, "timesteps": timesteps}
 
 
@@ -674,52 +475,36 @@ def draw_noise(seed, step, shape, num_steps):
     return posterior, noise, torch.randint(num_steps, shape[:1], generator=generator)
 
 
-@on_whole_weights
-def start_epoch(run, epoch):
+def rebuild_prototypes(args, accelerator, bare, train, labels):
     """Every prototype anew, from the test features of all training images."""
-    args, encoder = run.args, run.bare.encoder
-    if run.state["batch"]:
-        # Resumed within it: the checkpoint holds the prototypes.
-        run.model.train()
-        return
-    transform = test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, "bicubic")
+    encoder = bare.encoder
     features = extract(
         encoder,
-        run.train,
-        transform,
-        accelerator=run.accelerator,
+        train,
+        test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, "bicubic"),
+        accelerator=accelerator,
         batch_size=args.eval_batch_size,
         num_workers=args.dataloader_num_workers,
         desc="prototypes",
     )
-    run.bare.memory.rebuild(features, run.labels)
-    run.model.train()
+    bare.memory.rebuild(features, labels)
 
 
 # What the training is made of
 
 
-def introduce(args, say):
-    if args.demo:
-        say(
-            "Demo: DCAC from drawn people of domain a to the unseen domains b and c, with the shipped stand-in "
-            "models; two to three minutes on two cores. For your own data: --source SPEC --target SPEC --data_root DIR"
-        )
-    else:
-        models = ["backbone"] + ["pretrained_model_name_or_path"] * (args.diffusion == "ldm")
-        toys = [name for name in models if getattr(args, name) in (CLIP_DIR, DIFFUSION_DIR)]
-        if toys:
-            say(
-                f"Not given: --{' and --'.join(toys)}. Using the shipped stand-ins, which know drawn people only. "
-                f"Real ones: {' '.join(f'--{name} {PUBLISHED[name]}' for name in toys)}"
-            )
-    for line in describe_origin(args, args.origin):
-        say(line)
-    if idle := without_effect(args):
-        say(f"Without effect: {', '.join(f'--{name} ({reason})' for name, reason in idle.items())}")
+def stand_ins_of(args):
+    models = ["backbone"] + ["pretrained_model_name_or_path"] * (args.diffusion == "ldm")
+    toys = [name for name in models if getattr(args, name) in (CLIP_DIR, DIFFUSION_DIR)]
+    if not toys:
+        return None
+    return (
+        f"Not given: --{' and --'.join(toys)}. Using the shipped stand-ins, which know drawn people only. "
+        f"Real ones: {' '.join(f'--{name} {PUBLISHED[name]}' for name in toys)}"
+    )
 
 
-def build_model(args, accelerator, num_ids, info):
+def build_model(args, accelerator, num_ids, diffusion):
     """The DCAC module and the VAE (None for the baseline)."""
     set_seed(args.seed)
     encoder = ReIDModel.for_training(args.backbone, num_ids=num_ids, image_size=tuple(args.resolution))
@@ -733,7 +518,7 @@ def build_model(args, accelerator, num_ids, info):
     share_batch_statistics(encoder.backbone, accelerator.device)
     memory = PrototypeMemory(torch.zeros(num_ids, encoder.num_features), args.memory_temperature, args.memory_momentum)
     condition = unet = schedule = vae = None
-    if info is not None:
+    if diffusion is not None:
         # Weights that stay frozen are kept in the precision they compute in.
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
         name, revision = args.pretrained_model_name_or_path, args.revision
@@ -743,7 +528,7 @@ def build_model(args, accelerator, num_ids, info):
             args.bottleneck,
             num_ids=num_ids,
             num_features=encoder.num_features,
-            width=info.condition_width,
+            width=diffusion.condition_width,
             tau=args.tau,
         )
         unet = load_unet(name, args.unet_mode, rank=args.rank, dtype=half, seed=args.seed, revision=revision)
@@ -775,95 +560,55 @@ def build_model(args, accelerator, num_ids, info):
     return model, vae
 
 
-def build_loader(run, sampler):
-    args, accelerator, encoder = run.args, run.accelerator, run.model.encoder
+def build_loader(args, accelerator, encoder, train, labels, sampler, vae):
     transform = train_transform(
         encoder.image_size, encoder.image_mean, encoder.image_std, padding=args.padding, erasing=args.erasing
     )
-    cache, vae_size = None, None
-    if run.vae is not None:
-        run.vae.to(accelerator.device)
-        if args.cache_dir == "none":
-            vae_size = tuple(args.diffusion_resolution)
-        else:
-            cache = build_latent_cache(
-                run.train,
-                run.vae,
-                tuple(args.diffusion_resolution),
-                accelerator=accelerator,
-                cache_dir=Path(args.cache_dir).expanduser(),
-                vae_name=args.pretrained_model_name_or_path,
-                num_workers=args.dataloader_num_workers,
-            )
-            run.vae.to("cpu")
-    images = Batches(run.train, run.labels.tolist(), transform, cache, vae_size)
-    return torch.utils.data.DataLoader(
-        images,
-        batch_sampler=sampler,
-        collate_fn=images.collate,
+    return feedback_loader(
+        train,
+        labels.tolist(),
+        transform,
+        sampler,
+        vae,
+        tuple(args.diffusion_resolution),
+        accelerator=accelerator,
+        cache_dir=None if args.cache_dir == "none" else Path(args.cache_dir).expanduser(),
+        vae_name=args.pretrained_model_name_or_path,
         num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        persistent_workers=args.dataloader_num_workers > 0,
     )
 
 
-def optimizer_of(args, model):
+def parameter_groups(args, model):
     """Encoder, neck and classifier at the learning rate, U-Net and prompts at a multiple of it."""
     groups = {1.0: [], args.lr_multiplier: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[1.0 if name.startswith("encoder.") else args.lr_multiplier].append(parameter)
-    return build_optimizer(
-        [{"params": params, "lr": factor * args.learning_rate} for factor, params in groups.items() if params],
-        args.optimizer,
-        learning_rate=args.learning_rate,
-        weight_decay=args.adam_weight_decay,
-        betas=(args.adam_beta1, args.adam_beta2),
-        epsilon=args.adam_epsilon,
-        use_8bit=args.use_8bit_adam,
-    )
+    return [{"params": params, "lr": factor * args.learning_rate} for factor, params in groups.items() if params]
+
+
+def evaluation_transform(args, encoder):
+    return test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, args.test_resample)
 
 
 # Results
 
 
-@on_whole_weights
-def measure(run, epoch):
-    """Every target's numbers, and what the U-Net makes of the conditions."""
-    args, accelerator, encoder = run.args, run.accelerator, run.bare.encoder
-    measure_targets(
-        run.state,
-        epoch,
-        encoder,
-        run.targets,
-        test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, args.test_resample),
-        accelerator=accelerator,
-        output_dir=args.output_dir,
-        batch_size=args.eval_batch_size,
-        num_workers=args.dataloader_num_workers,
-        rerank={name: getattr(args, name) for name in ("k1", "k2", "lambda_value")} if args.rerank else None,
-    )
-    if run.vae is not None and args.validation_ids and accelerator.is_main_process:
-        with write_together(Path(args.output_dir) / "samples") as aside:
-            sheet(denoised_pictures(run)).save(aside(sample_name(epoch)), "PNG")
-
-
 @torch.no_grad()
-def denoised_pictures(run):
+def denoise_samples(args, accelerator, model, vae, train, labels, epoch):
     """Rows of three: an image, and its noised latents brought back under its own condition and under another's."""
-    args, model, vae, device = run.args, run.bare, run.vae, run.accelerator.device
-    encoder, size = model.encoder, tuple(args.resolution)
-    firsts = [int((run.labels == label).nonzero()[0]) for label in range(encoder.num_ids)]
+    encoder, size, device = model.encoder, tuple(args.resolution), accelerator.device
+    firsts = [int((labels == label).nonzero()[0]) for label in range(encoder.num_ids)]
     chosen = firsts[:: max(1, len(firsts) // args.validation_ids)][: args.validation_ids]
-    pictures = [run.train[row]["image"] for row in chosen]
+    pictures = [train[row]["image"] for row in chosen]
     transform = test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, "bicubic")
     was_training, home = model.training, vae.device
     model.eval()
     vae.to(device)
-    with run.accelerator.autocast():
+    with accelerator.autocast():
         features = encoder.backbone(torch.stack([transform(picture) for picture in pictures]).to(device))
         bn_features, logits = encoder.neck(features.float())
-        own = model.condition(logits.float(), bn_features, run.labels[chosen].to(device), model.memory)
+        own = model.condition(logits.float(), bn_features, labels[chosen].to(device), model.memory)
         seen = torch.stack([image_for_vae(picture, tuple(args.diffusion_resolution)) for picture in pictures])
         mean, std = encode(vae, seen.to(device))
         latents = sample_latents(mean, std, torch.zeros_like(mean), vae.config.scaling_factor)
@@ -874,72 +619,63 @@ def denoised_pictures(run):
             columns.append(decode(vae, clean, size))
     vae.to(home)
     model.train(was_training)
-    return list(zip(*columns, strict=True))
+    with write_together(Path(args.output_dir) / "samples") as part:
+        sheet(list(zip(*columns, strict=True))).save(part(sample_name(epoch)), "PNG")
 
 
-@on_whole_weights
-def finish(run):
-    """The trained model, what the diffusion side learned, the card and the page."""
-    args, model = run.args, run.bare
-    run.accelerator.wait_for_everyone()
-    if not run.accelerator.is_main_process:
+def save(args, accelerator, training, bare):
+    """The trained model with its card, and what the diffusion side learned."""
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
         return
     output_dir = Path(args.output_dir)
-    final = results(run.state["history"])
-    model.encoder.resample = args.test_resample
-    card = training_card(
+    bare.encoder.resample = args.test_resample
+    bare.encoder.save_pretrained(output_dir / "model", card=card_of(args, training, bare.encoder))
+    if bare.unet is not None:
+        save_unet(bare.unet, args.unet_mode, output_dir)
+        tensors = bare.condition.state_dict()
+        with write_together(output_dir) as part:
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+                part("prompts.safetensors"),
+            )
+
+
+def card_of(args, training, encoder):
+    return training_card(
         f"{'Baseline' if args.diffusion == 'none' else 'DCAC'} trained on {' + '.join(portable(args.source))}",
-        card_text(model.encoder),
+        card_text(encoder),
         "train_dcac.py",
         args,
-        metrics=final["targets"],
-        details={"images": len(run.train), "identities": model.encoder.num_ids},
+        metrics=training.results["targets"],
+        details={"images": len(training.images), "identities": encoder.num_ids},
     )
-    model.encoder.save_pretrained(output_dir / "model", card=card)
-    if model.unet is not None:
-        save_unet(model.unet, args.unet_mode, output_dir)
-        with write_together(output_dir) as aside:
-            tensors = {
-                name: tensor.detach().cpu().contiguous() for name, tensor in model.condition.state_dict().items()
-            }
-            save_file(tensors, aside("prompts.safetensors"))
-    write_page(run, final["history"])
-    if final["history"]:
-        print(text_table(["target", "number", "before", "after", "points"], before_and_after(final["history"])))
-    print(f"Results: {output_dir}; open {output_dir / 'report.html'}")
-    if args.push_to_hub:
-        repo_id = args.hub_model_id or output_dir.resolve().name
-        print(f"Uploaded: {model.encoder.push_to_hub(repo_id, card=card)}")
 
 
-def write_page(run, history):
-    args, output_dir = run.args, Path(run.args.output_dir)
+def report_of(args, training, num_ids):
     method = "baseline, no diffusion model" if args.diffusion == "none" else f"{args.condition}, {args.unet_mode}"
+    history = training.state["history"]
     epochs = dict.fromkeys(one["epoch"] for one in history) or range(args.num_train_epochs + 1)
-    samples = [(f"epoch {epoch}", output_dir / "samples" / sample_name(epoch)) for epoch in epochs]
-    page = build_page(
-        "DCAC" if args.diffusion == "ldm" else "Baseline",
-        output_dir,
+    samples = [(f"epoch {epoch}", Path(args.output_dir) / "samples" / sample_name(epoch)) for epoch in epochs]
+    seen = set(args.target or args.source) & set(args.source)
+    return training_report(
+        "Baseline" if args.diffusion == "none" else "DCAC",
+        args.output_dir,
         history,
-        lead="A Re-ID encoder, measured before and after on people and cameras it was not trained on."
-        if not set(args.target or args.source) & set(args.source)
-        else "A Re-ID encoder, measured before and after.",
+        lead="A Re-ID encoder, measured before and after training"
+        + ("." if seen else ", on people and cameras it was not trained on."),
         facts=[
             ("Source", " + ".join(args.source)),
-            ("Images", f"{len(run.train):,} of {run.bare.encoder.num_ids:,} identities"),
+            ("Images", f"{len(training.images):,} of {num_ids:,} identities"),
             ("Encoder", Path(args.backbone).name),
             ("Diffusion", method),
-            ("Steps", f"{run.state['step']:,}"),
-            ("Batch", run.state["arguments"]["effective_batch_size"]),
-            ("Seed", args.seed),
+            *training.facts,
         ],
         # Without --validation_ids, pictures there are an earlier run's.
         samples=[(name, path) for name, path in samples if args.validation_ids and path.exists()],
         sample_words="In each row: an image; the same, noised and denoised under its own condition; and under that of "
         "the row above. The condition is trained if the second keeps what the third changes.",
     )
-    with write_together(output_dir) as aside:
-        page.write(aside("report.html"))
 
 
 def sample_name(epoch):
@@ -951,8 +687,8 @@ def run_script(args):
         f"lower --train_batch_size {args.train_batch_size} and raise --gradient_accumulation_steps by as much (the "
         "training stays the same), or add --gradient_checkpointing"
     )
-    end_with(main, args, "train_dcac.py", lean=lean)
+    launch.end_with(main, args, "train_dcac.py", lean=lean)
 
 
 if __name__ == "__main__":
-    run_script(parse_args())
+    run_script(args)

@@ -78,8 +78,8 @@ def write_result(path, command, columns, table, raw, **environment_too):
 
 
 def write_json(path, content):
-    with write_together(path.parent) as aside:
-        aside(path.name).write_text(to_json(content), encoding="utf-8")
+    with write_together(path.parent) as part:
+        part(path.name).write_text(to_json(content), encoding="utf-8")
 
 
 def read_result(name, folder=None):
@@ -169,7 +169,7 @@ def run_once(script, folder, arguments, done):
 def finished(run, script):
     """ValueError if a run of `run_once` did not end well."""
     if run is not None and run.code:
-        raise ValueError(f"{script} stopped: {run.last_line}; the same command resumes")
+        raise ValueError(f"{script} stopped: {run.last_line}; the same command continues")
 
 
 # Timing

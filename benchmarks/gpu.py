@@ -20,7 +20,7 @@ from utils.reporting.report import text_table
 
 # The words after `python -m`; {json} is the part's own file.
 PARTS = {
-    "kernels": "pytest -q -rf tests/test_kernels_triton.py tests/test_kernels.py",
+    "kernels": "pytest -q -rf tests/kernels/test_kernels_triton.py tests/kernels/test_kernels.py",
     "retrieval": "benchmarks.speed.gpu_retrieval --json {json}",
     "dcac_step": "benchmarks.speed.dcac_step --json {json}",
     "dcac_long": "benchmarks.speed.dcac_step --modes lora --rounds 3 --steps 100 --json {json}",

@@ -3,8 +3,8 @@
 python -m benchmarks.tables            # writes them between their marks
 python -m benchmarks.tables --check    # exits with 1 if a README differs from the files
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`, the headline rows between `<!-- headline -->` and
-`<!-- /headline -->`. A README without marks stays as it is.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `headline` are the rows of the README in the root. A
+README without marks stays as it is.
 """
 
 import argparse
@@ -118,28 +118,6 @@ def chain():
     return markdown_table(columns, rows, words=2)
 
 
-TABLES = {
-    "benchmarks": index,
-    "dcac-cost": dcac_cost,
-    "dcac-cards": as_stored("dcac_memory", words=2),
-    "dcac-steps": dcac_steps,
-    "dcac-curves": dcac_curves,
-    "dcac-synthetic": as_stored("dcac_synthetic", words=2),
-    "generation-parts": as_stored("generation"),
-    "generation-cards": as_stored("generation_memory", words=2),
-    "retrieval": retrieval,
-    "loading": as_stored("loading"),
-    "clustering": as_stored("clustering"),
-    "filter-truth": as_stored("filter_truth", words=2),
-    "filtering": as_stored("filtering"),
-    "answerer": as_stored("standins"),
-    "starts": starts,
-    "adaptation": as_stored("adaptation", words=3),
-    "faults": as_stored("faults"),
-    "chain": chain,
-}
-
-
 # The headline rows: what, ours, compared with
 
 
@@ -210,6 +188,29 @@ def headline():
     return markdown_table(["what", "ours", "compared with"], [row() for row in HEADLINE], words=3)
 
 
+TABLES = {
+    "headline": headline,
+    "benchmarks": index,
+    "dcac-cost": dcac_cost,
+    "dcac-cards": as_stored("dcac_memory", words=2),
+    "dcac-steps": dcac_steps,
+    "dcac-curves": dcac_curves,
+    "dcac-synthetic": as_stored("dcac_synthetic", words=2),
+    "generation-parts": as_stored("generation"),
+    "generation-cards": as_stored("generation_memory", words=2),
+    "retrieval": retrieval,
+    "loading": as_stored("loading"),
+    "clustering": as_stored("clustering"),
+    "filter-truth": as_stored("filter_truth", words=2),
+    "filtering": as_stored("filtering"),
+    "answerer": as_stored("standins"),
+    "starts": starts,
+    "adaptation": as_stored("adaptation", words=3),
+    "faults": as_stored("faults"),
+    "chain": chain,
+}
+
+
 def with_tables(text):
     """A README with every marked table made anew; ValueError for a mark without a table."""
 
@@ -222,13 +223,7 @@ def with_tables(text):
     return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
 
 
-def with_headline(text):
-    """A README with the headline rows made anew, if it marks them."""
-    marked = r"(<!-- headline -->\n).*?(<!-- /headline -->)"
-    return re.sub(marked, lambda match: match[1] + "\n".join([*headline(), match[2]]), text, flags=re.DOTALL)
-
-
-READMES = {"benchmarks/README.md": with_tables, "README.md": with_headline}
+READMES = ("README.md", "benchmarks/README.md")
 
 
 def main(input_args=None):
@@ -236,16 +231,16 @@ def main(input_args=None):
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a README differs")
     args = parser.parse_args(input_args)
     changed = []
-    for name, remade in READMES.items():
+    for name in READMES:
         path = ROOT / name
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        made = remade(text)
+        made = with_tables(text)
         if made == text:
             continue
         changed.append(name)
         if not args.check:
-            with write_together(path.parent) as aside:
-                aside(path.name).write_text(made, encoding="utf-8")
+            with write_together(path.parent) as part:
+                part(path.name).write_text(made, encoding="utf-8")
     if args.check:
         sys.exit(
             f"{', '.join(changed)} differs from benchmarks/results: python -m benchmarks.tables" if changed else 0

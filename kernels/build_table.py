@@ -53,7 +53,7 @@ def build(kernel, types, constants, options, arch):
     from triton.backends.nvidia.compiler import get_ptxas
 
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    # Rows of whole vectors, as features have, are what the launcher specialises on: the common case is measured.
+    # The launcher specialises kernels on aligned rows, which features usually have: this common case is measured.
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)

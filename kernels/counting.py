@@ -1,20 +1,20 @@
-"""Ranks of chosen entries within their rows of a score strip, by counting instead of sorting."""
+"""Ranks of chosen entries within their rows of a score strip, computed by counting instead of sorting."""
 
 import torch
 
 from .tiles import count_set, descending_key, hits, row_groups
 
-# Entries handled at once, so that many matches or ties cost time and not memory.
+# Entries processed at once, so that many matches or ties need more time but not more memory.
 PAIR_LIMIT = 1 << 21
 HIT_LIMIT = 1 << 22
-# Matches of each query, the worst ones, whose rank is counted over whole rows.
+# The number of worst matches of each query whose rank is counted over whole rows.
 COUNTED_MATCHES = 1
 
 
 def match_ranks(strip, rows, columns, mask):
     """Ranks of the entries (rows, columns) in their rows of the strip; returned row by row, best first.
 
-    rows ascend, columns ascend within a row. An entry's rank is 1 + larger entries + equal ones of lower column.
+    Rows ascend, columns ascend within a row. An entry's rank is 1 + larger entries + equal ones of lower column.
     `mask` is scratch space of the strip's shape.
     """
     if rows.numel() == 0:
@@ -30,36 +30,36 @@ def match_ranks(strip, rows, columns, mask):
     counts = torch.bincount(rows, minlength=num_rows)
     ends = counts.cumsum(0)
 
-    # The worst matches of a query have a large part of the gallery before them, which is only counted.
+    # A large part of the gallery is before the worst matches of a query; here it is only counted.
     for _ in range(COUNTED_MATCHES):
         some = (counts > 0).nonzero().flatten()
         last = ends[some] - 1
         ranks[last] = counted_ranks(strip, some, columns[last], values[last], mask)
         counts, ends = counts - (counts > 0).long(), ends - (counts > 0).long()
 
-    # What is before the others is little, and found in one pass over the strip.
-    left = torch.arange(rows.shape[0], device=rows.device) < ends[rows]
-    keys, columns = keys[left], columns[left]
+    # Few entries are before the other matches; one pass over the strip finds them.
+    remaining = torch.arange(rows.shape[0], device=rows.device) < ends[rows]
+    keys, columns = keys[remaining], columns[remaining]
     starts = counts.cumsum(0) - counts
     floor = torch.full_like(strip[:, 0], torch.inf)
     some = counts > 0
     floor[some] = values[ends[some] - 1]
     torch.ge(strip, floor[:, None], out=mask)
-    found = []
+    ranks_of_groups = []
     for begin, end in row_groups(count_set(mask).cpu(), HIT_LIMIT):
         first = int(starts[begin])
         last = int(starts[end]) if end < num_rows else keys.shape[0]
         if first < last:
             part = strip[begin:end]
             own_keys = keys[first:last] - (begin << 32)
-            found.append(ranks_among_hits(part, own_keys, columns[first:last], mask[begin:end]))
-    if found:
-        ranks[left] = torch.cat(found)
+            ranks_of_groups.append(ranks_among_hits(part, own_keys, columns[first:last], mask[begin:end]))
+    if ranks_of_groups:
+        ranks[remaining] = torch.cat(ranks_of_groups)
     return rows, ranks
 
 
 def counted_ranks(strip, rows, columns, values, mask):
-    """Ranks of one entry in each of these rows, by counting whole rows."""
+    """Ranks of one entry in each of these rows, by counting over whole rows."""
     thresholds = torch.full_like(strip[:, :1], torch.inf)
     thresholds[rows, 0] = values
     larger = count_set(torch.gt(strip, thresholds, out=mask))[rows]
@@ -68,8 +68,8 @@ def counted_ranks(strip, rows, columns, values, mask):
     tied = (equal > 1).nonzero().flatten()
     position = torch.arange(strip.shape[1], device=strip.device)
     for some in tied.split(max(1, PAIR_LIMIT // strip.shape[1])):
-        same = strip[rows[some]] == values[some][:, None]
-        ranks[some] += (same & (position < columns[some][:, None])).sum(1)
+        equals_value = strip[rows[some]] == values[some][:, None]
+        ranks[some] += (equals_value & (position < columns[some][:, None])).sum(1)
     return ranks
 
 
@@ -82,13 +82,13 @@ def ranks_among_hits(strip, keys, columns, mask):
     hit_rows, hit_columns, places = hits(mask)
     hit_keys = (hit_rows << 32) + descending_key(strip.view(-1)[places])
 
-    # A hit is before all matches from place `after` on: the matches at or before it in the order come first.
+    # A hit is before all matches from place `after` on; `after` counts the matches at or before it in the order.
     after = torch.searchsorted(keys, hit_keys, right=True)
     larger = torch.bincount(after, minlength=keys.shape[0] + 1)[:-1].cumsum(0)
     hits_of_row = torch.bincount(hit_rows, minlength=num_rows)
     larger -= (hits_of_row.cumsum(0) - hits_of_row)[keys >> 32]
 
-    # Hits that equal a match (itself at least) are few: sorted by column, those of lower column come before it.
+    # Few hits equal a match (at least the match itself). Sorted by column, those of lower column come before it.
     equal = ((after > 0) & (keys[(after - 1).clamp_(min=0)] == hit_keys)).nonzero().flatten()
     ties = ((after[equal] - 1) * num_columns + hit_columns[equal]).sort().values
     own_level = (torch.searchsorted(keys, keys, right=True) - 1) * num_columns
@@ -97,7 +97,7 @@ def ranks_among_hits(strip, keys, columns, mask):
 
 
 def ranks_by_sorting(strip, rows, columns):
-    """The same ranks by sorting whole rows: for float64, whose values do not fit a key with their row."""
+    """The same ranks by sorting whole rows: for float64, whose values do not fit into a key together with the row."""
     order = strip.sort(dim=1, descending=True, stable=True).indices
     rank = torch.empty_like(order)
     rank.scatter_(1, order, torch.arange(1, strip.shape[1] + 1, device=strip.device).expand_as(order))

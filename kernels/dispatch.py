@@ -1,4 +1,4 @@
-"""Which path runs, and what may be passed in: checks shared by all public functions of this package."""
+"""The choice of the backend and the checks of inputs that all public functions of this package share."""
 
 import contextlib
 import os
@@ -6,8 +6,8 @@ import os
 import torch
 
 BACKENDS = ("auto", "torch", "triton")
-# Card name -> operations that `python -m benchmarks.speed.gpu_retrieval` measured faster in Triton than in torch. No
-# card has been measured yet, so `auto` is torch everywhere.
+# Card name -> operations that `python -m benchmarks.speed.gpu_retrieval` measured faster in Triton than in torch.
+# No card has been measured yet, so `auto` is torch everywhere.
 FASTER_ON: dict[str, tuple[str, ...]] = {}
 TRITON_MAX_K = 64
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -57,7 +57,7 @@ def check_count(name, value, low, high=None, hint=""):
 
 
 def triton_obstacle(device, dtype):
-    """Why the Triton kernels cannot run on tensors like these, or None where they can."""
+    """Why the Triton kernels cannot run on tensors of this device and type, or None if they can."""
     if dtype == torch.float64:
         return "the Triton kernels take float32, float16 and bfloat16, not float64"
     try:
@@ -77,7 +77,7 @@ def triton_obstacle(device, dtype):
 
 
 def interpreting(triton):
-    """Whether kernels run in Triton's interpreter; the knob was an environment variable alone in older releases."""
+    """Whether kernels run in Triton's interpreter; older releases have only an environment variable for it."""
     knobs = getattr(triton, "knobs", None)
     if knobs is not None:
         return bool(knobs.runtime.interpret)
@@ -85,10 +85,10 @@ def interpreting(triton):
 
 
 def choose_backend(backend, features, operation, k=1):
-    """`torch` or `triton` for these features and, where there are some, `k` neighbours.
+    """The backend, `torch` or `triton`, for these features and `k` neighbours.
 
-    Forcing `triton` where it cannot run raises ValueError. `auto` takes Triton only on a card that FASTER_ON lists for
-    the operation, and never the interpreter.
+    Forcing `triton` where it cannot run raises ValueError. `auto` chooses Triton only on a card that FASTER_ON lists
+    for the operation, and never its interpreter.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -108,7 +108,7 @@ def choose_backend(backend, features, operation, k=1):
 
 @contextlib.contextmanager
 def full_precision():
-    """float32 products stay float32: TF32 or bfloat16 products, allowed elsewhere, would move rankings."""
+    """float32 products are computed in float32: TF32 or bfloat16, which users may allow, would change rankings."""
     before = torch.get_float32_matmul_precision()
     if before == "highest":
         yield

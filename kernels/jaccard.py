@@ -1,12 +1,12 @@
 """Sparse k-reciprocal neighbour vectors and the Jaccard distance between them.
 
-    F(i, k)  = the first k + 1 of i's order, itself included        R(i, k) = {j in F(i, k) : i in F(j, k)}
+    F(i, k)  = the first k + 1 rows of i's order, i included        R(i, k) = {j in F(i, k) : i in F(j, k)}
     R*(i)    = R(i, k1) and every R(c, h), c in R(i, k1), with |R(c, h) n R(i, k1)| > 2/3 |R(c, h)|
     V_ij     = exp(-o_ij) / sum over R*(i) of exp(-o) on R*(i), else 0
-    V'_i     = mean of V over the first k2 of i's order
+    V'_i     = mean of V over the first k2 rows of i's order
     t        = sum_k min(V'_ik, V'_jk),  J = 1 - t / (2 - t)
 
-A row of V' has some 50 entries at any size of the set, so all of it is kept as sparse rows.
+A row of V' has about 50 entries at any size of the data set, so V' is stored as sparse rows.
 """
 
 import warnings
@@ -18,8 +18,8 @@ from .dispatch import check_count, check_features, choose_backend
 from .neighbours import self_neighbours
 from .tiles import expand_ranges, row_groups, unit_rows
 
-# V' is kept in units of 2**-30. Sums of integers do not depend on their order, so that equal sets of neighbours
-# give equal distances on every device, with atomic additions too.
+# V' is stored in units of 2**-30. Sums of integers do not depend on the order of addition, so equal sets of
+# neighbours give equal distances on every device, also with atomic additions.
 ONE = 1 << 30
 COMPAT = (None, "torchreid")
 ENTRY_LIMIT = 1 << 22
@@ -28,7 +28,7 @@ GATHER_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class SparseRows:
-    """Rows of a sparse matrix: row i has columns[offsets[i]:offsets[i + 1]], ascending, and values alike."""
+    """Rows of a sparse matrix: row i has columns[offsets[i]:offsets[i + 1]], ascending, and that part of values."""
 
     offsets: torch.Tensor
     columns: torch.Tensor
@@ -39,7 +39,7 @@ class SparseRows:
         return self.offsets[1:] - self.offsets[:-1]
 
     def entries(self, begin, end):
-        """(row from `begin` on, column, value) of the entries of these rows."""
+        """(row counted from `begin`, column, value) of the entries of these rows."""
         first, last = int(self.offsets[begin]), int(self.offsets[end])
         counts = self.counts[begin:end]
         rows = torch.repeat_interleave(torch.arange(end - begin, device=counts.device), counts)
@@ -82,17 +82,17 @@ def check_compat(compat):
 
 def neighbour_vectors(units, num_rows, k1, k2, fourth_power, path="torch"):
     """V' in units of 1 / ONE (int32) and the inverse of each row's largest distance (0 where all rows are equal)."""
-    found = self_neighbours(units, num_rows, max(k1 + 1, k2), path)
-    inverse = inverse_largest(found.lowest)
-    members = expanded_sets(found.indices, k1)
+    neighbours = self_neighbours(units, num_rows, max(k1 + 1, k2), path)
+    inverse = inverse_largest(neighbours.lowest)
+    members = expanded_sets(neighbours.indices, k1)
     weights = neighbour_weights(units, members, inverse, fourth_power)
     if k2 > 1:
-        return mean_rows(weights, found.indices[:, :k2]), inverse
+        return mean_rows(weights, neighbours.indices[:, :k2]), inverse
     return SparseRows(weights.offsets, weights.columns, fixed_point(weights.values)), inverse
 
 
 def inverse_largest(lowest):
-    """1 / max_k d_ik from the lowest similarities. Distances no larger than rounding errors count as 0."""
+    """1 / max_k d_ik from the lowest similarities; 0 where the largest distance is only a rounding error."""
     largest = 2 - 2 * lowest
     return torch.where(largest > 32 * torch.finfo(lowest.dtype).eps, 1 / largest, 0)
 
@@ -110,9 +110,9 @@ def reciprocal_sets(indices, k):
     step = max(1, ENTRY_LIMIT // (width * width))
     for begin in range(0, num_rows, step):
         some = near[begin : begin + step]
-        own = torch.arange(begin, begin + some.shape[0], device=near.device)[:, None]
-        mutual = (near[some] == own[:, :, None]).any(-1)
-        keys.append((own * num_rows + some)[mutual].sort().values)
+        row_numbers = torch.arange(begin, begin + some.shape[0], device=near.device)[:, None]
+        mutual = (near[some] == row_numbers[:, :, None]).any(-1)
+        keys.append((row_numbers * num_rows + some)[mutual].sort().values)
     keys = torch.cat(keys)
     return keys, torch.searchsorted(keys, torch.arange(num_rows + 1, device=keys.device) * num_rows)
 
@@ -121,28 +121,28 @@ def expanded_sets(indices, k1):
     """R*(i) of every row: SparseRows without values."""
     num_rows = indices.shape[0]
     keys, offsets = reciprocal_sets(indices, k1)
-    # Python rounds halves to even, as the definition asks.
+    # Python rounds halves to even, as the definition does.
     half_keys, half_offsets = reciprocal_sets(indices, round(k1 / 2))
     half_counts = half_offsets[1:] - half_offsets[:-1]
     candidates = keys % num_rows
     running = torch.cat([half_counts.new_zeros(1), half_counts[candidates].cumsum(0)])[offsets]
     merged = []
     for begin, end in row_groups((running[1:] - running[:-1]).cpu(), ENTRY_LIMIT):
-        own = keys[offsets[begin] : offsets[end]]
-        candidate = own % num_rows
+        row_keys = keys[offsets[begin] : offsets[end]]
+        candidate = row_keys % num_rows
         pair, place = expand_ranges(half_offsets[:-1][candidate], half_counts[candidate])
-        member = (own - candidate)[pair] + half_keys[place] % num_rows
-        inside = own[torch.searchsorted(own, member).clamp(max=own.shape[0] - 1)] == member
-        shared = torch.bincount(pair[inside], minlength=own.shape[0])
+        member = (row_keys - candidate)[pair] + half_keys[place] % num_rows
+        inside = row_keys[torch.searchsorted(row_keys, member).clamp(max=row_keys.shape[0] - 1)] == member
+        shared = torch.bincount(pair[inside], minlength=row_keys.shape[0])
         accepted = 3 * shared > 2 * half_counts[candidate]
-        merged.append(torch.cat([own, member[accepted[pair]]]).unique())
+        merged.append(torch.cat([row_keys, member[accepted[pair]]]).unique())
     merged = torch.cat(merged)
     offsets = torch.searchsorted(merged, torch.arange(num_rows + 1, device=keys.device) * num_rows)
     return SparseRows(offsets, merged % num_rows, merged)
 
 
 def neighbour_weights(units, members, inverse, fourth_power):
-    """V on the entries of `members`."""
+    """The values of V at the entries of `members`."""
     num_rows = inverse.shape[0]
     rows = torch.repeat_interleave(torch.arange(num_rows, device=units.device), members.counts)
     distance = (2 - 2 * sampled_products(units, members, num_rows)).clamp_(min=0) * inverse[rows]
@@ -157,11 +157,11 @@ def sampled_products(units, members, num_rows):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
             zeros = torch.zeros(members.columns.shape[0], dtype=units.dtype)
-            wanted = torch.sparse_csr_tensor(
+            pattern = torch.sparse_csr_tensor(
                 members.offsets, members.columns, zeros, size=(num_rows, num_rows), check_invariants=False
             )
         units = units[:num_rows]
-        return torch.sparse.sampled_addmm(wanted, units, units.t(), beta=0.0).values()
+        return torch.sparse.sampled_addmm(pattern, units, units.t(), beta=0.0).values()
     products = torch.empty(members.columns.shape[0], dtype=units.dtype, device=units.device)
     limit = max(1, GATHER_BYTES // (units.shape[1] * units.element_size()))
     for begin, end in row_groups(members.counts.cpu(), limit):
@@ -172,7 +172,7 @@ def sampled_products(units, members, num_rows):
 
 
 def mean_rows(weights, neighbours):
-    """Mean of the sparse rows that `neighbours` (N, k2) names, in units of 1 / ONE."""
+    """Mean of the sparse rows with the numbers in `neighbours` (N, k2), in units of 1 / ONE."""
     num_rows, width = neighbours.shape
     counts = weights.counts
     costs = counts[neighbours].sum(1).cpu()
@@ -195,7 +195,7 @@ def mean_rows(weights, neighbours):
 def add_overlaps(shared, rows, columns, values, inverted, path="torch"):
     """Add sum_k min(V'_row,k, V'_g,k) to the int32 matrix `shared` (rows, others).
 
-    (rows, columns, values) are entries of V' of some rows, `inverted` the V' of the others by column.
+    (rows, columns, values) are entries of V' of some rows; `inverted` is V' of the others by column.
     """
     if path == "triton":
         from .jaccard_triton import add_overlaps_triton

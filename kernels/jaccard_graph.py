@@ -1,7 +1,7 @@
-"""Which rows lie within a Jaccard distance of each other: a sparse graph for clustering, in memory linear in the rows.
+"""Pairs of rows within a Jaccard distance: a sparse graph for clustering, in memory linear in the number of rows.
 
-J of `jaccard.py` is 1 for two rows that share no neighbour. The others are few, and only those up to a given distance
-are kept; the overlaps are counted for a strip of rows at a time.
+J of `jaccard.py` is 1 for two rows that share no neighbour. The other pairs are few, and only those up to a given
+distance are stored; the overlaps are computed for one strip of rows at a time.
 """
 
 from typing import NamedTuple
@@ -50,15 +50,15 @@ def jaccard_graph(features, *, k1=20, k2=6, max_distance=1.0, nearest=1, compat=
             begin, end = start + begin, start + end
             counted = shared[: end - begin]
             add_overlaps(counted, *vectors.entries(begin, end), inverted, path)
-            # A row's own values may add up to a rounding less than one.
+            # The values of a row may add up to slightly less than one.
             counted.diagonal(begin).fill_(ONE)
             reach.append(distance_of(counted.topk(nearest, dim=1).values))
             row, column, place = hits(torch.ne(counted, 0, out=mask[: end - begin]))
             distance = distance_of(counted.view(-1)[place])
-            kept = distance <= max_distance
-            counts.append(torch.bincount(row[kept], minlength=end - begin))
-            columns.append(column[kept])
-            values.append(distance[kept])
+            is_near = distance <= max_distance
+            counts.append(torch.bincount(row[is_near], minlength=end - begin))
+            columns.append(column[is_near])
+            values.append(distance[is_near])
             counted.zero_()
     counts = torch.cat(counts)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -1,4 +1,4 @@
-"""Overlaps of sparse neighbour vectors through an inverted index: one program an entry of a query row."""
+"""Overlaps of sparse neighbour vectors with an inverted index: one program for each entry of a query row."""
 
 import torch
 import triton
@@ -27,7 +27,7 @@ def overlap_kernel(
 
 
 def add_overlaps_triton(shared, rows, columns, values, inverted):
-    """As `add_overlaps` of jaccard.py."""
+    """The same as `add_overlaps` of jaccard.py, in Triton."""
     if rows.numel() == 0:
         return
     with torch.cuda.device_of(shared):

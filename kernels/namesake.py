@@ -1,6 +1,6 @@
-"""PyPI has a package `kernels` too. From this folder ours is found, also by transformers and diffusers.
+"""PyPI has a package `kernels` too. Scripts in this folder find ours, and so do transformers and diffusers in them.
 
-Where the other one is installed they import names of it, so those are served from it.
+If PyPI's package is installed, transformers and diffusers import its names, so those are taken from it.
 """
 
 import importlib.util
@@ -21,13 +21,13 @@ def installed():
 
 
 def attribute(name):
-    """A name that ours does not have, from the installed package."""
+    """An attribute of the installed package, for a name that our package does not have."""
     folder = None if name.startswith("__") or (OWN / f"{name}.py").exists() else installed()
     if folder is None:
         raise AttributeError(f"module 'kernels' has no attribute {name!r}")
     if ALIAS not in sys.modules:
         path = sys.modules["kernels"].__path__
-        # Its files import one another as `kernels.something`; ours come first and bear other names.
+        # Its files import each other as `kernels.something`; ours come first and have other names.
         if str(folder) not in path:
             path.append(str(folder))
         spec = importlib.util.spec_from_file_location(ALIAS, folder / "__init__.py")

@@ -1,7 +1,7 @@
-"""Each row's nearest rows of its own set, and its farthest: the N x N search of k-reciprocal methods.
+"""Each row's nearest rows in the same data set, and its farthest: the N x N search of k-reciprocal methods.
 
-X X^T is symmetric. On the CPU only the tiles on and above the diagonal are multiplied, and each serves twice: its
-rows look for neighbours among its columns, and its columns among its rows.
+X X^T is symmetric. On the CPU only the tiles on and above the diagonal are computed, and each is used twice: to find
+neighbours of its rows among its columns, and of its columns among its rows.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from .dispatch import full_precision
 from .tiles import cosine_reference, descending_key, hits, similarity_strips
 from .topk import strip_topk
 
-# Rows and columns of a tile: 4 MiB, so that what follows the product reads it from the cache.
+# Rows and columns of a tile: 4 MiB, so that the steps after the product read it from the cache.
 TILE_ROWS, TILE_COLUMNS = 512, 2048
 SYMMETRIC_MIN_ROWS = 4096
-# A first bound on the k-th best is the k-th largest of the maxima of groups of so many entries.
+# A first bound on the k-th best entry is the k-th largest of the maxima of groups of this many entries.
 GROUP = 8
 NOTHING = torch.iinfo(torch.int64).max
 
@@ -52,7 +52,7 @@ def self_neighbours_reference(features, k):
 
 
 def strip_neighbours(units, num_rows, k):
-    """All tiles, a strip of rows at a time."""
+    """Neighbours from all tiles, one strip of rows at a time."""
     indices = torch.empty(num_rows, k, dtype=torch.int64, device=units.device)
     lowest = torch.empty(num_rows, dtype=units.dtype, device=units.device)
     for start, strip in similarity_strips(units, num_rows, units, num_rows):
@@ -64,7 +64,7 @@ def strip_neighbours(units, num_rows, k):
 
 
 def symmetric_neighbours(units, num_rows, k, tile_rows=TILE_ROWS, tile_columns=TILE_COLUMNS):
-    """The tiles on and above the diagonal only; `tile_columns` is a multiple of `tile_rows`."""
+    """Neighbours from the tiles on and above the diagonal only; `tile_columns` is a multiple of `tile_rows`."""
     best = RunningBest(num_rows, k, tile_columns)
     lowest = torch.full((num_rows,), torch.inf)
     buffer = torch.empty(tile_rows * tile_columns)
@@ -75,7 +75,7 @@ def symmetric_neighbours(units, num_rows, k, tile_rows=TILE_ROWS, tile_columns=T
         best.settle(top)
         left = top
         while left < num_rows:
-            # The rest of the chunk of columns that holds the diagonal, then whole chunks.
+            # First the rest of the chunk of columns that contains the diagonal, then whole chunks.
             right = min((left // tile_columns + 1) * tile_columns, num_rows)
             others = units[left : left + (right - left + 63) // 64 * 64]
             shape = block.shape[0], others.shape[0]
@@ -91,7 +91,7 @@ def symmetric_neighbours(units, num_rows, k, tile_rows=TILE_ROWS, tile_columns=T
             if left == top:
                 tile.diagonal().fill_(torch.inf)
             best.add_rows(tile, mask, top, left)
-            # Pairs within the diagonal block have been seen from both sides as rows.
+            # `add_rows` has handled the pairs within the diagonal block in both directions.
             inner = bottom - left if left < bottom else 0
             best.add_columns(tile, mask, top, left, inner)
             left = right
@@ -99,11 +99,11 @@ def symmetric_neighbours(units, num_rows, k, tile_rows=TILE_ROWS, tile_columns=T
 
 
 class RunningBest:
-    """The k best (similarity, lower index) of every row so far, and entries that may yet be among them."""
+    """The k best (similarity, lower index) of every row so far, and entries that still have to be merged."""
 
     def __init__(self, num_rows, k, chunk):
         self.k, self.chunk = k, chunk
-        # Keys in ascending order: similarity, the other way round, in the upper half and the index in the lower.
+        # Keys in ascending order: the reversed similarity is in the upper half, the index in the lower half.
         self.keys = torch.full((num_rows, k), NOTHING)
         self.floor = torch.full((num_rows,), -torch.inf)
         self.waiting = {}
@@ -112,11 +112,11 @@ class RunningBest:
         return self.keys & 0xFFFFFFFF
 
     def settle(self, row):
-        """Merge all that waits for the chunk of this row."""
+        """Merge all waiting entries of the chunk of this row."""
         self._merge_chunk(row // self.chunk)
 
     def add_rows(self, tile, mask, top, left):
-        """Offer the tile's columns (numbered from `left`) to its rows (from `top`)."""
+        """Add the tile's columns (numbered from `left`) as neighbours of its rows (numbered from `top`)."""
         num_rows = min(tile.shape[0], self.keys.shape[0] - top)
         floor = tile.new_full((tile.shape[0], 1), torch.inf)
         floor[:num_rows, 0] = self.floor[top : top + num_rows]
@@ -127,7 +127,7 @@ class RunningBest:
         self._merge(top, rows, columns + left, tile.view(-1)[places], num_rows)
 
     def add_columns(self, tile, mask, top, left, skip):
-        """Offer the tile's rows to its columns, but for the first `skip` columns."""
+        """Add the tile's rows as neighbours of its columns, except the first `skip` columns."""
         num_columns = min(tile.shape[1], self.keys.shape[0] - left)
         if skip >= num_columns:
             return
@@ -152,7 +152,7 @@ class RunningBest:
             self._merge(top, rows, columns[order], values[order], min(self.chunk, self.keys.shape[0] - top))
 
     def _merge(self, top, rows, columns, values, num_rows):
-        """Merge entries in the order of their rows, which are numbered from `top`."""
+        """Merge entries that are sorted by row; rows are numbered from `top`."""
         if rows.shape[0] == 0:
             return
         # Keys are signed: the descending key moves down by half its range.
@@ -160,14 +160,14 @@ class RunningBest:
         counts = torch.bincount(rows, minlength=num_rows)
         places = places_in_rows(rows, counts)
         if int(counts.max()) > 8 * self.k:
-            # Rows full of equal entries: only the k best of each go on.
+            # Rows with many equal entries: only the k best of each are merged.
             keys, order = keys.sort()
             rows, order = rows[order].sort(stable=True)
             keys = keys[order]
             keep = places < self.k
             rows, keys, places = rows[keep], keys[keep], places[keep]
             counts.clamp_(max=self.k)
-        # Rows with many entries take several rounds, so that the others are not padded to their length.
+        # Rows with many entries are merged in several rounds, so that the other rows are not padded to their length.
         width = 2 * self.k
         for begin in range(0, int(counts.max()), width):
             touched = (counts > begin).nonzero().flatten()
@@ -181,8 +181,8 @@ class RunningBest:
             merged = offered.sort(dim=1).values[:, : self.k]
             self.keys[top + touched] = merged
         worst = self.keys[top : top + num_rows, -1]
-        known = worst != NOTHING
-        self.floor[top : top + num_rows][known] = value_of_key(worst[known])
+        is_full = worst != NOTHING
+        self.floor[top : top + num_rows][is_full] = value_of_key(worst[is_full])
 
 
 def places_in_rows(rows, counts):

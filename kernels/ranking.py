@@ -1,6 +1,6 @@
-"""mAP, CMC and mINP of a ranked gallery, exact, without sorting it.
+"""mAP, CMC and mINP of a ranked gallery, exact, without sorting the gallery.
 
-For a query with P matches left, r_i the 1-based rank of the i-th of them among the kept gallery items:
+For a query with P kept matches, where r_i is the 1-based rank of the i-th match among the kept gallery items:
 
     AP = 1/P sum_i i / r_i        CMC(k) = [r_1 <= k]        INP = P / r_P
 
@@ -22,9 +22,9 @@ NO_MATCH_PID = -1
 
 @dataclass(frozen=True)
 class RankMetrics:
-    """Means over the queries that have a match left, and the values of each query (CPU, float64).
+    """Means over the queries that have a kept match, and the values of each query (CPU, float64).
 
-    `ap`, `inp` are NaN and `first_match`, the 1-based rank of the first match, is -1 where none is left.
+    For queries without one, `ap` and `inp` are NaN and `first_match`, the 1-based rank of the first match, is -1.
     """
 
     mAP: float
@@ -78,13 +78,13 @@ def rank_metrics(
 
 
 def rank_metrics_reference(scores, query_pids, gallery_pids, query_cams, gallery_cams, protocol="market"):
-    """The definition for a dense (Q, G) score matrix, a query at a time: a list of the match ranks of each query."""
+    """The definition for a dense (Q, G) score matrix, query by query: a list of the match ranks of each query."""
     ranks = []
     for row, pid, cam in zip(scores, query_pids.tolist(), query_cams.tolist(), strict=True):
-        same = (gallery_pids == pid) & (gallery_pids != NO_MATCH_PID)
-        kept = torch.ones_like(same) if protocol == "all" else ~(same & (gallery_cams == cam))
-        order = row[kept].argsort(descending=True, stable=True)
-        ranks.append(same[kept][order].nonzero().flatten() + 1)
+        same_identity = (gallery_pids == pid) & (gallery_pids != NO_MATCH_PID)
+        is_kept = torch.ones_like(same_identity) if protocol == "all" else ~(same_identity & (gallery_cams == cam))
+        order = row[is_kept].argsort(descending=True, stable=True)
+        ranks.append(same_identity[is_kept][order].nonzero().flatten() + 1)
     return ranks
 
 
@@ -113,19 +113,19 @@ class Labels:
         self.counts_cpu = self.counts.cpu()
 
     def pairs(self, begin, end):
-        """Rows (from `begin` on), gallery columns (ascending in a row) and whether each same-identity pair stays."""
+        """The same-identity pairs: rows (counted from `begin`), columns (ascending in a row), whether each is kept."""
         rows, places = expand_ranges(self.starts[begin:end], self.counts[begin:end])
         columns = self.order[places]
         return rows, columns, self.keeps(rows + begin, columns)
 
     def keeps(self, rows, columns):
-        """Whether each same-identity pair (query, gallery item) stays under the protocol."""
+        """Whether the protocol keeps each same-identity pair (query, gallery item)."""
         if self.protocol == "all":
             return torch.ones_like(rows, dtype=torch.bool)
         return self.query_cams[rows] != self.gallery_cams[columns]
 
     def no_valid_query(self):
-        """The error for sets in which no query has a match left."""
+        """The error for data sets in which no query has a kept match."""
 
         def some(values):
             if values is None:
@@ -151,10 +151,10 @@ def metrics_of_strips(strips, labels, max_rank, path, seed=0):
             mask = torch.empty(strip.shape, dtype=torch.bool, device=strip.device)
         counts = labels.counts_cpu[start : start + strip.shape[0]]
         for begin, end in row_groups(counts, PAIR_LIMIT):
-            rows, columns, kept = labels.pairs(start + begin, start + end)
+            rows, columns, is_kept = labels.pairs(start + begin, start + end)
             part = strip[begin:end]
-            part[rows[~kept], columns[~kept]] = -torch.inf
-            rows, columns = rows[kept], columns[kept]
+            part[rows[~is_kept], columns[~is_kept]] = -torch.inf
+            rows, columns = rows[is_kept], columns[is_kept]
             if single_shot is not None:
                 single_shot.add(start + begin, part, rows, columns)
             rows, ranks = match_ranks(part, rows, columns, mask[: end - begin])
@@ -163,7 +163,7 @@ def metrics_of_strips(strips, labels, max_rank, path, seed=0):
 
 
 class Tally:
-    """AP, INP and first rank of each query, filled some queries at a time."""
+    """AP, INP and first rank of each query; `add` fills in some queries at a time."""
 
     def __init__(self, labels):
         self.labels = labels
@@ -207,7 +207,7 @@ class Tally:
 
 
 def first_rank_curve(first, max_rank):
-    """How many of the first-match ranks are at most 1, 2, ... max_rank."""
+    """The number of first-match ranks that are at most 1, 2, ... max_rank."""
     return torch.bincount(first.clamp(max=max_rank + 1), minlength=max_rank + 2)[1 : max_rank + 1].cumsum(0).double()
 
 
@@ -233,10 +233,10 @@ class SingleShot:
         starts = counts.cumsum(0) - counts
         others = self.pids[None] != self.query_pids[start : start + strip.shape[0]][valid][:, None]
         for chosen, draws in zip(self.chosen, self.own_draws[:, start : start + strip.shape[0]], strict=True):
-            own = columns[(starts + (draws * counts).long())[valid]]
+            own_matches = columns[(starts + (draws * counts).long())[valid]]
             scores = strip[:, chosen][valid]
-            own_scores = strip[valid].gather(1, own[:, None])
-            before = (scores > own_scores) | ((scores == own_scores) & (chosen < own[:, None]))
+            own_scores = strip[valid].gather(1, own_matches[:, None])
+            before = (scores > own_scores) | ((scores == own_scores) & (chosen < own_matches[:, None]))
             self.curve += first_rank_curve(1 + (before & others).sum(1), self.max_rank)
 
     def cmc(self, num_valid):

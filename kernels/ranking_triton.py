@@ -1,7 +1,7 @@
-"""Fused cosine similarity and rank counting: no similarity leaves the chip.
+"""Fused cosine similarity and rank counting: similarities are not written to memory.
 
-The gallery is sorted by identity, so the matches of a block of queries, sorted likewise, lie in a few tiles. One
-kernel takes their scores from these tiles, another counts in all tiles what is before each match.
+Queries and gallery are sorted by identity, so the matches of a block of queries are in a few tiles. One kernel reads
+their scores from these tiles, another counts the items before each match in all tiles.
 """
 
 import torch
@@ -23,13 +23,13 @@ def match_scores_kernel(
     valid = rows < num_rows
     start = tl.load(starts + rows, mask=valid, other=0).to(tl.int32)
     count = tl.load(counts + rows, mask=valid, other=0).to(tl.int32)
-    # The slots of a block lie together: offsets from its first fit 32 bits, and half the registers.
+    # The slots of a block are adjacent: offsets from the first slot fit 32 bits and need half the registers.
     slot = tl.load(slots + rows, mask=valid, other=9223372036854775807)
     base = tl.min(slot, axis=0)
     shift = tl.where(valid, slot - base, 0).to(tl.int32)
     first = tl.min(tl.where(count > 0, start, num_columns), axis=0)
     last = tl.max(tl.where(count > 0, start + count, 0), axis=0)
-    # From a tile's border on, as in the counting kernel.
+    # Start at a tile's border, as in the counting kernel.
     for left in range(first // BLOCK_N * BLOCK_N, last, BLOCK_N):
         columns = left + tl.arange(0, BLOCK_N)
         overlap = tl.minimum(start + count, left + BLOCK_N) - tl.maximum(start, left)
@@ -39,8 +39,8 @@ def match_scores_kernel(
                 BLOCK_M, BLOCK_N, BLOCK_K, SCALED, PRECISION,
             )  # fmt: skip
             place = columns[None, :] - start[:, None]
-            wanted = (place >= 0) & (place < count[:, None])
-            tl.store(scores_out + base + (shift[:, None] + place), tile, mask=wanted)
+            selected = (place >= 0) & (place < count[:, None])
+            tl.store(scores_out + base + (shift[:, None] + place), tile, mask=selected)
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def count_kernel(
     counts_out, num_rows, num_columns, depth, per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to each match the number of items of other identities before it."""
+    """Add the number of items of other identities before each match to its count."""
     row_block, split = tl.program_id(0), tl.program_id(1)
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < num_rows
@@ -68,21 +68,21 @@ def count_kernel(
         gallery_pid = tl.load(gallery_pids + columns, mask=inside, other=-1)
         index = tl.load(order + columns, mask=inside, other=0)
         # Matches and dropped items have the query's identity: their order among themselves needs no product.
-        other = inside[None, :] & (query_pid[:, None] != gallery_pid[None, :])
-        tile = tl.where(other, tile, float("-inf"))
-        # From the worst match up, until nothing in the tile comes before any row's match.
+        is_other = inside[None, :] & (query_pid[:, None] != gallery_pid[None, :])
+        tile = tl.where(is_other, tile, float("-inf"))
+        # From the worst match to better ones, until no item of the tile is before any row's match.
         step = longest * 0
-        found = longest > 0
-        while found:
+        searching = longest > 0
+        while searching:
             place = end - 1 - step
-            known = valid & (place >= begin)
-            score = tl.load(scores + place, mask=known, other=float("inf"))
-            own = tl.load(indices + place, mask=known, other=0)
-            ahead = (tile > score[:, None]) | ((tile == score[:, None]) & (index[None, :] < own[:, None]))
+            has_match = valid & (place >= begin)
+            score = tl.load(scores + place, mask=has_match, other=float("inf"))
+            match_index = tl.load(indices + place, mask=has_match, other=0)
+            ahead = (tile > score[:, None]) | ((tile == score[:, None]) & (index[None, :] < match_index[:, None]))
             number = tl.sum(ahead.to(tl.int32), axis=1)
-            tl.atomic_add(counts_out + place, number, mask=known & (number > 0))
+            tl.atomic_add(counts_out + place, number, mask=has_match & (number > 0))
             step += 1
-            found = (tl.max(number, axis=0) > 0) & (step < longest)
+            searching = (tl.max(number, axis=0) > 0) & (step < longest)
 
 
 def match_ranks_triton(queries, gallery, labels, precision="ieee"):
@@ -110,8 +110,8 @@ def match_ranks_triton(queries, gallery, labels, precision="ieee"):
 
     # The kept matches of each query, best first, equal scores by gallery index.
     indices = labels.order[places]
-    kept = labels.keeps(by_pid[rows], indices)
-    rows, indices, scores = rows[kept], indices[kept], scores[kept]
+    is_kept = labels.keeps(by_pid[rows], indices)
+    rows, indices, scores = rows[is_kept], indices[is_kept], scores[is_kept]
     order = indices.argsort(stable=True)
     order = order[scores[order].argsort(descending=True, stable=True)]
     order = order[rows[order].argsort(stable=True)]

@@ -2,8 +2,8 @@
 
     d_ij = 2 - 2 cos(x_i, x_j)        o_ij = d_ij / max_k d_ik        final = (1 - lambda) J + lambda o_qg
 
-with J of `jaccard.py` over X, the queries and then the gallery. J is 1 for all but the few gallery items that share a
-neighbour with the query: a strip of final distances is a strip of similarities, scaled, and corrected at those.
+with J of `jaccard.py` over X, the queries and then the gallery. J is 1 except for the few gallery items that share a
+neighbour with the query: a strip of final distances is a scaled strip of similarities, corrected at these items.
 """
 
 import numbers
@@ -21,20 +21,20 @@ from .topk import TopK, strip_topk
 def k_reciprocal_rerank(queries, gallery, *, k1=20, k2=6, lambda_value=0.3, compat=None, backend="auto"):
     """Re-rank (Q, D) queries against (G, D) gallery: a ReRanking.
 
-    compat="torchreid" squares the distances once more, as torchreid's and fast-reid's engines do.
+    compat="torchreid" squares the distances a second time, as torchreid and fast-reid do.
     """
     check_features(queries, gallery)
     k1, k2 = check_count("k1", k1, 0), check_count("k2", k2, 0)
     if isinstance(lambda_value, bool) or not isinstance(lambda_value, numbers.Real) or not 0 <= lambda_value <= 1:
         raise ValueError(f"lambda_value must be a number between 0 and 1, got {lambda_value!r}")
     check_compat(compat)
-    wanted = min(max(k1 + 1, k2), queries.shape[0] + gallery.shape[0])
-    path = choose_backend(backend, queries, "k_reciprocal_rerank", wanted)
+    num_neighbours = min(max(k1 + 1, k2), queries.shape[0] + gallery.shape[0])
+    path = choose_backend(backend, queries, "k_reciprocal_rerank", num_neighbours)
     return ReRanking(queries, gallery, k1, k2, float(lambda_value), compat == "torchreid", path)
 
 
 class ReRanking:
-    """Final distances of queries and gallery, made a strip at a time; `.backend` is the path that ran."""
+    """Final distances of queries and gallery, computed strip by strip; `.backend` is the path that ran."""
 
     def __init__(self, queries, gallery, k1, k2, lambda_value, fourth_power, path):
         self.num_queries, self.num_gallery = queries.shape[0], gallery.shape[0]
@@ -91,7 +91,7 @@ class ReRanking:
         if self.lambda_value > 0:
             yield from similarity_strips(self._queries, self.num_queries, self._gallery, self.num_gallery)
             return
-        # The distances have no part in the result: no product is needed.
+        # With lambda 0 the original distances do not count: no product is needed.
         height = strip_height(self.num_gallery, self._queries.device)
         for start in range(0, self.num_queries, height):
             rows = min(height, self.num_queries - start)
@@ -107,7 +107,7 @@ class ReRanking:
             strip.mul_(scale).sub_(scale + (1 - self.lambda_value))
 
     def _add_overlaps(self, strip, start, shared, mask):
-        """In place: add (1 - lambda) t / (2 - t) where rows and gallery share a neighbour. `shared` is left zero."""
+        """In place: add (1 - lambda) t / (2 - t) where rows and gallery share a neighbour; `shared` is reset to 0."""
         stop = start + strip.shape[0]
         rows, columns, _ = self._vectors.entries(start, stop)
         costs = torch.zeros(strip.shape[0], dtype=torch.int64, device=strip.device)
@@ -123,7 +123,7 @@ class ReRanking:
 
 
 def k_reciprocal_rerank_reference(queries, gallery, k1=20, k2=6, lambda_value=0.3, compat=None):
-    """The definition, dense, a row at a time: (Q, G) final distances, as precise as the dtype of its inputs."""
+    """The definition, dense, row by row: (Q, G) final distances, as precise as the dtype of its inputs."""
     features = torch.cat([queries, gallery])
     num_rows = features.shape[0]
     distance = 2 - 2 * cosine_reference(features, features)
@@ -147,7 +147,7 @@ def k_reciprocal_rerank_reference(queries, gallery, k1=20, k2=6, lambda_value=0.
         vectors[i, members] = weights / weights.sum()
     if k2 > 1:
         vectors = torch.stack([vectors[order[i, :k2]].mean(0) for i in range(num_rows)])
-    ours, others = vectors[: queries.shape[0]], vectors[queries.shape[0] :]
-    overlap = torch.stack([torch.minimum(row, others).sum(1) for row in ours])
+    query_vectors, gallery_vectors = vectors[: queries.shape[0]], vectors[queries.shape[0] :]
+    overlap = torch.stack([torch.minimum(row, gallery_vectors).sum(1) for row in query_vectors])
     jaccard = 1 - overlap / (2 - overlap)
     return (1 - lambda_value) * jaccard + lambda_value * original[: queries.shape[0], queries.shape[0] :]

@@ -1,7 +1,7 @@
-"""Unit rows, strips of similarities and the few entries of them that matter: what the torch paths share.
+"""Helpers of all torch paths: unit rows, strips of similarities, and selection of few entries of a strip.
 
 A strip is a block of query rows against the whole gallery. Every consumer reads all its numbers from one strip, so a
-match, and an item that ties with it, are compared by the very same bits.
+match and an item that ties with it are compared by exactly the same bits.
 """
 
 import torch
@@ -9,9 +9,9 @@ import torch
 from .dispatch import full_precision
 
 # BLAS libraries sum in another order at ragged edges and for single rows. With both row counts padded to a multiple
-# of 64 every entry is summed alike wherever it lies, so that equal rows get equal similarities.
+# of 64, every entry is summed in the same order, so that equal rows get equal similarities.
 ROW_MULTIPLE = 64
-# More rows gain nothing on the CPU: its products are at full speed from 384 on.
+# More rows bring no gain on the CPU: products reach full speed at 384 rows.
 STRIP_ROWS = 512
 STRIP_BYTES = {"cpu": 160 << 20, "cuda": 256 << 20}
 NORMALISE_ROWS = 4096
@@ -24,9 +24,8 @@ def padded(count):
 def unit_rows(*named_features, spare=0):
     """Rows of all (name, features) one after the other, divided by their length and padded with zero rows.
 
-    `spare` more zero rows follow, so that padded views may start at any row.
-
-    Zero rows and rows that are not finite raise ValueError, naming them.
+    `spare` zero rows are added, so that padded views may start at any row. Zero rows and rows that are not finite
+    raise a ValueError with their numbers.
     """
     total = sum(features.shape[0] for _, features in named_features)
     first = named_features[0][1]
@@ -58,7 +57,7 @@ def unit_pair(queries, gallery):
 
 
 def cosine_reference(queries, gallery):
-    """All cosines, dense, as precise as the dtype of the inputs; equal rows have equal ones."""
+    """All cosines, dense, as precise as the dtype of the inputs; equal rows have equal cosines."""
     queries = queries / queries.norm(dim=1, keepdim=True)
     gallery = gallery / gallery.norm(dim=1, keepdim=True)
     products, cosines = torch.empty_like(gallery), gallery.new_empty(queries.shape[0], gallery.shape[0])
@@ -77,7 +76,7 @@ def raise_on_bad_rows(name, largest):
 
 
 def strip_height(num_columns, device):
-    """Rows of a strip: as many as the byte limit holds, a multiple of 64."""
+    """Number of rows of a strip: as many as the byte limit allows, a multiple of 64."""
     limit = STRIP_BYTES.get(device.type, STRIP_BYTES["cpu"])
     rows = limit // (4 * padded(num_columns)) // ROW_MULTIPLE * ROW_MULTIPLE
     return min(max(rows, ROW_MULTIPLE), STRIP_ROWS)
@@ -102,7 +101,7 @@ def similarity_strips(queries, num_queries, gallery, num_gallery):
 def hits(mask):
     """Rows, columns and flat places of the set entries of a contiguous (rows, columns) mask, row after row."""
     if mask.device.type == "cpu" and mask.shape[1] % 8 == 0:
-        # Few bytes are set: eight at a time are looked at as one integer, and only those that are not zero in detail.
+        # Few bytes are set: eight bytes are tested as one integer, and only integers that are not zero are examined.
         words = mask.view(torch.int64)
         word_rows, word_columns = words.nonzero().unbind(1)
         inner = words[word_rows, word_columns].view(torch.uint8).nonzero().flatten()
@@ -127,14 +126,14 @@ def count_set(mask):
 
 
 def descending_key(values):
-    """float32 -> int64 in 0..2**32-1, ordered the other way round; both zeros get one key."""
+    """float32 -> int64 in 0..2**32-1 in reversed order; both zeros get the same key."""
     bits = (values + 0.0).view(torch.int32)
     ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (~ascending).to(torch.int64) + (1 << 31)
 
 
 def expand_ranges(starts, counts):
-    """For ranges (start, count): the number of the range of every element, and the element, one after the other."""
+    """All elements of ranges (start, count), one after the other: (number of the range, element)."""
     owner = torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts)
     shift = starts - (counts.cumsum(0) - counts)
     return owner, shift.index_select(0, owner).add_(torch.arange(owner.shape[0], device=counts.device))

@@ -1,7 +1,7 @@
 """The tile of similarities that all Triton kernels share. Imported only where Triton runs.
 
-Two kernels that compute the same tile compute it with this function and the same block sizes, so that its entries are
-the same bits: a match found by one is compared by the other with itself.
+Kernels that compute the same tile use this function with the same block sizes, so its entries have the same bits: the
+score of a match in one kernel equals its score in the other.
 """
 
 import torch
@@ -16,7 +16,7 @@ from .tiles import raise_on_bad_rows, unit_rows
 FLOAT_CONFIG = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3}
 HALF_CONFIG = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
 PRECISIONS = ("ieee", "tf32x3")
-# Programs that keep a card busy; rows alone may be too few, then the gallery is split.
+# The number of programs that keeps a card busy; with too few rows, the gallery is split.
 WANTED_PROGRAMS = 1024
 
 
@@ -45,12 +45,12 @@ def similarity_tile(
         left_scale = tl.load(query_scale + rows, mask=rows < num_rows, other=0.0)
         right_scale = tl.load(gallery_scale + columns, mask=columns < num_columns, other=0.0)
         tile = tile * (left_scale[:, None] * right_scale[None, :])
-    # Minus zero becomes zero, so that the bits order as the numbers do.
+    # Minus zero becomes zero, so that bits have the same order as numbers.
     return tile + 0.0
 
 
 class TileInputs:
-    """Rows as the kernels read them: float32 unit rows, or half rows as they came with one over their lengths."""
+    """Rows as the kernels read them: float32 unit rows, or unchanged half rows with the inverse of their lengths."""
 
     def __init__(self, name, features, precision="ieee"):
         if precision not in PRECISIONS:
@@ -65,10 +65,10 @@ class TileInputs:
             if self.rows.dtype == torch.bfloat16 and not bool(
                 torch.isfinite(self.scale).all() & (self.scale > 0).all()
             ):
-                # bfloat16 reaches as far as float32: squares of its extremes do not fit.
+                # bfloat16 has the range of float32: squares of its extreme values overflow or become 0.
                 self.scaled = False
             elif self.rows.dtype == torch.bfloat16 and interpreting(triton):
-                # numpy, under the interpreter, has no bfloat16 product.
+                # numpy, which the interpreter uses, has no bfloat16 product.
                 self.rows = self.rows.float()
         if not self.scaled:
             self.rows = unit_rows((name, features))
@@ -80,18 +80,18 @@ class TileInputs:
 
     def take(self, order):
         """The same rows in another order."""
-        other = object.__new__(TileInputs)
-        other.__dict__.update(self.__dict__)
-        other.rows = self.rows[order]
-        other.scale = self.scale[order] if self.scaled else other.rows
-        return other
+        taken = object.__new__(TileInputs)
+        taken.__dict__.update(self.__dict__)
+        taken.rows = self.rows[order]
+        taken.scale = self.scale[order] if self.scaled else taken.rows
+        return taken
 
 
 def paired_inputs(queries, gallery, precision):
     """TileInputs of both, either both scaled or neither, in one dtype."""
     if gallery is queries:
-        same = TileInputs("features", queries, precision)
-        return same, same
+        inputs = TileInputs("features", queries, precision)
+        return inputs, inputs
     if queries.dtype != gallery.dtype:
         queries, gallery = queries.float(), gallery.float()
     pair = TileInputs("queries", queries, precision), TileInputs("gallery", gallery, precision)
@@ -101,5 +101,5 @@ def paired_inputs(queries, gallery, precision):
 
 
 def splits(num_row_blocks, num_column_blocks):
-    """Into how many parts the columns are split."""
+    """The number of parts into which the columns are split."""
     return max(1, min(num_column_blocks, WANTED_PROGRAMS // num_row_blocks))

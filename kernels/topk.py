@@ -66,7 +66,7 @@ def strip_topk(strip, k):
     if strip.dtype == torch.float64 or k * 2 * GROUP > num_columns:
         values, columns = strip.sort(dim=1, descending=True, stable=True)
         return values[:, :k], columns[:, :k]
-    # The k-th largest of the maxima of small groups is a floor: at least k entries of the row reach it.
+    # The k-th largest of the maxima of small groups is a lower bound: at least k entries of the row reach it.
     floor = strip.view(num_rows, -1, GROUP).amax(-1).topk(k, dim=1).values[:, -1:]
     mask = strip >= floor
     counts = count_set(mask)
@@ -74,18 +74,18 @@ def strip_topk(strip, k):
     columns = torch.empty(num_rows, k, dtype=torch.int64, device=strip.device)
     crowded = counts > 8 * k + 1024
     if bool(crowded.any()):
-        # Rows full of equal entries: sorted whole, a few at a time.
+        # Rows with many equal entries are sorted whole, a few at a time.
         rows = crowded.nonzero().flatten()
         mask[rows] = False
         for some in rows.split(max(1, (1 << 22) // num_columns)):
             ordered, order = strip[some].sort(dim=1, descending=True, stable=True)
             values[some], columns[some] = ordered[:, :k], order[:, :k]
     rows, cols, places = hits(mask)
-    found = strip.view(-1)[places]
-    order = ((rows << 32) + descending_key(found)).sort(stable=True).indices
+    hit_values = strip.view(-1)[places]
+    order = ((rows << 32) + descending_key(hit_values)).sort(stable=True).indices
     counts = torch.where(crowded, 0, counts)
     place = torch.arange(rows.shape[0], device=rows.device) - (counts.cumsum(0) - counts)[rows]
     rows, keep = rows[order], place < k
-    values[rows[keep], place[keep]] = found[order][keep]
+    values[rows[keep], place[keep]] = hit_values[order][keep]
     columns[rows[keep], place[keep]] = cols[order][keep]
     return values, columns

@@ -1,4 +1,4 @@
-"""Fused cosine similarity, running top-k and row minimum: no similarity leaves the chip."""
+"""Fused cosine similarity, running top-k and row minimum: similarities are not written to memory."""
 
 import torch
 import triton
@@ -35,14 +35,14 @@ def topk_kernel(
             tile = tl.where(rows[:, None] == columns[None, :], float("inf"), tile)
         bits = tile.to(tl.int32, bitcast=True)
         ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        # Larger keys are better: the similarity above, the lower column below.  [BLOCK_M, BLOCK_N]
+        # Larger keys are better: similarity in the upper half, reversed column in the lower.  [BLOCK_M, BLOCK_N]
         keys = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - columns).to(tl.int64)[None, :]
         keys = tl.where(inside & (rows < num_rows)[:, None], keys, nothing)
         largest = tl.max(keys, axis=1)
-        # Most tiles hold nothing that beats a row's worst; the others give up their best entries one by one.
+        # Most tiles have no entry better than a row's worst; in the others the best entries are taken one by one.
         while tl.max((largest > worst).to(tl.int32), axis=0) > 0:
-            taken = largest > worst
-            replaced = (best == worst[:, None]) & taken[:, None]
+            improved = largest > worst
+            replaced = (best == worst[:, None]) & improved[:, None]
             best = tl.where(replaced, largest[:, None], best)
             keys = tl.where(keys == largest[:, None], nothing, keys)
             worst = tl.min(best, axis=1)

@@ -1,14 +1,15 @@
-"""MetaBIN: how much of batch and of instance normalisation a network takes, learned so that unseen domains profit.
+"""MetaBIN: learns the mixture of batch and instance normalisation that works best on unseen domains.
 
-    add_batch_instance_norms(backbone)             # y = rho BN(x) + (1 - rho) IN(x), a rho in [0, 1] for each channel
+    add_batch_instance_norms(backbone)             # y = rho BN(x) + (1 - rho) IN(x), one rho in [0, 1] per channel
     values = meta_step(backbone, images, labels, domains, held_in, inner_rate=b, outer_rate=g)
 
-After every ordinary step, which leaves rho alone, a meta-step on images of all source domains moves rho alone. In it
-some domains stand for those that are known. Their losses would move rho by a rate b that goes up and down,
+An ordinary step trains everything except rho. After it, a meta-step on images of all source domains trains rho only.
+The domains are divided into known ones and test ones. The losses on the known domains give a trial update, at a rate b
+that goes up and down,
 
     rho' = clip(rho - b grad(scatter + shuffle + triplet))
 
-and how well rho' tells people of the other domains apart decides: rho <- clip(rho - g grad triplet(rho')).
+and the triplet loss of rho' on the test domains gives the update: rho <- clip(rho - g grad triplet(rho')).
 """
 
 import random
@@ -20,7 +21,7 @@ from torch.func import functional_call
 
 from utils.modeling.norms import BatchInstanceNorm, balances
 
-# Hard triplets of both halves of the meta-step.
+# Margin of the triplet losses in both halves of the meta-step.
 MARGIN = 0.3
 
 
@@ -28,24 +29,24 @@ MARGIN = 0.3
 
 
 def scatter_loss(features, domains):
-    """Mean cosine of features to the centre of their domain: minimised, each domain spreads out."""
+    """Mean cosine of features to the centre of their domain: a lower value means that each domain spreads out."""
     unit = F.normalize(features, dim=1)
     parts = [unit[domains == domain] for domain in domains.unique()]
     return torch.stack([(part @ F.normalize(part.mean(0), dim=0)).mean() for part in parts]).mean()
 
 
 def shuffle_loss(features, labels, domains):
-    """mean log(1 + exp(farthest of other domains - nearest other person of the own domain)): domains mingle."""
-    distance, ours = distances(features), domains[:, None] == domains[None, :]
-    farthest = distance.masked_fill(ours, -torch.inf).amax(1)
-    nearest = distance.masked_fill(~ours | (labels[:, None] == labels[None, :]), torch.inf).amin(1)
+    """mean log(1 + exp(farthest of other domains - nearest other identity of its domain)): domains mix."""
+    distance, same_domain = distances(features), domains[:, None] == domains[None, :]
+    farthest = distance.masked_fill(same_domain, -torch.inf).amax(1)
+    nearest = distance.masked_fill(~same_domain | (labels[:, None] == labels[None, :]), torch.inf).amin(1)
     return F.softplus(farthest - nearest).mean()
 
 
 def triplet_loss(features, labels):
-    distance, same = distances(features), labels[:, None] == labels[None, :]
-    farthest = distance.masked_fill(~same, -torch.inf).amax(1)
-    nearest = distance.masked_fill(same, torch.inf).amin(1)
+    distance, same_identity = distances(features), labels[:, None] == labels[None, :]
+    farthest = distance.masked_fill(~same_identity, -torch.inf).amax(1)
+    nearest = distance.masked_fill(same_identity, torch.inf).amin(1)
     return F.relu(farthest - nearest + MARGIN).mean()
 
 
@@ -58,49 +59,51 @@ def distances(features):
 
 
 def meta_step(backbone, images, labels, domains, held_in, *, inner_rate, outer_rate, first_order=False, reduce=None):
-    """Moves every rho once; returns the losses and the mean of rho, as tensors without gradient.
+    """Updates every rho once; returns the losses and the mean of rho, as tensors without gradient.
 
-    `held_in` are the domains that are taken for known ones, the other domains of the batch test. `first_order`
-    leaves out that the inner gradient depends on rho too, as the authors' code does. `reduce` averages the gradient
-    over processes that all have the same batch: their rho stay equal to the last bit.
+    `held_in` are the domains used as known ones; the other domains of the batch are the test domains. `first_order`
+    ignores that the inner gradient depends on rho too, as the authors' code does. `reduce` averages the gradient
+    over processes that all have the same batch, so that their rho stay exactly equal.
     """
     rho = {name: tensor.detach().requires_grad_() for name, tensor in balances(backbone).items()}
     weights = {name: parameter.detach() for name, parameter in backbone.named_parameters()}
-    known = torch.isin(domains, torch.as_tensor(held_in, device=domains.device))
+    is_held_in = torch.isin(domains, torch.as_tensor(held_in, device=domains.device))
     with held_averages(backbone):
-        features = functional_call(backbone, weights | rho, (images[known],))
-        scatter = scatter_loss(features, domains[known])
-        # One domain has no others to mingle with.
+        features = functional_call(backbone, weights | rho, (images[is_held_in],))
+        scatter = scatter_loss(features, domains[is_held_in])
+        # A single domain has no others to mix with.
         shuffle = scatter.new_zeros(())
         if len(held_in) > 1:
-            shuffle = shuffle_loss(features, labels[known], domains[known])
-        triplet = triplet_loss(features, labels[known])
+            shuffle = shuffle_loss(features, labels[is_held_in], domains[is_held_in])
+        triplet = triplet_loss(features, labels[is_held_in])
         slopes = torch.autograd.grad(scatter + shuffle + triplet, list(rho.values()), create_graph=not first_order)
         moved = {
             name: clipped(old - inner_rate * slope) for (name, old), slope in zip(rho.items(), slopes, strict=True)
         }
-        features = functional_call(backbone, weights | moved, (images[~known],))
-        test = triplet_loss(features, labels[~known])
+        features = functional_call(backbone, weights | moved, (images[~is_held_in],))
+        test = triplet_loss(features, labels[~is_held_in])
         slopes = torch.cat(torch.autograd.grad(test, list(rho.values())))
     if reduce is not None:
         slopes = reduce(slopes)
     with torch.no_grad():
-        found = balances(backbone)
-        for tensor, slope in zip(found.values(), slopes.split([len(one) for one in found.values()]), strict=True):
+        current = balances(backbone)
+        for tensor, slope in zip(
+            current.values(), slopes.split([len(value_of_norm) for value_of_norm in current.values()]), strict=True
+        ):
             tensor.sub_(outer_rate * slope).clamp_(0, 1)
         values = {"loss_scatter": scatter, "loss_shuffle": shuffle, "loss_inner_triplet": triplet}
-        values |= {"loss_meta_test": test, "rho": torch.cat(list(found.values())).mean()}
+        values |= {"loss_meta_test": test, "rho": torch.cat(list(current.values())).mean()}
     return {name: value.detach() for name, value in values.items()}
 
 
 def clipped(values):
-    """To [0, 1]; the gradient passes as if not, else a rho at its bound could never leave it."""
+    """Values clipped to [0, 1]. The gradient ignores the clipping, otherwise a rho at its bound would stay there."""
     return values + (values.clamp(0, 1) - values).detach()
 
 
 @contextmanager
 def held_averages(backbone):
-    """Norms by the batch that leave their averages alone; activations are kept, as `functional_call` needs."""
+    """Norms use batch statistics and keep their averages; no gradient checkpointing, as `functional_call` needs."""
     norms = [module for module in backbone.modules() if isinstance(module, BatchInstanceNorm)]
     usual, backbone.gradient_checkpointing = getattr(backbone, "gradient_checkpointing", False), False
     for norm in norms:
@@ -114,20 +117,21 @@ def held_averages(backbone):
 
 
 def inner_rate(step, period, low, high):
-    """Up and down between two rates in a straight line, once in `period` steps; lowest at step 0."""
+    """A rate that goes linearly from `low` at step 0 up to `high` and back, once in `period` steps."""
     place = step % period / period
     return low + (high - low) * (1 - abs(2 * place - 1))
 
 
 def domains_held_in(num_domains, seed):
-    """Half of the domains, of an odd number the larger half, drawn from a seed."""
+    """Half of the domains (rounded up), drawn from a seed."""
     return sorted(random.Random(f"held in/{seed}").sample(range(num_domains), (num_domains + 1) // 2))
 
 
 class MetaBatches:
-    """A batch sampler with what a meta-step takes after each batch of another: P people with K images of each domain.
+    """A batch sampler that adds a meta-step's images to each batch of another sampler.
 
-    Every process gets these whole, after its share of the other batch. `set_epoch` and `global_batches` are passed on.
+    The added images are K of each of P identities of each domain. Every process gets all of them, after its share of
+    the other sampler's batch. `set_epoch` and `steps_of` are passed on.
     """
 
     def __init__(self, sampler, labels, domains, ids_per_domain, images_per_id, seed=0):
@@ -148,11 +152,11 @@ class MetaBatches:
         """Images of a meta-step."""
         return len(self.people) * self.ids * self.size
 
-    def set_epoch(self, epoch):
-        self.sampler.set_epoch(epoch)
+    def set_epoch(self, epoch, done=0):
+        self.sampler.set_epoch(epoch, done)
 
-    def global_batches(self, epoch):
-        return self.sampler.global_batches(epoch)
+    def steps_of(self, epochs):
+        return self.sampler.steps_of(epochs)
 
     def drawn(self, key):
         rng = random.Random(f"meta/{key}")
@@ -162,7 +166,7 @@ class MetaBatches:
                 yield from rng.sample(rows, self.size) if len(rows) >= self.size else rng.choices(rows, k=self.size)
 
     def __iter__(self):
-        for number, batch in enumerate(self.sampler):
+        for number, batch in enumerate(self.sampler, self.sampler.done):
             key = f"{self.seed}/{self.sampler.epoch}/{number}"
             yield batch + [(row, f"meta/{key}/{place}") for place, row in enumerate(self.drawn(key))]
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, JSON and CSV, and the record of a run: arguments, versions, revision."""
+"""Files that are written whole or not at all, JSON and CSV, and the record of a run: arguments, versions, revision."""
 
 import csv
 import hashlib
@@ -11,29 +11,31 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+# Entries of the parsed arguments that are not flags: scripts use them internally.
+NO_ARGUMENTS = ("free_on_resume", "notes")
 PACKAGES = ("torch", "torchvision", "transformers", "diffusers", "accelerate", "peft", "datasets", "numpy")
 
 
 @contextmanager
 def write_together(folder):
-    """Files that appear together: `with write_together(out) as aside: aside("metrics.json").write_text(...)`.
+    """Files that appear together: `with write_together(out) as part: part("a.json").write_text(...)`.
 
-    `aside(name)` is where to write `name` for now. The files take their names when the block ends without an error;
-    after an error, a full disk included, what was there before stays and nothing is left over.
+    `part(name)` is the temporary file to write `name` to. When the block ends without an error, the files are renamed.
+    After an error, such as a full disk, the temporary files are removed and older files stay as they were.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = []
 
-    def aside(name):
+    def path_of(name):
         names.append(name)
         return folder / f"{name}.part"
 
     try:
-        yield aside
+        yield path_of
         for name in names:
             part = folder / f"{name}.part"
-            # safetensors makes its files readable for the owner alone.
+            # safetensors makes its files readable by the owner only.
             os.chmod(part, 0o666 & ~_umask())
             with open(part, "rb+") as file:
                 os.fsync(file.fileno())
@@ -52,7 +54,7 @@ def _umask():
 
 
 def to_json(value):
-    """Indented JSON that any reader takes: NaN and infinity become null, tensors lists, paths text.
+    """Indented JSON that any parser reads: NaN and infinity become null, tensors become lists, paths become text.
 
     Lists of plain values stay on one line.
     """
@@ -84,7 +86,7 @@ def _plain(value):
 
 
 def write_csv(path, columns, rows):
-    """CSV that no spreadsheet takes for formulas: text that starts with `= + - @`, tab or return gets a `'` first."""
+    """Write CSV. Text that starts with `= + - @`, tab or return gets a leading `'`: spreadsheets read no formulas."""
 
     def safe(cell):
         return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
@@ -96,23 +98,23 @@ def write_csv(path, columns, rows):
 
 
 def versions():
-    """Versions of Python and of the packages that decide the numbers, the device's name, the repository's revision."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the packages that affect results, the device's name, the repository's revision."""
+    values = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            values[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     # A run that has not loaded torch used no GPU.
     torch = sys.modules.get("torch")
     with_gpu = torch is not None and torch.cuda.is_available()
-    found["device"] = torch.cuda.get_device_name() if with_gpu else platform.processor() or "cpu"
-    found["git"] = git_revision()
-    return found
+    values["device"] = torch.cuda.get_device_name() if with_gpu else platform.processor() or "cpu"
+    values["git"] = git_revision()
+    return values
 
 
 def git_revision():
-    """Commit of the checkout this file lies in, with `-dirty` if tracked files were changed; None outside of git."""
+    """Commit of this file's checkout, with `-dirty` if tracked files were changed; None outside of git."""
 
     def git(*command):
         return subprocess.run(
@@ -126,21 +128,27 @@ def git_revision():
 
 
 def run_record(args):
-    """What `args.json` holds: the command, its arguments, versions."""
-    return {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "arguments": vars(args), "versions": versions()}
+    """The content of `args.json`: the command, its arguments, versions."""
+    arguments = {name: value for name, value in vars(args).items() if name not in NO_ARGUMENTS}
+    return {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "arguments": arguments, "versions": versions()}
 
 
 def portable(value):
-    """A setting as it may be written down: of a path of this machine only the last name."""
+    """A setting without paths of this machine: only the last part of a path is kept."""
     if isinstance(value, (list, tuple)):
-        return [portable(one) for one in value]
+        return [portable(item) for item in value]
     if isinstance(value, str) and value.startswith("--") and "=" in value:
         flag, _, word = value.partition("=")
         return f"{flag}={portable(word)}"
-    # Unlike a Path, os.path takes words that are too long for a name.
+    # Unlike Path.exists, os.path.exists does not raise for words that are too long for a file name.
     if isinstance(value, (str, Path)) and os.path.exists(value):
         return Path(value).resolve().name
     return value
+
+
+def one_line(error):
+    """The message of an error in one line, or its type where it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def sha256(path):

@@ -1,11 +1,199 @@
-"""Flags of the scripts: recipes below what the command line gives, ranges, and where each value came from.
+"""Flags of the scripts: groups that several share, ranges as types, recipes, and where each value came from.
 
-torch is not imported here: `--help` and a mistyped flag answer at once.
+    parser = Parser(__doc__, recipes=RECIPES)
+    group = parser.group("method")
+    group.add("--rank", type=at_least(1), default=8, help="rank of LoRA")
+    add_optimizer(parser, learning_rate=1e-3)
+    args = parser.parse(input_args)
+
+The help adds each flag's default. torch is not imported here: `--help` and a mistyped flag answer at once.
 """
 
 import argparse
+import difflib
+import functools
 import math
+import re
 from pathlib import Path
+
+STANDINS = Path(__file__).parent / "standins"
+CLIP_DIR, DIFFUSION_DIR, CAPTIONER_DIR = (str(STANDINS / name) for name in ("clip", "stable-diffusion", "blip-vqa"))
+MULTISTEP = "warmup_multistep"
+# Those of diffusers.
+STEP_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+OPTIMIZERS = ("adam", "adamw", "sgd")
+SINGLE_IMAGE_IDS = ("error", "repeat", "drop")
+PRECISIONS = ("no", "fp16", "bf16")
+
+
+# Ranges
+
+
+def number(text, kind, fits, words):
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a {'whole ' * (kind is int)}number, got {text!r}") from None
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"must be {words}, got {value}")
+    return value
+
+
+@functools.cache
+def at_least(least):
+    """Whole numbers from `least` on."""
+    return lambda text: number(text, int, lambda value: value >= least, f"{least} or more")
+
+
+@functools.cache
+def between(least, most):
+    """Whole numbers from `least` to `most`."""
+    return lambda text: number(text, int, lambda value: least <= value <= most, f"{least} to {most}")
+
+
+def one_or_more(text):
+    return number(text, float, lambda value: 1 <= value < math.inf, "1 or more")
+
+
+def above_zero(text):
+    return number(text, float, lambda value: 0 < value < math.inf, "above 0")
+
+
+def not_negative(text):
+    return number(text, float, lambda value: 0 <= value < math.inf, "0 or more")
+
+
+def fraction(text):
+    return number(text, float, lambda value: 0 <= value <= 1, "between 0 and 1")
+
+
+def share(text):
+    return number(text, float, lambda value: 0 < value <= 1, "above 0 and at most 1")
+
+
+def below_one(text):
+    return number(text, float, lambda value: 0 <= value < 1, "between 0 and 1, and below 1")
+
+
+def seed(text):
+    return number(text, int, lambda value: 0 <= value < 2**32, "0 or more, and below 2^32")
+
+
+def pixels(text):
+    return number(text, int, lambda value: value >= 8, "at least 8 pixels")
+
+
+def numbers_by_name(words):
+    """{name, or None for all: number} of `0.6` or `market1501=0.6 msmt17=0.5`; None of None."""
+    numbers = {}
+    for word in words or ():
+        name, equals, text = word.rpartition("=")
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or bool(name) != bool(equals) or (name or None) in numbers:
+            raise ValueError(f"{word!r} is not as expected: a number, or DOMAIN=NUMBER for each source")
+        numbers[name or None] = value
+    if None in numbers and len(numbers) > 1:
+        raise ValueError("has a number for all sources and others for single ones; give one kind")
+    return None if words is None else numbers
+
+
+# The parser
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help of argparse, with the default at the end of each flag's line."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30)
+
+    def _get_help_string(self, action):
+        words = action.help or ""
+        unsaid = any(action.default is one for one in (None, False, argparse.SUPPRESS))
+        if unsaid or "default" in words.split(";")[-1]:
+            return words
+        value = shown(action.default).replace("%", "%%")
+        if value.startswith(str(STANDINS)):
+            value = "the shipped stand-in"
+        return f"{words}; default {value or 'none'}" if words else f"default {value or 'none'}"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser with recipes below its flags.
+
+    A flag may be `free`: a run with another value of it resumes from the same checkpoint. It may have `idle`, a test
+    of the arguments and words for it: where the test holds, the flag has no effect, and a run that has it says so.
+    """
+
+    def __init__(self, description, *, recipes=None):
+        super().__init__(description=description, formatter_class=Help, usage="%(prog)s [flags]")
+        self.recipes, self.free, self.idle = recipes or {}, {"recipe"}, {}
+
+    def group(self, title, *, free=False, idle=()):
+        return Group(self, title, free, idle)
+
+    def add(self, *names, free=False, idle=(), **options):
+        return Group(self, None, free, idle).add(*names, **options)
+
+    def parse(self, input_args=None, recipes=None):
+        """The arguments, with `origin` ({name: flag | recipe | default}), `free_on_resume` and `notes` beside them."""
+        recipes = self.recipes if recipes is None else recipes
+        args, origin = parse_with_recipes(self, recipes, input_args)
+        args.origin = origin
+        args.free_on_resume = sorted({*self.free, *NOT_ARGUMENTS})
+        return args
+
+    def notes(self, args):
+        """The first lines of a run: where its values came from, and which flags have no effect."""
+        lines = describe_origin(args, args.origin)
+        idle = {}
+        for name, cases in self.idle.items():
+            reasons = [words(args) if callable(words) else words for test, words in cases if test(args)]
+            if reasons and args.origin[name] == "flag":
+                idle[name] = reasons[0]
+        if idle:
+            lines.append(f"Without effect: {', '.join(f'--{name} ({reason})' for name, reason in idle.items())}")
+        return lines
+
+    def error(self, message):
+        message = re.sub(r"^argument (--\w+)(?:/--\w+)*: must", r"\1 must", message)
+        unknown = re.match(r"unrecognized arguments: --(\w+)", message)
+        if unknown:
+            known = [action.option_strings[-1] for action in self._actions if action.option_strings]
+            near = difflib.get_close_matches(f"--{unknown[1]}", known, n=2, cutoff=0.75)
+            message += f"; did you mean {' or '.join(near)}?" if near else ""
+        # Not the whole usage, of up to a hundred lines, before it.
+        self.exit(2, f"{self.prog}: error: {message}; --help lists all flags\n")
+
+
+# What a parser adds to the arguments; no setting of a training.
+NOT_ARGUMENTS = ("origin", "free_on_resume", "notes", "demo")
+
+
+class Group:
+    """A group of flags; `free` and `idle` hold for all of them."""
+
+    def __init__(self, parser, title, free=False, idle=()):
+        self.parser, self.free, self.idle = parser, free, idle
+        self.arguments = parser.add_argument_group(title) if title else parser
+
+    def add(self, *names, free=False, idle=(), **options):
+        if "metavar" not in options and "choices" not in options and "action" not in options:
+            options["metavar"] = "VALUE" if options.get("type") is None else "N"
+        action = self.arguments.add_argument(*names, **options)
+        if free or self.free:
+            self.parser.free.add(action.dest)
+        if idle or self.idle:
+            self.parser.idle[action.dest] = [case for case in (self.idle, idle) if case]
+        return action
+
+    def switch(self, name, help, **options):
+        return self.add(name, action="store_true", help=help, **options)
+
+    def size(self, name, default=None, *, help, **options):
+        return self.add(name, type=pixels, nargs=2, metavar=("HEIGHT", "WIDTH"), default=default, help=help, **options)
 
 
 def parse_with_recipes(parser, recipes, input_args=None):
@@ -30,8 +218,8 @@ def describe_origin(args, origin):
     for source in ("recipe", "flag"):
         names = [name for name, where in origin.items() if where == source and name != "recipe"]
         if names:
-            told = ", ".join(f"{name} {shown(getattr(args, name))}" for name in names)
-            lines.append(f"From {f'--recipe {args.recipe}' if source == 'recipe' else 'the command line'}: {told}")
+            values = ", ".join(f"{name} {shown(getattr(args, name))}" for name in names)
+            lines.append(f"From {f'--recipe {args.recipe}' if source == 'recipe' else 'the command line'}: {values}")
     return lines
 
 
@@ -43,33 +231,168 @@ def shown(value):
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def check_ranges(parser, args, *, one_or_more=(), positive=(), not_negative=(), fractions=()):
-    """parser.error for the first argument out of its range; None is never out."""
-    kinds = (
-        (one_or_more, "1 or more", lambda value: value >= 1),
-        (positive, "above 0", lambda value: 0 < value < math.inf),
-        (not_negative, "0 or more", lambda value: value >= 0),
-        (fractions, "between 0 and 1", lambda value: 0 <= value <= 1),
+# Groups that scripts share
+
+ONE_PASS = "always 1: the losses look at whole batches, not at parts of them"
+
+
+def add_recipe(parser, help, choices=None):
+    parser.add("--recipe", choices=choices or tuple(parser.recipes), help=f"{help}; a given flag wins over the recipe")
+
+
+def add_data(parser, *, source, target=None, workers=0):
+    """`source`, `target`: the help of these two flags; without `workers` no processes prepare images."""
+    group = parser.group("data")
+    group.add("--source", nargs="+", metavar="SPEC", help=source)
+    if target:
+        group.add("--target", nargs="+", metavar="SPEC", help=target)
+    group.add("--data_root", free=True, help="folder that holds the benchmarks")
+    group.switch("--skip_unreadable", "leave out images that do not decode, and list them")
+    if workers is not None:
+        add_workers(group, workers)
+    return group
+
+
+def add_workers(group, workers=0):
+    group.add(
+        "--dataloader_num_workers", type=at_least(0), default=workers, free=True, help="processes that prepare images"
     )
-    for names, words, fits in kinds:
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and not fits(value):
-                parser.error(f"--{name} must be {words}, got {value}")
-    for name in ("adam_beta1", "adam_beta2"):
-        if getattr(args, name, 0) == 1:
-            parser.error(f"--{name} must be below 1, got {getattr(args, name)}")
-    # What numpy takes.
-    if getattr(args, "seed", 0) >= 2**32:
-        parser.error(f"--seed must be below 2^32, got {args.seed}")
 
 
-STANDINS = Path(__file__).parent / "standins"
-CLIP_DIR, DIFFUSION_DIR, CAPTIONER_DIR = (str(STANDINS / name) for name in ("clip", "stable-diffusion", "blip-vqa"))
-OWN_SCHEDULE = "warmup_multistep"
-# diffusers' own after it, but the one that takes rules.
-SCHEDULES = (
-    OWN_SCHEDULE, "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
-)  # fmt: skip
-OPTIMIZERS = ("adam", "adamw", "sgd")
-SINGLE_IMAGE_IDS = ("error", "repeat", "drop")
+def add_single_image_ids(group):
+    group.add(
+        "--single_image_ids",
+        choices=SINGLE_IMAGE_IDS,
+        default="error",
+        help="identities with one image have no second one for a batch: stop, repeat the image, or drop the identity",
+    )
+
+
+def add_images(parser, *, resolution, padding, erasing):
+    """How training images are resized and augmented."""
+    group = parser.group("images")
+    group.size("--resolution", resolution, help="input in pixels")
+    group.add("--padding", type=at_least(0), default=padding, help="pixels added around an image before it is cropped")
+    group.add("--erasing", type=fraction, default=erasing, help="probability of random erasing")
+    return group
+
+
+def add_training(parser, *, batch, epochs, accumulation, images_per_id=4, batch_help="images of each process"):
+    """How long and in which batches; `accumulation`: the help of --gradient_accumulation_steps."""
+    group = parser.group("training")
+    group.add("--train_batch_size", type=at_least(1), default=batch, free=True, help=batch_help)
+    group.add("--gradient_accumulation_steps", type=at_least(1), default=1, help=accumulation)
+    if images_per_id:
+        group.add(
+            "--images_per_id", type=at_least(1), default=images_per_id, help="images of each identity in a batch"
+        )
+    group.add("--num_train_epochs", type=at_least(1), default=epochs, help="passes over the images")
+    group.add("--max_train_steps", type=at_least(1), free=True, help="stop after so many steps; default: all epochs")
+    group.add("--seed", type=seed, default=0, help="of weights, batches, augmentation and noise")
+    return group
+
+
+def add_optimizer(parser, *, learning_rate, weight_decay, optimizers=OPTIMIZERS):
+    """Adam and its like; without a choice of `optimizers` it is AdamW."""
+    group = parser.group("optimizer")
+    sgd = (lambda args: getattr(args, "optimizer", None) == "sgd", "--optimizer sgd")
+    if optimizers:
+        group.add("--optimizer", choices=optimizers, default="adam", help="adam counts weight decay as L2")
+    group.add("--learning_rate", type=above_zero, default=learning_rate, help="the default suits the stand-ins")
+    group.add("--adam_beta1", type=below_one, default=0.9, help="of sgd the momentum")
+    group.add("--adam_beta2", type=below_one, default=0.999, idle=sgd, help="decay of the squared gradients")
+    group.add("--adam_epsilon", type=above_zero, default=1e-8, idle=sgd, help="added to their root")
+    group.add("--adam_weight_decay", type=not_negative, default=weight_decay, help="weight decay")
+    group.add("--max_grad_norm", type=not_negative, default=0.0, help="clip gradients to this norm; default 0, never")
+    group.switch("--use_8bit_adam", "8-bit optimizer of bitsandbytes")
+    return group
+
+
+def add_schedule(parser, *, milestones, own=()):
+    """The learning rate over time; `own` are schedules of the script beside warmup_multistep and diffusers'."""
+    group = parser.group("learning rate over time")
+    by_step = (lambda args: args.lr_scheduler != MULTISTEP, lambda args: f"--lr_scheduler {args.lr_scheduler}")
+    by_epoch = (lambda args: args.lr_scheduler == MULTISTEP, f"--lr_scheduler {MULTISTEP}")
+    if own:
+        by_step = (lambda args: args.lr_scheduler not in (MULTISTEP, *own), by_step[1])
+    group.add(
+        "--lr_scheduler", choices=[*own, MULTISTEP, *STEP_SCHEDULES], default=MULTISTEP, help="how the rate changes"
+    )
+    group.add("--lr_warmup_epochs", type=at_least(0), default=1, idle=by_step, help="warmup_multistep: epochs of rise")
+    group.add(
+        "--lr_warmup_factor", type=fraction, default=0.1, idle=by_step, help="warmup_multistep: factor at the start"
+    )
+    group.add(
+        "--lr_milestones",
+        type=int,
+        nargs="*",
+        default=milestones,
+        idle=by_step,
+        help="warmup_multistep: epochs from which the rate is lower",
+    )
+    group.add("--lr_gamma", type=fraction, default=0.1, idle=by_step, help="warmup_multistep: factor at a milestone")
+    group.add("--lr_warmup_steps", type=at_least(0), default=0, idle=by_epoch, help="other schedules: steps of rise")
+    return group
+
+
+def add_memory(parser, *, checkpointing=True, compiled=None):
+    """Speed and memory of a card; `compiled`: what --torch_compile compiles."""
+    group = parser.group("speed and memory")
+    group.add("--mixed_precision", choices=PRECISIONS, help="precision; default: accelerate's setting")
+    group.switch("--allow_tf32", "TF32 matrix products on Ampere and newer")
+    if checkpointing:
+        group.switch("--gradient_checkpointing", "recompute activations: less memory, more time", free=True)
+    if compiled:
+        group.switch("--torch_compile", f"compile {compiled}")
+    return group
+
+
+def add_evaluation(parser, *, every, resample=False, rerank=True):
+    group = parser.group("evaluation")
+    group.add("--eval_every", type=at_least(1), default=every, help="epochs between evaluations")
+    group.add("--eval_batch_size", type=at_least(1), default=64, free=True, help="images of each process")
+    if resample:
+        group.add("--test_resample", choices=["bilinear", "bicubic"], default="bilinear", help="resizing of targets")
+    if rerank:
+        add_reranking(group)
+    return group
+
+
+def add_reranking(group):
+    idle = (lambda args: not args.rerank, "no --rerank")
+    group.switch("--rerank", "k-reciprocal re-ranking beside the plain numbers")
+    group.add("--k1", type=at_least(1), default=20, idle=idle, help="re-ranking: reciprocal neighbours")
+    group.add("--k2", type=at_least(1), default=6, idle=idle, help="re-ranking: neighbours averaged over, 1 for none")
+    group.add("--lambda_value", type=fraction, default=0.3, idle=idle, help="re-ranking: weight of the plain distance")
+
+
+def add_output(parser, folder, *, uploaded="the model"):
+    group = parser.group("output", free=True)
+    group.add("--output_dir", default=folder, help="folder of the results")
+    group.add("--checkpointing_steps", type=at_least(1), default=500, help="steps between checkpoints")
+    group.add("--checkpoints_total_limit", type=at_least(1), default=2, help="how many checkpoints are kept")
+    group.add(
+        "--resume_from_checkpoint", help="`latest` (from 0 where there is none), a name such as checkpoint-500, a path"
+    )
+    group.add("--log_every", type=at_least(1), default=1, help="steps between writes of log.jsonl")
+    group.add("--report_to", nargs="+", default=["none"], help="trackers: tensorboard, wandb, trackio and others")
+    group.switch("--push_to_hub", f"upload {uploaded} at the end")
+    idle = (lambda args: not args.push_to_hub, "no --push_to_hub")
+    group.add("--hub_model_id", idle=idle, help="repository; default: the name of --output_dir")
+    return group
+
+
+def check_optimizer(parser, args):
+    if args.use_8bit_adam and args.optimizer == "sgd":
+        parser.error("--use_8bit_adam goes with --optimizer adam or adamw, not sgd")
+
+
+def check_reid_training(parser, args):
+    """What is wrong in any training whose losses look at whole batches."""
+    check_optimizer(parser, args)
+    if args.gradient_accumulation_steps != 1:
+        parser.error(
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} cannot be: BatchNorm, triplets and "
+            "memory look at a whole batch at once; for less memory use --gradient_checkpointing, --mixed_precision or "
+            "more processes"
+        )

@@ -1,16 +1,17 @@
-"""Start and end of a script: the accelerator, what several processes share, and one line for an error."""
+"""Start and end of a script: the accelerator, helpers for several processes, and errors in one line.
+
+accelerate is imported where it is first needed: filter_generated.py can choose from existing scores without it.
+"""
 
 import json
 import os
 import signal
 import sys
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedType, LoggerType
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 
@@ -21,9 +22,9 @@ SCRIPTS = (
 
 
 def check_folder(folder, script):
-    """ValueError where `folder` cannot be written, or holds what another of the scripts left.
+    """ValueError where `folder` cannot be written to, or holds results of another of our scripts.
 
-    Results must not write over each other. A script of one's own, copied from one of them, may go on where that was.
+    Scripts must not overwrite each other's results. A copy of a script may use the folder of its original.
     """
     place = Path(folder)
     while not place.exists() and place != place.parent:
@@ -40,55 +41,83 @@ def check_folder(folder, script):
         raise ValueError(f"{folder} holds what {owner} left; give another --output_dir")
 
 
-def end_with(main, args, script, *, lean="lower --train_batch_size, or add --gradient_checkpointing"):
-    """main(args) and exit, with what a user can do something about said in one line; `lean` is for a full card."""
+def end_with(main, args, script, *, lean="lower --train_batch_size, or add --gradient_checkpointing", kept=None):
+    """Run main(args) and exit. Errors that a user can fix are printed in one line.
+
+    `lean` says what to do when GPU memory is full. `kept` says what a failed write leaves; default: everything stays
+    as it was.
+    """
+    kept = kept or f"checkpoints and results in {args.output_dir} are as they were before"
     try:
         check_folder(args.output_dir, script)
         code = main(args)
     except ValueError as error:
         message = str(error)
     except (OSError, SafetensorError) as error:
-        message = f"{error}; checkpoints and results in {args.output_dir} are as they were before"
+        message = f"{error}; {kept}"
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
         message = f"{error}; {lean}"
     else:
-        # What else a main returns is for those who call it.
+        # Other values that a main returns are for its callers in Python.
         sys.exit(code if isinstance(code, int) else 0)
     sys.exit(f"{script}: {' '.join(message.split())}")
 
 
+# The exit code of a process that SIGTERM ended, as shells report it.
+EXIT_SIGTERM = 128 + signal.SIGTERM
+
+
 def use_all_cores(num_processes):
-    """`accelerate launch` gives a process on the CPU one thread, unless told otherwise: then it gets its share."""
+    """Use all cores in a single process on the CPU; `accelerate launch` sets OMP_NUM_THREADS to 1 by default."""
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if by_accelerate and num_processes == 1:
         torch.set_num_threads(os.cpu_count())
 
 
-# What a shell reports for a process that SIGTERM ended.
-EXIT_SIGTERM = 128 + signal.SIGTERM
+def start_accelerator(mixed_precision=None, *, patient=False, handlers=(), **options):
+    """The Accelerator of any script. A run without a GPU prints a line about it.
 
+    `patient`: processes wait for each other without a time limit. `options` are those of `Accelerator`.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
-def start_accelerator(args, *, find_unused_parameters=False, max_zero_stage=2):
-    """The Accelerator of a training script: one process, DDP, or DeepSpeed; ZeRO-3 needs `whole_weights` there."""
-    # Into a file or a pipe, lines would wait for the buffer to fill: hours of a training.
+    # Otherwise output to a file or a pipe appears only when its buffer is full: after hours of training.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)
-    # Without `cpu`, accelerate takes several processes of torchrun on a machine without a GPU for single ones.
+    # Without `cpu`, accelerate treats torchrun's processes on a machine without a GPU as separate single processes.
+    options = {"cpu": not torch.accelerator.is_available()} | options
+    if patient:
+        handlers = [*handlers, InitProcessGroupKwargs(timeout=timedelta(days=365))]
+    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=list(handlers), **options)
+    if accelerator.device.type == "cpu":
+        use_all_cores(accelerator.num_processes)
+        in_half = accelerator.mixed_precision != "no"
+        slow = f", in {accelerator.mixed_precision}, which few CPUs compute fast" if in_half else ""
+        accelerator.print(f"No GPU found, running on the CPU{slow}")
+    return accelerator
+
+
+def start_training(args, *, find_unused_parameters=False, max_zero_stage=2):
+    """The Accelerator of a training script: one process, DDP, or DeepSpeed; ZeRO-3 needs `whole_weights` there."""
+    from accelerate import DistributedDataParallelKwargs, PartialState
+    from accelerate.utils import DistributedType
+
     cpu = not torch.accelerator.is_available()
     if cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        # With `cpu`, accelerate leaves DeepSpeed out: its processes are joined first, and then it is not told.
+        # With `cpu`, accelerate ignores DeepSpeed: the processes are connected first, and then the setting is removed.
         PartialState(cpu=True)
         os.environ["ACCELERATE_USE_CPU"] = "false"
         cpu = False
-    accelerator = Accelerator(
+    accelerator = start_accelerator(
+        args.mixed_precision,
         cpu=cpu,
-        mixed_precision=args.mixed_precision,
         log_with=check_trackers(args.report_to) or None,
         project_dir=args.output_dir,
-        # Buffers are computed from the whole batch and equal everywhere.
-        kwargs_handlers=[
+        # Buffers are computed from the whole batch, so they are equal on all processes.
+        handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=find_unused_parameters)
         ],
     )
@@ -102,18 +131,18 @@ def start_accelerator(args, *, find_unused_parameters=False, max_zero_stage=2):
         if accelerator.mixed_precision == "fp16":
             raise ValueError("DeepSpeed in fp16 would cast all weights and buffers; use --mixed_precision bf16 or no")
         if accelerator.mixed_precision == "bf16":
-            # So would its bf16; with this, `accelerator.autocast` computes in bf16 as it does without DeepSpeed.
+            # DeepSpeed's bf16 would cast them too. This way `accelerator.autocast` uses bf16, as without DeepSpeed.
             plugin.deepspeed_config["bf16"] = {"enabled": False}
             accelerator.native_amp = True
             torch.set_autocast_dtype(accelerator.device.type, torch.bfloat16)
         if plugin.zero_stage == 3:
-            # Else transformers splits weights as it loads them, before they are put together into our model.
+            # Otherwise transformers splits weights while it loads them, before our model is built from them.
             from transformers.integrations import unset_hf_deepspeed_config
 
             unset_hf_deepspeed_config()
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         plugin.deepspeed_config["gradient_accumulation_steps"] = 1
-        # Offloaded, our optimiser runs too; DeepSpeed's own would have to be compiled first.
+        # Our optimiser works with offloading too; DeepSpeed's own would have to be compiled first.
         plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
         if args.max_grad_norm:
             plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm
@@ -126,15 +155,15 @@ def start_accelerator(args, *, find_unused_parameters=False, max_zero_stage=2):
             HfApi().whoami()
         except Exception as error:
             raise ValueError(f"--push_to_hub needs a login that works: {error}; run `hf auth login`") from None
-    if accelerator.device.type == "cpu":
-        use_all_cores(accelerator.num_processes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
 
 
 @contextmanager
 def whole_weights(model, accelerator):
-    """Under ZeRO-3 every process holds a part of each weight; while this lasts, all hold all of them."""
+    """Inside this context every process holds all weights whole; under ZeRO-3 each holds only a part of them."""
+    from accelerate.utils import DistributedType
+
     if accelerator.distributed_type != DistributedType.DEEPSPEED or model.zero_optimization_stage() < 3:
         yield
         return
@@ -145,12 +174,12 @@ def whole_weights(model, accelerator):
 
 
 def global_batch_size(args, accelerator):
-    """Images of one step: of all passes and processes."""
+    """Images in one step: over all accumulated batches and all processes."""
     return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
 
 def gather_with_gradient(tensor):
-    """The whole batch from each process's share, in order; accelerate's `gather` would stop the gradient."""
+    """The whole batch from all processes' shares, in order, with gradient; accelerate's `gather` has no gradient."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return tensor
     from torch.distributed.nn.functional import all_gather
@@ -158,8 +187,18 @@ def gather_with_gradient(tensor):
     return torch.cat(all_gather(tensor.contiguous()))
 
 
+def gather_by_domain(tensor, num_domains):
+    """The whole batch from all processes' shares of [domain, domain, ...], one domain after the other."""
+    size = len(tensor)
+    whole = gather_with_gradient(tensor)
+    return whole.unflatten(0, (len(whole) // size, num_domains, size // num_domains)).transpose(0, 1).flatten(0, 2)
+
+
 def check_trackers(names):
     """The list for `Accelerator(log_with=...)`; ValueError for one that is unknown or not installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
     names = [name for name in names or () if name != "none"]
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
@@ -178,5 +217,19 @@ def bitsandbytes_module():
 
 
 def tracked(args):
-    """The arguments as trackers take them: plain values."""
+    """The arguments as plain values, for trackers."""
     return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in vars(args).items()}
+
+
+def introduce(args, accelerator, *, demo, stand_ins=None):
+    """Print the first lines of a run: `demo` for a run without flags, `stand_ins` where it uses stand-ins by default.
+
+    Without an accelerator, this process prints them.
+    """
+    say = accelerator.print if accelerator else print
+    if args.demo:
+        say(demo)
+    elif stand_ins:
+        say(stand_ins)
+    for line in args.notes:
+        say(line)

@@ -1,14 +1,14 @@
-"""Many independent pieces of work, one folder: shares of them, atomic commits, going on after a kill.
+"""Many independent pieces of work in one folder: shares for processes, atomic commits, resuming after a kill.
 
     work = Worklist("out", ["market1501/0002", "market1501/0007"])
     for piece in share(work.pieces, num_shards=4, shard=1):
         if work.read(piece, "done") is None:
-            with work.scratch() as aside:
-                (aside / "0.txt").write_text("...")
-                work.commit(piece, "done", {"files": 1}, {aside: f"files/{piece}"})
+            with work.scratch() as part:
+                (part / "0.txt").write_text("...")
+                work.commit(piece, "done", {"files": 1}, {part: f"files/{piece}"})
 
-Processes, hosts and shards meet in the folder alone: nobody waits for anybody. A piece is done when its record is
-there, and a record is written last. What is being written lies under `.work/` until it is whole.
+Processes, hosts and shards share only the folder, and none waits for another. A piece is done when its record exists;
+the record is written last. Files are written under `.work/` and moved when they are complete.
 """
 
 import errno
@@ -31,12 +31,12 @@ RECORDS = "identities"
 
 
 def seed_of(*words):
-    """A seed that depends on nothing but `words`, so not on who draws, when, or after what."""
+    """A seed that depends only on `words`, and not on the process or the order of the work."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, words)).encode()).digest()[:6], "big")
 
 
 def share(pieces, *, num_shards=1, shard=0, num_processes=1, process=0):
-    """Every n-th piece for a shard, and of those every n-th for a process of it."""
+    """The pieces of a process: every n-th piece goes to a shard, and every n-th of these to a process of the shard."""
     for name, number, count in (("shard", shard, num_shards), ("process", process, num_processes)):
         if count < 1 or not 0 <= number < count:
             raise ValueError(f"{name} {number} of {count} does not exist; they count from 0")
@@ -44,7 +44,7 @@ def share(pieces, *, num_shards=1, shard=0, num_processes=1, process=0):
 
 
 class Worklist:
-    """Pieces, named by relative paths, whose records lie in `folder/identities/PIECE/NAME.json`."""
+    """Pieces of work, named by relative paths. Their records are the files `folder/identities/PIECE/NAME.json`."""
 
     def __init__(self, folder, pieces):
         self.folder, self.pieces = Path(folder), list(pieces)
@@ -53,7 +53,7 @@ class Worklist:
         return self.folder / RECORDS / piece / f"{name}.json"
 
     def read(self, piece, name):
-        """A piece's record, or None. Only whole records are ever there; one damaged since counts as none."""
+        """The record of a piece, or None if it is missing or damaged. Records are always written whole."""
         try:
             return json.loads(self.record_path(piece, name).read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -63,55 +63,55 @@ class Worklist:
         return self.record_path(piece, name).is_file()
 
     def recorded(self, name):
-        """All pieces that have such a record, listed here or not, sorted."""
+        """All pieces with a record of this name, sorted; also those that are not in `pieces`."""
         root = self.folder / RECORDS
         return sorted(path.parent.relative_to(root).as_posix() for path in root.glob(f"*/*/{name}.json"))
 
     @contextmanager
     def scratch(self):
-        """A new folder on the same disk, gone when the block ends."""
-        aside = self.folder / SCRATCH / uuid.uuid4().hex
-        aside.mkdir(parents=True)
+        """A new temporary folder on the same disk, removed at the end of the block."""
+        part = self.folder / SCRATCH / uuid.uuid4().hex
+        part.mkdir(parents=True)
         try:
-            yield aside
+            yield part
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(part, ignore_errors=True)
 
     def write(self, path, content):
-        """A file, below the folder, that is whole or not there."""
+        """Write a file below the folder, whole or not at all."""
         path = self.folder / path
-        with self.scratch() as aside:
-            (aside / path.name).write_bytes(content if isinstance(content, bytes) else content.encode())
-            self.move(aside / path.name, path)
+        with self.scratch() as part:
+            (part / path.name).write_bytes(content if isinstance(content, bytes) else content.encode())
+            self.move(part / path.name, path)
 
-    def move(self, aside, path):
-        """A file written in a scratch folder takes its place."""
-        # safetensors makes its files readable for the owner alone.
-        os.chmod(aside, 0o644)
-        sync(aside)
+    def move(self, part, path):
+        """Move a file from a scratch folder to its final path."""
+        # safetensors writes files that only the owner can read.
+        os.chmod(part, 0o644)
+        sync(part)
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(aside, path)
+        os.replace(part, path)
 
     def commit(self, piece, name, record, folders=None):
-        """Folders written in a scratch folder take their places ({from: to, below the work folder}), then the record.
+        """Move `folders` ({scratch folder: path below the work folder}) to their paths, then write the record.
 
-        What an earlier, unfinished commit left in these places is replaced.
+        Folders that an earlier, unfinished commit left at these paths are replaced.
         """
         self.forget(piece, name)
-        for aside, place in (folders or {}).items():
-            place = self.folder / place
-            for file in Path(aside).rglob("*"):
+        for part, path in (folders or {}).items():
+            path = self.folder / path
+            for file in Path(part).rglob("*"):
                 if file.is_file():
                     os.chmod(file, 0o644)
                     sync(file)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            # Another process at the same piece may have taken it away: so never "if it is there, then".
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # No test whether the folder exists: another process at the same piece may move it in between.
             with self.scratch() as old, suppress(FileNotFoundError):
-                os.rename(place, old / "old")
+                os.rename(path, old / "old")
             try:
-                os.rename(aside, place)
+                os.rename(part, path)
             except OSError as error:
-                # Another process did the same piece, with the same result.
+                # Another process has done the same piece, with the same result.
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
         self.write(self.record_path(piece, name).relative_to(self.folder), to_json(record))
@@ -120,7 +120,7 @@ class Worklist:
         self.record_path(piece, name).unlink(missing_ok=True)
 
     def tidy(self):
-        """Remove what killed runs left behind; only when nobody writes any more."""
+        """Remove what killed runs left behind; only call this when no process writes any more."""
         shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
         root = self.folder / RECORDS
         for folder in sorted(root.glob("*/*")) + sorted(root.glob("*")):
@@ -129,7 +129,7 @@ class Worklist:
 
 
 class Progress:
-    """One live line for the whole folder, or where nobody looks a line a piece."""
+    """A live progress bar for the whole folder in a terminal; elsewhere a line for each piece."""
 
     def __init__(self, work, name, unit, units_per_piece, *, main=True):
         self.work, self.name, self.unit, self.units_per_piece = work, name, unit, units_per_piece
@@ -141,10 +141,10 @@ class Progress:
     def done(self):
         return sum(self.work.has(piece, self.name) for piece in self.work.pieces)
 
-    def once(self, topic, words):
-        """Say something the first time it comes up."""
+    def once(self, topic, message):
+        """Print a message, once for each topic."""
         if self.main and topic not in self.said:
-            tqdm.write(words)
+            tqdm.write(message)
         self.said.add(topic)
 
     def stage(self, piece, what):
@@ -159,8 +159,8 @@ class Progress:
         if failure:
             tqdm.write(f"{piece} failed: {failure}", file=sys.stderr)
         elif self.bar.disable and self.main:
-            word = f"{done} of {len(self.work.pieces)} done, {rate:.0f} {self.unit} a minute, {left:.0f} min left"
-            print(f"{piece}: {word}", flush=True)
+            status = f"{done} of {len(self.work.pieces)} done, {rate:.0f} {self.unit} a minute, {left:.0f} min left"
+            print(f"{piece}: {status}", flush=True)
 
 
 def sync(path):
@@ -169,7 +169,7 @@ def sync(path):
 
 
 def differences(before, now):
-    """What differs between two dicts of settings, as words."""
+    """The differences between two dicts of settings, as text."""
     return [
         f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in sorted(set(before) | set(now))

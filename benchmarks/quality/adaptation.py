@@ -5,7 +5,7 @@
 Domain b is learned without labels, or with the labels of domain a only; domains d and e are only measured on. Training
 starts from a small ResNet with random weights, and from the same network pre-trained by pretrain_backbone.py on 128
 people of domain h. All images are drawn once, at the size of training. Every run has a process and a folder of its
-own: after a stop, the same command resumes and repeats nothing.
+own: after a stop, the same command continues and repeats nothing.
 """
 
 import argparse
@@ -35,7 +35,7 @@ DOMAINS = {"a": (64, 8), "b": (32, 16), "c": (64, 8), "d": (32, 8), "e": (32, 8)
 WORDS = f"--resolution {SIZE[0]} {SIZE[1]} --padding 3 --eval_every 1 --log_every 16"
 RATE = f"{WORDS} --learning_rate 1e-3"
 LABELS = f"{RATE} --num_train_epochs 6 --lr_milestones 5"
-CLUSTERS = f"{WORDS} --learning_rate 5e-4 --num_train_epochs 10 --lr_milestones 8 --k1 15"
+CLUSTERS = f"{WORDS} --learning_rate 5e-4 --num_train_epochs 10 --lr_milestones 8 --cluster_k1 15"
 ADAPT = f"{CLUSTERS} --setting adaptation --source a --target b"
 GENERAL = f"{RATE} --num_train_epochs 3 --lr_milestones 3 --setting generalisation --source a b c --target d e"
 RUNS = {
@@ -203,8 +203,8 @@ def main(input_args=None):
                 runs.append(found_in(place, start, name, seed))
         # Every row has the same seeds.
         rows = rows_of(runs)
-        with write_together(folder) as aside:
-            build_report(runs, rows, args.seeds).write(aside("report.html"))
+        with write_together(folder) as part:
+            build_report(runs, rows, args.seeds).write(part("report.html"))
         write_result(args.json, command_line(__spec__.name, input_args), COLUMNS, rows, {"runs": runs})
     print(text_table(COLUMNS, rows))
 

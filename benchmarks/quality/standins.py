@@ -20,11 +20,10 @@ from transformers import BlipForQuestionAnswering, BlipProcessor
 
 from benchmarks.common import RESULTS, command_line, write_result
 from utils import synthetic
-from utils.diffusion.denoising import sheet
 from utils.files import write_together
 from utils.flags import CAPTIONER_DIR, DIFFUSION_DIR
 from utils.generated.captions import QUESTIONS
-from utils.reporting.report import text_table
+from utils.reporting.report import sheet, text_table
 from utils.standins.train import answers_of
 
 BATCH_SIZE = 50
@@ -117,8 +116,8 @@ def main(input_args=None):
     if args.samples:
         picture, words = sample_sheet()
         print("\n".join(words))
-        with write_together(args.samples.parent) as aside:
-            picture.save(aside(args.samples.name), "PNG")
+        with write_together(args.samples.parent) as part:
+            picture.save(part(args.samples.name), "PNG")
         return
     if args.num_ids < 1 or args.first_pid < 0:
         parser.error(f"--num_ids must be 1 or more and --first_pid 0 or more, got {args.num_ids} and {args.first_pid}")

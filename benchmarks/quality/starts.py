@@ -8,7 +8,7 @@ The first command runs on drawn people and makes its own starts: a small ResNet 
 many people of four domains, drawn like a filtered set of generated images (an identity in any scene, no camera, marked
 as synthetic), and the same network with random weights. Both are fine-tuned alike on part of a fifth domain and
 measured on other people of it; half an hour on one core. Every run has a process and a folder of its own: after a
-stop, the same command resumes and repeats nothing.
+stop, the same command continues and repeats nothing.
 
 Random weights learn more at three times that rate, with a warm-up. The difference there:
 
@@ -206,8 +206,8 @@ def main(input_args=None):
     columns = ["setting", "number", *starts, "gain"]
     rows = rows_of(runs, args.settings, list(starts))
     print(text_table(columns, rows))
-    with write_together(args.output_dir) as aside:
-        build_report(args, runs, list(starts), columns, rows).write(aside("report.html"))
+    with write_together(args.output_dir) as part:
+        build_report(args, runs, list(starts), columns, rows).write(part("report.html"))
     raw = {key: getattr(args, key) for key in ("pretrain", "source", "method", "settings", "finetune")}
     write_result(args.json, command_line(__spec__.name, input_args), columns, rows, raw | {"runs": runs})
     print(f"Report: {args.output_dir / 'report.html'}; result: {args.json}")

@@ -63,7 +63,7 @@ def killed_often(runner, job, kills, seed=0, signs=(signal.SIGKILL, signal.SIGTE
 
 
 def full_disk(runner, job, limits):
-    """Under a limit of the file size: one clear error, no half-written file, and the same command resumes."""
+    """Under a limit of the file size: one clear error, no half-written file, and the same command continues."""
     wanted, _ = runner.one_piece(job)
     out = runner.folder / "full" / job
     out.parent.mkdir(exist_ok=True)

@@ -70,7 +70,7 @@ def entry(words):
     if name == __spec__.name:
         # The latent cache has no script of its own.
         return lambda: end_with(build_latents, argparse.Namespace(output_dir=arguments[-1]), "latents")
-    script = importlib.import_module(name)
+    script = importlib.import_module("utils.datasets.__main__" if name == "utils.datasets" else name)
     if name == "utils.datasets":
         return lambda: script.main(arguments)
     args = script.parse_args(arguments)

@@ -21,9 +21,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from benchmarks.common import RESULTS, command_line, write_result
-from utils.batches.images import ReIDImages
 from utils.batches.samplers import IdentitySampler
-from utils.batches.transforms import train_transform
+from utils.batches.transforms import ReIDImages, train_transform
 from utils.datasets.load import load_reid
 from utils.datasets.portable import save
 from utils.reporting.report import text_table

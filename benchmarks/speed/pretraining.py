@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 from benchmarks.common import GIB, cell, command_line, step_numbers, step_text, wait, write_result
-from pretrain_backbone import Classification, optimizer_of, rates_of
+from pretrain_backbone import Classification, build_optimizer, build_rates
 from pretrain_backbone import parse_args as training_args
 from utils.batches.mixing import Mixing
 from utils.modeling.names import open_backbone
@@ -95,7 +95,7 @@ class Step:
         if way == "compiled":
             self.model.backbone.compile()
         self.mixing = Mixing(args.mixup, args.cutmix)
-        self.optimizer = optimizer_of(args, self.model)
+        self.optimizer = build_optimizer(args, self.model)
 
     def run(self):
         self.count += 1
@@ -194,7 +194,7 @@ def schedule_rows():
     """Rate at the first and last step of some epochs of the recipe, from 1."""
     args = arguments("resnet-small")
     steps = PUBLISHED_IMAGES // args.train_batch_size
-    rates = rates_of(args, optimizer_of(args, our_model("resnet-small", (64, 32), 2)), steps)
+    rates = build_rates(args, build_optimizer(args, our_model("resnet-small", (64, 32), 2)), steps)
     ends = [[rates.set(epoch, step) for step in ((epoch - 1) * steps, epoch * steps - 1)] for epoch in EPOCHS]
     return [[epoch, *(f"{rate:.3e}" for rate in both)] for epoch, both in zip(EPOCHS, ends, strict=True)]
 
@@ -205,7 +205,7 @@ def decay_rows(name, size, num_ids):
         model = our_model(name, size, num_ids)
     names = {parameter: key for key, parameter in model.named_parameters()}
     rows = []
-    for group in optimizer_of(arguments(name), model).param_groups:
+    for group in build_optimizer(arguments(name), model).param_groups:
         kinds = Counter(kind_of(model, names[parameter]) for parameter in group["params"])
         numbers = sum(parameter.numel() for parameter in group["params"]) / 1e6
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))

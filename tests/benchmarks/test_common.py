@@ -51,7 +51,7 @@ def test_a_run_is_made_once_and_an_other_one_refused(script, tmp_path, capsys):
     with pytest.raises(ValueError, match="run holds a run of other arguments, --seed 1 .* give another --output_dir"):
         common.run_once(script, folder, ["--seed", 2], "done")
     failed = common.run_once(script, tmp_path / "failed", ["--fail"], "done")
-    with pytest.raises(ValueError, match="script.py stopped: no such model; the same command resumes"):
+    with pytest.raises(ValueError, match="script.py stopped: no such model; the same command continues"):
         common.finished(failed, "script.py")
     assert "stopped: no such model" in capsys.readouterr().out
 

@@ -9,7 +9,8 @@ import pytest
 from benchmarks.common import RESULTS
 from benchmarks.memory import cards, dcac_overhead
 from benchmarks.quality import adaptation, dcac_curves, dcac_synthetic, filter_truth, standins, starts
-from benchmarks.speed import chain, clustering, dcac_step, filtering, generation, loading, retrieval
+from benchmarks.robustness import chain
+from benchmarks.speed import clustering, dcac_step, filtering, generation, loading, retrieval
 
 FILES = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")}
 

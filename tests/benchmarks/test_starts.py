@@ -77,7 +77,7 @@ def test_every_pair_runs_once_with_the_same_part_and_seed(runs, tmp_path, capsys
 def test_a_run_that_fails_stops_the_loop(monkeypatch, tmp_path):
     ended = common.Run(1, "", "warning\nno such model\n", 1.0, 1.0, 0.5)
     monkeypatch.setattr(common, "run_script", lambda *words, logs: ended)
-    with pytest.raises(ValueError, match="finetune_reid.py stopped: no such model; the same command resumes"):
+    with pytest.raises(ValueError, match="finetune_reid.py stopped: no such model; the same command continues"):
         starts.main(arguments(tmp_path))
 
 

@@ -1,6 +1,6 @@
 """From a data set to batches of tensors: transforms, augmentation, samplers, streaming.
 
-For others: `ReIDImages`, `IdentitySampler`, `train_transform`, `test_transform`.
+For use in other projects: `ReIDImages`, `IdentitySampler`, `train_transform`, `test_transform`.
 """
 
 from utils import opened_when_used
@@ -8,8 +8,7 @@ from utils import opened_when_used
 __getattr__ = opened_when_used(
     __name__,
     {
-        "images": "ReIDImages",
         "samplers": "IdentitySampler ShuffleSampler",
-        "transforms": "train_transform test_transform",
+        "transforms": "ReIDImages test_transform train_transform",
     },
 )

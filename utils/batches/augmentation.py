@@ -9,13 +9,13 @@ from torchvision.transforms import v2
 
 from utils.batches.transforms import HALF, TrainTransform, to_tensor
 
-# Shares of the width: people stand between.
+# Range of the shares of the width that noise covers on each side; the person is in the middle.
 SIDES = (0.1, 0.35)
 
 
 @contextmanager
 def drawn_by(rng):
-    """torch's generator starts from `rng` inside, and is as it was behind."""
+    """Seed torch's generator from `rng` inside the context, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.getrandbits(63))
         yield
@@ -45,9 +45,10 @@ class RandAugmentTransform:
 class MultiCrop:
     """Two crops of most of a person and several of parts: {"whole": (2, 3, H, W), "parts": (n, 3, h, w)}.
 
-    Crops keep the aspect of a person. With `colours` 1 and `hidden` 0 they are changed as in DINO. Hues that change
-    less tell people apart better. `hidden` is the probability that noise covers what is left and right of a person,
-    anew in each crop: scenes, which all crops of an image share, would else be told apart before people are.
+    Crops have about the aspect ratio of a person. With `colours` 1 and `hidden` 0 they are augmented as in DINO. With
+    smaller changes of hue, features distinguish people better. `hidden` is the probability that noise covers both
+    sides of a crop, drawn for each crop. All crops of an image share its scene: without the noise, the model would
+    learn scenes before people.
     """
 
     def __init__(
@@ -114,24 +115,25 @@ def _odd(size):
 
 
 def to_picture(tensor, mean, std):
-    """What `to_tensor` made a tensor of: (3, H, W) -> PIL."""
+    """The inverse of `to_tensor`: (3, H, W) -> PIL."""
     mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
     pixels = (tensor.detach().cpu().float() * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-# Exposure and the colour of light as logarithms, contrast lost, grain; share of images.
+# Exposure and colour of the light as logarithms, lost contrast, grain.
 EXPOSURE, CAST, HAZE, GRAIN = 0.7, 0.3, 0.08, 0.1
+# Shares of the images that get another place, and a coarser picture.
 OTHER_PLACE, COARSE = 0.6, 0.3
-# Light of another place, as a logarithm: a night is farther from a day than two cameras are from each other.
+# Light of another place, as a logarithm: day and night differ more than two cameras do.
 DARKEST, BRIGHTEST, PLACE_CAST = -1.2, 0.3, 0.25
-# At most these shares of the width left and right, of the height above and below, are of another image.
-ASIDE, TOP, BOTTOM = 0.28, 0.08, 0.04
+# The largest shares of the width (left and right) and of the height (top, bottom) that come from another image.
+SIDE, TOP, BOTTOM = 0.28, 0.08, 0.04
 COARSEST = 2.5
 
 
 def change_scene(images, generator):
-    """Another place, another camera, and of some images a coarser picture."""
+    """Changes the place of some images, the camera of all, and makes some coarser."""
     images = other_camera(other_place(images, generator), generator)
     return coarser(images, generator)
 
@@ -142,40 +144,40 @@ def other_camera(images, generator):
 
     gain = (EXPOSURE * (2 * drawn(1) - 1) + CAST * (2 * drawn(3) - 1)).exp()
     haze, grain = HAZE * drawn(1), GRAIN * drawn(1)
-    seen = haze + (1 - 2 * haze) * (images * gain).clamp(0, 1)
-    return (seen + grain * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+    exposed = haze + (1 - 2 * haze) * (images * gain).clamp(0, 1)
+    return (exposed + grain * torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
 
 def other_place(images, generator):
-    """The margins of some images are another's of the batch, in another light; the middle stays: the person's."""
+    """Replaces the margins of some images by those of another image, in another light; the middle stays."""
     count, _, height, width = images.shape
     others = other_light(images[torch.randperm(count, generator=generator)], generator)
     shares = torch.rand(count, 4, generator=generator)
     chosen = torch.rand(count, generator=generator) < OTHER_PLACE
-    left, right = shares[:, 0] * ASIDE * width, (1 - shares[:, 1] * ASIDE) * width
+    left, right = shares[:, 0] * SIDE * width, (1 - shares[:, 1] * SIDE) * width
     top, bottom = shares[:, 2] * TOP * height, (1 - shares[:, 3] * BOTTOM) * height
     across, down = torch.arange(width) + 0.5, torch.arange(height) + 0.5
     inside = (across >= left[:, None]) & (across <= right[:, None])
     within = (down >= top[:, None]) & (down <= bottom[:, None])
     # [B, 1, H, W]
-    kept = (within[:, :, None] & inside[:, None, :])[:, None] | ~chosen.view(-1, 1, 1, 1)
-    return torch.where(kept, images, others)
+    is_kept = (within[:, :, None] & inside[:, None, :])[:, None] | ~chosen.view(-1, 1, 1, 1)
+    return torch.where(is_kept, images, others)
 
 
 def other_light(images, generator):
-    """Places at another time of day, and under other lamps."""
+    """Changes exposure and colour as another time of day and other lamps would."""
     level = BRIGHTEST + (DARKEST - BRIGHTEST) * torch.rand(len(images), 1, 1, 1, generator=generator)
     cast = PLACE_CAST * (2 * torch.rand(len(images), 3, 1, 1, generator=generator) - 1)
     return (images * (level + cast).exp()).clamp(0, 1)
 
 
 def coarser(images, generator):
-    """Some images through a smaller size and back."""
+    """Reduces some images and enlarges them again."""
     images = images.clone()
     size = images.shape[2:]
     for place in (torch.rand(len(images), generator=generator) < COARSE).nonzero().flatten().tolist():
         factor = 1 + (COARSEST - 1) * torch.rand(1, generator=generator).item()
         small = [max(1, int(side / factor)) for side in size]
-        one = F.interpolate(images[place : place + 1], size=small, mode="bilinear", antialias=True)
-        images[place] = F.interpolate(one, size=size, mode="bilinear")[0]
+        reduced = F.interpolate(images[place : place + 1], size=small, mode="bilinear", antialias=True)
+        images[place] = F.interpolate(reduced, size=size, mode="bilinear")[0]
     return images

@@ -1,7 +1,7 @@
-"""What is computed of every image of a data set, in chunks: on any number of processes, with the same bits.
+"""Computes something for every image of a data set, in chunks: the same bits on any number of processes.
 
-Rows go through a model in batches that depend on nothing but the row numbers and the batch size: a matrix product's
-rounding may change with its shape, so the last batch is filled up with copies of its last row. Each process takes
+Rows go through a model in batches that depend only on the row numbers and the batch size. The rounding of a matrix
+product may change with its shape, so the last batch is filled up with copies of its last row. Each process takes
 every n-th chunk of batches.
 """
 
@@ -20,22 +20,22 @@ DRAWING = Path(synthetic.__file__).parent
 
 
 def image_identities(dataset):
-    """What tells each image from any other: its name with the file's size and time, or a digest of its bytes.
+    """What identifies each image: its name with the file's size and time, or with a digest of its bytes.
 
-    Of a drawn image it is the name and the code that draws.
+    For a drawn image it is the name and a digest of the code that draws.
     """
-    found, drawing = [], drawing_digest()
+    descriptions, drawing = [], drawing_digest()
     for path, stored in zip(dataset["path"], storage_of(dataset, "image").to_pylist(), strict=True):
         if stored["bytes"] is not None:
-            found.append([path, hashlib.sha256(stored["bytes"]).hexdigest()])
+            descriptions.append([path, hashlib.sha256(stored["bytes"]).hexdigest()])
         elif os.path.isfile(stored["path"]):
             status = os.stat(stored["path"])
-            found.append([path, status.st_size, status.st_mtime_ns])
+            descriptions.append([path, status.st_size, status.st_mtime_ns])
         elif stored["path"].startswith(DRAWN):
-            found.append([path, drawing])
+            descriptions.append([path, drawing])
         else:
-            found.append([path, stored["path"]])
-    return found
+            descriptions.append([path, stored["path"]])
+    return descriptions
 
 
 def drawing_digest():
@@ -43,7 +43,7 @@ def drawing_digest():
 
 
 def weights_digest(model, skip=()):
-    """SHA-256 of the names, types, shapes and values of a model's tensors, but of those whose name starts so."""
+    """SHA-256 of the names, types, shapes and values of a model's tensors, without names that start with `skip`."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         if not name.startswith(tuple(skip)):
@@ -53,10 +53,10 @@ def weights_digest(model, skip=()):
 
 
 def computed_in_chunks(pictures, chunks, compute, *, accelerator, batch_size, num_workers, total, desc, leave=True):
-    """This process's share of `chunks` (sequences of rows): yields the rows and what `compute` makes of them.
+    """Computes this process's share of `chunks` (sequences of rows): yields each chunk's rows and their results.
 
-    `compute` gets images (B, 3, H, W) on the device and returns (B, ...); yielded is float32 on the CPU. The bar
-    counts the images of all processes, `total` with those that are in none of the chunks.
+    `compute` gets images (B, 3, H, W) on the device and returns (B, ...). Results are float32 on the CPU. The progress
+    bar counts the images of all processes; `total` includes images that are in no chunk.
     """
     share = chunks[accelerator.process_index :: accelerator.num_processes]
     batches = [rows[start : start + batch_size] for rows in share for start in range(0, len(rows), batch_size)]

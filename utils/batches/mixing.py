@@ -1,7 +1,7 @@
-"""Mixup and CutMix of neighbours in a batch: one draw a step, the same on any number of processes.
+"""Mixup and CutMix of neighbours in a batch: one draw per step, the same on any number of processes.
 
-Image 2i is mixed with image 2i + 1, which lie on the same process wherever the batch is cut at even places. The order
-of a batch is random, so its pairs are.
+Image 2i is mixed with image 2i + 1. Both are on the same process if every process has an even number of images. The
+order of a batch is random, so its pairs are random too.
 """
 
 import math
@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 
 class Mix(NamedTuple):
-    """What is done to the images of a step: nothing (share 1), a blend, or a pasted `box` (top, bottom, left, right).
+    """How the images of a step are mixed: not at all (share 1), a blend, or a pasted `box` (top, bottom, left, right).
 
-    `share` is what an image keeps of itself, and so the weight of its own label.
+    `share` is the part of an image that stays unchanged, and the weight of its own label.
     """
 
     share: float = 1.0
@@ -20,7 +20,7 @@ class Mix(NamedTuple):
 
 
 class Mixing:
-    """Mixup with Beta(`mixup`, `mixup`) or CutMix with Beta(`cutmix`, `cutmix`), in turns by chance; 0 for none."""
+    """Mixup with Beta(`mixup`, `mixup`) or CutMix with Beta(`cutmix`, `cutmix`), chosen at random; 0 turns one off."""
 
     def __init__(self, mixup=0.0, cutmix=0.0, seed=0):
         self.mixup, self.cutmix, self.seed = mixup, cutmix, seed
@@ -37,7 +37,7 @@ class Mixing:
 
 
 def cut(share, image_size, rng):
-    """A box of 1 - share of the area around a random place, cropped to the image: the share is what is left."""
+    """A box with 1 - share of the area, at a random place, cut at the edges; the share is then corrected."""
     height, width = image_size
     half = 0.5 * math.sqrt(1 - share)
     y, x = rng.randrange(height), rng.randrange(width)
@@ -47,12 +47,12 @@ def cut(share, image_size, rng):
 
 
 def neighbours(tensor):
-    """The other of each pair, in its place."""
+    """Swaps the two entries of each pair."""
     return tensor.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def mix_images(images, mix):
-    """(B, C, H, W), B even; the images given stay as they are."""
+    """Mixed images (B, C, H, W), B even; the input is not changed."""
     if mix.share == 1:
         return images
     others = neighbours(images)
@@ -65,6 +65,6 @@ def mix_images(images, mix):
 
 
 def mixed_loss(loss, logits, labels, mix):
-    """A loss that is linear in its labels, such as cross-entropy, for labels mixed like the images."""
-    own = loss(logits, labels)
-    return own if mix.share == 1 else mix.share * own + (1 - mix.share) * loss(logits, neighbours(labels))
+    """The loss for labels mixed like the images; `loss` must be linear in its labels, as cross-entropy is."""
+    own_loss = loss(logits, labels)
+    return own_loss if mix.share == 1 else mix.share * own_loss + (1 - mix.share) * loss(logits, neighbours(labels))

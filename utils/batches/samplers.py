@@ -1,41 +1,53 @@
-"""Which images make a batch: P x K by identity, shuffled, or by pseudo label."""
+"""Batch samplers: P identities with K images each, or all images shuffled."""
 
-import itertools
 import random
 
 import torch
 
 
-class RemainingBatches:
-    """A batch sampler without the first `done` batches of its epoch, for a loader that lives through all epochs."""
+class KeyedBatches(torch.utils.data.Sampler):
+    """Batches as lists of (number, key of the draw): one rank's equal share of every global batch, in order.
 
-    def __init__(self, sampler):
-        self.sampler, self.done = sampler, 0
+    `set_epoch(epoch, done)` skips the first `done` batches of the epoch, for a run that resumes in it. Subclasses
+    have `global_batches(epoch)`, the numbers of every batch.
+    """
+
+    def __init__(self, batch_size, seed, rank, num_processes):
+        if batch_size < 1 or batch_size % num_processes:
+            raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {num_processes} processes")
+        self.batch_size, self.seed = batch_size, seed
+        share = batch_size // num_processes
+        self.mine = slice(rank * share, (rank + 1) * share)
+        self.epoch = self.done = 0
 
     def set_epoch(self, epoch, done=0):
-        self.sampler.set_epoch(epoch)
-        self.done = done
+        self.epoch, self.done = epoch, done
 
     def __iter__(self):
-        for number, batch in enumerate(self.sampler):
+        for number, batch in enumerate(self.global_batches(self.epoch)):
             if number >= self.done:
-                yield batch
+                first = number * self.batch_size
+                yield [(image, f"{self.seed}/{self.epoch}/{first + place}") for place, image in enumerate(batch)][
+                    self.mine
+                ]
 
     def __len__(self):
-        return len(self.sampler) - self.done
+        """Remaining batches of the epoch. With identities of different sizes the number differs between epochs."""
+        return self.steps_of(1, first=self.epoch) - self.done
 
-    def steps_of(self, epochs):
-        """Batches of the first epochs; their number may differ from one to the next."""
-        return sum(sum(1 for _ in self.sampler.global_batches(epoch)) for epoch in range(1, epochs + 1))
+    def steps_of(self, epochs, first=1):
+        """Number of batches in `epochs` epochs, starting with epoch `first`."""
+        return sum(1 for epoch in range(first, first + epochs) for _ in self.global_batches(epoch))
 
 
-class IdentitySampler(torch.utils.data.Sampler):
+class IdentitySampler(KeyedBatches):
     """Batches of P identities with K images each, one rank's share of every global batch.
 
-    An epoch: each identity's images are shuffled into groups of K (fewer than K: drawn with replacement; a rest of
-    less than K is left out this time); a batch is one group of each of P random identities that still have one; the
-    epoch ends when fewer than P have. `batch_size` is the global P x K: with more processes each gets its even share,
-    in order, of the very batches one process would get. Yields lists of (number, key of the draw).
+    In an epoch, each identity's images are shuffled into groups of K. An identity with fewer than K images gives one
+    group, drawn with replacement; a last group of fewer than K is left out of this epoch. A batch has one group of
+    each of P random identities that still have groups; the epoch ends when fewer than P have. `batch_size` is the
+    global P x K: with several processes, each gets its equal share, in order, of the batches that a single process
+    would get. Yields lists of (number, key of the draw).
     """
 
     def __init__(self, labels, batch_size, images_per_id=4, seed=0, rank=0, num_processes=1):
@@ -47,21 +59,14 @@ class IdentitySampler(torch.utils.data.Sampler):
                 f"a batch of {batch_size} cannot be split into identities with {images_per_id} images each: make it a "
                 f"multiple of {images_per_id}"
             )
-        if batch_size % num_processes:
-            raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {num_processes} processes")
-        self.ids_per_batch = batch_size // images_per_id
+        super().__init__(batch_size, seed, rank, num_processes)
+        self.ids_per_batch, self.images_per_id = batch_size // images_per_id, images_per_id
         if len(numbers) < self.ids_per_batch:
             raise ValueError(
                 f"a batch needs {self.ids_per_batch} identities ({batch_size} images, {images_per_id} of each), "
                 f"but there are only {len(numbers)}: use a smaller batch or more images of each"
             )
         self.numbers = [numbers[label] for label in sorted(numbers)]
-        self.batch_size, self.images_per_id, self.seed = batch_size, images_per_id, seed
-        self.rank, self.num_processes = rank, num_processes
-        self.epoch = 0
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
 
     def global_batches(self, epoch):
         """All batches of an epoch, as lists of numbers."""
@@ -74,159 +79,32 @@ class IdentitySampler(torch.utils.data.Sampler):
                 continue
             shuffled = rng.sample(numbers, len(numbers))
             groups.append([shuffled[start : start + size] for start in range(0, len(numbers) - size + 1, size)])
-        left = [owner for owner, its in enumerate(groups) if its]
-        while len(left) >= self.ids_per_batch:
+        owners = [owner for owner, owner_groups in enumerate(groups) if owner_groups]
+        while len(owners) >= self.ids_per_batch:
             batch = []
-            for owner in rng.sample(left, self.ids_per_batch):
+            for owner in rng.sample(owners, self.ids_per_batch):
                 batch += groups[owner].pop()
-            left = [owner for owner in left if groups[owner]]
+            owners = [owner for owner in owners if groups[owner]]
             yield batch
 
-    def __iter__(self):
-        share = self.batch_size // self.num_processes
-        mine = slice(self.rank * share, (self.rank + 1) * share)
-        for number, batch in enumerate(self.global_batches(self.epoch)):
-            keyed = [
-                (image, f"{self.seed}/{self.epoch}/{number * self.batch_size + place}")
-                for place, image in enumerate(batch)
-            ]
-            yield keyed[mine]
 
-    def __len__(self):
-        """Batches of the current epoch; with identities of different sizes it may differ between epochs."""
-        return sum(1 for _ in self.global_batches(self.epoch))
-
-
-class ShuffleSampler(torch.utils.data.Sampler):
-    """Batches of all images in a new order each epoch, one rank's share of every global batch; a rest is left out.
+class ShuffleSampler(KeyedBatches):
+    """Batches of all images in a new order each epoch, one rank's share of every global batch; no smaller last batch.
 
     Yields lists of (number, key of the draw), as `IdentitySampler` does.
     """
 
     def __init__(self, num_images, batch_size, seed=0, rank=0, num_processes=1):
-        if batch_size < 1 or batch_size % num_processes:
-            raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {num_processes} processes")
+        super().__init__(batch_size, seed, rank, num_processes)
         if num_images < batch_size:
             raise ValueError(f"a batch of {batch_size} images cannot be made of {num_images}: use a smaller batch")
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self.rank, self.num_processes = rank, num_processes
-        self.epoch = 0
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+        self.num_images = num_images
 
     def global_batches(self, epoch):
         """All batches of an epoch, as lists of numbers."""
         order = random.Random(f"batches/{self.seed}/{epoch}").sample(range(self.num_images), self.num_images)
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
+        for start in range(0, self.num_images - self.batch_size + 1, self.batch_size):
             yield order[start : start + self.batch_size]
 
-    def __iter__(self):
-        share = self.batch_size // self.num_processes
-        mine = slice(self.rank * share, (self.rank + 1) * share)
-        for number, batch in enumerate(self.global_batches(self.epoch)):
-            keyed = [
-                (image, f"{self.seed}/{self.epoch}/{number * self.batch_size + place}")
-                for place, image in enumerate(batch)
-            ]
-            yield keyed[mine]
-
-    def __len__(self):
-        return self.num_images // self.batch_size
-
-
-class PseudoBatches:
-    """A batch sampler; yields lists of (row, key of the draw), this process's share: source, then target.
-
-    `camids`: the cameras of all rows, source and target. `take` the target's labels of an epoch before its batches.
-    """
-
-    def __init__(self, batch_size, images_per_id, steps, camids, *, source_labels=(), seed=0, rank=0, num_processes=1):
-        self.batch_size, self.images_per_id, self.steps, self.seed = batch_size, images_per_id, steps, seed
-        self.camids = camids
-        self.share = slice(rank * batch_size // num_processes, (rank + 1) * batch_size // num_processes)
-        self.num_source = len(source_labels)
-        if batch_size % images_per_id or batch_size % num_processes:
-            raise ValueError(
-                f"a batch of {batch_size} cannot be split into identities with {images_per_id} images each and shared "
-                f"evenly by {num_processes} processes"
-            )
-        self.source, self.target = rows_of(source_labels), None
-        if self.source and len(self.source) < batch_size // images_per_id:
-            raise ValueError(
-                f"a batch needs {batch_size // images_per_id} identities of the source ({batch_size} images, "
-                f"{images_per_id} of each), but there are only {len(self.source)}: use a smaller batch or more images "
-                "of each"
-            )
-        self.epoch = self.done = 0
-
-    def set_epoch(self, epoch, done=0):
-        """`done` batches of the epoch have been taken before."""
-        self.epoch, self.done = epoch, done
-
-    def take(self, labels):
-        """Labels (N,) of the target's images; those with -1 are left out."""
-        self.target = rows_of(labels.tolist(), first=self.num_source)
-        if not self.target:
-            raise ValueError(f"all {len(labels)} images are in no cluster: there is nothing to make batches of")
-
-    def global_batches(self):
-        """The rows of every batch of the epoch: target, and before it source where there is one."""
-        source = self.batches_of(self.source, "source") if self.source else itertools.repeat([])
-        yield from itertools.islice(zip(source, self.batches_of(self.target, "target"), strict=False), self.steps)
-
-    def batches_of(self, owners, name):
-        """P of `owners` (rows of each) a batch, without end. With fewer than P of them one has several groups."""
-        rng = random.Random(f"{name}/{self.seed}/{self.epoch}")
-        wanted = self.batch_size // self.images_per_id
-        while True:
-            order = rng.sample(owners, len(owners))
-            if len(order) < wanted:
-                order = list(itertools.islice(itertools.cycle(order), wanted))
-            for start in range(0, len(order) - wanted + 1, wanted):
-                yield [row for rows in order[start : start + wanted] for row in self.group(rng, rows)]
-
-    def group(self, rng, rows):
-        """K of `rows`: all where they are few; else one, and others that other cameras saw, if there are any."""
-        size = self.images_per_id
-        if len(rows) <= size:
-            return rows + rng.choices(rows, k=size - len(rows))
-        first = rng.choice(rows)
-        others = [row for row in rows if self.camids[row] != self.camids[first]]
-        others = others or [row for row in rows if row != first]
-        enough = len(others) >= size - 1
-        return [first, *(rng.sample(others, size - 1) if enough else rng.choices(others, k=size - 1))]
-
-    def __iter__(self):
-        for number, batch in enumerate(self.global_batches()):
-            if number < self.done:
-                continue
-            keyed = []
-            for name, rows in zip(("source", "target"), batch, strict=True):
-                first = number * self.batch_size
-                keys = [(row, f"{self.seed}/{self.epoch}/{name}/{first + place}") for place, row in enumerate(rows)]
-                keyed += keys[self.share]
-            yield keyed
-
-    def __len__(self):
-        return self.steps - self.done
-
-
-def rows_of(labels, first=0):
-    """[rows of a label, ...], counted from `first`; those with a negative label are left out."""
-    rows = {}
-    for row, label in enumerate(labels, first):
-        if label >= 0:
-            rows.setdefault(label, []).append(row)
-    return [rows[label] for label in sorted(rows)]
-
-
-def in_groups(labels, size, seed):
-    """Labels whose noise is drawn into random groups of `size`, each with a label of its own after the clusters."""
-    noise = (labels < 0).nonzero().flatten().tolist()
-    random.Random(f"groups/{seed}").shuffle(noise)
-    grouped = labels.clone()
-    first = int(labels.max()) + 1
-    for place, row in enumerate(noise):
-        grouped[row] = first + place // size
-    return grouped
+    def steps_of(self, epochs, first=1):
+        return epochs * (self.num_images // self.batch_size)

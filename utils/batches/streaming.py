@@ -1,8 +1,8 @@
-"""Training images that are read as they are needed, from a Hub repository or a folder of many large files.
+"""Training images that are read when they are needed, from a Hub repository or a folder of many large files.
 
 Names and identities of all images are read first, without the images, so that classes, fractions and steps are known.
-Then every process and worker reads files of its own, where there are enough, in an order of (seed, epoch), and
-shuffles rows in a buffer: the batches depend on the number of processes and workers.
+Then every process and worker reads its own files, if there are enough, in an order drawn from (seed, epoch), and
+shuffles rows in a buffer. The batches depend on the number of processes and workers.
 """
 
 import itertools
@@ -18,7 +18,7 @@ BUFFER, ROWS_AT_ONCE = 1000, 100
 
 
 def open_stream(name):
-    """(rows with pid, domain and path, the stream of the same rows) of a data set's train split."""
+    """The train split of a data set: (its rows with pid, domain and path, the stream of the same rows)."""
     stream = load(name)
     names = stream.column_names or []
     absent = [column for column in ("image", "pid", "path") if column not in names]
@@ -50,7 +50,7 @@ def open_stream(name):
 def load(name, **options):
     try:
         return datasets.load_dataset(str(name), split="train", streaming=True, **options)
-    # The Hub, the readers and the HTTP library have errors of their own.
+    # The Hub, the readers and the HTTP library raise their own error classes.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
@@ -59,7 +59,7 @@ def load(name, **options):
 
 
 def light(name, stream):
-    """The stream without its images; of parquet files they are not even read."""
+    """The stream without its images; in parquet files, image columns are not read at all."""
     try:
         columns = [column for column in COLUMNS if column in stream.column_names]
         return load(name, columns=columns)
@@ -68,9 +68,9 @@ def light(name, stream):
 
 
 class StreamLoader:
-    """As many batches an epoch as there are images for, from workers that start with it.
+    """Loads `steps_an_epoch` batches per epoch, with workers that start anew for each epoch.
 
-    Sampler and loader in one: `set_epoch(epoch, done)` says where it goes on.
+    It is sampler and loader in one: `set_epoch(epoch, done)` sets the place to continue from.
     """
 
     def __init__(self, images, steps_an_epoch, *, num_workers=0, pin_memory=False):
@@ -82,15 +82,18 @@ class StreamLoader:
     def set_epoch(self, epoch, done=0):
         self.images.epoch, self.images.done = epoch, done
 
+    def steps_of(self, epochs):
+        return epochs * self.steps
+
     def __iter__(self):
         return itertools.islice(self.loader, self.steps - self.images.done)
 
 
 class StreamedImages(torch.utils.data.IterableDataset):
-    """Batches of the chosen `rows` of a stream, as `ReIDImages` has them; its share of a process, and of a worker.
+    """Batches of the chosen `rows` of a stream, in the form of `ReIDImages`: the share of one process and worker.
 
-    It never ends: a part that has come through its files begins anew, so that all processes take equally many steps.
-    `done` batches of an epoch are passed over, their images undecoded.
+    It never ends: a worker that has read all its files starts again, so that all processes take the same number of
+    steps. The first `done` batches of an epoch are skipped without decoding their images.
     """
 
     def __init__(self, stream, rows, labels, transform, *, batch_size, seed=0, share=(0, 1), buffer=BUFFER):
@@ -99,7 +102,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         self.numbers = {key: number for number, key in enumerate(zip(rows["domain"], rows["path"], strict=True))}
         self.domain = rows["domain"][0]
         self.batch_size, self.seed = batch_size, seed
-        # This process, of how many.
+        # This process, and the number of processes.
         self.rank, self.num_processes = share
         self.epoch, self.done = 0, 0
         self.decoder = PersonImage(mode="RGB")
@@ -107,7 +110,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         workers = worker.num_workers if worker else 1
-        # Workers give their batches in turns, and the first of them always begins.
+        # The loader takes batches from its workers in turns and always starts with the first worker.
         number = ((worker.id if worker else 0) + self.done) % workers
         part, parts = self.rank * workers + number, self.num_processes * workers
         passed = len(range(number, self.done, workers)) * self.batch_size
@@ -123,39 +126,39 @@ class StreamedImages(torch.utils.data.IterableDataset):
                 batch = []
 
     def chosen(self, part, parts):
-        """(row number, image as stored) of this part, again and again in another order."""
+        """(row number, image as stored) of this part, repeated without end, each time in another order."""
         for turn in range(1_000_000):
             rng = random.Random(f"stream/{self.seed}/{self.epoch}/{part}/{turn}")
-            held, empty = [], True
-            for one in self.rows(part, parts, rng):
+            buffered, empty = [], True
+            for entry in self.rows(part, parts, rng):
                 empty = False
-                if len(held) < self.buffer:
-                    held.append(one)
+                if len(buffered) < self.buffer:
+                    buffered.append(entry)
                     continue
                 place = rng.randrange(self.buffer)
-                yield held[place]
-                held[place] = one
+                yield buffered[place]
+                buffered[place] = entry
             if empty:
                 raise ValueError(f"part {part} of {parts} has none of the images; use fewer --dataloader_num_workers")
-            rng.shuffle(held)
-            yield from held
+            rng.shuffle(buffered)
+            yield from buffered
 
     def rows(self, part, parts, rng):
-        """Chosen rows of files in a random order; with fewer files than parts, each part takes every n-th row."""
+        """Chosen rows of this part's files, files in random order; with fewer files than parts, every n-th row."""
         files = self.stream.num_shards
         by_file = files >= parts
         mine = range(part, files, parts) if by_file else range(files)
-        # The shuffling of `datasets` reads in threads, and waits seconds for them to end.
+        # `datasets` would shuffle with threads and wait seconds for them to end.
         for number in rng.sample(mine, len(mine)):
             for place, (image, key) in enumerate(self.pairs(self.stream.shard(num_shards=files, index=number))):
                 row = self.numbers.get(key)
                 if row is not None and (by_file or place % parts == part):
                     image = image or {"bytes": None, "path": None}
-                    # An image inside a table may have no name, and one that is damaged needs one.
+                    # An image inside a table may have no name, but the error for a damaged image needs one.
                     yield row, image | {"path": image["path"] or key[1]}
 
     def pairs(self, stream):
-        # Not row by row: `datasets` would share these among the workers once more.
+        # Iterating row by row, `datasets` would divide the rows among the workers a second time.
         for rows in stream.iter(batch_size=ROWS_AT_ONCE):
             domains = rows.get("domain") or [self.domain] * len(rows["path"])
             yield from zip(rows["image"], zip(domains, rows["path"], strict=True), strict=True)

@@ -1,8 +1,10 @@
 """From a picture to a tensor: resizing, mirroring, padding, erasing.
 
-Every draw of an augmentation belongs to (seed, epoch, place in the epoch), not to a worker or a process: the same seed
-gives the same batches with any number of workers and processes, and after a resume.
+Augmentations are drawn from (seed, epoch, place in the epoch), not from the state of a worker or process: the same
+seed gives the same batches with any number of workers and processes, and after a resume.
 """
+
+import random
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ HALF = (0.5, 0.5, 0.5)
 
 def to_tensor(image, mean, std):
     """An RGB picture as a float tensor (3, H, W), normalised."""
-    # The planes are sorted out as bytes: four times less to move.
+    # Channels are moved while values are bytes: a quarter of the memory traffic of floats.
     planes = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
     return planes.float().div_(255.0).sub_(mean).div_(std)
@@ -30,7 +32,7 @@ def resized(image, image_size, resample):
 class TestTransform:
     """Resize and normalise: PIL image -> (3, H, W)."""
 
-    # pytest collects classes by their name; this is none of its.
+    # pytest collects classes whose names start with Test; this is not a test.
     __test__ = False
 
     def __init__(self, image_size=(256, 128), mean=HALF, std=HALF, resample="bilinear"):
@@ -63,7 +65,7 @@ class TrainTransform:
         self.image_size, self.mean, self.std, self.resample = tuple(image_size), tuple(mean), tuple(std), resample
         self.flip, self.padding = flip, padding
         self.erasing, self.erasing_area, self.erasing_aspect = erasing, erasing_area, erasing_aspect
-        # The value stands after normalisation: 0.5 is a light grey of 0.75 for mean and std of a half.
+        # The value is filled in after normalisation: with mean and std 0.5, a value of 0.5 is a light grey of 0.75.
         self.erasing_value = erasing_value
 
     def __call__(self, image, rng):
@@ -103,3 +105,52 @@ def test_transform(image_size=(256, 128), mean=HALF, std=HALF, resample="bilinea
 
 
 test_transform.__test__ = False
+
+
+class ReIDImages(torch.utils.data.Dataset):
+    """Rows of a data set as tensors with labels; the index of an item is a number or (number, key of its draw)."""
+
+    def __init__(self, dataset, transform, labels=None):
+        self.dataset, self.transform = dataset, transform
+        self.labels = dataset["pid"][:] if labels is None else list(labels)
+        self.camids = dataset["camid"][:]
+        if len(self.labels) != len(dataset):
+            raise ValueError(f"{len(self.labels)} labels for {len(dataset)} images")
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, item):
+        number, key = item if isinstance(item, tuple) else (item, item)
+        image = self.dataset[number]["image"]
+        return {
+            "images": self.transform(image, random.Random(str(key))),
+            "labels": self.labels[number],
+            "camids": self.camids[number],
+            "indices": number,
+        }
+
+
+class TransformedImages(torch.utils.data.Dataset):
+    """Rows of a data set as input for a model; `transform`: PIL image -> (3, height, width)."""
+
+    def __init__(self, dataset, transform):
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, row):
+        return self.transform(self.dataset[row]["image"])
+
+
+def training_loader(model, dataset, labels, sampler, *, padding, erasing, num_workers=0, pin_memory=False):
+    """A loader of augmented batches, resized and normalised for a model; `sampler` yields (row, key) pairs."""
+    transform = train_transform(model.image_size, model.image_mean, model.image_std, padding=padding, erasing=erasing)
+    return torch.utils.data.DataLoader(
+        ReIDImages(dataset, transform, labels),
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+    )

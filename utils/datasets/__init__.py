@@ -1,6 +1,6 @@
-"""Every source of labelled people, opened to one schema.
+"""Opens every source of labelled people with one schema.
 
-`load_reid` opens a set by name, path or Hub id; `parse_spec`, `labels_of` and `subset` belong to it.
+`load_reid` opens a data set by name, path or Hub id; `parse_spec`, `labels_of` and `subset` are its helpers.
 """
 
 from utils import opened_when_used

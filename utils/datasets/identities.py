@@ -1,4 +1,4 @@
-"""The identities of labelled sources, each with the image sequence that stands for it."""
+"""The identities of labelled sources, each with the image sequence that represents it."""
 
 import re
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ FOLDER = re.compile(r"\w[\w.-]*")
 
 @dataclass(frozen=True)
 class Identity:
-    """One person of one set: the set's own number, and its images from the camera that has most of them."""
+    """One identity of one data set: its number there, and its images from the camera that has most of them."""
 
     domain: str
     pid: int
@@ -32,7 +32,7 @@ class Identity:
 
 def open_identities(specs, data_root=None, *, max_images=32, skip_unreadable=False):
     """All identities of the training splits of `specs`, sorted by domain and number."""
-    found = {}
+    identities = {}
     for spec in specs:
         data = load_reid(spec, data_root, skip_unreadable=skip_unreadable)
         if "train" not in data:
@@ -40,45 +40,55 @@ def open_identities(specs, data_root=None, *, max_images=32, skip_unreadable=Fal
         if not skip_unreadable:
             check_images(data["train"], where=spec)
         for identity in identities_of(data["train"], max_images):
-            if identity.name in found:
+            if identity.name in identities:
                 raise ValueError(f"two of the sources have an identity {identity.name}; name each source once")
             if not FOLDER.fullmatch(identity.domain):
                 raise ValueError(
                     f"{spec!r}: the domain {identity.domain!r} cannot name a folder; rename it to letters, digits, . "
                     "_ and -, or give such names in a column `domain` of its metadata"
                 )
-            found[identity.name] = identity
-    return [found[name] for name in sorted(found, key=lambda name: (found[name].domain, found[name].pid))]
+            identities[identity.name] = identity
+    return [
+        identities[name]
+        for name in sorted(identities, key=lambda name: (identities[name].domain, identities[name].pid))
+    ]
 
 
 def identities_of(dataset, max_images=32):
-    """Each identity of a split with its image sequence: of one camera, the fullest, first of equals, in file order."""
+    """Each identity of a split with its image sequence, in file order, from the camera with most images of it.
+
+    Of cameras with equally many images the one with the lowest number is taken.
+    """
     cameras = {}
     columns = (dataset[name][:] for name in ("domain", "pid", "camid", "path"))
     for row, (domain, pid, camid, path) in enumerate(zip(*columns, strict=True)):
         cameras.setdefault((domain, pid), {}).setdefault(camid, []).append((path, row))
-    for (domain, pid), seen in sorted(cameras.items()):
-        camid = min(seen, key=lambda camid: (-len(seen[camid]), camid))
-        paths, rows = zip(*sorted(seen[camid])[:max_images], strict=True)
+    for (domain, pid), images_of_camera in sorted(cameras.items()):
+        camid = min(images_of_camera, key=lambda camid: (-len(images_of_camera[camid]), camid))
+        paths, rows = zip(*sorted(images_of_camera[camid])[:max_images], strict=True)
         yield Identity(domain, pid, camid, paths, dataset, rows)
 
 
-def choose(identities, wanted):
+def chosen_identities(identities, words):
     """The identities named by numbers, ranges or DOMAIN/NUMBER: `2 4-8 market1501/12`."""
     chosen = set()
-    for word in wanted:
+    for word in words:
         match = re.fullmatch(r"(?:(.+)/)?(\d+)(?:-(\d+))?", word)
         if match is None:
             raise ValueError(f"--ids {word!r} is neither a number, a range such as 4-8, nor DOMAIN/NUMBER")
         first, last = int(match[2]), int(match[3] or match[2])
-        named = {one.name for one in identities if first <= one.pid <= last and match[1] in (None, one.domain)}
-        if not named:
+        names = {
+            identity.name
+            for identity in identities
+            if first <= identity.pid <= last and match[1] in (None, identity.domain)
+        }
+        if not names:
             raise ValueError(f"--ids {word}: the source has no images of such an identity; {known(identities)}")
-        chosen |= named
-    return [one for one in identities if one.name in chosen]
+        chosen |= names
+    return [identity for identity in identities if identity.name in chosen]
 
 
 def known(identities):
-    pids = sorted({one.pid for one in identities})
+    pids = sorted({identity.pid for identity in identities})
     shown = ", ".join(map(str, pids[:8])) + (", ..." if len(pids) > 8 else "")
     return f"it has {len(identities)} identities: {shown}"

@@ -1,4 +1,4 @@
-"""Pixels and files of images: right RGB from any mode, reading from any protocol, finding the damaged ones."""
+"""Pixels and files of images: correct RGB from any mode, reading from any protocol, finding damaged images."""
 
 import functools
 import logging
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-# So many images are decoded in a second or two, so all of them are; of larger sets only the doubtful ones.
+# Below this number all images are decoded, which takes a second or two; in larger sets only doubtful ones are.
 DECODE_ALL_BELOW = 4096
 CHUNK = 512
 # Images drawn on access cannot be damaged.
@@ -27,7 +27,7 @@ DRAWN = "synthetic://"
 
 
 def as_rgb(image):
-    """RGB pixels of any mode, alpha dropped; 16-bit grey is scaled down, where Pillow would clip it to white."""
+    """RGB pixels of any mode, without alpha; 16-bit grey is scaled down (Pillow would clip it to white)."""
     if image.mode.startswith("I"):
         deep = np.asarray(image).astype(np.int64).clip(0, 65535)
         image = Image.fromarray((deep >> 8).astype(np.uint8))
@@ -36,10 +36,10 @@ def as_rgb(image):
 
 @dataclass
 class PersonImage(datasets.Image):
-    """`datasets.Image(mode="RGB")` that is also right for 16-bit grey.
+    """`datasets.Image(mode="RGB")` that also decodes 16-bit grey correctly.
 
-    It is stored, and read elsewhere, as that feature, which is why the mode is written out wherever this is made: a
-    default of its own would not be stored.
+    It is stored as `datasets.Image`, and other programs read it as that. Always pass the mode: a default of this class
+    would not be stored.
     """
 
     def decode_example(self, value, token_per_repo_id=None):
@@ -48,27 +48,27 @@ class PersonImage(datasets.Image):
         plain = datasets.Image(decode=self.decode)
         try:
             return as_rgb(plain.decode_example(value, token_per_repo_id=token_per_repo_id))
-        # decoders raise whatever the parser of their format stumbles over, and never name the file
+        # Decoders raise errors of many classes, and none of them names the file.
         except Exception as error:
             raise ValueError(
                 f"image {value['path'] or 'inside a table'} cannot be read: {reason_of(error)}"
             ) from error
 
     def embed_storage(self, storage, token_per_repo_id=None, **_):
-        """All bytes into the table, from any protocol; of the path only the file's name stays."""
+        """Store all bytes in the table, read with any protocol; of the path only the file name is kept."""
         rows = []
         for row in storage.to_pylist():
-            held = row["bytes"] if row["bytes"] is not None else read_bytes(row["path"])
+            content = row["bytes"] if row["bytes"] is not None else read_bytes(row["path"])
             name = os.path.basename(row["path"] or "") or None
-            rows.append({"bytes": as_plain_readers_see_it(held), "path": name})
+            rows.append({"bytes": as_plain_readers_see_it(content), "path": name})
         return pa.array(rows, type=IMAGE_TYPE)
 
 
-def as_plain_readers_see_it(held):
-    """The bytes, except of 16-bit grey, which becomes the 8-bit image that other readers would not make of it."""
-    with Image.open(BytesIO(held)) as image:
+def as_plain_readers_see_it(content):
+    """The bytes; 16-bit grey becomes an 8-bit image, because other readers would convert it wrongly."""
+    with Image.open(BytesIO(content)) as image:
         if not image.mode.startswith("I"):
-            return held
+            return content
         buffer = BytesIO()
         as_rgb(ImageOps.exif_transpose(image)).save(buffer, format="PNG")
         return buffer.getvalue()
@@ -87,7 +87,7 @@ class LmdbFileSystem(AbstractFileSystem):
     protocol = "lmdb"
 
     def _open(self, path, mode="rb", **_):
-        # fsspec takes the first slash away on some of its ways here
+        # Some fsspec calls remove the first slash.
         database, key = "/" + self._strip_protocol(path).lstrip("/"), ""
         while database and not is_lmdb(database):
             database, _, part = database.rpartition("/")
@@ -100,7 +100,7 @@ class LmdbFileSystem(AbstractFileSystem):
 
 
 fsspec.register_implementation("lmdb", LmdbFileSystem, clobber=True)
-# by name, so that a data loader's freshly started worker, which imports no more than this, can draw too
+# Registered by name, so that a new worker of a data loader, which imports only this module, can draw too.
 fsspec.register_implementation("synthetic", "utils.synthetic.world.SyntheticFileSystem", clobber=True)
 
 
@@ -110,7 +110,7 @@ def is_lmdb(folder):
 
 @functools.lru_cache(maxsize=4)
 def open_lmdb(folder, process):
-    """One handle a process: an lmdb must not be carried over a fork."""
+    """One handle per process: an open lmdb must not be used after a fork."""
     try:
         import lmdb
     except ImportError:
@@ -119,26 +119,26 @@ def open_lmdb(folder, process):
 
 
 def lmdb_names(folder):
-    """Keys that are names of files; what else writers keep in there (a length, a list of keys) has no ending."""
+    """Keys that are file names; other entries that writers add (a length, a list of keys) have no ending."""
     with open_lmdb(os.path.realpath(folder), os.getpid()).begin() as transaction:
         keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
     return [key.decode() for key in keys if b"." in key]
 
 
 def storage_of(dataset, column):
-    """A column as Arrow holds it: nothing decoded, and nothing copied from a set that is mapped from the disk."""
+    """A column in Arrow's storage form: images are not decoded, and data mapped from the disk is not copied."""
     return dataset.select_columns([column]).with_format("arrow")[:][column]
 
 
 def local_files(dataset):
-    """Paths of the images that are files of this machine."""
+    """Paths of the images that are files on this machine."""
     storage = storage_of(dataset, "image")
     names = pc.struct_field(storage, "path").filter(pc.is_null(pc.struct_field(storage, "bytes")))
     return [name for name in names.to_pylist() if name and "://" not in name]
 
 
 def check_files(data, where):
-    """Raise for files that are missing or empty; only their sizes are looked at."""
+    """ValueError for files that are missing or empty; only file sizes are checked."""
     bad, total = [], 0
     for dataset in data.values():
         for path in local_files(dataset):
@@ -169,16 +169,16 @@ def reason_of(error):
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def damage(held, path, decode):
-    """Why an image cannot be read, or None. A whole header and trailer are believed unless `decode` is set."""
+def damage(content, path, decode):
+    """Why an image cannot be read, or None. A complete header and trailer are enough unless `decode` is set."""
     try:
-        on_disk = held is None and "://" not in path
-        if held is None and not on_disk:
-            held = read_bytes(path)
-        size = os.stat(path).st_size if on_disk else len(held)
+        on_disk = content is None and "://" not in path
+        if content is None and not on_disk:
+            content = read_bytes(path)
+        size = os.stat(path).st_size if on_disk else len(content)
         if size == 0:
             return "empty file"
-        with open(path, "rb") if on_disk else BytesIO(held) as file, Image.open(file) as image:
+        with open(path, "rb") if on_disk else BytesIO(content) as file, Image.open(file) as image:
             if not decode:
                 file.seek(max(0, size - 12))
                 end = file.read()
@@ -189,7 +189,7 @@ def damage(held, path, decode):
             file.seek(0)
             with Image.open(file) as image:
                 image.load()
-    # as above
+    # Decoders raise errors of many classes.
     except Exception as error:
         return reason_of(error)
     return None
@@ -200,39 +200,39 @@ def damaged_rows(dataset, decode, pool, bar):
     storage = storage_of(dataset, "image")
 
     def look(start):
-        found = []
+        bad_rows = []
         rows = storage.slice(start, CHUNK).to_pylist()
         for number, row in enumerate(rows, start):
-            held, path = (row["bytes"], row["path"]) if row else (None, None)
-            if held is None and path is None:
-                found.append((number, f"row {number}", "neither bytes nor a path"))
-            elif held is not None or not path.startswith(DRAWN):
-                reason = damage(held, path, decode)
-                found += [(number, path, reason)] if reason else []
+            content, path = (row["bytes"], row["path"]) if row else (None, None)
+            if content is None and path is None:
+                bad_rows.append((number, f"row {number}", "neither bytes nor a path"))
+            elif content is not None or not path.startswith(DRAWN):
+                reason = damage(content, path, decode)
+                bad_rows += [(number, path, reason)] if reason else []
         bar.update(len(rows))
-        return found
+        return bad_rows
 
-    return [bad for found in pool.map(look, range(0, len(dataset), CHUNK)) for bad in found]
+    return [bad for bad_rows in pool.map(look, range(0, len(dataset), CHUNK)) for bad in bad_rows]
 
 
 def check_images(data, *, skip_unreadable=False, decode=None, workers=None, where="data"):
-    """Find the images that do not decode before training does; returns (data without them, list of them).
+    """Find images that cannot be decoded, before training starts; returns (data without them, list of them).
 
-    They are an error unless `skip_unreadable`, which drops them, logs how many and which, and lists them as (split,
-    path, reason). Headers and trailers are looked at and what is doubtful is decoded; sets below 4096 images are
-    decoded whole, any set with `decode=True`. `data` is a `DatasetDict` or one of its splits.
+    They are an error unless `skip_unreadable` is set: then they are dropped, logged, and listed as (split, path,
+    reason). Headers and trailers are checked, and doubtful images are decoded. All images are decoded in data sets
+    with fewer than 4096 images, or with `decode=True`. `data` is a `DatasetDict` or one of its splits.
     """
     whole = isinstance(data, dict)
     splits = data if whole else {str(data.split or "data"): data}
     total = sum(len(dataset) for dataset in splits.values())
     decode = total < DECODE_ALL_BELOW if decode is None else decode
-    kept, skipped = {}, []
+    readable, skipped = {}, []
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         with tqdm(total=total, desc="checking images", disable=None) as bar:
             for split, dataset in splits.items():
                 bad = damaged_rows(dataset, decode, pool, bar)
                 drop = {row for row, _, _ in bad}
-                kept[split] = (
+                readable[split] = (
                     dataset.select([row for row in range(len(dataset)) if row not in drop]) if bad else dataset
                 )
                 names = dataset.remove_columns("image")
@@ -242,7 +242,7 @@ def check_images(data, *, skip_unreadable=False, decode=None, workers=None, wher
     if skipped:
         listed = "".join(f"\n  {split}: {path} ({reason})" for split, path, reason in skipped)
         logger.warning("%s: left out %d of %d images that cannot be read:%s", where, len(skipped), total, listed)
-    empty = [split for split, dataset in kept.items() if not len(dataset)]
+    empty = [split for split, dataset in readable.items() if not len(dataset)]
     if empty:
         raise ValueError(f"{where}: no readable image is left in {', '.join(empty)}")
-    return (datasets.DatasetDict(kept) if whole else kept[next(iter(kept))]), skipped
+    return (datasets.DatasetDict(readable) if whole else readable[next(iter(readable))]), skipped

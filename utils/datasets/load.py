@@ -1,4 +1,4 @@
-"""Every source of labelled people to one schema.
+"""Opens every source of labelled people with one schema.
 
     python -m utils.datasets market1501 --root /data/reid
     python -m utils.datasets viper:split=3 --root /data/reid --save_to viper3
@@ -10,11 +10,13 @@ columns image, pid, camid (from 0), domain and path (below the source's folder).
 import difflib
 import hashlib
 import inspect
+import json
 import os
 import re
 
 import datasets
 import numpy as np
+import torch
 
 from utils.datasets import own_data, published
 from utils.datasets.images import check_files, check_images
@@ -32,7 +34,7 @@ def known_names():
 def parse_spec(spec):
     """`viper:split=3` -> ("viper", {"split": 3}), and so `./people:pid_column=label` for a path or Hub id.
 
-    With words after the colon that are no options of theirs, all of it is a path.
+    If the words after the colon are not options of the source, the whole text is a path.
     """
     name, colon, text = spec.partition(":")
     if colon and name in known_names():
@@ -45,7 +47,7 @@ def parse_spec(spec):
 
 
 def read_options(items, where):
-    """key=value, each once; values become int, float or bool where they look like it."""
+    """Options from `key=value` items, each key once; values become int, float or bool if they look like one."""
     options = {}
     for item in items:
         key, equals, value = (part.strip() for part in item.partition("="))
@@ -69,14 +71,14 @@ def typed(text):
 def load_reid(
     name, root=None, *, image_fraction=None, identity_fraction=None, fraction_seed=0, skip_unreadable=False, **options
 ):
-    """Labelled people as a `DatasetDict`; `name` is a known set or spec, a path, a Hub id, or a list of these.
+    """Labelled people as a `DatasetDict`; `name` is a known data set or spec, a path, a Hub id, or a list of these.
 
-    `root` is the set's folder or its parent. The fractions keep a part of `train`, see `subset`. A file that is
+    `root` is the data set's folder or its parent. The fractions keep a part of `train`, see `subset`. A file that is
     missing or empty is an error here, and `check_images` finds damaged ones; with `skip_unreadable` both are dropped
-    and listed in the log. Further options are the source's own: of the readers in `utils.datasets.published`, of
-    `utils.synthetic.world.rows`, and for one's own tables `image_column`, `pid_column` ("none" where nobody knows
-    who is who), `camid_column` ("none" where there are no cameras), `domain_column`, `split_column` and `domain`. What
-    a spec says holds before what is given here.
+    and listed in the log. Other options belong to the source: see the readers in `utils.datasets.published`,
+    `utils.synthetic.world.rows`, and for your own tables `image_column`, `pid_column` ("none" if identities are
+    unknown), `camid_column` ("none" if there are no cameras), `domain_column`, `split_column` and `domain`. Options
+    in a spec override those given here.
     """
     common = {
         "image_fraction": image_fraction,
@@ -86,11 +88,11 @@ def load_reid(
     }
     if isinstance(name, (list, tuple)):
         return load_sources(name, root, **common, **options)
-    name, written = parse_spec(os.fspath(name))
-    common |= {key: written.pop(key) for key in list(written) if key in common}
+    name, spec_options = parse_spec(os.fspath(name))
+    common |= {key: spec_options.pop(key) for key in list(spec_options) if key in common}
     if not isinstance(common["skip_unreadable"], bool):
         raise ValueError(f"{name}: skip_unreadable must be true or false, not {common['skip_unreadable']!r}")
-    data = read_source(name, root, options | written)
+    data = read_source(name, root, options | spec_options)
     check_splits(data, name)
     if common["skip_unreadable"]:
         data, skipped = check_images(data, skip_unreadable=True, where=name)
@@ -141,7 +143,7 @@ def unknown_name(name):
 
 
 def check_options(name, function, options):
-    """Options must be parameters of the source's reader, of the type of their defaults."""
+    """ValueError unless options are parameters of the source's reader and have the type of their defaults."""
     accepted = {key: value.default for key, value in inspect.signature(function).parameters.items() if key != "root"}
     for key, value in options.items():
         if key not in accepted:
@@ -153,19 +155,19 @@ def check_options(name, function, options):
 
 
 def check_splits(data, where, own_camera=False):
-    """What every source must hold to: no split empty, no image twice, queries that can be found.
+    """Check what holds for every source: no empty split, no image twice, at least one query with a match.
 
-    With `own_camera` also by an image of the query's own camera.
+    With `own_camera` a match may be an image from the query's own camera.
     """
     empty = [split for split in data if not len(data[split])]
     if empty or not data:
         raise ValueError(f"{where} has no images in {', '.join(empty) or 'any split'}")
-    seen = {}
+    split_of = {}
     for split, dataset in data.items():
         for key in zip(dataset["domain"][:], dataset["path"][:], strict=True):
-            if key in seen:
-                raise ValueError(f"{where} lists {key[1]} of {key[0]} twice, in {seen[key]} and in {split}")
-            seen[key] = split
+            if key in split_of:
+                raise ValueError(f"{where} lists {key[1]} of {key[0]} twice, in {split_of[key]} and in {split}")
+            split_of[key] = split
     if ("query" in data) != ("gallery" in data):
         raise ValueError(f"{where} has {' and '.join(data)} only; query and gallery go together")
     if "query" in data:
@@ -177,27 +179,28 @@ def check_queries(query, gallery, where, own_camera):
     cameras = {}
     for pid, camid in zip(gallery["pid"][:], gallery["camid"][:], strict=True):
         cameras.setdefault(pid, set()).add(camid)
-    asked = sorted(set(zip(query["pid"][:], query["camid"][:], strict=True)))
-    if any(cameras.get(pid, set()) - (set() if own_camera else {camid}) for pid, camid in asked):
+    query_keys = sorted(set(zip(query["pid"][:], query["camid"][:], strict=True)))
+    if any(cameras.get(pid, set()) - (set() if own_camera else {camid}) for pid, camid in query_keys):
         return
-    shown = ", ".join(f"{pid} (camera {camid})" for pid, camid in asked[:5])
-    held = ", ".join(f"{pid} (cameras {sorted(cameras[pid])[:5]})" for pid in sorted(cameras)[:5])
-    if any(pid in cameras for pid, _ in asked):
+    shown_queries = ", ".join(f"{pid} (camera {camid})" for pid, camid in query_keys[:5])
+    in_gallery = ", ".join(f"{pid} (cameras {sorted(cameras[pid])[:5]})" for pid in sorted(cameras)[:5])
+    if any(pid in cameras for pid, _ in query_keys):
         raise ValueError(
             f"{where}: query identities are in the gallery only under the query's own camera, which does not count. "
-            f"pids of queries: {shown}; of the gallery: {held}. Check the camera numbers; of a table without cameras "
-            "camid_column is none"
+            f"pids of queries: {shown_queries}; of the gallery: {in_gallery}. Check the camera numbers; of a table "
+            "without cameras camid_column is none"
         )
     raise ValueError(
         f"{where}: no query identity appears in the gallery. "
-        f"pids of queries: {shown}; of the gallery: {held}. Check the pids"
+        f"pids of queries: {shown_queries}; of the gallery: {in_gallery}. Check the pids"
     )
 
 
 def load_sources(specs, data_root=None, **common):
-    """Several sources as one: people and cameras of each are numbered after those of the source before it.
+    """Several sources as one: identities and cameras of each are numbered after those of the source before it.
 
-    A single source keeps its own numbers. People of `train` are numbered apart from those of query and gallery.
+    A single source keeps its own numbers. Identities of `train` are numbered separately from those of query and
+    gallery.
     """
     specs = [os.fspath(spec) for spec in specs]
     if not specs:
@@ -210,9 +213,9 @@ def load_sources(specs, data_root=None, **common):
     for data in loaded:
         cameras = dense(camid for dataset in data.values() for camid in dataset["camid"][:])
         for group, splits in {"train": ("train",), "test": ("query", "gallery")}.items():
-            there = [split for split in splits if split in data]
-            people = dense(key for split in there for key in people_of(data[split]))
-            for split in there:
+            present = [split for split in splits if split in data]
+            people = dense(key for split in present for key in people_of(data[split]))
+            for split in present:
                 pids = [num_people[group] + people[key] for key in people_of(data[split])]
                 camids = [num_cameras + cameras[camid] for camid in data[split]["camid"][:]]
                 dataset = put(put(data[split], "pid", pids), "camid", camids)
@@ -229,12 +232,12 @@ def load_sources(specs, data_root=None, **common):
 
 
 def people_of(dataset):
-    """Who each image shows: the same number in two domains is two people."""
+    """The identity of each image as (pid, domain): the same pid in two domains is two identities."""
     return list(zip(dataset["pid"][:], dataset["domain"][:], strict=True))
 
 
 def labels_of(dataset):
-    """int64 labels 0..N-1 of a split's rows, in the order of (pid, domain), so the same on every machine."""
+    """int64 labels 0..N-1 of a split's rows, numbered in the order of (pid, domain): the same on every machine."""
     people = people_of(dataset)
     labels = dense(people)
     return np.array([labels[key] for key in people], dtype=np.int64)
@@ -243,9 +246,10 @@ def labels_of(dataset):
 def subset(data, *, image_fraction=None, identity_fraction=None, min_images=None, seed=0):
     """A part of the training images: `image_fraction` for few-shot, `identity_fraction` for small-scale.
 
-    A part is the beginning of one seeded order, so that smaller parts lie inside larger ones. Every identity that
-    stays keeps its share of images, and one at least: the sum is the fraction of all. With `min_images` every identity
-    keeps its own fraction, or so many of those it has where that is more. Of a `DatasetDict` only `train` is cut.
+    A part is the beginning of one seeded order, so that larger parts contain smaller ones. Every identity that stays
+    keeps its share of images, but at least one; together they are the fraction of all images. With `min_images` every
+    identity keeps the fraction of its own images, but at least `min_images` (or all it has). Only `train` of a
+    `DatasetDict` is reduced.
     """
     for name, value in (("image_fraction", image_fraction), ("identity_fraction", identity_fraction)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -265,7 +269,7 @@ def subset(data, *, image_fraction=None, identity_fraction=None, min_images=None
         people = people[: max(1, round(identity_fraction * len(people)))]
     order, least = [], []
     for person in people:
-        # Each identity's images are spread over the order at its own phase, so that rounding favours nobody.
+        # Each identity's images are spread over the order with a random phase, so that rounding favours no identity.
         phase = int.from_bytes(draw(seed, *person)[:6], "big") / 2**48
         rows = [row for _, row in sorted(images[person])]
         order += [((rank + phase) / len(rows), rank, row) for rank, row in enumerate(rows)]
@@ -273,13 +277,45 @@ def subset(data, *, image_fraction=None, identity_fraction=None, min_images=None
     if image_fraction is None:
         return data.select(sorted(row for *_, row in order))
     if min_images is None:
-        # The first of everyone comes before all others.
-        order.sort(key=lambda one: (one[1] > 0, one))
-        kept = order[: max(len(people), round(image_fraction * len(order)))]
+        # The first image of every identity comes before all others.
+        order.sort(key=lambda entry: (entry[1] > 0, entry))
+        chosen = order[: max(len(people), round(image_fraction * len(order)))]
     else:
-        kept = [one for one in order if one[0] < image_fraction]
-    return data.select(sorted({row for *_, row in kept} | set(least)))
+        chosen = [entry for entry in order if entry[0] < image_fraction]
+    return data.select(sorted({row for *_, row in chosen} | set(least)))
 
 
 def draw(seed, *words):
     return hashlib.sha256(" ".join(map(str, (seed, *words))).encode()).digest()
+
+
+def open_source(specs, root=None, *, single_image_ids="error", skip_unreadable=False):
+    """(training rows of one or several data sets, their labels 0..N-1, the whole data sets).
+
+    An identity with a single image has no other image to compare with: `single_image_ids` says what to do with it.
+    """
+    name = " + ".join(specs)
+    data = load_sources(specs, root, skip_unreadable=skip_unreadable)
+    if "train" not in data:
+        raise ValueError(f"--source {name} has no train split, only {', '.join(data)}; give a training set")
+    train = data["train"]
+    if not skip_unreadable:
+        train, _ = check_images(train, where=name)
+    labels = torch.from_numpy(labels_of(train))
+    is_single = labels.bincount()[labels] == 1
+    if is_single.any() and single_image_ids != "repeat":
+        if single_image_ids == "error":
+            paths = [train["path"][row] for row in is_single.nonzero().flatten()[:3].tolist()]
+            more = ", ..." if is_single.sum() > 3 else ""
+            raise ValueError(
+                f"{name}: {int(is_single.sum())} identities have one image only ({', '.join(paths)}{more}); give "
+                "more, or choose --single_image_ids repeat or drop"
+            )
+        train = train.select((~is_single).nonzero().flatten().tolist())
+        labels = torch.from_numpy(labels_of(train))
+    return train, labels, data
+
+
+def digest_of(train, labels):
+    """A digest that changes with any image's name, label or place in the data set."""
+    return hashlib.sha256(json.dumps([train["path"][:], labels.tolist()]).encode()).hexdigest()

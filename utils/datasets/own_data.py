@@ -1,7 +1,7 @@
-"""One's own data: a metadata file, parquet files, a saved data set, a folder an identity, or the Hub.
+"""Your own data: a metadata file, parquet files, a saved data set, one folder per identity, or the Hub.
 
-Images stay where they lie, those inside a table are kept in memory (a set from `save_to_disk` is mapped from the disk
-instead).
+Image files stay where they are. Images inside a table are kept in memory, but a data set from `save_to_disk` is mapped
+from the disk.
 """
 
 import logging
@@ -33,17 +33,18 @@ logger = logging.getLogger(__name__)
 
 
 def read_identity_folders(folder):
-    """One folder an identity, directly or under train, query and gallery.
+    """One folder per identity, directly or under train, query and gallery.
 
-    Folders named by numbers keep them as pid, others are numbered in order of name. The camera is the number after
-    `c` or `cam` in the file's name (0001_c2_05.jpg). Where no name has one there is one camera, except that queries
-    and gallery count as two, so that the removal of a query's own camera never empties its ranking.
+    Folders whose names are numbers keep them as pid; other folders are numbered in order of name. The camera is the
+    number after `c` or `cam` in the file name (0001_c2_05.jpg). If no name has a camera, all images get one camera,
+    except that queries and gallery get two different ones: removing a query's own camera then never empties its
+    ranking.
     """
     split_folders = [split for split in SPLITS if (folder / split).is_dir()]
     odd = [entry.name for entry in listing(folder) if entry.is_dir() and entry.name not in SPLITS]
     if split_folders and odd:
         raise ValueError(f"{folder} has {odd[0]} beside {', '.join(split_folders)}; splits are {', '.join(SPLITS)}")
-    found = []
+    images = []
     for split, place in [(split, folder / split) for split in split_folders] or [("train", folder)]:
         for identity in listing(place):
             if not identity.is_dir():
@@ -52,22 +53,22 @@ def read_identity_folders(folder):
                 if not entry.name.lower().endswith(ENDINGS) or not entry.is_file():
                     raise ValueError(f"{entry.path} is no image; expected files ending in {', '.join(ENDINGS)}")
                 camera = CAMERA.search(entry.name)
-                found.append((split, identity.name, entry.name, camera and int(camera[1])))
-    names = {identity for _, identity, _, _ in found}
-    # a longer number, such as a time stamp, does not fit a pid
+                images.append((split, identity.name, entry.name, camera and int(camera[1])))
+    names = {identity for _, identity, _, _ in images}
+    # A longer number, such as a time stamp, does not fit a pid.
     numbers = {int(name) for name in names if re.fullmatch(r"[0-9]{1,18}", name)}
-    # 1 and 0001 are two folders, so two people
+    # 1 and 0001 are two folders, so they are two identities.
     numbered = len(numbers) == len(names)
     pids = {name: int(name) for name in names} if numbered else dense(names)
-    with_camera = sum(camera is not None for *_, camera in found)
-    if 0 < with_camera < len(found):
-        odd = next((split, identity, name) for split, identity, name, camera in found if camera is None)
+    with_camera = sum(camera is not None for *_, camera in images)
+    if 0 < with_camera < len(images):
+        odd = next((split, identity, name) for split, identity, name, camera in images if camera is None)
         raise ValueError(
             f"{folder}: {'/'.join(odd)} has no camera in its name, others do; expected ..._c2_... or ..._cam2_..."
         )
-    cameras = dense(camera for *_, camera in found)
+    cameras = dense(camera for *_, camera in images)
     splits = {split: [] for split in split_folders or ["train"]}
-    for split, identity, name, camera in found:
+    for split, identity, name, camera in images:
         path = f"{split}/{identity}/{name}" if split_folders else f"{identity}/{name}"
         camid = cameras[camera] if with_camera else int(split == "gallery")
         splits[split].append(Row(path, pids[identity], camid))
@@ -83,7 +84,7 @@ class MissingColumn(ValueError):
 
 
 def integers(dataset, column, meaning, where):
-    """A column of whole numbers, or the error everybody can act on."""
+    """The values of an integer column; ValueError with what to do if there is no such column."""
     if column not in dataset.column_names:
         raise MissingColumn(
             column,
@@ -100,7 +101,7 @@ def integers(dataset, column, meaning, where):
 
 
 def words_of(dataset, column):
-    """A column's values, those of a `ClassLabel` by their names."""
+    """A column's values; values of a `ClassLabel` become their names."""
     values, feature = storage_of(dataset, column).to_pylist(), dataset.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return [None if value is None else feature.int2str(value) for value in values]
@@ -108,7 +109,7 @@ def words_of(dataset, column):
 
 
 def paths_of(dataset, split):
-    """The path column, or names made of the split, the row and the file, which hold no folder of this machine."""
+    """The path column, or names made from split, row and file name, which contain no folder of this machine."""
     if "path" in dataset.column_names:
         paths = storage_of(dataset, "path").to_pylist()
         if all(isinstance(path, str) and not os.path.isabs(path) for path in paths):
@@ -118,10 +119,10 @@ def paths_of(dataset, split):
 
 
 def conform(splits, columns, domain, where):
-    """Tables with anybody's columns to the one schema; camera -1 (generated images) becomes one of its own.
+    """Convert tables with any column names to the one schema; camera -1 (generated images) becomes a new camera.
 
-    Without cameras, queries and gallery count as two, as in `read_identity_folders`. Without pids all training images
-    count as one person's, and nobody can be searched for.
+    Without cameras, queries and gallery get two different ones, as in `read_identity_folders`. Without pids, all
+    training images get one identity, and query and gallery are not allowed.
     """
     result, cameras = {}, {}
     if columns.pid == "none" and set(splits) != {"train"}:
@@ -131,7 +132,7 @@ def conform(splits, columns, domain, where):
         )
     for split, dataset in splits.items():
         if isinstance(dataset, datasets.Dataset):
-            # a saved set remembers its writer's format, in which columns may be tensors, or missing
+            # A saved data set keeps its writer's format, in which columns may be tensors or missing.
             dataset, image = dataset.with_format(None), columns.image or "image"
         else:
             dataset, image = datasets.Dataset(dataset, split=datasets.NamedSplit(split)), "image"
@@ -163,15 +164,15 @@ def conform(splits, columns, domain, where):
         for name, values in (("pid", numbers["pid"]), ("domain", domains), ("path", paths)):
             dataset = put(dataset, name, values)
         result[split] = dataset
-    own = 1 + max((int(values.max(initial=-1)) for values in cameras.values()), default=-1)
+    unused_camera = 1 + max((int(values.max(initial=-1)) for values in cameras.values()), default=-1)
     for split, values in cameras.items():
-        dataset = put(result[split], "camid", np.where(values < 0, own, values))
+        dataset = put(result[split], "camid", np.where(values < 0, unused_camera, values))
         result[split] = dataset.select_columns(list(features()))
     return datasets.DatasetDict(result)
 
 
 def read_local(path, columns, domain=None):
-    """A folder or file of one's own, in any of the forms this module knows."""
+    """Your own folder or file, in any of the forms this module knows."""
     path = Path(path)
     if path.is_file():
         if path.name not in METADATA and path.suffix != ".parquet":
@@ -201,13 +202,13 @@ def read_local(path, columns, domain=None):
 
 
 def read_hub(name, columns, domain=None, revision=None):
-    """A data set of the Hub with these columns; anything the Hub or the network refuses is said as a ValueError."""
+    """A data set from the Hub with these columns; ValueError for any error of the Hub or the network."""
     try:
         if not constants.HF_HUB_OFFLINE:
-            # a name that is not there is known in a second; load_dataset would ask again and again
+            # This finds an absent name within a second; load_dataset would retry many times.
             HfApi().dataset_info(name, revision=revision, timeout=10)
         stored = datasets.load_dataset(name, revision=revision)
-    # beside their own errors, httpx's come through untranslated
+    # The libraries raise their own errors and also those of httpx.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{name} is no folder here, and the Hub does not give it: {reason}") from error
@@ -215,7 +216,7 @@ def read_hub(name, columns, domain=None, revision=None):
 
 
 def known_splits(stored, columns, where):
-    """The splits of a stored set; of one that is in one piece, those of its split column."""
+    """The splits of a stored data set; if it has only `train`, the splits that its split column gives."""
     if set(stored) == {"train"}:
         whole = stored["train"]
         check_asked_for(columns, "split", whole.column_names, where)

@@ -1,6 +1,6 @@
-"""Tables of one's own people: metadata files and parquet files, as splits whose images are found.
+"""Your own tables: reads metadata files and parquet files, finds their images and divides them into splits.
 
-The metadata file follows the `imagefolder` convention, or is a generated set's metadata.parquet.
+The metadata file follows the `imagefolder` convention, or is the metadata.parquet of a generated data set.
 """
 
 import os
@@ -21,7 +21,7 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 class Columns(NamedTuple):
-    """How the columns of somebody's own table are called."""
+    """The names of the columns in a user's table."""
 
     image: str | None = None
     pid: str = "pid"
@@ -31,7 +31,7 @@ class Columns(NamedTuple):
 
 
 def read_table(file):
-    """A table from csv, jsonl or parquet; names stay words even where they look like numbers."""
+    """A table from csv, jsonl or parquet; file names, domains and splits stay text even if they look like numbers."""
     words = {name: pa.string() for name in ("file_name", "path", "domain", "split")}
     try:
         if file.suffix == ".csv":
@@ -49,7 +49,7 @@ def read_table(file):
 
 
 def as_storage(array, file, column):
-    """Bytes and paths of an image column in any of the forms tables have it."""
+    """(bytes, paths) of an image column: structs, bytes or file names."""
     kind = array.type
     if pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}:
         return pc.struct_field(array, "bytes").cast(pa.binary()), pc.struct_field(array, "path").to_pylist()
@@ -61,30 +61,30 @@ def as_storage(array, file, column):
 
 
 def locate_images(table, file, image_column):
-    """The table with an image column: embedded images as they are, file names looked up below the table's folder."""
-    wanted = (image_column,) if image_column else ("image", "file_name", "path")
-    found = next((name for name in wanted if name in table.column_names), None)
-    if found is None:
-        raise ValueError(f"{file} has no column {' or '.join(wanted)}; its columns are {table.column_names}")
+    """The table with an image column: embedded images as they are, file names relative to the table's folder."""
+    candidates = (image_column,) if image_column else ("image", "file_name", "path")
+    column = next((name for name in candidates if name in table.column_names), None)
+    if column is None:
+        raise ValueError(f"{file} has no column {' or '.join(candidates)}; its columns are {table.column_names}")
     if not len(table):
         raise ValueError(f"{file} has no rows")
     chunks, paths = [], []
-    for chunk in table[found].chunks:
-        held, names = as_storage(chunk, file, found)
-        outside = pc.is_null(held).to_pylist()
+    for chunk in table[column].chunks:
+        content, names = as_storage(chunk, file, column)
+        outside = pc.is_null(content).to_pylist()
         for out, name in zip(outside, names, strict=True):
             if out and not name:
-                raise ValueError(f"{file}: column {found!r} is empty in row {len(paths)}")
+                raise ValueError(f"{file}: column {column!r} is empty in row {len(paths)}")
             paths.append(os.path.normpath(name) if out else None)
         check_listed(file.parent, [name for out, name in zip(outside, names, strict=True) if out], file)
         files = [os.path.join(file.parent, name) if out else name for out, name in zip(outside, names, strict=True)]
-        chunks.append(pa.StructArray.from_arrays([held, pa.array(files, pa.string())], ["bytes", "path"]))
-    rest = table.select([name for name in table.column_names if name not in (found, "image")])
-    if all(paths) and ("path" not in rest.column_names or found == "file_name"):
-        rest = rest.select([name for name in rest.column_names if name != "path"])
-        rest = rest.append_column("path", pa.array(paths, pa.string()))
-    # what the writer's library noted about the columns no longer holds
-    return rest.append_column("image", pa.chunked_array(chunks, IMAGE_TYPE)).replace_schema_metadata()
+        chunks.append(pa.StructArray.from_arrays([content, pa.array(files, pa.string())], ["bytes", "path"]))
+    result = table.select([name for name in table.column_names if name not in (column, "image")])
+    if all(paths) and ("path" not in result.column_names or column == "file_name"):
+        result = result.select([name for name in result.column_names if name != "path"])
+        result = result.append_column("path", pa.array(paths, pa.string()))
+    # The schema's metadata, written by another library, no longer describes the columns.
+    return result.append_column("image", pa.chunked_array(chunks, IMAGE_TYPE)).replace_schema_metadata()
 
 
 def split_of_file(file):
@@ -94,7 +94,7 @@ def split_of_file(file):
 
 
 def check_asked_for(columns, kind, names, where):
-    """A column that somebody named must be there; only one that is called as usual may be absent."""
+    """ValueError if a column that the user named is absent; a column with the default name may be absent."""
     name = getattr(columns, kind)
     if name != Columns._field_defaults[kind] and name not in names:
         raise ValueError(f"{where} has no column {name!r} for the {kind}; its columns are {names}")
@@ -107,12 +107,12 @@ def check_words(words, source):
 
 
 def cut(table, columns, source):
-    """A table's splits: by its split column, else by the first folder of its files, else all of it is training."""
+    """A table's splits: by its split column, else by the first folder of its files, else all rows are `train`."""
     check_asked_for(columns, "split", table.column_names, source)
     if columns.split in table.column_names:
         words = table[columns.split].to_pylist()
     elif pc.struct_field(table["image"], "bytes").null_count < len(table):
-        # where images are inside the table, their paths are memories of another place
+        # The paths of images inside the table come from another place and say nothing about splits.
         return {"train": table}
     else:
         words = [path.split("/")[0] for path in table["path"].to_pylist()] if "path" in table.column_names else []
@@ -124,7 +124,7 @@ def cut(table, columns, source):
 
 
 def read_folder_tables(folder, columns):
-    """Tables of a folder: metadata files of the folder or of its splits, or parquet files; None without either."""
+    """Tables of a folder: metadata files of the folder or its splits, or parquet files; None if there are none."""
     for name in METADATA:
         if (folder / name).is_file():
             table = locate_images(read_table(folder / name), folder / name, columns.image)
@@ -169,7 +169,7 @@ def read_folder_tables(folder, columns):
 
 
 def joined(tables, folder):
-    """Tables one below the other; whole numbers and words may be of different widths."""
+    """Tables concatenated by rows; integers and text may have different widths."""
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:

@@ -1,4 +1,4 @@
-"""Copies of a data set with the images inside, on disk or on the Hub, and its counts as a table."""
+"""Copies of a data set with the images inside, on disk or on the Hub, and a table of its counts."""
 
 import glob
 import os
@@ -41,38 +41,38 @@ def embedded(data, folder):
 
 
 def save(data, folder):
-    """Write a portable copy, images inside, readable by `load_reid(folder)`: aside first, then renamed."""
+    """Write a portable copy, images inside, readable by `load_reid(folder)`: to a temporary folder, then renamed."""
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists already; give a new folder")
     mine = f".{folder.name}.part-{platform.node()}-"
-    for left in folder.parent.glob(f"{glob.escape(mine)}*"):
-        # What a killed one left, which may be as large as the set.
-        if not psutil.pid_exists(int(left.name.removeprefix(mine))):
-            shutil.rmtree(left, ignore_errors=True)
-    aside = folder.with_name(f"{mine}{os.getpid()}")
+    for leftover in folder.parent.glob(f"{glob.escape(mine)}*"):
+        # A killed process left this folder; it may be as large as the data set.
+        if not psutil.pid_exists(int(leftover.name.removeprefix(mine))):
+            shutil.rmtree(leftover, ignore_errors=True)
+    part = folder.with_name(f"{mine}{os.getpid()}")
     try:
-        embedded(data, aside / "read").save_to_disk(str(aside / "written"))
-        (aside / "written").rename(folder)
+        embedded(data, part / "read").save_to_disk(str(part / "written"))
+        (part / "written").rename(folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def push(data, name, private=True):
     """Push a portable copy, images inside, to the Hub."""
     try:
-        # asked first, so that a missing token or network is known before every image is read
+        # Called first, so that a missing token or network raises before all images are read.
         HfApi().create_repo(name, repo_type="dataset", private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             embedded(data, Path(folder) / "read").push_to_hub(name, private=private)
-    # beside the Hub's own errors, httpx's come through untranslated
+    # The Hub's client raises its own errors and also those of httpx.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"the Hub did not take {name}: {reason}") from error
 
 
 def count_table(data):
-    """Images, people and cameras of each split, as text."""
+    """A text table of the images, identities and cameras of each split."""
     lines = [f"{'split':<8} {'images':>9} {'ids':>7} {'cameras':>8}"]
     for split, dataset in data.items():
         people, cameras = len(set(people_of(dataset))), len(set(dataset["camid"][:]))

@@ -1,8 +1,8 @@
-"""The public benchmarks as they lie on disk: where their folders are, what their file names say, how they are split.
+"""The public benchmarks on disk: their folders, the meaning of their file names, their splits.
 
-Every reader takes the set's own folder and returns rows by split; its keyword arguments are the options the set
-accepts. Names are read from the basename only. With `all_for_training` every usable image goes into `train`, and
-there is nothing left to test on.
+Every reader takes the data set's own folder and returns rows by split; its keyword arguments are the options of the
+data set. Labels are read from the base name of a file only. With `all_for_training` every usable image goes into
+`train`, and there is no query or gallery.
 """
 
 import os
@@ -62,7 +62,7 @@ def read_market_folders(root, form, label, prefix=""):
 
 
 def for_training(splits, skip_pid=None, same_images=False):
-    """All splits as one, without background; test identities come after where a set numbers both halves from 0."""
+    """All splits as one, without `skip_pid`; test identities are renumbered if training has the same numbers."""
     train = list(splits["train"])
     test = [row for split in ("query", "gallery") for row in splits[split] if row.pid != skip_pid]
     if same_images:
@@ -74,7 +74,7 @@ def for_training(splits, skip_pid=None, same_images=False):
 
 
 def market1501(root, *, all_for_training=False):
-    """Junk (-1) is dropped; background (0000) stays in the gallery as negatives."""
+    """Drops junk images (-1); background images (0000) stay in the gallery as negatives."""
     splits = read_market_folders(root, MARKET, number_and_camera)
     splits = {split: [row for row in rows if row.pid >= 0] for split, rows in splits.items()}
     return for_training(splits, skip_pid=0) if all_for_training else splits
@@ -86,19 +86,19 @@ def dukemtmcreid(root, *, all_for_training=False):
 
 
 def occludedduke(root, *, all_for_training=False):
-    """Most queries also lie in the gallery under the same name; for training they count once."""
+    """Most queries are also in the gallery under the same name; for training they count once."""
     splits = read_market_folders(root, DUKE, number_and_camera)
     return for_training(splits, same_images=True) if all_for_training else splits
 
 
 def msmt17(root, *, version=None, all_for_training=False):
-    """`version` is V1, V2 or converted; without it the first that is there. Validation belongs to training."""
-    choose("version", version, tuple(MSMT_FOLDERS), allow_none=True)
-    there = [key for key, names in MSMT_FOLDERS.items() if os.path.isdir(os.path.join(root, names[0]))]
-    if version is None and not there:
-        wanted = "; ".join(f"{key}: {', '.join(names)}" for key, names in MSMT_FOLDERS.items())
-        raise ValueError(f"{root} holds none of MSMT17's layouts ({wanted})")
-    version = version or there[0]
+    """`version` is V1, V2 or converted; default: the first one present. Validation images are training images."""
+    check_option("version", version, tuple(MSMT_FOLDERS), allow_none=True)
+    present = [key for key, names in MSMT_FOLDERS.items() if os.path.isdir(os.path.join(root, names[0]))]
+    if version is None and not present:
+        layouts = "; ".join(f"{key}: {', '.join(names)}" for key, names in MSMT_FOLDERS.items())
+        raise ValueError(f"{root} holds none of MSMT17's layouts ({layouts})")
+    version = version or present[0]
     if version == "converted":
         splits = read_market_folders(root, MSMT_CONVERTED, number_and_camera)
     else:
@@ -132,8 +132,8 @@ def read_msmt_list(root, split, folder):
 
 
 def cuhk03np(root, *, variant="detected", all_for_training=False):
-    """`variant` is detected or labeled. Under the set's original names the identity is pair and number together."""
-    choose("variant", variant, ("detected", "labeled"))
+    """`variant` is detected or labeled. With the original file names, pair and number together are the identity."""
+    check_option("variant", variant, ("detected", "labeled"))
     splits = read_market_folders(root, CUHK03, label_cuhk03, prefix=f"{variant}/")
     return for_training(splits) if all_for_training else splits
 
@@ -145,7 +145,7 @@ def label_cuhk03(match):
 
 
 def cuhk02(root, *, all_for_training=False):
-    """Pairs 1 to 4 train, pair 5 tests, camera 1 against 2; pid is 10000 x pair + number, which restarts in a pair."""
+    """Pairs 1 to 4 train, pair 5 tests, camera 1 against 2; pid is 10000 x pair + number (each pair counts from 1)."""
     views = {}
     for pair in range(1, 6):
         for camera in (1, 2):
@@ -162,31 +162,33 @@ def cuhk02(root, *, all_for_training=False):
 def cuhksysu(root, *, version=None, all_for_training=True):
     """`version` is the crop: cropped_images, cropped_image or cuhksysu4reid. Training only.
 
-    A scene of cropped_image is a camera; the other two know none, so all their images are of one.
+    A scene of cropped_image is a camera. The other two have no cameras: all their images get one camera.
     """
-    choose("version", version, tuple(SYSU), allow_none=True)
+    check_option("version", version, tuple(SYSU), allow_none=True)
     base = "cuhksysu4reid/" if os.path.isdir(os.path.join(root, "cuhksysu4reid")) else ""
     parts = [base + name for name in ("combine", "train", "query", "gallery")]
     folders = {"cropped_images": ["cropped_images"], "cropped_image": ["cropped_image"], "cuhksysu4reid": parts}
     folders = {
         crop: [name for name in names if os.path.isdir(os.path.join(root, name))] for crop, names in folders.items()
     }
-    there = [crop for crop, names in folders.items() if names]
-    if not there or (version or there[0]) not in there:
-        raise ValueError(f"{root} holds no {version or ' or '.join(SYSU)}; CUHK-SYSU's crops there: {there or 'none'}")
-    version = version or there[0]
+    present = [crop for crop, names in folders.items() if names]
+    if not present or (version or present[0]) not in present:
+        raise ValueError(
+            f"{root} holds no {version or ' or '.join(SYSU)}; CUHK-SYSU's crops there: {present or 'none'}"
+        )
+    version = version or present[0]
     rows = []
     for folder in folders[version]:
         rows += read_names(root, folder, SYSU[version], CROP_LABELS[version])
         if folder == f"{base}combine":
-            # it holds what the other three hold together
+            # This folder holds the images of the other three.
             break
     scenes = dense(row.camid for row in rows)
     return {"train": [row._replace(camid=scenes[row.camid]) for row in rows]}
 
 
 def personx(root, *, all_for_training=False):
-    """The subset of six cameras, a folder a camera (PersonX_v1/1 to 6), or all in Market's folders."""
+    """The subset of six cameras: one folder per camera (PersonX_v1/1 to 6), or all in Market's folders."""
     folders = [str(camera) for camera in range(1, 7) if os.path.isdir(os.path.join(root, str(camera)))]
     splits = {split: [] for split in SPLIT_FOLDERS}
     for folder in folders or [""]:
@@ -200,7 +202,7 @@ def personx(root, *, all_for_training=False):
 
 
 def airport(root, *, all_for_training=True):
-    """Lines of filepath.txt are camera\\pid\\file; numbers below 11001 are no identities. Training only."""
+    """Lines of filepath.txt are camera\\pid\\file; pids below 11001 are not identities. Training only."""
     file = Path(root) / "filepath.txt"
     example = r"1\11001\0001.jpg"
     rows = []
@@ -211,7 +213,7 @@ def airport(root, *, all_for_training=True):
         if len(fields) != 3 or not all(fields) or not fields[1].isdecimal():
             raise ValueError(f"{file}, line {number}: {line!r} is not as expected, like {example}")
         if int(fields[1]) >= AIRPORT_FIRST_PID:
-            # by length before name, so that camera 10 comes after camera 9
+            # Sorted by length before name, so that camera 10 comes after camera 9.
             rows.append(Row("/".join(fields), int(fields[1]), (len(fields[0]), fields[0])))
     if not rows:
         raise ValueError(f"{file} lists no image with an identity of {AIRPORT_FIRST_PID} or more, like {example}")
@@ -221,7 +223,7 @@ def airport(root, *, all_for_training=True):
 
 
 def luperson(root, *, all_for_training=True):
-    """Files in one folder or in many, or an lmdb of them; no camera is known, so all are of one. Training only."""
+    """Files in one or many folders, or an lmdb of them. Cameras are unknown: all images get one. Training only."""
     database = next((place for place in (root, os.path.join(root, "lmdb")) if is_lmdb(place)), None)
     if database:
         names = lmdb_names(database)
@@ -238,7 +240,7 @@ def luperson(root, *, all_for_training=True):
 
 
 class Benchmark(NamedTuple):
-    """How to read a set, the beginnings of the names its folder goes by, and what tells the folder."""
+    """The reader of a data set, beginnings of names of its folder, and entries that identify the folder."""
 
     read: Callable
     names: tuple
@@ -266,36 +268,36 @@ BENCHMARKS = {
 
 
 def plain(name):
-    """Market-1501-v15.09.15 and market1501 begin alike once only letters and digits are left."""
+    """The lower-case letters and digits of a name: Market-1501-v15.09.15 then starts with market1501."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def find_folder(name, root, version=None):
-    """The set's own folder: the root, or up to two folders deeper under the names people's copies have."""
+    """The data set's own folder: the root, or a folder with a usual name up to two levels below it."""
     names, marks = BENCHMARKS[name].names, BENCHMARKS[name].marks
     if name == "msmt17" and version in MSMT_FOLDERS:
         marks = MSMT_FOLDERS[version][:1]
-    level, seen = [os.fspath(root)], []
+    level, searched = [os.fspath(root)], []
     for _ in range(3):
         for folder in level:
             if any(os.path.exists(os.path.join(folder, mark)) for mark in marks):
                 return folder
-        seen += level
+        searched += level
         children = [entry for folder in level for entry in listing(folder) if entry.is_dir()]
         level = [entry.path for word in names for entry in children if plain(entry.name).startswith(word)]
         if not marks:
-            # nothing tells the folder of a set of loose files but its name
+            # The folder of a data set of loose files can be identified by its name only.
             return level[0] if level else os.fspath(root)
-    raise ValueError(f"{root} holds no {name}: looked for {' or '.join(marks)} in {', '.join(seen[:5])}")
+    raise ValueError(f"{root} holds no {name}: looked for {' or '.join(marks)} in {', '.join(searched[:5])}")
 
 
-def choose(option, value, choices, allow_none=False):
+def check_option(option, value, choices, allow_none=False):
     if value not in choices and not (allow_none and value is None):
         raise ValueError(f"{option} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def read_benchmark(name, root, options):
-    """The set's rows by split, a word on the split, and where the files lie."""
+    """The data set's rows by split, a note on the split, and the folder of the files."""
     folder = find_folder(name, root, options.get("version"))
     reading = BENCHMARKS[name].read(folder, **options)
     reading = reading if isinstance(reading, Reading) else Reading(reading)

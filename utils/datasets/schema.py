@@ -1,4 +1,4 @@
-"""The one schema every source of images comes to, and what reading folders of named files takes."""
+"""The one schema of all sources of images, and helpers to read folders of named files."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import pyarrow as pa
 from utils.datasets.images import PersonImage, storage_of
 
 SPLITS = ("train", "query", "gallery")
-# The identity or camera of an image of which nobody knows it.
+# The identity or camera of an image where it is unknown.
 UNKNOWN = -1
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 CAMERA = re.compile(r"(?:^|[_.-])c(?:am)?_?(\d+)", re.IGNORECASE)
@@ -25,7 +25,7 @@ class Row(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """A source's rows by split, a word on how they were chosen, and where they lie if not in the folder itself."""
+    """A source's rows by split, a note on how they were chosen, and the root of their files if it is another."""
 
     splits: dict
     note: str = ""
@@ -45,7 +45,7 @@ def features():
 
 
 def hidden(name):
-    """What operating systems leave behind: .DS_Store, ._*, every other dot-file, __MACOSX, Thumbs.db."""
+    """Whether a file belongs to the operating system: .DS_Store, ._*, every other dot-file, __MACOSX, Thumbs.db."""
     return name.startswith(".") or name.lower() in ("__macosx", "thumbs.db", "desktop.ini")
 
 
@@ -61,12 +61,12 @@ def listing(folder):
 
 
 def dense(values):
-    """Numbers from 0 for the sorted distinct values."""
+    """{value: number}, numbered from 0 in the order of the sorted distinct values."""
     return {value: number for number, value in enumerate(sorted(set(values)))}
 
 
 def rows_to_dataset(rows, root, domain, split, note=""):
-    """A split from its rows: columns built at once, paths instead of pixels."""
+    """A split as a data set; the image column holds paths, not pixels."""
     paths = [row.path for row in rows]
     prefix = os.path.join(root, "")
     try:
@@ -88,7 +88,7 @@ def rows_to_dataset(rows, root, domain, split, note=""):
 
 
 def readable(name):
-    """Whether a name is text; bytes that are none come from the file system as lone surrogates."""
+    """Whether a file name is valid text; the file system gives invalid bytes as lone surrogates."""
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
@@ -98,7 +98,7 @@ def as_images(files):
 
 
 def put(dataset, name, values):
-    """A column's values, renewed only where they differ, so that a stored set stays mapped from the disk."""
+    """The data set with these values in a column; equal columns stay, so that they remain mapped from the disk."""
     feature = features()[name]
     values = pa.array(values, feature.pa_type)
     if name in dataset.column_names:
@@ -109,7 +109,7 @@ def put(dataset, name, values):
 
 
 class Form(NamedTuple):
-    """What a file name looks like, and one to show."""
+    """The pattern of a file name, and an example."""
 
     pattern: re.Pattern
     example: str
@@ -123,7 +123,7 @@ def parse(form, name, place):
 
 
 def read_names(root, folder, form, label):
-    """Rows of one folder; `label` makes (pid, camid) of a parsed name."""
+    """Rows of one folder; `label` returns (pid, camid) for the match of a name."""
     place = os.path.join(root, folder)
     if not os.path.isdir(place):
         raise ValueError(f"{place} is missing; it should hold images with names like {form.example}")
@@ -138,7 +138,7 @@ def number_and_camera(match):
 
 
 def check_listed(root, paths, source):
-    """Paths taken from a list or a table must stay below the root, links followed."""
+    """ValueError if a path from a list or a table leaves the root, also by following links."""
     root = os.path.realpath(root)
     folders = {}
     for path in paths:

@@ -1,4 +1,4 @@
-"""Two plain folders of images as query and gallery, with whatever labels their names give."""
+"""Plain folders of images, or single images, as query and gallery, with the labels that their names give."""
 
 import os
 import re
@@ -10,39 +10,48 @@ LABELLED = re.compile(r"(-?\d+)_c(\d+)")
 
 
 def read_folders(query_dir, gallery_dir):
-    """Query and gallery data sets of all images below two folders.
+    """Query and gallery data sets of all images below two folders; either may be a single image instead.
 
-    Identity and camera are read from names such as 0001_c2_x.jpg; else the folder an image lies in is its identity.
-    The same name is the same person in both folders. What is not given is -1.
+    Identity and camera are read from names such as 0001_c2_x.jpg; other images have their folder as identity. The same
+    name is the same identity in both folders. Cameras count from 0, as in other data sets: c1 becomes 0, unless there
+    is a c0. An unknown identity or camera is -1.
     """
-    found = [image_paths(folder) for folder in (query_dir, gallery_dir)]
-    names = sorted({identity_of(path) for paths in found for path in paths} - {None})
-    # a longer number, such as a time stamp, does not fit a pid
+    sides = [images_of(place) for place in (query_dir, gallery_dir)]
+    paths = [path for _, side in sides for path in side]
+    names = sorted({identity_of(path) for path in paths} - {None})
+    first = 0 if any(camera_of(path) == 0 for path in paths) else 1
+    # A longer number, such as a time stamp, does not fit a pid.
     numeric = all(name.isdecimal() and len(name) <= 18 for name in names)
     pids = {name: int(name) if numeric else number for number, name in enumerate(names)}
-    sides = []
-    for folder, paths, split in zip((query_dir, gallery_dir), found, ("query", "gallery"), strict=True):
-        rows = [Row(path.as_posix(), pids.get(identity_of(path), UNKNOWN), camera_of(path)) for path in paths]
-        sides.append(rows_to_dataset(rows, str(folder), Path(folder).name, split))
-    return tuple(sides)
+    result = []
+    for (folder, paths), split in zip(sides, ("query", "gallery"), strict=True):
+        cameras = [UNKNOWN if camera_of(path) == UNKNOWN else camera_of(path) - first for path in paths]
+        rows = [
+            Row(path.as_posix(), pids.get(identity_of(path), UNKNOWN), camera)
+            for path, camera in zip(paths, cameras, strict=True)
+        ]
+        result.append(rows_to_dataset(rows, str(folder), folder.name, split))
+    return tuple(result)
 
 
-def image_paths(folder):
-    """Paths of the images below a folder, relative to it and sorted."""
-    folder = Path(folder)
+def images_of(place):
+    """(folder, sorted relative paths of the images below it); for a file, its folder and name."""
+    folder = Path(place)
+    if folder.is_file():
+        return folder.parent, [Path(folder.name)]
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; give one that holds images")
+        raise ValueError(f"{folder} is not a folder; give one that holds images, or an image")
     paths = []
-    for place, inner, names in os.walk(folder, followlinks=True):
-        # A link to a folder above would lead round and round.
-        above = os.path.join(os.path.realpath(place), "")
-        reals = {name: os.path.join(os.path.realpath(os.path.join(place, name)), "") for name in inner}
+    for level, inner, names in os.walk(folder, followlinks=True):
+        # A link to a parent folder would give an endless loop.
+        above = os.path.join(os.path.realpath(level), "")
+        reals = {name: os.path.join(os.path.realpath(os.path.join(level, name)), "") for name in inner}
         inner[:] = [name for name in inner if not hidden(name) and not above.startswith(reals[name])]
         names = [name for name in names if name.lower().endswith(ENDINGS) and not hidden(name)]
-        paths += [Path(place, name).relative_to(folder) for name in names]
+        paths += [Path(level, name).relative_to(folder) for name in names]
     if not paths:
         raise ValueError(f"{folder} holds no images; expected files that end in {', '.join(ENDINGS)}")
-    return sorted(paths)
+    return folder, sorted(paths)
 
 
 def identity_of(path):

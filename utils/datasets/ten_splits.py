@@ -1,7 +1,7 @@
-"""The small sets, tested on the mean of ten splits: VIPeR, GRID, PRID2011, iLIDS.
+"""The small data sets, tested by the mean of ten splits: VIPeR, GRID, PRID2011, iLIDS.
 
-`split` (0 to 9) names a split drawn from a written seed; `split_file` gives the identities to test on instead.
-`train` holds identities outside the split's test set.
+`split` (0 to 9) is the number of a split drawn from a fixed seed; `split_file` gives the identities to test on
+instead. `train` holds identities outside the split's test set.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ ILIDS = Form(re.compile(r"(\d{4})(\d{3})\.jpg"), "0001001.jpg")
 def identities_to_test(name, identities, number, split, split_file, form):
     """The identities a split tests on: read from a file, else the first in an order drawn by hashing.
 
-    A hash gives the same order on every machine and under every version of everything.
+    A hash gives the same order on every machine and with every version of Python and its packages.
     """
     if split_file is not None:
         chosen = read_split_file(split_file, split, form)
@@ -44,8 +44,11 @@ def in_drawn_order(items, seed):
 
 
 def read_split_file(file, split, form):
-    """Identities to test on: a text file (one a line), or JSON: one list, or a list of splits, each a list or a
-    dict with `test` (identities) or `query` (entries that start with a path, as torchreid writes them)."""
+    """Identities to test on, from a text file (one per line) or JSON.
+
+    JSON holds one list, or a list of splits. A split is a list, or a dict with `test` (identities) or `query` (entries
+    that start with a path, as torchreid writes them).
+    """
     try:
         text = Path(str(file)).read_text()
         content = json.loads(text) if str(file).endswith(".json") else [int(word) for word in text.split()]
@@ -67,7 +70,7 @@ def read_split_file(file, split, form):
 
 
 def two_views(name, first, second, split, split_file, form, negatives=()):
-    """Half of the identities both views share train, the others test: the first view's against the second's."""
+    """Half of the identities in both views train, the others test: the first view queries the second."""
     shared = {row.pid for row in first} & {row.pid for row in second}
     chosen, note = identities_to_test(name, shared, len(shared) // 2, split, split_file, form)
     splits = {
@@ -97,7 +100,7 @@ def grid(root, *, split=0, split_file=None, all_for_training=False):
     distractors = [row for row in gallery if row.pid == 0]
     cameras = {row.pid: row.camid for row in probe}
     if any(cameras.get(row.pid) == row.camid for row in pairs):
-        # a copy whose digit does not tell the two views of a pair apart: the folders do
+        # In this copy the digit does not distinguish the two views of a pair, so the folders do.
         probe = [row._replace(camid=0) for row in probe]
         pairs, distractors = ([row._replace(camid=1) for row in rows] for rows in (pairs, distractors))
     if all_for_training:
@@ -108,7 +111,7 @@ def grid(root, *, split=0, split_file=None, all_for_training=False):
 def prid(root, *, split=0, split_file=None, all_for_training=False):
     """Identities 1 to 200 are in both cameras: 100 train, 100 of camera a are searched among 649 of camera b.
 
-    From 201 on the two cameras number different people; camera a's become 1000 + number.
+    From 201 on, the same number means different people in the two cameras; those of camera a become 1000 + number.
     """
 
     def label_first(match):
@@ -119,13 +122,13 @@ def prid(root, *, split=0, split_file=None, all_for_training=False):
     second = read_names(root, "single_shot/cam_b", PRID, lambda match: (int(match[1]), 1))
     if all_for_training:
         return {"train": first + second}
-    known = {row.pid for row in first}
-    alone = [row for row in second if row.pid not in known]
-    return two_views("prid", first, second, split, split_file, PRID, alone)
+    first_pids = {row.pid for row in first}
+    only_second = [row for row in second if row.pid not in first_pids]
+    return two_views("prid", first, second, split, split_file, PRID, only_second)
 
 
 def ilids(root, *, split=0, split_file=None, all_for_training=False):
-    """60 of 119 identities test, one query and one gallery image each. The index stands for the camera it lacks."""
+    """60 of 119 identities test, one query and one gallery image each. The image's index replaces the camera."""
     rows = read_names(root, "Persons", ILIDS, lambda match: (int(match[1]), int(match[2])))
     people = {}
     for row in rows:

@@ -1,1 +1,1 @@
-"""Stable Diffusion: what a checkpoint is, its U-Net, the noise schedule and loss, latents, prompts to pictures."""
+"""Stable Diffusion: checks of a checkpoint, its U-Net, the noise schedule and loss, latents, prompts to pictures."""

@@ -1,4 +1,4 @@
-"""What a Stable Diffusion checkpoint is, read from its configuration before any weights are."""
+"""Properties of a Stable Diffusion checkpoint, read from its configuration before any weights are loaded."""
 
 import inspect
 from pathlib import Path
@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from huggingface_hub import HfApi, hf_hub_download
 from safetensors import SafetensorError, safe_open
 
+from utils.files import one_line
 from utils.modeling.folder import read_json
 
 CONFIGS = {
@@ -28,7 +29,7 @@ MORE_CONDITIONS = (
 
 
 class DiffusionInfo(NamedTuple):
-    """What a training script has to know of a checkpoint before it loads it."""
+    """What a training script must know about a checkpoint before it loads it."""
 
     condition_width: int
     latent_channels: int
@@ -41,7 +42,7 @@ class DiffusionInfo(NamedTuple):
 
 
 def check_diffusion(name_or_path, *, resolution=None, revision=None, token=None):
-    """DiffusionInfo of a diffusers folder or Hub id, from its configuration alone; ValueError where it cannot serve.
+    """DiffusionInfo of a diffusers folder or Hub id, from its configuration only; ValueError if it is not supported.
 
     resolution: (height, width) of the images in pixels, or None.
     """
@@ -49,14 +50,14 @@ def check_diffusion(name_or_path, *, resolution=None, revision=None, token=None)
     files, folder = open_checkpoint(name, revision, token)
     missing = [file for file in CONFIGS.values() if file not in files]
     if missing:
-        found = ", ".join(sorted({file.split("/")[0] for file in files})[:8]) or "nothing"
-        raise ValueError(f"{name!r} is not a whole diffusers checkpoint: it has no {missing[0]} (found: {found})")
+        folders = ", ".join(sorted({file.split("/")[0] for file in files})[:8]) or "nothing"
+        raise ValueError(f"{name!r} is not a whole diffusers checkpoint: it has no {missing[0]} (found: {folders})")
     unet, vae, scheduler = (read_config(folder or name, part, revision, token) for part in CONFIGS)
     classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
-    for (part, wanted), config in zip(classes.items(), (unet, vae), strict=True):
-        if config.get("_class_name") != wanted.__name__:
+    for (part, model_class), config in zip(classes.items(), (unet, vae), strict=True):
+        if config.get("_class_name") != model_class.__name__:
             raise ValueError(
-                f"the {part} of {name!r} is a {config.get('_class_name')}, but only {wanted.__name__} is "
+                f"the {part} of {name!r} is a {config.get('_class_name')}, but only {model_class.__name__} is "
                 "supported (Stable Diffusion 1.x and 2.x)"
             )
     unet, vae = defaults(UNet2DConditionModel) | unet, defaults(AutoencoderKL) | vae
@@ -108,7 +109,7 @@ def check_unet(name, config, latent_channels):
 
 
 def noise_schedule(config, name):
-    """(prediction type, cumulated products of 1 - beta) of a scheduler's configuration."""
+    """(prediction type, cumulative products of 1 - beta) of a scheduler's configuration."""
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTIONS:
         raise ValueError(
@@ -128,12 +129,14 @@ def noise_schedule(config, name):
 
 
 def check_weight_files(name, part, files):
-    own = sorted(file.split("/", 1)[1] for file in files if file.startswith(f"{part}/"))
-    if WEIGHTS in own or f"{WEIGHTS}.index.json" in own:
+    part_files = sorted(file.split("/", 1)[1] for file in files if file.startswith(f"{part}/"))
+    if WEIGHTS in part_files or f"{WEIGHTS}.index.json" in part_files:
         return
-    if any(file.endswith(".safetensors") for file in own):
-        reason = f"the weights there have another name ({', '.join(own)}): save the pipeline with save_pretrained"
-    elif any(file.endswith((".bin", ".pt", ".pth", ".ckpt")) for file in own):
+    if any(file.endswith(".safetensors") for file in part_files):
+        reason = (
+            f"the weights there have another name ({', '.join(part_files)}): save the pipeline with save_pretrained"
+        )
+    elif any(file.endswith((".bin", ".pt", ".pth", ".ckpt")) for file in part_files):
         reason = (
             "pickled weights (.bin) are never read: where you trust them, convert them with "
             "save_pretrained(safe_serialization=True)"
@@ -144,37 +147,37 @@ def check_weight_files(name, part, files):
 
 
 def check_weights(folder, width):
-    """Reads the headers of the U-Net's files only: the shapes in them must be those of the configuration."""
+    """Check that the shapes in the headers of the U-Net's weight files match the configuration."""
     paths = [folder / WEIGHTS]
     if not paths[0].is_file():
         shards = read_json(folder / f"{WEIGHTS}.index.json").get("weight_map", {})
         paths = [folder / shard for shard in sorted(set(shards.values()))]
-    found = set()
+    widths = set()
     for path in paths:
         try:
             with safe_open(path, "pt") as file:
                 names = [key for key in file.keys() if key.endswith("attn2.to_k.weight")]  # noqa: SIM118
-                found |= {file.get_slice(key).get_shape()[1] for key in names}
+                widths |= {file.get_slice(key).get_shape()[1] for key in names}
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot read {str(path)!r}: {error}. Download or save the checkpoint again") from error
-    if found != {width}:
-        seen = ", ".join(map(str, sorted(found))) or "no cross-attention"
+    if widths != {width}:
+        shown = ", ".join(map(str, sorted(widths))) or "no cross-attention"
         raise ValueError(
-            f"{str(folder / 'config.json')!r} says cross_attention_dim {width}, the weights beside it have {seen}"
+            f"{str(folder / 'config.json')!r} says cross_attention_dim {width}, the weights beside it have {shown}"
         )
 
 
 def open_checkpoint(name, revision, token):
-    """(names of all files, their folder) of a checkpoint; the folder is None for one that is on the Hub only."""
+    """(names of all files, folder) of a checkpoint; the folder is None for a checkpoint that is on the Hub only."""
     folder = Path(name)
     if folder.is_file():
         raise ValueError(f"{name!r} is a file; a diffusers folder with unet, vae and scheduler is needed")
     if not folder.is_dir():
         try:
-            found = HfApi(token=token).model_info(name, revision=revision)
-            return {file.rfilename for file in found.siblings}, None
+            repository = HfApi(token=token).model_info(name, revision=revision)
+            return {file.rfilename for file in repository.siblings}, None
         except Exception as error:
-            # The Hub client raises classes of its own, and of the HTTP library under it. Offline, its cache will do.
+            # The Hub's client raises its own error classes and those of its HTTP library. Offline, use its cache.
             try:
                 config = hf_hub_download(name, CONFIGS["unet"], revision=revision, local_files_only=True)
             except Exception:
@@ -197,9 +200,5 @@ def read_config(name, part, revision=None, token=None):
 
 
 def defaults(model_class):
-    """Older configurations leave out what has its usual value."""
+    """The default of each parameter of a model class: older configurations leave out defaults."""
     return {name: value.default for name, value in inspect.signature(model_class.__init__).parameters.items()}
-
-
-def one_line(error):
-    return " ".join(str(error).split()) or type(error).__name__

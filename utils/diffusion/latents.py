@@ -1,9 +1,9 @@
-"""The latent cache: what the VAE makes of each image, computed once, kept on disk, sampled anew every step.
+"""The latent cache: the VAE's posterior of each image, computed once, stored on disk, sampled anew in every step.
 
-The VAE is frozen and sees images that are not augmented, so the mean and std of its posterior are constants of the
-image. They lie under `CACHE_DIR/latents/KEY`, where KEY stands for the VAE's encoder, the size and the precision, in
-chunks whose name is the SHA-256 of their content. A chunk says which images it holds, so a subset, a larger set or a
-resumed run takes what is there and computes the rest. Any of the folders may be removed.
+The VAE is frozen and its images are not augmented, so the mean and std of an image's posterior are constant. They are
+stored in `CACHE_DIR/latents/KEY`, where KEY is a digest of the VAE's encoder, the size and the precision, in chunks
+whose name is the SHA-256 of their content. A chunk lists its images, so a subset, a larger data set or a resumed run
+uses the stored posteriors and computes only the missing ones. You may remove any of the folders.
 """
 
 import hashlib
@@ -25,11 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from utils.batches.chunks import CHUNK_BATCHES, computed_in_chunks, image_identities, weights_digest
-from utils.batches.images import TransformedImages
-from utils.batches.transforms import HALF, resized, to_tensor
+from utils.batches.transforms import HALF, ReIDImages, TransformedImages, resized, to_tensor
 
 logger = logging.getLogger(__name__)
-# What of a VAE and its configuration the posterior does not depend on.
+# Parts of a VAE and entries of its configuration that do not affect the posterior.
 DECODER = ("decoder.", "post_quant_conv.")
 APART = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "sample_size", "force_upcast")
 KEY_BYTES = 16
@@ -38,7 +37,7 @@ ROUNDS = 3
 
 
 def image_for_vae(image, size):
-    """A picture as the VAE wants it: (3, height, width) in [-1, 1], stretched to `size`, not augmented."""
+    """A picture as input of the VAE: (3, height, width) in [-1, 1], stretched to `size`, not augmented."""
     return to_tensor(resized(image, size, "bicubic"), HALF, HALF)
 
 
@@ -58,15 +57,15 @@ def encode(vae, images):
 
 
 def sample_latents(mean, std, noise, scaling_factor, shift_factor=None):
-    """Latents of the posterior, as the U-Net knows them."""
+    """Latents sampled from the posterior, in the scale of the U-Net."""
     return (mean + std * noise - (shift_factor or 0.0)) * scaling_factor
 
 
 class LatentCache:
-    """Posteriors of a data set's rows, mapped from the disk; a data loader's workers may hold it."""
+    """Posteriors of a data set's rows, mapped from the disk; it can be sent to a data loader's workers."""
 
     def __init__(self, folder, names, places, *, scaling_factor, shift_factor=None):
-        """`places` (rows, 2): which of the chunks `names`, and which image of it."""
+        """`places` (rows, 2): for each row, the index of its chunk in `names` and its place in the chunk."""
         self.folder, self.names, self.places = Path(folder), names, places
         self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
         self.chunks = self._mapped()
@@ -76,11 +75,11 @@ class LatentCache:
 
     @property
     def shape(self):
-        """Of one image's latents: (C, h, w)."""
+        """The shape of one image's latents: (C, h, w)."""
         return tuple(self.chunks[0].shape[2:])
 
     def posterior(self, rows, pin_memory=False):
-        """Mean and std, each (B, C, h, w) float32, of these rows; pinned if asked and there is a GPU."""
+        """Mean and std of these rows, each (B, C, h, w) float32; `pin_memory` has an effect with a GPU only."""
         places = self.places[np.asarray(rows, dtype=np.int64)].tolist()
         values = torch.empty(2, len(places), *self.shape, pin_memory=pin_memory and torch.cuda.is_available())
         for number, (chunk, place) in enumerate(places):
@@ -107,16 +106,16 @@ class LatentCache:
 def build_latent_cache(
     dataset, vae, size, *, accelerator, cache_dir, vae_name, batch_size=16, num_workers=0, dtype=torch.float16
 ):
-    """The posteriors of all images of `dataset`; what is not in the cache is computed, each process its share.
+    """The posteriors of all images of `dataset`; each process computes its share of those that are not in the cache.
 
-    `size` is (height, width) in pixels, `dtype` that of the file, `vae_name` for errors. The VAE goes to the device
-    only to compute, and back. All processes must see `cache_dir`.
+    `size` is (height, width) in pixels, `dtype` that of the files; `vae_name` is used in errors. The VAE is on the
+    accelerator's device only while it computes. All processes must have access to `cache_dir`.
     """
     folder = Path(cache_dir).expanduser() / "latents" / cache_key(vae, size, dtype)
     main, home, pictures = accelerator.is_main_process, vae.device, VaeImages(dataset, size)
     keys = broadcast_object_list([image_keys(dataset) if main else None])[0]
     for attempt in range(ROUNDS):
-        # One process looks for all, so that their shares fit together.
+        # One process searches the cache for all, so that their shares match.
         names, places, missing = broadcast_object_list([find(folder, keys) if main else None])[0]
         if not missing:
             vae.to(home)
@@ -152,22 +151,22 @@ def build_latent_cache(
 
 
 def cache_key(vae, size, dtype):
-    """Changes with all that posteriors depend on, images apart."""
+    """A digest of everything that posteriors depend on, except the images."""
     config = {name: value for name, value in vae.config.items() if not name.startswith("_") and name not in APART}
     settings = [type(vae).__name__, config, weights_digest(vae, skip=DECODER), list(size), str(dtype), "bicubic"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def image_keys(dataset):
-    """What names each image in a chunk: bytes that tell nothing of where it lies."""
-    known = zip(dataset["domain"], image_identities(dataset), strict=True)
-    return [hashlib.sha256(json.dumps(one).encode()).digest()[:KEY_BYTES] for one in known]
+    """The key of each image in a chunk: a digest, without the image's folder."""
+    descriptions = zip(dataset["domain"], image_identities(dataset), strict=True)
+    return [hashlib.sha256(json.dumps(description).encode()).digest()[:KEY_BYTES] for description in descriptions]
 
 
 def find(folder, keys):
-    """The chunks that hold some of `keys`, the place of each key in them, and the rows (a list) still missing.
+    """(names of chunks that hold some of `keys`, the place of each key in them, list of missing rows).
 
-    Chunks that are not as they were written are removed.
+    Damaged chunks are removed.
     """
     paths = sorted(folder.glob("*.safetensors"))
     listed, damaged = {}, []
@@ -181,43 +180,43 @@ def find(folder, keys):
     whole = set()
     with ThreadPoolExecutor(4) as pool:
         while True:
-            holds = {}
-            for name, its in listed.items():
-                for place, key in enumerate(its):
+            holders = {}
+            for name, chunk_keys in listed.items():
+                for place, key in enumerate(chunk_keys):
                     if key in rows:
-                        holds.setdefault(key, (name, place))
-            used = sorted({name for name, _ in holds.values()})
-            unsure = [name for name in used if name not in whole]
-            if not unsure:
+                        holders.setdefault(key, (name, place))
+            used = sorted({name for name, _ in holders.values()})
+            unchecked = [name for name in used if name not in whole]
+            if not unchecked:
                 break
-            right = list(pool.map(lambda name: _is_whole(folder / name), unsure))
-            whole.update(name for name, good in zip(unsure, right, strict=True) if good)
-            for name in set(unsure) - whole:
+            results = list(pool.map(lambda name: _is_whole(folder / name), unchecked))
+            whole.update(name for name, good in zip(unchecked, results, strict=True) if good)
+            for name in set(unchecked) - whole:
                 damaged.append(name)
                 del listed[name]
     if damaged:
         logger.warning("%d of %d files in %s are damaged; computing them again", len(damaged), len(paths), folder)
     for name in damaged:
-        # Another run may have put it right meanwhile.
+        # Another run may have replaced it in the meantime.
         if not _is_whole(folder / name):
             with suppress(OSError):
                 (folder / name).unlink()
     numbers = {name: number for number, name in enumerate(used)}
     places = np.full((len(keys), 2), -1, dtype=np.int32)
     for row, key in enumerate(keys):
-        if key in holds:
-            places[row] = numbers[holds[key][0]], holds[key][1]
-    return used, places, sorted(row for key, row in rows.items() if key not in holds)
+        if key in holders:
+            places[row] = numbers[holders[key][0]], holders[key][1]
+    return used, places, sorted(row for key, row in rows.items() if key not in holders)
 
 
 def prepare(folder):
-    """Make the folder, see that it can be written, and clear what killed runs left half written."""
+    """Create the folder, check that it can be written to, and remove temporary files of killed runs."""
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
         for part in folder.glob("*.part"):
-            # A younger one may be another run's that is still being written.
+            # A younger file may still be in use by another run.
             if time.time() - part.stat().st_mtime > ABANDONED_AFTER:
                 part.unlink(missing_ok=True)
 
@@ -264,7 +263,7 @@ def _writing(folder):
 
 
 def _tensor(path, name):
-    """Mapped, not read."""
+    """A tensor of a file, mapped from the disk instead of read."""
     with safe_open(path, "pt") as file:
         return file.get_tensor(name)
 
@@ -278,3 +277,59 @@ def _is_whole(path):
 
 def _digest(content):
     return hashlib.sha256(content).hexdigest()[:32]
+
+
+class FeedbackImages(torch.utils.data.Dataset):
+    """Training images with the input of the diffusion model: cached posteriors, or pictures for the VAE."""
+
+    def __init__(self, dataset, labels, transform, cache=None, vae_size=None):
+        self.images = ReIDImages(dataset, transform, labels)
+        self.cache = cache
+        self.for_vae = VaeImages(dataset, vae_size) if vae_size else None
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, item):
+        row = self.images[item]
+        if self.for_vae is not None:
+            row["vae_images"] = self.for_vae[row["indices"]]
+        return row
+
+    def collate(self, rows):
+        batch = torch.utils.data.default_collate(rows)
+        if self.cache is not None:
+            batch["means"], batch["stds"] = self.cache.posterior(batch["indices"])
+        return batch
+
+
+def feedback_loader(dataset, labels, transform, sampler, vae, size, *, accelerator, cache_dir, vae_name, num_workers):
+    """Batches for the encoder; if there is a VAE, with the input of the diffusion model.
+
+    Without `cache_dir` the VAE stays on the device and runs in every step.
+    """
+    cache = vae_size = None
+    if vae is not None:
+        vae.to(accelerator.device)
+        if cache_dir is None:
+            vae_size = size
+        else:
+            cache = build_latent_cache(
+                dataset,
+                vae,
+                size,
+                accelerator=accelerator,
+                cache_dir=cache_dir,
+                vae_name=vae_name,
+                num_workers=num_workers,
+            )
+            vae.to("cpu")
+    images = FeedbackImages(dataset, labels, transform, cache, vae_size)
+    return torch.utils.data.DataLoader(
+        images,
+        batch_sampler=sampler,
+        collate_fn=images.collate,
+        num_workers=num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        persistent_workers=num_workers > 0,
+    )

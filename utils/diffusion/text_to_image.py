@@ -1,4 +1,4 @@
-"""A whole Stable Diffusion for fine-tuning and drawing: prompts to conditions, seeds to latents, latents to pictures.
+"""A whole Stable Diffusion for fine-tuning and sampling: prompts to conditions, seeds to latents, latents to pictures.
 
 model = TextToImage("CompVis/stable-diffusion-v1-4", tokenizer, mode="lora", device="cuda", dtype=torch.float16)
 latents = model.sample(model.encode(prompts), seeds, resolution=(512, 256), steps=20, guidance=7.5)
@@ -15,11 +15,11 @@ from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModel
 
 from utils.batches.chunks import weights_digest
-from utils.diffusion.checkpoint import one_line
 from utils.diffusion.schedule import NoiseSchedule
 from utils.diffusion.unet import load_unet, load_vae, set_unet_mode
+from utils.files import one_line
 
-# Those that draw nothing themselves: an image depends on its first noise alone.
+# Solvers without random steps: an image depends only on its initial noise.
 SOLVERS = {
     "dpmsolver++": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
@@ -37,7 +37,7 @@ def load_tokenizer(name, revision=None):
 
 
 def check_text_encoder(name, width, revision=None):
-    """ValueError, from the configuration alone, where there is none whose width the U-Net takes."""
+    """ValueError, from the configuration only, if there is no text encoder of the U-Net's width."""
     try:
         config = AutoConfig.from_pretrained(name, subfolder="text_encoder", revision=revision, trust_remote_code=False)
     except Exception as error:
@@ -51,9 +51,9 @@ def check_text_encoder(name, width, revision=None):
 
 
 class TextToImage:
-    """All parts on the device. `mode` is what trains: "lora" or "full", of the U-Net and, if asked, the text encoder.
+    """All parts of the model, on the device. `mode`, "lora" or "full", says how the U-Net trains.
 
-    `digest` names the weights as they were loaded.
+    The text encoder trains in the same mode if `train_text_encoder`. `digest` identifies the weights as loaded.
     """
 
     def __init__(
@@ -89,27 +89,29 @@ class TextToImage:
             self.text_encoder.get_input_embeddings().requires_grad_(False)
         self.unet.to(device)
         self.text_encoder.to(device)
-        # What calls go through; a compiled one shares the weights.
+        # The module that is called; a compiled one shares the U-Net's weights.
         self.denoiser = self.unet
 
     def trained_weights(self):
-        return [one for part in (self.unet, self.text_encoder) for one in part.parameters() if one.requires_grad]
+        return [
+            weight for part in (self.unet, self.text_encoder) for weight in part.parameters() if weight.requires_grad
+        ]
 
     def encode(self, prompts):
-        """Conditions (B, window, width)."""
+        """Conditions (B, window, width) of prompts."""
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         with self.autocast():
             return self.text_encoder(tokens.to(self.device))[0]
 
     def encode_all(self, prompts, batch_size=64):
-        """Conditions without gradient, however many."""
+        """Conditions of any number of prompts, without gradient."""
         with torch.no_grad():
             parts = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
             return torch.cat([self.encode(part) for part in parts])
 
     @torch.no_grad()
     def sample(self, conditions, seeds, *, resolution, solver="dpmsolver++", steps=20, guidance=7.5, batch_size=8):
-        """Latents (N, C, h, w) float32 under conditions (N, T, W); each depends on its own seed alone."""
+        """Latents (N, C, h, w) float32 for conditions (N, T, W); each depends only on its own seed."""
         scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         shape = (self.vae.config.latent_channels, resolution[0] // scale, resolution[1] // scale)
         guided, size = guidance > 1, min(batch_size, len(seeds))
@@ -118,7 +120,7 @@ class TextToImage:
         drawn = []
         for start in range(0, len(seeds), size):
             rows = list(range(start, min(start + size, len(seeds))))
-            # A last batch of another size would round differently, and be compiled anew.
+            # A smaller last batch would round differently and be compiled again.
             rows += rows[-1:] * (size - len(rows))
             noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seeds[row])) for row in rows]
             scheduler = SOLVERS[solver].from_config(self.scheduler_config)
@@ -143,7 +145,7 @@ class TextToImage:
 
     @torch.no_grad()
     def decode(self, latents, batch_size=8):
-        """Pixels (N, 3, H, W) uint8 on the CPU."""
+        """Decode latents to pixels (N, 3, H, W), uint8 on the CPU."""
         decoded = []
         for part in latents.split(batch_size):
             images = self.vae.decode((part / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
@@ -153,11 +155,32 @@ class TextToImage:
 
     def pictures(self, latents, batch_size=8):
         """PIL images."""
-        return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in self.decode(latents, batch_size)]
+        return [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in self.decode(latents, batch_size)]
+
+
+def what_saves_memory(
+    num_weights, *, finetune, use_8bit_adam, gradient_checkpointing, train_batch_size, resolution, sample_batch_size
+):
+    """Advice for a full GPU memory, with numbers for a model with `num_weights` trained weights."""
+    words = []
+    if finetune == "full":
+        size = 16 * num_weights / 2**30
+        words.append(f"--finetune lora {size:.1f} GiB of gradients, optimiser, copy and half the weights;")
+        if not use_8bit_adam:
+            words.append(f"--use_8bit_adam {6 * num_weights / 2**30:.1f} GiB;")
+    if not gradient_checkpointing:
+        words.append("--gradient_checkpointing most activations of a step;")
+    if train_batch_size > 1:
+        words.append(f"--train_batch_size 1 {1 - 1 / train_batch_size:.0%} of them;")
+    height, width = resolution
+    if 2 * width > height:
+        words.append(f"--resolution {height} {height // 2} {1 - height / 2 / width:.0%} of them;")
+    words.append(f"--sample_batch_size, now {sample_batch_size}, where it happens while images are drawn")
+    return " ".join(words)
 
 
 def check_finite(drawn):
-    # As pixels they would be black.
+    # Values that are not finite would become black pixels.
     if not drawn.isfinite().all():
         raise ValueError("what the model draws is not finite; use --mixed_precision bf16 or no, or lower rates")
 

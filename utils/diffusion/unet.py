@@ -1,4 +1,4 @@
-"""The parts of Stable Diffusion that training needs: VAE and U-Net, what of the U-Net trains, how it is saved."""
+"""The parts of Stable Diffusion for training: loads VAE and U-Net, sets the trained weights, saves the U-Net."""
 
 import importlib.metadata
 import json
@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.amp import is_autocast_available
 
-from utils.diffusion.checkpoint import WEIGHTS, one_line, read_config
-from utils.files import to_json, write_together
+from utils.diffusion.checkpoint import WEIGHTS, read_config
+from utils.files import one_line, to_json, write_together
 
 UNET_MODES = ("lora", "frozen", "partial-1", "partial-2", "full", "scratch")
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj"]
 OUTER = ("up_blocks.", "time_embedding.", "conv_norm_out.", "conv_out.")
-# First parts of the names of the U-Net's own weights that train.
+# Beginnings of the names of the U-Net's own weights that train.
 TRAINED = {
     "lora": (),
     "frozen": (),
@@ -40,14 +40,14 @@ def load_vae(name_or_path, *, dtype=torch.float32, revision=None, token=None):
 
 
 def load_unet(name_or_path, mode, *, rank=8, dtype=torch.float32, seed=0, revision=None, token=None):
-    """The U-Net of a checkpoint, ready to train in one of UNET_MODES; `dtype` is that of weights that stay frozen."""
+    """The U-Net of a checkpoint, ready to train in one of UNET_MODES; `dtype` is the type of the frozen weights."""
     check_mode(mode, rank)
     if mode == "scratch":
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(read_config(str(name_or_path), "unet", revision, token))
         unet.to_empty(device="cpu")
     else:
-        # What trains must not be rounded on its way.
+        # Weights that train must not be rounded while they are loaded.
         whole = dtype if mode in ("lora", "frozen") else torch.float32
         unet = load_part(UNet2DConditionModel, "unet", name_or_path, whole, revision, token)
     return set_unet_mode(unet, mode, rank=rank, dtype=dtype, seed=seed)
@@ -65,7 +65,7 @@ def load_part(model_class, part, name, dtype, revision, token):
             token=token,
         )
     except Exception as error:
-        # Absent, truncated and unfitting files raise classes of three libraries.
+        # Absent, truncated and wrong files raise error classes of three libraries.
         raise ValueError(f"the {part} of {str(name)!r} cannot be loaded: {one_line(error)}") from error
     wrong = [f"{key} is missing" for key in report["missing_keys"]]
     wrong += [f"{key} is not part of the model" for key in report["unexpected_keys"]]
@@ -78,9 +78,9 @@ def load_part(model_class, part, name, dtype, revision, token):
 
 
 def set_unet_mode(unet, mode, *, rank=8, dtype=torch.float32, seed=0):
-    """Choose what of a plain U-Net trains: LoRA is added, "scratch" draws all weights anew. Returns the U-Net.
+    """Set which weights of a plain U-Net train; "lora" adds LoRA, "scratch" draws new weights. Returns the U-Net.
 
-    Trained weights become float32, frozen ones `dtype`. Works on the meta device too.
+    Trained weights become float32, frozen ones `dtype`. This works on the meta device too.
     """
     check_mode(mode, rank)
     with seeded(seed, unet.device):
@@ -111,15 +111,15 @@ def check_mode(mode, rank):
 
 
 def cast_where_needed(layer, inputs):
-    """peft casts LoRA's input to float32; autocast only undoes that, and the backward pass keeps one more copy."""
+    """Cast LoRA's input only without autocast, which would undo peft's cast and keep one more copy in memory."""
     kind = inputs[0].device.type
     layer.cast_input_dtype_enabled = not (is_autocast_available(kind) and torch.is_autocast_enabled(kind))
 
 
 def in_its_own_type(norm, values):
-    """Autocast would run a frozen norm in float32, and keep what goes in and out of it twice as large.
+    """Run a frozen norm in its own type. Autocast would use float32, with inputs and outputs of twice the size.
 
-    In half precision its sums are in float32 all the same.
+    In half precision its sums are still computed in float32.
     """
     kind, dtype = values.device.type, norm.weight.dtype
     if not is_autocast_available(kind) or dtype == torch.float32:
@@ -129,9 +129,9 @@ def in_its_own_type(norm, values):
 
 
 def recompute_activations(unet, which):
-    """Compute activations again in the backward pass: "all", or those of the "outer" blocks.
+    """Compute activations again in the backward pass: "all", or those of the "outer" blocks only.
 
-    The outermost blocks have the most pixels: much memory for little arithmetic.
+    The outer blocks have the most pixels: they save much memory for little computation.
     """
     unet.enable_gradient_checkpointing()
     if which == "outer":
@@ -143,7 +143,7 @@ def recompute_activations(unet, which):
 
 @contextmanager
 def seeded(seed, device):
-    """Draws inside belong to the seed, those after it go on as if nothing had been drawn."""
+    """Random numbers inside depend on the seed; afterwards the generator continues as if none had been drawn."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.default_generator.manual_seed(seed)
@@ -154,7 +154,7 @@ def seeded(seed, device):
 
 
 def save_unet(unet, mode, output_dir):
-    """Write what was trained, whole or not at all; `unet` as load_unet gave it, not wrapped.
+    """Write the trained weights, whole or not at all; `unet` is the module from load_unet, not wrapped.
 
     lora: unet_lora/pytorch_lora_weights.safetensors for `StableDiffusionPipeline.load_lora_weights(folder)`;
     frozen: nothing; other modes: unet/, a diffusers folder.
@@ -164,20 +164,20 @@ def save_unet(unet, mode, output_dir):
     if mode == "lora":
         config = unet.peft_config["default"]
         state = get_peft_model_state_dict(unet)
-        # The format has no alpha of its own and means a factor of 1, so alpha / rank goes into the second matrix.
+        # The format has no alpha and assumes a factor of 1, so alpha / rank is multiplied into the second matrix.
         state = {
             key: value * (config.lora_alpha / config.r) if ".lora_B." in key else value for key, value in state.items()
         }
         state = {f"unet.{key}": value for key, value in convert_state_dict_to_diffusers(state).items()}
-        with write_together(Path(output_dir) / "unet_lora") as aside:
-            save_tensors(state, aside("pytorch_lora_weights.safetensors"))
+        with write_together(Path(output_dir) / "unet_lora") as part:
+            save_tensors(state, part("pytorch_lora_weights.safetensors"))
         return
     config = json.loads(unet.to_json_string())
-    # Where the weights once came from may be a path of this disk.
+    # The origin of the weights may be a path of this machine.
     config.pop("_name_or_path", None)
-    with write_together(Path(output_dir) / "unet") as aside:
-        aside("config.json").write_text(to_json(config), encoding="utf-8")
-        save_tensors(unet.state_dict(), aside(WEIGHTS))
+    with write_together(Path(output_dir) / "unet") as part:
+        part("config.json").write_text(to_json(config), encoding="utf-8")
+        save_tensors(unet.state_dict(), part(WEIGHTS))
 
 
 def save_tensors(state, path):
@@ -186,22 +186,22 @@ def save_tensors(state, path):
 
 
 def enable_memory_efficient_attention(unet):
-    """xformers instead of torch's own attention; ValueError where its kernels do not run here."""
+    """Use xformers instead of torch's attention; ValueError if its kernels do not run on this machine."""
     device = torch.device("cuda") if torch.cuda.is_available() else unet.device
     try:
         from xformers.ops import memory_efficient_attention
 
-        # Kernels built for another torch refuse at first use only.
+        # Kernels built for another torch version fail only when they are used.
         tiny = torch.zeros(1, 16, 1, 32, device=device, dtype=torch.float16, requires_grad=True)
         memory_efficient_attention(tiny, tiny, tiny).sum().backward()
         unet.enable_xformers_memory_efficient_attention()
     except Exception as error:
         try:
-            found = importlib.metadata.version("xformers")
+            version = importlib.metadata.version("xformers")
         except importlib.metadata.PackageNotFoundError:
-            found = "is not installed"
+            version = "is not installed"
         raise ValueError(
-            f"xformers cannot run here (xformers {found}, torch {torch.__version__}, {device.type}): "
+            f"xformers cannot run here (xformers {version}, torch {torch.__version__}, {device.type}): "
             f"{one_line(error)[:200]}. "
             "Leave it off: torch's scaled-dot-product attention is the default and as lean"
         ) from error

@@ -1,4 +1,4 @@
-"""The page of an evaluation: numbers, curves, thresholds, cameras, confusions, ranked lists with their pictures."""
+"""The report of an evaluation: metrics, curves, thresholds, cameras, confusions, and ranked lists with images."""
 
 import random
 from dataclasses import dataclass, field
@@ -9,7 +9,8 @@ from PIL import Image, ImageOps
 from kernels import RankMetrics
 from utils.batches.transforms import test_transform
 from utils.datasets.schema import UNKNOWN
-from utils.evaluation.metrics import RANKS, Side, is_match
+from utils.evaluation.lists import is_match
+from utils.evaluation.metrics import RANKS, Side
 from utils.evaluation.thresholds import PairStatistics
 from utils.modeling.attention import attention_maps
 from utils.reporting.charts import histogram, line_chart
@@ -27,7 +28,7 @@ NOTES = {
 
 @dataclass
 class Findings:
-    """What is known of one split. Without labels all but the ranked lists stays empty."""
+    """The results of one split. Without labels, only the ranked lists are filled."""
 
     queries: Side
     gallery: Side
@@ -42,7 +43,7 @@ class Findings:
 
 
 class ResultPictures:
-    """The images behind the rows of both sides, and what `model` looks at in them."""
+    """The images of the query and gallery rows as data URIs, and the attention of `model`."""
 
     def __init__(self, images, query_rows, gallery_rows, model=None):
         self.images, self.query_rows, self.gallery_rows, self.model = images, query_rows, gallery_rows, model
@@ -54,7 +55,7 @@ class ResultPictures:
         return data_uri(self.images[self.gallery_rows[row]]["image"])
 
     def attention(self, row):
-        """The query, dark where the model looks away."""
+        """The attention map over a query, bright where the model attends, or None without a model."""
         if self.model is None:
             return None
         model, image = self.model, self.images[self.query_rows[row]]["image"]
@@ -68,9 +69,9 @@ class ResultPictures:
         return data_uri(Image.blend(image.convert("RGB"), colours, 0.55))
 
 
-def build_page(metrics, findings, pictures=None, *, num_random=4, seed=0):
-    """A `Report` of metrics.json's content and the `Findings` behind it; without `pictures` lists of names."""
-    searching = metrics["mAP"] is None
+def evaluation_report(metrics, findings, pictures=None, *, num_random=4, seed=0):
+    """A `Report` of the metrics and their `Findings`; without `pictures` the lists show names only."""
+    is_search = metrics["mAP"] is None
     cameras = torch.cat([findings.queries.camids, findings.gallery.camids]).unique()
     facts = [
         ("Data", metrics["data"]),
@@ -80,7 +81,7 @@ def build_page(metrics, findings, pictures=None, *, num_random=4, seed=0):
         ("Cameras", len(cameras[cameras >= 0]) or "unknown"),
         ("Protocol", findings.protocol),
     ]
-    if searching:
+    if is_search:
         report = Report("Search", subtitle="The nearest gallery images of each query, closest first.", facts=facts)
         add_searches(report, findings, pictures)
     else:
@@ -126,25 +127,26 @@ def add_numbers(report, metrics, result):
     precisions = result.ap[~result.ap.isnan()]
     counts = torch.histc(precisions.float(), bins=20, min=0, max=1).tolist()
     edges = torch.linspace(0, 1, 21).tolist()
-    spread = histogram(
+    precision_bars = histogram(
         [("queries", counts)], edges, title="Average precision", x_label="average precision", y_label="queries"
     )
     report.charts(
         [
             (curve, "Cumulative match characteristic: queries with a right image at this rank or before."),
-            (spread, "Average precision of each query: 1 where all matches come before everyone else."),
+            (precision_bars, "Average precision of each query: 1 where all matches come before everyone else."),
         ]
     )
     if "reranked" in metrics:
-        again = metrics["reranked"]
+        reranked = metrics["reranked"]
         rows = [
             [name, *(percent(values[key]) for key in HEADLINES)]
-            for name, values in (("plain", metrics), ("re-ranked", again))
+            for name, values in (("plain", metrics), ("re-ranked", reranked))
         ]
         caption = (
-            f"k-reciprocal re-ranking with k1 = {again['k1']}, k2 = {again['k2']}, lambda = {again['lambda_value']:g}"
+            f"k-reciprocal re-ranking with k1 = {reranked['k1']}, k2 = {reranked['k2']}, "
+            f"lambda = {reranked['lambda_value']:g}"
         )
-        caption += f", as {again['compat']} computes it." if again["compat"] else "."
+        caption += f", as {reranked['compat']} computes it." if reranked["compat"] else "."
         report.table(["", *HEADLINES.values()], rows, caption=caption)
 
 
@@ -154,14 +156,14 @@ def add_distances(report, pairs):
         f"The protocol keeps {pairs.num_matches:,} pairs of one person and {pairs.num_non_matches:,} of two people."
     )
     report.section("Distances and thresholds", text)
-    found = [(rate, one) for rate, one in pairs.thresholds.items() if one["distance"] is not None]
+    reached = {rate: limit for rate, limit in pairs.thresholds.items() if limit["distance"] is not None}
     bars = histogram(
         [("same person", pairs.match_counts), ("two people", pairs.non_match_counts)],
         pairs.edges,
         title="Distances of matches and non-matches",
         x_label="distance",
         y_label="pairs",
-        markers=[(one["distance"], rate) for rate, one in found],
+        markers=[(limit["distance"], rate) for rate, limit in reached.items()],
     )
     curve = line_chart(
         [("true-match rate", pairs.curve["false_match_rate"], pairs.curve["true_match_rate"])],
@@ -182,8 +184,8 @@ def add_distances(report, pairs):
         ]
     )
     rows = [
-        [rate, f"{one['distance']:.4f}", percent(one["true_match_rate"]), f"{one['false_match_rate']:.2g}"]
-        for rate, one in found
+        [rate, f"{limit['distance']:.4f}", percent(limit["true_match_rate"]), f"{limit['false_match_rate']:.2g}"]
+        for rate, limit in reached.items()
     ]
     caption = (
         "Two images are called one person if their distance is at most the threshold: the largest within the rate."
@@ -195,16 +197,17 @@ def add_cameras(report, query_cameras, gallery_cameras, table):
     if len(query_cameras) * len(gallery_cameras) < 2:
         return
     report.section("Cameras", "mAP in % of each query camera against each gallery camera alone.")
-    columns = ["query \\ gallery", *map(str, gallery_cameras)]
+    columns = ["query \\ gallery", *map(camera_name, gallery_cameras)]
     rows = [
-        [camera, *("–" if value is None else f"{100 * value:.1f}" for value in row)]
+        [camera_name(camera), *("–" if value is None else f"{100 * value:.1f}" for value in row)]
         for camera, row in zip(query_cameras, table, strict=True)
     ]
     values = [value for row in table for value in row if value is not None]
     low, spread = min(values, default=0), max(values, default=0) - min(values, default=0)
     shades = [[None if value is None else (value - low) / (spread or 1) for value in row] for row in table]
     caption = (
-        "Cameras count from 0; the stronger the colour, the better. A dash: no query of that camera has a match there."
+        "Cameras count from 1, as in names such as 0002_c1; the stronger the colour, the better. A dash: no query of "
+        "that camera has a match there."
     )
     report.table(columns, rows, shades=shades, caption=caption)
 
@@ -212,35 +215,41 @@ def add_cameras(report, query_cameras, gallery_cameras, table):
 def add_confusions(report, findings, pictures):
     if not findings.confusions:
         return
-    text = "People ranked first when another was asked for, the most frequent first."
+    text = "Identities ranked first when another was asked for, the most frequent first."
     if pictures is not None:
-        text += " From the left: the query, the wrong person, and the nearest right image if the ranked list has one."
+        text += " From the left: the query, the wrong identity, and the nearest right image if the list has one."
     report.section("Hardest confusions", text)
     gallery = findings.gallery
     if pictures is None:
-        rows = [[*one.pids, one.count, f"{one.distance:.3f}"] for one in findings.confusions]
-        report.table(["person", "person", "queries", "closest distance"], rows, text_columns=2)
+        rows = [[*confusion.pids, confusion.count, f"{confusion.distance:.3f}"] for confusion in findings.confusions]
+        report.table(["identity", "identity", "queries", "closest distance"], rows, text_columns=2)
         return
     cards = []
-    for one in findings.confusions:
-        wrong = Tile(pictures.gallery(one.gallery), gallery.paths[one.gallery], describe(gallery, one.gallery), False)
-        tiles = [query_tile(findings, pictures, one.query), wrong]
-        match = nearest_match(findings, one.query)
+    for confusion in findings.confusions:
+        wrong = Tile(
+            pictures.gallery(confusion.gallery),
+            gallery.paths[confusion.gallery],
+            describe(gallery, confusion.gallery),
+            False,
+        )
+        tiles = [query_tile(findings, pictures, confusion.query), wrong]
+        match = nearest_match(findings, confusion.query)
         if match is not None:
             tiles.append(Tile(pictures.gallery(match), gallery.paths[match], describe(gallery, match), True))
-        note = f"{one.count} {'query' if one.count == 1 else 'queries'}, closest distance {one.distance:.3f}"
-        cards.append({"title": f"{one.pids[0]} and {one.pids[1]}", "note": note, "tiles": tiles})
+        queries = "query" if confusion.count == 1 else "queries"
+        note = f"{confusion.count} {queries}, closest distance {confusion.distance:.3f}"
+        cards.append({"title": f"{confusion.pids[0]} and {confusion.pids[1]}", "note": note, "tiles": tiles})
     report.cards(cards)
 
 
 def nearest_match(findings, row):
-    """The first right image in a query's ranked list, or None."""
+    """The gallery row of the first right image in a query's ranked list, or None."""
     columns = findings.lists[0][row].tolist()
     return next((c for c in columns if c >= 0 and is_match(findings.queries, findings.gallery, row, c)), None)
 
 
 def add_queries(report, findings, pictures, number, seed):
-    """The queries of lowest and highest average precision, and some drawn at random."""
+    """Sections of the queries with the highest and the lowest average precision, and of random ones."""
     precisions = findings.result.ap
     valid = (~precisions.isnan()).nonzero().flatten()
     order = valid[precisions[valid].argsort(stable=True)].tolist()
@@ -312,7 +321,12 @@ def query_tile(findings, pictures, row):
     return Tile(pictures.query(row), findings.queries.paths[row], describe(findings.queries, row))
 
 
+def camera_name(camera):
+    """The name of a camera: file names count cameras from 1, `camera` counts from 0."""
+    return str(camera + 1) if camera >= 0 else "unknown"
+
+
 def describe(side, row):
     pid, camera = int(side.pids[row]), int(side.camids[row])
-    words = [f"person {pid}" if pid != UNKNOWN else "", f"camera {camera}" if camera >= 0 else ""]
+    words = [f"person {pid}" if pid != UNKNOWN else "", f"camera {camera_name(camera)}" if camera >= 0 else ""]
     return ", ".join(filter(None, words))

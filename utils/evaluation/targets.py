@@ -1,4 +1,4 @@
-"""Data sets a training is measured on: opened and checked before it, evaluated during it."""
+"""Target data sets of a training: opened and checked before it, evaluated during it."""
 
 from typing import NamedTuple
 
@@ -12,11 +12,10 @@ from utils.datasets.load import load_reid, parse_spec
 from utils.datasets.ten_splits import NUM_SPLITS, SMALL_SETS
 from utils.evaluation.features import extract
 from utils.evaluation.metrics import Side
-from utils.files import to_json, write_together
 
 
 class Target(NamedTuple):
-    """A data set with query and gallery, under the very name it was asked for; `more` of a set's further splits."""
+    """A data set with query and gallery, and its spec as given; `more` holds the pairs of further splits."""
 
     spec: str
     query: datasets.Dataset
@@ -25,17 +24,17 @@ class Target(NamedTuple):
 
 
 def open_targets(specs, root=None, *, skip_unreadable=False, all_splits=False):
-    """ValueError for a set without query and gallery, with a damaged image, or none of whose queries has a match.
+    """Open the targets; ValueError for one without query and gallery, with a damaged image, or without any match.
 
-    `all_splits` opens the ten splits of a small set whose name does not say which one.
+    `all_splits` opens all ten splits of a small set if its spec does not choose one.
     """
     targets = []
     for spec in dict.fromkeys(specs):
         name, options = parse_spec(spec)
-        several = all_splits and name in SMALL_SETS and "split" not in options
+        has_splits = all_splits and name in SMALL_SETS and "split" not in options
         pairs = []
-        for chosen in [{"split": number} for number in range(NUM_SPLITS)] if several else [{}]:
-            data = load_reid(spec, root, skip_unreadable=skip_unreadable, **chosen)
+        for split_options in [{"split": number} for number in range(NUM_SPLITS)] if has_splits else [{}]:
+            data = load_reid(spec, root, skip_unreadable=skip_unreadable, **split_options)
             if not {"query", "gallery"} <= set(data):
                 raise ValueError(f"--target {spec} has no query and gallery, only {', '.join(data)}; choose another")
             sides = {split: data[split] for split in ("query", "gallery")}
@@ -47,9 +46,9 @@ def open_targets(specs, root=None, *, skip_unreadable=False, all_splits=False):
 
 
 def evaluate_target(model, target, transform, *, accelerator, batch_size=64, num_workers=0, rerank=None):
-    """mAP, mINP, Rank-k and the rest; `rerank` is None or the options of `kernels.k_reciprocal_rerank`.
+    """The metrics of a target; `rerank` is None or the options of `kernels.k_reciprocal_rerank`.
 
-    Of several splits their means, the standard deviations under `std`, and each split's own numbers under `splits`.
+    Several splits give their means, the standard deviations under `std` and the metrics of each under `splits`.
     """
     pairs = [(target.query, target.gallery), *target.more]
     images, rows = distinct(pairs)
@@ -62,38 +61,38 @@ def evaluate_target(model, target, transform, *, accelerator, batch_size=64, num
         num_workers=num_workers,
         desc=f"evaluating {target.spec}",
     ).to(accelerator.device)
-    found = [
-        compare(*(side_of(part, features[its]) for part, its in zip(pair, places, strict=True)), rerank)
-        for pair, places in zip(pairs, rows, strict=True)
+    results = [
+        compare(*(side_of(part, features[part_rows]) for part, part_rows in zip(pair, pair_rows, strict=True)), rerank)
+        for pair, pair_rows in zip(pairs, rows, strict=True)
     ]
-    if len(found) == 1:
-        return found[0]
-    metrics = averaged([{key: one[key] for key in one if key != "reranked"} for one in found])
+    if len(results) == 1:
+        return results[0]
+    metrics = averaged([{key: result[key] for key in result if key != "reranked"} for result in results])
     if rerank is not None:
-        metrics["reranked"] = averaged([one["reranked"] for one in found])
-    return metrics | {"splits": found}
+        metrics["reranked"] = averaged([result["reranked"] for result in results])
+    return metrics | {"splits": results}
 
 
-def averaged(found):
-    mean, deviation = evaluation.mean_and_deviation(found)
+def averaged(results):
+    mean, deviation = evaluation.mean_and_deviation(results)
     return mean | {"std": deviation}
 
 
 def distinct(pairs):
-    """The images of several splits, each once, and for each split the rows of its query and of its gallery."""
+    """The distinct images of several splits, and for each split the rows of its query and of its gallery."""
     if len(pairs) == 1:
-        cut, end = len(pairs[0][0]), len(pairs[0][0]) + len(pairs[0][1])
-        return datasets.concatenate_datasets(list(pairs[0])), [(slice(cut), slice(cut, end))]
-    numbers, parts, rows = {}, [], []
+        num_queries, end = len(pairs[0][0]), len(pairs[0][0]) + len(pairs[0][1])
+        return datasets.concatenate_datasets(list(pairs[0])), [(slice(num_queries), slice(num_queries, end))]
+    row_of, parts, rows = {}, [], []
     for pair in pairs:
         rows.append([])
         for part in pair:
             paths = part["path"][:]
-            fresh = [row for row, path in enumerate(paths) if path not in numbers]
-            numbers.update({paths[row]: len(numbers) + place for place, row in enumerate(fresh)})
-            if fresh:
-                parts.append(part.select(fresh))
-            rows[-1].append(torch.tensor([numbers[path] for path in paths]))
+            new = [row for row, path in enumerate(paths) if path not in row_of]
+            row_of.update({paths[row]: len(row_of) + index for index, row in enumerate(new)})
+            if new:
+                parts.append(part.select(new))
+            rows[-1].append(torch.tensor([row_of[path] for path in paths]))
     return datasets.concatenate_datasets(parts), rows
 
 
@@ -103,7 +102,7 @@ def side_of(part, features):
 
 
 def compare(queries, gallery, rerank):
-    """The numbers of one query against one gallery."""
+    """The metrics of one pair of query and gallery."""
     evaluation.check_sides(queries, gallery)
     has_cameras = bool((queries.camids >= 0).any() and (gallery.camids >= 0).any())
     protocol = "market" if has_cameras else "all"
@@ -116,25 +115,7 @@ def compare(queries, gallery, rerank):
     return metrics
 
 
-def measure_targets(state, epoch, model, targets, transform, *, accelerator, output_dir, **options):
-    """Each target's numbers into `state["history"]` and metrics.json; printed, and sent to the trackers."""
-    for target in targets:
-        metrics = evaluate_target(model, target, transform, accelerator=accelerator, **options)
-        place = {"epoch": epoch, "target": target.spec}
-        # A run that goes on in the middle of an epoch measures that epoch again, at its end.
-        others = [one for one in state["history"] if {key: one[key] for key in place} != place]
-        state["history"] = [*others, place | metrics]
-        shown = f"mAP {100 * metrics['mAP']:.1f} %, Rank-1 {100 * metrics['rank1']:.1f} %"
-        more = f", means of {len(metrics['splits'])} splits" if "splits" in metrics else ""
-        accelerator.print(f"epoch {epoch}: {target.spec} {shown}{more}")
-        numbers = {f"{target.spec}/{name}": value for name, value in metrics.items() if isinstance(value, float)}
-        accelerator.log(numbers, step=state["step"])
-    if accelerator.is_main_process:
-        with write_together(output_dir) as aside:
-            aside("metrics.json").write_text(to_json(results(state["history"])))
-
-
 def results(history):
-    """The content of metrics.json: the newest numbers of each target, and all of them."""
-    newest = {one["target"]: {key: one[key] for key in one if key != "target"} for one in history}
+    """The content of metrics.json: the newest metrics of each target, and the whole history."""
+    newest = {entry["target"]: {key: entry[key] for key in entry if key != "target"} for entry in history}
     return {"targets": newest, "history": history}

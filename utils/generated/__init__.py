@@ -1,1 +1,1 @@
-"""Generated people: captions and images as they are made, and how they are scored, chosen and kept."""
+"""Generated sets: captions and images are made, then scored, chosen and written as a data set."""

@@ -1,7 +1,7 @@
 """Captioning models of transformers by name: BLIP-2, BLIP, GIT, and any other image-to-text model.
 
 captioner = Captioner.from_pretrained("Salesforce/blip2-opt-2.7b", device="cuda", bits=8)
-captioner.ask(images, "what is the person carrying?")        # a list of answers, one an image
+captioner.ask(images, "what is the person carrying?")        # a list with an answer for each image
 captioner.describe(images)                                   # a list of captions
 """
 
@@ -19,17 +19,17 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from utils.diffusion.checkpoint import one_line
+from utils.files import one_line
 from utils.modeling.backbones import ask_hub
 
-# Kinds of captioners: what they can be asked, and how.
+# Kinds of captioners: those that answer questions, take a prompt, only caption, or chat.
 ANSWERS, PROMPTED, CAPTIONS, CHAT = "answers", "prompted", "captions", "chat"
 ONLY_CAPTIONS = ("git", "blip", "vision-encoder-decoder", "pix2struct", "kosmos-2", "florence2")
 ANSWER_TOKENS, CAPTION_TOKENS = 16, 40
 
 
 def check_captioner(name):
-    """The kind of a captioning model, from its configuration alone; ValueError where it is none."""
+    """The kind of a captioning model, read from its configuration alone; ValueError for any other model."""
     if not Path(name).is_dir() and Path(name).exists():
         raise ValueError(f"the captioner {name} is a file; give a model folder or a Hub id")
     try:
@@ -37,7 +37,7 @@ def check_captioner(name):
             ask_hub(name)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        # The Hub's client raises classes of its own, and of the HTTP library under it.
+        # The Hub's client raises its own errors and those of its HTTP library.
         raise ValueError(
             f"no captioner at {name!r}, neither a local folder nor a readable Hub id: {one_line(error)}"
         ) from error
@@ -68,7 +68,7 @@ def quantization(bits):
 
 
 class Captioner:
-    """A model, its processor, and how it wants to be asked."""
+    """A model, its processor, and the kind of input it takes."""
 
     def __init__(self, model, processor, kind, batch_size=16):
         self.model, self.processor, self.kind, self.batch_size = model.eval(), processor, kind, batch_size
@@ -76,7 +76,7 @@ class Captioner:
 
     @classmethod
     def from_pretrained(cls, name, *, device="cpu", dtype=torch.float32, bits=None, batch_size=16):
-        """`bits` 8 or 4 loads through bitsandbytes."""
+        """Load a model by name; `bits` 8 or 4 quantizes it with bitsandbytes."""
         kind = check_captioner(name)
         auto = AutoModelForVisualQuestionAnswering if kind == ANSWERS else AutoModelForImageTextToText
         settings = {"quantization_config": quantization(bits), "device_map": {"": device}} if bits in (4, 8) else {}
@@ -96,7 +96,7 @@ class Captioner:
         return self.kind != ANSWERS
 
     def ask(self, images, question):
-        """One answer an image."""
+        """An answer for each image."""
         if self.kind == PROMPTED:
             question = f"Question: {question} Answer:"
         elif self.kind == CHAT:
@@ -104,45 +104,45 @@ class Captioner:
         return self.generate(images, question, ANSWER_TOKENS)
 
     def describe(self, images):
-        """One free caption an image."""
+        """A free caption for each image."""
         return self.generate(images, "Describe this person." if self.kind == CHAT else None, CAPTION_TOKENS)
 
     @torch.inference_mode()
     def generate(self, images, text, max_new_tokens):
-        said = []
+        decoded = []
         for start in range(0, len(images), self.batch_size):
             batch = images[start : start + self.batch_size]
             inputs = self.inputs(batch, text).to(self.model.device)
             if "pixel_values" in inputs:
                 inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
             tokens = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
-            asked = inputs.get("input_ids")
-            # Decoders repeat what they were asked.
-            if asked is not None and tokens.shape[1] >= asked.shape[1] and tokens[:, : asked.shape[1]].equal(asked):
-                tokens = tokens[:, asked.shape[1] :]
-            said += self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [text.strip() for text in said]
+            query = inputs.get("input_ids")
+            # Decoders repeat their prompt.
+            if query is not None and tokens.shape[1] >= query.shape[1] and tokens[:, : query.shape[1]].equal(query):
+                tokens = tokens[:, query.shape[1] :]
+            decoded += self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in decoded]
 
     def inputs(self, images, text):
         if self.kind == CHAT:
             content = [{"type": "text", "text": text}]
-            talks = [[{"role": "user", "content": [{"type": "image", "image": image}, *content]}] for image in images]
+            chats = [[{"role": "user", "content": [{"type": "image", "image": image}, *content]}] for image in images]
             return self.processor.apply_chat_template(
-                talks,
+                chats,
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
                 processor_kwargs={"padding": True},
             )
-        words = {} if text is None else {"text": [text] * len(images)}
+        text_inputs = {} if text is None else {"text": [text] * len(images)}
         if isinstance(self.processor, ImagesAndWords):
             return self.processor(images)
-        return self.processor(images=images, return_tensors="pt", **words)
+        return self.processor(images=images, return_tensors="pt", **text_inputs)
 
 
 class ImagesAndWords:
-    """Image processor and tokenizer of models that have no processor of their own."""
+    """The image processor and the tokenizer of a model that has no processor of its own."""
 
     def __init__(self, images, tokenizer):
         self.images, self.tokenizer = images, tokenizer
@@ -154,7 +154,7 @@ class ImagesAndWords:
 def load_processor(name):
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     if hasattr(processor, "tokenizer"):
-        # New text goes to the right of what was asked.
+        # Padding on the left: new tokens follow the prompt.
         processor.tokenizer.padding_side = "left"
         return processor
     images = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""Words about people: what is asked about every picture, how answers become one description, and prompts of it."""
+"""Captions: the questions about each image, how their answers merge into one description, and its prompts."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ QUESTIONS = {
     "view": "from which side is the person seen?",
     "scene": "where is the person?",
 }
-# What generated pictures vary: each of them draws one of every list.
+# Each generated image draws one phrase of every list.
 DIVERSITY = {
     "scene": [
         "outdoors", "indoors", "on a street in the rain", "in the snow", "in an indoor hall", "on a bright campus",
@@ -46,22 +46,22 @@ ARTICLE = re.compile(r"^(a|an|the|his|her|their) ")
 
 
 def clean(answer, max_words=MAX_ANSWER_WORDS):
-    """An answer as it can stand in a prompt, or "" where it says nothing."""
+    """An answer in the form a prompt uses, or "" if it says nothing."""
     text = " ".join(re.sub(r"[^\w\s'-]", " ", answer.lower()).split())
-    # Some tokenizers take compounds apart: t - shirt.
+    # Some tokenizers split compounds: t - shirt.
     text = ARTICLE.sub("", re.sub(r"(?<=\w) - (?=\w)", "-", text))
     known = re.sub(r"[^\w]+", " ", text)
     return "" if known in UNKNOWN or not known.strip() or len(text.split()) > max_words else text
 
 
 def majority(answers):
-    """The most frequent of the answers that say something, the first seen of equals, or ""."""
+    """The most frequent non-empty answer, the first of equals, or ""."""
     counts = Counter(answer for answer in answers if answer)
     return max(counts, key=counts.get, default="")
 
 
 def compose(attributes, class_prompt=CLASS_PROMPT, caption=""):
-    """P_LPE*: the class prompt and everything known; what is absent is not spoken of."""
+    """P_LPE*: the class prompt and the known attributes; absent ones are left out."""
     known = {key: value for key, value in attributes.items() if value and value.lower() not in ABSENT}
     worn = [article(known["upper"])] if "upper" in known else []
     worn += [known[key] for key in ("lower", "shoes") if key in known]
@@ -98,14 +98,14 @@ def seen_from(words):
 
 def with_token(prompt, token, noun):
     """P_E: the identity token before the noun; "a person" becomes "TOKEN person"."""
-    found = re.search(rf"\b(?:(?:a|an|the) )?({re.escape(noun)})\b", prompt)
-    if found is None:
+    match = re.search(rf"\b(?:(?:a|an|the) )?({re.escape(noun)})\b", prompt)
+    if match is None:
         raise ValueError(f"the prompt {prompt!r} has no {noun!r} for the identity token to stand before")
-    return f"{prompt[: found.start()]}{token} {prompt[found.start(1) :]}"
+    return f"{prompt[: match.start()]}{token} {prompt[match.start(1) :]}"
 
 
 def fit(prompt, tokenizer, room=0):
-    """The prompt, cut at a word where it is longer than the tokenizer's window less `room` tokens."""
+    """The prompt, cut at a word to the tokenizer's window less `room` tokens."""
     window = tokenizer.model_max_length - room
     words = prompt.split(" ")
     while len(words) > 1 and len(tokenizer(" ".join(words), verbose=False).input_ids) > window:
@@ -114,13 +114,13 @@ def fit(prompt, tokenizer, room=0):
 
 
 def draw_attributes(attributes, lists, *seed):
-    """The attributes with one drawn from each list in place of their own."""
+    """The attributes, with a phrase drawn from each list in place of the identity's own."""
     rng = random.Random("/".join(map(str, ("attributes", *seed))))
     return attributes | {key: rng.choice(values) for key, values in sorted(lists.items())}
 
 
 def read_lists(path):
-    """A user's own lists: JSON such as {"scene": ["in a park", ...]}; those that are absent stay as they are."""
+    """A user's own lists: JSON such as {"scene": ["in a park", ...]}; a list that is absent keeps its default."""
     try:
         lists = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -130,7 +130,9 @@ def read_lists(path):
     for key, values in lists.items():
         if key not in QUESTIONS:
             raise ValueError(f"{path} has a list {key!r}; known are {', '.join(QUESTIONS)}")
-        if not (isinstance(values, list) and values and all(isinstance(one, str) and one.strip() for one in values)):
+        if not (
+            isinstance(values, list) and values and all(isinstance(text, str) and text.strip() for text in values)
+        ):
             raise ValueError(f"{path}: {key!r} must be a list of at least one phrase, got {values!r}")
     return DIVERSITY | lists
 
@@ -139,27 +141,27 @@ def read_lists(path):
 
 
 def captions_table(captions):
-    """captions.parquet: a row an identity, in the order given."""
+    """The table of captions.parquet: a row for each identity, in the given order."""
     answer = pa.struct([("path", pa.string()), ("caption", pa.string()), *((key, pa.string()) for key in QUESTIONS)])
     fields = [("domain", pa.string()), ("pid", pa.int64()), ("camid", pa.int64())]
     fields += [("prompt", pa.string()), ("identity_prompt", pa.string()), ("caption", pa.string())]
     fields += [(key, pa.string()) for key in QUESTIONS]
     schema = pa.schema([*fields, ("images", pa.list_(answer))])
     rows = [
-        {**one, **{key: one["attributes"].get(key, "") for key in QUESTIONS}, "images": [
-            {"path": image["path"], "caption": image["caption"], **image["answers"]} for image in one["images"]
+        {**record, **{key: record["attributes"].get(key, "") for key in QUESTIONS}, "images": [
+            {"path": image["path"], "caption": image["caption"], **image["answers"]} for image in record["images"]
         ]}
-        for one in captions
+        for record in captions
     ]  # fmt: skip
     return pa.Table.from_pylist(rows, schema=schema)
 
 
 def read_captions(path):
-    """Rows of captions.parquet, or of a csv or jsonl with some of its columns: {(domain or None, pid): row}.
+    """{(domain or None, pid): row} of captions.parquet, or of a csv or jsonl with some of its columns.
 
-    `seen` of a row is what the answers about its images come to, None without.
+    `seen` of a row: the merged answers about its images, or None without images.
     """
-    found = {}
+    rows = {}
     for number, row in enumerate(read_rows(Path(path)), start=1):
         try:
             key = (row.get("domain") or None, whole(row["pid"]))
@@ -169,18 +171,18 @@ def read_captions(path):
         if bad := [name for name, value in words.items() if not isinstance(value, str)]:
             raise ValueError(f"{path}: `{bad[0]}` of identity {key[1]} must be text, got {row[bad[0]]!r}")
         words = {name: " ".join(value.split()) for name, value in words.items()}
-        if key in found:
+        if key in rows:
             raise ValueError(f"{path} has identity {key[1]} twice")
         if not any(words.values()):
             raise ValueError(f"{path}: identity {key[1]} has neither a prompt nor attributes")
-        found[key] = words | {"seen": seen_of(row.get("images"))}
-    if not found:
+        rows[key] = words | {"seen": seen_of(row.get("images"))}
+    if not rows:
         raise ValueError(f"{path} has no rows")
-    return found
+    return rows
 
 
 def read_rows(path):
-    """Dicts. Spreadsheets begin a file with a mark of its encoding, and leave empty rows behind."""
+    """The rows of a file as dicts; skips the byte-order mark and the empty rows that spreadsheets write."""
     try:
         if path.suffix == ".parquet":
             return pq.read_table(path).to_pylist()
@@ -203,28 +205,28 @@ def whole(value):
 
 
 def seen_of(images):
-    """What a row's answers come to; a csv has them as one long word, which nobody reads."""
-    if not (isinstance(images, list) and images and all(isinstance(one, dict) for one in images)):
+    """A row's answers, merged; None for a csv, whose answers are a single string."""
+    if not (isinstance(images, list) and images and all(isinstance(image, dict) for image in images)):
         return None
-    return merged([{name: str(value or "") for name, value in one.items()} for one in images])
+    return merged([{name: str(value or "") for name, value in image.items()} for image in images])
 
 
 def answers_of(images):
-    """Those of a record, as a row has them."""
-    return [{"caption": one["caption"], **one["answers"]} for one in images]
+    """The answers of a record's images, in the form of a row."""
+    return [{"caption": image["caption"], **image["answers"]} for image in images]
 
 
 def merged(images):
-    """What is said most about the images of a sequence, each with its `caption` and an answer to every question."""
-    attributes = {key: majority(clean(one.get(key) or "") for one in images) for key in QUESTIONS}
+    """The majority of the captions and of the answers to each question, over the images of a sequence."""
+    attributes = {key: majority(clean(image.get(key) or "") for image in images) for key in QUESTIONS}
     return {
         "attributes": {key: value for key, value in attributes.items() if value},
-        "caption": majority(clean(one.get("caption") or "", MAX_CAPTION_WORDS) for one in images),
+        "caption": majority(clean(image.get("caption") or "", MAX_CAPTION_WORDS) for image in images),
     }
 
 
 def composed(record, class_prompt=CLASS_PROMPT):
-    """P_LPE* of a record. Attributes say it better than a caption, but not every model can be asked for them."""
+    """P_LPE* of a record: from its attributes, or from its caption if the captioner cannot answer questions."""
     return compose(record["attributes"], class_prompt, "" if record["attributes"] else record["caption"])
 
 
@@ -233,13 +235,13 @@ def row_of(rows, identity):
 
 
 def check_rows(rows, everyone, wanted, path):
-    """Rows are of identities that have images, and everybody wanted has one."""
-    known = {(domain, one.pid) for one in everyone for domain in (one.domain, None)}
+    """ValueError unless each row is of an identity with images and each wanted identity has a row."""
+    known = {(domain, identity.pid) for identity in everyone for domain in (identity.domain, None)}
     for domain, pid in rows:
         if (domain, pid) not in known:
             name = pid if domain is None else f"{domain}/{pid}"
             raise ValueError(f"{path} names identity {name}, of which the source has no images")
-    if missing := [one.name for one in wanted if row_of(rows, one) is None]:
+    if missing := [identity.name for identity in wanted if row_of(rows, identity) is None]:
         raise ValueError(
             f"{path} has no row for {len(missing)} identities, {missing[0]} for one; add them, or choose those it has "
             "with --ids"
@@ -247,19 +249,20 @@ def check_rows(rows, everyone, wanted, path):
 
 
 def edited(record, before, row, fit, identity, class_prompt=CLASS_PROMPT):
-    """A record after a row that may have been edited since it was written from `before`.
+    """The record with the edits of a row that was written from `before` and may have been edited since.
 
-    Another prompt is taken as it is; other attributes, or another caption, make another prompt. The record keeps the
-    edit: the same row says the same when `before` is what came of it.
+    A changed prompt is used as it is; changed attributes or a changed caption make a new prompt. The record stores the
+    edit, so that the same row is the same edit again when `before` is the record it led to.
     """
     edit = before.get("edit")
     if edit is None or row != edit["row"]:
-        said = said_otherwise(row, before, fit, identity, class_prompt)
-        edit = {"row": row, "said": said} if said else edit
+        changes = said_otherwise(row, before, fit, identity, class_prompt)
+        edit = {"row": row, "said": changes} if changes else edit
     return record | edit["said"] | {"edit": edit} if edit else record
 
 
 def said_otherwise(row, before, fit, identity, class_prompt):
+    # What a row changes in the record `before`: its text, or its attributes and caption; {} for no change.
     words = {"attributes": {key: row[key] for key in QUESTIONS if row[key]}, "caption": row["caption"]}
     made = fit(composed(words, class_prompt), identity)
     if row["prompt"] and row["prompt"] not in (before.get("prompt"), made):
@@ -271,9 +274,9 @@ def said_otherwise(row, before, fit, identity, class_prompt):
 
 
 def stated(record, row, fit, identity, class_prompt=CLASS_PROMPT):
-    """A record that says what a row says, whatever was known before."""
-    # A prompt that the answers come to is nobody's edit.
-    seen = row["seen"] or (record["images"] and merged(answers_of(record["images"])))
-    made = {"prompt": fit(composed(seen, class_prompt), identity)} if seen else {}
+    """The record with the row in place of its own prompt, attributes and caption."""
+    # The prompt that the answers give is not an edit.
+    merged_answers = row["seen"] or (record["images"] and merged(answers_of(record["images"])))
+    made = {"prompt": fit(composed(merged_answers, class_prompt), identity)} if merged_answers else {}
     blank = {"attributes": {}, "caption": "", "text": "", "edit": None}
     return record | blank | said_otherwise(row, made, fit, identity, class_prompt)

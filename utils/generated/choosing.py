@@ -1,6 +1,6 @@
-"""Choosing among scored images: thresholds, calibration, near-duplicates, numbers for each identity.
+"""Choosing among scored images: thresholds, calibration, near-duplicates, limits for each identity.
 
-Everything here works on a few numbers an image (about 40 bytes), read from scores.parquet; no model takes part.
+All functions work on a few numbers for each image (about 40 bytes), read from scores.parquet; no model is loaded.
 """
 
 import shlex
@@ -21,10 +21,11 @@ REASONS = ("", UNREADABLE, STRANGER, BELOW, DOUBLE, SURPLUS, FEW)
 
 @dataclass
 class Scores:
-    """Columns of scores.parquet as arrays. `people` are (domain, pid); `person` and `source` number them by row.
+    """Columns of scores.parquet as arrays.
 
-    `match` says whether Re-ID CTF takes an image for its identity's; `lead` by how much its nearest source image is
-    nearer than the nearest of its identity, 0 where these are one.
+    `people` are the identities (domain, pid); `person` and `source` are the indices of a row's identity and domain.
+    `match`: whether the nearest source image shows the same identity (Re-ID CTF). `lead`: by how much the nearest
+    source image is nearer than the nearest one of the same identity; 0 for a match.
     """
 
     people: list
@@ -45,15 +46,15 @@ class Scores:
 
 
 def read_scores(path, match_margin=None):
-    """`Scores` of a parquet file, a group of rows at a time; a lead of at most `match_margin` counts as a match."""
+    """`Scores` of a parquet file, read in batches of rows; a lead of at most `match_margin` counts as a match."""
     people, domains, parts = {}, {}, []
     columns = ["domain", "pid", "error", "reid_match", "reid_lead", "perceptual_hash", *FILTERS.values()]
     with pq.ParquetFile(path, pre_buffer=False) as file:
         for batch in file.iter_batches(8192, columns=columns):
             labels = list(zip(batch["domain"].to_pylist(), batch["pid"].to_pylist(), strict=True))
             part = {
-                "person": np.array([people.setdefault(one, len(people)) for one in labels], np.int32),
-                "source": np.array([domains.setdefault(one, len(domains)) for one, _ in labels], np.int16),
+                "person": np.array([people.setdefault(label, len(people)) for label in labels], np.int32),
+                "source": np.array([domains.setdefault(domain, len(domains)) for domain, _ in labels], np.int16),
                 "sound": batch["error"].is_null().to_numpy(zero_copy_only=False),
                 "match": batch["reid_match"].fill_null(False).to_numpy(zero_copy_only=False),
                 "lead": batch["reid_lead"].to_numpy(zero_copy_only=False).astype(np.float32),
@@ -65,14 +66,14 @@ def read_scores(path, match_margin=None):
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     values = {name: arrays.pop(name) for name in FILTERS}
     if match_margin is not None:
-        # NaN, the lead of an image that does not decode, is at most no margin.
+        # An image that does not decode has the lead NaN, which no margin admits.
         arrays["match"] |= arrays["lead"] <= match_margin
     return Scores(list(people), list(domains), **arrays, values=values)
 
 
 @dataclass
 class Choice:
-    """What is kept: a mask, the number of the reason in `REASONS` for each row, a threshold for each source."""
+    """What is kept: a mask, for each row the index of its reason in `REASONS`, a threshold for each source."""
 
     kept: np.ndarray
     reason: np.ndarray
@@ -80,38 +81,38 @@ class Choice:
 
 
 def eligible(scores, name):
-    """Rows that a threshold of this filter decides on: they decode and, for Re-ID CTF, match."""
-    may = scores.sound & np.isfinite(scores.values[name])
-    return may & scores.match if name == "reid" else may
+    """Mask of the rows that this filter's threshold decides on: they decode and, for Re-ID CTF, match."""
+    mask = scores.sound & np.isfinite(scores.values[name])
+    return mask & scores.match if name == "reid" else mask
 
 
 def thresholds_of(scores, name, *, threshold=None, keep_fraction=None, false_match_rate=None, calibration=None):
-    """{domain: least score that is kept}. Each of `threshold` and `keep_fraction` is {domain: number}."""
-    values, may = scores.values[name], eligible(scores, name)
-    found = {}
+    """{domain: lowest score that is kept}. `threshold` and `keep_fraction` are each {domain: number}."""
+    values, mask = scores.values[name], eligible(scores, name)
+    thresholds = {}
     for number, domain in enumerate(scores.domains):
-        mine = scores.source == number
+        of_domain = scores.source == number
         if threshold is not None:
-            found[domain] = float(threshold[domain])
+            thresholds[domain] = float(threshold[domain])
         elif keep_fraction is not None:
-            wanted = round(keep_fraction[domain] * int(mine.sum()))
-            found[domain] = score_of_rank(values[mine & may], wanted)
+            wanted = round(keep_fraction[domain] * int(of_domain.sum()))
+            thresholds[domain] = score_of_rank(values[of_domain & mask], wanted)
         elif false_match_rate is not None:
-            found[domain] = calibrated(calibration[domain]["impostor"], false_match_rate)
+            thresholds[domain] = calibrated(calibration[domain]["impostor"], false_match_rate)
         else:
-            found[domain] = -np.inf
-    return found
+            thresholds[domain] = -np.inf
+    return thresholds
 
 
 def score_of_rank(values, wanted):
-    """The least score among the best `wanted`; infinity for none of them."""
+    """The lowest of the `wanted` best scores; infinity if none is wanted."""
     if wanted < 1 or not len(values):
         return np.inf
     return float(np.sort(values)[-min(wanted, len(values))])
 
 
 def calibrated(impostors, rate):
-    """The least threshold that no more than `rate` of the impostors' scores reach."""
+    """The lowest threshold that a share of at most `rate` of the impostor scores reaches."""
     descending = np.sort(np.asarray(impostors, dtype=np.float32))[::-1]
     allowed = int(np.floor(rate * len(descending) + 1e-9))
     if allowed >= len(descending):
@@ -120,7 +121,7 @@ def calibrated(impostors, rate):
 
 
 def calibration_rows(calibration, rates):
-    """(domain, rate, threshold, true-match rate) at each rate."""
+    """Rows (domain, rate, threshold, true-match rate), one for each domain and rate."""
     rows = []
     for domain, pair in calibration.items():
         for rate in rates:
@@ -130,7 +131,7 @@ def calibration_rows(calibration, rates):
     return rows
 
 
-def choose(scores, name, thresholds, *, target_per_id=None, min_per_id=1, duplicates=None):
+def choose_images(scores, name, thresholds, *, target_per_id=None, min_per_id=1, duplicates=None):
     """A `Choice`. `duplicates` is a function (rows of one identity, best first) -> mask of those to drop."""
     values = scores.values[name]
     reason = np.zeros(len(scores), np.int8)
@@ -142,7 +143,7 @@ def choose(scores, name, thresholds, *, target_per_id=None, min_per_id=1, duplic
     if name == "reid":
         reject(~scores.match, STRANGER)
     floor = np.array([thresholds[domain] for domain in scores.domains], np.float64)[scores.source]
-    # A score that is missing is below every threshold.
+    # A missing score is below every threshold.
     reject(~(values.astype(np.float64) >= floor), BELOW)
     if duplicates is not None or target_per_id or min_per_id > 1:
         left = np.flatnonzero(reason == 0)
@@ -163,7 +164,7 @@ def choose(scores, name, thresholds, *, target_per_id=None, min_per_id=1, duplic
 
 
 def repeated(distances, limit):
-    """Which of items in order of preference lie within `limit` of an earlier one that stays: (N, N) -> mask (N,)."""
+    """Mask of the items within `limit` of an earlier item that is kept, best item first: (N, N) -> (N,)."""
     double = np.zeros(len(distances), bool)
     for row in range(1, len(distances)):
         double[row] = bool((distances[row, :row][~double[:row]] <= limit).any())
@@ -171,7 +172,7 @@ def repeated(distances, limit):
 
 
 def hash_distances(hashes):
-    """Bits in which 64-bit hashes differ, (N,) -> (N, N)."""
+    """Number of bits in which 64-bit hashes differ, (N,) -> (N, N)."""
     return np.bitwise_count(hashes[:, None] ^ hashes[None, :])
 
 
@@ -182,15 +183,15 @@ def cosine_distances(features):
 
 
 def perceptual_hash(image):
-    """64 bits: whether each of 16 x 4 cells is brighter than the one to its right, on a person's own aspect."""
+    """64 bits: whether each of 16 x 4 cells is brighter than the one to its right, at a person's aspect ratio."""
     cells = np.asarray(image.convert("L").resize((5, 16), 4), dtype=np.int16)
     return int.from_bytes(np.packbits(cells[:, :-1] > cells[:, 1:]).tobytes(), "big")
 
 
 def ranking(scores, name):
-    """Values in the order a filter would keep images: what cannot be kept last.
+    """Values that rank images in the order a filter keeps them; -inf for images that cannot be kept.
 
-    Of Re-ID CTF, what matches by its score, then the others, those first that a wider margin would take first.
+    For Re-ID CTF, matches come first, by score; the others follow, by the margin they would need.
     """
     values = scores.values[name].astype(np.float64)
     sound = scores.sound & np.isfinite(values)
@@ -200,7 +201,7 @@ def ranking(scores, name):
 
 
 def equal_share(scores, name, count):
-    """Mask of the `count` best of a filter: what it keeps where all filters keep as many."""
+    """Mask of the `count` best images of a filter, to compare filters that keep equally many."""
     values = np.where(eligible(scores, name), scores.values[name], -np.inf)
     best = np.argsort(-values, kind="stable")[:count]
     mask = np.zeros(len(scores), bool)
@@ -209,7 +210,7 @@ def equal_share(scores, name, count):
 
 
 def area_under_curve(values, good):
-    """How often a good row has the higher value than a bad one, ties half; None where one kind is missing."""
+    """How often a good row has a higher value than a bad row, ties count half; None if one kind is missing."""
     good = np.asarray(good, bool)
     bad = np.sort(values[~good])
     if not good.any() or not len(bad):
@@ -223,62 +224,49 @@ def images_per_person(scores, kept):
 
 
 def share_below(counts, limits):
-    """Share of identities that have fewer than X images, for each X."""
+    """The share of identities with fewer than X images, for each X."""
     ordered = np.sort(np.asarray(counts))
     return [float(np.searchsorted(ordered, limit, side="left") / max(len(ordered), 1)) for limit in limits]
 
 
-def numbers_of(words):
-    """{domain or None for all: number} of `0.6` or `market1501=0.6 msmt17=0.5`, None of None."""
-    if words is None:
-        return None
-    found = {}
-    for word in words:
-        domain, equals, text = word.rpartition("=")
-        try:
-            number = float(text)
-        except ValueError:
-            number = float("nan")
-        if not np.isfinite(number) or bool(domain) != bool(equals) or domain in found:
-            raise ValueError(f"{word!r} is not as expected: a number, or DOMAIN=NUMBER for each source")
-        found[domain or None] = number
-    if None in found and len(found) > 1:
-        raise ValueError("has a number for all sources and others for single ones; give one kind")
-    return found
-
-
 def numbers_by_domain(numbers, domains, flag):
-    """{domain: number} of {domain or None for all: number}, or None; ValueError unless it names each domain once."""
+    """{domain: number} from {domain, or None for all: number}, or None; ValueError unless it names every domain."""
     if numbers is None:
         return None
     if None in numbers:
         return dict.fromkeys(domains, numbers[None])
-    odd = [domain for domain in {**numbers, **dict.fromkeys(domains)} if (domain in numbers) != (domain in domains)]
-    if odd:
-        raise ValueError(f"{flag}: {odd[0]!r} is not both named there and a source ({', '.join(domains)})")
+    unmatched = [
+        domain for domain in {**numbers, **dict.fromkeys(domains)} if (domain in numbers) != (domain in domains)
+    ]
+    if unmatched:
+        raise ValueError(f"{flag}: {unmatched[0]!r} is not both named there and a source ({', '.join(domains)})")
     return numbers
 
 
 def nothing_left(scores, choice, name):
-    """Why nothing is kept, and the threshold that would keep half."""
-    may, words = eligible(scores, name), []
+    """The error for an empty choice: why each image is rejected, and a threshold that would keep half."""
+    mask, suggestions = eligible(scores, name), []
     for number, domain in enumerate(scores.domains):
-        values = scores.values[name][may & (scores.source == number)]
+        values = scores.values[name][mask & (scores.source == number)]
         if len(values):
-            words.append((domain, short_threshold(values, score_of_rank(values, max(1, len(values) // 2)))))
+            suggestions.append((domain, short_threshold(values, score_of_rank(values, max(1, len(values) // 2)))))
     counts = np.bincount(choice.reason, minlength=len(REASONS))
-    why = ", ".join(f"{counts[place]} {word}" for place, word in enumerate(REASONS) if word and counts[place])
+    why = ", ".join(f"{counts[index]} {word}" for index, word in enumerate(REASONS) if word and counts[index])
     advice = "no image could be kept at any threshold"
     if counts[REASONS.index(FEW)]:
         advice = "Lower --min_per_id"
-    elif words:
-        told = words[0][1] if len(words) == 1 else " ".join(shlex.quote(f"{one}={number}") for one, number in words)
-        advice = f"--threshold {told} is reached by half of the images it could keep"
+    elif suggestions:
+        listed = (
+            suggestions[0][1]
+            if len(suggestions) == 1
+            else " ".join(shlex.quote(f"{source}={number}") for source, number in suggestions)
+        )
+        advice = f"--threshold {listed} is reached by half of the images it could keep"
     return f"nothing is left of {len(scores)} images ({why}); all of them are scored. {advice}"
 
 
 def short_threshold(values, least):
-    """`least` with as few digits, but four, as keep the same of the values, and no other."""
+    """`least` in the fewest digits, at least four, that keep the same values."""
     values = values.astype(np.float64)
     for digits in range(4, 9):
         number = np.floor(least * 10**digits) / 10**digits
@@ -288,12 +276,12 @@ def short_threshold(values, least):
 
 
 def duplicate_finder(scores, kind, limit, features):
-    """A function for `choose`, or None: `kind` keep, perceptual or feature; `features` has a row an image."""
+    """`duplicates` for `choose_images`, or None. `kind`: keep, perceptual or feature; `features`: one row an image."""
     if kind == "keep":
         return None
     if kind == "perceptual":
         bits = 4 if limit is None else limit
         return lambda rows: repeated(hash_distances(scores.hashes[rows]), bits)
-    # The distance of a feature from itself is not always 0 when it is rounded.
+    # Rounding can put a feature at a small distance from itself.
     distance = (0.02 if limit is None else limit) + 1e-6
     return lambda rows: repeated(cosine_distances(features[rows]), distance)

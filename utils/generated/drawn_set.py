@@ -1,6 +1,6 @@
-"""A generated set drawn by code, so that what a filter should say of every image is known.
+"""A generated set drawn by code: the right decision of a filter is known for every image.
 
-It has the files and columns of a set by `train_dreambooth_reid.py`, and one column more, `truth`.
+The set has the files and columns that `train_dreambooth_reid.py` writes, and the column `truth`.
 """
 
 import dataclasses
@@ -27,36 +27,36 @@ SOURCE, NEW, WRONG_SOURCE, WRONG_NEW, BROKEN, NOBODY = (
     "nobody",
 )
 TRUTHS = (SOURCE, NEW, WRONG_SOURCE, WRONG_NEW, BROKEN, NOBODY)
-# What the images of an identity are, over and over.
+# The truths of an identity's images, repeated in this order.
 CYCLE = (NEW, SOURCE, WRONG_SOURCE, WRONG_NEW, BROKEN, NOBODY, NEW, SOURCE, NEW, BROKEN)
-# Places that sources are from; the other domains taught the stand-ins.
+# Domains that serve as sources; the stand-ins are trained on the other domains.
 PLACES = "abcde"
-# Of pixels. No one size, which could be that of a model's own patches.
+# Range of piece sizes in pixels: a fixed size could equal the patches of a model.
 PIECES = (5, 14)
 SCHEMA = METADATA.append(pa.field("truth", pa.string()))
-# Pictures of the source have the first numbers.
+# Source images have the lower indices.
 FIRST_INDEX = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Which people of the synthetic world to draw.
+    """The identities of the synthetic world to draw.
 
-    With `few_cameras`, one or two cameras of the domain have seen an identity, as in CUHK03 and MSMT17, else all have.
-    What its generator has learnt the scenes from is the identity's own source images, so what is drawn "as in the
-    source" is in its cameras, whoever is shown.
+    With `few_cameras`, one or two cameras of the domain see an identity, as in CUHK03 and MSMT17; otherwise all do.
+    A generator learns scenes from an identity's own source images, so an image drawn "as in the source" is in that
+    identity's cameras, even if it shows another.
     """
 
     domain: str = "a"
     num_ids: int = 32
     images_per_id: int = 10
     seed: int = 0
-    # Not in the name that draws start from: both kinds of world differ in cameras only.
+    # Not part of the random seed: worlds with and without it differ in cameras only.
     few_cameras: bool = dataclasses.field(default=False, repr=False)
 
 
 def draw(world, pid, number):
-    """(picture, truth) of one generated image; None for a file that is to be damaged."""
+    """(picture, truth) of one generated image."""
     truth = CYCLE[number % len(CYCLE)]
     rng = random.Random(f"generated/{world}/{pid}/{number}")
     index = FIRST_INDEX + number
@@ -74,7 +74,7 @@ def draw(world, pid, number):
 
 
 def cameras_of(world, pid):
-    """Those that have seen a person, in order of the person's route."""
+    """The cameras that see an identity, in the order of its route."""
     count = len(DOMAINS[world.domain]["cameras"])
     if not world.few_cameras:
         return [camera_of(world.domain, pid, 2 * place, world.seed) for place in range(count)]
@@ -83,13 +83,13 @@ def cameras_of(world, pid):
 
 
 def source_camera(world, pid, index):
-    """The camera of an image of a person's in the source: two in one, then on to the next, as `camera_of`."""
+    """The camera of a source image of an identity; it changes after every two images, as in `camera_of`."""
     cameras = cameras_of(world, pid)
     return cameras[index // 2 % len(cameras)]
 
 
 def in_scene(world, pid, scene, index):
-    """A person of the world in a scene that may be another domain's."""
+    """An image of an identity of the world, in the scene of any domain."""
     if scene == world.domain:
         return render(scene, pid, source_camera(world, pid, index), index, world.seed)
     camid = camera_of(scene, pid, index, world.seed)
@@ -110,7 +110,7 @@ def empty_scene(world, rng):
 
 
 def broken(picture, rng):
-    """What goes wrong in sampling: pieces that do not fit together, a person dissolved, nothing but noise."""
+    """The picture with a typical failure of sampling: shuffled pieces, a dissolved person, or noise."""
     width, height = picture.size
     kind = rng.choice(("pieces", "dissolved", "noise"))
     if kind == "noise":
@@ -129,39 +129,39 @@ def broken(picture, rng):
 
 
 def write_source(folder, world, images_per_id=12):
-    """The source of a set: its people's real images, as files that `load_reid` opens; left alone where it is there."""
+    """Write the real images of a set's identities, as files that `load_reid` opens; an existing folder is kept."""
     folder = Path(folder)
     if folder.is_dir():
         return folder
-    aside, rows = folder.with_name(f".{folder.name}.part"), []
-    shutil.rmtree(aside, ignore_errors=True)
+    part, rows = folder.with_name(f".{folder.name}.part"), []
+    shutil.rmtree(part, ignore_errors=True)
     for pid in range(0, 2 * world.num_ids, 2):
         for index in range(images_per_id):
             camid = source_camera(world, pid, index)
             name = file_name(world.domain, pid, camid, index, world.seed)
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            # Lossless: the same pixels as those of the spec `synthetic:domain=...`.
-            render(world.domain, pid, camid, index, world.seed).save(aside / name)
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            # PNG is lossless: these are the pixels of the spec `synthetic:domain=...`.
+            render(world.domain, pid, camid, index, world.seed).save(part / name)
             rows.append({"path": name, "pid": pid, "domain": f"synthetic-{world.domain}", "camid": camid})
-    pq.write_table(pa.Table.from_pylist(rows), aside / "metadata.parquet")
-    sync(aside / "metadata.parquet")
-    aside.rename(folder)
+    pq.write_table(pa.Table.from_pylist(rows), part / "metadata.parquet")
+    sync(part / "metadata.parquet")
+    part.rename(folder)
     return folder
 
 
 def write_drawn(folder, world=World(), *, num_damaged=2, size=None):
-    """The set in `folder`, written aside and renamed; left alone where it is already there. Returns its metadata file.
+    """Write the set to `folder` through a temporary folder, unless it exists. Returns its metadata file.
 
-    The last `num_damaged` files are cut off in the middle. `size` (height, width) is another size than the drawn.
+    The last `num_damaged` files are cut off in the middle. `size` (height, width) resizes the drawn images.
     """
     folder = Path(folder)
     if (folder / "metadata.parquet").is_file():
         return folder / "metadata.parquet"
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     total = world.num_ids * world.images_per_id
-    with pq.ParquetWriter(aside / "metadata.parquet", SCHEMA) as writer:
+    with pq.ParquetWriter(part / "metadata.parquet", SCHEMA) as writer:
         for person_number in range(world.num_ids):
             pid, rows = 2 * person_number, []
             for number in range(world.images_per_id):
@@ -169,7 +169,7 @@ def write_drawn(folder, world=World(), *, num_damaged=2, size=None):
                 if size is not None:
                     picture = picture.resize(size[::-1], Image.Resampling.BOX)
                 name = image_path(f"synthetic-{world.domain}/{pid:04d}", number, "jpg")
-                path = aside / name
+                path = part / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_image(picture, path, quality=95, prompt="a photo of a person", seed=number, model="drawn")
                 if person_number * world.images_per_id + number >= total - num_damaged:
@@ -177,8 +177,8 @@ def write_drawn(folder, world=World(), *, num_damaged=2, size=None):
                     truth = BROKEN
                 rows.append(metadata_of(world, pid, number, name, truth))
             writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
-    sync(aside / "metadata.parquet")
-    aside.rename(folder)
+    sync(part / "metadata.parquet")
+    part.rename(folder)
     return folder / "metadata.parquet"
 
 

@@ -1,6 +1,7 @@
-"""A generated set read in pieces: its labels and bytes pass by, they are never all in memory."""
+"""Reads a generated set piece by piece, so that its labels and images are never all in memory."""
 
 import hashlib
+import json
 import os
 from array import array
 from pathlib import Path
@@ -10,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from utils.datasets.images import read_bytes
-from utils.datasets.load import load_reid
+from utils.datasets.load import known_names, load_reid, parse_spec
 from utils.datasets.schema import check_listed
 
 METADATA = "metadata.parquet"
 PIECE = 1024
-# What filtering adds to the metadata; columns of these names in a set that was filtered before are replaced.
+# Columns that filtering adds to the metadata; it replaces those of an earlier filtering.
 SCORED = pa.schema(
     [
         ("clip_score", pa.float32()),
@@ -33,10 +34,44 @@ WHOLE = {"pid", "camid", "seed", "steps", "index"}
 TEXT = {"path", "file_name", "domain"}
 
 
-def open_generated(name, data_root=None, domains=()):
-    """The set of a folder with metadata.parquet, or of any data set spec (its train split).
+def check_generated(name):
+    """ValueError for a folder of train_dreambooth_reid.py that has no finished set of images."""
+    path = Path(name)
+    if not (path / "identities").is_dir() or (path / METADATA).is_file():
+        return
+    if any(path.glob("images/*/*")):
+        raise ValueError(
+            f"--generated {name} has images of some identities and no {METADATA} yet: run train_dreambooth_reid.py "
+            "there to its end, or with --merge for what is there"
+        )
+    raise ValueError(
+        f"--generated {name} holds captions and no images; run train_dreambooth_reid.py there again, without "
+        "--captions_only"
+    )
 
-    Where it does not say which source an image comes from, `domains` must be one.
+
+def sources_named_by(name):
+    """The specs of the data sets that a generated folder was made from; ValueError if it does not say."""
+    path = Path(name)
+    if not path.exists() and parse_spec(name)[0] not in known_names():
+        raise ValueError(
+            f"--generated {name}: there is no such folder; give one that train_dreambooth_reid.py wrote, or any data "
+            "set together with --source"
+        )
+    folder = path.parent if path.is_file() else path
+    try:
+        specs = json.loads((folder / "args.json").read_text(encoding="utf-8"))["arguments"]["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        specs = None
+    if not (isinstance(specs, list) and specs and all(isinstance(spec, str) for spec in specs)):
+        raise ValueError(f"{name} does not say what it was made from; give --source")
+    return specs
+
+
+def open_generated(name, data_root=None, domains=()):
+    """The set of a folder with metadata.parquet, or the train split of any data set spec.
+
+    If the set does not name the source of an image, `domains` must hold exactly one.
     """
     path = Path(name)
     file = path / METADATA if path.is_dir() else path
@@ -49,42 +84,42 @@ def open_generated(name, data_root=None, domains=()):
 
 
 class Generated:
-    """What both kinds have. `counts` is {(domain, pid): images}, `digest` changes with any row of the table."""
+    """Base of both kinds of sets. `counts` is {(domain, pid): images}; `digest` changes with any row of the table."""
 
     def __len__(self):
         return self.size
 
     def look(self):
-        """One pass over the labels: counts, doubles, digest."""
+        """Count the images, reject repeated paths and compute the digest, in one pass over the labels."""
         self.counts, self.size = {}, 0
-        digest, seen = hashlib.sha256(), array("Q")
+        digest, hashes = hashlib.sha256(), array("Q")
         labels = ("domain", "pid", "path")
-        # Another seed or model makes another image of the same name.
+        # Another seed or model makes another image under the same path.
         names = (*labels, *sorted(set(self.schema.names) - set(labels)))
         for table in self.tables():
             rows = zip(*(table[name].to_pylist() for name in names), strict=True)
             for domain, pid, path, *others in rows:
                 digest.update(f"{domain}\t{pid}\t{path}\t{others}\n".encode())
-                seen.append(int.from_bytes(hashlib.blake2b(f"{domain}\t{path}".encode(), digest_size=8).digest()))
+                hashes.append(int.from_bytes(hashlib.blake2b(f"{domain}\t{path}".encode(), digest_size=8).digest()))
                 self.counts[domain, pid] = self.counts.get((domain, pid), 0) + 1
             self.size += len(table)
         if not self.size:
             raise ValueError(f"{self.name} holds no images")
-        if len(np.unique(np.frombuffer(seen, dtype=np.uint64))) < self.size:
+        if len(np.unique(np.frombuffer(hashes, dtype=np.uint64))) < self.size:
             raise ValueError(f"{self.name} names an image twice; every row needs a path of its own")
         self.digest = digest.hexdigest()
 
     def pieces(self, wanted=None):
-        """(first row, table, readers) of each piece of `PIECE` rows; of others than `wanted` the table is None."""
+        """Yield (first row, table, readers) of each piece of `PIECE` rows; (first row, None, None) unless wanted."""
         start = 0
         for table in self.tables():
-            wants = wanted is None or start in wanted
-            yield (start, table, self.readers(start, table)) if wants else (start, None, None)
+            is_wanted = wanted is None or start in wanted
+            yield (start, table, self.readers(start, table)) if is_wanted else (start, None, None)
             start += len(table)
 
 
 class TableImages(Generated):
-    """metadata.parquet and the files it names, below its folder."""
+    """A set of image files, listed in the metadata.parquet of their folder."""
 
     def __init__(self, file, domains=()):
         self.name, self.file, self.folder = str(file), file, file.parent
@@ -115,11 +150,11 @@ class TableImages(Generated):
                 fields.append(pa.field(name, kind))
         if "synthetic" not in names:
             fields.append(pa.field("synthetic", pa.bool_()))
-        self.schema = pa.schema([pa.field(one.name, one.type) for one in fields])
+        self.schema = pa.schema([pa.field(field.name, field.type) for field in fields])
         self.look()
 
     def tables(self):
-        """The metadata in tables of `PIECE` rows, the last one shorter, whatever the groups of rows in the file."""
+        """Yield the metadata in tables of `PIECE` rows, whatever the row groups of the file; the last is shorter."""
         with pq.ParquetFile(self.file, buffer_size=1 << 20, pre_buffer=False) as file:
             names = [name for name in self.schema.names if name in file.schema_arrow.names]
             waiting = []
@@ -133,7 +168,7 @@ class TableImages(Generated):
                 yield self.complete(pa.Table.from_batches(waiting))
 
     def complete(self, table):
-        fixed = {"camid": -1, "synthetic": True, "domain": self.domain}
+        defaults = {"camid": -1, "synthetic": True, "domain": self.domain}
         columns = []
         for field in self.schema:
             if field.name in table.column_names:
@@ -141,7 +176,7 @@ class TableImages(Generated):
             elif field.name == "path":
                 columns.append(table[self.located_by])
             else:
-                columns.append(pa.array([fixed[field.name]] * len(table), field.type))
+                columns.append(pa.array([defaults[field.name]] * len(table), field.type))
         table = pa.table(columns, schema=self.schema)
         for name in ("pid", "path", "domain", "camid"):
             if table[name].null_count:
@@ -155,13 +190,13 @@ class TableImages(Generated):
 
 
 class DatasetImages(Generated):
-    """A split that `load_reid` opened."""
+    """The train split of a data set that `load_reid` opened."""
 
     def __init__(self, name, dataset, domains=()):
         self.name, self.dataset, self.domain = str(name), dataset, None
-        # Where no column says otherwise, the domain is what the set itself is called.
-        place, found = Path(name).resolve(), set(dataset.unique("domain"))
-        if found <= {place.name, place.stem, place.parent.name} - set(domains) and len(domains) == 1:
+        # Without a domain column, `load_reid` takes the domain from the name of the set.
+        path, own_domains = Path(name).resolve(), set(dataset.unique("domain"))
+        if own_domains <= {path.name, path.stem, path.parent.name} - set(domains) and len(domains) == 1:
             self.domain = domains[0]
         kinds = {"path": pa.string(), "pid": pa.int64(), "domain": pa.string(), "camid": pa.int64()}
         self.schema = pa.schema([*kinds.items(), ("synthetic", pa.bool_())])
@@ -173,8 +208,8 @@ class DatasetImages(Generated):
             table = labels[start : start + PIECE]
             table = table.append_column("synthetic", pa.array([True] * len(table)))
             if self.domain is not None:
-                place, own = table.column_names.index("domain"), pa.array([self.domain] * len(table))
-                table = table.set_column(place, "domain", own)
+                index, domains = table.column_names.index("domain"), pa.array([self.domain] * len(table))
+                table = table.set_column(index, "domain", domains)
             yield table.select(self.schema.names).cast(self.schema)
 
     def readers(self, start, table):
@@ -183,7 +218,7 @@ class DatasetImages(Generated):
 
 
 class Held:
-    """The bytes of an image inside a table, or wherever its path leads."""
+    """Reads the bytes of an image from a row of a table, or from the file at the row's path."""
 
     def __init__(self, row):
         self.row = row

@@ -1,4 +1,4 @@
-"""The page of a filtered set: what each filter keeps and drops, where they disagree, scores, identities."""
+"""The report of a filtered set: kept and rejected images of each filter, disagreements, scores, identities."""
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,38 +20,41 @@ LABELS = {"clip": "CLIP", "cctf": "CCTF", "reid": "Re-ID CTF"}
 MAX_SOURCES = 6
 
 
-def build_page(run, scores_path, scores, choice, calibration, summary):
-    """A `Report` of scores and choice."""
+def kept_report(generated, name, sources, scores_path, scores, choice, calibration, summary):
+    """A `Report` of the scores and the choice; `name` is the value of --generated."""
     masks = masks_of(scores, choice, summary["filter"])
     facts = [
-        ("Generated", portable(run.args.generated)),
-        ("Source", " + ".join(run.sources)),
+        ("Generated", portable(name)),
+        ("Source", " + ".join(sources)),
         ("Filter", LABELS[summary["filter"]]),
         ("Threshold", ", ".join(f"{domain} {number(value)}" for domain, value in choice.thresholds.items())),
     ]
-    if run.args.match_margin:
-        facts.append(("Margin of the match", number(run.args.match_margin)))
+    if summary["choice"]["match_margin"]:
+        facts.append(("Margin of the match", number(summary["choice"]["match_margin"])))
     lead = f"{summary['kept']:,} of {summary['images']:,} generated images are kept; they are {summary['made_by']}."
     report = Report("Filtered people", subtitle=lead, facts=facts)
     add_counts(report, summary)
     if summary["against_truth"]:
         add_truth(report, summary["against_truth"])
-    pictures = SamplePictures(run, scores_path)
+    pictures = SamplePictures(generated, scores_path)
     add_examples(report, scores, masks, pictures)
     add_disagreements(report, scores, masks, pictures)
     pictures.load()
     add_histograms(report, scores, choice, summary["filter"])
     add_calibration(report, calibration)
-    add_identities(report, scores, choice, run.sources, summary)
+    add_identities(report, scores, choice, sources, summary)
     return report
 
 
 def masks_of(scores, choice, chosen):
-    """{filter: rows it keeps}; the others keep as many images as the chosen one's threshold does."""
+    """{filter: mask of the rows it keeps}; all filters keep as many images as the threshold of the chosen one."""
     floor = np.array([choice.thresholds[domain] for domain in scores.domains], np.float64)[scores.source]
-    own = choosing.eligible(scores, chosen) & (scores.values[chosen] >= floor)
+    chosen_mask = choosing.eligible(scores, chosen) & (scores.values[chosen] >= floor)
     names = [name for name in choosing.FILTERS if scores.has(name)]
-    return {name: own if name == chosen else choosing.equal_share(scores, name, int(own.sum())) for name in names}
+    return {
+        name: chosen_mask if name == chosen else choosing.equal_share(scores, name, int(chosen_mask.sum()))
+        for name in names
+    }
 
 
 def add_counts(report, summary):
@@ -64,14 +67,13 @@ def add_counts(report, summary):
             ("images an identity", f"{spread['mean']:.1f}", f"{spread['min']} to {spread['max']}"),
         ]
     )
+    names = ("generated", "kept", "identities", "identities_without")
     rows = [
-        [domain, one["generated"], one["kept"], one["identities"], one["identities_without"], number(one["threshold"])]
-        for domain, one in summary["sources"].items()
+        [domain, *(f"{source[name]:,}" for name in names), number(source["threshold"])]
+        for domain, source in summary["sources"].items()
     ]
     columns = ["source", "generated", "kept", "identities", "identities without", "threshold"]
-    report.table(
-        columns, [[row[0], *(f"{one:,}" if isinstance(one, int) else one for one in row[1:])] for row in rows]
-    )
+    report.table(columns, rows)
     rejected = [[why, f"{count:,}"] for why, count in summary["rejected"].items() if count]
     if rejected:
         report.table(["left out because", "images"], rejected)
@@ -89,35 +91,35 @@ def read_truths(scores_path):
 
 
 def against_truth(scores_path, scores):
-    """{filter: {"auc", "kept": {kind: share}}} of drawn images, where each keeps as many as are right; else None."""
+    """{filter: {"auc", "kept": {truth: share}}} of drawn images, each filter keeping as many as are right, or None."""
     truths = read_truths(scores_path)
     if truths is None:
         return None
     good = np.array([str(truth).startswith("right") for truth in truths])
     if not good.any():
         return None
-    found = {}
+    result = {}
     for name in [name for name in choosing.FILTERS if scores.has(name)]:
         values = choosing.ranking(scores, name)
         kept = np.zeros(len(scores), bool)
         kept[np.argsort(-values, kind="stable")[: good.sum()]] = True
         shares = {kind: float(kept[truths == kind].mean()) for kind in dict.fromkeys(truths)}
-        found[name] = {"auc": choosing.area_under_curve(values, good), "kept": shares}
-    return found
+        result[name] = {"auc": choosing.area_under_curve(values, good), "kept": shares}
+    return result
 
 
-def truth_table(found):
-    """(columns, rows) of text."""
-    kinds = list(next(iter(found.values()))["kept"])
+def truth_table(result):
+    """The result of `against_truth` as text: (columns, rows)."""
+    kinds = list(next(iter(result.values()))["kept"])
     rows = []
-    for name, one in found.items():
-        # Where nothing is wrong, nothing can come after what is right.
-        auc = "" if one["auc"] is None else f"{one['auc']:.3f}"
-        rows.append([LABELS[name], auc, *(f"{100 * one['kept'][kind]:.0f} %" for kind in kinds)])
+    for name, values in result.items():
+        # If no image is wrong, there is no AUC.
+        auc = "" if values["auc"] is None else f"{values['auc']:.3f}"
+        rows.append([LABELS[name], auc, *(f"{100 * values['kept'][kind]:.0f} %" for kind in kinds)])
     return ["filter", "AUC", *kinds], rows
 
 
-def add_truth(report, found):
+def add_truth(report, result):
     report.section(
         "Against the truth",
         "These images are drawn, and what each shows is known. AUC: how often an image of the right person, whatever "
@@ -125,14 +127,14 @@ def add_truth(report, found):
         "for Re-ID CTF, those nearest to somebody else before them, by how much nearer. Then the share of every kind "
         "that each filter keeps, if it keeps as many images as are right.",
     )
-    report.table(*truth_table(found))
+    report.table(*truth_table(result))
 
 
 class SamplePictures:
-    """Tiles of rows, asked for by number and filled in one pass over the set."""
+    """Tiles of the report: `tile` requests the image of a row, `load` fills all tiles in one pass over the set."""
 
-    def __init__(self, run, scores_path):
-        self.run, self.path, self.wanted = run, scores_path, {}
+    def __init__(self, generated, scores_path):
+        self.generated, self.path, self.wanted = generated, scores_path, {}
 
     def tile(self, row, match=None):
         tile = Tile(None, "", "", match)
@@ -140,15 +142,15 @@ class SamplePictures:
         return tile
 
     def load(self):
-        for start, table, readers in self.run.generated.pieces(self.starts()):
+        for start, table, readers in self.generated.pieces(self.starts()):
             if table is None:
                 continue
             scored = self.scored(start, len(table))
             for row in [row for row in self.wanted if start <= row < start + len(table)]:
-                one = scored[row - start]
+                values = scored[row - start]
                 for tile in self.wanted[row]:
-                    tile.name = one["path"]
-                    tile.note = note_of(one)
+                    tile.name = values["path"]
+                    tile.note = note_of(values)
                     tile.uri = picture_of(readers[row - start])
 
     def starts(self):
@@ -160,15 +162,15 @@ class SamplePictures:
 
 
 def note_of(row):
-    # No line ends between a name and its number.
-    words = [f"identity\u00a0{row['pid']}", *([row["error"]] if row["error"] else [])]
+    # Non-breaking spaces keep each name and its number on one line.
+    notes = [f"identity\u00a0{row['pid']}", *([row["error"]] if row["error"] else [])]
     for name, column in choosing.FILTERS.items():
         if row[column] is not None:
-            words.append(f"{SHORT[name]}\u00a0{row[column]:.2f}")
+            notes.append(f"{SHORT[name]}\u00a0{row[column]:.2f}")
     if row["reid_match"] is False:
-        words.append(f"nearer to another by {row['reid_lead']:.2f}")
+        notes.append(f"nearer to another by {row['reid_lead']:.2f}")
     truth = f"{row['truth']}: " if row.get("truth") else ""
-    return truth + ", ".join(words)
+    return truth + ", ".join(notes)
 
 
 def picture_of(read):
@@ -179,10 +181,10 @@ def picture_of(read):
 
 
 def spread_over(rows, count=SHOWN):
-    """At most `count` of the rows, evenly over their order."""
+    """At most `count` of the rows, evenly spaced."""
     if len(rows) <= count:
         return list(rows)
-    return [rows[place] for place in np.linspace(0, len(rows) - 1, count).round().astype(int)]
+    return [rows[index] for index in np.linspace(0, len(rows) - 1, count).round().astype(int)]
 
 
 def add_examples(report, scores, masks, pictures):
@@ -213,15 +215,15 @@ def add_examples(report, scores, masks, pictures):
 
 
 def add_disagreements(report, scores, masks, pictures):
-    pairs = [(one, other) for one in masks for other in masks if one != other]
+    pairs = [(keeps, rejects) for keeps in masks for rejects in masks if keeps != rejects]
     cards, rows = [], []
-    for one, other in pairs:
-        found = np.flatnonzero(masks[one] & ~masks[other])
-        rows.append([f"{LABELS[one]} keeps, {LABELS[other]} rejects", f"{len(found):,}"])
-        tiles = [pictures.tile(row) for row in spread_over(found)]
+    for keeps, rejects in pairs:
+        title = f"{LABELS[keeps]} keeps, {LABELS[rejects]} rejects"
+        differ = np.flatnonzero(masks[keeps] & ~masks[rejects])
+        rows.append([title, f"{len(differ):,}"])
+        tiles = [pictures.tile(row) for row in spread_over(differ)]
         if tiles:
-            note = count_of(len(found), "image")
-            cards.append({"title": f"{LABELS[one]} keeps, {LABELS[other]} rejects", "note": note, "tiles": tiles})
+            cards.append({"title": title, "note": count_of(len(differ), "image"), "tiles": tiles})
     if rows:
         report.section("Disagreements", "Where two filters differ, while both keep as many images.")
         report.table(["between", "images"], rows)
@@ -233,12 +235,14 @@ def add_histograms(report, scores, choice, chosen):
     charts = []
     for name in choosing.FILTERS:
         values = scores.values[name]
-        seen = values[np.isfinite(values)]
-        if not len(seen):
+        finite = values[np.isfinite(values)]
+        if not len(finite):
             continue
-        # Probabilities start at 0; their upper end is where the highest is, in tenths.
-        low = 0.0 if name != "reid" else float(seen.min()) - 0.01
-        high = min(1.0, np.ceil(10 * float(seen.max()) + 1e-6) / 10) if name != "reid" else float(seen.max()) + 0.01
+        # Probabilities start at 0 and end at the highest one, rounded up to a tenth.
+        low = 0.0 if name != "reid" else float(finite.min()) - 0.01
+        high = (
+            min(1.0, np.ceil(10 * float(finite.max()) + 1e-6) / 10) if name != "reid" else float(finite.max()) + 0.01
+        )
         edges = np.linspace(low, high, BARS + 1)
         groups, markers = [], []
         for place, domain in enumerate(scores.domains[:MAX_SOURCES]):
@@ -270,11 +274,11 @@ def add_calibration(report, calibration):
 def add_identities(report, scores, choice, sources, summary):
     counts = choosing.images_per_person(scores, choice.kept)
     counts = counts[counts > 0]
-    theirs = np.concatenate([source.labels.bincount().numpy() for source in sources.values()])
-    top = int(max(counts.max(), theirs.max())) + 1
+    source_counts = np.concatenate([source.labels.bincount().numpy() for source in sources.values()])
+    top = int(max(counts.max(), source_counts.max())) + 1
     xs = np.unique(np.linspace(0, top, min(top + 1, 200)).round().astype(int)).tolist()
     chart = line_chart(
-        [("kept", xs, choosing.share_below(counts, xs)), ("source", xs, choosing.share_below(theirs, xs))],
+        [("kept", xs, choosing.share_below(counts, xs)), ("source", xs, choosing.share_below(source_counts, xs))],
         title="Images an identity",
         x_label="X images",
         y_label="identities with fewer",
@@ -283,10 +287,10 @@ def add_identities(report, scores, choice, sources, summary):
     )
     report.section("Identities", "The share of identities that have fewer than X images.")
     report.charts([(chart, "Identities with no kept image are not counted.")])
-    spread = summary["distribution"]
+    shares = summary["distribution"]
     rows = [
-        [str(x), f"{100 * a:.1f} %", f"{100 * b:.1f} %"]
-        for x, a, b in zip(spread["limits"], spread["kept"], spread["source"], strict=True)
+        [str(limit), f"{100 * kept_share:.1f} %", f"{100 * source_share:.1f} %"]
+        for limit, kept_share, source_share in zip(shares["limits"], shares["kept"], shares["source"], strict=True)
     ]
     report.table(["X", "kept", "source"], rows)
     report.table(["", *TABLE_COLUMNS], [["this set", *map(str, summary["row"])]], text_columns=1)

@@ -1,8 +1,8 @@
-"""What filtering leaves behind: scores.parquet, the data set of the images that are kept, and its card.
+"""The output of filtering: scores.parquet, the data set of the kept images, and its card.
 
 dataset/README.md                       the card
-dataset/data/train-00000-of-00003.parquet   images inside, for `load_reid` and `datasets.load_dataset`
-dataset/metadata.parquet, dataset/PATH      or the same as files, each where its `path` says
+dataset/data/train-00000-of-00003.parquet   with the images, for `load_reid` and `datasets.load_dataset`
+dataset/metadata.parquet, dataset/PATH      or the same as files, each at its `path`
 """
 
 import io
@@ -22,15 +22,15 @@ from utils.datasets.images import as_rgb
 from utils.datasets.schema import ENDINGS, check_listed
 from utils.generated import choosing
 from utils.generated.images import CHOSEN
-from utils.reporting.cards import data_card
+from utils.reporting.report import data_card
 
 IMAGES_A_FILE = 5000
 IMAGES_A_GROUP = 100
 QUALITY = 95
-# Columns of scores.parquet that say nothing about an image that is kept, or what a new set would be cut by.
+# Columns of scores.parquet that the data set leaves out: they do not describe a kept image, or would split the set.
 UNSAVED = ("file_name", "error", "kept", "rejected", "perceptual_hash", "split")
 LIMITS = (10, 30, 50, 70, 90, 110, 130, 150, 170, 190, 210, 250, 300)
-# What `datasets` reads from a parquet file's own notes.
+# The type of an image column in `datasets`.
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 TABLE_COLUMNS = ("images", "scene", "person IDs", "labeled", "environment", "crop size")
 CARD = """{kept:,} images of {identities:,} identities, {made_by}. {marked}
@@ -74,7 +74,7 @@ NAMES = {"clip": "the CLIP filter", "cctf": "CCTF", "reid": "Re-ID CTF"}
 
 
 def write_scores(path, tables, choice=None):
-    """Tables of scored rows into one file, with what was chosen where that is known."""
+    """Write tables of scored rows to one file; the columns of the choice are null without a `Choice`."""
     writer, start = None, 0
     try:
         for table in tables:
@@ -95,16 +95,16 @@ def write_scores(path, tables, choice=None):
             writer.close()
 
 
-def summary_of(args, generated, sources, scores, choice, calibration):
-    """Everything the card says, as plain values."""
+def summary_of(name, settings, sources, scores, choice):
+    """The contents of the card, as plain values. `name`: the filter; `settings`: the flags of the choice."""
     person_source = np.array([scores.domains.index(domain) for domain, _ in scores.people], np.int64)
     counts = choosing.images_per_person(scores, choice.kept)
     by_source = {}
     for number, domain in enumerate(scores.domains):
-        mine, people = scores.source == number, person_source == number
+        rows, people = scores.source == number, person_source == number
         by_source[domain] = {
-            "generated": int(mine.sum()),
-            "kept": int(choice.kept[mine].sum()),
+            "generated": int(rows.sum()),
+            "kept": int(choice.kept[rows].sum()),
             "identities": int((counts[people] > 0).sum()),
             "identities_without": int((counts[people] == 0).sum()),
             "source_images": len(sources[domain].train),
@@ -117,19 +117,13 @@ def summary_of(args, generated, sources, scores, choice, calibration):
     limits = LIMITS if top > 30 else range(1, int(top) + 2)
     limits = [limit for limit in limits if limit <= top + 20]
     return {
-        "filter": args.filter,
-        "choice": {
-            name: getattr(args, name)
-            for name in (
-                "threshold", "keep_fraction", "false_match_rate", "match_margin", "target_per_id", "min_per_id",
-                "near_duplicates", "duplicate_distance",
-            )
-        },
-        "images": len(generated),
+        "filter": name,
+        "choice": settings,
+        "images": len(scores),
         "kept": int(choice.kept.sum()),
         "identities": int((counts > 0).sum()),
         "sources": by_source,
-        "rejected": {why: int(reasons[place]) for place, why in enumerate(choosing.REASONS) if why},
+        "rejected": {why: int(reasons[index]) for index, why in enumerate(choosing.REASONS) if why},
         "images_per_identity": {"mean": float(present.mean()), "min": int(present.min()), "max": int(present.max())},
         "distribution": {
             "limits": limits,
@@ -137,49 +131,54 @@ def summary_of(args, generated, sources, scores, choice, calibration):
             "source": choosing.share_below(source_counts, limits),
         },
         "row": None,
-    }  # fmt: skip
+    }
 
 
-def write_set(folder, generated, scores_path, summary, args, command):
-    """The kept images in `folder`, which is replaced when the new one is whole. Adds the table's row to `summary`."""
+def write_set(folder, generated, scores_path, summary, *, kind, size, title, license, command, models):
+    """Write the kept images to `folder`, replacing it once the new set is complete. Adds to `summary`.
+
+    `kind`: parquet or folder. `size`: (height, width) of the written images, or None to keep theirs. `models`: names
+    of the scoring models, by flag.
+    """
     folder = Path(folder)
-    aside = folder.with_name(f".{folder.name}.part")
+    part = folder.with_name(f".{folder.name}.part")
     old = folder.with_name(f".{folder.name}.old")
-    for left in (aside, old):
-        shutil.rmtree(left, ignore_errors=True)
-    aside.mkdir(parents=True)
-    write = write_parquet if args.format == "parquet" else write_files
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    part.mkdir(parents=True)
+    write = write_parquet if kind == "parquet" else write_files
     origin = Origin()
-    rows = origin.noted(kept_rows(generated, scores_path, args.resize))
+    rows = origin.noted(kept_rows(generated, scores_path, size))
     try:
-        sizes = write(aside, rows, summary["kept"], schema_of(scores_path))
+        sizes = write(part, rows, summary["kept"], schema_of(scores_path))
         summary |= {"made_by": origin.words(), "models": sorted(origin.models), "synthetic": origin.synthetic}
-        size = " x ".join(map(str, sizes.pop())) if len(sizes) == 1 else "vary"
-        summary["row"] = [f"{summary['kept']:,}", "vary", f"{summary['identities']:,}", "yes", "vary", size]
-        (aside / "README.md").write_text(card(args, summary, command), encoding="utf-8")
+        crop = " x ".join(map(str, sizes.pop())) if len(sizes) == 1 else "vary"
+        summary["row"] = [f"{summary['kept']:,}", "vary", f"{summary['identities']:,}", "yes", "vary", crop]
+        text = card(summary, kind=kind, title=title, license=license, command=command, models=models)
+        (part / "README.md").write_text(text, encoding="utf-8")
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
         raise
     if folder.exists():
         os.replace(folder, old)
-    os.replace(aside, folder)
+    os.replace(part, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
 class Origin:
-    """What the rows that pass by say of how their images were made."""
+    """Collects, from rows as they are written, how their images were made."""
 
     def __init__(self):
         self.models, self.synthetic, self.sampled, self.count = set(), 0, 0, 0
 
     def noted(self, rows):
-        for row, held in rows:
+        for row, encoded in rows:
             self.count += 1
             self.synthetic += bool(row.get("synthetic"))
             self.sampled += bool(row.get("steps"))
             if row.get("model"):
                 self.models.add(row["model"])
-            yield row, held
+            yield row, encoded
 
     def words(self):
         if self.models == {"drawn"}:
@@ -188,26 +187,26 @@ class Origin:
 
 
 def kept_rows(generated, scores_path, size=None):
-    """(row as a dict, bytes of its image) of every kept image."""
+    """Yield (row as a dict, bytes of the image) for every kept image."""
     with pq.ParquetFile(scores_path, pre_buffer=False) as file:
         for (_, _, readers), batch in zip(generated.pieces(), pieces_of(file), strict=True):
             for row, read in zip(batch.to_pylist(), readers, strict=True):
                 if row["kept"]:
-                    held = read()
-                    yield row, resized(held, size) if size else held
+                    encoded = read()
+                    yield row, resized(encoded, size) if size else encoded
 
 
 def pieces_of(file):
-    """One table a group of rows, as `write_scores` made them from pieces."""
+    """Yield one table for each row group; `write_scores` writes one row group for each piece."""
     for number in range(file.num_row_groups):
         yield file.read_row_group(number)
 
 
-def resized(held, size):
-    """JPEG of another size, with the file's own notes."""
+def resized(encoded, size):
+    """The image as a JPEG of another size, with its EXIF data."""
     buffer = io.BytesIO()
-    # Pixels are read when they are first asked for.
-    with Image.open(io.BytesIO(held)) as image:
+    # Pillow reads the pixels on first use: only inside this block.
+    with Image.open(io.BytesIO(encoded)) as image:
         ImageOps.exif_transpose(image, in_place=True)
         exif, small = image.getexif(), as_rgb(image)
         if small.size != tuple(size[::-1]):
@@ -217,24 +216,24 @@ def resized(held, size):
 
 
 def schema_of(scores_path):
-    """Features of the kept rows: the image, then what is known of it."""
+    """`datasets.Features` of the kept rows: the image and its columns."""
     fields = [field for field in pq.read_schema(scores_path) if field.name not in UNSAVED]
     return datasets.Features({"image": datasets.Image()} | datasets.Features.from_arrow_schema(pa.schema(fields)))
 
 
 def write_parquet(folder, rows, count, features):
-    """Files of some thousand images; one group of rows is in memory at a time. Returns the sizes seen."""
+    """Write parquet files of up to `IMAGES_A_FILE` images, one row group at a time. Returns the set of image sizes."""
     (folder / "data").mkdir()
     files = math.ceil(count / IMAGES_A_FILE)
     sizes, schema, writer, waiting = set(), features.arrow_schema, None, []
-    for number, (row, held) in enumerate(tqdm(rows, total=count, desc="writing", disable=None)):
+    for number, (row, encoded) in enumerate(tqdm(rows, total=count, desc="writing", disable=None)):
         if number % IMAGES_A_FILE == 0:
             if writer:
                 writer.close()
             name = f"train-{number // IMAGES_A_FILE:05d}-of-{files:05d}.parquet"
             writer = pq.ParquetWriter(folder / "data" / name, schema)
-        waiting.append({"image": {"bytes": held, "path": os.path.basename(row["path"])}} | row)
-        sizes.add(size_of(held))
+        waiting.append({"image": {"bytes": encoded, "path": os.path.basename(row["path"])}} | row)
+        sizes.add(size_of(encoded))
         if len(waiting) == IMAGES_A_GROUP or number == count - 1 or (number + 1) % IMAGES_A_FILE == 0:
             writer.write_table(pa.Table.from_pylist(waiting, schema=schema))
             waiting = []
@@ -243,24 +242,24 @@ def write_parquet(folder, rows, count, features):
 
 
 def write_files(folder, rows, count, features):
-    """Image files at their own paths and metadata.parquet beside them. Returns the sizes seen."""
-    known = {name: kind for name, kind in features.items() if name != "image"}
-    # Without a column, `load_reid` would take folders named train, query and gallery for splits.
-    words = {name: datasets.Value("string") for name in ("file_name", "split")}
-    schema = datasets.Features(words | known).arrow_schema.remove_metadata()
+    """Write image files at their own paths, and metadata.parquet. Returns the set of image sizes."""
+    other_columns = {name: kind for name, kind in features.items() if name != "image"}
+    # Without a column `split`, `load_reid` would take folders named train, query and gallery for splits.
+    text_columns = {name: datasets.Value("string") for name in ("file_name", "split")}
+    schema = datasets.Features(text_columns | other_columns).arrow_schema.remove_metadata()
     sizes, writer, waiting = set(), pq.ParquetWriter(folder / "metadata.parquet", schema), []
-    for number, (row, held) in enumerate(tqdm(rows, total=count, desc="writing", disable=None)):
+    for number, (row, encoded) in enumerate(tqdm(rows, total=count, desc="writing", disable=None)):
         name = os.path.normpath(row["path"])
         check_listed(str(folder), [name], "the metadata")
         if not name.lower().endswith(ENDINGS):
-            # `datasets` knows images by it.
-            name += ending_of(held)
+            # `datasets` recognizes images by their file ending.
+            name += ending_of(encoded)
         path = folder / name
         if path.exists():
             raise ValueError(f"two of the images have the path {name}, which is one file; use --format parquet")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(held)
-        sizes.add(size_of(held))
+        path.write_bytes(encoded)
+        sizes.add(size_of(encoded))
         waiting.append(row | {"file_name": name, "split": "train"})
         if len(waiting) == IMAGES_A_FILE or number == count - 1:
             writer.write_table(pa.Table.from_pylist(waiting, schema=schema))
@@ -269,31 +268,40 @@ def write_files(folder, rows, count, features):
     return sizes
 
 
-def size_of(held):
-    """(height, width), from the header."""
-    with Image.open(io.BytesIO(held)) as image:
+def size_of(encoded):
+    """(height, width), read from the header of the image."""
+    with Image.open(io.BytesIO(encoded)) as image:
         return image.size[::-1]
 
 
-def ending_of(held):
-    with Image.open(io.BytesIO(held)) as image:
+def ending_of(encoded):
+    with Image.open(io.BytesIO(encoded)) as image:
         return f".{image.format.lower()}"
 
 
-def card(args, summary, command):
-    files = "data/train-*" if args.format == "parquet" else "**"
+def card(summary, *, kind, title, license, command, models):
+    files = "data/train-*" if kind == "parquet" else "**"
     per_source = [
-        [domain, one["generated"], one["kept"], one["identities"], one["source_images"], number(one["threshold"])]
-        for domain, one in summary["sources"].items()
+        [
+            domain,
+            source["generated"],
+            source["kept"],
+            source["identities"],
+            source["source_images"],
+            number(source["threshold"]),
+        ]
+        for domain, source in summary["sources"].items()
     ]
-    spread = summary["distribution"]
-    shares = zip(spread["limits"], spread["kept"], spread["source"], strict=True)
-    heads = ["source", "generated", "kept", "identities", "source images", "threshold"]
-    notes = [
-        f"- {one_line(domain)}: images made from {one['identities'] + one['identities_without']:,} of its identities, "
-        f"{one['identities_without']:,} of them with none kept; licence and terms are those of its publishers."
-        for domain, one in summary["sources"].items()
-    ]
+    distribution = summary["distribution"]
+    shares = zip(distribution["limits"], distribution["kept"], distribution["source"], strict=True)
+    header = ["source", "generated", "kept", "identities", "source images", "threshold"]
+    notes = []
+    for domain, source in summary["sources"].items():
+        count, without = source["identities"] + source["identities_without"], source["identities_without"]
+        notes.append(
+            f"- {as_cell(domain)}: images made from {count:,} of its identities, {without:,} of them with none kept; "
+            "licence and terms are those of its publishers."
+        )
     text = CARD.format(
         kept=summary["kept"],
         identities=summary["identities"],
@@ -301,29 +309,29 @@ def card(args, summary, command):
         made_by=summary["made_by"],
         marked=marked(summary),
         filter=NAMES[summary["filter"]],
-        counts=markdown(heads, per_source),
+        counts=markdown(header, per_source),
         reasons=markdown(["reason", "images"], [[why, count] for why, count in summary["rejected"].items() if count]),
         distribution="Share of identities with fewer than X images, of those that have any.\n\n"
-        + markdown(["X", "here", "source"], [[x, f"{a:.1%}", f"{b:.1%}"] for x, a, b in shares]),
-        row=markdown(["data set", *TABLE_COLUMNS], [[args.title, *summary["row"]]]),
+        + markdown(
+            ["X", "here", "source"],
+            [[limit, f"{kept_share:.1%}", f"{source_share:.1%}"] for limit, kept_share, source_share in shares],
+        ),
+        row=markdown(["data set", *TABLE_COLUMNS], [[title, *summary["row"]]]),
         sources="\n".join(notes),
     )
-    models = {
-        name: " ".join(
-            os.path.basename(str(one).rstrip("/")) for one in (value if isinstance(value, list) else [value])
-        )
-        for name in ("clip_model", "reid_model", "classifier_model")
-        for value in [getattr(args, name) or "trained on the source"]
-    }
+    names = {}
+    for flag, value in models.items():
+        values = value if isinstance(value, list) else [value or "trained on the source"]
+        names[flag] = " ".join(os.path.basename(str(name).rstrip("/")) for name in values)
     return data_card(
-        args.title,
+        title,
         text=text,
         command=command,
         details={name: plain(value) for name, value in summary["choice"].items() if value is not None}
         | {"filter": summary["filter"]}
         | ({"generated by": " ".join(summary["models"][:5])} if summary["models"] else {})
-        | models,
-        license=args.license,
+        | names,
+        license=license,
         tags=["person-re-identification", "synthetic"],
         task_categories=["image-feature-extraction"],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": files}]}],
@@ -331,14 +339,14 @@ def card(args, summary, command):
 
 
 def plain(value):
-    """{domain or None: number} as it was typed."""
+    """{domain or None: number}, in the form of the command line."""
     if not isinstance(value, dict):
         return value
     return " ".join(f"{number}" if domain is None else f"{domain}={number}" for domain, number in value.items())
 
 
 def marked(summary):
-    """One sentence: how many are no photographs."""
+    """A sentence on how many images are no photographs."""
     if summary["synthetic"] == summary["kept"]:
         return "None is a photograph, and the column `synthetic` says so of every row."
     return f"The column `synthetic` marks {summary['synthetic']:,} of them as no photographs."
@@ -346,12 +354,12 @@ def marked(summary):
 
 def markdown(columns, rows):
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
-    cells = [[f"{cell:,}" if isinstance(cell, int) else one_line(cell) for cell in row] for row in rows]
+    cells = [[f"{cell:,}" if isinstance(cell, int) else as_cell(cell) for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in [*lines, *cells])
 
 
-def one_line(text):
-    """As a cell of a table: names of others may hold line ends, bars and markup."""
+def as_cell(text):
+    """The text as a table cell, without line ends, bars and markup."""
     return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
 
 

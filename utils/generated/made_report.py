@@ -1,4 +1,4 @@
-"""The page of a generated set: numbers, measures, words, and sheets of source, reference and generated pictures."""
+"""The report of a generated set: measures, losses, captions, and source, reference and generated images."""
 
 import torch
 from PIL import Image
@@ -21,8 +21,8 @@ WORDS = ("upper", "lower", "shoes", "hair", "carried", "hat", "action", "view", 
 MAX_ROWS = 200
 
 
-def build_page(work, identities, records, described, failures, arguments, validation_ids):
-    """A `Report` of everything that lies in the folder."""
+def made_report(work, identities, records, described, failures, arguments, validation_ids):
+    """A `Report` of all that a folder holds. `described`: the records of captions; `records`: those of images."""
     count = sum(len(record["images"]) for record in records)
     facts = [
         ("Source", ", ".join(map(str, arguments["source"]))),
@@ -74,17 +74,21 @@ def add_numbers(report, records):
     if len(records) > 3:
         report.charts(charts)
     rows = [
-        [f"{one['domain']}/{one['pid']}", len(one["images"]), *(f"{one['measures'][name]:.3f}" for name in names)]
-        for one in records[:MAX_ROWS]
+        [name_of(record), len(record["images"]), *(f"{record['measures'][name]:.3f}" for name in names)]
+        for record in records[:MAX_ROWS]
     ]
     more = f" The first {MAX_ROWS}; all are in measures.csv." if len(records) > MAX_ROWS else ""
     columns = ["identity", "images", *(MEASURES[name][0] for name in names)]
     report.table(columns, rows, caption=f"Each identity by itself.{more}")
 
 
+def name_of(record):
+    return f"{record['domain']}/{record['pid']}"
+
+
 def add_sheets(report, work, identities, records, number):
-    known = {identity.name: identity for identity in identities}
-    shown = [record for record in records if f"{record['domain']}/{record['pid']:04d}" in known][:number]
+    by_name = {identity.name: identity for identity in identities}
+    shown = [record for record in records if f"{record['domain']}/{record['pid']:04d}" in by_name][:number]
     if not shown:
         return
     report.section(
@@ -93,7 +97,7 @@ def add_sheets(report, work, identities, records, number):
         "of the model tuned to it.",
     )
     for record in shown:
-        identity = known[f"{record['domain']}/{record['pid']:04d}"]
+        identity = by_name[f"{record['domain']}/{record['pid']:04d}"]
         source = [
             Tile(data_uri(identity.dataset[row]["image"]), path)
             for path, row in zip(identity.paths[: SHOWN["source"]], identity.rows, strict=False)
@@ -109,12 +113,12 @@ def add_sheets(report, work, identities, records, number):
 
 
 def picture_of(path):
-    """None where somebody took the file away."""
+    """The image as a data URI, or None if the file is missing."""
     return data_uri(Image.open(path)) if path.is_file() else None
 
 
 def previews(work, key):
-    """The first reference images, as they are kept beside their latents."""
+    """The first reference images, read from the file of their latents."""
     if key is None:
         return []
     try:
@@ -122,17 +126,17 @@ def previews(work, key):
             pictures = file.get_tensor("preview")
     except (OSError, SafetensorError):
         return []
-    return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pictures[: SHOWN["reference"]]]
+    return [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in pictures[: SHOWN["reference"]]]
 
 
 def add_tuning(report, records):
-    """How the loss went: the mean over the identities, in tenths of the training."""
+    """A chart of the loss over the training, in tenths of its steps: the mean over the identities."""
     curves = {}
     for part in ("instance", "prior"):
-        values = [record["loss"][part] for record in records if record["loss"].get(part)]
-        if values:
-            length = min(map(len, values))
-            curves[part] = [sum(one[place] for one in values) / len(values) for place in range(length)]
+        courses = [record["loss"][part] for record in records if record["loss"].get(part)]
+        if courses:
+            length = min(map(len, courses))
+            curves[part] = [sum(losses[tenth] for losses in courses) / len(courses) for tenth in range(length)]
     if not curves:
         return
     series = [
@@ -146,6 +150,6 @@ def add_tuning(report, records):
 
 def add_words(report, described):
     report.section("Captions", "What the captioner saw, merged over each image sequence.")
-    rows = [[f"{one['domain']}/{one['pid']}", one["prompt"]] for one in described[:MAX_ROWS]]
+    rows = [[name_of(record), record["prompt"]] for record in described[:MAX_ROWS]]
     more = f" The first {MAX_ROWS}; all are in captions.parquet." if len(described) > MAX_ROWS else ""
     report.table(["identity", "prompt"], rows, text_columns=2, caption=f"The prompt without identity.{more}")

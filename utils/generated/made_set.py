@@ -1,8 +1,8 @@
-"""A generated set on disk: the files of its images, its tables, its card, and how the identities' parts become one.
+"""A generated set on disk: its images, tables and card, and the merge of the identities' records.
 
 images/DOMAIN/PID/INDEX.jpg     marked as synthetic inside the file
-identities/DOMAIN/PID/*.json    what is known of each: captions, images (the mark of being done), or a failure
-metadata.parquet                a row an image, for `load_reid` and `datasets.load_dataset`
+identities/DOMAIN/PID/*.json    records of each identity: captions, images (written when it is done), or a failure
+metadata.parquet                a row for each image, for `load_reid` and `datasets.load_dataset`
 captions.parquet, measures.csv, README.md, report.html
 """
 
@@ -10,12 +10,14 @@ import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 
-from utils.files import portable, to_json, write_csv
+from utils.files import one_line, portable, to_json, write_csv
 from utils.generated.captions import captions_table
-from utils.generated.made_report import build_page
-from utils.reporting.cards import data_card
+from utils.generated.made_report import made_report
+from utils.reporting.report import data_card
 from utils.worklist import differences
 
 CAPTIONS, IMAGES, FAILED = "captions", "images", "failed"
@@ -37,7 +39,7 @@ METADATA = pa.schema(
     ]
 )
 DESCRIPTION, SOFTWARE = 0x010E, 0x0131
-# The images and the table beside them; references and records are not part of the set.
+# The files of the set: images and their table, without references and records.
 CARD_FILES = ["images/**", "metadata.parquet"]
 CARD = """{count:,} images of {people:,} identities, all of them made by a diffusion model that was fine-tuned to each
 identity of {sources}; none is a photograph. Every file says so in its EXIF data. `metadata.parquet` has, for each
@@ -61,7 +63,7 @@ def image_path(name, index, ending):
 
 
 def save_image(image, path, *, quality, prompt, seed, model):
-    """JPEG, or PNG by the path's ending, with the mark that no camera took it."""
+    """Save as JPEG or PNG, by the path's ending; the EXIF data marks the image as synthetic."""
     exif = Image.Exif()
     exif[DESCRIPTION] = json.dumps({"synthetic": True, "prompt": prompt, "seed": seed, "model": model})
     exif[SOFTWARE] = "diffreid"
@@ -70,24 +72,24 @@ def save_image(image, path, *, quality, prompt, seed, model):
 
 
 def read_settings(work):
-    """What args.json says, or None; ValueError where another script wrote it."""
+    """The contents of args.json, or None; ValueError if another script wrote it."""
     try:
-        found = json.loads((work.folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = json.loads((work.folder / SETTINGS).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    if not (isinstance(found, dict) and str(found.get("command")).startswith(COMMAND)):
+    if not (isinstance(settings, dict) and str(settings.get("command")).startswith(COMMAND)):
         raise ValueError(f"{work.folder} holds what another script wrote; give another --output_dir")
-    return found
+    return settings
 
 
 def keep_settings(work, arguments, command, versions):
-    """Write down what decides the images; ValueError where images made with other settings lie there."""
+    """Write args.json; ValueError if the folder has images made with other settings."""
     arguments = json.loads(to_json(arguments))
     before = (read_settings(work) or {}).get("arguments")
     if before == arguments:
         return
     if before is not None and work.recorded(IMAGES):
-        changed = "; ".join(f"--{one}" for one in differences(before, arguments))
+        changed = "; ".join(f"--{change}" for change in differences(before, arguments))
         raise ValueError(
             f"{work.folder} holds images of a run with other settings: {changed}. Give the same settings, or another "
             "--output_dir"
@@ -95,52 +97,130 @@ def keep_settings(work, arguments, command, versions):
     work.write(SETTINGS, to_json({"command": command, "arguments": arguments, "versions": versions}))
 
 
-def command_of(args, apart):
-    """What to type for the same images, without what concerns this machine alone."""
+def command_of(given):
+    """The command that makes the same images. `given`: the flags of the command line, {name: value}."""
     words = [COMMAND]
-    for name, origin in args.origin.items():
-        if origin == "flag" and (name not in apart or name == "recipe"):
-            value = portable(getattr(args, name))
-            words += [f"--{name}", *(value if isinstance(value, list) else [] if value is True else [value])]
+    for name, value in given.items():
+        value = portable(value)
+        words += [f"--{name}", *(value if isinstance(value, list) else [] if value is True else [value])]
     return " ".join(map(str, words))
 
 
+def attempt(work, progress, name, lean, function, *arguments):
+    """Call the function for one identity. An error is recorded and returns None, so that the run continues.
+
+    `lean`: the advice for an out-of-memory error.
+    """
+    try:
+        return function(*arguments)
+    except torch.OutOfMemoryError as error:
+        reason = f"out of memory ({one_line(error)[:120]}); what saves how much: {lean}"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+    work.commit(name, FAILED, {"error": reason})
+    progress.finished(name, reason)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def is_made(work, record):
+    """Whether the identity has images of the current prompts, and none of their files is missing."""
+    made = work.read(f"{record['domain']}/{record['pid']:04d}", IMAGES)
+    if made is None or any(made[name] != record[name] for name in ("prompt", "identity_prompt")):
+        return False
+    paths = {work.folder / image["path"] for image in made["images"]}
+    return paths <= {path for folder in {path.parent for path in paths} for path in folder.glob("*")}
+
+
+def check_model(work, digest):
+    """ValueError if the folder has images of another model."""
+    made = next(filter(None, (work.read(name, IMAGES) for name in work.recorded(IMAGES))), None)
+    if made and made["model"] != digest:
+        raise ValueError(
+            f"the images in {work.folder} were made by the model {made['model']}, this one is {digest}; give the same "
+            "model, or another --output_dir"
+        )
+
+
+def is_reference(path, count):
+    """Whether the file is complete and holds `count` reference images."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_slice("latents").get_shape()[0] == count
+    except (OSError, SafetensorError):
+        return False
+
+
+def in_tenths(losses):
+    """(steps, halves) -> {half: the means over each tenth of the steps}."""
+    means = torch.stack([part.mean(0) for part in losses.tensor_split(min(10, len(losses)))])
+    return {
+        name: [round(value, 5) for value in means[:, column].tolist()]
+        for column, name in enumerate(("instance", "prior")[: losses.shape[1]])
+    }
+
+
+def finish(work, identities, validation_ids, *, captions_only, unfinished):
+    """Merge and report, if all identities are done or `unfinished` is set. Returns the failures.
+
+    The last process to finish sees all identities done.
+    """
+    kind = CAPTIONS if captions_only else IMAGES
+    missing = [name for name in work.pieces if not (work.has(name, kind) or work.has(name, FAILED))]
+    if missing and not unfinished:
+        print(f"{len(missing)} of {len(work.pieces)} identities are still with other shards; the last one merges")
+        return {}
+    count, images, failures = merge(work, identities, validation_ids)
+    if not missing:
+        work.tidy()
+    summary = f"{images} images of {count} identities: {work.folder}"
+    if captions_only:
+        summary = f"Captions of {len(work.pieces)} identities: {work.folder / 'captions.parquet'}"
+    print(f"{summary}; open {work.folder / 'report.html'}")
+    return failures
+
+
 def merge(work, identities, validation_ids=0):
-    """All tables and pages, from what lies in the folder. Returns (identities with images, images, failed ones)."""
+    """Write the tables and the report of a folder. Returns (identities with images, images, failures)."""
     settings = read_settings(work)
     if settings is None:
         raise ValueError(f"{work.folder} holds no run, as it has no {SETTINGS}; give the --output_dir of one")
     arguments, command = settings["arguments"], settings["command"]
     records = [work.read(name, IMAGES) for name in work.recorded(IMAGES)]
-    records = sorted(filter(None, records), key=lambda one: (one["domain"], one["pid"]))
+    records = sorted(filter(None, records), key=by_identity)
     described = [work.read(name, CAPTIONS) for name in work.recorded(CAPTIONS)]
-    described = sorted(filter(None, described), key=lambda one: (one["domain"], one["pid"]))
+    described = sorted(filter(None, described), key=by_identity)
     failures = {name: work.read(name, FAILED)["error"] for name in work.recorded(FAILED)}
     rows = [metadata_row(record, image) for record in records for image in record["images"]]
-    with work.scratch() as aside:
+    with work.scratch() as part:
         if described:
-            pq.write_table(captions_table(described), aside / "captions.parquet")
+            pq.write_table(captions_table(described), part / "captions.parquet")
         if rows:
-            pq.write_table(pa.Table.from_pylist(rows, schema=METADATA), aside / "metadata.parquet")
-            (aside / "README.md").write_text(card(records, arguments, command), encoding="utf-8")
+            pq.write_table(pa.Table.from_pylist(rows, schema=METADATA), part / "metadata.parquet")
+            (part / "README.md").write_text(card(records, arguments, command), encoding="utf-8")
             names = list(records[0]["measures"])
-            lines = [[one["domain"], one["pid"], *(one["measures"].get(name) for name in names)] for one in records]
-            write_csv(aside / "measures.csv", ("domain", "pid", *names), lines)
-        page = build_page(work, identities, records, described, failures, arguments, validation_ids)
-        page.write(aside / "report.html")
-        for path in sorted(aside.iterdir()):
+            lines = [[*by_identity(record), *map(record["measures"].get, names)] for record in records]
+            write_csv(part / "measures.csv", ("domain", "pid", *names), lines)
+        report = made_report(work, identities, records, described, failures, arguments, validation_ids)
+        report.write(part / "report.html")
+        for path in sorted(part.iterdir()):
             work.move(path, work.folder / path.name)
     return len(records), len(rows), failures
 
 
+def by_identity(record):
+    return record["domain"], record["pid"]
+
+
 def metadata_row(record, image):
-    fixed = {"camid": -1, "synthetic": True, "file_name": image["path"]}
-    return {name: fixed.get(name, image.get(name, record.get(name))) for name in METADATA.names}
+    constants = {"camid": -1, "synthetic": True, "file_name": image["path"]}
+    return {name: constants.get(name, image.get(name, record.get(name))) for name in METADATA.names}
 
 
 def card(records, arguments, command):
-    sources = ", ".join(sorted({one["domain"] for one in records}))
-    count = sum(len(one["images"]) for one in records)
+    sources = ", ".join(sorted({record["domain"] for record in records}))
+    count = sum(len(record["images"]) for record in records)
     return data_card(
         "People made by Diffusion-ReID",
         text=CARD.format(count=count, people=len(records), sources=sources),

@@ -1,4 +1,4 @@
-"""How good the images made of an identity are: like their prompts, like the person, and unlike each other."""
+"""Measures of an identity's generated images: similarity to the prompts and to the source, and diversity."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ BATCH = 32
 
 
 def check_measures(clip_name=None, reid_name=None):
-    """ValueError, from configurations alone, where these are no CLIP and no Re-ID model."""
+    """ValueError unless the names are a CLIP model and a Re-ID model; reads only their configurations."""
     for name, flag, wanted in (
         (clip_name, "--clip_model_name_or_path", "clip"),
         (reid_name, "--reid_model", MODEL_TYPE),
@@ -28,7 +28,7 @@ def check_measures(clip_name=None, reid_name=None):
 
 
 class Measures:
-    """CLIP, and a Re-ID model where one is given, asked about one identity at a time."""
+    """Measures one identity at a time with CLIP, a Re-ID model, or both."""
 
     def __init__(self, clip=None, processor=None, reid=None):
         self.clip, self.processor, self.reid = clip, processor, reid
@@ -47,22 +47,22 @@ class Measures:
         return cls(clip, processor, reid)
 
     def of(self, source, generated, prompts):
-        """({measure: value}, {"source": mean feature, "generated": mean feature}); cosines, all of them.
+        """({measure: value}, {"source": mean feature, "generated": mean feature}). All measures are cosines.
 
         text_similarity: each image and its own prompt; image_similarity: generated and source images; diversity:
         1 - cosine between two generated images; identity_similarity: as image_similarity, in the Re-ID features.
         """
         values, means = {}, {}
         if self.clip is not None:
-            ours, theirs = self.clip_features(source), self.clip_features(generated)
-            values["text_similarity"] = float((theirs * self.text_features(prompts)).sum(1).mean())
-            values["image_similarity"] = float((theirs @ ours.T).mean())
-            values["diversity"] = diversity(theirs)
-            means = {"source": ours.mean(0), "generated": theirs.mean(0)}
+            real, made = self.clip_features(source), self.clip_features(generated)
+            values["text_similarity"] = float((made * self.text_features(prompts)).sum(1).mean())
+            values["image_similarity"] = float((made @ real.T).mean())
+            values["diversity"] = diversity(made)
+            means = {"source": real.mean(0), "generated": made.mean(0)}
         if self.reid is not None:
-            ours, theirs = self.reid_features(source), self.reid_features(generated)
-            values["identity_similarity"] = float((theirs @ ours.T).mean())
-            means = {"source": ours.mean(0), "generated": theirs.mean(0)}
+            real, made = self.reid_features(source), self.reid_features(generated)
+            values["identity_similarity"] = float((made @ real.T).mean())
+            means = {"source": real.mean(0), "generated": made.mean(0)}
         rounded = {name: [round(value, 5) for value in mean.tolist()] for name, mean in means.items()}
         return {name: round(value, 5) for name, value in values.items()}, rounded
 
@@ -89,16 +89,18 @@ class Measures:
         transform = test_transform(model.image_size, model.image_mean, model.image_std, model.resample)
         device = next(model.parameters()).device
         batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
-        return torch.cat([model(torch.stack([transform(one) for one in batch]).to(device)).cpu() for batch in batches])
+        return torch.cat(
+            [model(torch.stack([transform(image) for image in batch]).to(device)).cpu() for batch in batches]
+        )
 
 
 def as_features(output):
-    """A tensor in older versions of transformers, an output object in newer ones."""
+    """The features as a tensor; older versions of transformers return one, newer ones an output object."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 
 def diversity(features):
-    """Mean cosine distance of all pairs; 0 where there is only one image."""
+    """The mean cosine distance of all pairs; 0 for a single image."""
     count = len(features)
     if count < 2:
         return 0.0
@@ -106,11 +108,11 @@ def diversity(features):
 
 
 def identity_auc(sources, generated):
-    """How often a generated mean feature is more like its own source than like another's, ties half; None for one."""
+    """AUC of generated mean features: their own source against the others, ties count half; None for one identity."""
     count = len(sources)
     if count < 2:
         return None
     similarity = (F.normalize(generated, dim=1) @ F.normalize(sources, dim=1).T).double()
     own, others = similarity.diagonal(), similarity[~torch.eye(count, dtype=torch.bool)].sort().values
-    below, upto = (torch.searchsorted(others, own.contiguous(), right=right) for right in (False, True))
-    return float((below + upto).double().mean() / (2 * len(others)))
+    below, below_or_equal = (torch.searchsorted(others, own.contiguous(), right=right) for right in (False, True))
+    return float((below + below_or_equal).double().mean() / (2 * len(others)))

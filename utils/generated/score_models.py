@@ -1,38 +1,64 @@
-"""Which models score a set: what was asked for, checked before anything loads, and written down beside the scores.
+"""The models that score a set: checks them before any is loaded, and identifies them in the settings of the scores.
 
-transformers is imported only where a model is looked at: a run that only chooses again does not wait for it.
+transformers is imported inside the functions that need it: a run that only chooses again does not load it.
 """
 
 import hashlib
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from utils.files import sha256, to_json
-from utils.flags import CLIP_DIR
+from utils.files import one_line, sha256, to_json
 from utils.generated.images import SCORED
 
-TRAINING = (
-    "reid_method", "resolution", "train_batch_size", "images_per_id", "num_train_epochs", "classifier_epochs",
-    "learning_rate",
-)  # fmt: skip
-# The stand-in knows people in their own shape.
-STANDIN_SIZE = (128, 64)
+
+@dataclass(frozen=True)
+class Training:
+    """How the script trains a model that is not given; `resolution` is (height, width)."""
+
+    reid_method: str
+    resolution: list
+    train_batch_size: int
+    images_per_id: int
+    num_train_epochs: int
+    classifier_epochs: int
+    learning_rate: float
+    backbone: str
+    num_workers: int
+    seed: int
+
+    def settings(self):
+        """The settings that determine the trained weights, by name."""
+        values = asdict(self)
+        del values["num_workers"], values["seed"]
+        return values | {"backbone": identity_of_model(self.backbone)}
 
 
-def left_out(args, name):
-    """Whether the filter was switched off."""
-    return {"clip": args.clip_model, "cctf": (args.classifier_model or [""])[0]}.get(name) == "none"
+@dataclass(frozen=True)
+class Wanted:
+    """The models that score. `clip` is a name; `reid` and `classifiers` are {domain: name}, or None to train them.
 
+    The name `none` skips a filter. `clip_size` is (height, width), or None for CLIP's own square.
+    """
 
-def clip_size(args):
-    """(height, width) of what CLIP sees, None for its own square."""
-    if args.clip_resolution is None and args.clip_model == CLIP_DIR:
-        return STANDIN_SIZE
-    return args.clip_resolution and tuple(args.clip_resolution)
+    clip: str
+    clip_size: list | None
+    sentences: list
+    reid: dict | None
+    classifiers: dict | None
+    training: Training
+
+    @property
+    def has_clip(self):
+        return self.clip != "none"
+
+    @property
+    def has_cctf(self):
+        return self.classifiers is None or "none" not in self.classifiers.values()
 
 
 def given(names, sources, flag):
-    """{domain: model}, or None where the models are to be trained."""
+    """{domain: model name}, or None to train the models."""
     if not names:
         return None
     if len(names) not in (1, len(sources)):
@@ -40,31 +66,28 @@ def given(names, sources, flag):
     return dict(zip(sources, names * (len(sources) if len(names) == 1 else 1), strict=True))
 
 
-def check_models(args, sources):
-    """ValueError, from configurations alone, where a model is not what it should be."""
+def check_models(wanted, sources):
+    """ValueError if a model is of the wrong kind or has other identities; reads only the configurations."""
     from utils.modeling.folder import MODEL_TYPE, model_kind
 
-    if not left_out(args, "clip"):
-        check_kind("--clip_model", args.clip_model, "clip")
-    reid = given(args.reid_model, sources, "--reid_model")
-    for name in sorted(set((reid or {}).values())):
+    if wanted.has_clip:
+        check_kind("--clip_model", wanted.clip, "clip")
+    for name in sorted(set((wanted.reid or {}).values())):
         check_kind("--reid_model", name, MODEL_TYPE)
-    classifiers = {}
-    if not left_out(args, "cctf"):
-        classifiers = given(args.classifier_model, sources, "--classifier_model")
-        for domain, name in (classifiers or {}).items():
-            config, wanted = check_kind("--classifier_model", name, MODEL_TYPE), len(sources[domain].pids)
-            if config.get("num_ids") != wanted:
-                raise ValueError(
-                    f"--classifier_model: {name!r} knows {config.get('num_ids')} identities, {domain} has {wanted}"
-                )
-            if config.get("method", "bot") != "bot":
-                raise ValueError(
-                    f"--classifier_model: {name!r} is a model of method {config['method']} with several classifiers; "
-                    "give one of method bot"
-                )
-    if reid is None or classifiers is None:
-        model_kind(args.backbone)
+    classifiers = wanted.classifiers or {} if wanted.has_cctf else {}
+    for domain, name in classifiers.items():
+        config, num_ids = check_kind("--classifier_model", name, MODEL_TYPE), len(sources[domain].pids)
+        if config.get("num_ids") != num_ids:
+            raise ValueError(
+                f"--classifier_model: {name!r} knows {config.get('num_ids')} identities, {domain} has {num_ids}"
+            )
+        if config.get("method", "bot") != "bot":
+            raise ValueError(
+                f"--classifier_model: {name!r} is a model of method {config['method']} with several classifiers; "
+                "give one of method bot"
+            )
+    if wanted.reid is None or wanted.classifiers is None:
+        model_kind(wanted.training.backbone)
 
 
 def check_kind(flag, name, wanted):
@@ -73,39 +96,42 @@ def check_kind(flag, name, wanted):
     try:
         config = PreTrainedConfig.get_config_dict(name)[0]
     except Exception as error:
-        raise ValueError(f"{flag}: no model at {name!r}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{flag}: no model at {name!r}: {one_line(error)}") from error
     if config.get("model_type") != wanted:
         raise ValueError(f"{flag}: {name!r} is a {config.get('model_type') or 'nameless'} model, expected {wanted}")
     return config
 
 
-def settings_of(args, generated, sources):
-    """What decides the scores: digests of images' names and of models, found without loading one."""
+def settings_of(wanted, digest, sources, holdout_fraction, mixed_precision, seed):
+    """The settings that determine the scores, with digests of the image lists and models. No model is loaded.
+
+    `digest`: that of the generated set.
+    """
     images = hashlib.sha256()
     for source in sources.values():
         images.update(json.dumps([source.domain, source.train["path"][:], source.labels.tolist()]).encode())
-    found = {
-        "generated": generated.digest,
+    settings = {
+        "generated": digest,
         "source": images.hexdigest(),
-        "clip_model": identity_of_model(args.clip_model),
-        "clip_resolution": clip_size(args),
-        "clip_sentences": [args.clip_sentence, *args.clip_others],
-        "holdout_fraction": args.holdout_fraction,
-        "mixed_precision": args.mixed_precision,
-        "seed": args.seed,
+        "clip_model": identity_of_model(wanted.clip),
+        "clip_resolution": wanted.clip_size,
+        "clip_sentences": wanted.sentences,
+        "holdout_fraction": holdout_fraction,
+        "mixed_precision": mixed_precision,
+        "seed": seed,
         "columns": SCORED.names,
     }
-    for flag in ("reid_model", "classifier_model"):
-        names = getattr(args, flag)
-        found[flag] = [identity_of_model(name) for name in names] if names else "trained"
-    if "trained" in (found["reid_model"], found["classifier_model"]):
-        found["training"] = {name: getattr(args, name) for name in TRAINING}
-        found["training"]["backbone"] = identity_of_model(args.backbone)
-    return json.loads(to_json(found))
+    for flag, names in (("reid_model", wanted.reid), ("classifier_model", wanted.classifiers)):
+        # A model that all sources share is listed once.
+        names = list((names or {}).values())[: 1 if names and len(set(names.values())) == 1 else None]
+        settings[flag] = [identity_of_model(name) for name in names] or "trained"
+    if "trained" in (settings["reid_model"], settings["classifier_model"]):
+        settings["training"] = wanted.training.settings()
+    return json.loads(to_json(settings))
 
 
 def identity_of_model(name):
-    """A Hub id as it is; of a folder its name and a digest of its weights and settings."""
+    """A Hub id unchanged; for a folder, its name and a digest of its weights and settings."""
     if not Path(name).is_dir():
         return name
     files = sorted(path for path in Path(name).iterdir() if path.suffix in (".safetensors", ".json"))

@@ -1,4 +1,4 @@
-"""Scoring a large set piece by piece: every piece is written whole or not at all, so a killed run goes on after it."""
+"""Scores a large set in pieces. A piece is written whole or not at all, so that a killed run can resume."""
 
 import json
 import shutil
@@ -27,19 +27,19 @@ CALIBRATION = "calibration.safetensors"
 
 
 def is_scored(folder, settings):
-    """Whether scores.parquet is that of these images and models; ValueError where it is another's."""
+    """Whether the scores of these settings are complete; ValueError if the folder has scores of other settings."""
     try:
         before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = None
     scored = is_table(folder / SCORES) and is_array(folder / FEATURES) and is_safetensors(folder / CALIBRATION)
-    begun = scored or any((folder / PIECES).glob("*.parquet")) or (folder / "models").is_dir()
-    if begun and not isinstance(before, dict):
+    has_scores = scored or any((folder / PIECES).glob("*.parquet")) or (folder / "models").is_dir()
+    if has_scores and not isinstance(before, dict):
         raise ValueError(
             f"{folder / SETTINGS}, which says what the scores there are of, is missing or damaged; give another "
             "--output_dir"
         )
-    if begun and before != settings:
+    if has_scores and before != settings:
         changed = "; ".join(differences(before, settings))
         raise ValueError(
             f"{folder} holds scores of other models or images: {changed}. Give the same, or another --output_dir"
@@ -48,7 +48,7 @@ def is_scored(folder, settings):
 
 
 def is_table(path):
-    """A file that was damaged since counts as none."""
+    """Whether the file is a readable table; a damaged file is not."""
     try:
         pq.read_metadata(path)
     except (OSError, pa.ArrowException):
@@ -73,9 +73,9 @@ def is_safetensors(path):
 
 
 def score_pieces(folder, generated, score_piece, *, accelerator):
-    """scores.parquet and features.npy; `score_piece(table, readers)` gives the columns of `SCORED` and features.
+    """Write scores.parquet and features.npy. `score_piece(table, readers)` gives the columns of `SCORED` and features.
 
-    Each process takes every n-th piece that is not there yet. All must see `folder`.
+    Each of n processes scores every n-th piece that is missing. All processes must see `folder`.
     """
     size = generated_images.PIECE
     pieces = folder / PIECES
@@ -83,27 +83,27 @@ def score_pieces(folder, generated, score_piece, *, accelerator):
     starts = list(range(0, len(generated), size))
     names = {start: pieces / f"{start:08d}" for start in starts}
     missing = {start for start, name in names.items() if not (is_table(f"{name}.parquet") and is_array(f"{name}.npy"))}
-    # All have looked before one writes.
+    # All processes list the missing pieces before any of them writes.
     accelerator.wait_for_everyone()
-    mine = missing & set(starts[accelerator.process_index :: accelerator.num_processes])
+    own_starts = missing & set(starts[accelerator.process_index :: accelerator.num_processes])
     bar = tqdm(
         total=len(generated),
-        initial=sum(min(size, len(generated) - start) for start in starts if start not in mine),
+        initial=sum(min(size, len(generated) - start) for start in starts if start not in own_starts),
         desc="scoring",
         unit="image",
         disable=None if accelerator.is_main_process else True,
     )
-    for start, table, readers in generated.pieces(mine):
+    for start, table, readers in generated.pieces(own_starts):
         if table is None:
             continue
         columns, features = score_piece(table, readers)
         for name, kind in zip(SCORED.names, SCORED.types, strict=True):
             table = table.append_column(name, pa.array(columns[name], kind))
-        with write_together(pieces) as aside:
-            # np.save would put an ending of its own behind the name for now.
-            with open(aside(f"{start:08d}.npy"), "wb") as file:
+        with write_together(pieces) as part:
+            # Given a path, np.save would append an ending to the temporary name.
+            with open(part(f"{start:08d}.npy"), "wb") as file:
                 np.save(file, features)
-            pq.write_table(table, aside(f"{start:08d}.parquet"))
+            pq.write_table(table, part(f"{start:08d}.parquet"))
         bar.update(len(table))
     bar.close()
     accelerator.wait_for_everyone()
@@ -114,23 +114,23 @@ def score_pieces(folder, generated, score_piece, *, accelerator):
 
 
 def gather_pieces(folder, names, size):
-    """The pieces become scores.parquet and features.npy, one piece in memory at a time; scores.parquet comes last."""
-    with write_together(folder) as aside:
+    """Join the pieces to scores.parquet and features.npy, one in memory at a time; scores.parquet comes last."""
+    with write_together(folder) as part:
         width = np.load(f"{names[0]}.npy", mmap_mode="r").shape[1]
         start = 0
-        with open(aside(FEATURES), "wb") as file:
+        with open(part(FEATURES), "wb") as file:
             header = {"descr": "<f2", "fortran_order": False, "shape": (size, width)}
             np.lib.format.write_array_header_1_0(file, header)
             for name in names:
-                part = np.load(f"{name}.npy")
-                file.write(part.astype("<f2").tobytes())
-                start += len(part)
+                rows = np.load(f"{name}.npy")
+                file.write(rows.astype("<f2").tobytes())
+                start += len(rows)
         assert start == size
-        write_scores(aside(SCORES), (pq.read_table(f"{name}.parquet") for name in names))
+        write_scores(part(SCORES), (pq.read_table(f"{name}.parquet") for name in names))
 
 
 class View(NamedTuple):
-    """How a model wants its images: (height, width), resampling, mean and standard deviation of the channels."""
+    """The input of a model: (height, width), resampling, mean and standard deviation of the channels."""
 
     size: tuple
     resample: str
@@ -141,12 +141,12 @@ class View(NamedTuple):
         return test_transform(self.size, self.mean, self.std, self.resample)
 
     def scaled(self, images):
-        """(B, 3, height, width) between 0 and 1 -> the model's own scale, in place."""
+        """(B, 3, height, width) between 0 and 1, normalized in place."""
         mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (self.mean, self.std))
         return images.sub_(mean).div_(std)
 
     def normalised(self, pixels):
-        """Bytes (B, height, width, 3) -> (B, 3, height, width), as `transform` gives them."""
+        """Bytes (B, height, width, 3) -> normalized (B, 3, height, width), equal to `transform`."""
         return self.scaled(pixels.permute(0, 3, 1, 2).contiguous().float().div_(255.0))
 
 
@@ -155,7 +155,7 @@ def view_of(model):
 
 
 class Preparation:
-    """Reads an image, once for all models: row -> (row, {(size, resample): bytes} or None, its hash or a reason)."""
+    """Decodes an image once for all models: row -> (row, {(size, resample): bytes}, hash) or (row, None, reason)."""
 
     def __init__(self, readers, views):
         self.readers = readers
@@ -163,7 +163,7 @@ class Preparation:
 
     def __call__(self, row):
         try:
-            # decoders raise whatever the parser of their format stumbles over
+            # Decoders raise all kinds of errors.
             image = as_rgb(open_image(self.readers[row]()))
         except Exception as error:
             return row, None, reason_of(error)
@@ -171,29 +171,29 @@ class Preparation:
         return row, pixels, choosing.perceptual_hash(image)
 
 
-def open_image(held):
-    """The picture as readers of data sets see it: upright, where its notes say that it lies."""
-    image = Image.open(pa.BufferReader(held))
+def open_image(encoded):
+    """Decode an image and turn it upright by its EXIF data, as the readers of data sets do."""
+    image = Image.open(pa.BufferReader(encoded))
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
 def batch_of(rows, views, size, device):
-    """{name: images} of prepared rows, filled up with the last one to `size`: then any run rounds alike."""
+    """{name: images} of prepared rows. The last row pads the batch to `size`, so that all batches round alike."""
     rows = rows + rows[-1:] * (size - len(rows))
     pixels = {shape: torch.from_numpy(np.stack([row[shape] for row in rows])).to(device) for shape in rows[0]}
-    # Models that see alike share one batch.
-    seen = {view: view.normalised(pixels[view.size, view.resample]) for view in set(views.values())}
-    return {name: seen[view] for name, view in views.items()}
+    # Models with the same view share one batch.
+    images = {view: view.normalised(pixels[view.size, view.resample]) for view in set(views.values())}
+    return {name: images[view] for name, view in views.items()}
 
 
 def batches_ahead(prepare, rows, *, batch_size, num_threads):
-    """Batches of prepared images; the threads work on the next while the models work on this one."""
+    """Yield batches of prepared images; threads prepare the next batch while the models score this one."""
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     with ThreadPoolExecutor(max(1, num_threads)) as pool:
         waiting = [pool.submit(prepare, row) for row in batches[0]] if batches else []
         for number in range(len(batches)):
             following = batches[number + 1] if number + 1 < len(batches) else []
-            ready, waiting = waiting, [pool.submit(prepare, row) for row in following]
-            yield [one.result() for one in ready]
+            current, waiting = waiting, [pool.submit(prepare, row) for row in following]
+            yield [future.result() for future in current]

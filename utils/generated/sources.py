@@ -1,4 +1,4 @@
-"""The sources that generated images were made from: their images, identities, and what is held out of training."""
+"""The sources of generated images: their images, their identities, and the images held out of training."""
 
 import random
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from utils.datasets.load import load_reid
 
 @dataclass
 class Source:
-    """The training images of one domain. `labels` number `pids` in order; `held_out` marks what is kept for tests."""
+    """The training images of one domain. `labels` are indices into `pids`; `held_out` marks images for calibration."""
 
     domain: str
     train: datasets.Dataset
@@ -23,46 +23,46 @@ class Source:
 
 
 def open_sources(specs, root=None, *, holdout_fraction=0.0, seed=0, skip_unreadable=False):
-    """{domain: Source}, in order of domains; no image is looked at unless unreadable ones are to be left out."""
-    found = {}
+    """{domain: Source}, in order of domains. Images are decoded only for `skip_unreadable`."""
+    sources = {}
     for spec in specs:
         data = load_reid(spec, root, skip_unreadable=skip_unreadable)
         if "train" not in data:
             raise ValueError(f"--source {spec} has no train split, only {', '.join(data)}")
         domains = np.array(data["train"]["domain"][:])
         for domain in sorted(set(domains.tolist())):
-            if domain in found:
+            if domain in sources:
                 raise ValueError(f"two of the sources are {domain}; name each once")
             train = data["train"].select(np.flatnonzero(domains == domain))
-            found[domain] = make_source(domain, train, holdout_fraction, seed)
-    return dict(sorted(found.items()))
+            sources[domain] = make_source(domain, train, holdout_fraction, seed)
+    return dict(sorted(sources.items()))
 
 
 def make_source(domain, train, holdout_fraction, seed):
-    numbers = train["pid"][:]
-    pids = sorted(set(numbers))
-    place = {pid: label for label, pid in enumerate(pids)}
-    labels = np.array([place[pid] for pid in numbers])
+    row_pids = train["pid"][:]
+    pids = sorted(set(row_pids))
+    label_of = {pid: label for label, pid in enumerate(pids)}
+    labels = np.array([label_of[pid] for pid in row_pids])
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     rng = random.Random(f"held out/{seed}/{domain}")
     order = np.argsort(labels, kind="stable")
     for rows in np.split(order, np.cumsum(np.bincount(labels))[:-1]) if holdout_fraction else ():
-        # Two at least are left to learn from.
+        # At least two images of each identity remain for training.
         count = min(len(rows) - 2, max(1, round(holdout_fraction * len(rows))))
         held_out[rng.sample(rows.tolist(), max(count, 0))] = True
     return Source(domain, train, pids, torch.from_numpy(labels), held_out)
 
 
 def check_sources(sources):
-    """ValueError where an image cannot be read."""
+    """ValueError if an image cannot be read."""
     for domain, source in sources.items():
         check_images(source.train, where=domain)
 
 
 def check_calibration(generated, sources):
-    """ValueError where no scores of other people can be had: from held-out images, against those of somebody else."""
+    """ValueError if a domain has no impostor scores: they compare held-out images with those of other identities."""
     domains = sorted({domain for domain, _ in generated.counts})
-    few = [one for one in domains if not sources[one].held_out.any() or len(sources[one].pids) < 2]
+    few = [name for name in domains if not sources[name].held_out.any() or len(sources[name].pids) < 2]
     if few:
         raise ValueError(
             f"--false_match_rate cannot be calibrated on {', '.join(few)}: it takes two people, and of one of them "

@@ -1,13 +1,11 @@
-"""The Re-ID model and what it is made of: backbones, heads, norms, memories, losses, its folder on disk.
+"""The Re-ID model and its parts: backbones, heads, norms, memories, losses, its folder on disk.
 
-`ReIDModel` is for others.
+`ReIDModel` is for use in other projects.
 """
 
 from utils import opened_when_used
 
 __getattr__ = opened_when_used(
     __name__,
-    {
-        "reid_model": "ReIDModel",
-    },
+    {"reid_model": "ReIDModel", "heads": "build_head"},
 )

@@ -1,4 +1,4 @@
-"""Where a CLIP encoder looks: its attention, and the rollout over all blocks."""
+"""Where a model looks: attention rollout for CLIP, feature maps for other backbones."""
 
 import torch
 
@@ -9,10 +9,10 @@ from utils.modeling.backbones import ClipBackbone
 def attention_maps(model, images):
     """Where the model looks: (B, h, w) float32 on the grid of its last map, each image's largest value 1.
 
-    CLIP: attention rollout from the class token (attention averaged over heads, half identity for the skip
-    connection, multiplied over the layers). Others: what each place adds to the length of the test feature, which is
-    Grad-CAM of that length in closed form, since mean pooling and BatchNorm are linear; with another head than
-    BNNeck, the length of the map at each place.
+    CLIP: attention rollout from the class token (attention averaged over heads, mixed half and half with the identity
+    matrix for the skip connection, multiplied over the layers). Other backbones with BNNeck: how much each place adds
+    to the length of the test feature. This is Grad-CAM of that length in closed form, since mean pooling and BatchNorm
+    are linear. With another head: the length of the feature map at each place.
     """
     was_training = model.training
     model.eval()
@@ -39,7 +39,7 @@ def attention_rollout(backbone, images):
     hooks = [layer.self_attn.register_forward_hook(lambda *call: weights.append(call[2][1])) for layer in layers]
     usual = backbone.config._attn_implementation
     try:
-        # Only the eager implementation gives its weights away.
+        # Only the eager implementation returns its attention weights.
         backbone.set_attention("eager")
         backbone.tokens(images)
     finally:

@@ -1,6 +1,6 @@
 """Backbones of a Re-ID model, built on `transformers`: the CLIP image encoder, ResNet and Swin.
 
-All have the same small face: `forward(images)` (B, C), `feature_map(images)` (B, C, h, w), `num_features` (C),
+All have the same interface: `forward(images)` (B, C), `feature_map(images)` (B, C, h, w), `num_features` (C),
 `image_size` (height, width), `config` and `model`, the transformers model itself.
 """
 
@@ -28,7 +28,7 @@ SUPPORTED = "CLIP (a whole CLIPModel or its vision tower), ResNet (ResNetModel) 
 
 
 class Backbone(nn.Module):
-    """What the three have in common."""
+    """The base class of the three backbones."""
 
     def __init__(self, model, image_size, num_features):
         super().__init__()
@@ -41,12 +41,12 @@ class Backbone(nn.Module):
         return self.summary_and_map(images)[0]
 
     def summary_and_map(self, images):
-        """What `forward` and `feature_map` give, at the price of one of them."""
+        """The results of `forward` and `feature_map`, computed in one pass."""
         feature_map = self.feature_map(images)
         return feature_map.mean(dim=(2, 3)), feature_map
 
     def enable_gradient_checkpointing(self):
-        # Newer versions of transformers have another name for it and warn about this one.
+        # Newer versions of transformers have another name for this method and warn about the old one.
         older = self.model.gradient_checkpointing_enable
         getattr(self.model, "activation_checkpointing_enable", older)({"use_reentrant": False})
 
@@ -64,8 +64,8 @@ class Backbone(nn.Module):
 class ClipBackbone(Backbone):
     """CLIP's image encoder for images of one fixed shape: class token, final norm, projection.
 
-    The position table is resized once, here, to the patch grid of `image_size` and trained as it then is. The patch
-    projection is frozen. A tower saved without `visual_projection` gives its class token unprojected.
+    The position table is resized once to the patch grid of `image_size`, and then trained. The patch projection is
+    frozen. A tower saved without `visual_projection` returns its class token without projection.
     """
 
     def __init__(self, model, image_size):
@@ -81,7 +81,7 @@ class ClipBackbone(Backbone):
         embeddings.patch_embedding.requires_grad_(False)
         table = resize_position_table(embeddings.position_embedding.weight.detach(), self.square, self.grid)
         embeddings.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
-        # The numbering of the square grid has no use left: tokens() adds the whole table.
+        # The position numbers of the square grid are not needed: tokens() adds the whole table.
         embeddings.position_ids = None
 
     @property
@@ -95,7 +95,7 @@ class ClipBackbone(Backbone):
                 f"this model takes images of {self.image_size} (height, width) and got {tuple(images.shape)}; "
                 "resize the images, or load the backbone with image_size="
             )
-        # CLIPVisionEmbeddings.forward takes squares only, so its few lines stand here.
+        # CLIPVisionEmbeddings.forward accepts squares only, so its few lines are copied here.
         embeddings = self.tower.embeddings
         patches = embeddings.patch_embedding(images.to(embeddings.patch_embedding.weight.dtype))
         class_token = embeddings.class_embedding.expand(images.shape[0], 1, -1)
@@ -119,7 +119,7 @@ class ClipBackbone(Backbone):
         return tokens[:, 0], tokens[:, 1:].transpose(1, 2).unflatten(2, self.grid)
 
     def save_pretrained(self, folder):
-        """As a `transformers` folder; positions go back to the square grid of the configuration, bilinearly."""
+        """Write a `transformers` folder; positions are resized back to the configuration's square grid, bilinearly."""
         state = self.model.state_dict()
         name = next(name for name in state if name.endswith("position_embedding.weight"))
         state[name] = resize_position_table(state[name], self.grid, self.square)
@@ -143,24 +143,24 @@ class ResNetBackbone(Backbone):
         return hidden
 
     def run(self, module, hidden):
-        """A part of the network, computed a second time in the backward pass where activations are not kept."""
+        """Run a part of the network; with gradient checkpointing it is computed again in the backward pass."""
         if self.gradient_checkpointing and self.training:
             return checkpoint(module, hidden, use_reentrant=False, context_fn=lambda: recompute(module))
         return module(hidden)
 
     def enable_gradient_checkpointing(self):
-        # transformers has none for ResNet.
+        # transformers has no gradient checkpointing for ResNet.
         self.gradient_checkpointing = True
 
     def set_attention(self, implementation):
-        """A convolutional network has no attention to choose."""
+        """Nothing to do: a convolutional network has no attention."""
 
 
 class SwinBackbone(Backbone):
     """Swin for images that are not square; the last map (8x4 at 256x128) is pooled by its mean.
 
-    Maps that are not multiples of the window are padded to it. Left to itself, `SwinModel` shrinks the window to the
-    narrow side of the map, for which its table of relative positions has no rows.
+    Maps whose sides are not multiples of the window are padded. By default `SwinModel` would shrink the window to the
+    narrow side of the map, but its table of relative positions has no rows for that size.
     """
 
     def __init__(self, model, image_size):
@@ -170,7 +170,7 @@ class SwinBackbone(Backbone):
             raise ValueError("Swin with use_absolute_embeddings=True is not supported; use one without")
         grid = tuple(-(-size // config.patch_size) for size in image_size)
         for stage in model.encoder.layers:
-            # No shift where one window covers the map or, as in SwinModel, just fits its narrow side.
+            # No shift if one window covers the map or, as in SwinModel, fits its narrow side exactly.
             if max(grid) <= config.window_size or min(grid) == config.window_size:
                 for block in stage.blocks:
                     block.shift_size = 0
@@ -193,7 +193,7 @@ def backbone_from_config(config, image_size=(256, 128), *, attn_implementation=N
     """A backbone with random weights. Under `torch.device("meta")` it takes no memory (counts, FLOPs)."""
     image_size = checked_image_size(image_size)
     config = tower_config(config)
-    # A projection of width 0 stands for a tower saved without one.
+    # A projection of width 0 means a tower that was saved without one.
     unprojected = config.model_type == "clip_vision_model" and not config.projection_dim
     model = CLIPVisionModel(config) if unprojected else MODELS[config.model_type](config)
     return wrap(model, image_size, attn_implementation)
@@ -204,12 +204,12 @@ def load_backbone(name_or_path, image_size=(256, 128), *, attn_implementation=No
     image_size = checked_image_size(image_size)
     hub = {"revision": revision or "main", "token": token}
     config = read_config(name_or_path, **hub)
-    # Not every version of transformers finds a bare tower's tensors from the class with a projection.
+    # Not every version of transformers can load a tower without projection into the class with a projection.
     bare = config.architectures == ["CLIPVisionModel"]
     config = tower_config(config)
     model_class = CLIPVisionModel if bare else MODELS[config.model_type]
     verbosity = logging.get_verbosity()
-    # transformers' table of what did not fit is replaced by the checks below.
+    # transformers would print a table of tensors that do not fit; the checks below replace it.
     logging.set_verbosity(logging.CRITICAL)
     try:
         model, report = model_class.from_pretrained(
@@ -222,7 +222,7 @@ def load_backbone(name_or_path, image_size=(256, 128), *, attn_implementation=No
             **hub,
         )
     except Exception as error:
-        # Absent and truncated files raise classes of three libraries.
+        # Absent and truncated files raise error classes of three libraries.
         raise ValueError(
             f"no {config.model_type} weights could be read from {str(name_or_path)!r}: {error}\n"
             "It needs whole safetensors files. Pickled weights (.bin) are never read: where you trust them, convert "
@@ -254,7 +254,7 @@ def wrap(model, image_size, attn_implementation):
 
 
 def read_config(name_or_path, **hub):
-    """The transformers configuration of a folder or Hub id, or a ValueError that says what is there."""
+    """The transformers configuration of a folder or Hub id; ValueError if it is absent or not supported."""
     name = str(name_or_path)
     if not Path(name).is_dir():
         ask_hub(name, **hub)
@@ -277,11 +277,11 @@ def read_config(name_or_path, **hub):
 
 
 def ask_hub(name, revision=None, token=None):
-    """One question to the Hub, or to its cache: transformers would try an absent name for half a minute."""
+    """Check a name with one request to the Hub or its cache; transformers would retry an absent name for long."""
     try:
         HfApi(token=token).model_info(name, revision=revision)
     except Exception as error:
-        # The Hub client raises classes of its own, and of the HTTP library under it.
+        # The Hub's client raises its own error classes and those of its HTTP library.
         with suppress(HFValidationError):
             if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
                 return
@@ -289,7 +289,7 @@ def ask_hub(name, revision=None, token=None):
 
 
 def tower_config(config):
-    """The image tower's own configuration, as a copy; in a whole CLIP's, its parent says the projection's width."""
+    """A copy of the image tower's configuration; in a whole CLIP's, the outer one gives the projection's width."""
     config = copy.deepcopy(config)
     if config.model_type == "clip":
         config.vision_config.projection_dim = config.projection_dim
@@ -310,7 +310,7 @@ def checked_image_size(image_size):
 
 
 def resize_position_table(table, old_grid, new_grid):
-    """Position rows, the class token's first, from one patch grid to another, bilinearly."""
+    """Resize a position table (first row: class token) from one patch grid to another, bilinearly."""
     if tuple(old_grid) == tuple(new_grid):
         return table.clone()
     grid = table[1:].T.reshape(1, -1, *old_grid).float()
@@ -323,7 +323,7 @@ def halved(grid):
 
 
 def recompute(module):
-    """For `checkpoint`: the second forward must not count its batch in the BatchNorm averages once more."""
+    """Contexts for `checkpoint`: the second forward pass must not update the BatchNorm averages again."""
 
     @contextmanager
     def averages_at_rest():

@@ -1,6 +1,6 @@
-"""A saved Re-ID model on disk: four files that change together, whatever moment a process is killed at.
+"""A saved Re-ID model on disk: four files that are replaced together, even if the process is killed meanwhile.
 
-And a plain backbone beside its image processor.
+Also writes a plain backbone with its image processor.
 """
 
 import json
@@ -19,21 +19,21 @@ from transformers import PreTrainedConfig
 
 from utils.files import portable, to_json
 from utils.flags import shown
-from utils.reporting.cards import model_card
+from utils.reporting.report import model_card
 
 MODEL_TYPE = "diffreid"
 FILES = ("config.json", "preprocessor_config.json", "README.md", "model.safetensors")
 # A complete new save that has not been moved into place yet.
 COMMITTED = ".saved"
-# What of a run's arguments tells nothing of the model.
+# Arguments of a run that say nothing about the model.
 NOT_ON_CARD = (
-    "cache_dir", "data_root", "demo", "hub_model_id", "origin", "output_dir", "push_to_hub", "report_to",
-    "resume_from_checkpoint",
+    "cache_dir", "data_root", "demo", "free_on_resume", "hub_model_id", "notes", "origin", "output_dir", "push_to_hub",
+    "report_to", "resume_from_checkpoint",
 )  # fmt: skip
 
 
 def write_model_folder(folder, config, preprocessor, tensors, card):
-    """All files are written aside; one rename makes them the ones that are read; then they take their places."""
+    """Write all files to a temporary folder, rename it so that they are the ones read, then move them into place."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"cannot save a model in {str(folder)!r}: it is a file")
@@ -41,15 +41,15 @@ def write_model_folder(folder, config, preprocessor, tensors, card):
     move_into_place(folder)
     for unfinished in folder.glob(".saving-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
-    aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (aside / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
-    (aside / "README.md").write_text(card, encoding="utf-8")
-    save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+    part = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (part / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
+    (part / "README.md").write_text(card, encoding="utf-8")
+    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
     for name in FILES:
-        with open(aside / name, "rb") as file:
+        with open(part / name, "rb") as file:
             os.fsync(file.fileno())
-    aside.rename(folder / COMMITTED)
+    part.rename(folder / COMMITTED)
     move_into_place(folder)
 
 
@@ -70,7 +70,7 @@ def read_model_folder(name_or_path, *, revision=None, token=None):
         try:
             folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(FILES)))
         except Exception as error:
-            # The Hub client raises classes of its own, and of the HTTP library under it.
+            # The Hub's client raises its own error classes and those of its HTTP library.
             raise ValueError(
                 f"no Re-ID model at {name!r}, neither a local folder nor a readable Hub id: {error}"
             ) from error
@@ -80,8 +80,8 @@ def read_model_folder(name_or_path, *, revision=None, token=None):
         return committed if committed.exists() else folder / file_name
 
     if not current("config.json").is_file():
-        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-        raise ValueError(f"{name!r} is not a Re-ID model: it has no config.json (found: {found})")
+        names = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise ValueError(f"{name!r} is not a Re-ID model: it has no config.json (found: {names})")
     config = read_json(current("config.json"))
     kind = config.get("model_type")
     if kind != MODEL_TYPE:
@@ -111,14 +111,14 @@ def read_json(path):
     return content
 
 
-def check_fit(wanted, found, name):
-    """ValueError naming the tensors where weights and configuration do not belong together."""
-    wrong = [f"{key} is missing" for key in wanted if key not in found]
-    wrong += [f"{key} is not part of the model" for key in found if key not in wanted]
+def check_fit(expected, tensors, name):
+    """ValueError, with the names of tensors, if weights and configuration do not match."""
+    wrong = [f"{key} is missing" for key in expected if key not in tensors]
+    wrong += [f"{key} is not part of the model" for key in tensors if key not in expected]
     wrong += [
-        f"{key} is {tuple(found[key].shape)} in the file and {tuple(tensor.shape)} in the model"
-        for key, tensor in wanted.items()
-        if key in found and found[key].shape != tensor.shape
+        f"{key} is {tuple(tensors[key].shape)} in the file and {tuple(tensor.shape)} in the model"
+        for key, tensor in expected.items()
+        if key in tensors and tensors[key].shape != tensor.shape
     ]
     if wrong:
         more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -126,7 +126,7 @@ def check_fit(wanted, found, name):
 
 
 def card_text(model):
-    """What a model is and how it is used, in Markdown: the text of its card."""
+    """The text of a model's card in Markdown: what the model is and how to use it."""
     (height, width), kind = model.image_size, model.backbone.config.model_type
     head = "BNNeck" if model.method == "bot" else f"the head of {model.method.upper()}"
     return f"""A {kind} backbone with {head}. An image of {height} x {width} (height x width) becomes
@@ -152,7 +152,7 @@ mass surveillance."""
 
 
 def plain_card(model):
-    """The card of a model of which no more is known than itself."""
+    """The card of a model without information about its training."""
     return model_card(
         "Person re-identification encoder",
         text=card_text(model),
@@ -163,7 +163,7 @@ def plain_card(model):
 
 
 def training_card(title, text, script, args, *, metrics, details, library_name="diffreid"):
-    """The card of a model that `script` trained: `text`, command, numbers, settings, and no path of this disk."""
+    """The card of a model that `script` trained: `text`, command, numbers, settings, but no paths of this machine."""
     settings = {name: portable(value) for name, value in vars(args).items() if name not in NOT_ON_CARD}
     settings = {name: value for name, value in settings.items() if value is not None and value is not False}
     return model_card(
@@ -179,35 +179,35 @@ def training_card(title, text, script, args, *, metrics, details, library_name="
 
 
 def model_kind(name):
-    """`file`, `reid` or `backbone`, found out before anything is loaded."""
+    """The kind of a model, `file`, `reid` or `backbone`, without loading it."""
     path = Path(name)
     if path.is_file():
         return "file"
     if not path.exists() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise ValueError(f"{name} does not exist; give a model folder, a .pth file or a Hub id such as user/name")
     if path.is_dir() and not (path / "config.json").is_file():
-        found = ", ".join(sorted(one.name for one in path.iterdir())[:5]) or "nothing"
-        raise ValueError(f"{name} is no model folder: it has no config.json (found: {found})")
+        names = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+        raise ValueError(f"{name} is no model folder: it has no config.json (found: {names})")
     try:
-        # One question to the Hub or its cache: without network, transformers would try for half a minute.
+        # One request to the Hub or its cache: without network, transformers would retry for half a minute.
         folder = path if path.is_dir() else snapshot_download(name, allow_patterns=["config.json"])
         config = PreTrainedConfig.get_config_dict(folder)[0]
-    # The Hub's client raises classes of its own, and of the HTTP library under it.
+    # The Hub's client raises its own error classes and those of its HTTP library.
     except Exception as error:
         raise ValueError(f"no model at {name}, neither a local folder nor a readable Hub id: {error}") from None
     return "reid" if config.get("model_type") == MODEL_TYPE else "backbone"
 
 
 def write_backbone_folder(backbone, folder, preprocessor, card):
-    """A plain `transformers` folder with its image processor and card, written aside; an older one goes last."""
+    """Write a plain `transformers` folder with image processor and card; an older folder is removed last."""
     folder = Path(folder)
-    aside, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
-    for left in (aside, old):
-        shutil.rmtree(left, ignore_errors=True)
-    backbone.save_pretrained(aside)
-    (aside / "preprocessor_config.json").write_text(to_json(preprocessor))
-    (aside / "README.md").write_text(card, encoding="utf-8")
+    part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    backbone.save_pretrained(part)
+    (part / "preprocessor_config.json").write_text(to_json(preprocessor))
+    (part / "README.md").write_text(card, encoding="utf-8")
     if folder.exists():
         os.replace(folder, old)
-    os.replace(aside, folder)
+    os.replace(part, folder)
     shutil.rmtree(old, ignore_errors=True)

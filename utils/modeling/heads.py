@@ -1,16 +1,15 @@
-"""What the methods AGW, SBS, MGN and BDB put after, and into, a backbone; BoT's BNNeck.
+"""The heads of the methods AGW, SBS, MGN and BDB, and the blocks that they add to a backbone.
 
-A head works in two parts, so that several processes can gather the whole batch between them:
+A head works in two parts, so that several processes can gather the whole batch in between:
 
     pooled = head.pool(backbone, images)      # (B, groups, C): each process on its own images
     output = head(pooled)                     # batch statistics, features, logits: on the whole batch
 
-`output.compared` are the features a triplet loss compares, `output.logits` those of the classifiers (in training), and
-`output.features` (B, num_features) what retrieval uses, before it is brought to unit length.
+`output.compared` are the features for a triplet loss, `output.logits` the logits of the classifiers (in training), and
+`output.features` (B, num_features) the features for retrieval, before normalisation to unit length.
 """
 
 import copy
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,44 +17,20 @@ from torch import nn
 from transformers.models.resnet.modeling_resnet import ResNetBottleNeckLayer
 
 from utils.modeling.backbones import ClipBackbone, ResNetBackbone
+from utils.modeling.reid_model import BNNeck, HeadOutput
 
 EPSILON = 1e-6
 METHODS = ("bot", "agw", "sbs", "mgn", "bdb")
-
-
-class HeadOutput(NamedTuple):
-    compared: list
-    logits: list
-    features: torch.Tensor
-
-
-class BNNeck(nn.BatchNorm1d):
-    """BatchNorm with its bias frozen at 0. Always computes, and keeps its weights, in at least float32."""
-
-    def __init__(self, num_features):
-        super().__init__(num_features)
-        self.bias.requires_grad_(False)
-
-    def forward(self, features):
-        return super().forward(features.to(self.weight.dtype))
-
-    def _apply(self, fn, recurse=True):
-        # model.half() and model.to(torch.bfloat16) would round the running averages.
-        def keep_precision(tensor):
-            moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
-
-        return super()._apply(keep_precision, recurse)
 
 
 # Parts
 
 
 class GeM(nn.Module):
-    """Generalised mean over the places of a map, its power learned: (B, C, h, w) -> (B, C) float32.
+    """Generalised mean over the places of a map, with a learned power: (B, C, h, w) -> (B, C) float32.
 
-    `(mean x^p)^(1/p)` is defined for positive maps such as a ResNet's. Of a `signed` map, an attention network's, the
-    generalised mean of the negative part is taken from that of the positive part.
+    `(mean x^p)^(1/p)` is defined for positive maps such as a ResNet's. For a `signed` map, such as an attention
+    network's, it is the generalised mean of the positive part minus that of the negative part.
     """
 
     def __init__(self, signed=False, power=3.0):
@@ -73,10 +48,10 @@ class GeM(nn.Module):
 
 
 class NonLocal(nn.Module):
-    """What every place of a map adds from all others: `x + BN(W (theta(x) phi(x)^T / places) g(x))`.
+    """Adds to every place of a map a mixture of all places: `x + BN(W (theta(x) phi(x)^T / places) g(x))`.
 
-    BatchNorm starts at zero, so that at first the map stays as it is. Inside, the width is half of the map's, as in
-    the paper on non-local networks; the code released with AGW has a width of one.
+    BatchNorm starts at zero, so at first the map is unchanged. The inner width is half of the map's, as in the paper
+    on non-local networks; the code released with AGW has a width of one.
     """
 
     def __init__(self, channels):
@@ -96,9 +71,9 @@ class NonLocal(nn.Module):
 
 
 def add_non_local(backbone):
-    """After the last two blocks of a ResNet's third stage from the end and the last three of the second.
+    """Add NonLocal after the last two blocks of a ResNet's third-last stage and the last three of its second-last one.
 
-    Attention networks compare all places anyway: they stay as they are.
+    Attention networks compare all places anyway and are not changed.
     """
     if isinstance(backbone, ResNetBackbone):
         stages = backbone.model.encoder.stages
@@ -111,7 +86,7 @@ def add_non_local(backbone):
 
 
 class Reduction(nn.Sequential):
-    """Linear, BatchNorm, ReLU; never wider than what comes in."""
+    """Linear, BatchNorm, ReLU; never wider than its input."""
 
     def __init__(self, channels, width, bias=False):
         self.width = min(width, channels)
@@ -132,17 +107,17 @@ def classifier(width, num_ids, bias=False):
 
 
 def check_rows(method, backbone, rows):
-    """A map with too few rows cannot be cut into parts."""
+    """ValueError if the backbone's map has too few rows to be divided into parts."""
     was_training = backbone.training
     weight = next(backbone.parameters())
     with torch.no_grad():
         image = torch.zeros(1, 3, *backbone.image_size, device=weight.device, dtype=weight.dtype)
-        found = backbone.eval().feature_map(image).shape[2]
+        num_rows = backbone.eval().feature_map(image).shape[2]
     backbone.train(was_training)
-    if found < rows:
+    if num_rows < rows:
         raise ValueError(
             f"method {method} needs a map of {rows} rows or more, and images of "
-            f"{' x '.join(map(str, backbone.image_size))} give this backbone's {found}: use larger images"
+            f"{' x '.join(map(str, backbone.image_size))} give this backbone's {num_rows}: use larger images"
         )
 
 
@@ -150,7 +125,7 @@ def check_rows(method, backbone, rows):
 
 
 class Head(nn.Module):
-    """What the heads have in common: classifiers for a number of identities that may change."""
+    """The base of all heads: classifiers for a number of identities that may change."""
 
     def __init__(self, widths, bias=False):
         super().__init__()
@@ -160,8 +135,8 @@ class Head(nn.Module):
     def reset_classifiers(self, num_ids):
         self.classifiers = None
         if num_ids:
-            made = nn.ModuleList(classifier(width, num_ids, self.bias) for width in self.widths)
-            self.classifiers = made.to(next(self.parameters()).device)
+            classifiers = nn.ModuleList(classifier(width, num_ids, self.bias) for width in self.widths)
+            self.classifiers = classifiers.to(next(self.parameters()).device)
 
     def scores(self, features):
         if self.classifiers is None or not self.training:
@@ -172,8 +147,8 @@ class Head(nn.Module):
 class GemHead(Head):
     """AGW and SBS: non-local blocks in a ResNet, GeM pooling, BNNeck and one classifier.
 
-    CLIP's class token is its own learned pooling and stands in for GeM. With `cosine`, SBS, the logits are cosines:
-    those its circle loss is made of. AGW compares features before BNNeck, SBS those after it.
+    CLIP's class token, a learned pooling, replaces GeM. With `cosine` (SBS) the logits are cosines, as its circle loss
+    needs. The triplet loss of AGW compares features before BNNeck, that of SBS those after it.
     """
 
     def __init__(self, backbone, *, cosine):
@@ -203,10 +178,10 @@ class GemHead(Head):
 class MgnHead(Head):
     """MGN: a global branch and two with 2 and 3 stripes, max pooling, a reduction to 256 of each of the 8 groups.
 
-    The triplet loss compares the 3 reduced whole-body features; classifiers look at these before the reduction and at
-    the 5 stripes after it. In a ResNet the branches part after the first block of the last stage but one, and only
-    the global one has the last stage's stride of 2. An attention network has no such place: there the branches share
-    its one map of tokens, and CLIP's class token is the global branch.
+    The triplet loss compares the 3 reduced whole-body features. Classifiers use these features before the reduction,
+    and the 5 stripes after it. In a ResNet the branches separate after the first block of the second-last stage, and
+    only the global branch has the last stage's stride of 2. In an attention network the branches share the one map of
+    tokens, and CLIP's class token is the global branch.
     """
 
     STRIPES = (1, 2, 3)
@@ -258,22 +233,22 @@ class MgnHead(Head):
 
 
 def tail(backbone):
-    """A ResNet from the second block of its last stage but one on; the very modules, not copies."""
+    """A ResNet from the second block of its second-last stage on; the modules themselves, not copies."""
     *_, parting, last = backbone.model.encoder.stages
     return nn.Sequential(*parting.layers[1:], last)
 
 
 def restore_stride(backbone):
-    """The stride of 2 that a ResNet's last stage has before it becomes a Re-ID backbone."""
+    """Give a ResNet's last stage its stride of 2 again, which a Re-ID backbone removes."""
     first, config = backbone.model.encoder.stages[-1].layers[0], backbone.config
     inside = 1 if config.layer_type == "bottleneck" and not config.downsample_in_bottleneck else 0
     first.layer[inside].convolution.stride = first.shortcut.convolution.stride = (2, 2)
 
 
 class BdbHead(Head):
-    """BDB: a global branch (mean, 512) and one that loses a rectangle, the same of all images (maximum, 1024).
+    """BDB: a global branch (mean, 512) and one with a rectangle set to 0, the same for all images (maximum, 1024).
 
-    The global branch of CLIP has the class token instead of the mean.
+    With CLIP, the global branch uses the class token instead of the mean.
     """
 
     HEIGHT_RATIO, WIDTH_RATIO = 0.33, 1.0
@@ -290,7 +265,7 @@ class BdbHead(Head):
         self.num_features = whole.width + part.width
 
     def pool(self, backbone, images, rng=None):
-        """`rng`, equal on all processes, draws the rectangle; without it, or in eval mode, nothing is lost."""
+        """`rng`, equal on all processes, draws the rectangle; without it, or in eval mode, nothing is set to 0."""
         whole, feature_map = backbone.summary_and_map(images)
         part = self.bottleneck(feature_map)
         if self.training and rng is not None:
@@ -298,13 +273,13 @@ class BdbHead(Head):
         return torch.stack([whole, part.amax(dim=(2, 3))], dim=1)
 
     def kept(self, size, rng):
-        """1 where the map stays, 0 in the rectangle: (h, w)."""
+        """A mask (h, w): 0 in the rectangle, 1 elsewhere."""
         height, width = size
         tall, wide = max(1, round(self.HEIGHT_RATIO * height)), round(self.WIDTH_RATIO * width)
         top, left = rng.randint(0, height - tall), rng.randint(0, width - wide)
-        kept = torch.ones(height, width)
-        kept[top : top + tall, left : left + wide] = 0
-        return kept
+        mask = torch.ones(height, width)
+        mask[top : top + tall, left : left + wide] = 0
+        return mask
 
     def forward(self, pooled):
         reduced = [reduce(part) for reduce, part in zip(self.reductions, pooled.unbind(1), strict=True)]
@@ -312,7 +287,7 @@ class BdbHead(Head):
 
 
 def build_head(method, backbone):
-    """The head of a method, None for BoT, whose BNNeck and classifier are the model's own. May change the backbone."""
+    """The head of a method; None for BoT, whose BNNeck and classifier are in the model. May change the backbone."""
     if method == "bot":
         return None
     if method in ("agw", "sbs"):

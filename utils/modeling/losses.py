@@ -1,4 +1,4 @@
-"""Losses on identity features. They compute in float32, also under autocast."""
+"""Losses on identity features, computed in float32 also under autocast."""
 
 import torch
 import torch.nn.functional as F
@@ -8,19 +8,19 @@ from torch import nn
 def distances(features):
     """Euclidean distance of each feature to each other: (N, N) float32."""
     with torch.autocast(features.device.type, enabled=False):
-        # Not by the product of features: near zero its rounding would be all there is.
+        # Not by a matrix product: for small distances its rounding errors would be larger than the distance.
         return torch.cdist(features.float(), features.float(), compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def hard_triplet(features, labels, margin=None):
-    """Batch-hard triplet loss: of each feature the farthest of its identity against the nearest of the others.
+    """Batch-hard triplet loss: for each feature, the farthest of its identity against the nearest of the others.
 
-    mean max(0, farthest - nearest + margin), or without a margin its soft form, mean log(1 + exp(farthest - nearest)).
+    mean max(0, farthest - nearest + margin); without a margin the soft form, mean log(1 + exp(farthest - nearest)).
     """
     distance = distances(features)
-    same = labels[:, None] == labels[None, :]
-    farthest = distance.masked_fill(~same, -torch.inf).amax(1)
-    nearest = distance.masked_fill(same, torch.inf).amin(1)
+    same_identity = labels[:, None] == labels[None, :]
+    farthest = distance.masked_fill(~same_identity, -torch.inf).amax(1)
+    nearest = distance.masked_fill(same_identity, torch.inf).amin(1)
     if margin is None:
         return F.softplus(farthest - nearest).mean()
     return F.relu(farthest - nearest + margin).mean()
@@ -29,17 +29,19 @@ def hard_triplet(features, labels, margin=None):
 def weighted_triplet(features, labels):
     """AGW's weighted regularised triplet loss: mean log(1 + exp(sum w+ d+ - sum w- d-)), no margin.
 
-    w+ is the softmax of a feature's distances d+ to the others of its identity, w- that of -d- to other identities:
-    hard pairs weigh more. A feature without such pairs has a sum of 0.
+    w+ is the softmax of a feature's distances d+ to others of its identity, w- the softmax of -d- to other identities:
+    hard pairs have larger weights. A feature without such pairs has a sum of 0.
     """
     distance = distances(features)
-    same = labels[:, None] == labels[None, :]
+    same_identity = labels[:, None] == labels[None, :]
     others = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    return F.softplus(weighted(distance, distance, same & others) - weighted(distance, -distance, ~same)).mean()
+    return F.softplus(
+        weighted(distance, distance, same_identity & others) - weighted(distance, -distance, ~same_identity)
+    ).mean()
 
 
 def weighted(distance, hardness, pairs):
-    # Finite, so that a row without pairs gives 0 instead of NaN.
+    # A finite value instead of -inf, so that a row without pairs gives 0 instead of NaN.
     weights = hardness.masked_fill(~pairs, -1e9).softmax(1) * pairs
     return (weights * distance).sum(1)
 
@@ -48,14 +50,14 @@ def circle_logits(cosines, labels, scale=64.0, margin=0.35):
     """Circle loss with identities as classes: the cross-entropy of these logits, from cosines (B, num_ids).
 
     Own identity: scale max(0, 1 + margin - s) (s - 1 + margin); others: scale max(0, s + margin) (s - margin). The
-    factors that are cut at 0 carry no gradient: the farther a cosine is from where it should be, the harder it pulls.
+    factors with max(0, ...) have no gradient: they only weigh each cosine by its distance from its optimum.
     """
     cosines = cosines.float()
     fixed = cosines.detach()
-    own = (1 + margin - fixed).clamp(min=0) * (cosines - 1 + margin)
-    other = (fixed + margin).clamp(min=0) * (cosines - margin)
-    mine = F.one_hot(labels, cosines.shape[1]).bool()
-    return scale * torch.where(mine, own, other)
+    positive = (1 + margin - fixed).clamp(min=0) * (cosines - 1 + margin)
+    negative = (fixed + margin).clamp(min=0) * (cosines - margin)
+    is_own = F.one_hot(labels, cosines.shape[1]).bool()
+    return scale * torch.where(is_own, positive, negative)
 
 
 class CentreLoss(nn.Module):
@@ -64,8 +66,8 @@ class CentreLoss(nn.Module):
     loss = centres(features, labels)      # gradient to the features only
     centres.update(features, labels)      # after the backward pass
 
-    The update is the authors': a step of plain gradient descent of rate 0.5 on the centres, whatever the loss weighs
-    elsewhere, so `c <- c + sum (f - c) / B` over the identity's features in a batch of B.
+    The update is that of the authors: a step of plain gradient descent with rate 0.5 on the centres, whatever the
+    weight of the loss, so `c <- c + sum (f - c) / B` over the identity's features in a batch of B.
     """
 
     def __init__(self, num_ids, width):
@@ -74,7 +76,7 @@ class CentreLoss(nn.Module):
 
     def forward(self, features, labels):
         with torch.autocast(features.device.type, enabled=False):
-            # The update writes into the centres, also while a graph still needs the old ones.
+            # Indexing copies: `update` changes the centres while a graph may still need the old ones.
             return (features.float() - self.centres[labels]).square().sum(1).mean()
 
     @torch.no_grad()

@@ -1,10 +1,8 @@
-"""Memories of features: a row an identity, a cluster or an image; unit length, float32, no gradient."""
+"""Memories of features: one row per identity, cluster or image; unit length, float32, no gradient."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-UPDATES = ("momentum", "hard", "mean")
 
 
 def class_means(features, labels, num_ids):
@@ -15,14 +13,14 @@ def class_means(features, labels, num_ids):
 
 
 class PrototypeMemory(nn.Module):
-    """One unit-length prototype an identity, compared with features by cosine and moved by the batch's hardest ones.
+    """One unit-length prototype per identity, compared with features by cosine and updated with the hardest ones.
 
     loss = memory(features, labels)       # raw BNNeck features (B, D), labels 0..N-1; gradient to the features only
     memory.update(features, labels)       # after the backward pass
 
-    The loss is the cross-entropy of `u M^T / temperature` with u the unit-length features. The update takes, of each
-    identity in the batch, the sample least like its prototype m: `m <- momentum m + (1 - momentum) u`, unit length.
-    With several processes, give every one of them the whole batch: the prototypes then stay equal.
+    The loss is the cross-entropy of `u M^T / temperature` with u the unit-length features. For each identity in the
+    batch, the update takes the sample least similar to its prototype m: `m <- momentum m + (1 - momentum) u`, unit
+    length. With several processes, give the whole batch to each of them: the prototypes then stay equal.
     """
 
     def __init__(self, prototypes, temperature=0.01, momentum=0.2):
@@ -39,7 +37,7 @@ class PrototypeMemory(nn.Module):
     def similarities(self, features):
         """Cosine of each feature with each prototype: (B, N) float32."""
         with torch.autocast(features.device.type, enabled=False):
-            # The update writes into the prototypes, also while a graph still needs the old ones.
+            # A copy: `update` changes the prototypes while a graph may still need the old ones.
             return F.normalize(features.float(), dim=1) @ self.prototypes.clone().t()
 
     def forward(self, features, labels):
@@ -50,11 +48,11 @@ class PrototypeMemory(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             unit = F.normalize(features.float(), dim=1)
             old = self.prototypes[labels]
-            # [B, B]: for each sample, the similarities of those of its identity, and the first lowest of them.
-            own = (unit * old).sum(1).expand(len(labels), -1)
-            own = own.masked_fill(labels[:, None] != labels[None, :], torch.inf)
-            hardest = unit[own.argmin(1)]
-            # Samples of one identity all write the same row.
+            # [B, B]: for each sample, the similarities of all samples of its identity; the first lowest is hardest.
+            similarities = (unit * old).sum(1).expand(len(labels), -1)
+            similarities = similarities.masked_fill(labels[:, None] != labels[None, :], torch.inf)
+            hardest = unit[similarities.argmin(1)]
+            # All samples of one identity write the same row.
             self.prototypes[labels] = F.normalize(torch.lerp(hardest, old, self.momentum), dim=1)
 
     def _apply(self, fn, recurse=True):
@@ -67,82 +65,8 @@ class PrototypeMemory(nn.Module):
 
     @torch.no_grad()
     def rebuild(self, features, labels):
-        """Every prototype anew: the mean direction of its identity's features."""
+        """Replace every prototype by the mean direction of its identity's features."""
         self.prototypes.copy_(class_means(features, labels, len(self.prototypes)))
-
-
-class ClusterMemory(PrototypeMemory):
-    """A prototype of each cluster. The update moves `m <- momentum m + (1 - momentum) u`, unit length, with u
-
-    momentum: every image of the cluster in the batch, one after the other;
-    hard: the image least like the prototype;
-    mean: the mean of the cluster's images.
-    """
-
-    def __init__(self, prototypes, temperature=0.05, momentum=0.1, mode="momentum"):
-        super().__init__(prototypes, temperature, momentum)
-        if mode not in UPDATES:
-            raise ValueError(f"mode must be one of {', '.join(UPDATES)}, got {mode!r}")
-        self.mode = mode
-
-    @torch.no_grad()
-    def update(self, features, labels):
-        if self.mode == "hard":
-            super().update(features, labels)
-            return
-        with torch.autocast(features.device.type, enabled=False):
-            unit = F.normalize(features.float(), dim=1)
-            if self.mode == "momentum":
-                move_in_turn(self.prototypes, labels, unit, self.momentum)
-                return
-            same = (labels[:, None] == labels[None, :]).float()
-            means = same @ unit / same.sum(1, keepdim=True)
-            # Images of one cluster all write the same row.
-            self.prototypes[labels] = F.normalize(torch.lerp(means, self.prototypes[labels], self.momentum), dim=1)
-
-    @torch.no_grad()
-    def renew(self, features, labels):
-        """Other clusters: their prototypes are the mean directions of the rows with labels 0 and up."""
-        labels = labels.to(features.device)
-        known = labels >= 0
-        means = class_means(features[known], labels[known], int(labels.max()) + 1)
-        self.prototypes = means.to(self.prototypes.device)
-
-    def make_room(self, num_clusters):
-        """For a checkpoint that is about to be read."""
-        self.prototypes = self.prototypes.new_zeros(num_clusters, self.prototypes.shape[1])
-
-
-class HybridMemory(PrototypeMemory):
-    """A row of each source identity and of each target image, and a label of each row, from 0.
-
-    A label's prototype is the mean of its rows, not brought to unit length: `loss = CE(u means^T / temperature)`. In
-    the update every image of the batch moves its own row, one after the other.
-    """
-
-    def __init__(self, rows, temperature=0.05, momentum=0.2):
-        super().__init__(rows, temperature, momentum)
-        self.register_buffer("labels", torch.arange(len(rows)))
-
-    def forward(self, features, rows):
-        with torch.autocast(features.device.type, enabled=False):
-            sums, counts = self.sums()
-            # Labels without rows are no class.
-            empty = counts == 0
-            means = sums / counts.clamp(min=1)[:, None]
-            logits = F.normalize(features.float(), dim=1) @ means.t() / self.temperature
-            return F.cross_entropy(logits.masked_fill(empty, -torch.inf), self.labels[rows])
-
-    @torch.no_grad()
-    def sums(self):
-        """Of each label below the number of rows: the sum of its rows, and how many they are."""
-        sums = torch.zeros_like(self.prototypes).index_add_(0, self.labels, self.prototypes)
-        return sums, self.labels.bincount(minlength=len(sums)).to(sums.dtype)
-
-    @torch.no_grad()
-    def update(self, features, rows):
-        with torch.autocast(features.device.type, enabled=False):
-            move_in_turn(self.prototypes, rows, F.normalize(features.float(), dim=1), self.momentum)
 
 
 def move_in_turn(memory, rows, unit, momentum):

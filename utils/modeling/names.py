@@ -1,4 +1,4 @@
-"""Backbones by a short name, beside folders and Hub ids: with published weights, or from their configuration alone."""
+"""Backbones by short name, folder or Hub id: with published weights, or from their configuration only."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from utils.modeling.reid_model import ReIDModel
 
 
 class Named(NamedTuple):
-    """Where published weights are, None where there are none, and the configuration without them."""
+    """The Hub id of published weights, or None, and the configuration for a model without them."""
 
     hub_id: str | None
     config_class: type
@@ -40,12 +40,12 @@ HUB = {"revision": "main", "token": None}
 
 
 def named_config(name):
-    """A fresh configuration of a short name."""
+    """A new configuration of a short name."""
     return NAMED[name].config_class(**NAMED[name].options)
 
 
 def configuration(name):
-    """Of a short name, a folder or a Hub id, whether of a backbone or of a Re-ID model."""
+    """The backbone's configuration for a short name, or for a folder or Hub id of a backbone or a Re-ID model."""
     if name in NAMED:
         return named_config(name)
     if model_kind(name) == "reid":
@@ -54,29 +54,29 @@ def configuration(name):
 
 
 def check_backbone(name, from_scratch):
-    """ValueError for what `open_backbone` cannot open, from names and configurations alone."""
+    """ValueError if `open_backbone` cannot open `name`, from names and configurations only."""
     if name in NAMED:
         if not from_scratch and NAMED[name].hub_id is None:
             raise ValueError(f"--backbone {name} has no published weights; add --from_scratch")
         return
-    known = ", ".join(NAMED)
+    short_names = ", ".join(NAMED)
     try:
         kind = model_kind(name)
     except ValueError as error:
-        raise ValueError(f"--backbone {name}: {error}; the short names are {known}") from None
+        raise ValueError(f"--backbone {name}: {error}; the short names are {short_names}") from None
     if kind == "file":
-        raise ValueError(f"--backbone {name} is a file; give a folder, a Hub id or one of {known}")
+        raise ValueError(f"--backbone {name} is a file; give a folder, a Hub id or one of {short_names}")
     if kind == "backbone":
         read_config(name, **HUB)
-    elif not from_scratch and (what := not_plain(PreTrainedConfig.get_config_dict(name)[0])):
+    elif not from_scratch and (reason := not_plain(PreTrainedConfig.get_config_dict(name)[0])):
         raise ValueError(
-            f"--backbone {name}: its {what}, which a plain backbone folder cannot hold; start from a backbone or from "
-            "a model of bot or bdb"
+            f"--backbone {name}: its {reason}, which a plain backbone folder cannot hold; start from a backbone or "
+            "from a model of bot or bdb"
         )
 
 
 def not_plain(config):
-    """What of a Re-ID model's backbone `transformers` does not know, in words; None where it is the plain one."""
+    """The part of a Re-ID model's backbone that `transformers` does not know, in words; None for a plain backbone."""
     if config.get("norms"):
         return "norms are mixtures of batch and instance norm"
     if config["backbone"]["model_type"] == "resnet" and config.get("method", "bot") in ("agw", "sbs"):
@@ -87,15 +87,15 @@ def not_plain(config):
 
 
 def open_backbone(name, image_size, from_scratch=False):
-    """The backbone of a short name, a folder or a Hub id; of a saved Re-ID model, its backbone.
+    """The backbone of a short name, a folder or a Hub id; for a saved Re-ID model, the model's backbone.
 
-    `from_scratch` takes the configuration only, and draws the weights from torch's generator.
+    `from_scratch` uses the configuration only, and draws the weights with torch's generator.
     """
     check_backbone(name, from_scratch)
     if from_scratch:
         backbone = backbone_from_config(configuration(name), image_size)
         if isinstance(backbone, ClipBackbone):
-            # Published patches are good as they are; drawn ones have to be learned.
+            # Published patch weights stay frozen; random ones have to be trained.
             backbone.tower.embeddings.patch_embedding.requires_grad_(True)
         return backbone
     if name in NAMED:

@@ -1,6 +1,4 @@
-"""Batch normalisation beyond torch's: over all processes, by domain, and mixed with instance norms."""
-
-import copy
+"""Batch normalisation that torch does not have: over all processes, and mixed with instance norms."""
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +9,14 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     """What `torch.nn.SyncBatchNorm` does on a GPU, on any device: (B, C) or (B, C, H, W)."""
 
     def _check_input_dim(self, images):
-        """Any shape will do."""
+        """Accept any shape."""
 
     def forward(self, images):
         if not self.training:
             return super().forward(images)
         others = tuple(dim for dim in range(images.ndim) if dim != 1)
         shape = [-1 if dim == 1 else 1 for dim in range(images.ndim)]
-        # Not at the head: torch warns on machines without distributed.
+        # Imported here, because torch warns on machines without distributed.
         from torch.distributed.nn.functional import all_reduce
 
         processes, values = torch.distributed.get_world_size(), images.float()
@@ -26,7 +24,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         centred = values - mean.view(shape)
         variance = all_reduce(centred.square().mean(dim=others)) / processes
         with torch.no_grad():
-            # None while activations are computed a second time.
+            # This is None while activations are computed a second time.
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked += 1
             count = processes * values.numel() / values.shape[1]
@@ -39,7 +37,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
 
 
 def share_batch_statistics(model, device):
-    """Every BatchNorm1d and 2d of a model over all processes; with one process the model stays as it is."""
+    """Make every BatchNorm1d and 2d of a model use all processes' batches; with one process nothing changes."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return model
     if torch.device(device).type == "cuda":
@@ -50,56 +48,10 @@ def share_batch_statistics(model, device):
     return model
 
 
-TARGET = 1
-
-
-class DomainNorm(nn.Module):
-    """Copies of a BatchNorm, one a domain."""
-
-    def __init__(self, norm, num_domains):
-        super().__init__()
-        self.norms = nn.ModuleList(copy.deepcopy(norm) for _ in range(num_domains))
-
-    @property
-    def weight(self):
-        return self.norms[TARGET].weight
-
-    def forward(self, features):
-        if not self.training:
-            return self.norms[TARGET](features)
-        parts = features.chunk(len(self.norms))
-        if len(parts) != len(self.norms) or len(parts[0]) != len(parts[-1]):
-            raise ValueError(f"a batch of {len(features)} has no {len(self.norms)} equal parts, one a domain")
-        return torch.cat([norm(part) for norm, part in zip(self.norms, parts, strict=True)])
-
-
-def split_norms(model, num_domains):
-    """In place, for every BatchNorm; `num_domains` is a number, or a function of the module's name."""
-    for name, owner, attribute, norm in list(places(model, nn.modules.batchnorm._BatchNorm)):
-        count = num_domains(name) if callable(num_domains) else num_domains
-        setattr(owner, attribute, DomainNorm(norm, count))
-
-
-def join_norms(model):
-    """In place: every DomainNorm becomes the target's BatchNorm."""
-    for _, owner, attribute, norm in list(places(model, DomainNorm)):
-        setattr(owner, attribute, norm.norms[TARGET])
-
-
-def places(model, kind):
-    """(name, owner, attribute, module) of the modules of a kind, not looking into those."""
-    for name, owner in model.named_modules():
-        if isinstance(owner, DomainNorm):
-            continue
-        for attribute, module in owner.named_children():
-            if isinstance(module, kind):
-                yield f"{name}.{attribute}".lstrip("."), owner, attribute, module
-
-
 class BatchInstanceNorm(nn.Module):
-    """Both norms of a map, each with weights of its own, mixed by `rho`: 1 is all batch, where it starts.
+    """Batch and instance norm of a map, each with its own weights, mixed by `rho`: 1, the start, is batch norm only.
 
-    `rho` is a buffer: no optimiser knows it.
+    `rho` is a buffer, so no optimiser changes it.
     """
 
     def __init__(self, norm):
@@ -121,7 +73,7 @@ class BatchInstanceNorm(nn.Module):
 
 
 def add_batch_instance_norms(backbone):
-    """In place, for every BatchNorm2d; one that has been replaced stays."""
+    """Replace every BatchNorm2d in place; those that were replaced before stay."""
     for owner in list(backbone.modules()):
         if not isinstance(owner, BatchInstanceNorm):
             for name, norm in list(owner.named_children()):

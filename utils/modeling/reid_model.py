@@ -1,4 +1,4 @@
-"""The Re-ID model: backbone, BNNeck, classifier; how it is saved, loaded and shared.
+"""The Re-ID model: backbone, BNNeck, classifier; how to save, load and share it.
 
 model = ReIDModel.from_backbone("openai/clip-vit-base-patch16", num_ids=751)
 features, bn_features, logits = model.train()(images)
@@ -16,10 +16,10 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import AutoConfig
 
+from utils import modeling
+from utils.modeling import importers
 from utils.modeling.backbones import ClipBackbone, backbone_from_config, load_backbone
 from utils.modeling.folder import MODEL_TYPE, check_fit, model_kind, plain_card, read_model_folder, write_model_folder
-from utils.modeling.heads import BNNeck, HeadOutput, build_head
-from utils.modeling.importers.dcac import read_dcac_checkpoint
 from utils.modeling.norms import add_batch_instance_norms, has_batch_instance_norms
 
 RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
@@ -29,7 +29,7 @@ BATCH_INSTANCE = "batch-instance"
 
 
 class ReIDOutput(NamedTuple):
-    """What training sees: features before BatchNorm (B, D), after it (B, D), and logits (B, num_ids) or None."""
+    """The output in training: features before BatchNorm (B, D), after it (B, D), and logits (B, num_ids) or None."""
 
     features: torch.Tensor
     bn_features: torch.Tensor
@@ -39,9 +39,9 @@ class ReIDOutput(NamedTuple):
 class ReIDModel(nn.Module):
     """`model(images)`: a ReIDOutput in training mode, unit-length test features (B, D) float32 in eval mode.
 
-    `method` is what follows the backbone: `bot`, BNNeck and a classifier, or a head of `utils.modeling.heads`; then
-    training gives a HeadOutput. `image_size` (height, width), `image_mean`, `image_std` and `resample` say how its
-    images are to be prepared.
+    `method` sets what follows the backbone: BNNeck and a classifier for `bot`, else a head of `utils.modeling.heads`,
+    which returns a HeadOutput in training. Prepare images according to `image_size` (height, width), `image_mean`,
+    `image_std` and `resample`.
     """
 
     def __init__(self, backbone, num_ids=0, *, image_mean=None, image_std=None, resample="bilinear", method="bot"):
@@ -59,7 +59,8 @@ class ReIDModel(nn.Module):
             raise ValueError(f"resample must be one of {', '.join(RESAMPLE)}, got {resample!r}")
         self.resample = resample
         self.method = method
-        self.head = build_head(method, backbone)
+        # Other heads are imported only for methods that need them.
+        self.head = None if method == "bot" else modeling.build_head(method, backbone)
         self.num_features = backbone.num_features if self.head is None else self.head.num_features
         self.bnneck = BNNeck(self.num_features) if self.head is None else None
         self.reset_classifier(num_ids)
@@ -87,18 +88,18 @@ class ReIDModel(nn.Module):
         return F.normalize(features.float(), dim=1)
 
     def pool(self, images, rng=None):
-        """Features of each image by itself: (B, C), or (B, groups, C) of a head. `rng` is for what a head draws."""
+        """Features of each image by itself: (B, C), or (B, groups, C) for a head, which may draw from `rng`."""
         return self.backbone(images) if self.head is None else self.head.pool(self.backbone, images, rng)
 
     def outputs(self, pooled):
-        """What losses of any method look at: `pool`'s features of the whole batch -> HeadOutput."""
+        """The inputs of the losses of any method: `pool`'s features of the whole batch -> HeadOutput."""
         if self.head is not None:
             return self.head(pooled)
         bn_features, logits = self.neck(pooled)
         return HeadOutput([pooled], [] if logits is None else [logits], bn_features)
 
     def neck(self, features):
-        """Features after BatchNorm, and logits. Apart, so that several processes can gather `features` before it."""
+        """Features after BatchNorm, and logits. Several processes can gather `features` before they call this."""
         if self.head is not None:
             raise ValueError(f"a model of method {self.method} has a head instead of a BNNeck; train it with its own")
         bn_features = self.bnneck(features)
@@ -134,7 +135,7 @@ class ReIDModel(nn.Module):
 
     @classmethod
     def for_training(cls, name_or_path, *, num_ids, image_size, resample="bilinear", method="bot"):
-        """With a new classifier, from a plain backbone, a saved Re-ID model, or a checkpoint of DCAC's authors."""
+        """A model with a new classifier, from a plain backbone, a saved Re-ID model, or DCAC's authors' checkpoint."""
         kind = model_kind(name_or_path)
         if kind == "backbone":
             return cls.from_backbone(
@@ -152,8 +153,8 @@ class ReIDModel(nn.Module):
         if model.method not in ("bot", method):
             raise ValueError(f"{name_or_path} is a model of method {model.method}, it cannot start one of {method}")
         if model.method != method:
-            known = {"image_mean": model.image_mean, "image_std": model.image_std}
-            model = cls(model.backbone, method=method, **known).eval()
+            normalisation = {"image_mean": model.image_mean, "image_std": model.image_std}
+            model = cls(model.backbone, method=method, **normalisation).eval()
         model.resample = resample
         model.reset_classifier(num_ids)
         return model
@@ -161,7 +162,7 @@ class ReIDModel(nn.Module):
     @classmethod
     def from_dcac_checkpoint(cls, path, image_size=None):
         """Open a checkpoint released by DCAC's authors, in eval mode."""
-        config, image_size, num_ids, state = read_dcac_checkpoint(path, image_size)
+        config, image_size, num_ids, state = importers.read_dcac_checkpoint(path, image_size)
         model = cls(backbone_from_config(config, image_size), num_ids)
         model.load_state_dict(state)
         return model.eval()
@@ -234,7 +235,7 @@ class ReIDModel(nn.Module):
         }
 
     def preprocessing(self):
-        """In the words of transformers' image processors, so that AutoImageProcessor reads it too."""
+        """The configuration of a transformers image processor, so that AutoImageProcessor can read it."""
         return {
             "image_processor_type": "ViTImageProcessor",
             "do_resize": True,
@@ -246,3 +247,28 @@ class ReIDModel(nn.Module):
             "image_mean": list(self.image_mean),
             "image_std": list(self.image_std),
         }
+
+
+class HeadOutput(NamedTuple):
+    compared: list
+    logits: list
+    features: torch.Tensor
+
+
+class BNNeck(nn.BatchNorm1d):
+    """BatchNorm with its bias frozen at 0. Computes in at least float32 and keeps its weights in it."""
+
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        self.bias.requires_grad_(False)
+
+    def forward(self, features):
+        return super().forward(features.to(self.weight.dtype))
+
+    def _apply(self, fn, recurse=True):
+        # model.half() and model.to(torch.bfloat16) would round the running averages.
+        def keep_precision(tensor):
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(keep_precision, recurse)

@@ -1,4 +1,4 @@
-"""Reports as one HTML file each, charts as SVG, cards in Markdown. For others: `Report`, `line_chart`, `histogram`."""
+"""HTML reports, SVG charts and Markdown cards. The public API: `Report`, `Tile`, `line_chart`, `histogram`."""
 
 from utils import opened_when_used
 

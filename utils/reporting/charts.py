@@ -1,7 +1,7 @@
-"""Line charts and histograms as inline SVG: no plotting library, and the page's own colours in light and dark.
+"""Line charts and histograms as inline SVG, without a plotting library.
 
-Lines differ by colour and by dash, so that they can be told apart in print. Shapes carry only class names; the
-colours are in `templates/report.css`.
+Lines differ by colour and by dash, so that they differ in print too. Shapes have class names only; the colours, light
+and dark, are in `templates/report.css`.
 """
 
 import math
@@ -13,12 +13,14 @@ WIDTH, HEIGHT = 460, 280
 LEFT, RIGHT, TOP, BOTTOM = 66, 16, 34, 44
 LEGEND_LINE = 18
 MAX_POINTS = 400
+# The width of a letter, and the space between a marker and its label.
+LETTER, GAP = 7, 5
 
 
 def line_chart(
     series, *, title, x_label, y_label, x_log=False, y_log=False, x_range=None, y_range=None, percent=False, dots=False
 ):
-    """SVG of `series`, a list of (name, xs, ys). More than 400 points are averaged in groups of neighbours.
+    """The SVG of `series`, a list of (name, xs, ys). More than 400 points are averaged in groups of neighbours.
 
     Values that are not finite, or not positive on a log axis, leave a gap. `percent` writes y values 0..1 as 0..100 %.
     """
@@ -45,7 +47,7 @@ def line_chart(
 
 
 def histogram(groups, edges, *, title, x_label, y_label="share", markers=()):
-    """SVG of histograms over the same `edges`: `groups` is a list of (name, counts), each drawn as shares of its sum.
+    """The SVG of histograms over the same `edges`: `groups` is a list of (name, counts), drawn as shares of their sum.
 
     `markers` is a list of (x, label): vertical lines, such as thresholds.
     """
@@ -65,27 +67,19 @@ def histogram(groups, edges, *, title, x_label, y_label="share", markers=()):
         parts.append(
             Markup('<path class="area s{0}" d="{1}Z"/><path class="line s{0}" d="{1}"/>').format(number, path)
         )
-    lines, labels = [], []
-    for index, (x, label) in enumerate(markers):
-        # The label stands on the side with more room, each a line lower than the one before.
-        side, anchor = (5, "start") if x_scale(x) < (LEFT + WIDTH) / 2 else (-5, "end")
-        line = Markup('<line class="marker" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>')
-        lines.append(line.format(x_scale(x), TOP, HEIGHT - BOTTOM))
-        text = Markup('<text class="marked" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
-        labels.append(text.format(x_scale(x) + side, TOP + 12 + 14 * index, anchor, label))
-    # All lines before all labels, so that none is crossed out.
-    parts += lines + labels
+    parts.append(_markers([(x_scale(x), label) for x, label in markers]))
     legend, lines = _legend([name for name, _ in shares])
     return _svg(title, [*parts, legend], lines)
 
 
 class _Scale:
-    """Value to coordinate, linear or logarithmic, with round ticks."""
+    """Maps values to coordinates, on a linear or logarithmic axis with round ticks."""
 
     def __init__(self, values, limits, log, start, end):
         low, high = limits or (min(values), max(values))
-        if low == high:
-            low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+        # Means of equal values may differ in their last digits.
+        if high - low <= 1e-9 * max(abs(low), abs(high)):
+            low, high = around(low, log)
         self.low, self.high, self.log, self.start, self.end = low, high, log, start, end
         self.ticks = _log_ticks(low, high) if log else _ticks(low, high)
 
@@ -95,6 +89,13 @@ class _Scale:
             low, high, value = math.log10(low), math.log10(high), math.log10(value)
         share = (value - low) / (high - low)
         return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
+
+
+def around(value, log):
+    """The limits of an axis for a single value: the value is in the middle; a linear axis contains zero."""
+    if log:
+        return value / 2, value * 2
+    return (-0.5, 0.5) if value == 0 else (min(0.0, 2 * value), max(0.0, 2 * value))
 
 
 def _ticks(low, high, wanted=5):
@@ -112,7 +113,7 @@ def _log_ticks(low, high):
 
 
 def _number(value, largest=None):
-    """Short text of a value; the ticks of an axis are written alike, by the `largest` of them."""
+    """A value as short text; `largest`, the largest tick, gives all ticks of an axis the same format."""
     if value == 0:
         return "0"
     size = abs(value if largest is None else largest)
@@ -188,22 +189,44 @@ def _axes(x_scale, y_scale, x_label, y_label, percent):
     return Markup("").join(parts)
 
 
+def _markers(markers):
+    """Vertical lines at the coordinates, each with a label that no other line crosses."""
+    line = Markup('<line class="marker" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>')
+    text = Markup('<text class="marked" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
+    lines, labels = [], []
+    for index, (x, label) in enumerate(markers):
+        # The label goes to the side with more room, below the label before it, and past the lines nearby.
+        side, anchor = (1, "start") if x < (LEFT + WIDTH) / 2 else (-1, "end")
+        width, label_x = LETTER * len(str(label)), x
+        for other in sorted((other for other, _ in markers), reverse=side < 0):
+            if 0 < side * (other - label_x) < width + 2 * GAP:
+                label_x = other
+        y = TOP + 12 + 14 * index
+        lines.append(line.format(x, x, TOP, HEIGHT - BOTTOM))
+        if label_x != x:
+            # A short line joins the marker to a label that was moved.
+            lines.append(line.format(x, label_x + side * (GAP - 2), y - 4, y - 4))
+        labels.append(text.format(label_x + side * GAP, y, anchor, label))
+    # Labels are drawn after all lines, so that no line covers one.
+    return Markup("").join(lines + labels)
+
+
 def _legend(names):
-    """Names above the chart, in as many lines as they need: (parts, lines)."""
+    """The names above the chart, in as many lines as they need: (SVG, number of lines)."""
     if len(names) < 2:
         return Markup(""), 1
     room = WIDTH - RIGHT - LEFT - 28
-    places, x, line = [], LEFT, 0
+    entries, x, line = [], LEFT, 0
     for name in map(str, names):
         short = name if 7 * len(name) <= room else name[: room // 7 - 1] + "…"
         if x > LEFT and x + 28 + 7 * len(short) > WIDTH - RIGHT:
             x, line = LEFT, line + 1
-        places.append((short, name, x, line))
+        entries.append((short, name, x, line))
         x += 44 + 7 * len(short)
     parts = []
-    for number, (short, name, x, its) in enumerate(places):
-        # The last line stands where a single one would; those before it rise above the chart's upper edge.
-        y = 14 - LEGEND_LINE * (line - its)
+    for number, (short, name, x, row) in enumerate(entries):
+        # The last line is at the place of a single line; earlier lines extend above the chart.
+        y = 14 - LEGEND_LINE * (line - row)
         parts.append(
             Markup(
                 '<line class="line s{}" x1="{}" x2="{}" y1="{y}" y2="{y}"/>'

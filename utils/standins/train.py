@@ -4,7 +4,7 @@
     python -m utils.standins.train --output_dir OUT --scale 0.01      # the same in two minutes, for a look
 
 Parts can run side by side (`--parts vae`, `--parts clip captioner`, then `--parts unet`, then `--parts save`); each
-keeps its state under `--work_dir` and goes on from there.
+keeps its state under `--work_dir` and continues from there.
 """
 
 import argparse
@@ -82,7 +82,7 @@ class Wanderers(People):
         return draw_image(synthetic.appearance(*row[:2]), pose, self.camera(row)[1], rng, synthetic.SIZE)
 
     def words(self, number):
-        """What cannot be told is None."""
+        """What a picture does not show is None."""
         place, _ = self.camera(self.rows[number])
         scene = place and ("indoors" if place in INDOORS else "outdoors")
         return super().words(number) | {"place": place, "scene": scene}
@@ -311,8 +311,8 @@ def train_captioner(people, eye_steps, steps, work_dir, batch=64, questions_each
     def lesson(step):
         with half():
             numbers, seen = look(step)
-            told = teacher(seen)
-        losses = [F.cross_entropy(one.float(), wanted[numbers, part]) for part, one in enumerate(told)]
+            listed = teacher(seen)
+        losses = [F.cross_entropy(one.float(), wanted[numbers, part]) for part, one in enumerate(listed)]
         return sum(losses) / len(losses)
 
     def loss_of(step):
@@ -324,10 +324,10 @@ def train_captioner(people, eye_steps, steps, work_dir, batch=64, questions_each
         # The upper garment has the most to tell.
         others = [key for key in QUESTIONS if key != "upper"]
         for key in ("upper", *random.Random(step).sample(others, questions_each - 1)):
-            told = [number for number, one in enumerate(truth) if one[key] is not None]
-            ask = tokenizer([QUESTIONS[key]] * len(told), return_tensors="pt")
+            listed = [number for number, one in enumerate(truth) if one[key] is not None]
+            ask = tokenizer([QUESTIONS[key]] * len(listed), return_tensors="pt")
             # A mirrored picture still shows a side: the view has no left or right.
-            say = tokenizer([truth[number][key] for number in told], padding=True, return_tensors="pt").input_ids
+            say = tokenizer([truth[number][key] for number in listed], padding=True, return_tensors="pt").input_ids
             labels = say.masked_fill(say == tokenizer.pad_token_id, -100)
             # An answer opens with the decoder's own start token in place of [CLS], which is never asked for.
             say[:, 0] = captioner.decoder_start_token_id
@@ -336,7 +336,7 @@ def train_captioner(people, eye_steps, steps, work_dir, batch=64, questions_each
                 thought = captioner.text_encoder(
                     input_ids=ask.input_ids,
                     attention_mask=ask.attention_mask,
-                    encoder_hidden_states=seen[told],
+                    encoder_hidden_states=seen[listed],
                     return_dict=False,
                 )[0]
                 logits = captioner.text_decoder(input_ids=say, encoder_hidden_states=thought).logits

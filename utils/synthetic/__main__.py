@@ -2,7 +2,7 @@
 
     python -m utils.synthetic --domain a --num_ids 8 --out sheet.png
 
-Identities downwards, their pictures by camera to the right.
+Each row shows the pictures of one identity, sorted by camera.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from utils.synthetic.world import SIZE, camera_of, check_request, render
 
 
 def contact_sheet(domain, num_ids=8, images_per_id=8, seed=0):
-    """Identities downwards, their pictures camera by camera to the right."""
+    """A sheet with one row per identity, its pictures sorted by camera."""
     check_request(domain, num_ids, images_per_id, seed)
     height, width = SIZE
     sheet = Image.new("RGB", (images_per_id * (width + 4) + 4, num_ids * (height + 4) + 18), (250, 250, 250))

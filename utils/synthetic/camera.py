@@ -1,4 +1,4 @@
-"""One camera's picture of a pedestrian: background, occlusion and weather, then what lens and sensor do to it.
+"""One camera's picture of a pedestrian: background, occlusion and weather, then the effects of lens and sensor.
 
 Everything is drawn at twice the final size and reduced once, so edges are smooth.
 """
@@ -170,7 +170,7 @@ def paint_hall(ink, rng, width, height, horizon):
 
 
 def paint_clutter(ink, rng, width, height, horizon):
-    """No place at all, in any colours: of no domain, for teaching what belongs to a person and what does not."""
+    """Random shapes and colours, used by no domain: for training to separate a person from the background."""
 
     def colour():
         return tuple(rng.randint(0, 255) for _ in range(3))
@@ -178,7 +178,7 @@ def paint_clutter(ink, rng, width, height, horizon):
     fill(ink, (0, 0, width, horizon), colour(), colour())
     fill(ink, (0, horizon, width, height), colour(), colour())
     for _ in range(40):
-        x, y, wide, tall = (rng.randint(0, most) for most in (width, height, 60, 90))
+        x, y, wide, tall = (rng.randint(0, limit) for limit in (width, height, 60, 90))
         draw = rng.choice((ink.rectangle, ink.ellipse))
         draw((x, y, x + wide, y + tall), fill=rng.choice((colour(), rng.choice(list(COLOURS.values())))))
 
@@ -249,7 +249,7 @@ def draw_occluder(image, rng, kind):
 
 
 def draw_image(person, pose, camera, rng, size):
-    """The finished picture: background, person, occlusion, weather, then what the lens and sensor do to it."""
+    """The finished picture: background, person, occlusion, weather, then the effects of lens and sensor."""
     height, width = size[0] * SCALE, size[1] * SCALE
     scene = background(camera["style"], camera["variant"], width * 3, height)
     x = rng.randint(0, width * 2)

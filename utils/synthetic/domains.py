@@ -1,4 +1,4 @@
-"""The domains of the synthetic world: a place, the clothes worn there, and four cameras that see it differently."""
+"""The domains of the synthetic world: a place, the clothes worn there, and four different cameras."""
 
 INDOORS = ("in a metro station", "in a shop", "in an indoor hall")
 
@@ -26,7 +26,7 @@ def camera(style, variant, **changes):
     return values | changes
 
 
-# The place in words, weights of the colours above and below, of `synthetic.UPPER_KINDS`, and the cameras.
+# The place in words; weights of the colours of upper and lower clothes and of `synthetic.UPPER_KINDS`; the cameras.
 DOMAINS = {
     "a": {
         "place": "on a bright campus",

@@ -1,7 +1,7 @@
-"""Draws one pedestrian, with Pillow and nothing else: body, clothes, hair and what is carried.
+"""Draws one pedestrian with Pillow only: body, clothes, hair and carried objects.
 
-`world` decides who is drawn and how they move, `camera` where they stand and what the camera makes of it. Points of a
-body are (x, u): x in body heights right of the middle, u in body heights above the ground.
+`world` chooses appearance and pose, `camera` the place in the picture and the camera's effects. Points of a body are
+(x, u): x in body heights right of the middle, u in body heights above the ground.
 """
 
 import math

@@ -1,11 +1,12 @@
-"""The built-in world: pedestrians drawn by code, so that everything runs anywhere and nobody's privacy is in it.
+"""The built-in world: pedestrians drawn by code, so that everything runs without downloads or real people's images.
 
     python -m utils.synthetic --domain a --num_ids 8 --out sheet.png
 
-A domain is a set of cameras with a place, a light and a palette of clothes; an identity is body, skin, hair, garments,
-shoes, bag and hat. (domain, seed, pid, camid, index) decides every pixel, on every machine with the same Pillow:
-another version moves a few edges by a shade. The true attributes are there as words, so captions and filters can be
-checked against truth. Domains a to e are for training and testing, f to h only for pre-training the stand-in models.
+A domain is a set of cameras with a place, a light and a palette of clothes. An identity has a body, skin, hair,
+clothes, shoes, bag and hat. (domain, seed, pid, camid, index) determines every pixel on every machine with the same
+version of Pillow; another version changes a few edges slightly. The true attributes are available as words, so
+captions and filters can be checked against them. Domains a to e are for training and testing, f to h only for
+pre-training the stand-in models.
 """
 
 import functools
@@ -24,7 +25,7 @@ SIZE = (128, 64)
 PROTOCOL = "synthetic"
 NAME = re.compile(r"synthetic-([a-z])/s(\d+)/(\d{4,})_c(\d+)_(\d{4,})\.png")
 MIN_IMAGES_PER_ID = 3
-# Words of every attribute; captions and the tokenizer of the stand-ins are made from these.
+# The words of every attribute; captions and the stand-ins' tokenizer are made from them.
 UPPER_KINDS = ("t-shirt", "shirt", "jacket", "coat", "hoodie")
 PATTERNS = ("plain", "striped", "checked", "dotted", "printed")
 LOWER_KINDS = ("trousers", "shorts", "skirt")
@@ -34,75 +35,77 @@ HATS = ("none", "cap", "beanie")
 VIEWS = ("front", "back", "left", "right")
 
 
-def choose(rng, weights):
+def weighted_choice(rng, weights):
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
 def tint(rng, colour):
-    """The same word covers many cloths: one shade of the colour."""
+    """A random shade of the colour: one word stands for many shades."""
     level = rng.uniform(0.86, 1.12)
     return tuple(max(0, min(255, round(channel * level + rng.uniform(-12, 12)))) for channel in colour)
 
 
 @functools.lru_cache(maxsize=4096)
 def appearance(domain, pid, seed=0):
-    """Everything that stays the same about one identity: words, colours and proportions."""
+    """The constant properties of one identity: words, colours and proportions."""
     spec = DOMAINS[domain]
     rng = random.Random(f"person/{domain}/{seed}/{pid}")
-    who = {
+    person = {
         "build": rng.uniform(0.84, 1.22),
         "height": rng.uniform(0.93, 1.04),
         "skin": rng.randrange(len(SKIN)),
         "hair_kind": rng.choice(HAIR_KINDS),
-        "hair_colour": choose(rng, {"black": 4, "brown": 4, "blond": 3, "grey": 2, "red": 1}),
+        "hair_colour": weighted_choice(rng, {"black": 4, "brown": 4, "blond": 3, "grey": 2, "red": 1}),
         "upper_kind": rng.choices(UPPER_KINDS, spec["kinds"])[0],
-        "upper_colour": choose(rng, spec["upper"]),
+        "upper_colour": weighted_choice(rng, spec["upper"]),
         "pattern": rng.choices(PATTERNS, (5, 2, 1, 1, 2))[0],
         "lower_kind": rng.choices(LOWER_KINDS, (6, 2, 2))[0],
-        "lower_colour": choose(rng, spec["lower"]),
-        "shoes_colour": choose(rng, {"black": 4, "white": 4, "brown": 2, "red": 1, "blue": 1}),
+        "lower_colour": weighted_choice(rng, spec["lower"]),
+        "shoes_colour": weighted_choice(rng, {"black": 4, "white": 4, "brown": 2, "red": 1, "blue": 1}),
         "carried_kind": rng.choices(CARRIED_KINDS, (4, 3, 2, 2))[0],
-        "carried_colour": choose(
+        "carried_colour": weighted_choice(
             rng, {"black": 3, "brown": 2, "red": 2, "blue": 2, "green": 2, "yellow": 1, "purple": 1}
         ),
         "hat_kind": rng.choices(HATS, (6, 2, 2))[0],
-        "hat_colour": choose(rng, {"black": 3, "red": 2, "blue": 2, "white": 2, "green": 1, "yellow": 1}),
+        "hat_colour": weighted_choice(rng, {"black": 3, "red": 2, "blue": 2, "white": 2, "green": 1, "yellow": 1}),
         "second": rng.choice(("white", "black", "yellow", "red", "blue", "green")),
         "pitch": rng.uniform(0.040, 0.075),
         "print_x": rng.choice((-0.045, 0.0, 0.045)),
     }
-    if who["second"] == who["upper_colour"]:
-        who["second"] = "black" if who["upper_colour"] != "black" else "white"
+    if person["second"] == person["upper_colour"]:
+        person["second"] = "black" if person["upper_colour"] != "black" else "white"
     for part in ("upper", "lower", "shoes", "carried", "hat"):
-        who[f"{part}_rgb"] = tint(rng, COLOURS[who[f"{part}_colour"]])
-    who["hair_rgb"] = tint(rng, HAIR[who["hair_colour"]])
-    who["second_rgb"] = tint(rng, COLOURS[who["second"]])
-    who["inner_rgb"] = tint(rng, COLOURS[rng.choice(("white", "grey", "black", "blue", "red"))])
-    who["sleeve_rgb"] = shade(who["upper_rgb"], 0.94)
-    return who
+        person[f"{part}_rgb"] = tint(rng, COLOURS[person[f"{part}_colour"]])
+    person["hair_rgb"] = tint(rng, HAIR[person["hair_colour"]])
+    person["second_rgb"] = tint(rng, COLOURS[person["second"]])
+    person["inner_rgb"] = tint(rng, COLOURS[rng.choice(("white", "grey", "black", "blue", "red"))])
+    person["sleeve_rgb"] = shade(person["upper_rgb"], 0.94)
+    return person
 
 
 def attributes(domain, pid, seed=0):
-    """The truth about one identity, as words."""
-    who = appearance(domain, pid, seed)
-    pattern = "" if who["pattern"] == "plain" else f"{who['pattern']} "
+    """The true attributes of one identity, as words."""
+    person = appearance(domain, pid, seed)
+    pattern = "" if person["pattern"] == "plain" else f"{person['pattern']} "
     return {
-        "upper": f"{who['upper_colour']} {pattern}{who['upper_kind']}",
-        "upper_colour": who["upper_colour"],
-        "upper_kind": who["upper_kind"],
-        "pattern": who["pattern"],
-        "lower": f"{who['lower_colour']} {who['lower_kind']}",
-        "lower_colour": who["lower_colour"],
-        "lower_kind": who["lower_kind"],
-        "shoes": f"{who['shoes_colour']} shoes",
-        "hair": f"{who['hair_kind']} {who['hair_colour']} hair",
-        "carried": "nothing" if who["carried_kind"] == "nothing" else f"{who['carried_colour']} {who['carried_kind']}",
-        "hat": "none" if who["hat_kind"] == "none" else f"{who['hat_colour']} {who['hat_kind']}",
+        "upper": f"{person['upper_colour']} {pattern}{person['upper_kind']}",
+        "upper_colour": person["upper_colour"],
+        "upper_kind": person["upper_kind"],
+        "pattern": person["pattern"],
+        "lower": f"{person['lower_colour']} {person['lower_kind']}",
+        "lower_colour": person["lower_colour"],
+        "lower_kind": person["lower_kind"],
+        "shoes": f"{person['shoes_colour']} shoes",
+        "hair": f"{person['hair_kind']} {person['hair_colour']} hair",
+        "carried": "nothing"
+        if person["carried_kind"] == "nothing"
+        else f"{person['carried_colour']} {person['carried_kind']}",
+        "hat": "none" if person["hat_kind"] == "none" else f"{person['hat_colour']} {person['hat_kind']}",
     }
 
 
 def caption(words, noun="person"):
-    """One sentence in a fixed order from `attributes` (and a place, an action or a view where given)."""
+    """One sentence in a fixed order from `attributes` (and from a place, an action or a view if there is one)."""
     parts = [f"wearing a {words['upper']}, {words['lower']} and {words['shoes']}", f"with {words['hair']}"]
     if words["carried"] != "nothing":
         parts.append(f"carrying a {words['carried']}")
@@ -113,7 +116,7 @@ def caption(words, noun="person"):
 
 
 def pose_of(domain, pid, camid, index, seed=0):
-    """What differs from picture to picture, and the generator that goes on to draw it."""
+    """(the properties that differ between pictures, the generator for the rest of the picture)."""
     lens = DOMAINS[domain]["cameras"][camid]
     rng = random.Random(f"image/{domain}/{seed}/{pid}/{camid}/{index}")
     walking = rng.random() < 0.75
@@ -133,7 +136,7 @@ def pose_of(domain, pid, camid, index, seed=0):
 
 
 def describe(domain, pid, camid, index, seed=0):
-    """`attributes` and what is true of one picture only: action, view, place and scene."""
+    """`attributes`, and the properties of one picture: action, view, place and scene."""
     pose, _ = pose_of(domain, pid, camid, index, seed)
     view = {"front": "seen from the front", "back": "seen from behind"}.get(pose["view"], "seen from the side")
     action = "walking" if pose["walking"] else "standing"
@@ -149,14 +152,14 @@ def render(domain, pid, camid, index, seed=0):
 
 
 def camera_of(domain, pid, index, seed=0):
-    """The camera of an identity's picture: two in one camera, then on to the next, starting anywhere."""
+    """The camera of an identity's picture: two pictures in each camera in turn, from a random first camera."""
     count = len(DOMAINS[domain]["cameras"])
     start = random.Random(f"route/{domain}/{seed}/{pid}").randrange(count)
     return (start + index // 2) % count
 
 
 def file_name(domain, pid, camid, index, seed=0):
-    """Depends on nothing but its arguments; cameras count from 1 in file names, as in the benchmarks."""
+    """The file name of a picture; cameras count from 1 in file names, as in the benchmarks."""
     return f"synthetic-{domain}/s{seed}/{pid:04d}_c{camid + 1}_{index:04d}.png"
 
 
@@ -184,7 +187,7 @@ class SyntheticFileSystem(AbstractFileSystem):
         if mode != "rb":
             raise ValueError(f"the synthetic world can only be read, got mode {mode!r}")
         buffer = io.BytesIO()
-        # Stored, not deflated: that would take as long as the drawing.
+        # Not compressed: compression would take as long as drawing.
         render(**parse_name(self._strip_protocol(path))).save(buffer, "PNG", compress_level=0)
         buffer.seek(0)
         return buffer
@@ -212,17 +215,17 @@ def check_request(domain, num_ids, images_per_id, seed):
 def rows(domain="a", num_ids=32, images_per_id=8, seed=0):
     """{split: [(path, pid, camid)]}: `num_ids` identities for training and as many others for testing.
 
-    Larger numbers only add rows. Even identities train, odd ones test. An identity's first picture in a camera is a
-    query, the rest are gallery.
+    With larger numbers, rows are only added. Even identities train, odd ones test. An identity's first picture in a
+    camera is a query, its other pictures are in the gallery.
     """
     check_request(domain, num_ids, images_per_id, seed)
     splits = {"train": [], "query": [], "gallery": []}
     for pid in range(2 * num_ids):
-        seen = set()
+        seen_cameras = set()
         for index in range(images_per_id):
             camid = camera_of(domain, pid, index, seed)
-            split = "train" if pid % 2 == 0 else ("gallery" if camid in seen else "query")
-            seen.add(camid)
+            split = "train" if pid % 2 == 0 else ("gallery" if camid in seen_cameras else "query")
+            seen_cameras.add(camid)
             splits[split].append((file_name(domain, pid, camid, index, seed), pid, camid))
     return {
         split: sorted(entries, key=lambda entry: (entry[1], entry[2], entry[0])) for split, entries in splits.items()

@@ -1,13 +1,13 @@
-"""Checkpoints of a training: written aside and renamed, checked when read, old ones removed last.
+"""Checkpoints of a training: written to a temporary folder, renamed, checked when read; old ones are removed last.
 
     checkpoint-120/
-        state.json            step, place in the epoch, arguments: whatever the script keeps there
-        model.safetensors     what training changes (frozen weights of a known origin stay out)
+        state.json            step, place in the epoch, arguments, and what else the script stores there
+        model.safetensors     the tensors that training changes (frozen weights of a known origin are left out)
         optimizer.pt, rng-0.pt, ...
-        files.json            SHA-256 of all others: a folder without it, or that differs from it, is damaged
+        files.json            SHA-256 of all other files: a folder without it, or that differs from it, is damaged
 
-With DeepSpeed the model and optimizer files are DeepSpeed's own, in `deepspeed/`. What a killed run leaves is hidden
-(`.checkpoint-120.part`, `.checkpoint-80.old`) and goes with the next checkpoint.
+With DeepSpeed the model and optimizer files are DeepSpeed's own, in `deepspeed/`. A killed run leaves hidden folders
+(`.checkpoint-120.part`, `.checkpoint-80.old`), which the next checkpoint removes.
 """
 
 import json
@@ -32,26 +32,28 @@ LATEST = "latest"
 
 
 def list_checkpoints(folder):
-    """{step: path} of the checkpoints in a folder, in order of steps."""
+    """{step: path} of the checkpoints in a folder, in the order of their steps."""
     folder = Path(folder)
     entries = folder.iterdir() if folder.is_dir() else ()
-    found = {int(match[1]): path for path in entries if (match := NAME.fullmatch(path.name)) and path.is_dir()}
-    return dict(sorted(found.items()))
+    checkpoints = {int(match[1]): path for path in entries if (match := NAME.fullmatch(path.name)) and path.is_dir()}
+    return dict(sorted(checkpoints.items()))
 
 
-def find_checkpoint(output_dir, asked):
-    """The folder `--resume_from_checkpoint` means: `latest` (None where there is none yet), a name or a path."""
-    if asked == LATEST:
+def find_checkpoint(output_dir, name_or_path):
+    """The folder for `--resume_from_checkpoint`: `latest` (None if there is none yet), a name or a path."""
+    if name_or_path == LATEST:
         return next(reversed(list_checkpoints(output_dir).values()), None)
-    for path in (Path(output_dir) / asked, Path(asked)):
+    for path in (Path(output_dir) / name_or_path, Path(name_or_path)):
         if path.is_dir():
             return path
-    known = ", ".join(path.name for path in list_checkpoints(output_dir).values()) or "none"
-    raise ValueError(f"there is no checkpoint {asked!r}, neither in {output_dir} (found: {known}) nor as a path")
+    names = ", ".join(path.name for path in list_checkpoints(output_dir).values()) or "none"
+    raise ValueError(
+        f"there is no checkpoint {name_or_path!r}, neither in {output_dir} (found: {names}) nor as a path"
+    )
 
 
 def read_state(path, script):
-    """The content of state.json, once every file of the checkpoint is found whole and `script` is its writer."""
+    """The content of state.json; ValueError if a file is damaged or another script wrote the checkpoint."""
     name = MANIFEST
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
@@ -62,7 +64,7 @@ def read_state(path, script):
         state = json.loads((path / STATE).read_text())
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else error
-        others = [one.name for one in list_checkpoints(path.parent).values() if one != path]
+        others = [checkpoint.name for checkpoint in list_checkpoints(path.parent).values() if checkpoint != path]
         advice = f"; the others there: {', '.join(others)}" if others else ""
         raise ValueError(f"{path} is damaged or no checkpoint of ours: {name}: {reason}{advice}") from None
     if state.get("script") != script:
@@ -70,14 +72,15 @@ def read_state(path, script):
     return state
 
 
-def open_state(args, script, *, effective_batch_size, data, free, say=print):
-    """(checkpoint to go on from or None, the state it stands in): that of the checkpoint, or of a fresh start.
+def open_state(args, script, *, effective_batch_size, data, free, precision=None, say=print):
+    """(checkpoint to resume or None, its state or the state of a new training).
 
-    A state holds what a training must know to go on: step, epoch and batches done in it, the history of its
-    measurements, and the arguments and data it belongs to. Arguments named in `free` may differ.
+    A state holds what a training needs to resume: the step, the epoch and the batches done in it, the history of
+    measurements, the arguments and the data. Arguments named in `free` may differ from the checkpoint's.
     """
     arguments = {**json.loads(to_json(vars(args))), "effective_batch_size": effective_batch_size, "data": data}
     fresh = {"script": script, "step": 0, "epoch": 1, "batch": 0, "history": [], "arguments": arguments}
+    fresh["precision"] = precision
     if not args.resume_from_checkpoint:
         return None, fresh
     path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
@@ -86,7 +89,13 @@ def open_state(args, script, *, effective_batch_size, data, free, say=print):
         return None, fresh
     state = read_state(path, script)
     check_arguments(path, state["arguments"], arguments, free)
-    say(f"Going on from {path}, step {state['step']}")
+    before = state.setdefault("precision", precision)
+    if before != precision:
+        raise ValueError(
+            f"{path} was trained in precision {before}, accelerate's setting is {precision}: give "
+            f"--mixed_precision {before}"
+        )
+    say(f"Resuming from {path}, step {state['step']}")
     return path, state | {"arguments": arguments}
 
 
@@ -96,110 +105,113 @@ def check_arguments(path, before, now, free):
     if names:
         if names == ["data"]:
             raise ValueError(f"{path} was trained on other images than the source holds now")
-        told = "; ".join(
+        listed = "; ".join(
             f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in sorted(names) if name != "data"
         )
         raise ValueError(
-            f"{path} belongs to a run with other arguments: {told}. Give the same, or another --output_dir"
+            f"{path} belongs to a run with other arguments: {listed}. Give the same, or another --output_dir"
         )
 
 
 def save_checkpoint(output_dir, step, state, model, optimizer, *, accelerator, limit=None):
-    """Write `checkpoint-STEP`; called by every process. Returns its path.
+    """Write `checkpoint-STEP` and return its path; every process must call this.
 
-    Then go the oldest beyond `limit`, and those of later steps: this training has replaced the one they are of.
+    Then the oldest checkpoints beyond `limit` are removed, and those of later steps: they belong to an older training
+    that this one replaces.
     """
     final = Path(output_dir) / f"checkpoint-{step}"
-    aside = Path(output_dir) / f".checkpoint-{step}.part"
+    part = Path(output_dir) / f".checkpoint-{step}.part"
     main = accelerator.is_main_process
     if main:
-        for left in Path(output_dir).glob(".checkpoint-*"):
-            shutil.rmtree(left)
-        aside.mkdir(parents=True)
+        for leftover in Path(output_dir).glob(".checkpoint-*"):
+            shutil.rmtree(leftover)
+        part.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
-        write_share(aside, model, optimizer, accelerator)
+        write_share(part, model, optimizer, accelerator)
         accelerator.wait_for_everyone()
         if main:
-            seal(aside, state)
-    # torch and safetensors have errors of their own for a full disk.
+            seal(part, state)
+    # For a full disk, torch and safetensors raise their own error classes.
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
         free = shutil.disk_usage(output_dir).free / 1e9
         raise OSError(f"{final} could not be written ({free:.1f} GB are free there): {error}") from error
     if main:
         replaced = final.with_name(f".{final.name}.old")
         if final.exists():
             os.replace(final, replaced)
-        os.replace(aside, final)
+        os.replace(part, final)
         shutil.rmtree(replaced, ignore_errors=True)
-        found = list_checkpoints(output_dir)
-        kept = [number for number in found if number <= step][-(limit or 0) :]
-        for number in found.keys() - set(kept):
-            put_away(found[number])
+        checkpoints = list_checkpoints(output_dir)
+        kept_steps = [number for number in checkpoints if number <= step][-(limit or 0) :]
+        for number in checkpoints.keys() - set(kept_steps):
+            put_away(checkpoints[number])
     accelerator.wait_for_everyone()
     return final
 
 
-def write_share(aside, model, optimizer, accelerator):
-    """What this process has to write of a checkpoint."""
-    torch.save(random_states(), aside / f"rng-{accelerator.process_index}.pt")
+def write_share(part, model, optimizer, accelerator):
+    """Write this process's part of a checkpoint."""
+    torch.save(random_states(), part / f"rng-{accelerator.process_index}.pt")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        model.save_checkpoint(str(aside / "deepspeed"), "state", exclude_frozen_parameters=True)
+        model.save_checkpoint(str(part / "deepspeed"), "state", exclude_frozen_parameters=True)
     elif accelerator.is_main_process:
-        save_file(changing_tensors(accelerator.unwrap_model(model)), aside / MODEL)
-        kept = {"optimizer": optimizer.state_dict()}
+        save_file(changing_tensors(accelerator.unwrap_model(model)), part / MODEL)
+        states = {"optimizer": optimizer.state_dict()}
         if accelerator.scaler is not None:
-            kept["scaler"] = accelerator.scaler.state_dict()
-        torch.save(kept, aside / OPTIMIZER)
+            states["scaler"] = accelerator.scaler.state_dict()
+        torch.save(states, part / OPTIMIZER)
 
 
-def seal(aside, state):
-    """Add the state and the digests of all files, and wait until everything is on the disk."""
-    (aside / STATE).write_text(to_json(state))
-    names = sorted(str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file())
-    (aside / MANIFEST).write_text(to_json({"files": {name: sha256(aside / name) for name in names}}))
-    for path in aside.rglob("*"):
+def seal(part, state):
+    """Write the state and the digests of all files, and wait until everything is on the disk."""
+    (part / STATE).write_text(to_json(state))
+    names = sorted(str(path.relative_to(part)) for path in part.rglob("*") if path.is_file())
+    (part / MANIFEST).write_text(to_json({"files": {name: sha256(part / name) for name in names}}))
+    for path in part.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
 
 
 def put_away(path):
-    """Remove a checkpoint; killed in the middle, no half of one is left under its name."""
+    """Rename a checkpoint to a hidden name and remove it: a killed process leaves no incomplete checkpoint."""
     hidden = path.with_name(f".{path.name}.old")
     os.replace(path, hidden)
     shutil.rmtree(hidden)
 
 
 def load_checkpoint(path, model, optimizer, *, accelerator):
-    """Fill model, optimizer, loss scale and random states from a checkpoint that `read_state` found whole."""
+    """Load model, optimizer, loss scale and random states from a checkpoint that `read_state` has checked."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if not (path / "deepspeed").is_dir():
-            raise ValueError(f"{path} was written without DeepSpeed; go on without it")
+            raise ValueError(f"{path} was written without DeepSpeed; continue without it")
         load_deepspeed(path / "deepspeed", model)
     else:
         if not (path / MODEL).is_file():
-            raise ValueError(f"{path} was written with DeepSpeed; go on with it")
+            raise ValueError(f"{path} was written with DeepSpeed; continue with it")
         bare = accelerator.unwrap_model(model)
-        tensors, wanted = load_file(path / MODEL), changing_tensors(bare)
-        if unlike := sorted(name for name in {**tensors, **wanted} if _shape(tensors, name) != _shape(wanted, name)):
+        tensors, expected = load_file(path / MODEL), changing_tensors(bare)
+        if unlike := sorted(
+            name for name in {**tensors, **expected} if _shape(tensors, name) != _shape(expected, name)
+        ):
             raise ValueError(f"{path} holds another model: {', '.join(unlike[:3])} differ in shape or are missing")
         bare.load_state_dict(tensors, strict=False)
-        kept = load_plain(path / OPTIMIZER)
-        optimizer.load_state_dict(kept["optimizer"])
-        if (accelerator.scaler is None) != ("scaler" not in kept):
+        saved = load_plain(path / OPTIMIZER)
+        optimizer.load_state_dict(saved["optimizer"])
+        if (accelerator.scaler is None) != ("scaler" not in saved):
             raise ValueError(f"{path} was written with another --mixed_precision")
         if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(kept["scaler"])
+            accelerator.scaler.load_state_dict(saved["scaler"])
     states = path / f"rng-{accelerator.process_index}.pt"
-    # With more processes than before, the new ones have no state of their own and keep theirs.
+    # With more processes than before, the new ones find no state in the checkpoint and keep their current one.
     if states.is_file():
         set_random_states(load_plain(states))
 
 
 def load_deepspeed(folder, model):
-    """By DeepSpeed, which by itself would unpickle anything: here nothing but the classes that it writes itself."""
+    """Load with DeepSpeed, but unpickle only the classes that DeepSpeed writes; it would unpickle anything."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -215,11 +227,11 @@ def load_deepspeed(folder, model):
 
 
 def load_plain(path, map_location="cpu"):
-    """Tensors and plain values of a file of torch.save; code in it does not run, but is an error."""
+    """Tensors and plain values from a torch.save file; code in the file is an error and does not run."""
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        # torch's advice, to allow whatever was found, is left out.
+        # torch's advice to allow the found classes is left out.
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition(". ")[0]
         raise ValueError(f"{path} holds more than tensors and plain values, or is damaged: {reason}") from None
 
@@ -239,7 +251,7 @@ def _shape(tensors, name):
 
 
 def random_states():
-    """Of Python, NumPy and torch, as tensors and plain values."""
+    """The random states of Python, NumPy and torch, as tensors and plain values."""
     version, numbers, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
     states = {

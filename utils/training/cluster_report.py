@@ -1,4 +1,4 @@
-"""Clusters on a report: their numbers by epoch, how far images lie apart, and what the clusters hold."""
+"""Clusters in a report: their numbers by epoch, distances between images, and pictures of clusters."""
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +17,23 @@ CURVES = {
 }
 
 
-def told(record):
-    """A record of a clustering in a line."""
+def describe_clusters(record):
+    """One line of text about a clustering's record."""
     parts = [f"{record['clusters']} clusters", f"{100 * record['noise']:.1f} % in none"]
     if record.get("ari") is not None:
         parts.append(f"ARI {record['ari']:.3f}, NMI {record['nmi']:.3f}")
     return ", ".join(parts)
 
 
-def add_clusters(report, records, found=None):
-    """Curves of `records`, dicts with epoch, clusters, noise, and ari and nmi where truth is known; and how far the
-    images of the last clustering, a `Clusters`, lie apart."""
+def add_clusters(report, records, clusters=None):
+    """Add curves of `records` and, of the last clustering (a `Clusters`), a histogram of distances.
+
+    `records` are dicts with epoch, clusters, noise, and with ari and nmi where true identities are known.
+    """
     report.section(
         "Clusters",
-        "Found anew before every epoch: the point at 0 is of the model before training. True identities, where a set "
-        "has them, are looked at for this page alone.",
+        "Computed anew before every epoch: the point at 0 is of the model before training. True identities, where a "
+        "data set has them, are used for this report only.",
     )
     epochs = [record["epoch"] for record in records]
     charts = []
@@ -41,21 +43,24 @@ def add_clusters(report, records, found=None):
             percent = key == "noise"
             chart = line_chart(series, title=name, x_label="epoch", y_label=name, percent=percent, dots=True)
             charts.append((chart, words))
-    if found is not None:
-        counts = torch.histc(found.reach.float(), BINS, 0, 1).tolist()
+    if clusters is not None:
+        counts = torch.histc(clusters.reach.float(), BINS, 0, 1).tolist()
         chart = histogram(
             [("images", counts)],
             [place / BINS for place in range(BINS + 1)],
             title="Distance to the nearest others",
-            x_label=f"Jaccard distance within which an image has {found.min_samples - 1} others",
-            markers=[(found.eps, f"eps {found.eps:g}")],
+            x_label=f"Jaccard distance within which an image has {clusters.min_samples - 1} others",
+            markers=[(clusters.eps, f"eps {clusters.eps:g}")],
         )
         charts.append((chart, "Images left of eps are cores of clusters."))
     report.charts(charts)
 
 
 def add_contact_sheet(report, dataset, labels, features, truth=None):
-    """Some good clusters, some mixed ones if there are any, and images in none. Without truth: closest and loosest."""
+    """Add pictures of good clusters, of mixed ones if any, and of images in no cluster.
+
+    Without true identities, the closest and the loosest clusters are shown.
+    """
     labels = labels.cpu()
     if labels.max() < 0:
         return
@@ -68,17 +73,17 @@ def add_contact_sheet(report, dataset, labels, features, truth=None):
         truth = torch.as_tensor(truth)
         quality = [float((truth[rows] == truth[rows].mode().values).double().mean()) for rows in members]
         words = "{:.0%} of one identity"
-    order = sorted(range(len(members)), key=lambda one: (-quality[one], -len(members[one]), one))
-    others = [one for one in reversed(order) if one not in order[:SHOWN]][:SHOWN]
+    order = sorted(range(len(members)), key=lambda number: (-quality[number], -len(members[number]), number))
+    others = [number for number in reversed(order) if number not in order[:SHOWN]][:SHOWN]
     kinds = ("Close", order[:SHOWN]), ("Loose", others)
     if truth is not None:
-        kinds = ("Good", order[:SHOWN]), ("Mixed", [one for one in others if quality[one] < 1])
+        kinds = ("Good", order[:SHOWN]), ("Mixed", [number for number in others if quality[number] < 1])
     cards = []
     for kind, chosen in kinds:
-        for one in chosen:
-            rows = members[one]
-            note = f"{len(rows)} images, {words.format(quality[one])}"
-            cards.append({"title": f"{kind}: cluster {one}", "note": note, "tiles": tiles(dataset, rows, truth)})
+        for number in chosen:
+            rows = members[number]
+            note = f"{len(rows)} images, {words.format(quality[number])}"
+            cards.append({"title": f"{kind}: cluster {number}", "note": note, "tiles": tiles(dataset, rows, truth)})
     noise = (labels == NOISE).nonzero().flatten()
     if len(noise):
         cards.append({"title": "In no cluster", "note": f"{len(noise)} images", "tiles": tiles(dataset, noise)})
@@ -90,12 +95,12 @@ def add_contact_sheet(report, dataset, labels, features, truth=None):
 
 
 def tiles(dataset, rows, truth=None):
-    """Pictures of rows, evenly chosen; those of the most frequent identity are marked as matches."""
+    """Pictures of evenly chosen rows; those of the most frequent identity are marked as matches."""
     chosen = rows[torch.linspace(0, len(rows) - 1, min(PICTURES, len(rows))).long()].tolist()
     main = None if truth is None else int(truth[rows].mode().values)
-    made = []
+    pictures = []
     for row in chosen:
         image = dataset[row]["image"]
         match = None if truth is None else bool(truth[row] == main)
-        made.append(Tile(data_uri(image, height=120), dataset[row]["path"].split("/")[-1], match=match))
-    return made
+        pictures.append(Tile(data_uri(image, height=120), dataset[row]["path"].split("/")[-1], match=match))
+    return pictures

@@ -1,10 +1,10 @@
 """Pseudo labels from features: DBSCAN on sparse k-reciprocal Jaccard distances.
 
-    found = cluster(features, eps=0.6)      # Clusters: labels (N,) int64, -1 for noise
-    check_clusters(found)                   # ValueError where they collapsed, with what to turn
-    agreement(found.labels, truth)          # ARI, NMI: for a report
+    clusters = cluster(features, eps=0.6)      # Clusters: labels (N,) int64, -1 for noise
+    check_clusters(clusters)                   # ValueError if they collapsed, with flags to change
+    agreement(clusters.labels, truth)          # ARI, NMI: for a report
 
-`features` (N, D) need not be unit length. Nothing of N x N is kept: memory is that of the pairs within eps.
+`features` (N, D) need not be unit length. No N x N matrix is stored: memory is that of the pairs within eps.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 class Clusters:
     """Labels 0..num_clusters-1 in the order of their first cores, -1 for noise.
 
-    `reach` (N,) is the distance within which a row has `min_samples` rows, itself included: the eps from which on it
+    `reach` (N,) is the distance within which a row has `min_samples` rows, itself included: from this eps on, the row
     is a core of a cluster.
     """
 
@@ -45,35 +45,35 @@ class Clusters:
 
 
 def cluster(features, *, eps=0.6, min_samples=4, k1=30, k2=6, backend="auto"):
-    """One `Clusters` for a number `eps`, a list of them for several: the distances are computed once."""
+    """One `Clusters` for a number `eps`, a list for a list of eps; the distances are computed once."""
     several = isinstance(eps, (list, tuple))
     scales = list(eps) if several else [eps]
     check_settings(len(features), scales, min_samples, k1, k2)
     graph = jaccard_graph(features, k1=k1, k2=k2, max_distance=max(scales), nearest=min_samples, backend=backend)
     near, reach = as_matrix(graph.near), graph.reach[:, -1].cpu()
-    found = [Clusters(dbscan(near, one, min_samples), reach, one, min_samples) for one in scales]
-    return found if several else found[0]
+    clusterings = [Clusters(dbscan(near, scale, min_samples), reach, scale, min_samples) for scale in scales]
+    return clusterings if several else clusterings[0]
 
 
 def check_settings(num_rows, scales, min_samples, k1, k2=1):
     if num_rows <= k1:
         raise ValueError(
-            f"{num_rows} images cannot be clustered by their k1 = {k1} nearest: every image would be a neighbour of "
-            f"every other. Give more images, or lower --k1 well below {num_rows}"
+            f"{num_rows} images cannot be clustered by their --cluster_k1 {k1} nearest: every image would be a "
+            f"neighbour of every other. Give more images, or lower --cluster_k1 well below {num_rows}"
         )
     if num_rows <= k2:
         raise ValueError(
-            f"{num_rows} images cannot be averaged over their k2 = {k2} nearest: all of them would become equal. Give "
-            f"more images, or lower --k2 well below {num_rows}"
+            f"{num_rows} images cannot be averaged over their --cluster_k2 {k2} nearest: all of them would become "
+            f"equal. Give more images, or lower --cluster_k2 well below {num_rows}"
         )
     if not 2 <= min_samples <= num_rows:
         raise ValueError(f"min_samples must be between 2 and the {num_rows} images, got {min_samples}")
-    if not all(0 < one < 1 for one in scales):
+    if not all(0 < scale < 1 for scale in scales):
         raise ValueError(f"eps must be above 0 and below 1, the largest Jaccard distance, got {scales}")
 
 
 def as_matrix(near):
-    """SparseRows as SciPy's matrix; a stored 0 is a distance of 0, an absent entry is far away."""
+    """SparseRows as a SciPy matrix; a stored 0 is a distance of 0, an absent entry means far apart."""
     offsets, columns = near.offsets.cpu().numpy(), near.columns.cpu().numpy()
     return scipy.sparse.csr_matrix((near.values.cpu().numpy(), columns, offsets), shape=[len(offsets) - 1] * 2)
 
@@ -84,35 +84,41 @@ def dbscan(near, eps, min_samples):
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def check_clusters(found, *, where="the images", least=2):
-    """ValueError for fewer than `least` clusters: all is noise, or all is one."""
-    if found.num_clusters >= least:
+def check_clusters(clusters, *, where="the images", least=2):
+    """ValueError for fewer than `least` clusters: all images are noise, or all are in one cluster."""
+    if clusters.num_clusters >= least:
         return
-    quantiles = torch.quantile(found.reach.double(), torch.tensor(SHARES, dtype=torch.float64)).tolist()
-    told = ", ".join(f"{share:.0%} of them within {value:.2f}" for share, value in zip(SHARES, quantiles, strict=True))
-    if found.noise > 0.5:
-        seen = f"{found.noise:.0%} of {where} are in no cluster"
-        turn = f"Raise --eps {found.eps:g}, or lower --min_samples {found.min_samples}; or start from a better model"
+    quantiles = torch.quantile(clusters.reach.double(), torch.tensor(SHARES, dtype=torch.float64)).tolist()
+    listed = ", ".join(
+        f"{share:.0%} of them within {value:.2f}" for share, value in zip(SHARES, quantiles, strict=True)
+    )
+    if clusters.noise > 0.5:
+        problem = f"{clusters.noise:.0%} of {where} are in no cluster"
+        advice = (
+            f"Raise --eps {clusters.eps:g}, or lower --min_samples {clusters.min_samples}; "
+            "or start from a better model"
+        )
     else:
-        seen = f"{1 - found.noise:.0%} of {where} fell into {max(found.num_clusters, 1)}"
-        turn = f"Lower --eps {found.eps:g} or --k1; or start from a better model"
+        problem = f"{1 - clusters.noise:.0%} of {where} fell into {max(clusters.num_clusters, 1)}"
+        advice = f"Lower --eps {clusters.eps:g} or --cluster_k1; or start from a better model"
     raise ValueError(
-        f"the clusters collapsed: {seen}. Distances to the nearest {found.min_samples - 1} others: {told}. {turn}"
+        f"the clusters collapsed: {problem}. Distances to the nearest {clusters.min_samples - 1} others: {listed}. "
+        f"{advice}"
     )
 
 
 def agreement(labels, truth):
-    """ARI and NMI of labels with the true ones, both (N,); every image of the noise counts as a cluster of its own."""
-    alone = singled_out(torch.as_tensor(labels)).numpy()
+    """ARI and NMI of labels with the true labels, both (N,); every image of the noise counts as its own cluster."""
+    single_labels = singled_out(torch.as_tensor(labels)).numpy()
     truth = np.asarray(truth)
     return {
-        "ari": float(adjusted_rand_score(truth, alone)),
-        "nmi": float(normalized_mutual_info_score(truth, alone)),
+        "ari": float(adjusted_rand_score(truth, single_labels)),
+        "nmi": float(normalized_mutual_info_score(truth, single_labels)),
     }
 
 
 def singled_out(labels):
-    """Labels in which every row of the noise has one of its own, numbered after the clusters."""
+    """Labels in which every row of the noise has its own label, numbered after the clusters."""
     noise = labels == NOISE
     numbers = labels.clone()
     numbers[noise] = labels.max() + 1 + torch.arange(int(noise.sum()))
@@ -120,13 +126,13 @@ def singled_out(labels):
 
 
 def reliable(middle, tight, loose, threshold=None):
-    """SpCL's self-paced labels from clusterings at three scales: those of `middle`, unreliable rows singled out to -1.
+    """SpCL's self-paced labels from clusterings at three scales: those of `middle`, with -1 for unreliable rows.
 
     A row's independence is 1 - |C n C_loose| / |C u C_loose| with C its cluster and C_loose its cluster at the looser
-    scale; compactness likewise with the tighter one; both are 0 where the clusters are the same. A cluster is as
-    independent as its best row. Clusters above `threshold` are dissolved (None: the 90 % quantile of this clustering's
-    own, returned for later epochs), and of the others the rows less compact than their best row leave.
-    Returns (labels numbered as in `cluster`, threshold).
+    scale. Its compactness is the same with the tighter scale. Both are 0 where the clusters are equal. The value of a
+    cluster is that of its best row. Clusters with an independence above `threshold` are dissolved; None stands for the
+    90 % quantile of this clustering, which is returned for later epochs. In the other clusters, rows whose compactness
+    is above that of the best row become noise. Returns (labels numbered as in `cluster`, threshold).
     """
     labels = singled_out(middle.labels)
     independence = unlike(labels, singled_out(loose.labels))
@@ -138,24 +144,24 @@ def reliable(middle, tight, loose, threshold=None):
         several = (labels.bincount(minlength=len(labels)) > 1).nonzero().flatten()
         ordered = by_independence[several].sort().values.tolist()
         threshold = ordered[min(len(ordered) - 1, round(0.9 * len(ordered)))] if ordered else 0.0
-    kept = (by_independence[labels] <= threshold) & (compactness <= by_compactness[labels])
-    left = torch.where(kept & (middle.labels != NOISE), middle.labels, NOISE)
-    # A cluster of one image is none.
-    counts = torch.bincount(left[left != NOISE], minlength=len(left))
-    left[(left != NOISE) & (counts[left] < 2)] = NOISE
-    return renumbered(left), threshold
+    is_reliable = (by_independence[labels] <= threshold) & (compactness <= by_compactness[labels])
+    reliable_labels = torch.where(is_reliable & (middle.labels != NOISE), middle.labels, NOISE)
+    # A single image is not a cluster.
+    counts = torch.bincount(reliable_labels[reliable_labels != NOISE], minlength=len(reliable_labels))
+    reliable_labels[(reliable_labels != NOISE) & (counts[reliable_labels] < 2)] = NOISE
+    return renumbered(reliable_labels), threshold
 
 
 def unlike(labels, others):
-    """1 - |A n B| / |A u B| of every row's two clusters, float64."""
+    """1 - |A n B| / |A u B| for the two clusters of every row, float64."""
     pairs = labels * (int(others.max()) + 1) + others
     _, pair, shared = pairs.unique(return_inverse=True, return_counts=True)
-    shared, ours, theirs = shared[pair], labels.bincount()[labels], others.bincount()[others]
-    return 1 - shared.double() / (ours + theirs - shared)
+    shared, size, other_size = shared[pair], labels.bincount()[labels], others.bincount()[others]
+    return 1 - shared.double() / (size + other_size - shared)
 
 
 def renumbered(labels):
     """Labels 0 and up without gaps, in the same order; noise stays."""
-    kept = labels[labels != NOISE].unique()
-    numbers = torch.searchsorted(kept, labels) if len(kept) else labels
+    present = labels[labels != NOISE].unique()
+    numbers = torch.searchsorted(present, labels) if len(present) else labels
     return torch.where(labels == NOISE, NOISE, numbers)

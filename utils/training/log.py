@@ -1,4 +1,4 @@
-"""`log.jsonl`, a line a step, and SIGTERM between two steps."""
+"""`log.jsonl`, one line per step, and the handling of SIGTERM between steps."""
 
 import json
 import math
@@ -8,41 +8,39 @@ from pathlib import Path
 
 import torch
 
-# Scripts find these here, beside what they train with.
-
 
 class StepLog:
-    """`log.jsonl`: one line a step, in whole lines, and nothing in it that differs between two equal runs.
+    """`log.jsonl`: one line per step, written in whole lines, and equal for two equal runs.
 
     Values are tensors that stay on the device until `flush`, which reads them all at once, averages them over the
-    processes, and raises where one is not finite.
+    processes, and raises if one is not finite.
     """
 
     def __init__(self, path, accelerator, *, every=1, describe=None):
         self.path, self.accelerator, self.every = Path(path), accelerator, every
-        # Turns the rows of a step into what an error should name.
+        # Turns the rows of a step into text for an error.
         self.describe = describe or (lambda rows: "")
         self.waiting, self.last = [], None
 
     def cut(self, step, beside=None):
-        """Keep the lines up to a checkpoint's step, of the log `beside` it where there is one; 0 starts anew."""
+        """Keep the lines up to a checkpoint's step, from the log `beside` it if there is one; 0 starts a new log."""
         if self.accelerator.is_main_process:
             path = beside if beside is not None and beside.exists() else self.path
             lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
-            if len(kept) < step:
+            kept_lines = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
+            if len(kept_lines) < step:
                 raise ValueError(
-                    f"{path} has {len(kept)} lines up to the checkpoint's step {step}: it is of another run or "
+                    f"{path} has {len(kept_lines)} lines up to the checkpoint's step {step}: it is of another run or "
                     "damaged. Start anew without --resume_from_checkpoint, or give another --output_dir"
                 )
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            aside = self.path.with_name(self.path.name + ".part")
-            aside.write_text("".join(kept))
-            os.replace(aside, self.path)
+            part = self.path.with_name(self.path.name + ".part")
+            part.write_text("".join(kept_lines))
+            os.replace(part, self.path)
         self.accelerator.wait_for_everyone()
 
     def add(self, step, epoch, lr, values, rows=None):
-        """True when the lines were written."""
+        """Add a step's values; returns whether lines were written."""
         self.waiting.append(({"step": step, "epoch": epoch, "lr": lr}, values, rows))
         if len(self.waiting) >= self.every:
             self.flush()
@@ -56,14 +54,14 @@ class StepLog:
         table = torch.stack(
             [torch.stack([values[name].detach().float() for name in names]) for _, values, _ in waiting]
         )
-        # The gradient norm and the losses of the whole batch are the same everywhere; the others are shares.
+        # The gradient norm and losses of the whole batch are equal on all processes; other values differ.
         table = self.accelerator.reduce(table, reduction="mean")
         lines = [
             head | dict(zip(names, row, strict=True))
             for (head, _, _), row in zip(waiting, table.tolist(), strict=True)
         ]
         bad = [self.not_finite(line, names) for line in lines]
-        good = next((number for number, found in enumerate(bad) if found), len(lines))
+        good = next((number for number, problem in enumerate(bad) if problem), len(lines))
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write("".join(json.dumps(_without_infinity(line)) + "\n" for line in lines[:good]))
@@ -77,7 +75,7 @@ class StepLog:
             )
 
     def not_finite(self, line, names):
-        # With a loss scale the norm may overflow: the scaler leaves out that step and lowers the scale.
+        # With a loss scale the norm may overflow: the scaler skips that step and lowers the scale.
         allowed = ("grad_norm",) if self.accelerator.scaler else ()
         bad = [name for name in names if not math.isfinite(line[name]) and name not in allowed]
         return ", ".join(f"{name} {line[name]}" for name in bad)
@@ -95,7 +93,7 @@ def _without_infinity(line):
 
 
 class StopSignal:
-    """SIGTERM, which clusters send before they kill: asked for between steps, so that a checkpoint can be written."""
+    """Records SIGTERM, which clusters send before they kill, so that a checkpoint can be written between two steps."""
 
     def __init__(self):
         self.received = False
@@ -105,7 +103,7 @@ class StopSignal:
         self.received = True
 
     def asked(self, accelerator):
-        """Whether any process was told to stop; all of them must ask at the same place."""
+        """Whether any process has received SIGTERM; all processes must ask at the same place."""
         if accelerator.num_processes == 1:
             return self.received
         flag = torch.tensor(float(self.received), device=accelerator.device)

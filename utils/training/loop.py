@@ -1,4 +1,15 @@
-"""The loop every training runs: epochs and steps from where a checkpoint stands, logs, measurements, a way to stop."""
+"""The loop of every training: starts or resumes, runs epoch by epoch, logs, saves checkpoints, stops at SIGTERM.
+
+training = Training(args, accelerator, sampler, train, script="train_x.py", data=digest_of(train, labels))
+model, optimizer = accelerator.prepare(model, optimizer_of(args, parameters))
+training.begin(model, optimizer, rates_of(args, optimizer, training.num_steps))
+for epoch in training.epochs():
+    for batch in training.batches(loader):
+        training.log(training_step(...))
+    if training.measures(epoch):
+        training.measure(epoch, model, targets)
+return training.end(report)
+"""
 
 import random
 from pathlib import Path
@@ -6,97 +17,268 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from utils.training.checkpoints import find_checkpoint, save_checkpoint
+from utils.batches.transforms import test_transform
+from utils.evaluation.targets import evaluate_target, results
+from utils.files import run_record, to_json, write_together
+from utils.launch import EXIT_SIGTERM, tracked
+from utils.reporting.report import text_table
+from utils.training.checkpoints import find_checkpoint, load_checkpoint, open_state, save_checkpoint
 from utils.training.log import StepLog, StopSignal
+from utils.training.optimizer import LearningRate, build_optimizer
+from utils.training.report import before_and_after
+
+SHOWN_IMAGES = 64
 
 
-def train_epochs(
-    args,
-    accelerator,
-    state,
-    loader,
-    sampler,
-    rates,
-    *,
-    kept,
-    optimizer,
-    num_steps,
-    step,
-    measure,
-    before=None,
-    rows=None,
-):
-    """All epochs from where `state` stands. Returns the checkpoint's path if SIGTERM ended them, else None.
+class Training:
+    """A training and its progress: `state` holds the step, the epoch, the batches done in it, and the measurements.
 
-    `step(batch)` takes one step and returns its values, `measure(epoch)` evaluates, `before(epoch)` is called when an
-    epoch starts anew or goes on. `kept` is the module whose tensors a checkpoint holds, `rows(batch indices)` names
-    images for an error. `sampler` is a `RemainingBatches`, `loader` gives batches that hold their `indices`.
+    Create it before the model: a checkpoint that is absent, damaged or has other arguments raises at once. `images` is
+    the data set whose row numbers are the batches' `indices`; `data` identifies it in a checkpoint.
     """
-    log = StepLog(Path(args.output_dir) / "log.jsonl", accelerator, every=args.log_every, describe=rows)
-    # Another run's checkpoint may be gone on with in a new folder.
-    came_from = state["step"] and find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    log.cut(state["step"], beside=came_from.parent / "log.jsonl" if came_from else None)
-    stop, saved = StopSignal(), state["step"]
-    bar = tqdm(
-        total=min(num_steps, args.max_train_steps or num_steps),
-        initial=state["step"],
-        desc="training",
-        disable=None if accelerator.is_main_process else True,
-    )
 
-    def save():
-        log.flush()
-        limit = args.checkpoints_total_limit
+    def __init__(self, args, accelerator, sampler, images, *, script, data, free=None, batch_size=None):
+        self.args, self.accelerator, self.sampler, self.images = args, accelerator, sampler, images
+        self.batch_size = batch_size or sampler.batch_size
+        self.path, self.state = open_state(
+            args,
+            script,
+            effective_batch_size=self.batch_size,
+            data=data,
+            free=args.free_on_resume if free is None else free,
+            precision=accelerator.mixed_precision,
+            say=accelerator.print,
+        )
+        self.num_steps = sampler.steps_of(args.num_train_epochs)
+        self.stopped_at = None
+
+    @property
+    def resumed(self):
+        return self.path is not None
+
+    @property
+    def step(self):
+        """Number of completed steps."""
+        return self.state["step"]
+
+    @property
+    def epoch(self):
+        return self.state["epoch"]
+
+    @property
+    def in_mid_epoch(self):
+        """Whether batches of this epoch are done already: the checkpoint then holds its prototypes and clusters."""
+        return self.state["batch"] > 0
+
+    def begin(self, model, optimizer, rates, *, kept=None):
+        """Load the checkpoint into the prepared model and optimizer; write args.json and start the trackers.
+
+        `kept` is the module whose tensors a checkpoint holds, if it is not `model`.
+        """
+        self.kept, self.optimizer, self.rates = kept or model, optimizer, rates
+        if self.resumed:
+            load_checkpoint(self.path, self.kept, optimizer, accelerator=self.accelerator)
+        if self.accelerator.is_main_process:
+            with write_together(self.args.output_dir) as part:
+                part("args.json").write_text(to_json(run_record(self.args)))
+        name = Path(self.state["script"]).stem.removeprefix("train_").split("_")[0]
+        self.accelerator.init_trackers(f"diffreid-{name}", config=tracked(self.args))
+
+    def epochs(self):
+        """The remaining epochs; the last checkpoint is written after them."""
+        args, accelerator, state = self.args, self.accelerator, self.state
+        path = Path(args.output_dir) / "log.jsonl"
+        self.lines = StepLog(path, accelerator, every=args.log_every, describe=self.name_images)
+        # A run may resume another run's checkpoint in a new folder.
+        came_from = self.step and find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        self.lines.cut(self.step, beside=came_from.parent / "log.jsonl" if came_from else None)
+        self.signal, self.saved = StopSignal(), self.step
+        self.bar = tqdm(
+            total=min(self.num_steps, args.max_train_steps or self.num_steps),
+            initial=self.step,
+            desc="training",
+            disable=None if accelerator.is_main_process else True,
+        )
+        while state["epoch"] <= args.num_train_epochs and not self.cut and not self.stopped:
+            self.sampler.set_epoch(state["epoch"], done=state["batch"])
+            yield state["epoch"]
+        if not self.stopped:
+            if self.step > self.saved:
+                self.save()
+            self.bar.close()
+            self.signal.close()
+
+    def batches(self, loader):
+        """The remaining batches of the epoch. After each batch, call `log` before taking the next one."""
+        args, state, epoch = self.args, self.state, self.epoch
+        for batch in loader:
+            self.rate = self.rates.set(epoch, self.step)
+            # Swin drops paths with torch's global generator, which measurements and loaders use too.
+            torch.manual_seed(seed_of(args.seed, self.step, self.accelerator.process_index))
+            self.rows, expected = batch["indices"], self.step + 1
+            yield batch
+            assert self.step == expected, "every batch needs one call of training.log(values)"
+            if self.written and self.signal.asked(self.accelerator):
+                self.stopped_at = self.save()
+                return
+            if self.cut:
+                return
+            if self.step % args.checkpointing_steps == 0:
+                self.save()
+        state["epoch"], state["batch"] = epoch + 1, 0
+
+    def log(self, values):
+        """Log a completed step; `values` are its numbers as tensors on the device."""
+        self.state["step"], self.state["batch"] = self.step + 1, self.state["batch"] + 1
+        self.bar.update()
+        self.written = self.lines.add(self.step, self.epoch, self.rate, values, self.rows)
+        if self.written:
+            last = self.lines.last
+            self.bar.set_postfix({name: f"{last[name]:.3f}" for name in values}, refresh=False)
+
+    def measures(self, epoch):
+        """Whether targets are measured after this epoch."""
+        if self.stopped:
+            return False
+        self.lines.flush()
+        return epoch % self.args.eval_every == 0 or epoch == self.args.num_train_epochs or self.cut
+
+    def measure(self, epoch, model, targets, transform=None):
+        """Measure each target; write the numbers to the history, metrics.json, the console and the trackers."""
+        args, accelerator, state = self.args, self.accelerator, self.state
+        for target in targets:
+            metrics = evaluate_target(
+                model,
+                target,
+                transform or transform_of(model),
+                accelerator=accelerator,
+                batch_size=args.eval_batch_size,
+                num_workers=args.dataloader_num_workers,
+                rerank=reranking_of(args),
+            )
+            place = {"epoch": epoch, "target": target.spec}
+            # A run that resumes in the middle of an epoch measures that epoch again, at its end.
+            others = [entry for entry in state["history"] if {key: entry[key] for key in place} != place]
+            state["history"] = [*others, place | metrics]
+            more = f", means of {len(metrics['splits'])} splits" if "splits" in metrics else ""
+            accelerator.print(
+                f"epoch {epoch}: {target.spec} mAP {100 * metrics['mAP']:.1f} %, "
+                f"Rank-1 {100 * metrics['rank1']:.1f} %{more}"
+            )
+            numbers = {f"{target.spec}/{name}": value for name, value in metrics.items() if isinstance(value, float)}
+            accelerator.log(numbers, step=self.step)
+        if accelerator.is_main_process:
+            with write_together(args.output_dir) as part:
+                part("metrics.json").write_text(to_json(self.results))
+
+    @property
+    def results(self):
+        """The content of metrics.json."""
+        return results(self.state["history"])
+
+    @property
+    def facts(self):
+        """The facts about a training at the top of every report."""
+        return [("Steps", f"{self.step:,}"), ("Batch", self.batch_size), ("Seed", self.args.seed)]
+
+    @property
+    def cut(self):
+        """Whether --max_train_steps ends the training here; the place in the epoch is kept for a run that resumes."""
+        return self.args.max_train_steps is not None and self.step >= self.args.max_train_steps
+
+    @property
+    def stopped(self):
+        """Whether SIGTERM ended the training."""
+        return self.stopped_at is not None
+
+    def save(self):
+        self.lines.flush()
+        self.saved = self.step
         return save_checkpoint(
-            args.output_dir, state["step"], state, kept, optimizer, accelerator=accelerator, limit=limit
+            self.args.output_dir,
+            self.step,
+            self.state,
+            self.kept,
+            self.optimizer,
+            accelerator=self.accelerator,
+            limit=self.args.checkpoints_total_limit,
         )
 
-    while state["epoch"] <= args.num_train_epochs and not done(args, state):
-        epoch = state["epoch"]
-        sampler.set_epoch(epoch, done=state["batch"])
-        if before is not None:
-            before(epoch)
-        for batch in loader:
-            rate = rates.set(epoch, state["step"])
-            # Swin drops paths by torch's own generator, from which measurements and loaders draw too.
-            torch.manual_seed(seed_of(args.seed, state["step"], accelerator.process_index))
-            values = step(batch)
-            state["step"], state["batch"] = state["step"] + 1, state["batch"] + 1
-            bar.update()
-            if log.add(state["step"], epoch, rate, values, batch["indices"]):
-                bar.set_postfix({name: f"{log.last[name]:.3f}" for name in values}, refresh=False)
-                if stop.asked(accelerator):
-                    return save()
-            if done(args, state):
-                break
-            if state["step"] % args.checkpointing_steps == 0:
-                saved = state["step"]
-                save()
-        # A training that --max_train_steps cuts keeps its place in the epoch, for one that goes on.
-        ended = done(args, state)
-        if not ended:
-            state["epoch"], state["batch"] = epoch + 1, 0
-        if epoch % args.eval_every == 0 or epoch == args.num_train_epochs or ended:
-            log.flush()
-            measure(epoch)
-    if state["step"] > saved:
-        save()
-    bar.close()
-    stop.close()
-    return None
+    def name_images(self, rows):
+        """The names of a batch's images on all processes, for an error; only the first ones of a large batch."""
+        rows = sorted(set(self.accelerator.gather(rows.to(self.accelerator.device)).tolist()))
+        more = f" and {len(rows) - SHOWN_IMAGES} others" if len(rows) > SHOWN_IMAGES else ""
+        return f"Images of that batch: {', '.join(self.images[row]['path'] for row in rows[:SHOWN_IMAGES])}{more}. "
+
+    def end(self, report=None, *, upload=None):
+        """Write the report, print the table of results, upload; returns the exit code.
+
+        `report()` returns a `Report` and is called by one process only; `upload(repo_id)` returns an address.
+        """
+        args, accelerator = self.args, self.accelerator
+        accelerator.wait_for_everyone()
+        if self.stopped:
+            accelerator.print(f"SIGTERM: {self.stopped_at} is written; resume with --resume_from_checkpoint latest")
+        elif accelerator.is_main_process:
+            output_dir, history = Path(args.output_dir), self.state["history"]
+            with write_together(output_dir) as part:
+                report().write(part("report.html"))
+            if history:
+                print(text_table(["target", "number", "before", "after", "points"], before_and_after(history)))
+            print(f"Results: {output_dir}; open {output_dir / 'report.html'}")
+            if args.push_to_hub:
+                print(f"Uploaded: {upload(args.hub_model_id or output_dir.resolve().name)}")
+        accelerator.end_training()
+        return EXIT_SIGTERM if self.stopped else 0
 
 
 def seed_of(seed, step, process):
-    """Of what a step drops out on one process: again the same after a resume."""
+    """The seed of dropout in a step on one process: the same after a resume."""
     return random.Random(f"paths/{seed}/{step}/{process}").getrandbits(62)
 
 
-def done(args, state):
-    return args.max_train_steps is not None and state["step"] >= args.max_train_steps
+def transform_of(model):
+    """The transform of a model's images for measurements."""
+    return test_transform(model.image_size, model.image_mean, model.image_std, model.resample)
 
 
-def name_images(accelerator, dataset, rows):
-    """The images of a batch, of all processes, for an error; the first 64 of a large one."""
-    rows = sorted(set(accelerator.gather(rows.to(accelerator.device)).tolist()))
-    more = f" and {len(rows) - 64} others" if len(rows) > 64 else ""
-    return f"Images of that batch: {', '.join(dataset[row]['path'] for row in rows[:64])}{more}. "
+def reranking_of(args):
+    if not getattr(args, "rerank", False):
+        return None
+    return {name: getattr(args, name) for name in ("k1", "k2", "lambda_value")}
+
+
+def trained(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def optimizer_of(args, groups):
+    """The optimizer set by the flags, over parameter groups."""
+    return build_optimizer(
+        groups,
+        getattr(args, "optimizer", "adamw"),
+        learning_rate=args.learning_rate,
+        weight_decay=args.adam_weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+        epsilon=args.adam_epsilon,
+        use_8bit=args.use_8bit_adam,
+    )
+
+
+def rates_of(args, optimizer, num_steps, schedule=None):
+    """The learning rates of --lr_scheduler, or of `schedule`, a function of epoch and step."""
+    return LearningRate(
+        optimizer,
+        schedule or args.lr_scheduler,
+        warmup_epochs=args.lr_warmup_epochs,
+        warmup_factor=args.lr_warmup_factor,
+        milestones=args.lr_milestones,
+        gamma=args.lr_gamma,
+        warmup_steps=args.lr_warmup_steps,
+        num_steps=num_steps,
+    )
+
+
+def norm_of(norm, device):
+    """The gradient norm as a tensor; DeepSpeed returns None before its first step."""
+    return torch.as_tensor(0.0 if norm is None else norm, device=device)

@@ -1,12 +1,11 @@
-"""Optimiser, learning rate, and which parameters decay or learn more slowly."""
+"""Optimiser, learning rate, and which parameters have weight decay or a lower rate."""
 
-# Scripts find these here, beside what they train with.
 import re
 
 import torch
 from diffusers.optimization import get_scheduler
 
-from utils.flags import OWN_SCHEDULE
+from utils.flags import MULTISTEP
 from utils.launch import bitsandbytes_module
 
 
@@ -15,7 +14,7 @@ def build_optimizer(
 ):
     """adam (weight decay as L2), adamw (decoupled) or sgd (momentum betas[0]) over parameter groups.
 
-    In 8 bit, bitsandbytes' Adam and AdamW both decouple the decay.
+    In 8 bit, both Adam and AdamW of bitsandbytes decouple the decay.
     """
     if use_8bit:
         if name == "sgd":
@@ -37,16 +36,16 @@ def warmup_multistep(epoch, warmup_epochs, warmup_factor, milestones, gamma):
 
 
 class LearningRate:
-    """Sets each group's rate to its own `initial_lr` times a factor of (epoch, step), so it resumes by itself.
+    """Sets each group's rate to its `initial_lr` times a factor of (epoch, step): no state is needed to resume.
 
-    `warmup_multistep` moves with epochs; diffusers' schedules with steps out of `num_steps`. A function of epoch and
-    step in place of a name is the factor itself.
+    `warmup_multistep` depends on the epoch; diffusers' schedules depend on the step out of `num_steps`. `name` may be
+    a function of epoch and step instead: it returns the factor.
     """
 
     def __init__(
         self,
         optimizer,
-        name=OWN_SCHEDULE,
+        name=MULTISTEP,
         *,
         warmup_epochs=0,
         warmup_factor=0.1,
@@ -55,73 +54,73 @@ class LearningRate:
         warmup_steps=0,
         num_steps=None,
     ):
-        # Not its groups: loading a state puts others in their place.
+        # Not the groups themselves: loading a state replaces them.
         self.optimizer = optimizer
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         if callable(name):
             self.factor = name
-        elif name == OWN_SCHEDULE:
+        elif name == MULTISTEP:
             self.factor = lambda epoch, step: warmup_multistep(epoch, warmup_epochs, warmup_factor, milestones, gamma)
         else:
-            # diffusers' schedules are factors of the step, one of them also of the rate; the optimiser below only
-            # carries them.
+            # diffusers' schedules are factors that depend on the step, and one of them on the rate too. The optimiser
+            # below only holds them.
             rate = optimizer.param_groups[0]["initial_lr"]
             carrier = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
             by_step = get_scheduler(name, carrier, num_warmup_steps=warmup_steps, num_training_steps=num_steps)
             self.factor = lambda epoch, step: by_step.lr_lambdas[0](step)
 
     def set(self, epoch, step):
-        """For the step about to be taken: `epoch` from 1, `step` from 0. Returns the first group's rate."""
+        """Set the rates for the next step: `epoch` from 1, `step` from 0. Returns the first group's rate."""
         factor = self.factor(epoch, step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         return self.optimizer.param_groups[0]["lr"]
 
 
-# Biases and positions that are stored as tables.
+# Parameters that are tables of biases or positions, or a class token.
 TABLES = ("relative_position_bias_table", "position_embedding", "class_embedding")
 BLOCKS = re.compile(r"\b(?:stages|layers|layer)\.(\d+)(?:\.(?:layers|blocks)\.(\d+))?")
 AFTER_ALL_BLOCKS = ("post_layernorm", "visual_projection", "layernorm")
 
 
 def decays(name, parameter):
-    """Weights of layers do; norms, biases and tables of positions do not."""
+    """Whether a parameter has weight decay: weights of layers do; norms, biases and tables of positions do not."""
     return parameter.ndim > 1 and not any(table in name for table in TABLES)
 
 
 def block_sizes(names):
-    """Blocks in each stage of a backbone, by its parameter names; a stage without inner blocks is one."""
-    found = {}
+    """Number of blocks in each stage of a backbone, from its parameter names; a stage without blocks counts as one."""
+    sizes = {}
     for name in names:
         if match := BLOCKS.search(name):
             stage, block = int(match[1]), int(match[2] or 0)
-            found[stage] = max(found.get(stage, 0), block + 1)
-    return [found[stage] for stage in sorted(found)]
+            sizes[stage] = max(sizes.get(stage, 0), block + 1)
+    return [sizes[stage] for stage in sorted(sizes)]
 
 
 def depths(backbone):
-    """({name: depth of its block, from 0 for what comes before the blocks}, depth of what comes after them)."""
+    """({parameter name: depth}, depth of what comes after all blocks); what comes before the blocks has depth 0."""
     names = [name for name, _ in backbone.named_parameters()]
     sizes = block_sizes(names)
     last = sum(sizes) + 1
-    found = {}
+    depth_of = {}
     for name in names:
         match = BLOCKS.search(name)
         if match:
             stage = int(match[1])
-            # What leads from a stage to the next belongs to its last block.
+            # Layers between two stages belong to the last block of the first one.
             block = int(match[2]) if match[2] is not None else sizes[stage] - 1
-            found[name] = sum(sizes[:stage]) + block + 1
+            depth_of[name] = sum(sizes[:stage]) + block + 1
         else:
-            found[name] = last if any(part in AFTER_ALL_BLOCKS for part in name.split(".")) else 0
-    return found, last
+            depth_of[name] = last if any(part in AFTER_ALL_BLOCKS for part in name.split(".")) else 0
+    return depth_of, last
 
 
 def parameter_groups(model, *, learning_rate, weight_decay, layer_decay=1.0):
-    """Groups for an optimiser over a model with a `backbone`; all else learns at the full rate.
+    """Groups for an optimiser over a model with a `backbone`; parameters outside it have the full rate.
 
-    The rate of a backbone's parameter is `layer_decay` times that of the block after it.
+    The rate of each block of the backbone is `layer_decay` times that of the block after it.
     """
     depth, last = depths(model.backbone)
     groups = {}

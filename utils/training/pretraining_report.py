@@ -1,4 +1,4 @@
-"""The page of a pre-training, and the picture of its first batch."""
+"""The report of a pre-training, and the picture of its first batch."""
 
 from pathlib import Path
 
@@ -7,15 +7,15 @@ import torch.nn.functional as F
 
 from utils.batches.augmentation import to_picture
 from utils.batches.mixing import mix_images
-from utils.diffusion.denoising import sheet
 from utils.files import write_together
-from utils.training.report import build_page
+from utils.reporting.report import sheet
+from utils.training.report import training_report
 
 BATCH = Path("samples", "batch.png")
 
 
 def draw_batch(output_dir, images, mix, mean, std):
-    """The first images as the network sees them, mixed, or each with its crops: `samples/batch.png`."""
+    """Draw the first images as the network sees them, mixed, or each with its crops: `samples/batch.png`."""
     if isinstance(images, dict):
         size = images["whole"].shape[-2:]
         parts = [F.interpolate(crops, size=size, mode="bilinear") for crops in images["parts"][:4]]
@@ -24,20 +24,17 @@ def draw_batch(output_dir, images, mix, mean, std):
         rows = mix_images(images[:16], mix).split(8)
         rows = [row for row in rows if len(row) == len(rows[0])]
     pictures = [[to_picture(image, mean, std) for image in row] for row in rows]
-    with write_together(Path(output_dir) / BATCH.parent) as aside:
-        sheet(pictures).save(aside(BATCH.name), "PNG")
+    with write_together(Path(output_dir) / BATCH.parent) as part:
+        sheet(pictures).save(part(BATCH.name), "PNG")
 
 
-def write_page(output_dir, history, facts):
-    samples = [("first batch", output_dir / BATCH)] if (output_dir / BATCH).exists() else []
-    page = build_page(
+def pretraining_report(output_dir, history, facts):
+    return training_report(
         "Pre-training",
         output_dir,
         history,
         lead="A backbone, its plain features measured before and after on people it was not trained on.",
         facts=facts,
-        samples=samples,
+        samples=[("first batch", output_dir / BATCH)] if (output_dir / BATCH).exists() else [],
         sample_words="Images as the network sees them: augmented and mixed, or each with its crops.",
     )
-    with write_together(output_dir) as aside:
-        page.write(aside("report.html"))

@@ -1,4 +1,4 @@
-"""The page of a training: numbers before and after, curves, samples."""
+"""The report of a training: numbers before and after, curves, samples."""
 
 import json
 from pathlib import Path
@@ -23,26 +23,26 @@ WORDS = {
     "loss_mixed": "Classification of the mixed domain, by the shares of both.",
     "loss_bridge": "Distance of mixed features to both they come from.",
     "loss_diversity": "The more the ratios of mixtures differ, the lower.",
-    "loss_scatter": "Cosine of features to the centre of their domain, on domains held for known ones.",
-    "loss_shuffle": "Other domains nearer than other people of the own domain, likewise.",
-    "loss_inner_triplet": "Images of one identity nearer than those of others, likewise.",
-    "loss_meta_test": "The same on the other domains, once norms have followed the three losses before.",
+    "loss_scatter": "Cosine of features to the centre of their domain, on the domains used as known ones.",
+    "loss_shuffle": "Other domains nearer than other people of the same domain, on the known domains.",
+    "loss_inner_triplet": "Images of one identity nearer than those of others, on the known domains.",
+    "loss_meta_test": "The same on the other domains, after a trial update of the norms by the three losses above.",
     "rho": "Mean share of batch normalisation in the norms; the rest is instance normalisation.",
-    "accuracy": "Share of images whose identity is told; of mixed images, by the shares of both.",
+    "accuracy": "Share of images whose identity is right; of mixed images, by the shares of both.",
     "teacher_entropy": "Of the teacher's answers; near 0 or near the logarithm of their number it has collapsed.",
     "grad_norm": "Length of the gradient, before any clipping.",
     "lr": "Learning rate.",
 }
-# What every line has beside the losses and measures of its training.
+# The entries that every line of the log has, beside losses and measures of the method.
 PLACE = ("step", "epoch", "lr", "grad_norm")
 
 
 def before_and_after(history):
-    """Rows of text: target, number, before, after, difference in points; of re-ranking too where it was measured."""
+    """Rows of text: target, number, before, after, difference in points; also for re-ranking if it was measured."""
     rows = []
-    for spec in dict.fromkeys(one["target"] for one in history):
-        its = [one for one in history if one["target"] == spec]
-        first, last = its[0], its[-1]
+    for spec in dict.fromkeys(entry["target"] for entry in history):
+        entries = [entry for entry in history if entry["target"] == spec]
+        first, last = entries[0], entries[-1]
         kinds = [("", first, last)]
         if "reranked" in last:
             kinds.append((" (re-ranked)", first["reranked"], last["reranked"]))
@@ -56,14 +56,14 @@ def before_and_after(history):
 
 
 def with_deviation(numbers, key):
-    """A share, and how far it differs between the splits of a set that has several."""
+    """A share in percent, with its standard deviation over the splits of a data set that has several."""
     if "std" not in numbers:
         return percent(numbers[key])
     return f"{100 * numbers[key]:.1f} ± {100 * numbers['std'][key]:.1f} %"
 
 
-def build_page(title, output_dir, history, *, lead="", facts=(), samples=(), sample_words=""):
-    """A `Report` from the history of measurements, log.jsonl, and pictures (name, file) of samples."""
+def training_report(title, output_dir, history, *, lead="", facts=(), samples=(), sample_words=""):
+    """A `Report` made from the history of measurements, log.jsonl, and pictures (name, file) of samples."""
     report = Report(title, subtitle=lead, facts=facts)
     if history:
         add_numbers(report, history)
@@ -80,28 +80,31 @@ def build_page(title, output_dir, history, *, lead="", facts=(), samples=(), sam
     return report
 
 
-def spread(items, most):
-    """The first, the last, and as many evenly between them."""
-    if len(items) <= most:
+def spread(items, limit):
+    """At most `limit` items, evenly chosen, with the first and the last."""
+    if len(items) <= limit:
         return list(items)
-    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
+    return [items[round(place * (len(items) - 1) / (limit - 1))] for place in range(limit)]
 
 
 def add_numbers(report, history):
     report.section("Before and after", "Epoch 0 is the model before any training.")
-    targets = list(dict.fromkeys(one["target"] for one in history))
+    targets = list(dict.fromkeys(entry["target"] for entry in history))
     for spec in targets:
-        its = [one for one in history if one["target"] == spec]
+        entries = [entry for entry in history if entry["target"] == spec]
         report.tiles(
-            [(NUMBERS[key], percent(its[-1][key]), f"was {percent(its[0][key])}, {spec}") for key in ("mAP", "rank1")]
+            [
+                (NUMBERS[key], percent(entries[-1][key]), f"was {percent(entries[0][key])}, {spec}")
+                for key in ("mAP", "rank1")
+            ]
         )
     report.table(["target", "number", "before", "after", "points"], before_and_after(history), text_columns=2)
     charts = []
     for key in ("mAP", "rank1"):
         series = []
         for spec in targets:
-            its = [one for one in history if one["target"] == spec]
-            series.append((spec, [one["epoch"] for one in its], [one[key] for one in its]))
+            entries = [entry for entry in history if entry["target"] == spec]
+            series.append((spec, [entry["epoch"] for entry in entries], [entry[key] for entry in entries]))
         chart = line_chart(
             series, title=f"{NUMBERS[key]} by epoch", x_label="epoch", y_label=NUMBERS[key], percent=True, dots=True
         )

@@ -1,1 +1,5 @@
-"""Weights of other projects, in the names of our model. Nothing is unpickled but tensors."""
+"""Weights of other projects, renamed for our model. Only tensors are unpickled."""
+
+from utils import opened_when_used
+
+__getattr__ = opened_when_used(__name__, {"dcac": "read_dcac_checkpoint"})

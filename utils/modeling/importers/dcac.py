@@ -1,4 +1,4 @@
-"""The checkpoints released by DCAC's authors, in the names of our model. Weights only: no code is ever unpickled."""
+"""The checkpoints released by DCAC's authors, renamed for our model. Only weights are read: no code is unpickled."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig
 
 from utils.modeling.backbones import checked_image_size
 
-# OpenAI's CLIP names on the left, transformers' on the right; {} is the number of the block.
+# OpenAI's CLIP names on the left, those of transformers on the right.
 NAMES = {
     "conv1.weight": "embeddings.patch_embedding.weight",
     "class_embedding": "embeddings.class_embedding",
@@ -30,7 +30,7 @@ HEAD_WIDTH = 64
 
 
 def read_dcac_checkpoint(path, image_size=None):
-    """(CLIPVisionConfig, image_size, num_ids, state dict for ReIDModel) of an authors' file.
+    """(CLIPVisionConfig, image_size, num_ids, state dict for ReIDModel) from a file of the authors.
 
     Width, depth and patch follow from the shapes. The grid is twice as high as wide unless `image_size` is given.
     """
@@ -58,12 +58,12 @@ def read_dcac_checkpoint(path, image_size=None):
         hidden_act="quick_gelu",
     )
 
-    tower = {ours: encoder[theirs] for theirs, ours in NAMES.items()}
+    tower = {our_name: encoder[dcac_name] for dcac_name, our_name in NAMES.items()}
     for block in range(depth):
         old, new = f"transformer.resblocks.{block}.", f"encoder.layers.{block}."
         for kind in ("weight", "bias"):
-            for theirs, ours in BLOCK_NAMES.items():
-                tower[f"{new}{ours}.{kind}"] = encoder[f"{old}{theirs}.{kind}"]
+            for dcac_name, our_name in BLOCK_NAMES.items():
+                tower[f"{new}{our_name}.{kind}"] = encoder[f"{old}{dcac_name}.{kind}"]
             for letter, part in zip("qkv", encoder[f"{old}attn.in_proj_{kind}"].chunk(3), strict=True):
                 tower[f"{new}self_attn.{letter}_proj.{kind}"] = part
     state = {f"backbone.model.vision_model.{name}": tensor for name, tensor in tower.items()}
@@ -75,14 +75,14 @@ def read_dcac_checkpoint(path, image_size=None):
 
 
 def encoder_tensors(path):
-    """What lies under `encoder.` in the file; `denoiser.` and all else is left aside."""
+    """The tensors under `encoder.` in the file; `denoiser.` and everything else is left out."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no checkpoint at {str(path)!r}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # A damaged pickle can raise anything. torch's own text is left out: it advises to run the code in the file.
+        # A damaged pickle can raise any error. torch's text is left out: it advises to run the code in the file.
         raise ValueError(
             f"{str(path)!r} cannot be opened as a PyTorch file of plain tensors ({type(error).__name__}): it is "
             "damaged, or holds other objects, which are never unpickled"
@@ -100,15 +100,15 @@ def encoder_tensors(path):
                 raise ValueError(f"{name} in {str(path)!r} is a {type(value).__name__}, not a tensor")
             tensors[name.removeprefix("encoder.")] = value
     if not tensors:
-        found = ", ".join(sorted(map(str, content))[:5]) or "nothing"
+        names = ", ".join(sorted(map(str, content))[:5]) or "nothing"
         raise ValueError(
-            f"{str(path)!r} is not a DCAC checkpoint: it has no tensors under 'encoder.' (found: {found})"
+            f"{str(path)!r} is not a DCAC checkpoint: it has no tensors under 'encoder.' (found: {names})"
         )
     return tensors
 
 
 def check_shapes(path, encoder, neck, depth):
-    """Every tensor of a CLIP image encoder with BNNeck, in its shape, and no other."""
+    """ValueError unless the tensors are exactly those of a CLIP image encoder with BNNeck, in their shapes."""
 
     def refuse(reason):
         raise ValueError(f"{str(path)!r} is not a DCAC checkpoint of a CLIP ViT encoder: {reason}")
@@ -123,7 +123,7 @@ def check_shapes(path, encoder, neck, depth):
         refuse("it has no image_encoder.transformer.resblocks")
     mlp = tuple(getattr(encoder.get("transformer.resblocks.0.mlp.c_fc.weight"), "shape", ()))[:1]
     projection = tuple(getattr(encoder.get("proj"), "shape", ()))[1:]
-    # -1: any length
+    # -1 stands for any length.
     shapes = dict.fromkeys(NAMES, (width,)) | {
         "conv1.weight": tuple(patches.shape),
         "positional_embedding": (-1, width),
@@ -150,11 +150,11 @@ def check_shapes(path, encoder, neck, depth):
     neck_shapes = {f"bnneck.{name}": projection for name in ("weight", "bias", "running_mean", "running_var")}
     optional = {"bnneck.num_batches_tracked": (), "fc.weight": (-1, *projection)}
 
-    for found, wanted, may in ((encoder, shapes, {}), (neck, neck_shapes, optional)):
-        if missing := [name for name in wanted if name not in found]:
+    for tensors, expected, optional_shapes in ((encoder, shapes, {}), (neck, neck_shapes, optional)):
+        if missing := [name for name in expected if name not in tensors]:
             refuse(f"{len(missing)} tensors are missing, such as {missing[0]}")
-        for name, tensor in found.items():
-            shape = wanted.get(name, may.get(name))
+        for name, tensor in tensors.items():
+            shape = expected.get(name, optional_shapes.get(name))
             if shape is None:
                 refuse(f"{name} is not part of one")
             fits = len(shape) == tensor.dim() and all(a in (-1, b) for a, b in zip(shape, tensor.shape, strict=True))

@@ -1,0 +1,104 @@
+"""Batches by pseudo label: P clusters with K images each, and the same number of images of a labelled source."""
+
+import itertools
+import random
+
+
+class PseudoBatches:
+    """A batch sampler; yields lists of (row, key of the draw), this process's share: source, then target.
+
+    `camids`: the cameras of all rows, source and target. Before an epoch's batches, `take` sets the target's labels.
+    """
+
+    def __init__(self, batch_size, images_per_id, steps, camids, *, source_labels=(), seed=0, rank=0, num_processes=1):
+        self.batch_size, self.images_per_id, self.steps, self.seed = batch_size, images_per_id, steps, seed
+        self.camids = camids
+        self.share = slice(rank * batch_size // num_processes, (rank + 1) * batch_size // num_processes)
+        self.num_source = len(source_labels)
+        if batch_size % images_per_id or batch_size % num_processes:
+            raise ValueError(
+                f"a batch of {batch_size} cannot be split into identities with {images_per_id} images each and shared "
+                f"evenly by {num_processes} processes"
+            )
+        self.source, self.target = rows_of(source_labels), None
+        if self.source and len(self.source) < batch_size // images_per_id:
+            raise ValueError(
+                f"a batch needs {batch_size // images_per_id} identities of the source ({batch_size} images, "
+                f"{images_per_id} of each), but there are only {len(self.source)}: use a smaller batch or more images "
+                "of each"
+            )
+        self.epoch = self.done = 0
+
+    def set_epoch(self, epoch, done=0):
+        """`done` batches of the epoch have been trained on before."""
+        self.epoch, self.done = epoch, done
+
+    def take(self, labels):
+        """Set the labels (N,) of the target's images; those with -1 are left out."""
+        self.target = rows_of(labels.tolist(), first=self.num_source)
+        if not self.target:
+            raise ValueError(f"all {len(labels)} images are in no cluster: there is nothing to make batches of")
+
+    def global_batches(self):
+        """(source rows, target rows) of every batch of the epoch; source rows are empty without a source."""
+        source = self.batches_of(self.source, "source") if self.source else itertools.repeat([])
+        yield from itertools.islice(zip(source, self.batches_of(self.target, "target"), strict=False), self.steps)
+
+    def batches_of(self, owners, name):
+        """Batches without end, each of P of `owners` (the rows of each). With fewer than P, owners are repeated."""
+        rng = random.Random(f"{name}/{self.seed}/{self.epoch}")
+        num_owners = self.batch_size // self.images_per_id
+        while True:
+            order = rng.sample(owners, len(owners))
+            if len(order) < num_owners:
+                order = list(itertools.islice(itertools.cycle(order), num_owners))
+            for start in range(0, len(order) - num_owners + 1, num_owners):
+                yield [row for rows in order[start : start + num_owners] for row in self.group(rng, rows)]
+
+    def group(self, rng, rows):
+        """K of `rows`: all and some again if there are at most K; else one row and others, of other cameras if any."""
+        size = self.images_per_id
+        if len(rows) <= size:
+            return rows + rng.choices(rows, k=size - len(rows))
+        first = rng.choice(rows)
+        others = [row for row in rows if self.camids[row] != self.camids[first]]
+        others = others or [row for row in rows if row != first]
+        enough = len(others) >= size - 1
+        return [first, *(rng.sample(others, size - 1) if enough else rng.choices(others, k=size - 1))]
+
+    def __iter__(self):
+        for number, batch in enumerate(self.global_batches()):
+            if number < self.done:
+                continue
+            keyed = []
+            for name, rows in zip(("source", "target"), batch, strict=True):
+                first = number * self.batch_size
+                keys = [(row, f"{self.seed}/{self.epoch}/{name}/{first + place}") for place, row in enumerate(rows)]
+                keyed += keys[self.share]
+            yield keyed
+
+    def __len__(self):
+        return self.steps - self.done
+
+    def steps_of(self, epochs):
+        return epochs * self.steps
+
+
+def rows_of(labels, first=0):
+    """[rows of a label, ...], numbered from `first`; rows with a negative label are left out."""
+    rows = {}
+    for row, label in enumerate(labels, first):
+        if label >= 0:
+            rows.setdefault(label, []).append(row)
+    return [rows[label] for label in sorted(rows)]
+
+
+def in_groups(labels, size, seed):
+    """Labels in which noise is divided into random groups of `size`, with new labels after those of the clusters."""
+    noise = (labels < 0).nonzero().flatten().tolist()
+    random.Random(f"groups/{seed}").shuffle(noise)
+    grouped = labels.clone()
+    first = int(labels.max()) + 1
+    for place, row in enumerate(noise):
+        grouped[row] = first + place // size
+    return grouped

@@ -1,0 +1,100 @@
+"""Details of a ranking: ranked lists, camera pairs, confusions."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels import cosine_topk
+from utils.datasets.schema import UNKNOWN
+from utils.evaluation.metrics import can_match, rank
+
+
+def is_match(queries, gallery, row, column):
+    """Whether a query row and a gallery row show the same identity; None for a query of unknown identity."""
+    query_pid, gallery_pid = int(queries.pids[row]), int(gallery.pids[column])
+    return None if query_pid == UNKNOWN else query_pid == gallery_pid
+
+
+def dropped(queries, gallery, rows, columns, protocol):
+    """Mask of the pairs (rows, columns) that the protocol drops; both are index tensors of one shape."""
+    if protocol == "all":
+        return torch.zeros_like(columns, dtype=torch.bool)
+    same_identity = (queries.pids[rows] == gallery.pids[columns]) & (queries.pids[rows] != UNKNOWN)
+    return same_identity & (queries.camids[rows] == gallery.camids[columns])
+
+
+def ranked_lists(queries, gallery, k, *, protocol="market", reranking=None, backend="auto"):
+    """The first k kept gallery rows of each query: indices (Q, k), -1 where fewer are kept, and distances (Q, k).
+
+    `reranking`: a `kernels.ReRanking` that gives the order and the distances; the default is the cosine distance.
+    """
+    if not 1 <= k <= len(gallery):
+        raise ValueError(f"asked for {k} ranked images of a gallery of {len(gallery)}; ask for 1 to {len(gallery)}")
+    wanted = min(len(gallery), k + _most_dropped(queries, gallery, protocol))
+    if reranking is None:
+        scores, columns = cosine_topk(queries.features, gallery.features, wanted, backend=backend)
+        distances = (2 - 2 * scores).clamp(min=0)
+    else:
+        scores, columns = reranking.topk(wanted)
+        distances = -scores
+    columns, distances = columns.to(queries.pids.device), distances.to(queries.pids.device)
+    rows = torch.arange(len(queries), device=columns.device)[:, None].expand_as(columns)
+    is_dropped = dropped(queries, gallery, rows, columns, protocol)
+    # A stable sort by "dropped" moves the kept images to the front and preserves their order.
+    order = is_dropped.to(torch.int8).argsort(dim=1, stable=True)[:, :k]
+    is_dropped, columns, distances = (values.gather(1, order) for values in (is_dropped, columns, distances))
+    return columns.masked_fill(is_dropped, -1), distances.masked_fill(is_dropped, torch.inf)
+
+
+def _most_dropped(queries, gallery, protocol):
+    if protocol == "all":
+        return 0
+    labels = torch.cat([torch.stack([side.pids, side.camids], 1) for side in (queries, gallery)])
+    _, groups = torch.unique(labels, dim=0, return_inverse=True)
+    counts = torch.bincount(groups[len(queries) :], minlength=int(groups.max()) + 1)
+    return int(counts[groups[: len(queries)]].max())
+
+
+def camera_pairs(queries, gallery, *, protocol="market", backend="auto"):
+    """mAP of each query camera against each gallery camera: (query cameras, gallery cameras, table of mAP or None)."""
+    query_cameras, gallery_cameras = (side.camids.unique().tolist() for side in (queries, gallery))
+    table = []
+    for query_camera in query_cameras:
+        camera_queries = queries.take((queries.camids == query_camera).nonzero().flatten())
+        row = []
+        for gallery_camera in gallery_cameras:
+            camera_gallery = gallery.take((gallery.camids == gallery_camera).nonzero().flatten())
+            pair_protocol = "all" if protocol == "all" else "market"
+            row.append(
+                float(rank(camera_queries, camera_gallery, protocol=pair_protocol, backend=backend).mAP)
+                if can_match(camera_queries, camera_gallery, protocol)
+                else None
+            )
+        table.append(row)
+    return query_cameras, gallery_cameras, table
+
+
+@dataclass
+class Confusion:
+    """Two confused identities: how many queries ranked the other one first, and the closest pair of rows."""
+
+    pids: tuple
+    count: int
+    distance: float
+    query: int
+    gallery: int
+
+
+def confusions(queries, gallery, indices, distances, limit=8):
+    """The `limit` most frequent confusions: queries whose first image in the ranked lists shows another identity."""
+    by_pair = {}
+    for row, (column, distance) in enumerate(zip(indices[:, 0].tolist(), distances[:, 0].tolist(), strict=True)):
+        query_pid, gallery_pid = int(queries.pids[row]), int(gallery.pids[column])
+        if column < 0 or UNKNOWN in (query_pid, gallery_pid) or query_pid == gallery_pid:
+            continue
+        pair = (min(query_pid, gallery_pid), max(query_pid, gallery_pid))
+        confusion = by_pair.setdefault(pair, Confusion(pair, 0, float("inf"), row, column))
+        confusion.count += 1
+        if distance < confusion.distance:
+            confusion.distance, confusion.query, confusion.gallery = distance, row, column
+    return sorted(by_pair.values(), key=lambda item: (-item.count, item.distance, item.pids))[:limit]
