@@ -96,7 +96,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 @pytest.mark.slow
 def test_clusters_that_collapse_are_a_result(tmp_path, capsys):
     """A run of its own that ends with the script's one line; anything else that goes wrong stops the whole."""
-    target = ["--target", "synthetic:domain=b,num_ids=4,images_per_id=4", "--k1", "6", "--eps", "0.001"]
+    target = ["--target", "synthetic:domain=b,num_ids=4,images_per_id=4", "--cluster_k1", "6", "--eps", "0.001"]
     small = ["--resolution", "32", "16", "--train_batch_size", "4", "--images_per_id", "2", "--min_samples", "6"]
     for _ in range(2):
         adaptation.run("adapt_reid.py", tmp_path / "x", [*target, *small], "model/model.safetensors")
@@ -104,5 +104,9 @@ def test_clusters_that_collapse_are_a_result(tmp_path, capsys):
     assert "are in no cluster" in said and capsys.readouterr().out.count("adapt_reid.py x") == 1
     found = adaptation.found_in(tmp_path / "x", "pre-trained", "b, SpCL", 0)
     assert found["collapsed"] and len(next(iter(found["targets"].values()))) == 1
-    with pytest.raises(ValueError, match="adapt_reid.py stopped: .*cannot be clustered by their k1 = 16"):
-        adaptation.run("adapt_reid.py", tmp_path / "y", [*target, *small, "--k1", "16"], "model/model.safetensors")
+    with pytest.raises(
+        ValueError, match="adapt_reid.py stopped: .*cannot be clustered by their --cluster_k1 16 nearest"
+    ):
+        adaptation.run(
+            "adapt_reid.py", tmp_path / "y", [*target, *small, "--cluster_k1", "16"], "model/model.safetensors"
+        )
