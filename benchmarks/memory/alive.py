@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive while code runs; with fake tensors, neither memory nor a GPU is needed."""
+"""Bytes of tensors alive while code runs; with fake tensors, this needs neither memory nor a GPU."""
 
 import weakref
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Alive(TorchDispatchMode):
-    """`now` and `peak` count every tensor that an operation returned, or that was `add`ed, until it is let go."""
+    """`now` and `peak` count every tensor that an operation returned or that was added, until it is freed."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class Alive(TorchDispatchMode):
 
 
 def hollow(module, device="cpu"):
-    """Inside a FakeTensorMode: the module's tensors become fake ones of the same shapes and types."""
+    """Inside a FakeTensorMode: replace the module's tensors by fake ones of the same shapes and types."""
     for part in module.modules():
         for name, tensor in part._parameters.items():
             if tensor is not None:
@@ -52,7 +52,7 @@ def hollow(module, device="cpu"):
 
 @contextmanager
 def gpu_autocast(dtype):
-    """torch.autocast("cuda"), also where there is no GPU: for types, not for values."""
+    """torch.autocast("cuda") that also works without a GPU: for types, not for values."""
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", dtype)
     torch.autocast_increment_nesting()

@@ -1,21 +1,22 @@
-"""What DCAC costs beside its baseline: parameters, FLOPs and memory, counted without a GPU, and time, measured.
+"""What DCAC costs beside its baseline: parameters, FLOPs and memory, counted without a GPU.
 
-    python -m benchmarks.memory.dcac_overhead --table
-    python -m benchmarks.memory.dcac_overhead --table --json TABLE.json --step_json STEPS.json
-    python -m benchmarks.memory.dcac_overhead --memory --json MEMORY.json        # GiB of tensors alive; three minutes
-    python -m benchmarks.memory.dcac_overhead --step --json STEP.json            # on a GPU: ms, ratios, peak GiB
-    python -m benchmarks.memory.dcac_overhead --step --size block --modes lora   # the same on a CPU
+    python -m benchmarks.memory.dcac_overhead --table --results_dir benchmarks/results   # a minute on a CPU
+    python -m benchmarks.memory.dcac_overhead --table --json FILE
+    python -m benchmarks.memory.dcac_overhead --memory --json benchmarks/results/dcac_memory.json   # three minutes
 
 The real architectures (CLIP ViT-B/16 at 256x128, Stable Diffusion 1.5 at 128x128, 751 identities, batch 64) are built
-from their configuration on the meta device, by the functions training uses, and run there: no weights, no memory.
-Forward TFLOPs include the VAE, as the paper's do. A whole step is counted through a real backward pass in two ways.
-ours: latents come from the cache, activations are kept. paper: the VAE encodes every image and the U-Net's residual
-and transformer blocks are computed twice; paper_whole: the same with all of the U-Net computed twice.
+from their configuration on the meta device, by the functions that training uses, and run there: no weights, no memory.
+Forward TFLOPs include the VAE, as the paper's do. A whole step is counted through a real backward pass in three ways.
+ours: latents come from the cache, activations are kept. paper: the VAE encodes every image, and the U-Net's residual
+and transformer blocks are computed twice. paper_whole: the same with all of the U-Net computed twice.
+
+With --table, --json FILE holds `{mode: {"ours": {"params_m", "tflops"}, "paper": {...}}}` and nothing else, for other
+programs; --results_dir writes the same numbers as result files (dcac_table.json and dcac_step_flops.json).
+`benchmarks.speed.dcac_step` measures time and memory of real steps.
 """
 
 # isort: off
 # First, so that bitsandbytes is quiet about our package of kernels.
-from benchmarks.common import environment
 import utils  # noqa: F401
 
 # isort: on
@@ -28,15 +29,20 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
 
-from benchmarks.common import (
+from benchmarks.common import GIB, cell, command_line, write_json, write_result
+from benchmarks.memory.alive import Alive, hollow
+from benchmarks.memory.cards import training_cards
+from benchmarks.models import (
     BATCH,
     CLIP,
     IMAGE_SIZE,
     LATENT_SIZE,
+    MODES,
     NUM_IDS,
     RANK,
     SCHEDULE,
@@ -44,14 +50,15 @@ from benchmarks.common import (
     UNET,
     VAE,
     WIDTH,
-    packages,
-)
-from benchmarks.speed import dcac_step
+    Step,
+    configurations,
+    sizes,
+)  # fmt: skip
 from utils.diffusion.schedule import NoiseSchedule, noise_loss
 from utils.diffusion.unet import set_unet_mode
-from utils.files import to_json, write_together
 from utils.modeling.backbones import backbone_from_config
 from utils.modeling.reid_model import ReIDModel
+from utils.reporting.report import text_table
 
 # Published: millions of trainable parameters, forward TFLOPs.
 PAPER = {
@@ -63,8 +70,11 @@ PAPER = {
     "partial-2": (696.41, 8.50),
     "full": (946.03, 8.50),
 }
-MODES = tuple(PAPER)[2:]
 WAYS = ("ours", "paper", "paper_whole")
+# Ways of a step whose memory is counted.
+COUNTED = ("ours", "outer", "all")
+TABLE_COLUMNS = ["mode", "parameters (M), ours", "paper", "forward TFLOPs, ours", "paper"]
+STEP_COLUMNS = ["mode", "TFLOPs of a step, ours", "the paper's way", "all of the U-Net twice"]
 
 
 class Parts(NamedTuple):
@@ -77,7 +87,7 @@ class Parts(NamedTuple):
 
 
 class Recomputed(nn.Module):
-    """A network that keeps no activations at all for the backward pass."""
+    """A network that keeps no activations for the backward pass."""
 
     def __init__(self, network):
         super().__init__()
@@ -131,7 +141,7 @@ def training_loss(parts, batch, way):
     if way == "paper_whole":
         unet = Recomputed(unet)
     condition = (torch.softmax(output.logits / TAU, dim=1) @ parts.prompts)[:, None]
-    # The authors' blocks are computed again to their end, needed or not.
+    # The authors' code computes each block again to its end, needed or not.
     with nullcontext() if way == "ours" else set_checkpoint_early_stop(False):
         return loss + noise_loss(unet, parts.schedule, latents, batch["noise"], batch["timesteps"], condition)
 
@@ -191,63 +201,87 @@ def count_all():
     return table, steps
 
 
-def print_table(table, steps):
-    print(f"{'':<12}{'trainable parameters (M)':^26}{'forward TFLOPs, batch 64':^26}")
-    print(f"{'mode':<12}{'ours':>13}{'paper':>13}{'ours':>13}{'paper':>13}")
-    for mode, row in table.items():
-        ours, paper = row["ours"], row["paper"]
-        numbers = ours["params_m"], paper["params_m"], ours["tflops"], paper["tflops"]
-        print(f"{mode:<12}" + "".join(f"{number:>13.2f}" for number in numbers))
-    print(f"\n{'':<12}{'TFLOPs of a whole step, forward and backward (times the baseline)':^66}")
-    print(f"{'mode':<12}{'ours':>18}{'the paper’s way':>22}{'all U-Net twice':>22}")
-    for mode, row in steps.items():
-        cells = [f"{row[way]['tflops']:.2f} ({row[way]['ratio']:.2f}x)" for way in WAYS if way in row]
-        print(f"{mode:<12}{cells[0]:>18}" + "".join(f"{cell:>22}" for cell in cells[1:]))
+def table_rows(table):
+    """Trainable millions and forward TFLOPs of a batch of 64, ours and the paper's."""
+    return [
+        [mode, *(f"{row[who][key]:.2f}" for key in ("params_m", "tflops") for who in ("ours", "paper"))]
+        for mode, row in table.items()
+    ]
 
 
-def write(path, content):
-    with write_together(path.parent) as part:
-        part(path.name).write_text(to_json(content), encoding="utf-8")
+def step_rows(steps):
+    """TFLOPs of a whole step, forward and backward, and times the baseline's."""
+    return [
+        [mode, *(f"{row[way]['tflops']:.2f} ({row[way]['ratio']:.2f}x)" if way in row else "-" for way in WAYS)]
+        for mode, row in steps.items()
+    ]
+
+
+def counted_memory(size, mode, way, *, batch, dtype=torch.bfloat16):
+    """GiB of tensors alive at the peak of a step: the second step, when the optimiser has its state."""
+    step = Step(size, mode, way, batch=batch, dtype=dtype, device="meta")
+    with FakeTensorMode():
+        hollow(step.model)
+        if step.vae is not None:
+            hollow(step.vae)
+        step.device = torch.device("cpu")
+        step.batch = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in step.batch.items()}
+        step.prepare()
+        with Alive() as alive:
+            for module in filter(None, (step.model, step.vae)):
+                alive.add(*module.parameters(), *module.buffers())
+            alive.add(*step.batch.values())
+            for _ in range(2):
+                step.run()
+    return alive.peak / GIB
+
+
+def count_memory(args):
+    """{mode: {way: {batch: GiB}}} of tensors alive at the peak of a step."""
+    counted = {}
+    for mode, way in configurations(args.modes, COUNTED):
+        row = counted.setdefault(mode, {}).setdefault(way, {})
+        for batch in args.batches:
+            row[batch] = round(counted_memory(sizes()[args.size], mode, way, batch=batch), 3)
+        print(f"{mode:<12}{way:<10}" + "".join(f"{cell(gib):>9}" for gib in row.values()), flush=True)
+    return {"unit": "GiB of tensors alive at the peak of a step in bf16", "size": args.size, "counted": counted}
 
 
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--table", action="store_true", help="count parameters and FLOPs; a minute on a CPU")
-    what.add_argument("--memory", action="store_true", help="count the memory of a step, for several batch sizes")
-    what.add_argument("--step", action="store_true", help="time steps; on the GPU where there is one")
-    parser.add_argument("--json", type=Path, help="file for what was found")
-    parser.add_argument("--step_json", type=Path, help="with --table: file for TFLOPs of a whole step, with versions")
+    what.add_argument("--memory", action="store_true", help="count the memory of a step at several batch sizes")
+    parser.add_argument(
+        "--json", type=Path, help="with --table: write {mode: {ours, paper}} here; with --memory: the result file"
+    )
+    parser.add_argument("--results_dir", type=Path, help="with --table: folder for the two result files")
     parser.add_argument("--size", choices=["paper", "block", "tiny"], default="paper", help="default paper")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the U-Net; default all")
-    parser.add_argument("--batches", type=int, nargs="+", help="images a step; default: of the size")
-    parser.add_argument("--mixed_precision", choices=["bf16", "fp16", "no"], help="default bf16 on a GPU, else no")
-    parser.add_argument("--rounds", type=int, default=3, help="through all configurations; default 3")
-    parser.add_argument("--steps", type=int, default=10, help="timed in each round; default 10")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them; default 3")
-    parser.add_argument("--compile", action="store_true", help="measure --torch_compile too")
+    parser.add_argument("--batches", type=int, nargs="+", help="images a step; default 16 32 64 128 at the size paper")
     args = parser.parse_args(input_args)
-    args.mixed_precision = args.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
-    default = [16, 32, 64, 128] if args.memory and args.size == "paper" else [dcac_step.sizes()[args.size].batch]
-    args.batches = args.batches or default
-    if args.rounds * args.steps < 2:
-        parser.error("--rounds x --steps must be at least 2, for quartiles")
+    if args.results_dir and not args.table:
+        parser.error("--results_dir belongs to --table; --memory writes --json")
+    args.batches = args.batches or ([16, 32, 64, 128] if args.size == "paper" else [sizes()[args.size].batch])
     return args
 
 
 def main(input_args=None):
     args = parse_args(input_args)
-    if not args.table:
-        found = dcac_step.count_memory(args) if args.memory else dcac_step.time_steps(args)
+    command = command_line(__spec__.name, input_args)
+    if args.memory:
+        raw = count_memory(args)
         if args.json:
-            write(args.json, {**environment(), **packages(), **found})
+            write_result(args.json, command, *training_cards(raw["counted"]), raw)
         return
     table, steps = count_all()
-    print_table(table, steps)
+    print(f"{text_table(TABLE_COLUMNS, table_rows(table))}\n\n{text_table(STEP_COLUMNS, step_rows(steps))}")
     if args.json:
-        write(args.json, table)
-    if args.step_json:
-        write(args.step_json, {**environment(), **packages(), "batch": BATCH, "steps": steps})
+        write_json(args.json, table)
+    if args.results_dir:
+        write_result(args.results_dir / "dcac_table.json", command, TABLE_COLUMNS, table_rows(table), table)
+        raw = {"batch": BATCH, "steps": steps}
+        write_result(args.results_dir / "dcac_step_flops.json", command, STEP_COLUMNS, step_rows(steps), raw)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""GiB of tensors alive at the peak of making an identity, at the sizes of Stable Diffusion 1.5; no GPU, no weights.
+"""GiB of tensors alive while an identity is fine-tuned and drawn, at the sizes of Stable Diffusion 1.5, without a GPU.
 
     python -m benchmarks.memory.generation_cost --json benchmarks/results/generation_memory.json
 
-Counted on fake tensors: a fine-tuning step (one own and one reference image, the second step, when the optimiser has
-its state), and drawing a batch of images with guidance. A card needs 1 to 1.5 GiB more, for its context, workspaces
-and gaps.
+Counted on fake tensors: a fine-tuning step with one own and one reference image (the second step, when the optimiser
+has its state), and drawing a batch of images with guidance. A card needs 1 to 1.5 GiB more for CUDA's context,
+workspaces and gaps.
 """
 
 import argparse
@@ -16,17 +16,16 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks.common import SCHEDULE, UNET, VAE, environment, packages
+from benchmarks.common import GIB, command_line, write_result
 from benchmarks.memory.alive import Alive, hollow
-from benchmarks.speed.generation import TEXT
+from benchmarks.memory.cards import identity_cards
+from benchmarks.models import SCHEDULE, TEXT, UNET, VAE
 from train_dreambooth_reid import denoising_errors
 from utils.diffusion.schedule import NoiseSchedule
 from utils.diffusion.unet import set_unet_mode
-from utils.files import to_json, write_together
 
-GIB = 2**30
 HALF = torch.bfloat16
-# How it is run: what trains, whether activations are computed twice, images drawn at a time.
+# What trains, whether activations are computed twice, images drawn at a time.
 WAYS = {
     "lora": ("lora", False, 8),
     "lora, checkpointing": ("lora", True, 8),
@@ -37,7 +36,7 @@ SIZES = [(512, 512), (512, 256)]
 
 
 def build(mode, checkpointing):
-    """The parts as TextToImage holds them: what trains in float32, all else in half."""
+    """The parts as TextToImage holds them: what trains in float32, the rest in half precision."""
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE).requires_grad_(False).to(HALF)
         text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT)).requires_grad_(False).to(HALF)
@@ -95,7 +94,7 @@ def count(way, resolution):
 
 def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file for what was counted")
+    parser.add_argument("--json", type=Path, help="result file")
     args = parser.parse_args(input_args)
     table = {}
     for way in WAYS:
@@ -105,9 +104,8 @@ def main(input_args=None):
             table.setdefault(way, {})[name] = {"fine_tuning": tuning, "drawing": drawn}
             print(f"{way:<34}{name:<12}fine-tuning {tuning:6.2f}   drawing {drawn:6.2f}", flush=True)
     if args.json:
-        content = {**environment(), **packages(), "unit": "GiB of tensors alive at the peak", "counted": table}
-        with write_together(args.json.parent) as part:
-            part(args.json.name).write_text(to_json(content))
+        raw = {"unit": "GiB of tensors alive at the peak", "counted": table}
+        write_result(args.json, command_line(__spec__.name, input_args), *identity_cards(table), raw)
 
 
 if __name__ == "__main__":

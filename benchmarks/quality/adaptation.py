@@ -1,34 +1,27 @@
-"""Training without labels, across domains and for unseen domains, on the built-in world: seeds, starts, deviations.
+"""mAP of training without labels, across domains and for unseen domains, on the built-in world, over several seeds.
 
     python -m benchmarks.quality.adaptation
 
-People of domain b are learned without labels, or with those of domain a alone; domains d and e are only measured on.
-It starts from a small ResNet of random weights, and from the same pre-trained by pretrain_backbone.py on 128 people of
-domain h. All images are drawn once, at the size that is trained on. Every run has a process and a folder of its own:
-the same command continues after a stop, and runs nothing twice.
+Domain b is learned without labels, or with the labels of domain a only; domains d and e are only measured on. Training
+starts from a small ResNet with random weights, and from the same network pre-trained by pretrain_backbone.py on 128
+people of domain h. All images are drawn once, at the size of training. Every run has a process and a folder of its
+own: after a stop, the same command continues and repeats nothing.
 """
 
 import argparse
-import importlib
 import json
-import multiprocessing
 import os
 import statistics
 import sys
-import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import datasets
 import torch
 
-import adapt_reid
-import finetune_reid
-import pretrain_backbone
-from benchmarks.common import RESULTS, environment
+from benchmarks.common import RESULTS, command_line, finished, in_percent, run_once, write_result
 from utils.datasets.load import load_reid
 from utils.datasets.portable import save
-from utils.files import to_json, write_together
+from utils.files import write_together
 from utils.modeling.names import open_backbone
 from utils.reporting.charts import line_chart
 from utils.reporting.report import Report, text_table
@@ -37,7 +30,7 @@ SIZE = (64, 32)
 BACKBONE = "resnet-small"
 SCRATCH, PRETRAINED = "random weights", "pre-trained"
 COLLAPSED = "collapsed.txt"
-# Identities and images of each; h is for pre-training alone.
+# Identities and images of each; h is only for pre-training.
 DOMAINS = {"a": (64, 8), "b": (32, 16), "c": (64, 8), "d": (32, 8), "e": (32, 8), "h": (128, 8)}
 WORDS = f"--resolution {SIZE[0]} {SIZE[1]} --padding 3 --eval_every 1 --log_every 16"
 RATE = f"{WORDS} --learning_rate 1e-3"
@@ -46,20 +39,20 @@ CLUSTERS = f"{WORDS} --learning_rate 5e-4 --num_train_epochs 10 --lr_milestones 
 ADAPT = f"{CLUSTERS} --setting adaptation --source a --target b"
 GENERAL = f"{RATE} --num_train_epochs 3 --lr_milestones 3 --setting generalisation --source a b c --target d e"
 RUNS = {
-    "a's labels -> b": (finetune_reid, f"{LABELS} --source a --target b"),
-    "b, cluster contrast": (adapt_reid, f"{CLUSTERS} --target b"),
-    "b, SpCL": (adapt_reid, f"{CLUSTERS} --target b --method spcl"),
-    "a's labels and b, SpCL": (adapt_reid, f"{ADAPT} --method spcl"),
-    "a's labels and b, IDM": (adapt_reid, f"{ADAPT} --method idm"),
-    "b's labels": (finetune_reid, f"{LABELS} --source b --target b"),
-    "labels of a, b, c": (finetune_reid, GENERAL),
-    "labels of a, b, c, MetaBIN": (finetune_reid, f"{GENERAL} --method metabin"),
+    "a's labels -> b": ("finetune_reid.py", f"{LABELS} --source a --target b"),
+    "b, cluster contrast": ("adapt_reid.py", f"{CLUSTERS} --target b"),
+    "b, SpCL": ("adapt_reid.py", f"{CLUSTERS} --target b --method spcl"),
+    "a's labels and b, SpCL": ("adapt_reid.py", f"{ADAPT} --method spcl"),
+    "a's labels and b, IDM": ("adapt_reid.py", f"{ADAPT} --method idm"),
+    "b's labels": ("finetune_reid.py", f"{LABELS} --source b --target b"),
+    "labels of a, b, c": ("finetune_reid.py", GENERAL),
+    "labels of a, b, c, MetaBIN": ("finetune_reid.py", f"{GENERAL} --method metabin"),
 }
 COLUMNS = ["start", "training", "measured on", "mAP % before", "mAP %", "Rank-1 %", "ARI x 100"]
 
 
 def stored(folder, domain):
-    """The drawn people of a domain in a folder, at the size of training."""
+    """The folder with the drawn people of a domain, at the size of training."""
     place = folder / "data" / domain
     if not place.exists():
         ids, images = DOMAINS[domain]
@@ -72,11 +65,11 @@ def stored(folder, domain):
 
 
 def start_of(folder, start, seed):
-    """The folder of a backbone: of random weights, a seed's own; pre-trained, one for all."""
+    """The folder of a backbone: random weights of the seed, or the pre-trained one for all seeds."""
     if start == PRETRAINED:
         words = ["--source", stored(folder, "h"), "--backbone", BACKBONE, "--from_scratch"]
         words += ["--resolution", *map(str, SIZE), "--num_train_epochs", "16", "--eval_every", "16"]
-        run(folder / "pretrain", pretrain_backbone, words, "backbone/model.safetensors")
+        run("pretrain_backbone.py", folder / "pretrain", words, "backbone/model.safetensors")
         return str(folder / "pretrain" / "backbone")
     place = folder / f"random-{seed}"
     if not (place / "model.safetensors").exists():
@@ -85,48 +78,17 @@ def start_of(folder, start, seed):
     return str(place)
 
 
-def run(folder, script, words, done):
-    """A script's run in `folder`, unless its result is there; ValueError where that is of other arguments.
-
-    A run whose clusters collapse ends there: what it said is kept as its result.
-    """
-    command = [*words, "--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
-    record = folder / "args.json"
-    if record.exists() and json.loads(record.read_text())["command"][1:] != command:
-        raise ValueError(f"{folder} holds a run of other arguments; give another --output_dir")
-    if (folder / done).exists() or (folder / COLLAPSED).exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"{script.__name__}.py {folder.name}", end=" ", flush=True)
-    began = time.perf_counter()
-    # Forked from one that has imported everything and computed nothing: threads do not live on in a fork.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["adapt_reid", "finetune_reid", "pretrain_backbone"])
-    process = context.Process(target=child, args=(folder, script.__name__, command))
-    process.start()
-    process.join()
-    if process.exitcode:
-        last = (folder / "said.txt").read_text().strip().splitlines()[-1]
-        if "the clusters collapsed" not in last:
-            raise ValueError(f"{script.__name__}.py stopped: {last}; the same command continues")
-        (folder / COLLAPSED).write_text(last)
-    print(f"{time.perf_counter() - began:.0f} s", flush=True)
-
-
-def child(folder, name, command):
-    script = importlib.import_module(name)
-    sys.argv = [f"{name}.py", *command]
-    with open(folder / "said.txt", "w") as said, redirect_stdout(said), redirect_stderr(said):
-        try:
-            script.run_script(script.parse_args())
-        except SystemExit as stop:
-            # A process of multiprocessing's would say it past the file.
-            print(stop.code)
-            sys.exit(1 if stop.code else 0)
+def run(script, folder, words, done):
+    """Run a script unless its result is there; where the clusters collapse, the error is the result."""
+    ended = run_once(script, folder, words, COLLAPSED if (folder / COLLAPSED).exists() else done)
+    if ended is not None and ended.code and "the clusters collapsed" in ended.last_line:
+        (folder / COLLAPSED).write_text(ended.last_line)
+    else:
+        finished(ended, script)
 
 
 def found_in(folder, start, name, seed):
-    """What is kept of a run: each target's numbers by epoch, and its clusterings."""
+    """The record of a run: each target's numbers by epoch, and its clusterings."""
     clusters = folder / "clusters.json"
     history = json.loads((folder / "metrics.json").read_text())["history"]
     seconds = (folder / "args.json").stat().st_mtime
@@ -145,37 +107,30 @@ def found_in(folder, start, name, seed):
     }
 
 
-def shown(values):
-    """Mean and standard deviation, in percent."""
-    percents = [100 * value for value in values]
-    deviation = f" ± {statistics.stdev(percents):.1f}" if len(percents) > 1 else ""
-    return f"{statistics.fmean(percents):.1f}{deviation}"
-
-
 def rows_of(runs):
-    """A row of each start, training and target."""
+    """A row for each start, training and target."""
     rows = []
     for start, name in dict.fromkeys((one["start"], one["training"]) for one in runs):
         its = [one for one in runs if (one["start"], one["training"]) == (start, name)]
         for target in its[0]["targets"]:
             curves = [one["targets"][target] for one in its]
-            numbers = [shown([curve[-1][key] for curve in curves]) for key in ("mAP", "rank1")]
-            agreed = shown([one["clusters"][-1]["ari"] for one in its]) if its[0]["clusters"] else "-"
+            numbers = [in_percent([curve[-1][key] for curve in curves]) for key in ("mAP", "rank1")]
+            agreed = in_percent([one["clusters"][-1]["ari"] for one in its]) if its[0]["clusters"] else "-"
             lost = sum(one["collapsed"] for one in its)
             words = f"{name} ({lost} of {len(its)} collapsed)" if lost else name
-            rows.append([start, words, target, shown([curve[0]["mAP"] for curve in curves]), *numbers, agreed])
+            rows.append([start, words, target, in_percent([curve[0]["mAP"] for curve in curves]), *numbers, agreed])
     return rows
 
 
-def build_page(runs, rows, seeds):
-    page = Report(
+def build_report(runs, rows, seeds):
+    report = Report(
         "Without labels, across domains, for unseen domains",
-        subtitle="Drawn people and a small ResNet: that everything learns, not what it gives on cameras.",
+        subtitle="Drawn people and a small ResNet: shows that everything learns, not what it gives on real cameras.",
         facts=[("Seeds", ", ".join(map(str, seeds))), ("Images", " x ".join(map(str, SIZE)))],
     )
-    page.section("After training", "Mean and standard deviation over the seeds.")
-    page.table(COLUMNS, rows, text_columns=3)
-    page.section("By epoch", "The mean of the seeds. Epoch 0 is before any training.")
+    report.section("After training", "Mean and standard deviation over the seeds.")
+    report.table(COLUMNS, rows, text_columns=3)
+    report.section("By epoch", "The mean of the seeds. Epoch 0 is before any training.")
     charts = []
     for start in dict.fromkeys(one["start"] for one in runs):
         for target in ("b", "d", "e"):
@@ -205,8 +160,8 @@ def build_page(runs, rows, seeds):
         if series:
             words = f"ARI of the clusters, {start}"
             charts.append((drawn(series, words, "ARI"), f"{words}; at 1 they are the identities."))
-    page.charts(charts)
-    return page
+    report.charts(charts)
+    return report
 
 
 def mean_of(curves, key):
@@ -244,15 +199,13 @@ def main(input_args=None):
                 words = [stored(folder, word) if word in DOMAINS else word for word in words.split()]
                 place = folder / "-".join(f"{start} {name} {seed}".replace("'s", "").replace(",", "").split())
                 place = place.with_name(place.name.replace("->", "to"))
-                run(place, script, [*words, "--backbone", backbone, "--seed", str(seed)], "model/model.safetensors")
+                run(script, place, [*words, "--backbone", backbone, "--seed", str(seed)], "model/model.safetensors")
                 runs.append(found_in(place, start, name, seed))
         # Every row has the same seeds.
         rows = rows_of(runs)
         with write_together(folder) as part:
-            build_page(runs, rows, args.seeds).write(part("report.html"))
-        with write_together(args.json.parent) as part:
-            content = {"environment": environment(), "columns": COLUMNS, "table": rows, "runs": runs}
-            part(args.json.name).write_text(to_json(content))
+            build_report(runs, rows, args.seeds).write(part("report.html"))
+        write_result(args.json, command_line(__spec__.name, input_args), COLUMNS, rows, {"runs": runs})
     print(text_table(COLUMNS, rows))
 
 

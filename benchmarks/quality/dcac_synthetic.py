@@ -1,19 +1,17 @@
-"""Baseline against DCAC on the built-in world, with the shipped stand-ins: several seeds, unseen domains, deviations.
+"""DCAC beside its baseline on unseen domains of the built-in world: mean and deviation over several seeds.
 
     python -m benchmarks.quality.dcac_synthetic --output_dir output/dcac_synthetic
 
-Each run is `train_dcac.py` in a process of its own; finished ones are not run again.
+The models are the shipped stand-ins. Each run is `train_dcac.py` in a process of its own; finished runs are not
+repeated.
 """
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.common import RESULTS, ROOT, environment
-from utils.files import to_json, write_together
+from benchmarks.common import RESULTS, command_line, finished, in_percent, run_once, write_result
 from utils.reporting.report import text_table
 
 # Sources, identities of each, targets.
@@ -28,26 +26,18 @@ SPEC = "synthetic:domain={}"
 
 
 def train(folder, sources, num_ids, targets, seed, more):
-    """metrics.json of a run, and its seconds from its first lines on disk to its last."""
+    """metrics.json of a run, and the seconds between its first file and its last."""
+    words = ["--source", *(f"{SPEC.format(source)},num_ids={num_ids}" for source in sources)]
+    words += ["--target", *map(SPEC.format, targets), "--seed", seed, *more]
+    words += ["--validation_ids", 0, "--eval_every", 5, *TRAINING]
+    finished(run_once("train_dcac.py", folder, words, "model/model.safetensors"), "train_dcac.py")
     done = folder / "model" / "model.safetensors"
-    if not done.exists():
-        command = [sys.executable, "train_dcac.py", "--source"]
-        command += [*(f"{SPEC.format(source)},num_ids={num_ids}" for source in sources), "--target"]
-        command += [*map(SPEC.format, targets), "--seed", str(seed), "--output_dir", str(folder), *more]
-        command += ["--validation_ids", "0", "--eval_every", "5", *TRAINING, "--resume_from_checkpoint", "latest"]
-        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     seconds = done.stat().st_mtime - (folder / "args.json").stat().st_mtime
     return json.loads((folder / "metrics.json").read_text()), round(seconds)
 
 
-def shown(values, sign=""):
-    percents = [100 * value for value in values]
-    deviation = statistics.stdev(percents) if len(percents) > 1 else 0.0
-    return f"{statistics.fmean(percents):{sign}.1f} ± {deviation:.1f}"
-
-
 def rows_of(runs):
-    """A row of each target and number: every method, and what the last gains over the first with the same seed."""
+    """A row of each target and number: every method, and the gain of the last over the first with the same seed."""
     rows = []
     for setting in dict.fromkeys(run["setting"] for run in runs):
         its = [run for run in runs if run["setting"] == setting]
@@ -57,17 +47,17 @@ def rows_of(runs):
                 first, *_, last = of.values()
                 gains = [new - old for old, new in zip(first, last, strict=True)]
                 where = "+".join(its[0]["sources"]) + " -> " + target
-                rows.append([where, words, *map(shown, of.values()), shown(gains, "+")])
+                rows.append([where, words, *map(in_percent, of.values()), in_percent(gains, "+")])
     return rows
 
 
-def main():
+def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output_dir", default="output/dcac_synthetic", help="where the runs are kept")
     parser.add_argument("--json", type=Path, default=RESULTS / "dcac_synthetic.json")
-    args = parser.parse_args()
+    args = parser.parse_args(input_args)
     runs = []
     for setting in args.settings:
         sources, num_ids, targets = SETTINGS[setting]
@@ -90,11 +80,12 @@ def main():
                 )  # fmt: skip
     rows = rows_of(runs)
     print(text_table(COLUMNS, rows))
-    content = {"environment": environment(), "training": TRAINING, "columns": COLUMNS, "table": rows, "runs": runs}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    with write_together(args.json.parent) as part:
-        part(args.json.name).write_text(to_json(content))
+    raw = {"training": TRAINING, "runs": runs}
+    write_result(args.json, command_line(__spec__.name, input_args), COLUMNS, rows, raw)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"benchmarks.quality.dcac_synthetic: {error}")

@@ -1,12 +1,12 @@
-"""How often the shipped question answerer is right about domain a, of which it learned nothing.
+"""Accuracy of the shipped question answerer on domain a, which it was not trained on.
 
     python -m benchmarks.quality.standins
     python -m benchmarks.quality.standins --domain h --first_pid 2000 --json FILE
     python -m benchmarks.quality.standins --samples samples.png        # ten captions drawn, below the true people
 
-An answer is right where it is the synthetic world's own, word by word; beside it stands how often the commonest true
-answer would be. Colours, patterns and kinds of clothes are also counted alone. Some pictures cannot tell: the person
-is half hidden, or turns the printed side away.
+An answer is right if it equals the synthetic world's own, word by word. Beside it stands the accuracy of always giving
+the commonest true answer. Colours, patterns and kinds of clothes are also counted alone. Some pictures do not show the
+answer: the person is half hidden, or turns the printed side away.
 """
 
 import argparse
@@ -18,16 +18,16 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from tqdm import tqdm
 from transformers import BlipForQuestionAnswering, BlipProcessor
 
-from benchmarks.common import RESULTS, environment
+from benchmarks.common import RESULTS, command_line, write_result
 from utils import synthetic
-from utils.files import to_json, write_together
+from utils.files import write_together
 from utils.flags import CAPTIONER_DIR, DIFFUSION_DIR
 from utils.generated.captions import QUESTIONS
-from utils.reporting.report import sheet
+from utils.reporting.report import sheet, text_table
 from utils.standins.train import answers_of
 
 BATCH_SIZE = 50
-# Parts of an answer, found as words in it; the pattern of plain clothes is not spoken of.
+# Parts of an answer, found as words in it; answers do not name the pattern of plain clothes.
 PARTS = {
     ("upper", "upper_colour"): tuple(synthetic.COLOURS),
     ("upper", "pattern"): synthetic.PATTERNS,
@@ -54,7 +54,7 @@ def load_answerer(folder=CAPTIONER_DIR):
 
 @torch.inference_mode()
 def answers(model, processor, images, question):
-    """One answer an image, written without the spaces that the tokenizer puts around hyphens."""
+    """One answer an image, without the spaces that the tokenizer puts around hyphens."""
     found = []
     for start in range(0, len(images), BATCH_SIZE):
         batch = images[start : start + BATCH_SIZE]
@@ -87,7 +87,7 @@ def shares(said, true):
 
 
 def sample_sheet(num_captions=10, first_pid=5000, guidances=(3.0, 5.0), steps=20):
-    """People of domains f to h that nobody learned from, and what the shipped diffusion model draws of their words."""
+    """People of domains f to h that were not trained on, and what the shipped model draws of their captions."""
     pipeline = StableDiffusionPipeline.from_pretrained(DIFFUSION_DIR, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
@@ -110,8 +110,8 @@ def main(input_args=None):
     parser.add_argument("--domain", default="a", choices=sorted(synthetic.DOMAINS), help="whose people; default a")
     parser.add_argument("--num_ids", type=int, default=200, help="identities, in two pictures each; default 200")
     parser.add_argument("--first_pid", type=int, default=0, help="number of the first identity; default 0")
-    parser.add_argument("--json", type=Path, default=RESULTS / "standins.json", help="file to write")
-    parser.add_argument("--samples", type=Path, help="draw a sheet of samples into this PNG, and nothing else")
+    parser.add_argument("--json", type=Path, default=RESULTS / "standins.json", help="default benchmarks/results")
+    parser.add_argument("--samples", type=Path, help="only draw a sheet of samples into this PNG")
     args = parser.parse_args(input_args)
     if args.samples:
         picture, words = sample_sheet()
@@ -123,17 +123,17 @@ def main(input_args=None):
         parser.error(f"--num_ids must be 1 or more and --first_pid 0 or more, got {args.num_ids} and {args.first_pid}")
     examples = pictures(args.domain, args.num_ids, args.first_pid)
     found = accuracies(*load_answerer(), examples)
-    print(f"{'attribute':<14}{'accuracy':>10}{'commonest':>11}   domain {args.domain}, {len(examples)} pictures")
-    for name, row in found.items():
-        print(f"{name:<14}{row['accuracy']:>10.1%}{row['commonest']:>11.1%}")
-    settings = f"--domain {args.domain} --num_ids {args.num_ids} --first_pid {args.first_pid}"
-    report = environment() | {
-        "command": f"python -m benchmarks.quality.standins {settings}",
-        "pictures": len(examples),
-        "question_answerer": found,
-    }
-    with write_together(args.json.parent) as part:
-        part(args.json.name).write_text(to_json(report))
+    print(f"domain {args.domain}, {len(examples)} pictures\n{text_table(*table_of(found))}")
+    raw = {"pictures": len(examples), "question_answerer": found}
+    write_result(args.json, command_line(__spec__.name, input_args), *table_of(found), raw)
+
+
+def table_of(found):
+    rows = [
+        [key.replace("_", ", "), f"{100 * row['accuracy']:.0f} %", f"{100 * row['commonest']:.0f} %"]
+        for key, row in found.items()
+    ]
+    return ["", "right", "the commonest answer"], rows
 
 
 if __name__ == "__main__":

@@ -1,42 +1,31 @@
-"""The two chains on the built-in world, by the scripts' own commands: wall time and peak memory of each step.
+"""Both chains on the built-in world, by the scripts' own commands: seconds and peak memory of each step.
 
     python -m benchmarks.robustness.chain
-    python -m benchmarks.robustness.chain --small --chains generation --output_dir output/chain-small
+    python -m benchmarks.robustness.chain --small --output_dir output/chain-small
 
     generation      captions -> fine-tuning an identity, images -> filter -> pre-train -> few-shot -> evaluate
     generalisation  train DCAC on one domain -> evaluate on two it has not seen -> adapt to one of them, unlabelled
 
-Each under ten minutes on two cores. A step that is done is not run again, one that was stopped continues.
+Each takes less than ten minutes on two cores. A finished step is not run again, a stopped one resumes.
 """
 
 import argparse
 import json
 import shlex
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.common import RESULTS, ROOT, environment
-from utils.files import to_json, write_together
+from benchmarks.common import RESULTS, ROOT, command_line, run_script, write_json, write_result
 from utils.reporting.report import text_table
 
 LAST_LINES = 12
-# A process counts as its own what the one that forked it held: so a small one stands between.
-MEASURED = """
-import json, resource, subprocess, sys
-code = subprocess.call(sys.argv[2:])
-used = resource.getrusage(resource.RUSAGE_CHILDREN)
-with open(sys.argv[1], "w") as file:
-    json.dump([used.ru_utime + used.ru_stime, used.ru_maxrss], file)
-sys.exit(code if code >= 0 else 128 - code)
-"""
+COLUMNS = ["chain", "step", "clock", "processor", "GiB"]
 
 
 @dataclass
 class Step:
-    """`{name}` in the command is another step's folder; `small` is added for the smallest run that is of use."""
+    """`{name}` in the command is another step's folder; `small` is added for the smallest useful run."""
 
     name: str
     command: str
@@ -103,12 +92,12 @@ CHAINS = {
         ),
     ],
 }
-# Trainings continue from their checkpoints by this, the others without being told.
+# Scripts that resume only with --resume_from_checkpoint; the others always do.
 RESUMED = ("pretrain_backbone.py", "finetune_reid.py", "train_dcac.py", "adapt_reid.py")
 
 
 def command_of(step, folder, small):
-    """The words after `python`; a later flag wins over an earlier one."""
+    """The words after `python`; a later flag replaces an earlier one."""
     words = shlex.split(step.command.format_map(Folders(folder)))
     if small:
         words = [word for word in words if word != "--captions_only"] + shlex.split(step.small)
@@ -126,7 +115,7 @@ class Folders(dict):
 
 
 def run(step, folder, small):
-    """A step's record: read where it is done, else made."""
+    """Run a step and return its record; of a finished step only read the record."""
     command = command_of(step, folder, small)
     record = folder / "steps" / f"{step.name}.json"
     shown = shlex.join(["python", *command]).replace(f"{folder}/", "")
@@ -136,70 +125,53 @@ def run(step, folder, small):
             raise ValueError(f"{folder} holds another chain, {before['command']}; give another --output_dir")
         return before
     print(f"\n{step.name}: {shown}", flush=True)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    log = record.with_suffix(".log")
-    before = time.perf_counter()
-    usage = record.with_suffix(".usage")
-    with open(log, "w", encoding="utf-8") as said, open(record.with_suffix(".err"), "w", encoding="utf-8") as listed:
-        words = [sys.executable, "-S", "-c", MEASURED, str(usage), sys.executable, *command]
-        code = subprocess.run(words, cwd=ROOT, stdout=said, stderr=listed).returncode
-    seconds = time.perf_counter() - before
-    lines = log.read_text(encoding="utf-8").splitlines()
+    run = run_script(*command, logs=folder / "steps" / step.name, folder=ROOT)
+    lines = run.output.splitlines()
     print("\n".join(lines[-LAST_LINES:]), flush=True)
-    if code:
-        end = record.with_suffix(".err").read_text(encoding="utf-8").strip().splitlines()[-1:]
-        raise ValueError(f"{command[0]} stopped with {code}: {' '.join(end)}; the same command continues from there")
-    cpu_seconds, kilobytes = json.loads(usage.read_text(encoding="utf-8"))
+    if run.code:
+        raise ValueError(f"{command[0]} stopped with {run.code}: {run.last_line}; the same command continues")
     found = {
         "step": step.name,
         "command": shown,
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(cpu_seconds, 1),
-        "peak_gib": round(kilobytes / 2**20, 2),
+        "seconds": round(run.seconds, 1),
+        "cpu_seconds": round(run.cpu_seconds, 1),
+        "peak_gib": round(run.peak_gib, 2),
         "said": [line.replace(f"{folder}/", "") for line in lines[-LAST_LINES:]],
     }
-    with write_together(record.parent) as part:
-        part(record.name).write_text(to_json(found), encoding="utf-8")
+    write_json(record, found)
     return found
 
 
 def rows_of(chains):
     return [
-        [chain, one["step"], one["command"].split()[1], f"{one['seconds']:.0f}", f"{one['cpu_seconds']:.0f}",
-         f"{one['peak_gib']:.2f}"]
+        [chain, one["step"], f"{one['seconds']:.0f} s", f"{one['cpu_seconds']:.0f} s", f"{one['peak_gib']:.1f}"]
         for chain, steps in chains.items()
         for one in steps
-    ]  # fmt: skip
+    ]
 
 
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chains", nargs="+", choices=CHAINS, default=list(CHAINS), help="default both")
-    parser.add_argument("--small", action="store_true", help="each script's smallest run that is of use")
+    parser.add_argument("--small", action="store_true", help="the smallest useful run of each script")
     parser.add_argument("--output_dir", type=Path, default=Path("output/chain"), help="default output/chain")
-    parser.add_argument("--json", type=Path, default=RESULTS / "chain.json", help="default benchmarks/results")
+    parser.add_argument("--json", type=Path, help="default benchmarks/results/chain.json or chain_small.json")
     args = parser.parse_args(input_args)
     args.output_dir = args.output_dir.absolute()
+    args.json = args.json or RESULTS / ("chain_small.json" if args.small else "chain.json")
     return args
 
 
 def main(input_args=None):
     args = parse_args(input_args)
-    columns = ["chain", "step", "script", "seconds", "CPU seconds", "peak GiB"]
-    chains = {}
+    chains = json.loads(args.json.read_text(encoding="utf-8"))["raw"]["chains"] if args.json.is_file() else {}
     for chain in args.chains:
         chains[chain] = [run(step, args.output_dir / chain, args.small) for step in CHAINS[chain]]
-    rows = rows_of(chains)
-    print(f"\n{text_table(columns, rows)}")
-    size = "small" if args.small else "usual"
-    # Both sizes stand in one file.
-    content = json.loads(args.json.read_text(encoding="utf-8")) if args.json.is_file() else {}
-    kept = content.get(size, {}).get("chains", {})
-    content[size] = {"environment": environment(), "chains": kept | chains}
-    content[size]["columns"], content[size]["table"] = columns, rows_of(content[size]["chains"])
-    with write_together(args.json.parent) as part:
-        part(args.json.name).write_text(to_json(content), encoding="utf-8")
-    print(f"Pages: report.html in the folders of {args.output_dir}; numbers: {args.json}")
+    print(f"\n{text_table(COLUMNS, rows_of({chain: chains[chain] for chain in args.chains}))}")
+    # The other chain stays in the file.
+    raw = {"chains": {chain: chains[chain] for chain in CHAINS if chain in chains}}
+    write_result(args.json, command_line(__spec__.name, input_args), COLUMNS, rows_of(raw["chains"]), raw)
+    print(f"Reports: report.html in the folders of {args.output_dir}; result: {args.json}")
 
 
 if __name__ == "__main__":

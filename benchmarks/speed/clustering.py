@@ -2,22 +2,20 @@
 
     python -m benchmarks.speed.clustering
     python -m benchmarks.speed.clustering --sizes market msmt --dense market msmt
-    python -m benchmarks.speed.clustering --dense market msmt --published FOLDER   # SpCL's faiss_rerank.py, and faiss
+    python -m benchmarks.speed.clustering --dense market msmt --published FOLDER   # SpCL's faiss_rerank.py and faiss
 
-Ours is `utils.training.clustering.cluster`: sparse k-reciprocal Jaccard distances, DBSCAN on the sparse graph.
-`dense` is the shape of the code that pseudo-label methods are published with: k1 nearest, V and the distances as N x
-N arrays, a loop over rows, then scikit-learn's DBSCAN on the matrix; `published` is that of SpCL
-(github.com/yxgeee/SpCL) itself, in its place. Their distances differ a little by design: k1 neighbours instead of k1
-+ 1, and no division by the largest distance. Every measurement is a process of its own with one thread; memory is the
-peak beyond the process with its features.
+Ours is `utils.training.clustering.cluster`: sparse k-reciprocal Jaccard distances, DBSCAN on the sparse graph. `dense`
+has the shape of published pseudo-label code: k1 nearest neighbours, V and the distances as N x N arrays, a loop over
+rows, then scikit-learn's DBSCAN on the matrix. `published` is the code of SpCL (github.com/yxgeee/SpCL) itself, and
+replaces `dense`. Their distances differ a little by design: k1 neighbours instead of k1 + 1, and no division by the
+largest distance. Every measurement runs in a process of its own with one thread; memory is the peak above that of the
+process with its features.
 """
 
 import argparse
 import importlib.util
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,13 +27,15 @@ import torch
 from sklearn.cluster import DBSCAN
 from sklearn.metrics import adjusted_rand_score
 
-from benchmarks.common import RESULTS, environment, status
+from benchmarks.common import GIB, RESULTS, command_line, run_worker, write_result
 from benchmarks.speed.reid_features import reid_features
+from benchmarks.speed.retrieval import status
 from kernels.jaccard_graph import jaccard_graph
 from kernels.reranking import k_reciprocal_rerank_reference
+from utils.reporting.report import text_table
 from utils.training.clustering import agreement, cluster
 
-# As for `reid_features`, the gallery is what is clustered: images, identities, cameras.
+# In the order of `reid_features`; the gallery is clustered.
 SIZES = {"small": (1, 4000, 250, 6, 0.0), "market": (1, 12936, 751, 6, 0.0), "msmt": (1, 32621, 1041, 15, 0.0)}
 SETTINGS = {"eps": 0.5, "min_samples": 4, "k1": 30, "k2": 6}
 
@@ -82,7 +82,7 @@ def dense_distances(features, k1, k2):
 
 
 def published(features, folder):
-    """SpCL's own file, searching on the CPU; of its helpers only the index is asked for then."""
+    """SpCL's own file, searching on the CPU, which needs only the index of its helpers."""
     sys.path.insert(0, str(folder))
     import faiss
 
@@ -129,78 +129,93 @@ def matrix_of(features):
 
 
 def measure(args):
-    """One contender, once: what a child process prints."""
+    """Run one contender once and print what it took: the child process."""
     torch.set_num_threads(1)
     features = np.load(args.features)["gallery"]
-    # Resets the peak, so that it is the contender's own.
+    # The peak is reset, so that it is the contender's own.
     Path("/proc/self/clear_refs").write_text("5")
     resident = status("VmRSS")
     start, spent = time.perf_counter(), time.process_time()
     labels = CONTENDERS[args.worker](features, *([args.published] if args.worker == "published" else []))
     found = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - spent}
     np.save(args.labels, labels)
-    print(json.dumps(found | {"gib": (status("VmHWM") - resident) / 2**30}))
+    print(json.dumps(found | {"gib": (status("VmHWM") - resident) / GIB}))
 
 
-def main(args=None):
+def table_of(rows):
+    """(columns, rows): ours beside the other code, a row for each number of images."""
+    by_images = {}
+    for row in rows:
+        by_images.setdefault(row["images"], {})["ours" if row["who"] == "ours" else "other"] = row
+    table = [
+        [
+            f"{images:,}",
+            *(
+                text
+                for name in ("ours", "other")
+                for text in (
+                    (f"{who[name]['cpu_seconds']:.0f} s", f"{who[name]['gib']:.1f}") if name in who else ("-", "-")
+                )
+            ),
+        ]
+        for images, who in by_images.items()
+    ]
+    other = "SpCL's code" if any(row["who"] == "published" for row in rows) else "dense code"
+    return ["images", "ours, one core", "GiB", other, "GiB"], table
+
+
+def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["market", "msmt"], choices=SIZES)
-    parser.add_argument("--dense", nargs="*", default=["market"], choices=SIZES, help="sizes that N x N arrays fit at")
+    parser.add_argument("--sizes", nargs="+", default=["market", "msmt"], choices=SIZES, help="default market msmt")
     parser.add_argument(
-        "--published", type=Path, help="folder with faiss_rerank.py and faiss, measured where dense is"
+        "--dense", nargs="*", default=["market"], choices=SIZES, help="sizes at which N x N arrays fit; default market"
     )
-    parser.add_argument("--rounds", type=int, default=1, help="turns of every contender; medians are shown")
-    parser.add_argument("--output", type=Path, default=RESULTS / "clustering.json")
+    parser.add_argument(
+        "--published", type=Path, help="folder with faiss_rerank.py and faiss, measured at the sizes of --dense"
+    )
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each contender; the median counts; default 1")
+    parser.add_argument("--json", type=Path, default=RESULTS / "clustering.json", help="default benchmarks/results")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--features", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--labels", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(args)
+    return parser.parse_args(input_args)
+
+
+def main(input_args=None):
+    args = parse_args(input_args)
     if args.worker:
         measure(args)
         return
-    report = {**environment(), "settings": SETTINGS, "checked": check(), "rows": []}
-    columns = ("seconds", "cpu_seconds", "gib")
-    head = "".join(f"{name:>9}" for name in ("seconds", "CPU s", "GiB", "clusters", "noise", "ARI"))
-    print(f"{'size':<9}{'images':>8}  {'who':<10}{head}")
+    raw = {"settings": SETTINGS, "checked": check(), "rows": []}
     with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
         for size in args.sizes:
-            features = Path(folder) / f"{size}.npz"
             data = reid_features(SIZES[size])
-            np.savez(features, gallery=data["gallery"])
-            labels = {}
+            np.savez(folder / f"{size}.npz", gallery=data["gallery"])
             peer = "published" if args.published else "dense"
+            labels = {}
             for who in ["ours", *([peer] if size in args.dense else [])]:
-                runs = [run(who, features, Path(folder) / f"{who}.npy", args.published) for _ in range(args.rounds)]
-                labels[who] = np.load(Path(folder) / f"{who}.npy")
-                row = {"size": size, "images": len(data["gallery"]), "who": who, "runs": runs}
-                row |= {name: statistics.median(one[name] for one in runs) for name in columns}
+                row = {"size": size, "images": len(data["gallery"]), "who": who}
+                row |= measured(who, folder / f"{size}.npz", folder / f"{who}.npy", args)
+                labels[who] = np.load(folder / f"{who}.npy")
                 row |= {"clusters": int(labels[who].max()) + 1, "noise": float((labels[who] < 0).mean())}
                 row |= agreement(labels[who], data["gallery_pids"])
                 if who != "ours":
                     row["ari_with_ours"] = float(adjusted_rand_score(labels["ours"], labels[who]))
-                report["rows"].append(row)
-                print(
-                    f"{size:<9}{row['images']:>8,}  {who:<10}{row['seconds']:>9.1f}{row['cpu_seconds']:>9.1f}"
-                    f"{row['gib']:>9.2f}{row['clusters']:>9,}{row['noise']:>9.3f}{row['ari']:>9.3f}",
-                    flush=True,
-                )
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                args.output.write_text(json.dumps(report, indent=1) + "\n")
+                raw["rows"].append(row)
+                print(f"{size}, {who}: {row['seconds']:.1f} s, {row['clusters']:,} clusters", end=", ", flush=True)
+                print(f"noise {row['noise']:.3f}, ARI {row['ari']:.3f}", flush=True)
+                write_result(args.json, command_line(__spec__.name, input_args), *table_of(raw["rows"]), raw)
+    print(text_table(*table_of(raw["rows"])))
 
 
-def run(who, features, labels, folder=None):
-    command = [sys.executable, "-m", "benchmarks.speed.clustering", "--worker", who, "--features", str(features)]
-    command += ["--published", str(folder)] if folder else []
-    done = subprocess.run(
-        [*command, "--labels", str(labels)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-    )
-    if done.returncode:
-        raise SystemExit(f"{who} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def measured(who, features, labels, args):
+    """All runs of a contender and their medians; its labels go into a file."""
+    words = ["--worker", who, "--features", features, "--labels", labels]
+    words += ["--published", args.published] if args.published else []
+    one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
+    runs = [run_worker(__spec__.name, *words, environment=one_thread) for _ in range(args.rounds)]
+    return {"runs": runs} | {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
 if __name__ == "__main__":

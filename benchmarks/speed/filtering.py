@@ -2,27 +2,24 @@
 
     python -m benchmarks.speed.filtering --sizes 10000 100000
 
-Small drawn images, as many hard links of some hundred files as are asked for, scored by all three filters with the
-stand-in models at the images' own size, in one process. Every size is a run of its own, so its peak memory is its own.
-With --work, sizes that are done are kept there and not measured again.
+The images are small and drawn: hard links of 160 files, as many as --sizes says. All three filters score them with the
+stand-in models at the images' own size, in one process. Each size is a run of its own, so the peak memory is that of
+the size. With --work, sizes that were measured are kept in that folder and not measured again.
 """
 
 import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.common import RESULTS, ROOT, environment
-from utils.files import to_json, write_together
+from benchmarks.common import RESULTS, checked, command_line, run_script, write_json, write_result
 from utils.generated.drawn_set import World, write_drawn
+from utils.reporting.report import text_table
 
 WORLD = World(num_ids=16, images_per_id=10)
 SIZE = (64, 32)
@@ -30,7 +27,7 @@ SOURCE = f"synthetic:domain={WORLD.domain},num_ids={WORLD.num_ids},images_per_id
 
 
 def write_links(drawn, folder, count):
-    """A set of `count` images whose files are those of `drawn`, again and again."""
+    """Write a set of `count` images whose files are hard links to those of `drawn`, in turn."""
     rows = pq.read_table(drawn / "metadata.parquet").drop_columns(["truth"]).to_pylist()
     links = []
     for number in range(count):
@@ -43,24 +40,16 @@ def write_links(drawn, folder, count):
 
 
 def measured(*flags):
-    """Seconds by the clock, seconds of the processor, and the peak of the memory in MiB, of one run."""
-    command = [sys.executable, "filter_generated.py", "--source", SOURCE]
-    command += ["--resolution", *SIZE, "--clip_resolution", *SIZE, *flags]
-    start = time.perf_counter()
-    child = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    errors = child.stderr.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        raise RuntimeError(f"{' '.join(map(str, command))} failed: {errors.decode()[-2000:]}")
-    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    """Seconds by the clock, processor seconds and peak memory in MiB of one run."""
+    words = ["--source", SOURCE, "--resolution", *SIZE, "--clip_resolution", *SIZE, *flags]
+    run = checked(run_script("filter_generated.py", *words), "filter_generated.py")
+    return run.seconds, run.cpu_seconds, 1024 * run.peak_gib
 
 
 def kept(file, measure):
-    """What `measure` gives, from `file` where it was measured before."""
+    """The result of `measure`, read from `file` if it was measured before."""
     if not file.is_file():
-        found = measure()
-        with write_together(file.parent) as part:
-            part(file.name).write_text(to_json(found))
+        write_json(file, measure())
     return json.loads(file.read_text())
 
 
@@ -70,7 +59,7 @@ def given_models(place):
 
 
 def smallest(place, precision):
-    """Trains the models; then what a run costs that scores next to nothing."""
+    """Train the models, then measure a run that scores very few images."""
     for name in ("drawn", "first", "again"):
         shutil.rmtree(place / name, ignore_errors=True)
     write_drawn(place / "drawn", WORLD, size=SIZE, num_damaged=0)
@@ -110,8 +99,8 @@ def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000], help="default 10000 100000")
     parser.add_argument("--mixed_precision", default="bf16", choices=["no", "bf16"], help="default bf16")
-    parser.add_argument("--work", type=Path, help="folder that is kept, to continue after a stop")
-    parser.add_argument("--json", type=Path, default=RESULTS / "filtering.json", help="file to write")
+    parser.add_argument("--work", type=Path, help="folder to keep, to resume from after a stop")
+    parser.add_argument("--json", type=Path, default=RESULTS / "filtering.json", help="default benchmarks/results")
     args = parser.parse_args(input_args)
     if min(args.sizes) < 1:
         parser.error(f"--sizes must be 1 or more, got {min(args.sizes)}")
@@ -120,23 +109,18 @@ def main(input_args=None):
         rows, base = [], kept(place / "smallest.json", lambda: smallest(place, args.mixed_precision))
         for count in args.sizes:
             rows.append(kept(place / f"{count}.json", lambda count=count: one_size(place, count, args, base)))
-    report = environment() | {
-        "command": f"python -m benchmarks.speed.filtering --sizes {' '.join(map(str, args.sizes))}",
-        "image": [3, *SIZE],
-        "mixed_precision": args.mixed_precision,
-        "smallest_run": base,
-        "rows": rows,
-    }
-    heads = f"{'images':>8}{'images/s':>10}{'images/CPU s':>14}{'peak MiB':>10}{'again s':>9}{'CPU s':>7}"
-    print(f"{heads}   {report['machine']}")
-    for row in rows:
-        print(
-            f"{row['images']:>8}{row['images_a_second']:>10.0f}{row['images_a_cpu_second']:>14.0f}"
-            f"{row['peak_mib']:>10.0f}{row['choose_again_seconds']:>9.1f}"
-            f"{row['choose_again_processor_seconds']:>7.1f}"
-        )
-    with write_together(args.json.parent) as part:
-        part(args.json.name).write_text(to_json(report))
+    raw = {"image": [3, *SIZE], "mixed_precision": args.mixed_precision, "smallest_run": base, "rows": rows}
+    print(text_table(*table_of(rows)))
+    write_result(args.json, command_line(__spec__.name, input_args), *table_of(rows), raw)
+
+
+def table_of(rows):
+    table = [
+        [f"{row['images']:,}", f"{row['images_a_second']:.0f}", f"{row['peak_mib'] / 1024:.2f}"]
+        + [f"{row['choose_again_seconds']:.0f} s"]
+        for row in rows
+    ]
+    return ["images", "scored a second", "GiB", "choosing again"], table
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What an identity costs in generation: parts measured in one run, put together in our ways and in the paper's.
+"""Seconds an identity takes to fine-tune and draw: each part measured, then added up in our way and the paper's.
 
-    python -m benchmarks.speed.generation                    # the stand-in, on any machine
-    python -m benchmarks.speed.generation --sd15 --json FILE    # the sizes of SD 1.5, random weights, on a GPU
+    python -m benchmarks.speed.generation                     # the stand-in, on this machine
+    python -m benchmarks.speed.generation --sd15 --json FILE  # the sizes of Stable Diffusion 1.5, on a GPU
 
-Measured by the functions of train_dreambooth_reid.py: seconds a fine-tuning step and an image, and the peak of the
-device's memory. The paper's way loads the model for each identity, encodes images and prompts in every step, and
-draws 50 steps an image; its step and image are otherwise ours, at 512 x 512 with the whole U-Net.
+The functions of train_dreambooth_reid.py are measured: seconds of a fine-tuning step and of an image, and the peak of
+the device's memory. The paper's way loads the model for each identity, encodes images and prompts in every step, and
+draws an image in 50 steps; its step and image are otherwise ours, at 512 x 512 with the whole U-Net.
 """
 
 import argparse
@@ -18,24 +18,23 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import train_dreambooth_reid as script
-from benchmarks.common import SCHEDULE, UNET, VAE, environment
+from benchmarks.common import GIB, command_line, write_result
+from benchmarks.models import SCHEDULE, TEXT, UNET, VAE
 from utils.diffusion.latents import encode
-from utils.files import to_json, versions, write_together
 from utils.flags import DIFFUSION_DIR
 from utils.launch import start_accelerator
+from utils.reporting.report import text_table
 from utils.worklist import Progress, Worklist
 
 IDENTITIES, IMAGES = 5183, 150
-TEXT = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-}
+# Column: part; seconds if nothing else is said.
+COLUMNS = {
+    "load": "load", "step": "step", "image": "image", "image, 50 steps": "image_50", "encode": "encode",
+    "restore": "restore", "peak GiB": "peak_gib", "identity": "identity", "days, all identities": "device_days",
+    "times the paper's": "of_the_papers",
+}  # fmt: skip
 LIKE = {"full": "paper", "lora": "lora"}
-# How many of what an identity takes: reference images, steps, generated images.
+# What an identity takes: reference images, steps, generated images.
 PAPER = {"references": 200, "steps": 1000, "images": IMAGES}
 OURS = {
     "full": PAPER,
@@ -45,7 +44,7 @@ OURS = {
 
 
 def save_sd15(folder):
-    """Random weights in Stable Diffusion 1.5's sizes, in half, with the stand-in's tokenizer."""
+    """Random weights of Stable Diffusion 1.5's sizes in half precision, with the stand-in's tokenizer."""
     torch.manual_seed(0)
     tokenizer = script.load_tokenizer(DIFFUSION_DIR)
     StableDiffusionPipeline(
@@ -93,7 +92,7 @@ def synchronize():
 
 
 def seconds(call, rounds=3):
-    """The median of a few calls, after one to warm up."""
+    """Median seconds of a few calls, after one to warm up."""
     call()
     taken = []
     for _ in range(rounds):
@@ -111,11 +110,11 @@ def peak_of(call):
         return None
     torch.cuda.reset_peak_memory_stats()
     call()
-    return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return round(torch.cuda.max_memory_allocated() / GIB, 2)
 
 
 def measure(model, finetune, resolution, steps, flags):
-    """{part: seconds} of one way of fine-tuning at one size, with the peak of memory."""
+    """{part: seconds} of one way of fine-tuning at one size, and the peak of memory."""
     with tempfile.TemporaryDirectory() as folder:
         opened = open_tuning(model, finetune, resolution, folder, ["--max_train_steps", steps, *flags])
     args, tunable, identity, progress, load = opened
@@ -146,7 +145,7 @@ def measure(model, finetune, resolution, steps, flags):
 
 
 def ours_of(parts, counts):
-    """Seconds an identity: restored in place, latents and embeddings once."""
+    """Seconds of an identity: weights restored in place, latents and embeddings computed once."""
     images = counts["references"] + counts["images"]
     return parts["restore"] + images * parts["image"] + counts["steps"] * parts["step"] + parts["encode"]
 
@@ -160,7 +159,7 @@ def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sd15", action="store_true", help="Stable Diffusion 1.5's sizes with random weights")
     parser.add_argument("--steps", type=int, default=10, help="fine-tuning steps measured; default 10")
-    parser.add_argument("--json", help="write the parts and sums here")
+    parser.add_argument("--json", type=Path, help="result file")
     args = parser.parse_args(input_args)
     with tempfile.TemporaryDirectory() as folder:
         model = save_sd15(folder) if args.sd15 else DIFFUSION_DIR
@@ -176,16 +175,22 @@ def main(input_args=None):
                 table[name] = measure(model, finetune, resolution, args.steps, flags)
                 table[name]["identity"] = ours_of(table[name], OURS[finetune])
     table["paper"] = {"identity": papers_of(next(iter(table.values())))}
-    for name, parts in table.items():
+    for parts in table.values():
         parts["device_days"] = parts["identity"] * IDENTITIES / 86400
         parts["of_the_papers"] = parts["identity"] / table["paper"]["identity"]
-        shown = ", ".join(f"{part} {value:.4g}" for part, value in parts.items() if value is not None)
-        print(f"{name}: {shown}")
+    print(text_table(*table_of(table)))
     if args.json:
-        path = Path(args.json)
-        content = {"environment": environment(), "versions": versions(), "counts": OURS | {"paper": PAPER}}
-        with write_together(path.parent) as aside:
-            aside(path.name).write_text(to_json(content | {"sd15": args.sd15, "parts": table}))
+        raw = {"counts": OURS | {"paper": PAPER}, "sd15": args.sd15, "parts": table}
+        write_result(args.json, command_line(__spec__.name, input_args), *table_of(table), raw)
+
+
+def table_of(table):
+    rows = [[name, *(number(parts.get(key)) for key in COLUMNS.values())] for name, parts in table.items()]
+    return ["what trains", *COLUMNS], rows
+
+
+def number(value):
+    return "-" if value is None else f"{value:.4g}"
 
 
 if __name__ == "__main__":

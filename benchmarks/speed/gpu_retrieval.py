@@ -1,15 +1,15 @@
-"""All Triton kernels on the GPU of this machine: checked against references, then timed at Market and MSMT17 size.
+"""All Triton kernels on this machine's GPU: checked against references, then timed at the sizes of public sets.
 
     python -m benchmarks.speed.gpu_retrieval
     python -m benchmarks.speed.gpu_retrieval --sizes M --dtypes float32 --rounds 10
 
-Both paths take turns; a time is the median of the rounds, with its share of the card's GEMM rate measured in between,
-and peak memory is beyond the features. Without a GPU the kernels are interpreted at a small size: values are checked,
-times mean nothing and are not written. Cards on which Triton wins go into FASTER_ON of kernels/dispatch.py.
+Both paths take turns. A time is the median of the rounds, beside its share of the card's GEMM rate, which is measured
+in between; peak memory is that above the features. Without a GPU, Triton interprets the kernels at a small size:
+values are checked, nothing is timed or written. Cards on which Triton is faster belong in FASTER_ON of
+kernels/dispatch.py.
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -22,15 +22,17 @@ if not torch.cuda.is_available():
 
 import triton
 
-from benchmarks.common import RESULTS, environment
+from benchmarks.common import GIB, RESULTS, command_line, write_result
 from benchmarks.speed.reid_features import SIZES, reid_features
 from kernels import cosine_topk, k_reciprocal_rerank, rank_metrics
 from kernels.dispatch import full_precision
 from kernels.reranking import k_reciprocal_rerank_reference
 from kernels.tiles import cosine_reference
 from kernels.topk_triton import launch_topk
+from utils.reporting.report import text_table
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+COLUMNS = ["size", "dtype", "work", "path", "seconds", "TFLOP/s", "of GEMM", "GiB"]
 
 
 def load(size, device, dtype, part=None):
@@ -120,7 +122,7 @@ def measure(size, name, device, rounds):
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
             call(path)
-            peaks[path] = (torch.cuda.max_memory_allocated() - held) / 2**30
+            peaks[path] = (torch.cuda.max_memory_allocated() - held) / GIB
         product, product_operations = gemm_call(queries, gallery)
         with full_precision():
             seconds_of(product)
@@ -135,39 +137,44 @@ def measure(size, name, device, rounds):
             row = {"size": size, "dtype": name, "work": work, "path": path, "seconds": seconds, "runs": taken}
             row.update(tflops=flops, gemm_tflops=rate, share=flops / rate, gib=peaks[path])
             rows.append(row)
-            print(
-                f"{size:<5}{name:<10}{work:<21}{path:<8}{seconds:>9.4f}{flops:>9.1f}{flops / rate:>8.2f}"
-                f"{peaks[path]:>7.2f}",
-                flush=True,
-            )
+            print(*table_of([row])[0], flush=True)
         del product
     return rows
 
 
-def main(args=None):
+def table_of(rows):
+    return [
+        [row["size"], row["dtype"], row["work"], row["path"], f"{row['seconds']:.4f}"]
+        + [f"{row['tflops']:.1f}", f"{row['share']:.2f}", f"{row['gib']:.2f}"]
+        for row in rows
+    ]
+
+
+def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["M", "L"], choices=SIZES)
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=RESULTS / "retrieval_gpu.json")
-    args = parser.parse_args(args)
+    parser.add_argument("--sizes", nargs="+", default=["M", "L"], choices=SIZES, help="default M L")
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES, help="default all")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each path; the median counts; default 5")
+    parser.add_argument("--json", type=Path, default=RESULTS / "retrieval_gpu.json", help="default benchmarks/results")
+    args = parser.parse_args(input_args)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     card = torch.cuda.get_device_name() if on_gpu else "none: Triton's interpreter at a small size"
     print(f"card: {card}; torch {torch.__version__}, triton {triton.__version__}")
-    report = {**environment(), "card": card, "triton": triton.__version__, "differences": {}, "rows": []}
+    raw = {"differences": {}, "rows": []}
     for name in args.dtypes:
         print(f"largest differences, {name}")
-        report["differences"][name] = check(device, DTYPES[name], (100, 1000) if on_gpu else (20, 300))
+        raw["differences"][name] = check(device, DTYPES[name], (100, 1000) if on_gpu else (20, 300))
     if not on_gpu:
         print("no GPU: nothing was timed and nothing written")
         return
-    print(f"{'size':<5}{'dtype':<10}{'work':<21}{'path':<8}{'seconds':>9}{'TFLOP/s':>9}{'of GEMM':>8}{'GiB':>7}")
+    command = command_line(__spec__.name, input_args)
     for size in args.sizes:
         for name in args.dtypes:
-            report["rows"] += measure(size, name, device, args.rounds)
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(report, indent=1) + "\n")
+            raw["rows"] += measure(size, name, device, args.rounds)
+            table = table_of(raw["rows"])
+            write_result(args.json, command, COLUMNS, table, raw, card=card, triton=triton.__version__)
+    print(text_table(COLUMNS, table_of(raw["rows"])))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Training images a second from one worker process: decoded, augmented and collated into batches of 256 x 128.
+"""Training images a second of one worker process: decoded, augmented and collated into batches of 256 x 128.
 
     python -m benchmarks.speed.loading
     python -m benchmarks.speed.loading --json FILE
 
-The same people from four places: drawn on access, a portable copy with the images inside, and folders of JPEG files
-of two sizes, which the system has in memory. The sources take turns; medians are shown, by the clock and by the
-processor time of the worker, which other work on the machine does not change much.
+The same people from four sources: drawn on access, a portable copy that contains the images, and folders of JPEG files
+of two sizes, which the system keeps in memory. The sources take turns, and medians count: by the clock, and by the
+worker's processor time, which other work on the machine hardly changes.
 """
 
 import argparse
@@ -15,18 +15,17 @@ import tempfile
 import time
 from pathlib import Path
 
-import datasets
 import torch
 from PIL import Image, features
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from benchmarks.common import RESULTS, environment
+from benchmarks.common import RESULTS, command_line, write_result
 from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import ReIDImages, train_transform
 from utils.datasets.load import load_reid
 from utils.datasets.portable import save
-from utils.files import to_json, write_together
+from utils.reporting.report import text_table
 
 BATCH_SIZE, IMAGES_PER_ID = 64, 4
 WARM_UP = 2
@@ -43,7 +42,7 @@ def write_jpegs(data, folder, size):
 
 
 def sources(folder, num_ids):
-    """{what it is: its training images}"""
+    """{description: training images}"""
     drawn = load_reid("synthetic", num_ids=num_ids)
     save(drawn, folder / "copy")
     copy = load_reid(folder / "copy")
@@ -66,7 +65,7 @@ def check(images, sampler):
 def rates(images, sampler, epoch):
     """(images a second, images a second of the worker's processor time) of one epoch.
 
-    The first batches are left out of the first: the worker never gets ahead, so none is made before the clock runs.
+    The first rate leaves out the first batches: the worker never gets ahead, so none is made before the clock runs.
     """
     sampler.set_epoch(epoch)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -95,20 +94,16 @@ def main(input_args=None):
         for epoch in tqdm(range(args.rounds), desc="rounds", disable=None):
             for name, (images, sampler) in loaders.items():
                 runs.setdefault(name, []).append(rates(images, sampler, epoch))
-    report = environment() | {
-        "command": f"python -m benchmarks.speed.loading --num_ids {args.num_ids} --rounds {args.rounds}",
-        "pillow": Image.__version__,
-        "jpeg": f"libjpeg-turbo {features.version('libjpeg_turbo')}",
-        "datasets": datasets.__version__,
-        "batch": [BATCH_SIZE, 3, *IMAGE_SIZE],
-        "workers": 1,
-        "rows": [summary(name, found) for name, found in runs.items()],
-    }
-    print(f"{'source':<28}{'images/s':>10}{'images/CPU s':>14}   one worker, {report['machine']}")
-    for row in report["rows"]:
-        print(f"{row['source']:<28}{row['images_a_second']:>10.0f}{row['images_a_cpu_second']:>14.0f}")
-    with write_together(args.json.parent) as part:
-        part(args.json.name).write_text(to_json(report))
+    raw = {"batch": [BATCH_SIZE, 3, *IMAGE_SIZE], "workers": 1}
+    raw["rows"] = [summary(name, found) for name, found in runs.items()]
+    print(text_table(*table_of(raw["rows"])))
+    packages = {"pillow": Image.__version__, "jpeg": f"libjpeg-turbo {features.version('libjpeg_turbo')}"}
+    write_result(args.json, command_line(__spec__.name, input_args), *table_of(raw["rows"]), raw, **packages)
+
+
+def table_of(rows):
+    table = [[row["source"], f"{row['images_a_second']:.0f}", f"{row['images_a_cpu_second']:.0f}"] for row in rows]
+    return ["images", "a second", "a second of the processor"], table
 
 
 def summary(name, found):

@@ -1,18 +1,17 @@
 """Images a second of pre-training, and the share of the device's peak, beside plain training in the same run.
 
-    python -m benchmarks.speed.pretraining --json PRETRAINING.json          # on a GPU: 256x128, batch 512, bf16
-    python -m benchmarks.speed.pretraining --size tiny --mixed_precision no # on a CPU: that it runs, not how fast
-    python -m benchmarks.speed.pretraining --recipe  # the published rates, and what does not decay
+    python -m benchmarks.speed.pretraining --json PRETRAINING.json            # on a GPU: 256x128, batch 512, bf16
+    python -m benchmarks.speed.pretraining --size tiny --mixed_precision no   # on a CPU: checks that it runs
+    python -m benchmarks.speed.pretraining --recipe                           # the published rates and weight decay
 
-ours: the modules and optimiser of `pretrain_backbone.py`. compiled: the same with --torch_compile. plain: as people
-write it, torchvision's model in its usual memory layout, torchvision's Mixup and CutMix, the loss read every step.
-Both have the same layers (the last stage of a ResNet does not downsample), and train on images that lie on the device:
-loading them is measured by `benchmarks.speed.loading`.
+ours: the modules and optimiser of `pretrain_backbone.py`. compiled: the same with --torch_compile. plain: the usual
+training loop, with torchvision's model in its default memory layout, torchvision's Mixup and CutMix, and the loss read
+in every step. Both have the same layers (the last stage of a ResNet does not downsample), and train on images that are
+on the device already: `benchmarks.speed.loading` measures loading.
 """
 
 # isort: off
 # First, so that bitsandbytes is quiet about our package of kernels.
-from benchmarks.common import environment
 import utils  # noqa: F401
 
 # isort: on
@@ -29,11 +28,10 @@ import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
-from benchmarks.speed.dcac_step import GIB, numbers, shown, wait
+from benchmarks.common import GIB, cell, command_line, step_numbers, step_text, wait, write_result
 from pretrain_backbone import Classification, build_optimizer, build_rates
 from pretrain_backbone import parse_args as training_args
 from utils.batches.mixing import Mixing
-from utils.files import to_json, versions, write_together
 from utils.modeling.names import open_backbone
 from utils.reporting.report import text_table
 
@@ -43,6 +41,15 @@ TORCHVISION = {"resnet50": "resnet50", "swin-t": "swin_t", "swin-s": "swin_s", "
 # Dense bfloat16 with float32 sums, TFLOPS, from the makers' data sheets.
 DATA_SHEETS = {"H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "A100": 312.0, "L40S": 362.1, "RTX 4090": 165.2}
 WAYS = ("ours", "compiled", "plain")
+# Column: key of a way's numbers.
+COLUMNS = {
+    "images/s": "images_per_second",
+    "x plain": "times_plain",
+    "TFLOPS": "tflops",
+    "of a product": "share_of_product",
+    "of the data sheet": "share_of_data_sheet",
+    "peak GiB": "peak_gib",
+}
 # Images of the published set, and epochs of its recipe to show.
 PUBLISHED_IMAGES, EPOCHS = 777_130, (1, 20, 21, 150, 300)
 
@@ -129,7 +136,7 @@ def counted(name, size, num_ids):
 
 
 def product_rate(device, dtype, width):
-    """TFLOPS of a matrix product: what the device can do here."""
+    """TFLOPS of a matrix product on this device."""
     left, right = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
     cuda, times = torch.device(device).type == "cuda", []
     for _ in range(8):
@@ -142,13 +149,13 @@ def product_rate(device, dtype, width):
 
 
 def data_sheet(device):
-    """The maker's figure for this GPU, None where it is not known here."""
+    """The maker's figure for this GPU, None if it is not listed."""
     name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else ""
     return next((rate for part, rate in DATA_SHEETS.items() if part in name), None)
 
 
 def measure(args, device, dtype):
-    """{model: {way: numbers}}. Rounds go through all ways, so that a machine's moods meet every one."""
+    """{model: {way: numbers}}. Each round goes through all ways: other load on the machine meets all of them."""
     size, batch, num_ids = SIZES[args.size]
     batch, cuda = args.batch or batch, device == "cuda"
     found = {}
@@ -173,9 +180,9 @@ def measure(args, device, dtype):
                 last[way] = float(loss)
                 if cuda:
                     memory[way] = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
-                print(f"round {number + 1}/{args.rounds}, {name} {way}: {shown(times[way])}", flush=True)
+                print(f"round {number + 1}/{args.rounds}, {name} {way}: {step_text(times[way])}", flush=True)
                 del step
-        rows = {way: numbers(times[way], batch, memory.get(way), last[way]) for way in args.ways}
+        rows = {way: step_numbers(times[way], batch, memory.get(way), last[way]) for way in args.ways}
         for way, row in rows.items():
             row["gflops_an_image"] = round(work["plain" if way == "plain" else "ours"] / 1e9, 3)
             row["tflops"] = row["images_per_second"] * row["gflops_an_image"] / 1000
@@ -230,26 +237,18 @@ def add_shares(found, rate, sheet):
                 row["times_plain"] = round(row["images_per_second"] / base, 4)
 
 
-def print_table(found):
-    print(f"\n{'model':<10}{'way':<10}{'images/s':>10}{'x plain':>9}{'TFLOPS':>9}{'product':>9}{'sheet':>8}{'GiB':>8}")
-    for name, model in found.items():
-        for way, row in model["ways"].items():
-            keys = (
-                "images_per_second",
-                "times_plain",
-                "tflops",
-                "share_of_product",
-                "share_of_data_sheet",
-                "peak_gib",
-            )
-            cells = ["-" if row.get(key) is None else f"{row[key]:.2f}" for key in keys]
-            widths = zip(cells, (10, 9, 9, 9, 8, 8), strict=True)
-            print(f"{name:<10}{way:<10}" + "".join(f"{cell:>{width}}" for cell, width in widths))
+def table_of(found):
+    rows = [
+        [name, way, *(cell(row.get(key)) for key in COLUMNS.values())]
+        for name, model in found.items()
+        for way, row in model["ways"].items()
+    ]
+    return ["model", "way", *COLUMNS], rows
 
 
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file for what was found")
+    parser.add_argument("--json", type=Path, help="result file")
     parser.add_argument("--recipe", action="store_true", help="only print the recipe's rates and decays")
     parser.add_argument("--size", choices=SIZES, default="paper", help="default paper")
     parser.add_argument("--models", nargs="+", choices=TORCHVISION, default=["resnet50", "swin-t"])
@@ -279,16 +278,12 @@ def main(input_args=None):
     # The clock of a device sinks when it is warm: the better of before and after.
     rate, sheet = max(*rates, product_rate(device, dtype, width)), data_sheet(device)
     add_shares(found, rate, sheet)
-    print_table(found)
+    print(f"\n{text_table(*table_of(found))}")
     print(f"\nproduct: {rate:.2f} TFLOPS of a matrix product of width {width}; sheet: {sheet or 'not known'}")
     if args.json:
-        names = ("torchvision", "transformers")
-        packages = {name: number for name, number in versions().items() if name in names}
-        gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {"threads": torch.get_num_threads()}
-        head = {**environment(), **packages, **gpu, "device": device, "mixed_precision": args.mixed_precision}
-        with write_together(args.json.parent) as part:
-            content = {**head, "product_tflops": round(rate, 3), "data_sheet_tflops": sheet, "models": found}
-            part(args.json.name).write_text(to_json(content), encoding="utf-8")
+        raw = {"device": device, "mixed_precision": args.mixed_precision}
+        raw |= {"product_tflops": round(rate, 3), "data_sheet_tflops": sheet, "models": found}
+        write_result(args.json, command_line(__spec__.name, input_args), *table_of(found), raw)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""Synthetic features of the sizes of public re-identification sets: 512-d unit rows, mAP between 0.5 and 0.65.
+"""Synthetic features at the sizes of public re-identification sets: unit rows of 512 numbers, mAP 0.5 to 0.65.
 
     python -m benchmarks.speed.reid_features M features.npz
 
-S is small, M has the size of Market-1501 and L of MSMT17. An identity is a direction near that of its group, whose
-members are hard to tell apart; a camera moves all its images one way; every image has noise of its own strength.
+S is small, M has the size of Market-1501, L that of MSMT17. An identity is a direction near that of its group, whose
+members are hard to tell apart. A camera moves all its images in one direction. Each image has noise of its own
+strength.
 """
 
 import argparse
 
 import numpy as np
 
-# Queries, gallery, identities, cameras, share of gallery images that belong to none of them.
+# Queries, gallery images, identities, cameras, share of gallery images of other identities.
 SIZES = {"S": (500, 3000, 120, 6, 0.175), "M": (3368, 15913, 750, 6, 0.175), "L": (11659, 82161, 3060, 15, 0.0)}
 DEPTH = 512
 GROUP_WEIGHT, CAMERA_WEIGHT, NOISE_WEIGHT, NOISE_SPREAD = 0.8, 0.65, 1.3, 0.35
@@ -43,7 +44,7 @@ def reid_features(size, seed=0):
         strength = NOISE_WEIGHT * np.exp(NOISE_SPREAD * generator.standard_normal((len(centres), 1), dtype=np.float32))
         return unit(centres + cameras[cams] + strength * directions(generator, len(centres))).astype(np.float32)
 
-    # A query is one identity before one camera, all different; every identity is asked for at least once.
+    # A query is one identity in front of one camera, each pair once; every identity has at least one query.
     views = generator.permuted(np.tile(np.arange(num_cams), (num_ids, 1)), axis=1)
     query_pids = np.tile(np.arange(num_ids), num_cams)[:num_queries]
     query_cams = views.T.reshape(-1)[:num_queries]

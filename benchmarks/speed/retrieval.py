@@ -1,18 +1,18 @@
 """Ranking and re-ranking against public code: correctness first, then time, peak memory and the ratio to pure GEMM.
 
-    python -m benchmarks.speed.retrieval --sizes S M
-    python -m benchmarks.speed.retrieval --sizes S M L --peers torchreid faiss --peer_dir PEERS
+    python -m benchmarks.speed.retrieval --sizes S M L
+    python -m benchmarks.speed.retrieval --sizes S M --peers torchreid faiss --peer_dir PEERS --json FILE
 
-The peers are no dependency: `pip install --no-deps --target PEERS torchreid==0.2.5 faiss-cpu`. Every measurement is a
-process of its own, and the contenders take turns. Memory is the peak beyond the process with its features. GEMM is
-`torch.mm` with `out=` of the same operations, timed right before and after in the same process (at most 8,192 rows of
-it, scaled).
+The peers are no dependency: `pip install --no-deps --target PEERS torchreid==0.2.5 faiss-cpu`. Every measurement runs
+in a process of its own, and the contenders take turns. Memory is the peak above that of the process with its features.
+GEMM is `torch.mm` with `out=` of the same operations, timed before and after in the same process (on at most 8,192
+rows, scaled).
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,16 +21,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.common import RESULTS, environment, peer_module, status
+from benchmarks.common import GIB, RESULTS, command_line, run_worker, write_result
 from benchmarks.speed.reid_features import SIZES, reid_features
 from kernels import k_reciprocal_rerank, rank_metrics
 from kernels.ranking import rank_metrics_reference
 from kernels.reranking import k_reciprocal_rerank_reference
 from kernels.tiles import cosine_reference
+from utils.reporting.report import text_table
 
 GEMM_ROWS, GEMM_SAMPLE = 1024, 8192
 # N x N arrays do not fit past these sizes.
 PEER_SIZES = {"torchreid": ("S", "M"), "faiss": ("S", "M")}
+COLUMNS = ["size", "work", "who", "seconds", "GEMM", "ratio", "GiB", "mAP", "Rank-1"]
+
+
+def peer_module(path):
+    """One file of a peer, without importing the rest of its package."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def squared_distances(left, right):
@@ -124,11 +134,16 @@ def same_operations(work, data):
     return seconds
 
 
+def status(field):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
 def measure(args):
-    """One contender, once: what a child process prints."""
+    """Run one contender once and print what it took: the child process."""
     data = dict(np.load(args.features))
     before = same_operations(args.work, data)
-    # Resets the peak, so that it is the contender's own.
+    # The peak is reset, so that it is the contender's own.
     Path("/proc/self/clear_refs").write_text("5")
     resident = status("VmRSS")
     start = time.perf_counter()
@@ -136,7 +151,7 @@ def measure(args):
     seconds = time.perf_counter() - start
     peak = status("VmHWM") - resident
     gemm = (before + same_operations(args.work, data)) / 2
-    print(json.dumps({"seconds": seconds, "gemm": gemm, "gib": peak / 2**30, "mAP": mean, "rank1": first}))
+    print(json.dumps({"seconds": seconds, "gemm": gemm, "gib": peak / GIB, "mAP": mean, "rank1": first}))
 
 
 def check(args):
@@ -170,35 +185,49 @@ def check(args):
     return found
 
 
-def main(args=None):
+def rows_of(measured):
+    return [
+        [row["size"], row["work"], row["who"]]
+        + [f"{row[key]:.{digits}f}" for key, digits in (("seconds", 2), ("gemm", 2), ("ratio", 2), ("gib", 2))]
+        + [f"{row[key]:.4f}" for key in ("mAP", "rank1")]
+        for row in measured
+    ]
+
+
+def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["S", "M"], choices=SIZES)
-    parser.add_argument("--works", nargs="+", default=["metrics", "rerank"], choices=["metrics", "rerank"])
-    parser.add_argument("--peers", nargs="*", default=[], choices=["torchreid", "faiss"])
+    parser.add_argument("--sizes", nargs="+", default=["S", "M"], choices=SIZES, help="default S M")
+    works = ["metrics", "rerank"]
+    parser.add_argument("--works", nargs="+", default=works, choices=works, help="default both")
+    parser.add_argument("--peers", nargs="*", default=[], choices=["torchreid", "faiss"], help="default none")
     parser.add_argument("--peer_dir", type=Path, help="folder the peers were installed into")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every contender; medians are shown (L: one)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "retrieval.json")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each contender; the median counts (L: one run)")
+    parser.add_argument("--seed", type=int, default=0, help="of the features; default 0")
+    parser.add_argument("--json", type=Path, default=RESULTS / "retrieval.json", help="default benchmarks/results")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--features", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(args)
+    args = parser.parse_args(input_args)
     if args.peers and args.peer_dir is None:
         parser.error("--peers needs --peer_dir, the folder they were installed into")
+    return args
+
+
+def main(input_args=None):
+    args = parse_args(input_args)
     if args.worker:
         measure(args)
         return
-    report = {**environment(), "differences": check(args), "rows": []}
-    print(f"{'size':<5}{'work':<9}{'who':<11}{'seconds':>9}{'GEMM':>8}{'ratio':>7}{'GiB':>7}{'mAP':>8}{'rank-1':>8}")
+    raw = {"differences": check(args), "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         for size in args.sizes:
             features = Path(folder) / f"{size}.npz"
             np.savez(features, **reid_features(size, args.seed))
             for work in args.works:
-                rows = compare(args, size, work, features)
-                report["rows"] += rows
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                args.output.write_text(json.dumps(report, indent=1) + "\n")
+                raw["rows"] += compare(args, size, work, features)
+                command = command_line(__spec__.name, input_args)
+                write_result(args.json, command, COLUMNS, rows_of(raw["rows"]), raw)
+    print(text_table(COLUMNS, rows_of(raw["rows"])))
 
 
 def compare(args, size, work, features):
@@ -206,25 +235,18 @@ def compare(args, size, work, features):
     names = ["ours"] + [peer for peer in args.peers if size in PEER_SIZES[peer]]
     names = [name for name in names if not (name == "faiss" and work == "metrics")]
     runs = {name: [] for name in names}
+    peers = ["--peer_dir", args.peer_dir] if args.peer_dir else []
     for _ in range(1 if size == "L" else args.rounds):
         for name in names:
-            command = [sys.executable, "-m", "benchmarks.speed.retrieval", "--worker", name, "--work", work]
-            command += ["--features", str(features)] + (["--peer_dir", str(args.peer_dir)] if args.peer_dir else [])
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(f"{name} failed at {work}, size {size}:\n{done.stderr[-2000:]}")
-            runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+            words = ["--worker", name, "--work", work, "--features", features, *peers]
+            runs[name].append(run_worker(__spec__.name, *words))
+            print(f"size {size}, {work}, {name}: {runs[name][-1]['seconds']:.2f} s", flush=True)
     rows = []
     for name, measured in runs.items():
         row = {"size": size, "work": work, "who": name, "runs": measured}
         row.update({key: statistics.median(run[key] for run in measured) for key in measured[0]})
         row["ratio"] = statistics.median(run["seconds"] / run["gemm"] for run in measured)
         rows.append(row)
-        print(
-            f"{size:<5}{work:<9}{name:<11}{row['seconds']:>9.2f}{row['gemm']:>8.2f}{row['ratio']:>7.2f}"
-            f"{row['gib']:>7.2f}{row['mAP']:>8.4f}{row['rank1']:>8.4f}",
-            flush=True,
-        )
     return rows
 
 

@@ -229,7 +229,7 @@ def test_two_real_processes_get_the_pixels_of_one(tmp_path):
 @pytest.mark.slow
 def test_throughput_is_measured(tmp_path, capsys):
     benchmark.main(["--num_ids", "64", "--rounds", "1", "--json", str(tmp_path / "loading.json")])
-    rows = json.loads((tmp_path / "loading.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "loading.json").read_text())["raw"]["rows"]
     assert len(rows) == 4 and all(row["images_a_second"] > 20 for row in rows)
     assert all(row["source"] in capsys.readouterr().out for row in rows[:1])
     with pytest.raises(SystemExit):

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from benchmarks.common import BATCH
 from benchmarks.memory import dcac_overhead
-from benchmarks.memory.dcac_overhead import MODES, PAPER, build_batch, build_parts, count_parameters, forward_flops
+from benchmarks.memory.dcac_overhead import PAPER, build_batch, build_parts, count_parameters, forward_flops
+from benchmarks.models import BATCH, MODES
 
 # Published, in millions.
 PARAMETERS = {
@@ -82,16 +82,18 @@ def test_flops_of_a_step(parts):
 
 @pytest.mark.slow
 def test_files(tmp_path, capsys):
-    table, steps = tmp_path / "table.json", tmp_path / "steps.json"
-    dcac_overhead.main(["--table", "--json", str(table), "--step_json", str(steps)])
-    table, steps = json.loads(table.read_text()), json.loads(steps.read_text())
+    file, names = tmp_path / "table.json", ("dcac_table", "dcac_step_flops")
+    dcac_overhead.main(["--table", "--json", str(file), "--results_dir", str(tmp_path)])
+    table = json.loads(file.read_text())
+    stored, steps = (json.loads((tmp_path / f"{name}.json").read_text()) for name in names)
+    assert stored["raw"] == table
     assert list(table) == list(PARAMETERS)
     for mode, row in table.items():
         assert f"{row['ours']['params_m']:.2f}" == PARAMETERS[mode]
         assert row["paper"] == dict(zip(("params_m", "tflops"), PAPER[mode], strict=True))
         assert row["ours"]["tflops"] == pytest.approx(row["paper"]["tflops"], abs=0.025)
-    assert steps["torch"] == torch.__version__ and steps["diffusers"]
-    ratios = {mode: {way: step["ratio"] for way, step in row.items()} for mode, row in steps["steps"].items()}
+    assert steps["environment"]["torch"] == torch.__version__ and steps["environment"]["diffusers"]
+    ratios = {mode: {way: step["ratio"] for way, step in row.items()} for mode, row in steps["raw"]["steps"].items()}
     assert ratios["baseline"] == {"ours": 1.0} and list(ratios) == ["baseline", *MODES]
     for mode in MODES:
         assert ratios[mode]["ours"] < ratios[mode]["paper"] < ratios[mode]["paper_whole"]

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.memory import dcac_overhead
 from benchmarks.memory.alive import Alive
-from benchmarks.memory.dcac_overhead import Parts, training_loss
+from benchmarks.memory.dcac_overhead import Parts, counted_memory, training_loss
+from benchmarks.models import Step, sizes
 from benchmarks.quality import dcac_curves
 from benchmarks.speed import dcac_step
 
-SIZES = dcac_step.sizes()
+SIZES = sizes()
 
 
 def test_alive_bytes_are_counted_once_and_let_go():
@@ -45,7 +45,7 @@ def test_what_the_backward_pass_keeps_is_counted():
 
 @pytest.mark.parametrize("way", ["ours", "paper"])
 def test_a_step_is_the_loss_that_flops_are_counted_of(way):
-    step = dcac_step.Step(SIZES["tiny"], "lora", way, batch=4)
+    step = Step(SIZES["tiny"], "lora", way, batch=4)
     step.prepare()
     model, batch = step.model, step.batch
     if step.vae is not None:
@@ -65,27 +65,27 @@ def test_a_step_is_the_loss_that_flops_are_counted_of(way):
 
 @pytest.mark.slow
 def test_memory_falls_as_more_is_computed_twice():
-    gib = {way: dcac_step.counted_memory(SIZES["tiny"], "lora", way, batch=64) for way in ("ours", "outer", "all")}
-    baseline = dcac_step.counted_memory(SIZES["tiny"], "baseline", "ours", batch=64)
+    gib = {way: counted_memory(SIZES["tiny"], "lora", way, batch=64) for way in ("ours", "outer", "all")}
+    baseline = counted_memory(SIZES["tiny"], "baseline", "ours", batch=64)
     assert gib["all"] < baseline < gib["outer"] < gib["ours"]
-    assert dcac_step.counted_memory(SIZES["tiny"], "full", "ours", batch=64) > gib["ours"]
+    assert counted_memory(SIZES["tiny"], "full", "ours", batch=64) > gib["ours"]
     # Twice the images: twice the activations, the weights stay.
-    smaller = dcac_step.counted_memory(SIZES["tiny"], "lora", "ours", batch=32)
+    smaller = counted_memory(SIZES["tiny"], "lora", "ours", batch=32)
     assert 1.5 * smaller < gib["ours"] < 2 * smaller
 
 
 def test_timing_writes_ratios_to_the_baseline_and_to_the_papers_way(tmp_path, capsys):
     file = tmp_path / "step.json"
-    words = "--step --size tiny --modes frozen --batches 4 --rounds 2 --steps 1 --warmup 0"
-    dcac_overhead.main([*words.split(), "--json", str(file)])
+    words = "--size tiny --modes frozen --batches 4 --rounds 2 --steps 1 --warmup 0"
+    dcac_step.main([*words.split(), "--json", str(file)])
     found = json.loads(file.read_text())
-    rows = found["batches"]["4"]
+    rows = found["raw"]["batches"]["4"]
     assert set(rows) == {"baseline", "frozen"} and set(rows["frozen"]) == set(dcac_step.TIMED)
     ours, paper = rows["frozen"]["ours"], rows["frozen"]["paper"]
     assert ours["times_paper"] == pytest.approx(ours["ms"] / paper["ms"], abs=1e-3)
     assert ours["times_baseline"] == pytest.approx(ours["ms"] / rows["baseline"]["ours"]["ms"], abs=1e-3)
     assert ours["images_per_second"] == pytest.approx(4000 / ours["ms"], rel=1e-2) and ours["steps"] == 2
-    assert "frozen" in capsys.readouterr().out and found["torch"] == torch.__version__
+    assert "frozen" in capsys.readouterr().out and found["environment"]["torch"] == torch.__version__
 
 
 def test_the_largest_difference_of_two_curves_and_its_step():
@@ -108,6 +108,7 @@ def test_the_same_training_twice_and_with_the_vae_in_every_step(tmp_path):
     words = "--steps 3 --source synthetic:domain=a,num_ids=16 --json"
     dcac_curves.main([*words.split(), str(file), "--variants", "again", "vae in every step"])
     found = json.loads(file.read_text())
+    found = found["raw"]
     assert found["steps"] == len(found["plain"]) == 3
     assert found["largest"]["again"]["loss"]["absolute"] == 0
     assert 0 < found["largest"]["vae in every step"]["loss"]["relative"] < 0.05

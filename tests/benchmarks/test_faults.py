@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from benchmarks.robustness import faults
-from benchmarks.robustness.faults import JOBS
+from benchmarks.robustness.checks import check_words, digests, half_written
+from benchmarks.robustness.jobs import JOBS
+from benchmarks.robustness.runner import Runner
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="moments are counted from /proc")
 HOSTILE = ["with space", "häßlich 人", "new\nline", "-rf", "..two dots", "a'b\"c", "<b>&amp;", "%s{0}$HOME", "x" * 200]
@@ -20,7 +22,7 @@ TRAINERS = [name for name, job in JOBS.items() if job.trains]
 @pytest.fixture(scope="module")
 def runner():
     """One process that has imported everything; each run is a fork of it."""
-    made = faults.Runner()
+    made = Runner()
     yield made
     made.close()
 
@@ -77,11 +79,11 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(runner, job,
     newest, older = sorted(out.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))[:2]
     damage(newest / "model.safetensors", how)
     code, _, said = runner.run(runner.words(job, out))
-    line = faults.check_words(job, said)
+    line = check_words(job, said)
     assert code and newest.name in line and "damaged" in line and older.name in line
     code, _, said = runner.run(runner.words(job, out, ["--resume_from_checkpoint", older.name]))
     assert code == 0, said[-2000:]
-    assert faults.digests(job, out) == wanted
+    assert digests(job, out) == wanted
 
 
 def damage(path, how):
@@ -116,7 +118,7 @@ def test_a_truncated_cache_is_made_again(runner, job):
             record.unlink()
     code, _, said = runner.run(runner.words(job, out))
     assert code == 0, said[-2000:]
-    assert faults.digests(job, out) == wanted
+    assert digests(job, out) == wanted
 
 
 # Files of others
@@ -167,13 +169,13 @@ def test_hostile_names_end_right(runner, job, tmp_path):
     if job in ("captions", "images"):
         code, _, said = runner.run(words_for(runner, job, out, source))
         # Its images would lie in a folder of that name.
-        assert code and "rename it" in faults.check_words(job, said)
+        assert code and "rename it" in check_words(job, said)
         root = tmp_path / "named"
         source = people(root / "set-of-others")
     code, _, said = runner.run(words_for(runner, job, out, source))
     assert code == 0, said[-2000:]
     assert set(os.listdir(tmp_path)) - before <= {"out", "named"} and len(os.listdir(root)) == 1
-    assert faults.half_written(out) == [] and any(out.rglob("*"))
+    assert half_written(out) == [] and any(out.rglob("*"))
 
 
 @pytest.mark.parametrize("job", SOURCES)
@@ -182,7 +184,7 @@ def test_a_broken_image_is_named_in_one_line(runner, job, tmp_path):
     if job == "evaluate":
         shutil.copy(source / "train" / HOSTILE[2] / "broken_c1_3.png", source / "query" / HOSTILE[2])
     code, _, said = runner.run(words_for(runner, job, tmp_path / "out", source))
-    line = faults.check_words(job, said)
+    line = check_words(job, said)
     assert code and "broken_c1_3.png" in line
     code, _, said = runner.run([*words_for(runner, job, tmp_path / "other", source), "--skip_unreadable"])
     assert code == 0, said[-2000:]

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from benchmarks import common
 from benchmarks.quality import starts
 from utils.datasets.load import load_reid
 
@@ -20,7 +21,7 @@ def runs(monkeypatch, tmp_path):
     """Stands in for the scripts, which have tests of their own: writes what they leave, and lists the calls."""
     calls = []
 
-    def run(script, command):
+    def run(script, *command, logs):
         folder = Path(command[command.index("--output_dir") + 1])
         calls.append([script, *command])
         seed = int(command[command.index("--seed") + 1])
@@ -29,13 +30,14 @@ def runs(monkeypatch, tmp_path):
             {"epoch": epoch, "target": SPEC, "mAP": 0.3 + better + 0.1 * epoch + 0.02 * seed, "rank1": 0.5 + better}
             for epoch in range(3)
         ]
+        assert logs == folder / "logs"
         (folder / "model").mkdir(parents=True)
         (folder / "model" / "model.safetensors").touch()
         (folder / "args.json").write_text(json.dumps({"command": [script, *command]}))
         (folder / "metrics.json").write_text(json.dumps({"history": history}))
+        return common.Run(0, "", "", 1.0, 1.0, 0.5)
 
-    monkeypatch.setattr(starts, "run_process", run)
-    monkeypatch.setattr(starts, "environment", lambda: {})
+    monkeypatch.setattr(common, "run_script", run)
     return calls
 
 
@@ -73,8 +75,9 @@ def test_every_pair_runs_once_with_the_same_part_and_seed(runs, tmp_path, capsys
 
 
 def test_a_run_that_fails_stops_the_loop(monkeypatch, tmp_path):
-    monkeypatch.setattr(starts, "run_process", lambda script, command: 1)
-    with pytest.raises(SystemExit, match="finetune_reid.py stopped"):
+    ended = common.Run(1, "", "warning\nno such model\n", 1.0, 1.0, 0.5)
+    monkeypatch.setattr(common, "run_script", lambda *words, logs: ended)
+    with pytest.raises(ValueError, match="finetune_reid.py stopped: no such model; the same command continues"):
         starts.main(arguments(tmp_path))
 
 
@@ -108,8 +111,8 @@ def test_the_whole_comparison(tmp_path):
         "--pretrain", "--source synthetic:domain=a,num_ids=16 --backbone resnet-small --num_train_epochs 2",
         "--finetune", "--train_batch_size 8 --lr_milestones 9",
     ]  # fmt: skip
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
+    subprocess.run(command, check=True, cwd=common.ROOT)
     content = json.loads((tmp_path / "starts.json").read_text())
-    assert [one["start"] for one in content["runs"]] == ["scratch", "pretrained"]
-    first, second = (one["history"] for one in content["runs"])
+    assert [one["start"] for one in content["raw"]["runs"]] == ["scratch", "pretrained"]
+    first, second = (one["history"] for one in content["raw"]["runs"])
     assert [one["epoch"] for one in first] == [0, 1, 2] and first[0] != second[0]

@@ -20,7 +20,7 @@ def test_gpu_parts_without_time_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit, match="retrieval, dcac_step did not end well"):
         gpu.main(["--small", "--parts", "retrieval", "dcac_step", "--limit", "0", "--json_dir", str(tmp_path)])
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert {name: one["ended"] for name, one in found["parts"].items()} == dict.fromkeys(
+    assert {name: one["ended"] for name, one in found["raw"]["parts"].items()} == dict.fromkeys(
         ("retrieval", "dcac_step"), "no time left"
     )
     assert str(tmp_path) not in (tmp_path / "gpu.json").read_text()
@@ -34,5 +34,5 @@ def test_gpu_parts_whose_loss_is_none_are_found():
 @pytest.mark.slow
 def test_gpu_parts_run_small(tmp_path):
     gpu.main(["--small", "--json_dir", str(tmp_path)])
-    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    parts = json.loads((tmp_path / "gpu.json").read_text())["raw"]["parts"]
     assert {one["ended"] for one in parts.values()} == {"done"} and list(parts) == list(gpu.PARTS)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.memory.generation_cost import GIB, count
+from benchmarks.common import GIB
+from benchmarks.memory.generation_cost import count
 from benchmarks.speed.generation import measure, ours_of
 from utils.flags import DIFFUSION_DIR
 

@@ -76,10 +76,10 @@ def test_a_small_run(tmp_path, capsys):
         ]
     )
     found = json.loads((tmp_path / "found.json").read_text())
-    rows = found["models"]["swin-t"]["ways"]
+    rows = found["raw"]["models"]["swin-t"]["ways"]
     assert set(rows) == {"ours", "plain"}
     for row in rows.values():
         assert row["images_per_second"] == pytest.approx(1000 * 4 / row["ms"], rel=1e-2)
         assert row["tflops"] == pytest.approx(row["images_per_second"] * row["gflops_an_image"] / 1000)
         assert row["share_of_product"] > 0 and 0 < row["loss"] < 10
-    assert "images/s" in capsys.readouterr().out and found["revision"]
+    assert "images/s" in capsys.readouterr().out and found["environment"]["revision"]

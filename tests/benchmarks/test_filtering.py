@@ -26,9 +26,9 @@ def test_links_are_the_drawn_files(tmp_path):
 def test_a_small_run(tmp_path):
     filtering.main(["--sizes", "200", "--json", str(tmp_path / "figures.json")])
     report = json.loads((tmp_path / "figures.json").read_text())
-    (row,) = report["rows"]
+    (row,) = report["raw"]["rows"]
     assert row["images"] == 200 and row["images_a_second"] > 0 and row["peak_mib"] > 100
-    assert report["command"] == "python -m benchmarks.speed.filtering --sizes 200"
+    assert report["command"] == "python -m benchmarks.speed.filtering --sizes 200 --json figures.json"
 
 
 @pytest.mark.slow
@@ -48,8 +48,9 @@ def test_a_small_run_against_the_truth(tmp_path):
     few = ["--seeds", "3", "--num_ids", "3", "--cameras", "one or two"]
     filter_truth.main([*few, "--json", str(file), "--flags", *quick])
     report = json.loads(file.read_text())
-    assert set(report["auc"]["one or two"]) == {"clip", "cctf", "reid"} and report["flags"] == quick
-    found = report["cameras"]["one or two"]["3"]
+    raw = report["raw"]
+    assert set(raw["auc"]["one or two"]) == {"clip", "cctf", "reid"} and raw["flags"] == quick
+    found = raw["cameras"]["one or two"]["3"]
     # Of 30 images 15 are right, one of them damaged, so every filter keeps 14.
     sizes = dict(zip(found["clip"]["kept"], (8, 6, 3, 3, 7, 3), strict=True))
     for one in found.values():

@@ -1,0 +1,88 @@
+"""The long jobs that are stopped, and what each of them must leave behind."""
+
+from dataclasses import dataclass
+
+PEOPLE = "synthetic:domain=a,num_ids=4,images_per_id=4"
+TARGET = "synthetic:domain=b,num_ids=2,images_per_id=4"
+SMALL = "--resolution 64 32 --train_batch_size 8 --eval_every 99"
+TRAINED = f"--source {PEOPLE} --target {TARGET} {SMALL} --checkpointing_steps 1 --resume_from_checkpoint latest"
+CLUSTERS = "--images_per_id 2 --steps_per_epoch 3 --cluster_k1 6 --cluster_k2 2 --eps 0.5 --min_samples 2 "
+CLUSTERS += "--lr_warmup_epochs 0"
+DRAWN = f"--source {PEOPLE} --resolution 64 32 --max_train_steps 2 --num_images 2 --num_reference_images 2 "
+DRAWN += "--num_inference_steps 2 --train_batch_size 2 --save_resolution 64 32 --clip_model_name_or_path none"
+SCORED = "--num_train_epochs 1 --classifier_epochs 1 --train_batch_size 8 --eval_batch_size 8 --resolution 64 32 "
+SCORED += "--dataloader_num_workers 0 --keep_fraction 0.5"
+
+
+@dataclass
+class Job:
+    """`{inputs}` and `{out}` in the command are folders; `done` matches the files of finished work.
+
+    `once`: the folder appears when it is complete, and the same command then refuses it.
+    """
+
+    command: str
+    done: str
+    result: tuple
+    trains: bool = False
+    once: bool = False
+
+
+JOBS = {
+    "dcac": Job(
+        f"train_dcac {TRAINED} --diffusion_resolution 64 64 --validation_ids 0 --cache_dir {{inputs}}/cache "
+        "--output_dir {out}",
+        "checkpoint-*/files.json",
+        ("log.jsonl", "model/model.safetensors", "prompts.safetensors"),
+        trains=True,
+    ),
+    "pretrain": Job(
+        f"pretrain_backbone {TRAINED} --output_dir {{out}}",
+        "checkpoint-*/files.json",
+        ("log.jsonl", "backbone/model.safetensors"),
+        trains=True,
+    ),
+    "finetune": Job(
+        f"finetune_reid {TRAINED} --output_dir {{out}}",
+        "checkpoint-*/files.json",
+        ("log.jsonl", "model/model.safetensors"),
+        trains=True,
+    ),
+    "adapt": Job(
+        f"adapt_reid --target {PEOPLE.replace('=a,', '=b,')} {SMALL} {CLUSTERS} --checkpointing_steps 1 "
+        "--resume_from_checkpoint latest --output_dir {out}",
+        "checkpoint-*/files.json",
+        ("log.jsonl", "model/model.safetensors"),
+        trains=True,
+    ),
+    "captions": Job(
+        f"train_dreambooth_reid {DRAWN} --captions_only --output_dir {{out}}",
+        "identities/*/*/captions.json",
+        ("captions.parquet",),
+    ),
+    "images": Job(
+        f"train_dreambooth_reid {DRAWN} --output_dir {{out}}",
+        "identities/*/*/images.json",
+        ("metadata.parquet", "captions.parquet", "images/*/*/*.jpg"),
+    ),
+    "filter": Job(
+        f"filter_generated --source {PEOPLE} --generated {{inputs}}/drawn {SCORED} --output_dir {{out}}",
+        ".pieces/*.parquet",
+        ("features.npy", "dataset/**/*.parquet"),
+    ),
+    "evaluate": Job(
+        "evaluate --model {inputs}/clip --resolution 64 32 --data synthetic:domain=b,num_ids=16 --batch_size 4 "
+        "--report_queries 0 --output_dir {out}",
+        "chunks-*/*.safetensors",
+        ("features.safetensors", "rankings.csv"),
+    ),
+    "latents": Job(
+        "benchmarks.robustness.runner --latents {out}", "latents/*/*.safetensors", ("latents/*/*.safetensors",)
+    ),
+    "export": Job(
+        "utils.datasets synthetic:domain=a,num_ids=16,images_per_id=4 --save_to {out}",
+        "dataset_dict.json",
+        ("dataset_dict.json", "*/data-*.arrow"),
+        once=True,
+    ),
+}  # fmt: skip

@@ -1,0 +1,73 @@
+"""Every file in benchmarks/results has the five parts, and its table is that of its raw numbers."""
+
+import importlib.util
+import json
+import shlex
+
+import pytest
+
+from benchmarks.common import RESULTS
+from benchmarks.memory import cards, dcac_overhead
+from benchmarks.quality import adaptation, dcac_curves, dcac_synthetic, filter_truth, standins, starts
+from benchmarks.robustness import chain
+from benchmarks.speed import clustering, dcac_step, filtering, generation, loading, retrieval
+
+FILES = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")}
+
+
+def start_rows(raw):
+    return starts.rows_of(raw["runs"], raw["settings"], [starts.SCRATCH, starts.PRETRAINED])
+
+
+# Name: (columns, rows) of the raw numbers.
+TABLES = {
+    "adaptation": lambda raw: (adaptation.COLUMNS, adaptation.rows_of(raw["runs"])),
+    "chain": lambda raw: (chain.COLUMNS, chain.rows_of(raw["chains"])),
+    "chain_small": lambda raw: (chain.COLUMNS, chain.rows_of(raw["chains"])),
+    "clustering": lambda raw: clustering.table_of(raw["rows"]),
+    "dcac_curves": lambda raw: dcac_curves.table_of(raw["largest"]),
+    "dcac_memory": lambda raw: cards.training_cards(raw["counted"]),
+    "dcac_step_cpu_block": lambda raw: dcac_step.table_of(raw["batches"]),
+    "dcac_step_cpu_tiny": lambda raw: dcac_step.table_of(raw["batches"]),
+    "dcac_step_flops": lambda raw: (dcac_overhead.STEP_COLUMNS, dcac_overhead.step_rows(raw["steps"])),
+    "dcac_synthetic": lambda raw: (dcac_synthetic.COLUMNS, dcac_synthetic.rows_of(raw["runs"])),
+    "dcac_table": lambda raw: (dcac_overhead.TABLE_COLUMNS, dcac_overhead.table_rows(raw)),
+    "filter_truth": lambda raw: filter_truth.table_of(raw["cameras"]),
+    "filtering": lambda raw: filtering.table_of(raw["rows"]),
+    "generation": lambda raw: generation.table_of(raw["parts"]),
+    "generation_memory": lambda raw: cards.identity_cards(raw["counted"]),
+    "loading": lambda raw: loading.table_of(raw["rows"]),
+    "retrieval": lambda raw: (retrieval.COLUMNS, retrieval.rows_of(raw["rows"])),
+    "retrieval_peers": lambda raw: (retrieval.COLUMNS, retrieval.rows_of(raw["rows"])),
+    "standins": lambda raw: standins.table_of(raw["question_answerer"]),
+    "starts": lambda raw: (["setting", "number", starts.SCRATCH, starts.PRETRAINED, "gain"], start_rows(raw)),
+}
+TABLES["starts_high_rate"] = TABLES["starts"]
+# The rows of faults are counts of what happened, those of the build table the compiler's own numbers.
+MEASURED = {"faults", "retrieval_build_table"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_has_the_five_parts(name):
+    found = FILES[name]
+    assert list(found) == ["environment", "command", "columns", "table", "raw"]
+    assert found["table"] and all(len(row) == len(found["columns"]) for row in found["table"])
+    words = shlex.split(found["command"])
+    assert words[:2] == ["python", "-m"] and importlib.util.find_spec(words[2]), found["command"]
+    assert not any(word.startswith("/") for word in words)
+    if name != "retrieval_build_table":
+        assert {"machine", "python", "torch", "numpy", "revision"} <= set(found["environment"])
+
+
+@pytest.mark.parametrize("name", sorted(set(FILES) - MEASURED))
+def test_a_table_is_that_of_its_raw_numbers(name):
+    found = FILES[name]
+    columns, rows = TABLES[name](found["raw"])
+    assert (found["columns"], found["table"]) == (list(columns), rows)
+
+
+def test_the_counts_are_readable_as_promised():
+    """`--table --json` writes the modes alone; the file of results holds the same under `raw`."""
+    assert list(FILES["dcac_table"]["raw"]) == list(dcac_overhead.PAPER)
+    for row in FILES["dcac_table"]["raw"].values():
+        assert set(row) == {"ours", "paper"} and set(row["ours"]) == set(row["paper"]) == {"params_m", "tflops"}
