@@ -34,6 +34,8 @@ SMALL = {
     "dcac_long": "--size tiny --rounds 1 --steps 4 --warmup 1",
     "pretraining": "--size tiny --models resnet50 --mixed_precision no --rounds 1 --steps 2 --warmup 1",
 }
+# Parts that go through their configurations several times.
+WITH_ROUNDS = ("retrieval", "dcac_step", "dcac_long", "pretraining")
 LAST_LINES = 15
 COLUMNS = ["part", "ended", "seconds"]
 
@@ -58,6 +60,7 @@ def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default all, in this order")
     parser.add_argument("--limit", type=float, default=86400, help="seconds for all parts; default a day")
+    parser.add_argument("--rounds", type=int, help="of each part, where a card is there for minutes; default its own")
     parser.add_argument("--json_dir", type=Path, default=RESULTS / "gpu", help="default benchmarks/results/gpu")
     parser.add_argument("--small", action="store_true", help="tiny sizes, also without a GPU, to check that all runs")
     args = parser.parse_args(input_args)
@@ -74,6 +77,7 @@ def main(input_args=None):
     for name in args.parts:
         path, left = args.json_dir / f"{name}.json", end - time.monotonic()
         words = PARTS[name].format(json=path).split() + (SMALL.get(name, "").split() if args.small else [])
+        words += ["--rounds", str(args.rounds)] if args.rounds and name in WITH_ROUNDS else []
         if args.small and name == "generation":
             words.remove("--sd15")
         args.json_dir.mkdir(parents=True, exist_ok=True)

@@ -6,9 +6,10 @@ import os
 import torch
 
 BACKENDS = ("auto", "torch", "triton")
-# Card name -> operations that `python -m benchmarks.speed.gpu_retrieval` measured faster in Triton than in torch.
-# No card has been measured yet, so `auto` is torch everywhere.
-FASTER_ON: dict[str, tuple[str, ...]] = {}
+HALF = (torch.float16, torch.bfloat16)
+# Card name -> operation -> types for which `python -m benchmarks.speed.gpu_retrieval` measured Triton as the faster
+# one at the size of MSMT17. On cards that are not listed `auto` is torch.
+FASTER_ON = {"NVIDIA H200": {"cosine_topk": HALF, "rank_metrics": HALF}}
 TRITON_MAX_K = 64
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -88,7 +89,7 @@ def choose_backend(backend, features, operation, k=1):
     """The backend, `torch` or `triton`, for these features and `k` neighbours.
 
     Forcing `triton` where it cannot run raises ValueError. `auto` chooses Triton only on a card that FASTER_ON lists
-    for the operation, and never its interpreter.
+    for the operation and type, and never its interpreter.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -103,7 +104,8 @@ def choose_backend(backend, features, operation, k=1):
         return "triton"
     if obstacle or features.device.type != "cuda":
         return "torch"
-    return "triton" if operation in FASTER_ON.get(torch.cuda.get_device_name(features.device), ()) else "torch"
+    faster = FASTER_ON.get(torch.cuda.get_device_name(features.device), {})
+    return "triton" if features.dtype in faster.get(operation, ()) else "torch"
 
 
 @contextlib.contextmanager

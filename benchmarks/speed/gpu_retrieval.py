@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-if not torch.cuda.is_available():
+if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import triton

@@ -10,9 +10,21 @@ from benchmarks.common import RESULTS
 from benchmarks.memory import cards, dcac_overhead
 from benchmarks.quality import adaptation, dcac_curves, dcac_synthetic, filter_truth, standins, starts
 from benchmarks.robustness import chain
-from benchmarks.speed import clustering, dcac_step, filtering, generation, loading, retrieval
+from benchmarks.speed import (
+    clustering,
+    dcac_step,
+    filtering,
+    generation,
+    gpu_retrieval,
+    loading,
+    pretraining,
+    retrieval,
+)
 
-FILES = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")}
+FILES = {
+    path.relative_to(RESULTS).with_suffix("").as_posix(): json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted(RESULTS.rglob("*.json"))
+}
 
 
 def start_rows(raw):
@@ -35,6 +47,10 @@ TABLES = {
     "filter_truth": lambda raw: filter_truth.table_of(raw["cameras"]),
     "filtering": lambda raw: filtering.table_of(raw["rows"]),
     "generation": lambda raw: generation.table_of(raw["parts"]),
+    "gpu/dcac_step": lambda raw: dcac_step.table_of(raw["batches"]),
+    "gpu/generation": lambda raw: generation.table_of(raw["parts"]),
+    "gpu/pretraining": lambda raw: pretraining.table_of(raw["models"]),
+    "gpu/retrieval": lambda raw: (gpu_retrieval.COLUMNS, gpu_retrieval.table_of(raw["rows"])),
     "generation_memory": lambda raw: cards.identity_cards(raw["counted"]),
     "loading": lambda raw: loading.table_of(raw["rows"]),
     "retrieval": lambda raw: (retrieval.COLUMNS, retrieval.rows_of(raw["rows"])),
@@ -43,8 +59,9 @@ TABLES = {
     "starts": lambda raw: (["setting", "number", starts.SCRATCH, starts.PRETRAINED, "gain"], start_rows(raw)),
 }
 TABLES["starts_high_rate"] = TABLES["starts"]
-# The rows of faults are counts of what happened, those of the build table the compiler's own numbers.
-MEASURED = {"faults", "retrieval_build_table"}
+# The rows of faults are counts of what happened, those of the build table the compiler's own
+# numbers, and `gpu/gpu` says how the other files of a GPU came about.
+MEASURED = {"faults", "gpu/gpu", "retrieval_build_table"}
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -18,8 +19,7 @@ def test_readme_says_what_the_files_say():
 
 
 def test_another_number_in_a_file_is_another_readme(monkeypatch, tmp_path):
-    for path in tables.RESULTS.glob("*.json"):
-        (tmp_path / path.name).write_text(path.read_text())
+    shutil.copytree(tables.RESULTS, tmp_path, dirs_exist_ok=True)
     counted = json.loads((tmp_path / "dcac_memory.json").read_text())
     counted["raw"]["counted"]["lora"]["ours"]["64"] = 10.6
     counted["table"] = training_cards(counted["raw"]["counted"])[1]
@@ -86,8 +86,7 @@ def test_the_headline_of_the_readme():
 
 
 def test_a_loss_is_in_the_headline(monkeypatch, tmp_path):
-    for path in tables.RESULTS.glob("*.json"):
-        (tmp_path / path.name).write_text(path.read_text())
+    shutil.copytree(tables.RESULTS, tmp_path, dirs_exist_ok=True)
     found = json.loads((tmp_path / "faults.json").read_text())
     found["table"][2][-1] = "a checkpoint"
     (tmp_path / "faults.json").write_text(json.dumps(found))

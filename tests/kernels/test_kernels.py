@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from kernels import cosine_topk, k_reciprocal_rerank, rank_metrics
+from kernels import cosine_topk, dispatch, k_reciprocal_rerank, rank_metrics
 from kernels.counting import match_ranks, ranks_by_sorting
 from kernels.jaccard import k_reciprocal_vectors
 from kernels.neighbours import self_neighbours_reference, strip_neighbours, symmetric_neighbours
@@ -337,3 +338,21 @@ def test_more_rows_than_int32_products_hold():
     some = torch.tensor([0, 1, 46_340, 46_341, 46_342, 46_999])
     check_order((features[some].double() @ features.double().t()).index_put(
         (torch.arange(6), some), torch.tensor(torch.inf, dtype=torch.float64)), found.indices[some], 5)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "card, dtype, operation, expected",
+    [
+        ("NVIDIA H200", torch.float16, "cosine_topk", "triton"),
+        ("NVIDIA H200", torch.bfloat16, "rank_metrics", "triton"),
+        ("NVIDIA H200", torch.float32, "cosine_topk", "torch"),
+        ("NVIDIA H200", torch.bfloat16, "k_reciprocal_rerank", "torch"),
+        ("NVIDIA GeForce RTX 4090", torch.float16, "cosine_topk", "torch"),
+    ],
+)
+def test_auto_is_triton_only_where_it_was_measured_faster(monkeypatch, card, dtype, operation, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    features = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+    assert dispatch.choose_backend("auto", features, operation) == expected
+    assert dispatch.choose_backend("torch", features, operation) == "torch"
