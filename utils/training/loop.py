@@ -114,7 +114,7 @@ class Training:
         for batch in loader:
             self.rate = self.rates.set(epoch, self.step)
             # Swin drops paths with torch's global generator, which measurements and loaders use too.
-            torch.manual_seed(seed_of(args.seed, self.step, self.accelerator.process_index))
+            torch.manual_seed(dropout_seed(args.seed, self.step, self.accelerator.process_index))
             self.rows, expected = batch["indices"], self.step + 1
             yield batch
             assert self.step == expected, "every batch needs one call of training.log(values)"
@@ -232,7 +232,7 @@ class Training:
         return EXIT_SIGTERM if self.stopped else 0
 
 
-def seed_of(seed, step, process):
+def dropout_seed(seed, step, process):
     """The seed of dropout in a step on one process: the same after a resume."""
     return random.Random(f"paths/{seed}/{step}/{process}").getrandbits(62)
 
