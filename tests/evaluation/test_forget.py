@@ -1,0 +1,108 @@
+"""An identity leaves every file of an evaluation, and everything else stays as it was."""
+
+import csv
+
+import pytest
+import torch
+
+from utils.evaluation.forget import forget, main
+from utils.evaluation.kept_features import load_features, save_features
+from utils.evaluation.metrics import Side
+from utils.files import write_csv
+
+PIDS = [7, 7, 3, 5, 3, 7]
+PATHS = [f"{pid:04d}_{number}.jpg" for number, pid in enumerate(PIDS)]
+FEATURES = torch.arange(12.0).view(6, 2)
+
+
+def side(rows):
+    pids = torch.tensor([PIDS[row] for row in rows])
+    return Side(FEATURES[rows], pids, torch.tensor(rows), [PATHS[row] for row in rows])
+
+
+@pytest.fixture
+def results(tmp_path):
+    """What evaluate.py leaves: images 0 and 2 were looked for among all others."""
+    save_features(
+        tmp_path / "features.safetensors",
+        FEATURES,
+        [([0, 2], side([0, 2]), [1, 3, 4, 5], side([1, 3, 4, 5]))],
+        key="of-all",
+    )
+    ranking = [(PATHS[query], rank, PATHS[row], 0.5, 0) for query in (0, 2) for rank, row in enumerate((1, 3, 4, 5))]
+    write_csv(tmp_path / "rankings.csv", ("query", "rank", "gallery", "distance", "match"), ranking)
+    (tmp_path / "report.html").write_text("pictures")
+    (tmp_path / "metrics.json").write_text("{}")
+    (tmp_path / "chunks-ab").mkdir()
+    return tmp_path
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return [tuple(row[name] for name in ("query", "gallery")) for row in csv.DictReader(file)]
+
+
+def test_an_identity_leaves_every_file(results):
+    changes = forget(results, pid=7)
+    ((queries, gallery),), header = load_features(results / "features.safetensors")
+    assert queries.pids.tolist() == [3] and gallery.pids.tolist() == [5, 3]
+    assert queries.features.equal(FEATURES[[2]]) and gallery.features.equal(FEATURES[[3, 4]])
+    assert (queries.paths, gallery.paths) == ([PATHS[2]], [PATHS[3], PATHS[4]])
+    assert gallery.camids.tolist() == [3, 4] and "key" not in header
+    assert rows_of(results / "rankings.csv") == [(PATHS[2], PATHS[3]), (PATHS[2], PATHS[4])]
+    assert sorted(path.name for path in results.iterdir()) == ["features.safetensors", "metrics.json", "rankings.csv"]
+    assert [line.split(": ")[1] for line in changes] == ["3 rows removed", "6 rows removed"] + [
+        "deleted; evaluate.py makes it again"
+    ] * 2
+    with pytest.raises(ValueError, match="holds nothing of identity 7; it has 3, 5"):
+        forget(results, pid=7)
+
+
+def test_single_images_and_a_dry_run(results, capsys):
+    before = {path.name: path.read_bytes() for path in results.iterdir() if path.is_file()}
+    main([str(results), "--path", PATHS[4], "--dry_run"])
+    assert "Nothing was changed" in capsys.readouterr().out
+    assert before == {path.name: path.read_bytes() for path in results.iterdir() if path.is_file()}
+    forget(results, paths=[PATHS[4]])
+    ((queries, gallery),), _ = load_features(results / "features.safetensors")
+    assert queries.paths == [PATHS[0], PATHS[2]] and gallery.paths == [PATHS[1], PATHS[3], PATHS[5]]
+
+
+def test_features_that_several_splits_share(tmp_path):
+    splits = [([0], [1, 2, 3]), ([2], [0, 4, 5])]
+    path = tmp_path / "below" / "features.safetensors"
+    path.parent.mkdir()
+    save_features(path, FEATURES, [(query, side(query), rows, side(rows)) for query, rows in splits])
+    forget(tmp_path, pid=3)
+    sides, _ = load_features(path)
+    assert [[part.paths for part in pair] for pair in sides] == [
+        [[PATHS[0]], [PATHS[1], PATHS[3]]],
+        [[], [PATHS[0], PATHS[5]]],
+    ]
+    for pair in sides:
+        for part in pair:
+            rows = [PATHS.index(name) for name in part.paths]
+            assert part.features.equal(FEATURES[rows]) and part.pids.tolist() == [PIDS[row] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "give --pid, or --path"),
+        (["--pid", "-1"], "named by --path"),
+        (["--pid", "4"], "holds nothing of identity 4; it has 3, 5, 7"),
+        (["--path", "nobody.jpg"], "holds nothing of nobody.jpg"),
+    ],
+)
+def test_bad_input(results, capsys, words, message):
+    with pytest.raises(SystemExit) as error:
+        main([str(results), *words])
+    assert message in str(error.value) + capsys.readouterr().err
+
+
+def test_a_folder_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match="is no folder"):
+        forget(tmp_path / "nothing", pid=1)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="there is no file of features, so name images by --path"):
+        forget(tmp_path / "empty", pid=1)

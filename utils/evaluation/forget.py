@@ -1,0 +1,185 @@
+"""Removes an identity, or single images, from the results of evaluate.py: consent can be withdrawn.
+
+    python -m utils.evaluation.forget output/evaluate --pid 17
+    python -m utils.evaluation.forget output/search --path camera7/0017_c2_0003.jpg --dry_run
+
+In the folder and all folders below it: their rows leave the files of features and every CSV that names the images;
+`report.html`, which shows pictures, and unfinished extractions are deleted. `metrics.json` stays: it holds averages
+only. The images themselves and models that were trained on them are not touched.
+"""
+
+import argparse
+import csv
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from utils.files import write_csv, write_together
+
+# Columns of CSV files that name an image.
+IMAGE_COLUMNS = ("path", "query", "gallery")
+
+
+def forget(folder, *, pid=None, paths=(), dry_run=False):
+    """Remove the identity `pid` and the images `paths`; lines that say what was removed, ValueError where nothing is.
+
+    The images of an identity are those that a file of features in the folder names.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; give the --output_dir of evaluate.py")
+    stored = [read(path) for path in sorted(folder.rglob("*.safetensors")) if holds_features(path)]
+    images = set(paths)
+    for file in stored:
+        images |= file.images_of(pid)
+    changes = [line for file in stored for line in file.without(pid, images, dry_run)]
+    for path in sorted(folder.rglob("*.csv")):
+        changes += without_rows(path, images, dry_run)
+    if not changes:
+        raise ValueError(f"{folder} holds nothing of {wanted(pid, paths)}{known_identities(stored, pid)}")
+    for path in sorted([*folder.rglob("report.html"), *folder.rglob("chunks-*")]):
+        changes.append(f"{path}: deleted; evaluate.py makes it again")
+        if not dry_run:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return changes
+
+
+def wanted(pid, paths):
+    return " and ".join([*([] if pid is None else [f"identity {pid}"]), *map(str, paths)])
+
+
+def known_identities(stored, pid):
+    """The end of the error: the identities that are there."""
+    if pid is None or not stored:
+        return "; there is no file of features, so name images by --path" if pid is not None else ""
+    pids = sorted({int(number) for file in stored for number in file.pids()})
+    return f"; it has {', '.join(map(str, pids[:10]))}{' ...' if len(pids) > 10 else ''}"
+
+
+def holds_features(path):
+    try:
+        with safe_open(path, "pt") as file:
+            return any(name.endswith(("q_pid", "g_pid")) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return False
+
+
+def read(path):
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return StoredFeatures(path, tensors, file.metadata() or {})
+
+
+class StoredFeatures:
+    """A file that `utils.evaluation.kept_features.save_features` wrote."""
+
+    def __init__(self, path, tensors, header):
+        self.path, self.tensors, self.header = path, tensors, header
+        # "q_", "g_", or with several splits "0.q_", "0.g_", "1.q_" and so on.
+        self.sides = sorted(name.removesuffix("pid") for name in tensors if name.endswith(("q_pid", "g_pid")))
+
+    def names(self, side):
+        return json.loads(self.header.get(f"{side}path", "[]"))
+
+    def pids(self):
+        return torch.cat([self.tensors[f"{side}pid"] for side in self.sides]).unique()
+
+    def images_of(self, pid):
+        return {
+            name
+            for side in self.sides
+            for name, number in zip(self.names(side), self.tensors[f"{side}pid"].tolist(), strict=False)
+            if number == pid
+        }
+
+    def without(self, pid, images, dry_run):
+        """Write the file again without these rows: one line that says so, or none."""
+        removed, tensors, header = 0, dict(self.tensors), dict(self.header)
+        lost_rows = set()
+        for side in self.sides:
+            pids, names = self.tensors[f"{side}pid"].tolist(), self.names(side)
+            names = names or [None] * len(pids)
+            kept = [
+                row
+                for row, (number, name) in enumerate(zip(pids, names, strict=True))
+                if number != pid and name not in images
+            ]
+            removed += len(pids) - len(kept)
+            for name in (f"{side}pid", f"{side}cam", f"{side}row", side.replace("_", "f")):
+                if name in tensors:
+                    tensors[name] = tensors[name][kept]
+            if f"{side}row" in tensors:
+                lost_rows |= set(self.tensors[f"{side}row"].tolist()) - set(tensors[f"{side}row"].tolist())
+            if names[0:1] != [None]:
+                header[f"{side}path"] = json.dumps([names[row] for row in kept])
+        if not removed:
+            return []
+        if "features" in tensors:
+            # Rows that another split still uses stay.
+            lost_rows -= {row for side in self.sides for row in tensors[f"{side}row"].tolist()}
+            rows = [row for row in range(len(tensors["features"])) if row not in lost_rows]
+            place = torch.full((len(tensors["features"]),), -1)
+            place[rows] = torch.arange(len(rows))
+            tensors["features"] = tensors["features"][rows]
+            for side in self.sides:
+                tensors[f"{side}row"] = place[tensors[f"{side}row"]]
+        # Without its key, the file is not taken for the features of the whole data set.
+        header.pop("key", None)
+        if not dry_run:
+            with write_together(self.path.parent) as part:
+                tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+                save_file(tensors, part(self.path.name), metadata=header)
+        return [f"{self.path}: {removed} row{'s' if removed > 1 else ''} removed"]
+
+
+def without_rows(path, images, dry_run):
+    """Write a CSV again without the rows that name one of the images: one line that says so, or none."""
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        columns, *rows = list(csv.reader(file)) or [[]]
+    places = [place for place, column in enumerate(columns) if column in IMAGE_COLUMNS]
+    # `write_csv` puts a quote before what a spreadsheet would compute.
+    kept = [row for row in rows if not any({row[place], row[place].removeprefix("'")} & images for place in places)]
+    removed = len(rows) - len(kept)
+    if not removed:
+        return []
+    if not dry_run:
+        with write_together(path.parent) as part:
+            write_csv(part(path.name), columns, kept)
+    return [f"{path}: {removed} row{'s' if removed > 1 else ''} removed"]
+
+
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.evaluation.forget",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", help="--output_dir of evaluate.py, or a folder above several")
+    parser.add_argument("--pid", type=int, help="identity to remove, as in the file of features")
+    parser.add_argument("--path", nargs="+", default=[], help="images to remove, as rankings.csv names them")
+    parser.add_argument("--dry_run", action="store_true", help="only list what would be removed")
+    args = parser.parse_args(input_args)
+    if args.pid is None and not args.path:
+        parser.error("give --pid, or --path, or both")
+    if args.pid is not None and args.pid < 0:
+        parser.error(f"--pid {args.pid}: images of unknown identity are named by --path")
+    return args
+
+
+def main(input_args=None):
+    args = parse_args(input_args)
+    try:
+        changes = forget(args.folder, pid=args.pid, paths=args.path, dry_run=args.dry_run)
+    except ValueError as error:
+        sys.exit(f"forget: {error}")
+    print(*changes, sep="\n")
+    print("Nothing was changed: --dry_run" if args.dry_run else "The images and trained models were not touched.")
+
+
+if __name__ == "__main__":
+    main()
