@@ -145,7 +145,7 @@ def build_parser():
     group = parser.group("clustering")
     group.add("--eps", type=float, default=0.4, help="distance of neighbours in DBSCAN, 0 to 1")
     group.add("--min_samples", type=at_least(2), default=4, help="neighbours that make a core")
-    group.add("--cluster_k1", type=at_least(1), default=20, help="reciprocal neighbours of an image")
+    group.add("--cluster_k1", type=at_least(1), default=15, help="reciprocal neighbours of an image")
     group.add("--cluster_k2", type=at_least(1), default=4, help="neighbours that are averaged over")
 
     def only(*methods):
@@ -180,15 +180,15 @@ def build_parser():
     group = flags.add_training(
         parser,
         batch=32,
-        epochs=8,
+        epochs=5,
         batch_help="images of each process, and as many of the source",
         accumulation=flags.ONE_PASS,
     )
     group.add("--steps_per_epoch", type=at_least(1), help="steps between clusterings; default: as the images fill")
-    flags.add_optimizer(parser, learning_rate=1e-4, weight_decay=5e-4)
-    flags.add_schedule(parser, milestones=[7])
+    flags.add_optimizer(parser, learning_rate=3e-4, weight_decay=5e-4)
+    flags.add_schedule(parser, milestones=[4])
     flags.add_memory(parser)
-    flags.add_evaluation(parser, every=4)
+    flags.add_evaluation(parser, every=1)
     flags.add_output(parser, "output/adapt")
     return parser
 
