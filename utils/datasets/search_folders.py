@@ -1,12 +1,9 @@
 """Plain folders of images, or single images, as query and gallery, with the labels that their names give."""
 
 import os
-import re
 from pathlib import Path
 
-from utils.datasets.schema import CAMERA, ENDINGS, UNKNOWN, Row, hidden, rows_to_dataset
-
-LABELLED = re.compile(r"(-?\d+)_c(\d+)")
+from utils.datasets.schema import ENDINGS, LABELLED, UNKNOWN, Row, camera_in, hidden, rows_to_dataset
 
 
 def read_folders(query_dir, gallery_dir):
@@ -67,5 +64,5 @@ def camera_of(path):
     match = LABELLED.match(path.name)
     if match:
         return int(match[2])
-    camera = CAMERA.search(path.name)
-    return int(camera[1]) if camera else UNKNOWN
+    camera = camera_in(path.name)
+    return UNKNOWN if camera is None else camera

@@ -7,7 +7,7 @@ import numpy as np
 
 from utils.datasets.images import check_images
 from utils.datasets.load import labels_of, load_reid, parse_spec
-from utils.datasets.own_data import MissingColumn
+from utils.datasets.own_labels import MissingColumn
 from utils.datasets.schema import ENDINGS, Row, features, listing, rows_to_dataset
 
 
