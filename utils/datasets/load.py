@@ -175,7 +175,10 @@ def read_source(name, root, options):
     if unknown:
         raise ValueError(f"{name} does not know the option {unknown[0]!r}; it accepts {', '.join(accepted)}")
     columns = Columns(**{key.removesuffix("_column"): options.pop(key) for key in COLUMN_OPTIONS if key in options})
-    return own_data.read_local(path, columns, **options) if path else own_data.read_hub(name, columns, **options)
+    data = own_data.read_local(path, columns, **options) if path else own_data.read_hub(name, columns, **options)
+    if "domain" in options and not any(str(options["domain"]) in part.unique("domain") for part in data.values()):
+        raise ValueError(f"{name}: domain={options['domain']} has no effect, its table names a domain in every row")
+    return data
 
 
 def unknown_name(name):

@@ -33,8 +33,12 @@ def labels_in(splits, column, meaning, where):
     values = {split: cleaned(dataset, column, meaning, where) for split, dataset in splits.items()}
     features = [dataset.features[column] for dataset in splits.values()]
     if all(isinstance(feature, datasets.ClassLabel) and feature == features[0] for feature in features):
-        names = features[0].names
-        return {split: numbers(part) for split, part in values.items()}, names
+        return {split: numbers(part) for split, part in values.items()}, features[0].names
+    # Classes that each split numbers in its own way are compared by their names.
+    for split, feature in zip(splits, features, strict=True):
+        if isinstance(feature, datasets.ClassLabel):
+            words = [feature.int2str(value) if value >= 0 else str(value) for value in values[split].to_pylist()]
+            values[split] = pa.array(words, pa.string())
     if not any(pa.types.is_string(part.type) for part in values.values()):
         return {split: numbers(part) for split, part in values.items()}, None
     texts = {split: part.cast(pa.string()).to_pylist() for split, part in values.items()}
@@ -44,9 +48,9 @@ def labels_in(splits, column, meaning, where):
     if whole and len({int(name) for name in names}) == len(names):
         return {split: np.array([int(text) for text in part], np.int64) for split, part in texts.items()}, None
     number_of = dense(names)
-    return {
-        split: np.array([number_of[text] for text in part], np.int64) for split, part in texts.items()
-    }, sorted(names)
+    return {split: np.array([number_of[text] for text in part], np.int64) for split, part in texts.items()}, sorted(
+        names
+    )
 
 
 def cleaned(dataset, column, meaning, where):

@@ -173,7 +173,7 @@ def cut(table, columns, source):
 
 
 def read_folder_tables(folder, columns):
-    """Tables of a folder: metadata files of the folder or its splits, or tables of any name; None if there are none."""
+    """Tables of a folder: metadata files of the folder or its splits, else tables of any name; None without any."""
     for name in METADATA:
         if (folder / name).is_file():
             table = locate_images(read_table(folder / name), folder / name, columns.image)

@@ -27,7 +27,8 @@ def read_folders(query_dir, gallery_dir):
             Row(path.as_posix(), pids.get(identity_of(path), UNKNOWN), camera)
             for path, camera in zip(paths, cameras, strict=True)
         ]
-        result.append(rows_to_dataset(rows, str(folder), folder.name, split))
+        pid_names = None if numeric else names
+        result.append(rows_to_dataset(rows, str(folder), folder.name, split, pid_names=pid_names))
     return tuple(result)
 
 
