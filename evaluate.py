@@ -371,7 +371,7 @@ def read_features(args):
 
 
 def mark_same_files(args, accelerator, sides, images, splits):
-    """In a search and under `all`, an image must not find itself: mark the same files on both sides, and count them."""
+    """In a search and under `all` no image may find itself: mark the same files on both sides, and count them."""
     if images is None or not (args.query_dir or args.protocol == "all"):
         return None
     total, disputed = 0, 0

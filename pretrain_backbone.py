@@ -541,7 +541,12 @@ def open_train(args):
     if args.streaming:
         train, stream = open_stream(args.source[0])
         labels = torch.from_numpy(labels_of(train))
-    elif args.objective == "dino" and any(folder_of_images(spec, args.data_root) for spec in args.source):
+    elif plain := [spec for spec in args.source if folder_of_images(spec, args.data_root)]:
+        if args.objective == "classification":
+            raise ValueError(
+                f"--source {plain[0]} is a folder of images without identities: classification needs one folder an "
+                "identity, or a table; --objective dino takes the images as they are"
+            )
         train, _, _ = open_unlabelled(args.source, args.data_root, skip_unreadable=args.skip_unreadable)
         labels = torch.from_numpy(labels_of(train))
     else:

@@ -3,13 +3,15 @@
 Which identities and which images is drawn from a seed and the names of the images, the same on every machine.
 """
 
+from collections import Counter
+
 import datasets
 
 from utils.datasets.load import draw, known_names, load_reid, parse_spec, people_of
 from utils.datasets.schema import put
 
-# With fewer, a gallery of held-out identities would hold one person only.
-LEAST_HELD_OUT, LEAST_LEFT = 2, 2
+# With one, the gallery would hold one person only.
+LEAST_HELD_OUT = 2
 
 
 def hold_out(data, fraction, seed, where, own_camera=False):
@@ -54,6 +56,8 @@ def hold_out(data, fraction, seed, where, own_camera=False):
         f"{where} has no query and gallery: {f'all {len(people)}' if fraction == 1 else f'{len(held_out)} held-out'} "
         f"identities are measured, {len(query)} images as queries ({rule}) and {len(gallery)} as gallery"
     )
+    if fraction == 1:
+        note += f". If the model was trained on them, measure those held out instead, as in {where}:holdout=0.3"
     rest = [
         row
         for person, cameras in images.items()
@@ -93,10 +97,11 @@ def divide(cameras, with_cameras, own_camera):
     return queries, gallery
 
 
-def hold_out_of(specs, root, fraction, *, skip_unreadable=False):
-    """(the specs, with `holdout=` added to your own sets that have no query and gallery; those that are measurable).
+def hold_out_of(specs, root, fraction, *, least_left, say, skip_unreadable=False):
+    """(the specs, your own sets without query and gallery with `holdout=` behind them; those that are measurable).
 
-    A set of too few identities is left as it is. Benchmarks have their published test sets.
+    `least_left` identities of each remain to train on; a set that is too small for that stays whole. `say` prints
+    what was done. Benchmarks have their published test sets.
     """
     named, measurable = [], []
     for spec in specs:
@@ -105,10 +110,32 @@ def hold_out_of(specs, root, fraction, *, skip_unreadable=False):
             measurable.append(spec)
         elif name not in known_names():
             data = load_reid(spec, root, skip_unreadable=skip_unreadable)
-            num_ids = len(set(people_of(data["train"]))) if set(data) == {"train"} else 0
-            count = max(LEAST_HELD_OUT, round(fraction * num_ids))
-            if num_ids - count >= LEAST_LEFT:
-                spec = f"{spec}{',' if options else ':'}holdout={round(count / num_ids, 4):g}"
-                measurable.append(spec)
+            if set(data) == {"train"}:
+                share, words = held_out_share(data, fraction, spec, least_left)
+                say(words)
+                if share:
+                    spec = f"{spec}{',' if options else ':'}holdout={share:g}"
+                    measurable.append(spec)
         named.append(spec)
     return named, measurable
+
+
+def held_out_share(data, fraction, spec, least_left):
+    """(the share of the identities to hold out, 0 for none; a sentence about it)."""
+    num_images = Counter(people_of(data["train"]))
+    num_ids, usable = len(num_images), sum(count > 1 for count in num_images.values())
+    wanted = max(LEAST_HELD_OUT, round(fraction * num_ids))
+    count = min(wanted, usable - least_left)
+    if count < LEAST_HELD_OUT:
+        return 0, (
+            f"{spec}: no identity is held out to measure on, all {num_ids} are needed for training; a smaller "
+            "--train_batch_size leaves some, or name a --target"
+        )
+    share = fraction if count == round(fraction * num_ids) else round(count / num_ids, 4)
+    try:
+        count = len(set(people_of(hold_out(data, share, 0, spec)["query"])))
+    except ValueError as error:
+        return 0, f"No identity is held out to measure on: {error}"
+    return share, (
+        f"{spec}: {count} of {num_ids} identities are held out of training and measured; --holdout 0 trains on all"
+    )
