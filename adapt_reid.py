@@ -248,6 +248,7 @@ from utils import launch
 from utils.batches.pseudo_batches import PseudoBatches
 from utils.batches.transforms import training_loader
 from utils.datasets.load import digest_of, open_source
+from utils.datasets.schema import without_names
 from utils.datasets.unlabelled import open_unlabelled
 from utils.evaluation.features import extract
 from utils.evaluation.targets import open_targets
@@ -289,7 +290,7 @@ def main(args):
     check_settings(len(target), scales, args.min_samples, args.cluster_k1, args.cluster_k2)
     images = target
     if source is not None:
-        images = datasets.concatenate_datasets([source.select_columns(target.column_names), target])
+        images = datasets.concatenate_datasets([without_names(source.select_columns(target.column_names)), target])
     batch_size = launch.global_batch_size(args, accelerator)
     sampler = PseudoBatches(
         batch_size,

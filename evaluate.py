@@ -168,13 +168,16 @@ from kernels import k_reciprocal_rerank
 from utils import evaluation, launch
 from utils.batches.chunks import image_identities
 from utils.batches.transforms import test_transform
-from utils.datasets.images import check_images
-from utils.datasets.load import check_splits, load_reid, parse_spec, read_source
+from utils.datasets.holdout import hold_out
+from utils.datasets.images import check_files, check_images
+from utils.datasets.load import open_spec
+from utils.datasets.schema import names_of
 from utils.datasets.search_folders import read_folders
 from utils.evaluation.features import extract, extraction_key, forget_chunks
 from utils.evaluation.kept_features import load_features, save_features
-from utils.evaluation.metrics import MAX_RANK, RANKS, Side
+from utils.evaluation.metrics import MAX_RANK, RANKS, Side, kept_labels
 from utils.evaluation.report import Findings, ResultPictures, evaluation_report
+from utils.evaluation.self_matches import same_files, share_labels
 from utils.evaluation.thresholds import pair_statistics
 from utils.files import run_record, to_json, versions, write_csv, write_together
 from utils.modeling.export import export_onnx
@@ -206,12 +209,17 @@ def main(args):
             return None
         sides = extract_or_read(args, accelerator, model, images, splits)
 
+    num_same_files = mark_same_files(args, accelerator, sides, images, splits)
+    names = {} if images is None else {column: names_of(images, column) for column in ("pid", "camid")}
+    for side in (side for pair in sides for side in pair):
+        side.names = names
     metrics = None
     if accelerator.is_main_process:
         results = [measure(args, *(side.to(accelerator.device) for side in pair)) for pair in sides]
         findings = results[0]
         metrics = combine(args, results) if findings.result else nothing_measured(findings)
         metrics |= {"model": args.model, "data": data_name(args), "skipped_images": skipped, "versions": versions()}
+        metrics["num_same_files"] = num_same_files
         pictures = ResultPictures(images, *(rows for rows, *_ in splits[0]), model) if images is not None else None
         report = evaluation_report(metrics, findings, pictures, num_random=args.report_queries, seed=args.seed)
         write_results(args, metrics, findings, report)
@@ -260,17 +268,17 @@ def open_images(args):
 
 
 def query_and_gallery(args, choice):
-    name, options = parse_spec(args.data)
-    options |= choice
-    if args.skip_unreadable or args.protocol == "all":
-        # load_reid skips unreadable images without listing them, and requires matches in other cameras.
-        data = read_source(name, args.data_root, options)
-        check_splits(data, args.data, own_camera=args.protocol == "all")
-    else:
-        data = load_reid(name, args.data_root, **options)
+    """The query and gallery of --data; of a set that has none, all images are measured."""
+    own_camera = args.protocol == "all"
+    data, name, common = open_spec(
+        args.data, args.data_root, {"skip_unreadable": args.skip_unreadable}, choice, own_camera
+    )
     if not {"query", "gallery"} <= set(data):
-        raise ValueError(f"{args.data} has no query and gallery, only {', '.join(data)}; it cannot be evaluated")
-    return data["query"], data["gallery"]
+        data = hold_out(data, 1, 0, args.data, own_camera)
+    sides = {split: data[split] for split in ("query", "gallery")}
+    if not common["skip_unreadable"]:
+        check_files(sides, name)
+    return sides["query"], sides["gallery"]
 
 
 def check_topk(args, splits):
@@ -362,6 +370,25 @@ def read_features(args):
     return sides, images, splits, skipped
 
 
+def mark_same_files(args, accelerator, sides, images, splits):
+    """In a search and under `all` no image may find itself: mark the same files on both sides, and count them."""
+    if images is None or not (args.query_dir or args.protocol == "all"):
+        return None
+    total, disputed = 0, 0
+    for (queries, gallery), split in zip(sides, splits, strict=True):
+        queries.contents, gallery.contents, num_pairs = same_files(images, split)
+        total += num_pairs
+        if args.query_dir:
+            disputed += share_labels(queries, gallery)
+    if total:
+        accelerator.print(f"{total} pairs of query and gallery are the same file: dropped, no image finds itself")
+    if disputed:
+        accelerator.print(
+            f"{disputed} of these files have another identity in --gallery_dir; that of --query_dir counts"
+        )
+    return total
+
+
 # Numbers
 
 
@@ -387,8 +414,8 @@ def measure(args, queries, gallery):
 
     result = evaluation.rank(queries, gallery, **options)
     if args.rerank:
-        ids = queries.pids, gallery.pids, queries.camids, gallery.camids
-        reranked = reranking.metrics(*ids, max_rank=MAX_RANK, protocol=protocol)
+        labels, kept_protocol = kept_labels(queries, gallery, protocol)
+        reranked = reranking.metrics(*labels, max_rank=MAX_RANK, protocol=kept_protocol)
     return Findings(
         queries,
         gallery,
@@ -424,6 +451,8 @@ def combine(args, results):
     metrics["num_non_match_pairs"] = findings.pairs.num_non_matches
     metrics["threshold_curve"] = findings.pairs.curve
     metrics["camera_pairs"] = dict(zip(("query_cameras", "gallery_cameras", "mAP"), findings.cameras, strict=True))
+    if findings.gallery.names.get("camid"):
+        metrics["camera_pairs"]["names"] = findings.gallery.names["camid"]
     if args.splits or len(results) > 1:
         metrics["splits"] = [
             {"split": number, **evaluation.summary(split.result), "thresholds": split.pairs.thresholds}

@@ -168,9 +168,10 @@ def build_parser():
     data = flags.add_data(
         parser,
         source=f"training sets; default {DEMO_SOURCE}",
-        target="sets with query and gallery to measure on; default the source's own",
+        target="sets with query and gallery to measure on; default a single source's own, or see --holdout",
     )
     flags.add_single_image_ids(data)
+    flags.add_holdout(data)
     data.add(
         "--setting",
         choices=SETTINGS,
@@ -302,6 +303,7 @@ from methods.metabin import MetaBatches, domains_held_in, inner_rate, meta_step
 from utils import launch
 from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import training_loader
+from utils.datasets import hold_out_of
 from utils.datasets.load import digest_of, labels_of, open_source, subset
 from utils.evaluation.targets import open_targets
 from utils.launch import gather_with_gradient
@@ -417,19 +419,28 @@ def main(args):
     check_start(args)
     if args.method == METABIN and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(f"--method {METABIN} moves norms behind DeepSpeed's back; start it without DeepSpeed")
+    batch_size, held_out = launch.global_batch_size(args, accelerator), []
+    if args.holdout and not args.target:
+        args.source, held_out = hold_out_of(
+            args.source,
+            args.data_root,
+            args.holdout,
+            least_left=least_left(args, batch_size),
+            say=accelerator.print,
+            skip_unreadable=args.skip_unreadable,
+        )
     train, labels, data = open_source(
         args.source, args.data_root, single_image_ids=args.single_image_ids, skip_unreadable=args.skip_unreadable
     )
     num_all, (train, labels) = len(train), part_of(args, train, labels)
     domains = domains_of(args, train)
-    own = args.source if len(args.source) == 1 and {"query", "gallery"} <= set(data) else []
+    own = args.source if len(args.source) == 1 and {"query", "gallery"} <= set(data) else held_out
     targets = open_targets(
         args.target or own,
         args.data_root,
         skip_unreadable=args.skip_unreadable,
         all_splits=args.setting == "generalisation",
     )
-    batch_size = launch.global_batch_size(args, accelerator)
     sampler = build_sampler(args, accelerator, train, labels, domains, batch_size)
     training = Training(
         args,
@@ -519,6 +530,12 @@ def balance(training, model, batch, domains, period):
 
 
 # What the training is made of
+
+
+def least_left(args, batch_size):
+    """The identities that a batch needs, or that must be there so that a fraction of them fills a batch."""
+    needed = math.ceil(batch_size / args.images_per_id)
+    return math.ceil(needed / args.fraction) if args.setting == "small-scale" else needed
 
 
 def build_sampler(args, accelerator, train, labels, domains, batch_size):

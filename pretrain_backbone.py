@@ -272,6 +272,7 @@ from utils.batches.samplers import ShuffleSampler
 from utils.batches.streaming import StreamedImages, StreamLoader, open_stream
 from utils.batches.transforms import ReIDImages, test_transform
 from utils.datasets.load import digest_of, labels_of, open_source, subset
+from utils.datasets.unlabelled import folder_of_images, open_unlabelled
 from utils.evaluation.targets import open_targets
 from utils.files import portable
 from utils.modeling.backbones import ClipBackbone
@@ -395,8 +396,9 @@ def main(args):
         args, accelerator, sampler, train, script="pretrain_backbone.py", data=digest_of(train, labels), free=free
     )
     num_ids = int(labels.max()) + 1
+    people = f"of {num_ids} identities" if num_ids > 1 else "without labels"
     accelerator.print(
-        f"{' + '.join(args.source)}: {len(train)} images of {num_ids} identities; "
+        f"{' + '.join(args.source)}: {len(train)} images {people}; "
         f"measured on {', '.join(target.spec for target in targets) or 'nothing'}"
     )
 
@@ -538,6 +540,14 @@ def open_train(args):
     stream = None
     if args.streaming:
         train, stream = open_stream(args.source[0])
+        labels = torch.from_numpy(labels_of(train))
+    elif plain := [spec for spec in args.source if folder_of_images(spec, args.data_root)]:
+        if args.objective == "classification":
+            raise ValueError(
+                f"--source {plain[0]} is a folder of images without identities: classification needs one folder an "
+                "identity, or a table; --objective dino takes the images as they are"
+            )
+        train, _, _ = open_unlabelled(args.source, args.data_root, skip_unreadable=args.skip_unreadable)
         labels = torch.from_numpy(labels_of(train))
     else:
         # A single image of an identity is a class too.

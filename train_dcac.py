@@ -100,9 +100,10 @@ def build_parser():
         parser,
         source=f"training sets; default {DEMO_SOURCE}",
         target=f"sets with query and gallery to measure on; default {' '.join(DEMO_TARGETS)} in the demo, else a "
-        "single source's own",
+        "single source's own, or see --holdout",
     )
     flags.add_single_image_ids(data)
+    flags.add_holdout(data)
     images = flags.add_images(parser, resolution=[128, 64], padding=5, erasing=0.5)
     baseline = (lambda args: args.diffusion == "none", "--diffusion none")
     images.size("--diffusion_resolution", [128, 64], idle=baseline, help="input of the VAE; images are stretched")
@@ -257,6 +258,7 @@ from torch.utils.checkpoint import checkpoint
 from utils import launch
 from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import test_transform, train_transform
+from utils.datasets import hold_out_of
 from utils.datasets.load import digest_of, open_source
 from utils.diffusion.checkpoint import check_diffusion
 from utils.diffusion.latents import encode, feedback_loader, image_for_vae, sample_latents
@@ -387,12 +389,21 @@ def main(args):
         diffusion = check_diffusion(
             args.pretrained_model_name_or_path, resolution=args.diffusion_resolution, revision=args.revision
         )
+    batch_size, held_out = launch.global_batch_size(args, accelerator), []
+    if args.holdout and not args.target:
+        args.source, held_out = hold_out_of(
+            args.source,
+            args.data_root,
+            args.holdout,
+            least_left=-(-batch_size // args.images_per_id),
+            say=accelerator.print,
+            skip_unreadable=args.skip_unreadable,
+        )
     train, labels, data = open_source(
         args.source, args.data_root, single_image_ids=args.single_image_ids, skip_unreadable=args.skip_unreadable
     )
-    own = args.source if len(args.source) == 1 and {"query", "gallery"} <= set(data) else []
+    own = args.source if len(args.source) == 1 and {"query", "gallery"} <= set(data) else held_out
     targets = open_targets(args.target or own, args.data_root, skip_unreadable=args.skip_unreadable)
-    batch_size = launch.global_batch_size(args, accelerator)
     if batch_size < 2:
         raise ValueError("a batch of one image has no statistics for BatchNorm; raise --train_batch_size")
     share = accelerator.process_index, accelerator.num_processes

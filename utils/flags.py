@@ -268,6 +268,17 @@ def add_single_image_ids(group):
     )
 
 
+def add_holdout(group):
+    group.add(
+        "--holdout",
+        type=below_one,
+        default=0.3,
+        idle=(lambda args: bool(args.target), "--target is given"),
+        help="share of the identities of your own --source without query and gallery that are not trained on but "
+        "measured, where there is no --target; 0 trains on all",
+    )
+
+
 def add_images(parser, *, resolution, padding, erasing):
     """How training images are resized and augmented."""
     group = parser.group("images")

@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from utils import synthetic
-from utils.datasets.images import DRAWN, storage_of
+from utils.datasets.images import DRAWN, TARRED, storage_of
 
 CHUNK_BATCHES = 8
 DRAWING = Path(synthetic.__file__).parent
@@ -33,6 +33,9 @@ def image_identities(dataset):
             descriptions.append([path, status.st_size, status.st_mtime_ns])
         elif stored["path"].startswith(DRAWN):
             descriptions.append([path, drawing])
+        elif stored["path"].startswith(TARRED):
+            status = os.stat(stored["path"].removeprefix(TARRED).rsplit("!", 2)[0])
+            descriptions.append([path, stored["path"], status.st_size, status.st_mtime_ns])
         else:
             descriptions.append([path, stored["path"]])
     return descriptions

@@ -9,5 +9,8 @@ __getattr__ = opened_when_used(
     __name__,
     {
         "load": "load_reid load_sources parse_spec labels_of people_of subset known_names",
+        # Loaded only where a set needs them.
+        "tars": "read_tars tars_in",
+        "holdout": "hold_out hold_out_of",
     },
 )

@@ -24,6 +24,8 @@ DECODE_ALL_BELOW = 4096
 CHUNK = 512
 # Images drawn on access cannot be damaged.
 DRAWN = "synthetic://"
+# Images inside a .tar, see utils/datasets/tars.py.
+TARRED = "tarred://"
 
 
 def as_rgb(image):
@@ -102,6 +104,7 @@ class LmdbFileSystem(AbstractFileSystem):
 fsspec.register_implementation("lmdb", LmdbFileSystem, clobber=True)
 # Registered by name, so that a new worker of a data loader, which imports only this module, can draw too.
 fsspec.register_implementation("synthetic", "utils.synthetic.world.SyntheticFileSystem", clobber=True)
+fsspec.register_implementation("tarred", "utils.datasets.tars.TarFileSystem", clobber=True)
 
 
 def is_lmdb(folder):

@@ -21,10 +21,19 @@ import torch
 from utils.datasets import own_data, published
 from utils.datasets.images import check_files, check_images
 from utils.datasets.own_tables import Columns
-from utils.datasets.schema import SPLITS, Row, dense, features, put, rows_to_dataset
+from utils.datasets.schema import SPLITS, Row, dense, features, leaving_out, put, rows_to_dataset
 
 COLUMN_OPTIONS = ("image_column", "pid_column", "camid_column", "domain_column", "split_column")
-COMMON_OPTIONS = ("image_fraction", "identity_fraction", "fraction_seed", "skip_unreadable")
+COMMON_OPTIONS = (
+    "image_fraction",
+    "identity_fraction",
+    "fraction_seed",
+    "skip_unreadable",
+    "holdout",
+    "holdout_seed",
+)
+# An option of a spec, and those of which it needs one to have an effect.
+NEEDS = {"fraction_seed": ("image_fraction", "identity_fraction"), "holdout_seed": ("holdout",)}
 
 
 def known_names():
@@ -69,31 +78,38 @@ def typed(text):
 
 
 def load_reid(
-    name, root=None, *, image_fraction=None, identity_fraction=None, fraction_seed=0, skip_unreadable=False, **options
+    name,
+    root=None,
+    *,
+    image_fraction=None,
+    identity_fraction=None,
+    fraction_seed=0,
+    skip_unreadable=False,
+    holdout=None,
+    holdout_seed=0,
+    **options,
 ):
     """Labelled people as a `DatasetDict`; `name` is a known data set or spec, a path, a Hub id, or a list of these.
 
-    `root` is the data set's folder or its parent. The fractions keep a part of `train`, see `subset`. A file that is
-    missing or empty is an error here, and `check_images` finds damaged ones; with `skip_unreadable` both are dropped
-    and listed in the log. Other options belong to the source: see the readers in `utils.datasets.published`,
-    `utils.synthetic.world.rows`, and for your own tables `image_column`, `pid_column` ("none" if identities are
-    unknown), `camid_column` ("none" if there are no cameras), `domain_column`, `split_column` and `domain`. Options
-    in a spec override those given here.
+    `root` is the data set's folder or its parent. The fractions keep a part of `train`, see `subset`. `holdout` makes
+    query and gallery from this fraction of the identities of a set that has none, see `utils.datasets.holdout`. A file
+    that is missing or empty is an error here, and `check_images` finds damaged ones; with `skip_unreadable` both are
+    dropped and listed in the log, and so are files whose names do not parse. Other options belong to the source: see
+    the readers in `utils.datasets.published`, `utils.synthetic.world.rows`, and for your own tables `image_column`,
+    `pid_column` ("none" if identities are unknown), `camid_column` ("none" if there are no cameras, in folders too),
+    `domain_column`, `split_column` and `domain`. Options in a spec override those given here.
     """
     common = {
         "image_fraction": image_fraction,
         "identity_fraction": identity_fraction,
         "fraction_seed": fraction_seed,
         "skip_unreadable": skip_unreadable,
+        "holdout": holdout,
+        "holdout_seed": holdout_seed,
     }
     if isinstance(name, (list, tuple)):
         return load_sources(name, root, **common, **options)
-    name, spec_options = parse_spec(os.fspath(name))
-    common |= {key: spec_options.pop(key) for key in list(spec_options) if key in common}
-    if not isinstance(common["skip_unreadable"], bool):
-        raise ValueError(f"{name}: skip_unreadable must be true or false, not {common['skip_unreadable']!r}")
-    data = read_source(name, root, options | spec_options)
-    check_splits(data, name)
+    data, name, common = open_spec(name, root, common, options)
     if common["skip_unreadable"]:
         data, skipped = check_images(data, skip_unreadable=True, where=name)
         if skipped:
@@ -102,6 +118,34 @@ def load_reid(
         check_files(data, name)
     fractions = {key: common[key] for key in ("image_fraction", "identity_fraction") if common[key] is not None}
     return subset(data, **fractions, seed=common["fraction_seed"]) if fractions else data
+
+
+def open_spec(spec, root, common, options=(), own_camera=False):
+    """(data, name, common options) of one spec, before its images are looked at and before it is cut to fractions.
+
+    With `own_camera`, an image of the query's own camera counts as a match.
+    """
+    name, spec_options = parse_spec(os.fspath(spec))
+    for option, partners in NEEDS.items():
+        if option in spec_options and not any(
+            {**common, **spec_options}.get(partner) is not None for partner in partners
+        ):
+            raise ValueError(f"{spec}: {option} has no effect without {' or '.join(partners)}; leave it out")
+    common = common | {key: spec_options.pop(key) for key in list(spec_options) if key in COMMON_OPTIONS}
+    if not isinstance(common["skip_unreadable"], bool):
+        raise ValueError(f"{name}: skip_unreadable must be true or false, not {common['skip_unreadable']!r}")
+    with leaving_out(name, common["skip_unreadable"]):
+        data = read_source(name, root, dict(options) | spec_options)
+    check_splits(data, name, own_camera)
+    if common.get("holdout") is not None:
+        data = held_out(data, common["holdout"], common["holdout_seed"], name, own_camera)
+    return data, name, common
+
+
+def held_out(data, fraction, seed, where, own_camera=False):
+    from utils.datasets import hold_out
+
+    return hold_out(data, fraction, seed, where, own_camera)
 
 
 def read_source(name, root, options):
@@ -131,7 +175,10 @@ def read_source(name, root, options):
     if unknown:
         raise ValueError(f"{name} does not know the option {unknown[0]!r}; it accepts {', '.join(accepted)}")
     columns = Columns(**{key.removesuffix("_column"): options.pop(key) for key in COLUMN_OPTIONS if key in options})
-    return own_data.read_local(path, columns, **options) if path else own_data.read_hub(name, columns, **options)
+    data = own_data.read_local(path, columns, **options) if path else own_data.read_hub(name, columns, **options)
+    if "domain" in options and not any(str(options["domain"]) in part.unique("domain") for part in data.values()):
+        raise ValueError(f"{name}: domain={options['domain']} has no effect, its table names a domain in every row")
+    return data
 
 
 def unknown_name(name):

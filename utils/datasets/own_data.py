@@ -6,7 +6,6 @@ from the disk.
 
 import logging
 import os
-import re
 from pathlib import Path
 
 import datasets
@@ -18,86 +17,22 @@ import pyarrow.json
 from huggingface_hub import HfApi, constants
 
 from utils.datasets.images import PersonImage, storage_of
+from utils.datasets.own_folders import read_identity_folders
+from utils.datasets.own_labels import labels_in
 from utils.datasets.own_tables import (
     METADATA,
+    TABLES,
     check_asked_for,
     check_words,
     cut,
+    is_table,
     locate_images,
     read_folder_tables,
     read_table,
 )
-from utils.datasets.schema import CAMERA, ENDINGS, SPLITS, Row, dense, features, listing, put, rows_to_dataset
+from utils.datasets.schema import SPLITS, features, listing, put, rows_to_dataset
 
 logger = logging.getLogger(__name__)
-
-
-def read_identity_folders(folder):
-    """One folder per identity, directly or under train, query and gallery.
-
-    Folders whose names are numbers keep them as pid; other folders are numbered in order of name. The camera is the
-    number after `c` or `cam` in the file name (0001_c2_05.jpg). If no name has a camera, all images get one camera,
-    except that queries and gallery get two different ones: removing a query's own camera then never empties its
-    ranking.
-    """
-    split_folders = [split for split in SPLITS if (folder / split).is_dir()]
-    odd = [entry.name for entry in listing(folder) if entry.is_dir() and entry.name not in SPLITS]
-    if split_folders and odd:
-        raise ValueError(f"{folder} has {odd[0]} beside {', '.join(split_folders)}; splits are {', '.join(SPLITS)}")
-    images = []
-    for split, place in [(split, folder / split) for split in split_folders] or [("train", folder)]:
-        for identity in listing(place):
-            if not identity.is_dir():
-                raise ValueError(f"{identity.path}: expected one folder an identity in {place}, or a metadata file")
-            for entry in listing(identity.path):
-                if not entry.name.lower().endswith(ENDINGS) or not entry.is_file():
-                    raise ValueError(f"{entry.path} is no image; expected files ending in {', '.join(ENDINGS)}")
-                camera = CAMERA.search(entry.name)
-                images.append((split, identity.name, entry.name, camera and int(camera[1])))
-    names = {identity for _, identity, _, _ in images}
-    # A longer number, such as a time stamp, does not fit a pid.
-    numbers = {int(name) for name in names if re.fullmatch(r"[0-9]{1,18}", name)}
-    # 1 and 0001 are two folders, so they are two identities.
-    numbered = len(numbers) == len(names)
-    pids = {name: int(name) for name in names} if numbered else dense(names)
-    with_camera = sum(camera is not None for *_, camera in images)
-    if 0 < with_camera < len(images):
-        odd = next((split, identity, name) for split, identity, name, camera in images if camera is None)
-        raise ValueError(
-            f"{folder}: {'/'.join(odd)} has no camera in its name, others do; expected ..._c2_... or ..._cam2_..."
-        )
-    cameras = dense(camera for *_, camera in images)
-    splits = {split: [] for split in split_folders or ["train"]}
-    for split, identity, name, camera in images:
-        path = f"{split}/{identity}/{name}" if split_folders else f"{identity}/{name}"
-        camid = cameras[camera] if with_camera else int(split == "gallery")
-        splits[split].append(Row(path, pids[identity], camid))
-    return splits
-
-
-class MissingColumn(ValueError):
-    """A table lacks the `column` that should hold its pids or cameras."""
-
-    def __init__(self, column, message):
-        super().__init__(message)
-        self.column = column
-
-
-def integers(dataset, column, meaning, where):
-    """The values of an integer column; ValueError with what to do if there is no such column."""
-    if column not in dataset.column_names:
-        raise MissingColumn(
-            column,
-            f"{where} has no column {column!r} for the {meaning}; its columns are {dataset.column_names}. "
-            f"Name the right one: {where}:{meaning}_column=...",
-        )
-    values = dataset.select_columns([column]).with_format("arrow")[:][column]
-    if not pa.types.is_integer(values.type):
-        example = values[0].as_py() if len(values) else None
-        raise ValueError(f"{where}: column {column!r} must hold integers, it is {values.type} ({example!r})")
-    if values.null_count:
-        raise ValueError(f"{where}: column {column!r} is empty in {values.null_count} of {len(values)} rows")
-    return values.combine_chunks().cast(pa.int64()).to_numpy(zero_copy_only=False)
 
 
 def words_of(dataset, column):
@@ -124,12 +59,12 @@ def conform(splits, columns, domain, where):
     Without cameras, queries and gallery get two different ones, as in `read_identity_folders`. Without pids, all
     training images get one identity, and query and gallery are not allowed.
     """
-    result, cameras = {}, {}
     if columns.pid == "none" and set(splits) != {"train"}:
         raise ValueError(
             f"{where} has {', '.join(splits)}, which need a column of pids; name it: {where}:pid_column=..., or leave "
             "only the training images"
         )
+    opened = {}
     for split, dataset in splits.items():
         if isinstance(dataset, datasets.Dataset):
             # A saved data set keeps its writer's format, in which columns may be tensors or missing.
@@ -138,19 +73,22 @@ def conform(splits, columns, domain, where):
             dataset, image = datasets.Dataset(dataset, split=datasets.NamedSplit(split)), "image"
         if image not in dataset.column_names:
             raise ValueError(f"{where} has no column {image!r} for the images; its columns are {dataset.column_names}")
-        numbers = {}
-        if columns.pid == "none":
-            numbers["pid"] = np.zeros(len(dataset), dtype=np.int64)
-        else:
-            numbers["pid"] = integers(dataset, columns.pid, "pid", where)
-        if columns.camid == "none":
-            numbers["camid"] = np.full(len(dataset), int(split == "gallery"))
-        else:
-            numbers["camid"] = integers(dataset, columns.camid, "camid", where)
-        for name, least in (("pid", 0), ("camid", -1)):
-            if (numbers[name] < least).any():
-                raise ValueError(f"{where}: {split} has {name} {numbers[name].min()}; the least allowed is {least}")
-        cameras[split] = numbers["camid"]
+        opened[split] = dataset, image
+    tables = {split: dataset for split, (dataset, _) in opened.items()}
+    pid_names = camid_names = None
+    pids = {split: np.zeros(len(dataset), dtype=np.int64) for split, dataset in tables.items()}
+    camids = {split: np.full(len(dataset), int(split == "gallery")) for split, dataset in tables.items()}
+    if columns.pid != "none":
+        pids, pid_names = labels_in(tables, columns.pid, "pid", where)
+    if columns.camid != "none":
+        camids, camid_names = labels_in(tables, columns.camid, "camid", where)
+    for split in tables:
+        for name, values, least in (("pid", pids[split], 0), ("camid", camids[split], -1)):
+            if (values < least).any():
+                raise ValueError(f"{where}: {split} has {name} {values.min()}; the least allowed is {least}")
+    unused_camera = 1 + max((int(values.max(initial=-1)) for values in camids.values()), default=-1)
+    schema, result = features(pid_names, camid_names), {}
+    for split, (dataset, image) in opened.items():
         check_asked_for(columns, "domain", dataset.column_names, where)
         domains = [None] * len(dataset)
         if columns.domain in dataset.column_names:
@@ -161,22 +99,23 @@ def conform(splits, columns, domain, where):
             dataset = dataset.rename_column(image, "image")
         dataset = dataset.cast_column("image", PersonImage(mode="RGB"))
         paths = paths_of(dataset, split)
-        for name, values in (("pid", numbers["pid"]), ("domain", domains), ("path", paths)):
-            dataset = put(dataset, name, values)
-        result[split] = dataset
-    unused_camera = 1 + max((int(values.max(initial=-1)) for values in cameras.values()), default=-1)
-    for split, values in cameras.items():
-        dataset = put(result[split], "camid", np.where(values < 0, unused_camera, values))
-        result[split] = dataset.select_columns(list(features()))
+        cameras = np.where(camids[split] < 0, unused_camera, camids[split])
+        for name, values in (("pid", pids[split]), ("camid", cameras), ("domain", domains), ("path", paths)):
+            dataset = put(dataset, name, values, schema[name])
+        result[split] = dataset.select_columns(list(schema))
     return datasets.DatasetDict(result)
 
 
 def read_local(path, columns, domain=None):
     """Your own folder or file, in any of the forms this module knows."""
+    from utils.datasets import read_tars, tars_in
+
     path = Path(path)
     if path.is_file():
-        if path.name not in METADATA and path.suffix != ".parquet":
-            raise ValueError(f"{path} is neither a folder, a parquet file nor one of {', '.join(METADATA)}")
+        if path.suffix == ".tar":
+            return conform(*read_tars(path, columns), domain or path.stem, path)
+        if not is_table(path.name):
+            raise ValueError(f"{path} is neither a folder, a parquet file, a table ({', '.join(TABLES)}) nor a .tar")
         table = locate_images(read_table(path), path, columns.image)
         domain = domain or (path.resolve().parent.name if path.name in METADATA else path.stem)
         return conform(cut(table, columns, path), columns, domain, path)
@@ -193,12 +132,20 @@ def read_local(path, columns, domain=None):
             f"{path} is empty; expected images in one folder an identity, a metadata file or parquet files"
         )
     tables = read_folder_tables(path, columns)
+    if tables is None and any(tars_in(place) for place in (path, *splits_of(path))):
+        return conform(*read_tars(path, columns), domain, path)
     if tables is not None:
         return conform(tables, columns, domain, path)
     if (path / "bounding_box_train").is_dir() or (path / "list_train.txt").is_file():
         raise ValueError(f"{path} looks like a benchmark; name it, as in load_reid('market1501', root={str(path)!r})")
-    rows = read_identity_folders(path)
-    return datasets.DatasetDict({split: rows_to_dataset(rows[split], path, domain, split) for split in rows})
+    rows, names = read_identity_folders(path, columns)
+    return datasets.DatasetDict(
+        {split: rows_to_dataset(rows[split], path, domain, split, pid_names=names) for split in rows}
+    )
+
+
+def splits_of(folder):
+    return [folder / split for split in SPLITS if (folder / split).is_dir()]
 
 
 def read_hub(name, columns, domain=None, revision=None):

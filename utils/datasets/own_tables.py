@@ -1,6 +1,7 @@
-"""Your own tables: reads metadata files and parquet files, finds their images and divides them into splits.
+"""Your own tables: reads csv, jsonl and parquet files, finds their images and divides them into splits.
 
-The metadata file follows the `imagefolder` convention, or is the metadata.parquet of a generated data set.
+In a folder with several tables, metadata.csv, .jsonl or .parquet is the one that counts (the `imagefolder` convention,
+and that of generated data sets).
 """
 
 import os
@@ -18,6 +19,8 @@ from utils.datasets.images import IMAGE_TYPE
 from utils.datasets.schema import SPLITS, check_listed, listing
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+IMAGE_COLUMNS = ("image", "file_name", "path")
 
 
 class Columns(NamedTuple):
@@ -30,13 +33,22 @@ class Columns(NamedTuple):
     split: str = "split"
 
 
+def is_table(name):
+    return name.lower().endswith(TABLES)
+
+
 def read_table(file):
     """A table from csv, jsonl or parquet; file names, domains and splits stay text even if they look like numbers."""
     words = {name: pa.string() for name in ("file_name", "path", "domain", "split")}
+    kind = file.suffix.lower()
     try:
-        if file.suffix == ".csv":
-            table = pyarrow.csv.read_csv(file, convert_options=pyarrow.csv.ConvertOptions(column_types=words))
-        elif file.suffix == ".jsonl":
+        if kind in (".csv", ".tsv"):
+            table = pyarrow.csv.read_csv(
+                file,
+                parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter_of(file)),
+                convert_options=pyarrow.csv.ConvertOptions(column_types=words),
+            )
+        elif kind == ".jsonl":
             table = pyarrow.json.read_json(file)
         else:
             table = pq.read_table(file)
@@ -45,13 +57,43 @@ def read_table(file):
     twice = [name for name in table.column_names if table.column_names.count(name) > 1]
     if twice:
         raise ValueError(f"{file} has more than one column {twice[0]!r}; its columns are {table.column_names}")
+    for number, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):
+            # Categories of pandas.
+            table = table.set_column(number, field.name, table[field.name].cast(field.type.value_type))
     return table
+
+
+def delimiter_of(file):
+    """Comma, semicolon or tab, whichever is most frequent in the first line."""
+    with open(file, "rb") as lines:
+        head = lines.readline(100_000)
+    return max(",;\t", key=lambda mark: head.count(mark.encode()))
+
+
+def is_image_struct(kind):
+    return pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
+
+
+def image_column_of(table, file, asked_for=None):
+    """The column of the images: the named one, `image`, a column of structs (bytes, path), or one of file names."""
+    structs = [field.name for field in table.schema if is_image_struct(field.type)]
+    candidates = [asked_for] if asked_for else [IMAGE_COLUMNS[0], *structs[:1], *IMAGE_COLUMNS[1:]]
+    column = next((name for name in candidates if name in table.column_names), None)
+    if column is None:
+        raise ValueError(
+            f"{file} has no column {' or '.join(candidates)}; its columns are {table.column_names}. Name the one of "
+            f"the images: {file}:image_column=..."
+        )
+    if column in structs and len(structs) > 1 and not asked_for and column != IMAGE_COLUMNS[0]:
+        raise ValueError(f"{file} has images in {' and '.join(structs)}; name one: {file}:image_column=...")
+    return column
 
 
 def as_storage(array, file, column):
     """(bytes, paths) of an image column: structs, bytes or file names."""
     kind = array.type
-    if pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}:
+    if is_image_struct(kind):
         return pc.struct_field(array, "bytes").cast(pa.binary()), pc.struct_field(array, "path").to_pylist()
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return array.cast(pa.binary()), [None] * len(array)
@@ -62,20 +104,18 @@ def as_storage(array, file, column):
 
 def locate_images(table, file, image_column):
     """The table with an image column: embedded images as they are, file names relative to the table's folder."""
-    candidates = (image_column,) if image_column else ("image", "file_name", "path")
-    column = next((name for name in candidates if name in table.column_names), None)
-    if column is None:
-        raise ValueError(f"{file} has no column {' or '.join(candidates)}; its columns are {table.column_names}")
+    column = image_column_of(table, file, image_column)
     if not len(table):
         raise ValueError(f"{file} has no rows")
     chunks, paths = [], []
     for chunk in table[column].chunks:
         content, names = as_storage(chunk, file, column)
         outside = pc.is_null(content).to_pylist()
-        for out, name in zip(outside, names, strict=True):
+        for row, (out, name) in enumerate(zip(outside, names, strict=True), len(paths)):
             if out and not name:
-                raise ValueError(f"{file}: column {column!r} is empty in row {len(paths)}")
-            paths.append(os.path.normpath(name) if out else None)
+                raise ValueError(f"{file}: column {column!r} is empty in row {row}")
+        names = [below(file.parent, name) if out else name for out, name in zip(outside, names, strict=True)]
+        paths += [os.path.normpath(name) if out else None for out, name in zip(outside, names, strict=True)]
         check_listed(file.parent, [name for out, name in zip(outside, names, strict=True) if out], file)
         files = [os.path.join(file.parent, name) if out else name for out, name in zip(outside, names, strict=True)]
         chunks.append(pa.StructArray.from_arrays([content, pa.array(files, pa.string())], ["bytes", "path"]))
@@ -85,6 +125,15 @@ def locate_images(table, file, image_column):
         result = result.append_column("path", pa.array(paths, pa.string()))
     # The schema's metadata, written by another library, no longer describes the columns.
     return result.append_column("image", pa.chunked_array(chunks, IMAGE_TYPE)).replace_schema_metadata()
+
+
+def below(folder, name):
+    """An absolute path as one below the folder, if it is; any other name as it is."""
+    if os.path.isabs(name):
+        for root in (os.path.abspath(folder), os.path.realpath(folder)):
+            if name.startswith(os.path.join(root, "")):
+                return os.path.relpath(name, root)
+    return name
 
 
 def split_of_file(file):
@@ -124,48 +173,77 @@ def cut(table, columns, source):
 
 
 def read_folder_tables(folder, columns):
-    """Tables of a folder: metadata files of the folder or its splits, or parquet files; None if there are none."""
+    """Tables of a folder: metadata files of the folder or its splits, else tables of any name; None without any."""
     for name in METADATA:
         if (folder / name).is_file():
             table = locate_images(read_table(folder / name), folder / name, columns.image)
             return cut(table, columns, folder / name)
     splits = {}
     for split in SPLITS:
-        for name in METADATA:
-            file = folder / split / name
-            if file.is_file():
-                table = locate_images(read_table(file), file, columns.image)
-                if "path" in table.column_names:
-                    paths = [
-                        os.path.join(split, path) if isinstance(path, str) else path
-                        for path in table["path"].to_pylist()
-                    ]
-                    table = table.drop_columns(["path"]).append_column("path", pa.array(paths))
-                splits[split] = table
+        files = tables_of_split(folder / split)
+        if files:
+            table = joined([locate_images(read_table(file), file, columns.image) for file in files], folder / split)
+            if "path" in table.column_names:
+                paths = [
+                    os.path.join(split, path) if isinstance(path, str) else path for path in table["path"].to_pylist()
+                ]
+                table = table.drop_columns(["path"]).append_column("path", pa.array(paths))
+            splits[split] = table
     missing = [split for split in SPLITS if split not in splits and (folder / split).is_dir()]
     if splits and missing:
         raise ValueError(f"{folder / missing[0]} has no {' or '.join(METADATA)}, {', '.join(splits)} have one")
     if splits:
+        refuse_split_column(columns, folder)
         return splits
-    files = [Path(entry.path) for entry in listing(folder) if entry.name.endswith(".parquet")]
-    if not files and (folder / "data").is_dir():
-        files = [Path(entry.path) for entry in listing(folder / "data") if entry.name.endswith(".parquet")]
+    files = tables_in(folder) or (tables_in(folder / "data") if (folder / "data").is_dir() else [])
     if not files:
         return None
     groups = {}
     for file in files:
-        groups.setdefault(split_of_file(file), []).append(locate_images(read_table(file), file, columns.image))
-    tables = {split: joined(group, folder) for split, group in groups.items()}
+        groups.setdefault(split_of_file(file), []).append(file)
+    loose = groups.get(None, [])
+    if len(loose) > 1 and any(file.suffix.lower() != ".parquet" for file in loose):
+        names = " and ".join(file.name for file in loose[:3])
+        raise ValueError(f"{folder} has {names}; name the one that describes the images, such as {loose[0]}")
+    tables = {
+        split: joined([locate_images(read_table(file), file, columns.image) for file in group], folder)
+        for split, group in groups.items()
+    }
     if None not in tables:
+        refuse_split_column(columns, folder)
         return {split: tables[split] for split in SPLITS if split in tables}
     table = joined(list(tables.values()), folder)
     if len(tables) > 1 and columns.split not in table.column_names:
-        odd = next(file.name for file in files if split_of_file(file) is None)
+        odd = loose[0].name
         raise ValueError(
             f"{folder} has {odd} beside the files of {', '.join(split for split in SPLITS if split in tables)}; "
             f"it belongs to none of {', '.join(SPLITS)}: move it away, or rename it"
         )
     return cut(table, columns, folder)
+
+
+def tables_in(folder):
+    """The tables of a folder: all of its parquet files, or else those of other kinds."""
+    files = [Path(entry.path) for entry in listing(folder) if is_table(entry.name) and entry.is_file()]
+    return [file for file in files if file.suffix.lower() == ".parquet"] or files
+
+
+def tables_of_split(folder):
+    """The metadata file of a split's folder, or its parquet files, or its only table of another kind."""
+    for name in METADATA:
+        if (folder / name).is_file():
+            return [folder / name]
+    files = tables_in(folder) if folder.is_dir() else []
+    if len(files) > 1 and files[0].suffix.lower() != ".parquet":
+        raise ValueError(f"{folder} has {' and '.join(file.name for file in files[:3])}; rename one to metadata.csv")
+    return files
+
+
+def refuse_split_column(columns, folder):
+    if columns.split != Columns._field_defaults["split"]:
+        raise ValueError(
+            f"{folder}: split_column={columns.split} has no effect, the splits are files or folders; leave it out"
+        )
 
 
 def joined(tables, folder):

@@ -13,7 +13,6 @@ from huggingface_hub import HfApi
 
 from utils.datasets.images import PersonImage
 from utils.datasets.load import people_of
-from utils.datasets.schema import features
 
 IMAGES_AT_ONCE = 200
 
@@ -34,7 +33,7 @@ def embedded(data, folder):
             batch_size=IMAGES_AT_ONCE,
             writer_batch_size=IMAGES_AT_ONCE,
             cache_file_name=str(folder / f"{split}.arrow"),
-            features=features(),
+            features=dataset.features,
             desc=f"reading {split}",
         )
     return datasets.DatasetDict(splits).with_format(None)

@@ -20,7 +20,7 @@ from utils.datasets.schema import (
     dense,
     listing,
     number_and_camera,
-    parse,
+    parsed,
     read_names,
 )
 from utils.datasets.ten_splits import grid, ilids, prid, viper
@@ -233,7 +233,7 @@ def luperson(root, *, all_for_training=True):
             folder = folders.pop()
             for entry in listing(os.path.join(root, folder)):
                 (folders if entry.is_dir() else names).append(f"{folder}/{entry.name}".lstrip("/"))
-    rows = [Row(name, int(parse(LUPERSON, os.path.basename(name), root)[1]), 0) for name in sorted(names)]
+    rows = [Row(name, int(match[1]), 0) for name, match in parsed(LUPERSON, sorted(names), root)]
     if not rows:
         raise ValueError(f"{root} holds no images; expected names like {LUPERSON.example}")
     return Reading({"train": rows}, root=f"lmdb://{os.path.realpath(database)}" if database else None)

@@ -1,7 +1,11 @@
 """The one schema of all sources of images, and helpers to read folders of named files."""
 
+import functools
+import logging
 import os
 import re
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import datasets
@@ -13,7 +17,14 @@ SPLITS = ("train", "query", "gallery")
 # The identity or camera of an image where it is unknown.
 UNKNOWN = -1
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-CAMERA = re.compile(r"(?:^|[_.-])c(?:am)?_?(\d+)", re.IGNORECASE)
+# `_c2`, `-cam10`, `c3s1`, `c4f0012`; after the number a word ends.
+CAMERA = re.compile(r"(?:^|[_.-])c(?:am)?_?(\d{1,9})(?=$|[^0-9a-z]|[sf]\d)", re.IGNORECASE)
+# A UUID, or a checksum in hexadecimal digits: the `c2` inside one is no camera.
+RANDOM_NAME = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{16,}", re.IGNORECASE)
+LABELLED = re.compile(r"(-?\d+)_c(\d+)")
+logger = logging.getLogger(__name__)
+# Files that are left out because of their names, while `leaving_out` runs; None: such a file is an error.
+LEFT_OUT = ContextVar("LEFT_OUT", default=None)
 
 
 class Row(NamedTuple):
@@ -32,16 +43,41 @@ class Reading(NamedTuple):
     root: str | None = None
 
 
-def features():
+def features(pids=None, camids=None):
+    """The schema. `pids` and `camids` are the names of identities and cameras that have names, in order of number."""
     return datasets.Features(
         {
             "image": PersonImage(mode="RGB"),
-            "pid": datasets.Value("int64"),
-            "camid": datasets.Value("int64"),
+            "pid": datasets.ClassLabel(names=pids) if pids else datasets.Value("int64"),
+            "camid": datasets.ClassLabel(names=camids) if camids else datasets.Value("int64"),
             "domain": datasets.Value("string"),
             "path": datasets.Value("string"),
         }
     )
+
+
+def names_of(dataset, column):
+    """The names of a data set's identities (`pid`) or cameras (`camid`) by number, or None if they are numbers."""
+    return getattr(dataset.features[column], "names", None)
+
+
+def without_names(dataset):
+    """The same numbers without their names, as it is needed to join data sets with different names."""
+    for column in ("pid", "camid"):
+        dataset = put(dataset, column, storage_of(dataset, column).combine_chunks())
+    return dataset
+
+
+@functools.lru_cache(maxsize=256)
+def warn_once(message):
+    """A set may be opened several times in a run."""
+    logger.warning("%s", message)
+
+
+def camera_in(name):
+    """The number of the camera in a file name, or None."""
+    match = CAMERA.search(RANDOM_NAME.sub("", name))
+    return int(match[1]) if match else None
 
 
 def hidden(name):
@@ -65,7 +101,7 @@ def dense(values):
     return {value: number for number, value in enumerate(sorted(set(values)))}
 
 
-def rows_to_dataset(rows, root, domain, split, note=""):
+def rows_to_dataset(rows, root, domain, split, note="", pid_names=None):
     """A split as a data set; the image column holds paths, not pixels."""
     paths = [row.path for row in rows]
     prefix = os.path.join(root, "")
@@ -83,8 +119,9 @@ def rows_to_dataset(rows, root, domain, split, note=""):
             "path": pa.array(paths, pa.string()),
         }
     )
-    info = datasets.DatasetInfo(description=note, features=features())
-    return datasets.Dataset(table.cast(features().arrow_schema), info=info, split=datasets.NamedSplit(split))
+    schema = features(pid_names)
+    info = datasets.DatasetInfo(description=note, features=schema)
+    return datasets.Dataset(table.cast(schema.arrow_schema), info=info, split=datasets.NamedSplit(split))
 
 
 def readable(name):
@@ -97,9 +134,9 @@ def as_images(files):
     return pa.StructArray.from_arrays([pa.nulls(len(files), pa.binary()), files], ["bytes", "path"])
 
 
-def put(dataset, name, values):
+def put(dataset, name, values, feature=None):
     """The data set with these values in a column; equal columns stay, so that they remain mapped from the disk."""
-    feature = features()[name]
+    feature = feature or features()[name]
     values = pa.array(values, feature.pa_type)
     if name in dataset.column_names:
         if dataset.features[name] == feature and storage_of(dataset, name).equals(pa.chunked_array([values])):
@@ -115,11 +152,37 @@ class Form(NamedTuple):
     example: str
 
 
-def parse(form, name, place):
-    match = form.pattern.fullmatch(name)
-    if match is None:
-        raise ValueError(f"{place}: {name!r} is not named as expected, like {form.example}")
-    return match
+@contextmanager
+def leaving_out(where, skip):
+    """With `skip`, files whose names say nothing (see `left_out`) are left out and listed, here in the log."""
+    names = []
+    token = LEFT_OUT.set(names if skip else None)
+    try:
+        yield names
+    finally:
+        LEFT_OUT.reset(token)
+    if names:
+        listed = "".join(f"\n  {name}" for name in names)
+        warn_once(f"{where}: left out {len(names)} files that are not as expected:{listed}")
+
+
+def left_out(path, complaint):
+    """Note a file to leave out; ValueError with the complaint if such files are errors."""
+    names = LEFT_OUT.get()
+    if names is None:
+        raise ValueError(f"{complaint}; skip_unreadable leaves such files out")
+    names.append(os.fspath(path))
+
+
+def parsed(form, names, place):
+    """Yield (name, match) of file names, which may have folders before them."""
+    for name in names:
+        base = os.path.basename(name)
+        match = form.pattern.fullmatch(base)
+        if match is None:
+            left_out(os.path.join(place, name), f"{place}: {base!r} is not named as expected, like {form.example}")
+        else:
+            yield name, match
 
 
 def read_names(root, folder, form, label):
@@ -127,7 +190,8 @@ def read_names(root, folder, form, label):
     place = os.path.join(root, folder)
     if not os.path.isdir(place):
         raise ValueError(f"{place} is missing; it should hold images with names like {form.example}")
-    rows = [Row(f"{folder}/{entry.name}", *label(parse(form, entry.name, place))) for entry in listing(place)]
+    names = [entry.name for entry in listing(place)]
+    rows = [Row(f"{folder}/{name}", *label(match)) for name, match in parsed(form, names, place)]
     if not rows:
         raise ValueError(f"{place} holds no images; expected names like {form.example}")
     return rows
@@ -150,5 +214,11 @@ def check_listed(root, paths, source):
         inside = folders[folder] and name != ".." and not os.path.isabs(path)
         if inside and os.path.islink(file):
             inside = os.path.realpath(file).startswith(os.path.join(root, ""))
+        if not inside and os.path.isabs(path):
+            raise ValueError(
+                f"{source} names {path!r}, which leaves {root}: move the table to a folder above its images, or put "
+                "the images inside it (datasets: dataset.with_format('arrow').map(datasets.table.embed_table_storage, "
+                "batched=True) before to_parquet)"
+            )
         if not inside:
             raise ValueError(f"{source} names {path!r}, which leaves {root}; paths must be relative and stay below it")

@@ -1,12 +1,9 @@
 """Plain folders of images, or single images, as query and gallery, with the labels that their names give."""
 
 import os
-import re
 from pathlib import Path
 
-from utils.datasets.schema import CAMERA, ENDINGS, UNKNOWN, Row, hidden, rows_to_dataset
-
-LABELLED = re.compile(r"(-?\d+)_c(\d+)")
+from utils.datasets.schema import ENDINGS, LABELLED, UNKNOWN, Row, camera_in, hidden, rows_to_dataset
 
 
 def read_folders(query_dir, gallery_dir):
@@ -30,7 +27,8 @@ def read_folders(query_dir, gallery_dir):
             Row(path.as_posix(), pids.get(identity_of(path), UNKNOWN), camera)
             for path, camera in zip(paths, cameras, strict=True)
         ]
-        result.append(rows_to_dataset(rows, str(folder), folder.name, split))
+        pid_names = None if numeric else names
+        result.append(rows_to_dataset(rows, str(folder), folder.name, split, pid_names=pid_names))
     return tuple(result)
 
 
@@ -67,5 +65,5 @@ def camera_of(path):
     match = LABELLED.match(path.name)
     if match:
         return int(match[2])
-    camera = CAMERA.search(path.name)
-    return int(camera[1]) if camera else UNKNOWN
+    camera = camera_in(path.name)
+    return UNKNOWN if camera is None else camera

@@ -6,23 +6,24 @@ import datasets
 import numpy as np
 
 from utils.datasets.images import check_images
-from utils.datasets.load import labels_of, load_reid, parse_spec
-from utils.datasets.own_data import MissingColumn
-from utils.datasets.schema import ENDINGS, Row, features, listing, rows_to_dataset
+from utils.datasets.load import known_names, labels_of, load_reid, parse_spec
+from utils.datasets.own_labels import MissingColumn
+from utils.datasets.own_tables import is_table
+from utils.datasets.schema import ENDINGS, SPLITS, Row, features, hidden, listing, rows_to_dataset, without_names
 
 
 def open_unlabelled(specs, root=None, *, skip_unreadable=False):
     """(training rows of one or several data sets, true labels for a report or None, specs with query and gallery).
 
-    There are no true labels for a folder with images directly in it or in its `train`, for a table without a column of
-    pids, or for a data set whose images all have the same pid.
+    There are no true labels for a folder of images (see `folder_of_images`), for a table without a column of pids, or
+    for a data set whose images all have the same pid.
     """
     parts, truths, measurable = [], [], []
     for spec in dict.fromkeys(specs):
         place = folder_of_images(spec, root)
         data = {"train": read_images(place, spec)} if place else read_set(spec, root, skip_unreadable)
         if "train" not in data:
-            raise ValueError(f"--target {spec} has no train split, only {', '.join(data)}; its images are trained on")
+            raise ValueError(f"{spec} has no train split, only {', '.join(data)}; its images are trained on")
         if {"query", "gallery"} <= set(data):
             measurable.append(spec)
         train = data["train"]
@@ -32,7 +33,7 @@ def open_unlabelled(specs, root=None, *, skip_unreadable=False):
             train, _ = check_images(train, where=spec, skip_unreadable=True)
         first = sum(int(truth.max()) + 1 for truth in truths)
         truths.append(first + labels_of(train))
-        parts.append(train.select_columns(list(features())))
+        parts.append(without_names(train.select_columns(list(features()))))
     train = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     truth = np.concatenate(truths)
     labelled = all(len(set(labels.tolist())) > 1 for labels in truths)
@@ -54,27 +55,50 @@ def read_set(spec, root, skip_unreadable):
 
 
 def folder_of_images(spec, root):
-    """The folder that holds unlabelled images, or None for any other data set."""
+    """The folder that holds unlabelled images, or None for any other data set.
+
+    Its images lie directly in it (or in its `train`), or deeper than in one folder per identity.
+    """
     name, options = parse_spec(spec)
-    if options:
+    if options or name in known_names():
         return None
     for place in [name] if root is None else [name, os.path.join(root, name)]:
         for folder in (os.path.join(place, "train"), place):
-            if os.path.isdir(folder):
-                entries = listing(folder)
-                if (
-                    entries
-                    and all(entry.is_file() for entry in entries)
-                    and any(is_image(entry.name) for entry in entries)
-                ):
-                    return None if any(entry.name.startswith("metadata.") for entry in entries) else folder
+            if os.path.isdir(folder) and is_plain(folder):
+                return folder
     return None
+
+
+def is_plain(folder):
+    entries = listing(folder)
+    names = {entry.name for entry in entries}
+    described = any(is_table(name) or name.endswith(".tar") for name in names)
+    if described or names & {*SPLITS, "data", "bounding_box_train"}:
+        return False
+    files = [entry for entry in entries if entry.is_file()]
+    if files:
+        return len(files) == len(entries) and any(is_image(entry.name) for entry in files)
+    for entry in entries:
+        inner = listing(entry.path)
+        if inner:
+            return all(one.is_dir() for one in inner) and any(list_images(entry.path))
+    return False
 
 
 def is_image(name):
     return name.lower().endswith(ENDINGS)
 
 
+def list_images(folder):
+    """Paths below the folder of all images in it, at any depth."""
+    for level, inner, names in os.walk(folder):
+        inner[:] = sorted(name for name in inner if not hidden(name))
+        place = os.path.relpath(level, folder)
+        for name in sorted(names):
+            if is_image(name) and not hidden(name):
+                yield os.path.normpath(os.path.join(place, name))
+
+
 def read_images(folder, domain):
-    rows = [Row(entry.name, 0, 0) for entry in listing(folder) if is_image(entry.name)]
+    rows = [Row(path, 0, 0) for path in list_images(folder)]
     return rows_to_dataset(rows, folder, os.path.basename(domain.rstrip("/")), "train")

@@ -16,11 +16,17 @@ def is_match(queries, gallery, row, column):
 
 
 def dropped(queries, gallery, rows, columns, protocol):
-    """Mask of the pairs (rows, columns) that the protocol drops; both are index tensors of one shape."""
+    """Mask of the pairs (rows, columns) that the protocol drops; both are index tensors of one shape.
+
+    Pairs of the same file are dropped too.
+    """
+    mask = torch.zeros_like(columns, dtype=torch.bool)
+    if queries.contents is not None:
+        mask = (queries.contents[rows] == gallery.contents[columns]) & (queries.contents[rows] >= 0)
     if protocol == "all":
-        return torch.zeros_like(columns, dtype=torch.bool)
+        return mask
     same_identity = (queries.pids[rows] == gallery.pids[columns]) & (queries.pids[rows] != UNKNOWN)
-    return same_identity & (queries.camids[rows] == gallery.camids[columns])
+    return mask | (same_identity & (queries.camids[rows] == gallery.camids[columns]))
 
 
 def ranked_lists(queries, gallery, k, *, protocol="market", reranking=None, backend="auto"):
@@ -47,12 +53,16 @@ def ranked_lists(queries, gallery, k, *, protocol="market", reranking=None, back
 
 
 def _most_dropped(queries, gallery, protocol):
+    """An upper bound of the images that are dropped for one query."""
+    most = 0
+    if queries.contents is not None and (gallery.contents >= 0).any():
+        most += int(torch.bincount(gallery.contents[gallery.contents >= 0]).max())
     if protocol == "all":
-        return 0
+        return most
     labels = torch.cat([torch.stack([side.pids, side.camids], 1) for side in (queries, gallery)])
     _, groups = torch.unique(labels, dim=0, return_inverse=True)
     counts = torch.bincount(groups[len(queries) :], minlength=int(groups.max()) + 1)
-    return int(counts[groups[: len(queries)]].max())
+    return most + int(counts[groups[: len(queries)]].max())
 
 
 def camera_pairs(queries, gallery, *, protocol="market", backend="auto"):

@@ -5,7 +5,7 @@
 """
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,24 +21,43 @@ MAX_RANK = 50
 class Side:
     """The query or the gallery side: features (N, D), identities (N,), cameras (N,), and a name for each row.
 
-    Identity -1 is unknown and never a match. Camera -1 is unknown.
+    Identity -1 is unknown and never a match. Camera -1 is unknown. `contents` (N,), where given, is equal for the same
+    file on both sides, and -1 for a file of one side: the same file is never a match of its own. `names` has the names
+    of identities (`pid`) and cameras (`camid`) by number, where they have names.
     """
 
     features: torch.Tensor
     pids: torch.Tensor
     camids: torch.Tensor
     paths: list
+    contents: torch.Tensor | None = None
+    names: dict = field(default_factory=dict)
 
     def __len__(self):
         return len(self.features)
 
     def take(self, rows):
         rows = torch.as_tensor(rows)
-        paths = [self.paths[row] for row in rows.tolist()]
-        return Side(self.features[rows], self.pids[rows], self.camids[rows], paths)
+        tensors = {name: tensor[rows] for name, tensor in self.tensors().items()}
+        return replace(self, **tensors, paths=[self.paths[row] for row in rows.tolist()])
 
     def to(self, device):
-        return Side(self.features.to(device), self.pids.to(device), self.camids.to(device), self.paths)
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def tensors(self):
+        tensors = {"features": self.features, "pids": self.pids, "camids": self.camids, "contents": self.contents}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def identity_name(self, pid):
+        names = self.names.get("pid")
+        return names[pid] if names and pid >= 0 else str(pid)
+
+    def camera_name(self, camid):
+        """File names count cameras from 1, `camid` counts from 0."""
+        if camid < 0:
+            return "unknown"
+        names = self.names.get("camid")
+        return names[camid] if names else str(camid + 1)
 
 
 def check_sides(queries, gallery):
@@ -74,18 +93,25 @@ def _rows(name, side, bad):
     return f"{len(rows)} {name} feature rows, {shown}{', ...' if len(rows) > 3 else ''},"
 
 
+def kept_labels(queries, gallery, protocol):
+    """((pids, pids, camids, camids), protocol) for the kernels, so that the same file is no match of its own.
+
+    The market protocol drops images of one identity and camera. Under `all` the file takes the place of the camera:
+    then that protocol drops the pairs of one file, and nothing else.
+    """
+    camids = queries.camids, gallery.camids
+    if protocol == "all" and queries.contents is not None:
+        # A query that is not in the gallery has no file in common with it.
+        camids = queries.contents.masked_fill(queries.contents < 0, -2), gallery.contents
+        protocol = "market"
+    return (queries.pids, gallery.pids, *camids), protocol
+
+
 def rank(queries, gallery, *, protocol="market", max_rank=MAX_RANK, backend="auto"):
     """`kernels.rank_metrics` of two sides; a query of unknown identity is skipped and counted."""
+    labels, protocol = kept_labels(queries, gallery, protocol)
     return rank_metrics(
-        queries.features,
-        gallery.features,
-        queries.pids,
-        gallery.pids,
-        queries.camids,
-        gallery.camids,
-        max_rank=max_rank,
-        protocol=protocol,
-        backend=backend,
+        queries.features, gallery.features, *labels, max_rank=max_rank, protocol=protocol, backend=backend
     )
 
 
@@ -113,9 +139,10 @@ def mean_and_deviation(summaries):
 
 def can_match(queries, gallery, protocol):
     """Whether any query has a match that the protocol keeps."""
+    (query_pids, gallery_pids, query_cameras, gallery_cameras), protocol = kept_labels(queries, gallery, protocol)
     cameras = {}
-    for pid, camid in torch.stack([gallery.pids, gallery.camids], 1).unique(dim=0).tolist():
+    for pid, camid in torch.stack([gallery_pids, gallery_cameras], 1).unique(dim=0).tolist():
         cameras.setdefault(pid, set()).add(camid)
-    query_labels = torch.stack([queries.pids, queries.camids], 1).unique(dim=0).tolist()
+    query_labels = torch.stack([query_pids, query_cameras], 1).unique(dim=0).tolist()
     excluded = (lambda camid: set()) if protocol == "all" else (lambda camid: {camid})
     return any(pid != UNKNOWN and cameras.get(pid, set()) - excluded(camid) for pid, camid in query_labels)

@@ -81,6 +81,8 @@ def evaluation_report(metrics, findings, pictures=None, *, num_random=4, seed=0)
         ("Cameras", len(cameras[cameras >= 0]) or "unknown"),
         ("Protocol", findings.protocol),
     ]
+    if metrics.get("num_same_files"):
+        facts.append(("The same file", f"{metrics['num_same_files']:,} pairs of query and gallery, dropped"))
     if is_search:
         report = Report("Search", subtitle="The nearest gallery images of each query, closest first.", facts=facts)
         add_searches(report, findings, pictures)
@@ -91,7 +93,7 @@ def evaluation_report(metrics, findings, pictures=None, *, num_random=4, seed=0)
         report = Report("Re-identification", subtitle=lead, facts=facts)
         add_numbers(report, metrics, findings.result)
         add_distances(report, findings.pairs)
-        add_cameras(report, *findings.cameras)
+        add_cameras(report, findings.gallery.camera_name, *findings.cameras)
         add_confusions(report, findings, pictures)
         add_queries(report, findings, pictures, num_random, seed)
     if metrics["skipped_images"]:
@@ -193,7 +195,7 @@ def add_distances(report, pairs):
     report.table(["false-match rate", "threshold", "true-match rate", "rate reached"], rows, caption=caption)
 
 
-def add_cameras(report, query_cameras, gallery_cameras, table):
+def add_cameras(report, camera_name, query_cameras, gallery_cameras, table):
     if len(query_cameras) * len(gallery_cameras) < 2:
         return
     report.section("Cameras", "mAP in % of each query camera against each gallery camera alone.")
@@ -221,7 +223,10 @@ def add_confusions(report, findings, pictures):
     report.section("Hardest confusions", text)
     gallery = findings.gallery
     if pictures is None:
-        rows = [[*confusion.pids, confusion.count, f"{confusion.distance:.3f}"] for confusion in findings.confusions]
+        rows = [
+            [*map(gallery.identity_name, confusion.pids), confusion.count, f"{confusion.distance:.3f}"]
+            for confusion in findings.confusions
+        ]
         report.table(["identity", "identity", "queries", "closest distance"], rows, text_columns=2)
         return
     cards = []
@@ -238,7 +243,8 @@ def add_confusions(report, findings, pictures):
             tiles.append(Tile(pictures.gallery(match), gallery.paths[match], describe(gallery, match), True))
         queries = "query" if confusion.count == 1 else "queries"
         note = f"{confusion.count} {queries}, closest distance {confusion.distance:.3f}"
-        cards.append({"title": f"{confusion.pids[0]} and {confusion.pids[1]}", "note": note, "tiles": tiles})
+        title = " and ".join(map(gallery.identity_name, confusion.pids))
+        cards.append({"title": title, "note": note, "tiles": tiles})
     report.cards(cards)
 
 
@@ -321,12 +327,10 @@ def query_tile(findings, pictures, row):
     return Tile(pictures.query(row), findings.queries.paths[row], describe(findings.queries, row))
 
 
-def camera_name(camera):
-    """The name of a camera: file names count cameras from 1, `camera` counts from 0."""
-    return str(camera + 1) if camera >= 0 else "unknown"
-
-
 def describe(side, row):
     pid, camera = int(side.pids[row]), int(side.camids[row])
-    words = [f"person {pid}" if pid != UNKNOWN else "", f"camera {camera_name(camera)}" if camera >= 0 else ""]
+    words = [
+        f"person {side.identity_name(pid)}" if pid != UNKNOWN else "",
+        f"camera {side.camera_name(camera)}" if camera >= 0 else "",
+    ]
     return ", ".join(filter(None, words))

@@ -1,0 +1,100 @@
+"""Your own folders: one folder per identity, or files whose names tell identity and camera."""
+
+import os
+import re
+
+from utils.datasets.own_labels import warn_of_spellings
+from utils.datasets.schema import ENDINGS, LABELLED, SPLITS, Row, camera_in, dense, left_out, listing
+
+
+def read_identity_folders(folder, columns):
+    """(rows by split, names of the identities or None): one folder per identity, directly or below its split.
+
+    The splits are train, query and gallery. Folders whose names are numbers keep them as pid; other folders are
+    numbered in order of name. A folder, or a split, of files that are all named like 0001_c2_x.jpg needs no folders
+    of identities. The camera is the number after `c` or `cam` in the file name (0001_c2_05.jpg). If no name has a
+    camera, or with camid_column=none, all images get one camera, except that queries and gallery get two different
+    ones: removing a query's own camera then never empties its ranking.
+    """
+    for kind, value in columns._asdict().items():
+        if value != columns._field_defaults[kind] and (kind, value) != ("camid", "none"):
+            raise ValueError(
+                f"{folder} has no table but folders: {kind}_column={value} has no effect; leave it out"
+                + (", or write camid_column=none for images without cameras" if kind == "camid" else "")
+            )
+    split_folders = [split for split in SPLITS if (folder / split).is_dir()]
+    odd = [entry.name for entry in listing(folder) if entry.is_dir() and entry.name not in SPLITS]
+    if split_folders and odd:
+        raise ValueError(
+            f"{folder} has {odd[0]} beside {', '.join(split_folders)}; splits are {', '.join(SPLITS)}. A labelled "
+            f"folder can be a set of its own: {folder / odd[0]}:holdout=1 is all query and gallery"
+        )
+    images = []
+    for split, place in [(split, folder / split) for split in split_folders] or [("train", folder)]:
+        images += [(split, *image) for image in images_of(place)]
+    names = {identity for _, identity, _, _ in images}
+    # A longer number, such as a time stamp, does not fit a pid.
+    numbers = {int(name) for name in names if re.fullmatch(r"[0-9]{1,18}", name)}
+    # 1 and 0001 are two folders, so they are two identities.
+    numbered = len(numbers) == len(names)
+    pids = {name: int(name) for name in names} if numbered else dense(names)
+    warn_of_spellings(names, "identity", folder)
+    cameras = cameras_of(images, folder) if columns.camid != "none" else {}
+    splits = {split: [] for split in split_folders or ["train"]}
+    for split, identity, path, camera in images:
+        path = f"{split}/{path}" if split_folders else path
+        camid = cameras[camera] if cameras else int(split == "gallery")
+        splits[split].append(Row(path, pids[identity], camid))
+    return splits, None if numbered else sorted(names)
+
+
+def images_of(place):
+    """(identity, path below the place, camera or None) of all images of one split."""
+    entries = listing(place)
+    if entries and not any(entry.is_dir() for entry in entries) and any(is_labelled(entry.name) for entry in entries):
+        return images_by_name(place, entries)
+    images = []
+    for identity in entries:
+        if not identity.is_dir():
+            left_out(identity.path, f"{identity.path}: expected one folder an identity in {place}, or a metadata file")
+            continue
+        for entry in listing(identity.path):
+            if entry.is_dir():
+                raise ValueError(
+                    f"{entry.path} is a folder; expected images directly in {identity.path}, the folder of one "
+                    "identity. Describe images in deeper folders by a table with file_name, pid and camid"
+                )
+            if not entry.name.lower().endswith(ENDINGS) or not entry.is_file():
+                left_out(entry.path, f"{entry.path} is no image; expected files ending in {', '.join(ENDINGS)}")
+                continue
+            images.append((identity.name, f"{identity.name}/{entry.name}", camera_in(entry.name)))
+    return images
+
+
+def is_labelled(name):
+    return bool(LABELLED.match(name)) and name.lower().endswith(ENDINGS)
+
+
+def images_by_name(place, entries):
+    """Images such as 0001_c2_x.jpg, directly in the folder; -1 is no identity."""
+    images = []
+    for entry in entries:
+        match = LABELLED.match(entry.name) if is_labelled(entry.name) else None
+        if match is None or int(match[1]) < 0:
+            left_out(entry.path, f"{entry.path} is not named as the others are, like 0001_c2_x.jpg")
+            continue
+        images.append((match[1], entry.name, int(match[2])))
+    # 1_c1.jpg and 0001_c2.jpg show one identity: in file names the number counts.
+    return [(str(int(number)), name, camera) for number, name, camera in images]
+
+
+def cameras_of(images, folder):
+    """{camera number in the file names: camid}, empty if no name has one."""
+    with_camera = sum(camera is not None for *_, camera in images)
+    if 0 < with_camera < len(images):
+        split, _, path, _ = next(image for image in images if image[-1] is None)
+        raise ValueError(
+            f"{folder}: {os.path.join(split, path)} has no camera in its name, others do; expected ..._c2_... or "
+            f"..._cam2_...; if the names tell no cameras at all: {folder}:camid_column=none"
+        )
+    return dense(camera for *_, camera in images) if with_camera else {}

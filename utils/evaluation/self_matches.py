@@ -1,0 +1,70 @@
+"""The same file on both sides of a search: an image must not find itself.
+
+Files are compared by their bytes. Before files are read, their sizes are compared, so only likely copies are read.
+"""
+
+import hashlib
+import os
+
+import torch
+
+from utils.datasets.images import DRAWN, read_bytes, storage_of
+from utils.datasets.schema import UNKNOWN
+
+
+def same_files(images, split):
+    """(query contents, gallery contents, number of pairs): int64 numbers, equal for the same file, else -1.
+
+    `split` is ((query rows, ...), (gallery rows, ...)), rows of `images`.
+    """
+    query_rows, gallery_rows = (list(rows) for rows, *_ in split)
+    stored = storage_of(images, "image")
+    rows = {row: stored[row].as_py() for row in {*query_rows, *gallery_rows}}
+    sizes = {row: size_of(image) for row, image in rows.items()}
+    both = {sizes[row] for row in query_rows} & {sizes[row] for row in gallery_rows}
+    digests = {row: content_of(image) for row, image in rows.items() if sizes[row] in both}
+    shared = {digests.get(row) for row in query_rows} & {digests.get(row) for row in gallery_rows} - {None}
+    numbers = {digest: number for number, digest in enumerate(sorted(shared))}
+    query, gallery = (
+        torch.tensor([numbers.get(digests.get(row), -1) for row in rows], dtype=torch.int64)
+        for rows in (query_rows, gallery_rows)
+    )
+    copies = torch.bincount(gallery[gallery >= 0], minlength=len(numbers) or 1)
+    return query, gallery, int(copies[query[query >= 0]].sum())
+
+
+def size_of(image):
+    """The size of a file in bytes; what can be neither on a disk nor in a table is told apart by its path."""
+    if image["bytes"] is not None:
+        return len(image["bytes"])
+    return image["path"] if "://" in image["path"] else os.stat(image["path"]).st_size
+
+
+def content_of(image):
+    if image["bytes"] is None and image["path"].startswith(DRAWN):
+        return image["path"].encode()
+    content = image["bytes"] if image["bytes"] is not None else read_bytes(image["path"])
+    return hashlib.sha256(content).digest()
+
+
+def share_labels(queries, gallery):
+    """Give a file that lies on both sides of a search one identity and one camera: those of the query side.
+
+    In a search, the names of files and folders are only clues: the copy of a labelled query in a folder without
+    labels would otherwise count as another identity. What the query side does not know, the gallery side may.
+    Returns the number of gallery files whose identity changes although it was known.
+    """
+    labels = {}
+    for side in (gallery, queries):
+        for content, pid, camid in zip(
+            *(part.tolist() for part in (side.contents, side.pids, side.camids)), strict=True
+        ):
+            known = labels.get(content, (UNKNOWN, UNKNOWN))
+            labels[content] = (pid if pid != UNKNOWN else known[0], camid if camid != UNKNOWN else known[1])
+    changed = 0
+    for side in (queries, gallery):
+        for row in (side.contents >= 0).nonzero().flatten().tolist():
+            pid, camid = labels[int(side.contents[row])]
+            changed += side is gallery and int(side.pids[row]) not in (UNKNOWN, pid)
+            side.pids[row], side.camids[row] = pid, camid
+    return changed
