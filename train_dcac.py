@@ -36,7 +36,8 @@ One step, on a batch of images x with identities y:
     f = encoder(x)    b = BatchNorm(f)    logits = W b    u = b / |b|
     L_id  = cross-entropy(logits, y), labels smoothed
     L_pcl = cross-entropy(u M^T / 0.01, y)                            M: a prototype of each identity, no gradient
-    c     = softmax(logits / tau) P                                   P: a learned prompt of each identity
+    c     = softmax(logits / tau) P                                   P: a learned prompt of each identity, of one
+                                                                      token or all tokens of its caption
     L_ldm = mean (unet(z_t, t, c) - noise)^2                          z: VAE latents of the image, not augmented
     L     = L_id + L_pcl + lambda L_ldm
 
@@ -44,7 +45,7 @@ Through c the diffusion model tells classifier, neck and encoder which identitie
 """
 
 from utils import flags
-from utils.flags import CLIP_DIR, DIFFUSION_DIR, above_zero, at_least, fraction, not_negative
+from utils.flags import CAPTIONER_DIR, CLIP_DIR, DIFFUSION_DIR, above_zero, at_least, fraction, not_negative
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=112"
 DEMO_TARGETS = ["synthetic:domain=b", "synthetic:domain=c"]
@@ -55,6 +56,7 @@ DEMO = (
 PUBLISHED = {
     "backbone": "openai/clip-vit-base-patch16",
     "pretrained_model_name_or_path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "captioner_model_name_or_path": "Salesforce/blip2-opt-2.7b",
     "resolution": [256, 128],
     "diffusion_resolution": [128, 128],
     "padding": 10,
@@ -164,7 +166,38 @@ def build_parser():
         help="of the probabilities",
     )
     group.add("--ldm_weight", type=not_negative, default=1.0, help="lambda, the weight of L_ldm")
+    group.add(
+        "--ldm_balance",
+        type=above_zero,
+        help="scale what L_ldm sends to the features to this share of the gradient of L_id + L_pcl; default: as it is",
+    )
     group.add("--ldm_start_epoch", type=at_least(1), default=1, help="first epoch with L_ldm")
+    group.add(
+        "--ldm_warmup_epochs",
+        type=at_least(0),
+        default=0,
+        help="first epochs with L_ldm in which only U-Net and prompts learn from it, not the encoder",
+    )
+    group.add(
+        "--prompt_init",
+        default="random",
+        help="start of the prompts: `random`, N(0, 1); `captions`, of a captioner; or a file, the captions.parquet of "
+        "train_dreambooth_reid.py or a csv or jsonl like it",
+    )
+    group.add(
+        "--prompt_tokens",
+        type=prompt_tokens,
+        default="end",
+        help="tokens of a prompt: `end`, the text's end token; `all` of the text encoder's window; or the first N",
+    )
+    group.switch("--freeze_prompts", "leave the prompts as they start")
+    without_captioner = (lambda args: args.prompt_init != "captions", "no --prompt_init captions")
+    group.add(
+        "--captioner_model_name_or_path",
+        default=CAPTIONER_DIR,
+        idle=without_captioner,
+        help="image-to-text model of --prompt_init captions, folder or Hub id",
+    )
     group.add("--lr_multiplier", type=above_zero, default=1.0, help="factor on the rate of U-Net and prompts")
     group.add(
         "--validation_ids",
@@ -201,6 +234,10 @@ def build_parser():
     return parser
 
 
+def prompt_tokens(text):
+    return text if text in ("end", "all") else at_least(1)(text)
+
+
 def without_tau(args):
     return args.condition != "correlation" or args.probabilities == "prototype"
 
@@ -231,26 +268,45 @@ def check_args(parser, args):
     flags.check_optimizer(parser, args)
     if args.diffusion == "none" and args.enable_xformers_memory_efficient_attention:
         parser.error("--enable_xformers_memory_efficient_attention is of the U-Net, and --diffusion none has none")
-    if args.diffusion == "ldm" and args.ldm_start_epoch > args.num_train_epochs:
+    if args.diffusion == "ldm":
+        check_feedback(parser, args)
+    if args.validation_ids == 1:
+        parser.error("--validation_ids 1: the wrong condition is another identity's; give 0, or 2 and more")
+
+
+def check_feedback(parser, args):
+    first = args.ldm_start_epoch + args.ldm_warmup_epochs
+    if args.ldm_start_epoch > args.num_train_epochs:
         parser.error(
             f"--ldm_start_epoch {args.ldm_start_epoch} comes after the last of {args.num_train_epochs} epochs; the "
             "baseline is --diffusion none"
         )
-    if args.validation_ids == 1:
-        parser.error("--validation_ids 1: the wrong condition is another identity's; give 0, or 2 and more")
+    if first > args.num_train_epochs:
+        parser.error(
+            f"--ldm_warmup_epochs {args.ldm_warmup_epochs} leaves none of {args.num_train_epochs} epochs in which "
+            "L_ldm reaches the encoder; lower it"
+        )
+    for name in ("ldm_balance", "ldm_warmup_epochs"):
+        if getattr(args, name) and args.condition == "class":
+            parser.error(f"--{name}: under --condition class nothing of L_ldm reaches the encoder; choose another")
+    if args.ldm_balance and args.origin["ldm_weight"] != "default":
+        parser.error("--ldm_balance and --ldm_weight both set the strength of L_ldm; give one of them")
+    if args.prompt_init != "random" and args.condition == "instance":
+        parser.error(f"--prompt_init {args.prompt_init}: under --condition instance prompts belong to no identity")
+    if args.freeze_prompts and args.unet_mode == "frozen" and args.condition == "class":
+        parser.error("--freeze_prompts, --unet_mode frozen and --condition class leave nothing that learns from L_ldm")
 
 
 if __name__ == "__main__":
     # Before torch and diffusers are imported, so that --help and a mistyped flag answer at once.
     args = parse_args()
 
-import hashlib
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import DistributedType, set_seed
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -259,15 +315,9 @@ from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import test_transform, train_transform
 from utils.datasets.load import digest_of, open_source
 from utils.diffusion.checkpoint import check_diffusion
-from utils.diffusion.latents import encode, feedback_loader, image_for_vae, sample_latents
-from utils.diffusion.schedule import NoiseSchedule, decode, denoise, noise_loss
-from utils.diffusion.unet import (
-    enable_memory_efficient_attention,
-    load_unet,
-    load_vae,
-    recompute_activations,
-    save_unet,
-)
+from utils.diffusion.latents import draw_noise, encode, feedback_loader, image_for_vae, sample_latents
+from utils.diffusion.schedule import GradientBalance, decode, denoise, noise_loss
+from utils.diffusion.unet import load_diffusion, recompute_activations, save_prompts, save_unet
 from utils.evaluation.features import extract
 from utils.evaluation.targets import open_targets
 from utils.files import portable, write_together
@@ -284,13 +334,22 @@ from utils.training.report import training_report
 
 
 class Condition(nn.Module):
-    """The condition of the U-Net for each image: (B, 1, width)."""
+    """The condition of the U-Net for each image: (B, T, width)."""
 
-    def __init__(self, kind, probabilities, bottleneck, *, num_ids, num_features, width, tau):
+    def __init__(
+        self, kind, probabilities, bottleneck, *, num_ids, num_features, width, tau, num_tokens=1, prompts=None,
+        frozen=False,
+    ):  # fmt: skip
         super().__init__()
         self.kind, self.probabilities, self.tau = kind, probabilities, tau
-        # A prompt of each identity; under `instance` the feature itself weighs the prompts.
-        self.prompts = nn.Parameter(torch.randn(num_features if kind == "instance" else num_ids, width))
+        # (N, width) or (N, T, width): a prompt of each identity; under `instance` the feature itself weighs them.
+        if prompts is None:
+            tokens = (num_tokens,) if num_tokens > 1 else ()
+            prompts = torch.randn(num_features if kind == "instance" else num_ids, *tokens, width)
+        if frozen:
+            self.register_buffer("prompts", prompts)
+        else:
+            self.prompts = nn.Parameter(prompts)
         layers = {
             "none": [],
             "silu": [nn.SiLU()],
@@ -313,11 +372,13 @@ class Condition(nn.Module):
     def forward(self, logits, bn_features, labels, memory):
         if self.kind == "class":
             tokens = self.prompts[labels]
-        elif self.kind == "instance":
-            tokens = F.normalize(bn_features, dim=1) @ self.prompts
         else:
-            tokens = self.identity_probabilities(logits, bn_features, memory) @ self.prompts
-        return self.bottleneck(tokens)[:, None]
+            weights = F.normalize(bn_features, dim=1)
+            if self.kind == "correlation":
+                weights = self.identity_probabilities(logits, bn_features, memory)
+            tokens = weights @ self.prompts.flatten(1)
+        width = self.prompts.shape[-1]
+        return self.bottleneck(tokens.reshape(-1, width)).view(len(labels), -1, width)
 
     def identity_probabilities(self, logits, bn_features, memory):
         by_classifier = (logits / self.tau).softmax(1)
@@ -334,21 +395,25 @@ class DCAC(nn.Module):
     in between, so that BatchNorm, classifier, memory and condition see the whole batch, as one process would.
     """
 
-    def __init__(self, encoder, memory, condition, unet, schedule, *, ldm_weight, label_smoothing, pass_size):
+    def __init__(
+        self, encoder, memory, condition, unet, schedule, *, ldm_weight, label_smoothing, pass_size, balance=None
+    ):
         super().__init__()
         self.encoder, self.memory, self.condition, self.unet = encoder, memory, condition, unet
         self.schedule = schedule
         self.ldm_weight, self.label_smoothing, self.pass_size = ldm_weight, label_smoothing, pass_size
+        self.balance = balance
 
-    def forward(self, images, labels, latents=None, noise=None, timesteps=None):
+    def forward(self, images, labels, latents=None, noise=None, timesteps=None, warmup=False):
         features = gather_with_gradient(self.in_passes(self.encoder.backbone, images))
         share, labels = share_of(features, len(images)), gather_with_gradient(labels)
         with torch.autocast(images.device.type, enabled=False):
-            bn_features, logits = self.encoder.neck(features.float())
-            loss_id = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-            loss_pcl = self.memory(bn_features, labels)
+            features = features.float()
+            bn_features, logits = self.encoder.neck(features)
+            loss_id, loss_pcl = self.identity_losses(bn_features, logits, labels)
             if latents is not None:
-                condition = self.condition(logits, bn_features, labels, self.memory)[share]
+                heard = self.heard(features, bn_features, logits, warmup)
+                condition = self.condition(*heard, labels, self.memory)[share]
         loss, loss_ldm = loss_id + loss_pcl, torch.zeros_like(loss_id)
         if latents is not None:
             losses = self.in_passes(self.denoise, latents, noise, timesteps, condition)
@@ -356,6 +421,37 @@ class DCAC(nn.Module):
             loss = loss + self.ldm_weight * loss_ldm
         values = {"loss": loss, "loss_id": loss_id, "loss_pcl": loss_pcl, "loss_ldm": loss_ldm}
         return loss, {name: value.detach() for name, value in values.items()}, bn_features.detach(), labels
+
+    def gradients(self, features, labels, latents, noise, timesteps):
+        """The gradients of L_id + L_pcl and of L_ldm at the features (B, D) of a whole batch."""
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.detach().float().requires_grad_()
+            heard = logits, bn_features = self.neck_again(features)
+            others = sum(self.identity_losses(bn_features, logits, labels))
+            condition = self.condition(*heard, labels, self.memory)
+        loss_ldm = self.in_passes(self.denoise, latents, noise, timesteps, condition).mean()
+        return [
+            torch.autograd.grad(loss, features, retain_graph=True, materialize_grads=True)[0]
+            for loss in (others, loss_ldm)
+        ]
+
+    def identity_losses(self, bn_features, logits, labels):
+        loss_id = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        return loss_id, self.memory(bn_features, labels)
+
+    def heard(self, features, bn_features, logits, warmup):
+        """The logits and features that the condition is made of, with the way that the gradient of L_ldm takes."""
+        if warmup:
+            return logits.detach(), bn_features.detach()
+        if self.balance is None:
+            return logits, bn_features
+        return self.neck_again(self.balance(features))
+
+    def neck_again(self, features):
+        """Logits and features after BatchNorm, as in training; running statistics stay as they are."""
+        norm = self.encoder.bnneck
+        bn_features = F.batch_norm(features, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+        return self.encoder.classifier(bn_features), bn_features
 
     def denoise(self, latents, noise, timesteps, condition):
         return noise_loss(self.unet, self.schedule, latents, noise, timesteps, condition).view(1)
@@ -387,6 +483,7 @@ def main(args):
         diffusion = check_diffusion(
             args.pretrained_model_name_or_path, resolution=args.diffusion_resolution, revision=args.revision
         )
+    num_tokens = tokens_of(args, diffusion)
     train, labels, data = open_source(
         args.source, args.data_root, single_image_ids=args.single_image_ids, skip_unreadable=args.skip_unreadable
     )
@@ -404,7 +501,10 @@ def main(args):
         f"measured on {', '.join(target.spec for target in targets) or 'nothing, as there is no --target'}"
     )
 
-    bare, vae = build_model(args, accelerator, num_ids, diffusion)
+    prompts = None
+    if diffusion is not None and args.prompt_init != "random" and not training.resumed:
+        prompts = prompts_from_captions(args, accelerator, train, labels, num_tokens)
+    bare, vae = build_model(args, accelerator, num_ids, diffusion, num_tokens, prompts)
     loader = build_loader(args, accelerator, bare.encoder, train, labels, sampler, vae)
     model, optimizer = accelerator.prepare(bare, optimizer_of(args, parameter_groups(args, bare)))
     training.begin(model, optimizer, rates_of(args, optimizer, training.num_steps))
@@ -443,10 +543,13 @@ def training_step(training, model, bare, vae, batch, params):
     feedback = {}
     if vae is not None and training.epoch >= args.ldm_start_epoch:
         feedback = feedback_inputs(args, accelerator, bare, vae, batch, training.step)
+        feedback["warmup"] = training.epoch < args.ldm_start_epoch + args.ldm_warmup_epochs
     # Only DeepSpeed does not do so by itself.
     with accelerator.autocast():
         loss, values, bn_features, labels = model(batch["images"], batch["labels"], **feedback)
     accelerator.backward(loss)
+    if bare.balance is not None:
+        values |= bare.balance.update(partial(accelerator.reduce, reduction="mean"))
     norm = accelerator.clip_grad_norm_(params, args.max_grad_norm or float("inf"))
     optimizer.step()
     optimizer.zero_grad()
@@ -465,14 +568,6 @@ def feedback_inputs(args, accelerator, bare, vae, batch, step):
     )
     latents = sample_latents(mean, std, posterior, vae.config.scaling_factor)
     return {"latents": latents, "noise": noise, "timesteps": timesteps}
-
-
-def draw_noise(seed, step, shape, num_steps):
-    """For the whole batch of a step: every process takes its share of one draw, and a resumed run draws it again."""
-    number = int.from_bytes(hashlib.sha256(f"noise/{seed}/{step}".encode()).digest()[:7], "big")
-    generator = torch.Generator().manual_seed(number)
-    posterior, noise = torch.randn(2, *shape, generator=generator)
-    return posterior, noise, torch.randint(num_steps, shape[:1], generator=generator)
 
 
 def rebuild_prototypes(args, accelerator, bare, train, labels):
@@ -495,7 +590,8 @@ def rebuild_prototypes(args, accelerator, bare, train, labels):
 
 def stand_ins_of(args):
     models = ["backbone"] + ["pretrained_model_name_or_path"] * (args.diffusion == "ldm")
-    toys = [name for name in models if getattr(args, name) in (CLIP_DIR, DIFFUSION_DIR)]
+    models += ["captioner_model_name_or_path"] * (args.diffusion == "ldm" and args.prompt_init == "captions")
+    toys = [name for name in models if getattr(args, name) in (CLIP_DIR, DIFFUSION_DIR, CAPTIONER_DIR)]
     if not toys:
         return None
     return (
@@ -504,7 +600,47 @@ def stand_ins_of(args):
     )
 
 
-def build_model(args, accelerator, num_ids, diffusion):
+def tokens_of(args, diffusion):
+    """The tokens of a prompt, None for one; what captions and text encoder show to be wrong raises here."""
+    if diffusion is None or (args.prompt_init == "random" and args.prompt_tokens == "end"):
+        return None
+    # Captions bring along what other runs never need.
+    from utils.generated.identity_texts import check_prompts
+
+    return check_prompts(
+        args.prompt_init,
+        args.prompt_tokens,
+        args.pretrained_model_name_or_path,
+        diffusion.condition_width,
+        captioner=args.captioner_model_name_or_path,
+        revision=args.revision,
+    )
+
+
+def prompts_from_captions(args, accelerator, train, labels, num_tokens):
+    """The states of the text encoder for a text of each identity: (N, width), or (N, T, width)."""
+    from utils.diffusion.text_to_image import encode_texts
+    from utils.generated.identity_texts import identity_texts
+
+    name, revision = args.pretrained_model_name_or_path, args.revision
+    texts = identity_texts(
+        args.prompt_init,
+        args.source,
+        train,
+        labels,
+        name,
+        num_tokens,
+        accelerator=accelerator,
+        folder=args.output_dir,
+        captioner=args.captioner_model_name_or_path,
+        revision=revision,
+        data_root=args.data_root,
+        skip_unreadable=args.skip_unreadable,
+    )
+    return encode_texts(name, texts, num_tokens, device=accelerator.device, revision=revision)
+
+
+def build_model(args, accelerator, num_ids, diffusion, num_tokens, prompts):
     """The DCAC module and the VAE (None for the baseline)."""
     set_seed(args.seed)
     encoder = ReIDModel.for_training(args.backbone, num_ids=num_ids, image_size=tuple(args.resolution))
@@ -519,9 +655,6 @@ def build_model(args, accelerator, num_ids, diffusion):
     memory = PrototypeMemory(torch.zeros(num_ids, encoder.num_features), args.memory_temperature, args.memory_momentum)
     condition = unet = schedule = vae = None
     if diffusion is not None:
-        # Weights that stay frozen are kept in the precision they compute in.
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-        name, revision = args.pretrained_model_name_or_path, args.revision
         condition = Condition(
             args.condition,
             args.probabilities,
@@ -530,15 +663,21 @@ def build_model(args, accelerator, num_ids, diffusion):
             num_features=encoder.num_features,
             width=diffusion.condition_width,
             tau=args.tau,
+            num_tokens=num_tokens or 1,
+            prompts=prompts,
+            frozen=args.freeze_prompts,
         )
-        unet = load_unet(name, args.unet_mode, rank=args.rank, dtype=half, seed=args.seed, revision=revision)
-        # DeepSpeed sends weights around as they lie in memory.
-        if accelerator.distributed_type != DistributedType.DEEPSPEED:
-            unet.to(memory_format=torch.channels_last)
-        schedule = NoiseSchedule.from_pretrained(name, revision=revision)
-        vae = load_vae(name, dtype=half, revision=revision)
-        if args.enable_xformers_memory_efficient_attention:
-            enable_memory_efficient_attention(unet)
+        unet, schedule, vae = load_diffusion(
+            args.pretrained_model_name_or_path,
+            args.unet_mode,
+            rank=args.rank,
+            mixed_precision=accelerator.mixed_precision,
+            seed=args.seed,
+            revision=args.revision,
+            # DeepSpeed sends weights around as they lie in memory.
+            channels_last=accelerator.distributed_type != DistributedType.DEEPSPEED,
+            memory_efficient=args.enable_xformers_memory_efficient_attention,
+        )
     if args.gradient_checkpointing == "all":
         encoder.enable_gradient_checkpointing()
     if args.gradient_checkpointing and unet is not None:
@@ -556,6 +695,7 @@ def build_model(args, accelerator, num_ids, diffusion):
         ldm_weight=args.ldm_weight,
         label_smoothing=args.label_smoothing,
         pass_size=args.train_batch_size,
+        balance=None if args.ldm_balance is None else GradientBalance(args.ldm_balance),
     )
     return model, vae
 
@@ -633,12 +773,7 @@ def save(args, accelerator, training, bare):
     bare.encoder.save_pretrained(output_dir / "model", card=card_of(args, training, bare.encoder))
     if bare.unet is not None:
         save_unet(bare.unet, args.unet_mode, output_dir)
-        tensors = bare.condition.state_dict()
-        with write_together(output_dir) as part:
-            save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                part("prompts.safetensors"),
-            )
+        save_prompts(bare.condition, output_dir)
 
 
 def card_of(args, training, encoder):

@@ -1,4 +1,4 @@
-"""The noise schedule and the noise loss."""
+"""The noise schedule, the noise loss, and how strong its gradient is beside those of other losses."""
 
 from itertools import pairwise
 
@@ -66,6 +66,71 @@ def noise_loss(unet, schedule, latents, noise, timesteps, condition):
     dtype = next(unet.parameters()).dtype
     prediction = unet(noised.to(dtype), timesteps, encoder_hidden_states=condition.to(dtype)).sample
     return F.mse_loss(prediction.float(), schedule.target(latents.float(), noise.float(), timesteps))
+
+
+class ScaledGradient(torch.autograd.Function):
+    """Values as they are, their gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx, values, factor):
+        ctx.save_for_backward(factor)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0], None
+
+
+class GradientBalance(nn.Module):
+    """Scales the gradient that the noise loss sends to features to `share` of the gradient of the other losses there.
+
+    Give the noise loss `balance(features)` and the other losses the features; call `update` after each backward pass.
+    The factor follows the norms of earlier steps, smoothed, and is 0 before the first one was measured. A checkpoint
+    holds it, and it is the same on all processes.
+    """
+
+    SMOOTHING = 0.9
+
+    def __init__(self, share):
+        super().__init__()
+        self.share, self.measured = share, None
+        # log |gradient of the other losses| / |gradient of the noise loss|; nan before the first step.
+        self.register_buffer("log_ratio", torch.tensor(torch.nan))
+
+    @property
+    def factor(self):
+        return (self.share * self.log_ratio.exp()).nan_to_num(0.0)
+
+    def forward(self, features):
+        scaled = ScaledGradient.apply(features, self.factor)
+        self.measured = features, scaled
+        for tensor in self.measured:
+            tensor.retain_grad()
+        return scaled
+
+    @torch.no_grad()
+    def update(self, mean):
+        """Measure both gradients; `mean` averages a tensor over the processes. Returns the numbers for the log.
+
+        `feedback_scale` is the factor of this step, `feedback_ratio` the share that it led to.
+        """
+        factor = ratio = torch.zeros_like(self.log_ratio)
+        if self.measured is not None:
+            total, of_noise = mean(torch.stack([tensor.grad for tensor in self.measured]))
+            factor, self.measured = self.factor, None
+            log_ratio = ((total - factor * of_noise).norm() / of_noise.norm()).log()
+            smoothed = torch.where(self.log_ratio.isnan(), log_ratio, log_ratio.lerp(self.log_ratio, self.SMOOTHING))
+            # A step whose gradients overflow in half precision says nothing.
+            self.log_ratio.copy_(torch.where(smoothed.isfinite(), smoothed, self.log_ratio))
+            ratio = (factor / log_ratio.exp()).nan_to_num(0.0, 0.0)
+        return {"feedback_scale": factor, "feedback_ratio": ratio}
+
+
+def compared(others, of_noise):
+    """How the gradient of the noise loss at the features compares with that of the other losses: ratio and cosine."""
+    norms = others.norm(), of_noise.norm()
+    ratio, cosine = norms[1] / norms[0], (others * of_noise).sum() / (norms[0] * norms[1])
+    return {"ratio": float(ratio.nan_to_num(0.0)), "cosine": float(cosine.nan_to_num(0.0))}
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import nn
 from torch.amp import is_autocast_available
 
 from utils.diffusion.checkpoint import WEIGHTS, read_config
+from utils.diffusion.schedule import NoiseSchedule
 from utils.files import one_line, to_json, write_together
 
 UNET_MODES = ("lora", "frozen", "partial-1", "partial-2", "full", "scratch")
@@ -31,6 +32,21 @@ TRAINED = {
     "full": ("",),
     "scratch": ("",),
 }
+
+
+def load_diffusion(
+    name, mode, *, rank, mixed_precision, seed, revision=None, channels_last=True, memory_efficient=False
+):
+    """(U-Net in one of UNET_MODES, noise schedule, frozen VAE) of a checkpoint, for training."""
+    # Weights that stay frozen are kept in the precision they compute in.
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
+    unet = load_unet(name, mode, rank=rank, dtype=half, seed=seed, revision=revision)
+    if channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if memory_efficient:
+        enable_memory_efficient_attention(unet)
+    schedule = NoiseSchedule.from_pretrained(name, revision=revision)
+    return unet, schedule, load_vae(name, dtype=half, revision=revision)
 
 
 def load_vae(name_or_path, *, dtype=torch.float32, revision=None, token=None):
@@ -178,6 +194,11 @@ def save_unet(unet, mode, output_dir):
     with write_together(Path(output_dir) / "unet") as part:
         part("config.json").write_text(to_json(config), encoding="utf-8")
         save_tensors(unet.state_dict(), part(WEIGHTS))
+
+
+def save_prompts(condition, output_dir):
+    with write_together(output_dir) as part:
+        save_tensors(condition.state_dict(), part("prompts.safetensors"))
 
 
 def save_tensors(state, path):
