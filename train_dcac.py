@@ -57,23 +57,11 @@ PUBLISHED = {
     "backbone": "openai/clip-vit-base-patch16",
     "pretrained_model_name_or_path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "captioner_model_name_or_path": "Salesforce/blip2-opt-2.7b",
-    "resolution": [256, 128],
-    "diffusion_resolution": [128, 128],
-    "padding": 10,
-    "erasing": 0.5,
-    "memory_temperature": 0.01,
-    "train_batch_size": 64,
-    "images_per_id": 4,
-    "num_train_epochs": 60,
-    "learning_rate": 5e-6,
-    "lr_warmup_epochs": 10,
-    "lr_milestones": [30, 50],
-    "eval_every": 10,
-    "log_every": 10,
-    "checkpointing_steps": 1000,
-    "dataloader_num_workers": 8,
-    "mixed_precision": "fp16",
-}
+    "resolution": [256, 128], "diffusion_resolution": [128, 128], "padding": 10, "erasing": 0.5,
+    "memory_temperature": 0.01, "train_batch_size": 64, "images_per_id": 4, "num_train_epochs": 60,
+    "learning_rate": 5e-6, "lr_warmup_epochs": 10, "lr_milestones": [30, 50], "mixed_precision": "fp16",
+    "eval_every": 10, "log_every": 10, "checkpointing_steps": 1000, "dataloader_num_workers": 8,
+}  # fmt: skip
 
 
 def published(source, target, rank, tau, **more):
@@ -88,6 +76,8 @@ RECIPES = {
     "multi": published(["market1501", "dukemtmcreid", "cuhk03np"], ["msmt17"], 32, 1.0, test_resample="bicubic"),
     "supervised": published(["market1501"], ["market1501"], 8, 0.6),
 }
+# Identities and draws of noise that each evaluation looks at the condition with.
+EXAMINED, DRAWS = 32, 4
 UNET_MODES = ("lora", "frozen", "partial-1", "partial-2", "full", "scratch")
 
 
@@ -158,53 +148,26 @@ def build_parser():
     group.add("--unet_mode", choices=UNET_MODES, default="lora", help="part of the U-Net that trains")
     without_lora = (lambda args: args.unet_mode != "lora", lambda args: f"--unet_mode {args.unet_mode}")
     group.add("--rank", type=at_least(1), default=8, idle=without_lora, help="rank of LoRA")
-    group.add(
-        "--tau",
-        type=above_zero,
-        default=0.6,
-        idle=(without_tau, tau_replaced_by),
-        help="of the probabilities",
-    )
+    group.add("--tau", type=above_zero, default=0.6, idle=(without_tau, tau_replaced_by), help="of the probabilities")
     group.add("--ldm_weight", type=not_negative, default=1.0, help="lambda, the weight of L_ldm")
     group.add(
-        "--ldm_balance",
-        type=above_zero,
-        help="scale what L_ldm sends to the features to this share of the gradient of L_id + L_pcl; default: as it is",
+        "--ldm_balance", type=above_zero, help="share of L_ldm in the gradient at the features; default: as it is"
     )
     group.add("--ldm_start_epoch", type=at_least(1), default=1, help="first epoch with L_ldm")
+    group.add("--ldm_warmup_epochs", type=at_least(0), default=0, help="epochs before L_ldm reaches the encoder")
     group.add(
-        "--ldm_warmup_epochs",
-        type=at_least(0),
-        default=0,
-        help="first epochs with L_ldm in which only U-Net and prompts learn from it, not the encoder",
+        "--prompt_init", default="random", help="`random`, N(0, 1); `captions`, of a captioner; or a file of them"
     )
-    group.add(
-        "--prompt_init",
-        default="random",
-        help="start of the prompts: `random`, N(0, 1); `captions`, of a captioner; or a file, the captions.parquet of "
-        "train_dreambooth_reid.py or a csv or jsonl like it",
-    )
-    group.add(
-        "--prompt_tokens",
-        type=prompt_tokens,
-        default="end",
-        help="tokens of a prompt: `end`, the text's end token; `all` of the text encoder's window; or the first N",
-    )
+    group.add("--prompt_tokens", type=prompt_tokens, default="end", help="of a prompt: `end`, `all`, or the first N")
     group.switch("--freeze_prompts", "leave the prompts as they start")
-    without_captioner = (lambda args: args.prompt_init != "captions", "no --prompt_init captions")
     group.add(
         "--captioner_model_name_or_path",
         default=CAPTIONER_DIR,
-        idle=without_captioner,
-        help="image-to-text model of --prompt_init captions, folder or Hub id",
+        idle=(lambda args: args.prompt_init != "captions", "no --prompt_init captions"),
+        help="image-to-text model of --prompt_init captions",
     )
     group.add("--lr_multiplier", type=above_zero, default=1.0, help="factor on the rate of U-Net and prompts")
-    group.add(
-        "--validation_ids",
-        type=at_least(0),
-        default=4,
-        help="identities whose images are denoised under the right and a wrong condition, 0 for none",
-    )
+    group.add("--validation_ids", type=at_least(0), default=4, help="identities in the report's pictures, 0 for none")
 
     flags.add_training(
         parser,
@@ -276,15 +239,11 @@ def check_args(parser, args):
 
 def check_feedback(parser, args):
     first = args.ldm_start_epoch + args.ldm_warmup_epochs
-    if args.ldm_start_epoch > args.num_train_epochs:
-        parser.error(
-            f"--ldm_start_epoch {args.ldm_start_epoch} comes after the last of {args.num_train_epochs} epochs; the "
-            "baseline is --diffusion none"
-        )
     if first > args.num_train_epochs:
         parser.error(
-            f"--ldm_warmup_epochs {args.ldm_warmup_epochs} leaves none of {args.num_train_epochs} epochs in which "
-            "L_ldm reaches the encoder; lower it"
+            f"epoch {first}, where L_ldm first reaches the encoder, comes after the last of {args.num_train_epochs} "
+            f"epochs: --ldm_start_epoch {args.ldm_start_epoch}, --ldm_warmup_epochs {args.ldm_warmup_epochs}; the "
+            "baseline is --diffusion none"
         )
     for name in ("ldm_balance", "ldm_warmup_epochs"):
         if getattr(args, name) and args.condition == "class":
@@ -315,8 +274,8 @@ from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import test_transform, train_transform
 from utils.datasets.load import digest_of, open_source
 from utils.diffusion.checkpoint import check_diffusion
-from utils.diffusion.latents import draw_noise, encode, feedback_loader, image_for_vae, sample_latents
-from utils.diffusion.schedule import GradientBalance, decode, denoise, noise_loss
+from utils.diffusion.latents import draw_noise, encode, feedback_loader, fixed_draws, image_for_vae, sample_latents
+from utils.diffusion.schedule import GradientBalance, decode, denoise, examined, noise_loss
 from utils.diffusion.unet import load_diffusion, recompute_activations, save_prompts, save_unet
 from utils.evaluation.features import extract
 from utils.evaluation.targets import open_targets
@@ -328,7 +287,7 @@ from utils.modeling.norms import share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
 from utils.reporting.report import sheet
 from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained
-from utils.training.report import training_report
+from utils.training.report import sample_name, samples_of, spread, training_report
 
 # The method
 
@@ -422,19 +381,6 @@ class DCAC(nn.Module):
         values = {"loss": loss, "loss_id": loss_id, "loss_pcl": loss_pcl, "loss_ldm": loss_ldm}
         return loss, {name: value.detach() for name, value in values.items()}, bn_features.detach(), labels
 
-    def gradients(self, features, labels, latents, noise, timesteps):
-        """The gradients of L_id + L_pcl and of L_ldm at the features (B, D) of a whole batch."""
-        with torch.autocast(features.device.type, enabled=False):
-            features = features.detach().float().requires_grad_()
-            heard = logits, bn_features = self.neck_again(features)
-            others = sum(self.identity_losses(bn_features, logits, labels))
-            condition = self.condition(*heard, labels, self.memory)
-        loss_ldm = self.in_passes(self.denoise, latents, noise, timesteps, condition).mean()
-        return [
-            torch.autograd.grad(loss, features, retain_graph=True, materialize_grads=True)[0]
-            for loss in (others, loss_ldm)
-        ]
-
     def identity_losses(self, bn_features, logits, labels):
         loss_id = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return loss_id, self.memory(bn_features, labels)
@@ -483,7 +429,7 @@ def main(args):
         diffusion = check_diffusion(
             args.pretrained_model_name_or_path, resolution=args.diffusion_resolution, revision=args.revision
         )
-    num_tokens = tokens_of(args, diffusion)
+    captions = caption_prompts(args, diffusion)
     train, labels, data = open_source(
         args.source, args.data_root, single_image_ids=args.single_image_ids, skip_unreadable=args.skip_unreadable
     )
@@ -501,27 +447,34 @@ def main(args):
         f"measured on {', '.join(target.spec for target in targets) or 'nothing, as there is no --target'}"
     )
 
-    prompts = None
-    if diffusion is not None and args.prompt_init != "random" and not training.resumed:
-        prompts = prompts_from_captions(args, accelerator, train, labels, num_tokens)
-    bare, vae = build_model(args, accelerator, num_ids, diffusion, num_tokens, prompts)
+    prompts = {"num_tokens": captions.num_tokens or 1} if captions else {}
+    # A checkpoint holds the prompts.
+    if captions and args.prompt_init != "random" and not training.resumed:
+        more = {"data_root": args.data_root, "skip_unreadable": args.skip_unreadable}
+        prompts["prompts"] = captions.make(args.source, train, labels, accelerator, args.output_dir, **more)
+    bare, vae = build_model(args, accelerator, num_ids, diffusion, prompts)
     loader = build_loader(args, accelerator, bare.encoder, train, labels, sampler, vae)
     model, optimizer = accelerator.prepare(bare, optimizer_of(args, parameter_groups(args, bare)))
     training.begin(model, optimizer, rates_of(args, optimizer, training.num_steps))
-    params = trained(model)
+    params, encoder = trained(model), bare.encoder
 
     def measure(epoch):
         with whole_weights(model, accelerator):
-            training.measure(epoch, bare.encoder, targets, evaluation_transform(args, bare.encoder))
-            if vae is not None and args.validation_ids and accelerator.is_main_process:
-                denoise_samples(args, accelerator, bare, vae, train, labels, epoch)
+            transform = test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, args.test_resample)
+            training.measure(epoch, encoder, targets, transform)
+            if vae is not None and accelerator.is_main_process:
+                training.note(epoch, **examine(args, accelerator, bare, vae, train, labels, epoch))
+
+    def rebuild():
+        with whole_weights(model, accelerator):
+            rebuild_prototypes(args, accelerator, bare, train, labels)
 
     if not training.resumed:
+        rebuild()
         measure(0)
     for epoch in training.epochs():
-        if not training.in_mid_epoch:
-            with whole_weights(model, accelerator):
-                rebuild_prototypes(args, accelerator, bare, train, labels)
+        if epoch > 1 and not training.in_mid_epoch:
+            rebuild()
         model.train()
         for batch in training.batches(loader):
             training.log(training_step(training, model, bare, vae, batch, params))
@@ -573,15 +526,9 @@ def feedback_inputs(args, accelerator, bare, vae, batch, step):
 def rebuild_prototypes(args, accelerator, bare, train, labels):
     """Every prototype anew, from the test features of all training images."""
     encoder = bare.encoder
-    features = extract(
-        encoder,
-        train,
-        test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, "bicubic"),
-        accelerator=accelerator,
-        batch_size=args.eval_batch_size,
-        num_workers=args.dataloader_num_workers,
-        desc="prototypes",
-    )
+    transform = test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, "bicubic")
+    options = {"batch_size": args.eval_batch_size, "num_workers": args.dataloader_num_workers, "desc": "prototypes"}
+    features = extract(encoder, train, transform, accelerator=accelerator, **options)
     bare.memory.rebuild(features, labels)
 
 
@@ -591,56 +538,21 @@ def rebuild_prototypes(args, accelerator, bare, train, labels):
 def stand_ins_of(args):
     models = ["backbone"] + ["pretrained_model_name_or_path"] * (args.diffusion == "ldm")
     models += ["captioner_model_name_or_path"] * (args.diffusion == "ldm" and args.prompt_init == "captions")
-    toys = [name for name in models if getattr(args, name) in (CLIP_DIR, DIFFUSION_DIR, CAPTIONER_DIR)]
-    if not toys:
-        return None
-    return (
-        f"Not given: --{' and --'.join(toys)}. Using the shipped stand-ins, which know drawn people only. "
-        f"Real ones: {' '.join(f'--{name} {PUBLISHED[name]}' for name in toys)}"
-    )
+    return launch.stand_ins_among(args, models, PUBLISHED)
 
 
-def tokens_of(args, diffusion):
-    """The tokens of a prompt, None for one; what captions and text encoder show to be wrong raises here."""
+def caption_prompts(args, diffusion):
+    """Prompts that are more than one random token, or None; checks what they are made from."""
     if diffusion is None or (args.prompt_init == "random" and args.prompt_tokens == "end"):
         return None
-    # Captions bring along what other runs never need.
-    from utils.generated.identity_texts import check_prompts
+    # Captions bring along code that no other run needs.
+    from utils.generated.identity_texts import CaptionPrompts
 
-    return check_prompts(
-        args.prompt_init,
-        args.prompt_tokens,
-        args.pretrained_model_name_or_path,
-        diffusion.condition_width,
-        captioner=args.captioner_model_name_or_path,
-        revision=args.revision,
-    )
+    models = args.pretrained_model_name_or_path, args.captioner_model_name_or_path
+    return CaptionPrompts(args.prompt_init, args.prompt_tokens, diffusion.condition_width, *models, args.revision)
 
 
-def prompts_from_captions(args, accelerator, train, labels, num_tokens):
-    """The states of the text encoder for a text of each identity: (N, width), or (N, T, width)."""
-    from utils.diffusion.text_to_image import encode_texts
-    from utils.generated.identity_texts import identity_texts
-
-    name, revision = args.pretrained_model_name_or_path, args.revision
-    texts = identity_texts(
-        args.prompt_init,
-        args.source,
-        train,
-        labels,
-        name,
-        num_tokens,
-        accelerator=accelerator,
-        folder=args.output_dir,
-        captioner=args.captioner_model_name_or_path,
-        revision=revision,
-        data_root=args.data_root,
-        skip_unreadable=args.skip_unreadable,
-    )
-    return encode_texts(name, texts, num_tokens, device=accelerator.device, revision=revision)
-
-
-def build_model(args, accelerator, num_ids, diffusion, num_tokens, prompts):
+def build_model(args, accelerator, num_ids, diffusion, prompts):
     """The DCAC module and the VAE (None for the baseline)."""
     set_seed(args.seed)
     encoder = ReIDModel.for_training(args.backbone, num_ids=num_ids, image_size=tuple(args.resolution))
@@ -655,28 +567,19 @@ def build_model(args, accelerator, num_ids, diffusion, num_tokens, prompts):
     memory = PrototypeMemory(torch.zeros(num_ids, encoder.num_features), args.memory_temperature, args.memory_momentum)
     condition = unet = schedule = vae = None
     if diffusion is not None:
-        condition = Condition(
-            args.condition,
-            args.probabilities,
-            args.bottleneck,
-            num_ids=num_ids,
-            num_features=encoder.num_features,
-            width=diffusion.condition_width,
-            tau=args.tau,
-            num_tokens=num_tokens or 1,
-            prompts=prompts,
-            frozen=args.freeze_prompts,
-        )
+        sizes = {"num_ids": num_ids, "num_features": encoder.num_features, "width": diffusion.condition_width}
+        more = {"tau": args.tau, "frozen": args.freeze_prompts} | prompts
+        condition = Condition(args.condition, args.probabilities, args.bottleneck, **sizes, **more)
         unet, schedule, vae = load_diffusion(
             args.pretrained_model_name_or_path,
             args.unet_mode,
-            rank=args.rank,
+            args.rank,
             mixed_precision=accelerator.mixed_precision,
             seed=args.seed,
             revision=args.revision,
+            memory_efficient=args.enable_xformers_memory_efficient_attention,
             # DeepSpeed sends weights around as they lie in memory.
             channels_last=accelerator.distributed_type != DistributedType.DEEPSPEED,
-            memory_efficient=args.enable_xformers_memory_efficient_attention,
         )
     if args.gradient_checkpointing == "all":
         encoder.enable_gradient_checkpointing()
@@ -686,36 +589,23 @@ def build_model(args, accelerator, num_ids, diffusion, num_tokens, prompts):
         encoder.backbone.compile()
         if unet is not None:
             unet.compile()
-    model = DCAC(
-        encoder,
-        memory,
-        condition,
-        unet,
-        schedule,
-        ldm_weight=args.ldm_weight,
-        label_smoothing=args.label_smoothing,
-        pass_size=args.train_batch_size,
-        balance=None if args.ldm_balance is None else GradientBalance(args.ldm_balance),
-    )
-    return model, vae
+    weights = {"ldm_weight": args.ldm_weight, "label_smoothing": args.label_smoothing}
+    balance = None if args.ldm_balance is None else GradientBalance(args.ldm_balance)
+    parts = encoder, memory, condition, unet, schedule
+    return DCAC(*parts, **weights, pass_size=args.train_batch_size, balance=balance), vae
 
 
 def build_loader(args, accelerator, encoder, train, labels, sampler, vae):
     transform = train_transform(
         encoder.image_size, encoder.image_mean, encoder.image_std, padding=args.padding, erasing=args.erasing
     )
-    return feedback_loader(
-        train,
-        labels.tolist(),
-        transform,
-        sampler,
-        vae,
-        tuple(args.diffusion_resolution),
-        accelerator=accelerator,
-        cache_dir=None if args.cache_dir == "none" else Path(args.cache_dir).expanduser(),
-        vae_name=args.pretrained_model_name_or_path,
-        num_workers=args.dataloader_num_workers,
-    )
+    options = {
+        "cache_dir": None if args.cache_dir == "none" else Path(args.cache_dir).expanduser(),
+        "vae_name": args.pretrained_model_name_or_path,
+        "num_workers": args.dataloader_num_workers,
+    }
+    size = tuple(args.diffusion_resolution)
+    return feedback_loader(train, labels.tolist(), transform, sampler, vae, size, accelerator=accelerator, **options)
 
 
 def parameter_groups(args, model):
@@ -727,40 +617,34 @@ def parameter_groups(args, model):
     return [{"params": params, "lr": factor * args.learning_rate} for factor, params in groups.items() if params]
 
 
-def evaluation_transform(args, encoder):
-    return test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, args.test_resample)
-
-
 # Results
 
 
 @torch.no_grad()
-def denoise_samples(args, accelerator, model, vae, train, labels, epoch):
-    """Rows of three: an image, and its noised latents brought back under its own condition and under another's."""
-    encoder, size, device = model.encoder, tuple(args.resolution), accelerator.device
-    firsts = [int((labels == label).nonzero()[0]) for label in range(encoder.num_ids)]
-    chosen = firsts[:: max(1, len(firsts) // args.validation_ids)][: args.validation_ids]
-    pictures = [train[row]["image"] for row in chosen]
+def examine(args, accelerator, model, vae, train, labels, epoch):
+    """What the condition says about images of some identities: numbers, and pictures of fewer."""
+    encoder, device, size = model.encoder, accelerator.device, tuple(args.resolution)
+    firsts = spread([int((labels == label).nonzero()[0]) for label in range(encoder.num_ids)], EXAMINED)
+    images, labels = [train[row]["image"] for row in firsts], labels[firsts].to(device)
     transform = test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, "bicubic")
     was_training, home = model.training, vae.device
     model.eval()
-    vae.to(device)
     with accelerator.autocast():
-        features = encoder.backbone(torch.stack([transform(picture) for picture in pictures]).to(device))
-        bn_features, logits = encoder.neck(features.float())
-        own = model.condition(logits.float(), bn_features, labels[chosen].to(device), model.memory)
-        seen = torch.stack([image_for_vae(picture, tuple(args.diffusion_resolution)) for picture in pictures])
-        mean, std = encode(vae, seen.to(device))
-        latents = sample_latents(mean, std, torch.zeros_like(mean), vae.config.scaling_factor)
-        _, noise, _ = draw_noise(args.seed, "pictures", latents.shape, model.schedule.num_steps)
-        columns = [[picture.convert("RGB").resize(size[::-1]) for picture in pictures]]
-        for condition in (own, own.roll(1, 0)):
-            clean = denoise(model.unet, model.schedule, latents, noise.to(device), condition)
-            columns.append(decode(vae, clean, size))
+        features = encoder.backbone(torch.stack([transform(image) for image in images]).to(device))
+        seen = torch.stack([image_for_vae(image, tuple(args.diffusion_resolution)) for image in images])
+        draws = fixed_draws(vae.to(device), seen, args.seed, DRAWS, model.schedule.num_steps)
+        condition, numbers = examined(model, features, labels, draws)
+        if args.validation_ids:
+            rows = spread(range(len(images)), args.validation_ids)
+            columns = [[images[row].convert("RGB").resize(size[::-1]) for row in rows]]
+            for tokens in (condition[rows], condition[rows].roll(1, 0)):
+                clean = denoise(model.unet, model.schedule, *(drawn[rows] for drawn in draws[0][:2]), tokens)
+                columns.append(decode(vae, clean, size))
+            with write_together(Path(args.output_dir) / "samples") as part:
+                sheet(list(zip(*columns, strict=True))).save(part(sample_name(epoch)), "PNG")
     vae.to(home)
     model.train(was_training)
-    with write_together(Path(args.output_dir) / "samples") as part:
-        sheet(list(zip(*columns, strict=True))).save(part(sample_name(epoch)), "PNG")
+    return {"feedback": numbers}
 
 
 def save(args, accelerator, training, bare):
@@ -790,8 +674,6 @@ def card_of(args, training, encoder):
 def report_of(args, training, num_ids):
     method = "baseline, no diffusion model" if args.diffusion == "none" else f"{args.condition}, {args.unet_mode}"
     history = training.state["history"]
-    epochs = dict.fromkeys(one["epoch"] for one in history) or range(args.num_train_epochs + 1)
-    samples = [(f"epoch {epoch}", Path(args.output_dir) / "samples" / sample_name(epoch)) for epoch in epochs]
     seen = set(args.target or args.source) & set(args.source)
     return training_report(
         "Baseline" if args.diffusion == "none" else "DCAC",
@@ -807,14 +689,10 @@ def report_of(args, training, num_ids):
             *training.facts,
         ],
         # Without --validation_ids, pictures there are an earlier run's.
-        samples=[(name, path) for name, path in samples if args.validation_ids and path.exists()],
+        samples=samples_of(args.output_dir, history) if args.validation_ids else (),
         sample_words="In each row: an image; the same, noised and denoised under its own condition; and under that of "
         "the row above. The condition is trained if the second keeps what the third changes.",
     )
-
-
-def sample_name(epoch):
-    return f"epoch-{epoch:04d}.png"
 
 
 def run_script(args):

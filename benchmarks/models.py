@@ -19,7 +19,7 @@ from transformers import CLIPVisionConfig
 
 from train_dcac import DCAC, Condition
 from utils.diffusion.latents import encode, sample_latents
-from utils.diffusion.schedule import GradientBalance, NoiseSchedule, compared
+from utils.diffusion.schedule import GradientBalance, NoiseSchedule, gradients_at_features
 from utils.diffusion.unet import recompute_activations, set_unet_mode
 from utils.modeling.backbones import backbone_from_config
 from utils.modeling.memories import PrototypeMemory
@@ -207,8 +207,7 @@ class Step:
         with self.autocast():
             with torch.no_grad():
                 features = self.model.encoder.backbone(batch["images"])
-            gradients = self.model.gradients(features, batch["labels"], **self.diffusion())
-        return compared(*gradients)
+            return gradients_at_features(self.model, features, batch["labels"], **self.diffusion())
 
 
 def configurations(modes, ways):

@@ -108,7 +108,9 @@ def table_of(batches):
         for mode, ways in modes.items():
             for way, row in ways.items():
                 keys = ("ms", "times_baseline", "times_paper", "images_per_second", "peak_gib")
-                ratios = [row[name]["ratio"] for name in ("gradients_before", "gradients_after") if name in row]
+                ratios = [
+                    row[name]["gradient_ratio"] for name in ("gradients_before", "gradients_after") if name in row
+                ]
                 rows.append(
                     [
                         mode,

@@ -69,6 +69,17 @@ def draw_noise(seed, step, shape, num_steps):
     return posterior, noise, torch.randint(num_steps, shape[:1], generator=generator)
 
 
+def fixed_draws(vae, images, seed, count, num_steps):
+    """`count` draws of (latents, noise, timesteps) for images of the VAE: the same whenever they are asked for."""
+    mean, std = encode(vae, images)
+    draws = []
+    for number in range(count):
+        drawn = draw_noise(seed, f"fixed/{number}", mean.shape, num_steps)
+        posterior, noise, timesteps = (tensor.to(mean.device) for tensor in drawn)
+        draws.append((sample_latents(mean, std, posterior, vae.config.scaling_factor), noise, timesteps))
+    return draws
+
+
 class LatentCache:
     """Posteriors of a data set's rows, mapped from the disk; it can be sent to a data loader's workers."""
 

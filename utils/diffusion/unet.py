@@ -35,7 +35,7 @@ TRAINED = {
 
 
 def load_diffusion(
-    name, mode, *, rank, mixed_precision, seed, revision=None, channels_last=True, memory_efficient=False
+    name, mode, rank, *, mixed_precision, seed, revision=None, channels_last=True, memory_efficient=False
 ):
     """(U-Net in one of UNET_MODES, noise schedule, frozen VAE) of a checkpoint, for training."""
     # Weights that stay frozen are kept in the precision they compute in.

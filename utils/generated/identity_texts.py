@@ -6,7 +6,7 @@ from tqdm.auto import tqdm
 
 from utils.datasets.identities import identities_of
 from utils.datasets.load import load_reid
-from utils.diffusion.text_to_image import check_text_encoder, load_tokenizer
+from utils.diffusion.text_to_image import check_text_encoder, encode_texts, load_tokenizer
 from utils.files import write_together
 from utils.generated import captions
 from utils.generated.captioners import Captioner, check_captioner
@@ -20,61 +20,63 @@ FEWEST_TOKENS = 3
 MADE_BY = "make them with train_dreambooth_reid.py --captions_only --source {}"
 
 
-def check_prompts(start, num_tokens, name, width, *, captioner, revision=None):
-    """The tokens of a prompt, None for the end token alone; ValueError for what cannot be, from configurations only.
+class CaptionPrompts:
+    """The start of a diffusion model's prompts: random, or the text encoder's states of a caption of each identity.
 
     start: `random`, `captions`, or a file of captions; num_tokens: `end`, `all`, or a number; `name` is the diffusion
-    checkpoint and `width` that of its conditions.
+    checkpoint and `width` that of its conditions. What cannot be is a ValueError, before any weights are loaded.
+    `num_tokens` is then the number of tokens, None for the end token alone.
     """
-    if start == "random" and num_tokens == "end":
-        return None
-    window = check_text_encoder(name, width, revision)
-    if start == "captions":
-        check_captioner(captioner)
-    elif start != "random":
-        captions.read_captions(start)
-    if num_tokens == "end":
-        return None
-    if num_tokens == "all":
-        return window
-    if num_tokens > window:
-        raise ValueError(f"--prompt_tokens {num_tokens}: the text encoder of {name!r} has {window} tokens; give fewer")
-    if start != "random" and num_tokens < FEWEST_TOKENS:
-        raise ValueError(
-            f"--prompt_tokens {num_tokens} leaves no word between start and end of a text; give {FEWEST_TOKENS} or "
-            "more, or end"
-        )
-    return num_tokens
 
+    def __init__(self, start, num_tokens, width, name, captioner=None, revision=None):
+        self.start, self.name, self.captioner, self.revision = start, name, captioner, revision
+        window = check_text_encoder(name, width, revision)
+        self.num_tokens = {"end": None, "all": window}.get(num_tokens, num_tokens)
+        if start == "captions":
+            check_captioner(captioner)
+        elif start != "random":
+            captions.read_captions(start)
+        if (self.num_tokens or 0) > window:
+            raise ValueError(
+                f"--prompt_tokens {num_tokens}: the text encoder of {name!r} has {window} tokens; give fewer"
+            )
+        if start != "random" and (self.num_tokens or window) < FEWEST_TOKENS:
+            raise ValueError(
+                f"--prompt_tokens {num_tokens} leaves no word between start and end of a text; give {FEWEST_TOKENS} "
+                "or more, or end"
+            )
 
-def identity_texts(start, specs, train, labels, name, num_tokens, *, accelerator, folder, captioner, **options):
-    """A text of each label, that fits `num_tokens` tokens; on all processes the same.
+    def make(self, specs, train, labels, accelerator, folder, **options):
+        """Prompts (N, width) or (N, num_tokens, width) of labels 0..N-1, float32, on all processes the same.
 
-    `options` are those of `training_identities` and `revision`.
-    """
-    tokenizer = load_tokenizer(name, options.pop("revision", None))
-    identities = training_identities(specs, train, labels, **options)
-    if start == "captions":
-        texts = captioned(identities, captioner, folder, accelerator)
-    else:
-        texts = texts_from(start, identities, " ".join(specs))
-    window = tokenizer.model_max_length
-    fitted = [captions.fit(text, tokenizer, window - (num_tokens or window)) for text in texts]
-    cut = [identity.name for identity, text, whole in zip(identities, fitted, texts, strict=True) if text != whole]
-    if cut:
-        accelerator.print(
-            f"{len(cut)} captions are longer than {num_tokens or window} tokens and are cut at a word, that of "
-            f"{cut[0]} for one"
-        )
-    different = len(set(fitted))
-    if different == 1:
-        accelerator.print(
-            f"WARNING: all captions are equal ({fitted[0]!r}): their prompts have rank one, and the condition cannot "
-            "tell identities apart"
-        )
-    else:
-        accelerator.print(f"Prompts from captions: {different} different texts of {len(fitted)} identities")
-    return fitted
+        `folder` keeps the captions that are made; `options` are those of `training_identities`.
+        """
+        identities = training_identities(specs, train, labels, **options)
+        if self.start == "captions":
+            texts = captioned(identities, self.captioner, folder, accelerator)
+        else:
+            texts = texts_from(self.start, identities, " ".join(specs))
+        texts = self.fitted(texts, identities, accelerator.print)
+        return encode_texts(self.name, texts, self.num_tokens, device=accelerator.device, revision=self.revision)
+
+    def fitted(self, texts, identities, say):
+        """The texts, cut at a word to fit the tokens of a prompt."""
+        tokenizer = load_tokenizer(self.name, self.revision)
+        window = tokenizer.model_max_length
+        size = self.num_tokens or window
+        fitted = [captions.fit(text, tokenizer, window - size) for text in texts]
+        cut = [identity.name for identity, new, old in zip(identities, fitted, texts, strict=True) if new != old]
+        if cut:
+            say(f"{len(cut)} captions have more than {size} tokens and are cut at a word, that of {cut[0]} for one")
+        different = len(set(fitted))
+        if different == 1:
+            say(
+                f"WARNING: all captions are equal ({fitted[0]!r}): their prompts have rank one, and the condition "
+                "cannot tell identities apart"
+            )
+        else:
+            say(f"Prompts from captions: {different} different texts of {len(fitted)} identities")
+        return fitted
 
 
 def training_identities(specs, train, labels, *, data_root=None, skip_unreadable=False):

@@ -167,14 +167,28 @@ class Training:
             )
             numbers = {f"{target.spec}/{name}": value for name, value in metrics.items() if isinstance(value, float)}
             accelerator.log(numbers, step=self.step)
-        if accelerator.is_main_process:
-            with write_together(args.output_dir) as part:
+        self.write_results()
+
+    def note(self, epoch, **notes):
+        """Keep numbers of a method, {name: value}, in a list of metrics.json beside the history; main process only."""
+        for name, numbers in notes.items():
+            kept = self.state.setdefault("notes", {})
+            others = [entry for entry in kept.get(name, []) if entry["epoch"] != epoch]
+            kept[name] = [*others, {"epoch": epoch} | numbers]
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+            self.accelerator.print(f"epoch {epoch}: {name}: {shown}")
+            self.accelerator.log({f"{name}/{key}": value for key, value in numbers.items()}, step=self.step)
+        self.write_results()
+
+    def write_results(self):
+        if self.accelerator.is_main_process:
+            with write_together(self.args.output_dir) as part:
                 part("metrics.json").write_text(to_json(self.results))
 
     @property
     def results(self):
         """The content of metrics.json."""
-        return results(self.state["history"])
+        return results(self.state["history"]) | self.state.get("notes", {})
 
     @property
     def facts(self):
