@@ -60,7 +60,8 @@ PUBLISHED = {
     "resolution": [256, 128], "diffusion_resolution": [128, 128], "padding": 10, "erasing": 0.5,
     "memory_temperature": 0.01, "train_batch_size": 64, "images_per_id": 4, "num_train_epochs": 60,
     "learning_rate": 5e-6, "lr_warmup_epochs": 10, "lr_milestones": [30, 50], "mixed_precision": "fp16",
-    "eval_every": 10, "log_every": 10, "checkpointing_steps": 1000, "dataloader_num_workers": 8,
+    "variant": "non_ema", "single_image_ids": "repeat", "eval_every": 10, "log_every": 10,
+    "checkpointing_steps": 1000, "dataloader_num_workers": 8,
 }  # fmt: skip
 
 
@@ -110,6 +111,7 @@ def build_parser():
         help="Stable Diffusion 1.x or 2.x, folder or Hub id",
     )
     group.add("--revision", idle=baseline, help="revision of the diffusion model on the Hub")
+    group.add("--variant", idle=baseline, help="variant of the U-Net's files, such as non_ema; default: those without")
     group.add(
         "--cache_dir",
         default="~/.cache/diffreid",
@@ -166,7 +168,7 @@ def build_parser():
         idle=(lambda args: args.prompt_init != "captions", "no --prompt_init captions"),
         help="image-to-text model of --prompt_init captions",
     )
-    group.add("--lr_multiplier", type=above_zero, default=1.0, help="factor on the rate of U-Net and prompts")
+    group.add("--lr_multiplier", type=above_zero, default=1.0, help="factor on the rate of LoRA and prompts")
     group.add("--validation_ids", type=at_least(0), default=4, help="identities in the report's pictures, 0 for none")
 
     flags.add_training(
@@ -426,9 +428,14 @@ def main(args):
     model_kind(args.backbone)
     diffusion = None
     if args.diffusion == "ldm":
-        diffusion = check_diffusion(
-            args.pretrained_model_name_or_path, resolution=args.diffusion_resolution, revision=args.revision
-        )
+        name, options = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
+        diffusion = check_diffusion(name, resolution=args.diffusion_resolution, **options)
+        if args.variant != diffusion.variant:
+            if args.origin["variant"] == "flag":
+                raise ValueError(
+                    f"{name!r} has no U-Net of --variant {args.variant}; leave it out for the default one"
+                )
+            accelerator.print(f"{name} has no U-Net of variant {args.variant}: training starts from the default one")
     captions = caption_prompts(args, diffusion)
     train, labels, data = open_source(
         args.source, args.data_root, single_image_ids=args.single_image_ids, skip_unreadable=args.skip_unreadable
@@ -461,7 +468,8 @@ def main(args):
     def measure(epoch):
         with whole_weights(model, accelerator):
             transform = test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, args.test_resample)
-            training.measure(epoch, encoder, targets, transform)
+            # Published numbers are of float32.
+            training.measure(epoch, encoder, targets, transform, in_float32=True)
             if vae is not None and accelerator.is_main_process:
                 training.note(epoch, **examine(args, accelerator, bare, vae, train, labels, epoch))
 
@@ -577,6 +585,7 @@ def build_model(args, accelerator, num_ids, diffusion, prompts):
             mixed_precision=accelerator.mixed_precision,
             seed=args.seed,
             revision=args.revision,
+            variant=diffusion.variant,
             memory_efficient=args.enable_xformers_memory_efficient_attention,
             # DeepSpeed sends weights around as they lie in memory.
             channels_last=accelerator.distributed_type != DistributedType.DEEPSPEED,
@@ -596,9 +605,8 @@ def build_model(args, accelerator, num_ids, diffusion, prompts):
 
 
 def build_loader(args, accelerator, encoder, train, labels, sampler, vae):
-    transform = train_transform(
-        encoder.image_size, encoder.image_mean, encoder.image_std, padding=args.padding, erasing=args.erasing
-    )
+    normal = encoder.image_size, encoder.image_mean, encoder.image_std
+    transform = train_transform(*normal, padding=args.padding, erasing=args.erasing, erasing_aspect=(0.3, 1 / 0.3))
     options = {
         "cache_dir": None if args.cache_dir == "none" else Path(args.cache_dir).expanduser(),
         "vae_name": args.pretrained_model_name_or_path,
@@ -609,11 +617,12 @@ def build_loader(args, accelerator, encoder, train, labels, sampler, vae):
 
 
 def parameter_groups(args, model):
-    """Encoder, neck and classifier at the learning rate, U-Net and prompts at a multiple of it."""
+    """Prompts and LoRA at a multiple of the learning rate, all else at the learning rate."""
     groups = {1.0: [], args.lr_multiplier: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[1.0 if name.startswith("encoder.") else args.lr_multiplier].append(parameter)
+            multiplied = name == "condition.prompts" or ".lora_" in name
+            groups[args.lr_multiplier if multiplied else 1.0].append(parameter)
     return [{"params": params, "lr": factor * args.learning_rate} for factor, params in groups.items() if params]
 
 

@@ -143,8 +143,11 @@ class Training:
         self.lines.flush()
         return epoch % self.args.eval_every == 0 or epoch == self.args.num_train_epochs or self.cut
 
-    def measure(self, epoch, model, targets, transform=None):
-        """Measure each target; write the numbers to the history, metrics.json, the console and the trackers."""
+    def measure(self, epoch, model, targets, transform=None, *, in_float32=False):
+        """Measure each target; write the numbers to the history, metrics.json, the console and the trackers.
+
+        Features are computed in the training's precision, or `in_float32`.
+        """
         args, accelerator, state = self.args, self.accelerator, self.state
         for target in targets:
             metrics = evaluate_target(
@@ -155,6 +158,7 @@ class Training:
                 batch_size=args.eval_batch_size,
                 num_workers=args.dataloader_num_workers,
                 rerank=reranking_of(args),
+                in_float32=in_float32,
             )
             place = {"epoch": epoch, "target": target.spec}
             # A run that resumes in the middle of an epoch measures that epoch again, at its end.
