@@ -36,7 +36,8 @@ One step, on a batch of images x with identities y:
     f = encoder(x)    b = BatchNorm(f)    logits = W b    u = b / |b|
     L_id  = cross-entropy(logits, y), labels smoothed
     L_pcl = cross-entropy(u M^T / 0.01, y)                            M: a prototype of each identity, no gradient
-    c     = softmax(logits / tau) P                                   P: a learned prompt of each identity
+    c     = softmax(logits / tau) P                                   P: a learned prompt of each identity, of one
+                                                                      token or all tokens of its caption
     L_ldm = mean (unet(z_t, t, c) - noise)^2                          z: VAE latents of the image, not augmented
     L     = L_id + L_pcl + lambda L_ldm
 
@@ -44,7 +45,7 @@ Through c the diffusion model tells classifier, neck and encoder which identitie
 """
 
 from utils import flags
-from utils.flags import CLIP_DIR, DIFFUSION_DIR, above_zero, at_least, fraction, not_negative
+from utils.flags import CAPTIONER_DIR, CLIP_DIR, DIFFUSION_DIR, above_zero, at_least, fraction, not_negative
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=112"
 DEMO_TARGETS = ["synthetic:domain=b", "synthetic:domain=c"]
@@ -55,23 +56,13 @@ DEMO = (
 PUBLISHED = {
     "backbone": "openai/clip-vit-base-patch16",
     "pretrained_model_name_or_path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "resolution": [256, 128],
-    "diffusion_resolution": [128, 128],
-    "padding": 10,
-    "erasing": 0.5,
-    "memory_temperature": 0.01,
-    "train_batch_size": 64,
-    "images_per_id": 4,
-    "num_train_epochs": 60,
-    "learning_rate": 5e-6,
-    "lr_warmup_epochs": 10,
-    "lr_milestones": [30, 50],
-    "eval_every": 10,
-    "log_every": 10,
-    "checkpointing_steps": 1000,
-    "dataloader_num_workers": 8,
-    "mixed_precision": "fp16",
-}
+    "captioner_model_name_or_path": "Salesforce/blip2-opt-2.7b",
+    "resolution": [256, 128], "diffusion_resolution": [128, 128], "padding": 10, "erasing": 0.5,
+    "memory_temperature": 0.01, "train_batch_size": 64, "images_per_id": 4, "num_train_epochs": 60,
+    "learning_rate": 5e-6, "lr_warmup_epochs": 10, "lr_milestones": [30, 50], "mixed_precision": "fp16",
+    "variant": "non_ema", "single_image_ids": "repeat", "eval_every": 10, "log_every": 10,
+    "checkpointing_steps": 1000, "dataloader_num_workers": 8,
+}  # fmt: skip
 
 
 def published(source, target, rank, tau, **more):
@@ -86,6 +77,8 @@ RECIPES = {
     "multi": published(["market1501", "dukemtmcreid", "cuhk03np"], ["msmt17"], 32, 1.0, test_resample="bicubic"),
     "supervised": published(["market1501"], ["market1501"], 8, 0.6),
 }
+# Identities and draws of noise that each evaluation looks at the condition with.
+EXAMINED, DRAWS = 32, 4
 UNET_MODES = ("lora", "frozen", "partial-1", "partial-2", "full", "scratch")
 
 
@@ -119,6 +112,7 @@ def build_parser():
         help="Stable Diffusion 1.x or 2.x, folder or Hub id",
     )
     group.add("--revision", idle=baseline, help="revision of the diffusion model on the Hub")
+    group.add("--variant", idle=baseline, help="variant of the U-Net's files, such as non_ema; default: those without")
     group.add(
         "--cache_dir",
         default="~/.cache/diffreid",
@@ -157,22 +151,26 @@ def build_parser():
     group.add("--unet_mode", choices=UNET_MODES, default="lora", help="part of the U-Net that trains")
     without_lora = (lambda args: args.unet_mode != "lora", lambda args: f"--unet_mode {args.unet_mode}")
     group.add("--rank", type=at_least(1), default=8, idle=without_lora, help="rank of LoRA")
-    group.add(
-        "--tau",
-        type=above_zero,
-        default=0.6,
-        idle=(without_tau, tau_replaced_by),
-        help="of the probabilities",
-    )
+    group.add("--tau", type=above_zero, default=0.6, idle=(without_tau, tau_replaced_by), help="of the probabilities")
     group.add("--ldm_weight", type=not_negative, default=1.0, help="lambda, the weight of L_ldm")
-    group.add("--ldm_start_epoch", type=at_least(1), default=1, help="first epoch with L_ldm")
-    group.add("--lr_multiplier", type=above_zero, default=1.0, help="factor on the rate of U-Net and prompts")
     group.add(
-        "--validation_ids",
-        type=at_least(0),
-        default=4,
-        help="identities whose images are denoised under the right and a wrong condition, 0 for none",
+        "--ldm_balance", type=above_zero, help="share of L_ldm in the gradient at the features; default: as it is"
     )
+    group.add("--ldm_start_epoch", type=at_least(1), default=1, help="first epoch with L_ldm")
+    group.add("--ldm_warmup_epochs", type=at_least(0), default=0, help="epochs before L_ldm reaches the encoder")
+    group.add(
+        "--prompt_init", default="random", help="`random`, N(0, 1); `captions`, of a captioner; or a file of them"
+    )
+    group.add("--prompt_tokens", type=prompt_tokens, default="end", help="of a prompt: `end`, `all`, or the first N")
+    group.switch("--freeze_prompts", "leave the prompts as they start")
+    group.add(
+        "--captioner_model_name_or_path",
+        default=CAPTIONER_DIR,
+        idle=(lambda args: args.prompt_init != "captions", "no --prompt_init captions"),
+        help="image-to-text model of --prompt_init captions",
+    )
+    group.add("--lr_multiplier", type=above_zero, default=1.0, help="factor on the rate of LoRA and prompts")
+    group.add("--validation_ids", type=at_least(0), default=4, help="identities in the report's pictures, 0 for none")
 
     flags.add_training(
         parser,
@@ -200,6 +198,10 @@ def build_parser():
     flags.add_evaluation(parser, every=5, resample=True)
     flags.add_output(parser, "output/dcac")
     return parser
+
+
+def prompt_tokens(text):
+    return text if text in ("end", "all") else at_least(1)(text)
 
 
 def without_tau(args):
@@ -232,26 +234,41 @@ def check_args(parser, args):
     flags.check_optimizer(parser, args)
     if args.diffusion == "none" and args.enable_xformers_memory_efficient_attention:
         parser.error("--enable_xformers_memory_efficient_attention is of the U-Net, and --diffusion none has none")
-    if args.diffusion == "ldm" and args.ldm_start_epoch > args.num_train_epochs:
-        parser.error(
-            f"--ldm_start_epoch {args.ldm_start_epoch} comes after the last of {args.num_train_epochs} epochs; the "
-            "baseline is --diffusion none"
-        )
+    if args.diffusion == "ldm":
+        check_feedback(parser, args)
     if args.validation_ids == 1:
         parser.error("--validation_ids 1: the wrong condition is another identity's; give 0, or 2 and more")
+
+
+def check_feedback(parser, args):
+    first = args.ldm_start_epoch + args.ldm_warmup_epochs
+    if first > args.num_train_epochs:
+        parser.error(
+            f"epoch {first}, where L_ldm first reaches the encoder, comes after the last of {args.num_train_epochs} "
+            f"epochs: --ldm_start_epoch {args.ldm_start_epoch}, --ldm_warmup_epochs {args.ldm_warmup_epochs}; the "
+            "baseline is --diffusion none"
+        )
+    for name in ("ldm_balance", "ldm_warmup_epochs"):
+        if getattr(args, name) and args.condition == "class":
+            parser.error(f"--{name}: under --condition class nothing of L_ldm reaches the encoder; choose another")
+    if args.ldm_balance and args.origin["ldm_weight"] != "default":
+        parser.error("--ldm_balance and --ldm_weight both set the strength of L_ldm; give one of them")
+    if args.prompt_init != "random" and args.condition == "instance":
+        parser.error(f"--prompt_init {args.prompt_init}: under --condition instance prompts belong to no identity")
+    if args.freeze_prompts and args.unet_mode == "frozen" and args.condition == "class":
+        parser.error("--freeze_prompts, --unet_mode frozen and --condition class leave nothing that learns from L_ldm")
 
 
 if __name__ == "__main__":
     # Before torch and diffusers are imported, so that --help and a mistyped flag answer at once.
     args = parse_args()
 
-import hashlib
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import DistributedType, set_seed
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -261,15 +278,9 @@ from utils.batches.transforms import test_transform, train_transform
 from utils.datasets import hold_out_of
 from utils.datasets.load import digest_of, open_source
 from utils.diffusion.checkpoint import check_diffusion
-from utils.diffusion.latents import encode, feedback_loader, image_for_vae, sample_latents
-from utils.diffusion.schedule import NoiseSchedule, decode, denoise, noise_loss
-from utils.diffusion.unet import (
-    enable_memory_efficient_attention,
-    load_unet,
-    load_vae,
-    recompute_activations,
-    save_unet,
-)
+from utils.diffusion.latents import draw_noise, encode, feedback_loader, fixed_draws, image_for_vae, sample_latents
+from utils.diffusion.schedule import GradientBalance, decode, denoise, examined, noise_loss
+from utils.diffusion.unet import load_diffusion, recompute_activations, save_prompts, save_unet
 from utils.evaluation.features import extract
 from utils.evaluation.targets import open_targets
 from utils.files import portable, write_together
@@ -280,19 +291,28 @@ from utils.modeling.norms import share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
 from utils.reporting.report import sheet
 from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained
-from utils.training.report import training_report
+from utils.training.report import sample_name, samples_of, spread, training_report
 
 # The method
 
 
 class Condition(nn.Module):
-    """The condition of the U-Net for each image: (B, 1, width)."""
+    """The condition of the U-Net for each image: (B, T, width)."""
 
-    def __init__(self, kind, probabilities, bottleneck, *, num_ids, num_features, width, tau):
+    def __init__(
+        self, kind, probabilities, bottleneck, *, num_ids, num_features, width, tau, num_tokens=1, prompts=None,
+        frozen=False,
+    ):  # fmt: skip
         super().__init__()
         self.kind, self.probabilities, self.tau = kind, probabilities, tau
-        # A prompt of each identity; under `instance` the feature itself weighs the prompts.
-        self.prompts = nn.Parameter(torch.randn(num_features if kind == "instance" else num_ids, width))
+        # (N, width) or (N, T, width): a prompt of each identity; under `instance` the feature itself weighs them.
+        if prompts is None:
+            tokens = (num_tokens,) if num_tokens > 1 else ()
+            prompts = torch.randn(num_features if kind == "instance" else num_ids, *tokens, width)
+        if frozen:
+            self.register_buffer("prompts", prompts)
+        else:
+            self.prompts = nn.Parameter(prompts)
         layers = {
             "none": [],
             "silu": [nn.SiLU()],
@@ -315,11 +335,13 @@ class Condition(nn.Module):
     def forward(self, logits, bn_features, labels, memory):
         if self.kind == "class":
             tokens = self.prompts[labels]
-        elif self.kind == "instance":
-            tokens = F.normalize(bn_features, dim=1) @ self.prompts
         else:
-            tokens = self.identity_probabilities(logits, bn_features, memory) @ self.prompts
-        return self.bottleneck(tokens)[:, None]
+            weights = F.normalize(bn_features, dim=1)
+            if self.kind == "correlation":
+                weights = self.identity_probabilities(logits, bn_features, memory)
+            tokens = weights @ self.prompts.flatten(1)
+        width = self.prompts.shape[-1]
+        return self.bottleneck(tokens.reshape(-1, width)).view(len(labels), -1, width)
 
     def identity_probabilities(self, logits, bn_features, memory):
         by_classifier = (logits / self.tau).softmax(1)
@@ -336,21 +358,25 @@ class DCAC(nn.Module):
     in between, so that BatchNorm, classifier, memory and condition see the whole batch, as one process would.
     """
 
-    def __init__(self, encoder, memory, condition, unet, schedule, *, ldm_weight, label_smoothing, pass_size):
+    def __init__(
+        self, encoder, memory, condition, unet, schedule, *, ldm_weight, label_smoothing, pass_size, balance=None
+    ):
         super().__init__()
         self.encoder, self.memory, self.condition, self.unet = encoder, memory, condition, unet
         self.schedule = schedule
         self.ldm_weight, self.label_smoothing, self.pass_size = ldm_weight, label_smoothing, pass_size
+        self.balance = balance
 
-    def forward(self, images, labels, latents=None, noise=None, timesteps=None):
+    def forward(self, images, labels, latents=None, noise=None, timesteps=None, warmup=False):
         features = gather_with_gradient(self.in_passes(self.encoder.backbone, images))
         share, labels = share_of(features, len(images)), gather_with_gradient(labels)
         with torch.autocast(images.device.type, enabled=False):
-            bn_features, logits = self.encoder.neck(features.float())
-            loss_id = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-            loss_pcl = self.memory(bn_features, labels)
+            features = features.float()
+            bn_features, logits = self.encoder.neck(features)
+            loss_id, loss_pcl = self.identity_losses(bn_features, logits, labels)
             if latents is not None:
-                condition = self.condition(logits, bn_features, labels, self.memory)[share]
+                heard = self.heard(features, bn_features, logits, warmup)
+                condition = self.condition(*heard, labels, self.memory)[share]
         loss, loss_ldm = loss_id + loss_pcl, torch.zeros_like(loss_id)
         if latents is not None:
             losses = self.in_passes(self.denoise, latents, noise, timesteps, condition)
@@ -358,6 +384,24 @@ class DCAC(nn.Module):
             loss = loss + self.ldm_weight * loss_ldm
         values = {"loss": loss, "loss_id": loss_id, "loss_pcl": loss_pcl, "loss_ldm": loss_ldm}
         return loss, {name: value.detach() for name, value in values.items()}, bn_features.detach(), labels
+
+    def identity_losses(self, bn_features, logits, labels):
+        loss_id = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        return loss_id, self.memory(bn_features, labels)
+
+    def heard(self, features, bn_features, logits, warmup):
+        """The logits and features that the condition is made of, with the way that the gradient of L_ldm takes."""
+        if warmup:
+            return logits.detach(), bn_features.detach()
+        if self.balance is None:
+            return logits, bn_features
+        return self.neck_again(self.balance(features))
+
+    def neck_again(self, features):
+        """Logits and features after BatchNorm, as in training; running statistics stay as they are."""
+        norm = self.encoder.bnneck
+        bn_features = F.batch_norm(features, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+        return self.encoder.classifier(bn_features), bn_features
 
     def denoise(self, latents, noise, timesteps, condition):
         return noise_loss(self.unet, self.schedule, latents, noise, timesteps, condition).view(1)
@@ -386,9 +430,15 @@ def main(args):
     model_kind(args.backbone)
     diffusion = None
     if args.diffusion == "ldm":
-        diffusion = check_diffusion(
-            args.pretrained_model_name_or_path, resolution=args.diffusion_resolution, revision=args.revision
-        )
+        name, options = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
+        diffusion = check_diffusion(name, resolution=args.diffusion_resolution, **options)
+        if args.variant != diffusion.variant:
+            if args.origin["variant"] == "flag":
+                raise ValueError(
+                    f"{name!r} has no U-Net of --variant {args.variant}; leave it out for the default one"
+                )
+            accelerator.print(f"{name} has no U-Net of variant {args.variant}: training starts from the default one")
+    captions = caption_prompts(args, diffusion)
     batch_size, held_out = launch.global_batch_size(args, accelerator), []
     if args.holdout and not args.target:
         args.source, held_out = hold_out_of(
@@ -415,24 +465,35 @@ def main(args):
         f"measured on {', '.join(target.spec for target in targets) or 'nothing, as there is no --target'}"
     )
 
-    bare, vae = build_model(args, accelerator, num_ids, diffusion)
+    prompts = {"num_tokens": captions.num_tokens or 1} if captions else {}
+    # A checkpoint holds the prompts.
+    if captions and args.prompt_init != "random" and not training.resumed:
+        more = {"data_root": args.data_root, "skip_unreadable": args.skip_unreadable}
+        prompts["prompts"] = captions.make(args.source, train, labels, accelerator, args.output_dir, **more)
+    bare, vae = build_model(args, accelerator, num_ids, diffusion, prompts)
     loader = build_loader(args, accelerator, bare.encoder, train, labels, sampler, vae)
     model, optimizer = accelerator.prepare(bare, optimizer_of(args, parameter_groups(args, bare)))
     training.begin(model, optimizer, rates_of(args, optimizer, training.num_steps))
-    params = trained(model)
+    params, encoder = trained(model), bare.encoder
 
     def measure(epoch):
         with whole_weights(model, accelerator):
-            training.measure(epoch, bare.encoder, targets, evaluation_transform(args, bare.encoder))
-            if vae is not None and args.validation_ids and accelerator.is_main_process:
-                denoise_samples(args, accelerator, bare, vae, train, labels, epoch)
+            transform = test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, args.test_resample)
+            # Published numbers are of float32.
+            training.measure(epoch, encoder, targets, transform, in_float32=True)
+            if vae is not None and accelerator.is_main_process:
+                training.note(epoch, **examine(args, accelerator, bare, vae, train, labels, epoch))
+
+    def rebuild():
+        with whole_weights(model, accelerator):
+            rebuild_prototypes(args, accelerator, bare, train, labels)
 
     if not training.resumed:
+        rebuild()
         measure(0)
     for epoch in training.epochs():
-        if not training.in_mid_epoch:
-            with whole_weights(model, accelerator):
-                rebuild_prototypes(args, accelerator, bare, train, labels)
+        if epoch > 1 and not training.in_mid_epoch:
+            rebuild()
         model.train()
         for batch in training.batches(loader):
             training.log(training_step(training, model, bare, vae, batch, params))
@@ -454,10 +515,13 @@ def training_step(training, model, bare, vae, batch, params):
     feedback = {}
     if vae is not None and training.epoch >= args.ldm_start_epoch:
         feedback = feedback_inputs(args, accelerator, bare, vae, batch, training.step)
+        feedback["warmup"] = training.epoch < args.ldm_start_epoch + args.ldm_warmup_epochs
     # Only DeepSpeed does not do so by itself.
     with accelerator.autocast():
         loss, values, bn_features, labels = model(batch["images"], batch["labels"], **feedback)
     accelerator.backward(loss)
+    if bare.balance is not None:
+        values |= bare.balance.update(partial(accelerator.reduce, reduction="mean"))
     norm = accelerator.clip_grad_norm_(params, args.max_grad_norm or float("inf"))
     optimizer.step()
     optimizer.zero_grad()
@@ -478,26 +542,12 @@ def feedback_inputs(args, accelerator, bare, vae, batch, step):
     return {"latents": latents, "noise": noise, "timesteps": timesteps}
 
 
-def draw_noise(seed, step, shape, num_steps):
-    """For the whole batch of a step: every process takes its share of one draw, and a resumed run draws it again."""
-    number = int.from_bytes(hashlib.sha256(f"noise/{seed}/{step}".encode()).digest()[:7], "big")
-    generator = torch.Generator().manual_seed(number)
-    posterior, noise = torch.randn(2, *shape, generator=generator)
-    return posterior, noise, torch.randint(num_steps, shape[:1], generator=generator)
-
-
 def rebuild_prototypes(args, accelerator, bare, train, labels):
     """Every prototype anew, from the test features of all training images."""
     encoder = bare.encoder
-    features = extract(
-        encoder,
-        train,
-        test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, "bicubic"),
-        accelerator=accelerator,
-        batch_size=args.eval_batch_size,
-        num_workers=args.dataloader_num_workers,
-        desc="prototypes",
-    )
+    transform = test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, "bicubic")
+    options = {"batch_size": args.eval_batch_size, "num_workers": args.dataloader_num_workers, "desc": "prototypes"}
+    features = extract(encoder, train, transform, accelerator=accelerator, **options)
     bare.memory.rebuild(features, labels)
 
 
@@ -506,16 +556,22 @@ def rebuild_prototypes(args, accelerator, bare, train, labels):
 
 def stand_ins_of(args):
     models = ["backbone"] + ["pretrained_model_name_or_path"] * (args.diffusion == "ldm")
-    toys = [name for name in models if getattr(args, name) in (CLIP_DIR, DIFFUSION_DIR)]
-    if not toys:
+    models += ["captioner_model_name_or_path"] * (args.diffusion == "ldm" and args.prompt_init == "captions")
+    return launch.stand_ins_among(args, models, PUBLISHED)
+
+
+def caption_prompts(args, diffusion):
+    """Prompts that are more than one random token, or None; checks what they are made from."""
+    if diffusion is None or (args.prompt_init == "random" and args.prompt_tokens == "end"):
         return None
-    return (
-        f"Not given: --{' and --'.join(toys)}. Using the shipped stand-ins, which know drawn people only. "
-        f"Real ones: {' '.join(f'--{name} {PUBLISHED[name]}' for name in toys)}"
-    )
+    # Captions bring along code that no other run needs.
+    from utils.generated.identity_texts import CaptionPrompts
+
+    models = args.pretrained_model_name_or_path, args.captioner_model_name_or_path
+    return CaptionPrompts(args.prompt_init, args.prompt_tokens, diffusion.condition_width, *models, args.revision)
 
 
-def build_model(args, accelerator, num_ids, diffusion):
+def build_model(args, accelerator, num_ids, diffusion, prompts):
     """The DCAC module and the VAE (None for the baseline)."""
     set_seed(args.seed)
     encoder = ReIDModel.for_training(args.backbone, num_ids=num_ids, image_size=tuple(args.resolution))
@@ -530,26 +586,21 @@ def build_model(args, accelerator, num_ids, diffusion):
     memory = PrototypeMemory(torch.zeros(num_ids, encoder.num_features), args.memory_temperature, args.memory_momentum)
     condition = unet = schedule = vae = None
     if diffusion is not None:
-        # Weights that stay frozen are kept in the precision they compute in.
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-        name, revision = args.pretrained_model_name_or_path, args.revision
-        condition = Condition(
-            args.condition,
-            args.probabilities,
-            args.bottleneck,
-            num_ids=num_ids,
-            num_features=encoder.num_features,
-            width=diffusion.condition_width,
-            tau=args.tau,
+        sizes = {"num_ids": num_ids, "num_features": encoder.num_features, "width": diffusion.condition_width}
+        more = {"tau": args.tau, "frozen": args.freeze_prompts} | prompts
+        condition = Condition(args.condition, args.probabilities, args.bottleneck, **sizes, **more)
+        unet, schedule, vae = load_diffusion(
+            args.pretrained_model_name_or_path,
+            args.unet_mode,
+            args.rank,
+            mixed_precision=accelerator.mixed_precision,
+            seed=args.seed,
+            revision=args.revision,
+            variant=diffusion.variant,
+            memory_efficient=args.enable_xformers_memory_efficient_attention,
+            # DeepSpeed sends weights around as they lie in memory.
+            channels_last=accelerator.distributed_type != DistributedType.DEEPSPEED,
         )
-        unet = load_unet(name, args.unet_mode, rank=args.rank, dtype=half, seed=args.seed, revision=revision)
-        # DeepSpeed sends weights around as they lie in memory.
-        if accelerator.distributed_type != DistributedType.DEEPSPEED:
-            unet.to(memory_format=torch.channels_last)
-        schedule = NoiseSchedule.from_pretrained(name, revision=revision)
-        vae = load_vae(name, dtype=half, revision=revision)
-        if args.enable_xformers_memory_efficient_attention:
-            enable_memory_efficient_attention(unet)
     if args.gradient_checkpointing == "all":
         encoder.enable_gradient_checkpointing()
     if args.gradient_checkpointing and unet is not None:
@@ -558,80 +609,62 @@ def build_model(args, accelerator, num_ids, diffusion):
         encoder.backbone.compile()
         if unet is not None:
             unet.compile()
-    model = DCAC(
-        encoder,
-        memory,
-        condition,
-        unet,
-        schedule,
-        ldm_weight=args.ldm_weight,
-        label_smoothing=args.label_smoothing,
-        pass_size=args.train_batch_size,
-    )
-    return model, vae
+    weights = {"ldm_weight": args.ldm_weight, "label_smoothing": args.label_smoothing}
+    balance = None if args.ldm_balance is None else GradientBalance(args.ldm_balance)
+    parts = encoder, memory, condition, unet, schedule
+    return DCAC(*parts, **weights, pass_size=args.train_batch_size, balance=balance), vae
 
 
 def build_loader(args, accelerator, encoder, train, labels, sampler, vae):
-    transform = train_transform(
-        encoder.image_size, encoder.image_mean, encoder.image_std, padding=args.padding, erasing=args.erasing
-    )
-    return feedback_loader(
-        train,
-        labels.tolist(),
-        transform,
-        sampler,
-        vae,
-        tuple(args.diffusion_resolution),
-        accelerator=accelerator,
-        cache_dir=None if args.cache_dir == "none" else Path(args.cache_dir).expanduser(),
-        vae_name=args.pretrained_model_name_or_path,
-        num_workers=args.dataloader_num_workers,
-    )
+    normal = encoder.image_size, encoder.image_mean, encoder.image_std
+    transform = train_transform(*normal, padding=args.padding, erasing=args.erasing, erasing_aspect=(0.3, 1 / 0.3))
+    options = {
+        "cache_dir": None if args.cache_dir == "none" else Path(args.cache_dir).expanduser(),
+        "vae_name": args.pretrained_model_name_or_path,
+        "num_workers": args.dataloader_num_workers,
+    }
+    size = tuple(args.diffusion_resolution)
+    return feedback_loader(train, labels.tolist(), transform, sampler, vae, size, accelerator=accelerator, **options)
 
 
 def parameter_groups(args, model):
-    """Encoder, neck and classifier at the learning rate, U-Net and prompts at a multiple of it."""
+    """Prompts and LoRA at a multiple of the learning rate, all else at the learning rate."""
     groups = {1.0: [], args.lr_multiplier: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[1.0 if name.startswith("encoder.") else args.lr_multiplier].append(parameter)
+            multiplied = name == "condition.prompts" or ".lora_" in name
+            groups[args.lr_multiplier if multiplied else 1.0].append(parameter)
     return [{"params": params, "lr": factor * args.learning_rate} for factor, params in groups.items() if params]
-
-
-def evaluation_transform(args, encoder):
-    return test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, args.test_resample)
 
 
 # Results
 
 
 @torch.no_grad()
-def denoise_samples(args, accelerator, model, vae, train, labels, epoch):
-    """Rows of three: an image, and its noised latents brought back under its own condition and under another's."""
-    encoder, size, device = model.encoder, tuple(args.resolution), accelerator.device
-    firsts = [int((labels == label).nonzero()[0]) for label in range(encoder.num_ids)]
-    chosen = firsts[:: max(1, len(firsts) // args.validation_ids)][: args.validation_ids]
-    pictures = [train[row]["image"] for row in chosen]
+def examine(args, accelerator, model, vae, train, labels, epoch):
+    """What the condition says about images of some identities: numbers, and pictures of fewer."""
+    encoder, device, size = model.encoder, accelerator.device, tuple(args.resolution)
+    firsts = spread([int((labels == label).nonzero()[0]) for label in range(encoder.num_ids)], EXAMINED)
+    images, labels = [train[row]["image"] for row in firsts], labels[firsts].to(device)
     transform = test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, "bicubic")
     was_training, home = model.training, vae.device
     model.eval()
-    vae.to(device)
     with accelerator.autocast():
-        features = encoder.backbone(torch.stack([transform(picture) for picture in pictures]).to(device))
-        bn_features, logits = encoder.neck(features.float())
-        own = model.condition(logits.float(), bn_features, labels[chosen].to(device), model.memory)
-        seen = torch.stack([image_for_vae(picture, tuple(args.diffusion_resolution)) for picture in pictures])
-        mean, std = encode(vae, seen.to(device))
-        latents = sample_latents(mean, std, torch.zeros_like(mean), vae.config.scaling_factor)
-        _, noise, _ = draw_noise(args.seed, "pictures", latents.shape, model.schedule.num_steps)
-        columns = [[picture.convert("RGB").resize(size[::-1]) for picture in pictures]]
-        for condition in (own, own.roll(1, 0)):
-            clean = denoise(model.unet, model.schedule, latents, noise.to(device), condition)
-            columns.append(decode(vae, clean, size))
+        features = encoder.backbone(torch.stack([transform(image) for image in images]).to(device))
+        seen = torch.stack([image_for_vae(image, tuple(args.diffusion_resolution)) for image in images])
+        draws = fixed_draws(vae.to(device), seen, args.seed, DRAWS, model.schedule.num_steps)
+        condition, numbers = examined(model, features, labels, draws)
+        if args.validation_ids:
+            rows = spread(range(len(images)), args.validation_ids)
+            columns = [[images[row].convert("RGB").resize(size[::-1]) for row in rows]]
+            for tokens in (condition[rows], condition[rows].roll(1, 0)):
+                clean = denoise(model.unet, model.schedule, *(drawn[rows] for drawn in draws[0][:2]), tokens)
+                columns.append(decode(vae, clean, size))
+            with write_together(Path(args.output_dir) / "samples") as part:
+                sheet(list(zip(*columns, strict=True))).save(part(sample_name(epoch)), "PNG")
     vae.to(home)
     model.train(was_training)
-    with write_together(Path(args.output_dir) / "samples") as part:
-        sheet(list(zip(*columns, strict=True))).save(part(sample_name(epoch)), "PNG")
+    return {"feedback": numbers}
 
 
 def save(args, accelerator, training, bare):
@@ -644,12 +677,7 @@ def save(args, accelerator, training, bare):
     bare.encoder.save_pretrained(output_dir / "model", card=card_of(args, training, bare.encoder))
     if bare.unet is not None:
         save_unet(bare.unet, args.unet_mode, output_dir)
-        tensors = bare.condition.state_dict()
-        with write_together(output_dir) as part:
-            save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                part("prompts.safetensors"),
-            )
+        save_prompts(bare.condition, output_dir)
 
 
 def card_of(args, training, encoder):
@@ -666,8 +694,6 @@ def card_of(args, training, encoder):
 def report_of(args, training, num_ids):
     method = "baseline, no diffusion model" if args.diffusion == "none" else f"{args.condition}, {args.unet_mode}"
     history = training.state["history"]
-    epochs = dict.fromkeys(one["epoch"] for one in history) or range(args.num_train_epochs + 1)
-    samples = [(f"epoch {epoch}", Path(args.output_dir) / "samples" / sample_name(epoch)) for epoch in epochs]
     seen = set(args.target or args.source) & set(args.source)
     return training_report(
         "Baseline" if args.diffusion == "none" else "DCAC",
@@ -683,14 +709,10 @@ def report_of(args, training, num_ids):
             *training.facts,
         ],
         # Without --validation_ids, pictures there are an earlier run's.
-        samples=[(name, path) for name, path in samples if args.validation_ids and path.exists()],
+        samples=samples_of(args.output_dir, history) if args.validation_ids else (),
         sample_words="In each row: an image; the same, noised and denoised under its own condition; and under that of "
         "the row above. The condition is trained if the second keeps what the third changes.",
     )
-
-
-def sample_name(epoch):
-    return f"epoch-{epoch:04d}.png"
 
 
 def run_script(args):

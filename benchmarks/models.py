@@ -1,9 +1,12 @@
 """Models at the published sizes, and one training step of DCAC, of the modules that `train_dcac.py` trains.
 
 The ways of a step: `ours` (latents from the cache, activations kept), `outer` and `all` (activations computed twice,
-as `--gradient_checkpointing` does), `compiled` (ours through torch.compile), and `paper` (the VAE encodes every image,
-all blocks of the U-Net are computed twice). The size `block` is the first level of the real U-Net, two layers of the
-real encoder, and the whole VAE.
+as `--gradient_checkpointing` does), `compiled` (ours through torch.compile), and `paper` (the VAE encodes every image;
+activations are kept, as in the released code). The size `block` is the first level of the real U-Net, two layers of
+the real encoder, and the whole VAE.
+
+The mode `lora-captions` is LoRA with prompts of 77 tokens and the gradient of L_ldm at the features scaled to 0.1 of
+that of the other losses, as `--prompt_init captions --prompt_tokens all --ldm_balance 0.1` does.
 """
 
 from contextlib import nullcontext
@@ -12,12 +15,11 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import CLIPVisionConfig
 
 from train_dcac import DCAC, Condition
 from utils.diffusion.latents import encode, sample_latents
-from utils.diffusion.schedule import NoiseSchedule
+from utils.diffusion.schedule import GradientBalance, NoiseSchedule, gradients_at_features
 from utils.diffusion.unet import recompute_activations, set_unet_mode
 from utils.modeling.backbones import backbone_from_config
 from utils.modeling.memories import PrototypeMemory
@@ -62,6 +64,8 @@ TEXT = {
 }
 # Of the U-Net: which parts of it train.
 MODES = ("frozen", "lora", "partial-1", "partial-2", "full")
+# A mode of the U-Net, tokens of a prompt, and share of L_ldm in the gradient.
+CAPTIONED = {"lora-captions": ("lora", 77, 0.1)}
 
 
 @dataclass
@@ -95,12 +99,14 @@ def sizes():
 
 
 class Step:
-    """A step that is ready to run: a mode of the U-Net, or "baseline", and a way."""
+    """A step that is ready to run: a mode of the U-Net or of CAPTIONED, or "baseline", and a way."""
 
     def __init__(self, size, mode, way, *, batch, dtype=torch.float32, device="cpu"):
         self.way, self.dtype, self.device = way, dtype, torch.device(device)
+        unet_mode, num_tokens, share = CAPTIONED.get(mode, (mode, 1, None))
         with torch.device(device):
             torch.manual_seed(0)
+            balance = None if share is None else GradientBalance(share)
             encoder = ReIDModel(backbone_from_config(CLIPVisionConfig(**size.clip), size.image), size.num_ids)
             memory = PrototypeMemory(torch.randn(size.num_ids, encoder.num_features))
             condition = unet = schedule = self.vae = None
@@ -121,6 +127,7 @@ class Step:
                     num_features=features,
                     width=width,
                     tau=TAU,
+                    num_tokens=num_tokens,
                 )
                 unet = UNet2DConditionModel.from_config(size.unet)
                 schedule = NoiseSchedule(SCHEDULE)
@@ -137,13 +144,21 @@ class Step:
                     "timesteps": torch.randint(1000, (batch,)),
                 }
         if unet is not None:
-            set_unet_mode(unet, mode, rank=RANK, dtype=dtype)
+            set_unet_mode(unet, unet_mode, rank=RANK, dtype=dtype)
             if self.device.type != "meta":
                 unet.to(memory_format=torch.channels_last)
-            if way in ("outer", "all", "paper"):
-                recompute_activations(unet, "outer" if way == "outer" else "all")
+            if way in ("outer", "all"):
+                recompute_activations(unet, way)
         self.model = DCAC(
-            encoder, memory, condition, unet, schedule, ldm_weight=1.0, label_smoothing=0.1, pass_size=batch
+            encoder,
+            memory,
+            condition,
+            unet,
+            schedule,
+            ldm_weight=1.0,
+            label_smoothing=0.1,
+            pass_size=batch,
+            balance=balance,
         ).train()
         if way == "all":
             encoder.enable_gradient_checkpointing()
@@ -160,27 +175,39 @@ class Step:
 
     def run(self):
         """Do what `train_dcac.py` does with a batch, and return the loss."""
-        batch, diffusion = self.batch, {}
-        half = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype) if half else nullcontext():
-            if self.model.unet is not None:
-                mean, std = batch["means"], batch["stds"]
-                if self.vae is not None:
-                    mean, std = encode(self.vae, batch["pictures"])
-                diffusion = {
-                    "latents": sample_latents(mean, std, batch["drawn"], 0.18215),
-                    "noise": batch["noise"],
-                    "timesteps": batch["timesteps"],
-                }
-            # The authors' code computes each block again to its end, needed or not.
-            with set_checkpoint_early_stop(False) if self.way == "paper" else nullcontext():
-                loss, _, features, labels = self.model(batch["images"], batch["labels"], **diffusion)
+        batch = self.batch
+        with self.autocast():
+            loss, _, features, labels = self.model(batch["images"], batch["labels"], **self.diffusion())
         loss.backward()
+        if self.model.balance is not None:
+            self.balanced = self.model.balance.update(lambda gradients: gradients)
         nn.utils.clip_grad_norm_(self.params, float("inf"))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.model.memory.update(features, labels)
         return loss.detach()
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
+
+    def diffusion(self):
+        """Latents, noise and timesteps of the batch; nothing for the baseline."""
+        batch = self.batch
+        if self.model.unet is None:
+            return {}
+        mean, std = batch["means"], batch["stds"]
+        if self.vae is not None:
+            mean, std = encode(self.vae, batch["pictures"])
+        latents = sample_latents(mean, std, batch["drawn"], 0.18215)
+        return {"latents": latents, "noise": batch["noise"], "timesteps": batch["timesteps"]}
+
+    def gradients(self):
+        """How the gradients of L_ldm and of the other losses at the features compare, with the weights as they are."""
+        batch = self.batch
+        with self.autocast():
+            with torch.no_grad():
+                features = self.model.encoder.backbone(batch["images"])
+            return gradients_at_features(self.model, features, batch["labels"], **self.diffusion())
 
 
 def configurations(modes, ways):

@@ -15,6 +15,8 @@ import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 
+from utils.flags import STANDINS
+
 SCRIPTS = (
     "adapt_reid.py", "evaluate.py", "filter_generated.py", "finetune_reid.py", "pretrain_backbone.py", "train_dcac.py",
     "train_dreambooth_reid.py",
@@ -219,6 +221,17 @@ def bitsandbytes_module():
 def tracked(args):
     """The arguments as plain values, for trackers."""
     return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in vars(args).items()}
+
+
+def stand_ins_among(args, names, published):
+    """The line about shipped stand-ins among these flags, or None; `published` has the real model of each."""
+    names = [name for name in names if str(getattr(args, name)).startswith(str(STANDINS))]
+    if not names:
+        return None
+    return (
+        f"Not given: --{' and --'.join(names)}. Using the shipped stand-ins, which know drawn people only. "
+        f"Real ones: {' '.join(f'--{name} {published[name]}' for name in names)}"
+    )
 
 
 def introduce(args, accelerator, *, demo, stand_ins=None):

@@ -6,9 +6,8 @@
 
 The real architectures (CLIP ViT-B/16 at 256x128, Stable Diffusion 1.5 at 128x128, 751 identities, batch 64) are built
 from their configuration on the meta device, by the functions that training uses, and run there: no weights, no memory.
-Forward TFLOPs include the VAE, as the paper's do. A whole step is counted through a real backward pass in three ways.
-ours: latents come from the cache, activations are kept. paper: the VAE encodes every image, and the U-Net's residual
-and transformer blocks are computed twice. paper_whole: the same with all of the U-Net computed twice.
+Forward TFLOPs include the VAE, as the paper's do. A whole step is counted through a real backward pass in two ways.
+ours: latents come from the cache. paper: the VAE encodes every image, as in the released code. Both keep activations.
 
 With --table, --json FILE holds `{mode: {"ours": {"params_m", "tflops"}, "paper": {...}}}` and nothing else, for other
 programs; --results_dir writes the same numbers as result files (dcac_table.json and dcac_step_flops.json).
@@ -21,7 +20,6 @@ import utils  # noqa: F401
 
 # isort: on
 import argparse
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +28,6 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
 
@@ -70,11 +67,11 @@ PAPER = {
     "partial-2": (696.41, 8.50),
     "full": (946.03, 8.50),
 }
-WAYS = ("ours", "paper", "paper_whole")
+WAYS = ("ours", "paper")
 # Ways of a step whose memory is counted.
 COUNTED = ("ours", "outer", "all")
 TABLE_COLUMNS = ["mode", "parameters (M), ours", "paper", "forward TFLOPs, ours", "paper"]
-STEP_COLUMNS = ["mode", "TFLOPs of a step, ours", "the paper's way", "all of the U-Net twice"]
+STEP_COLUMNS = ["mode", "TFLOPs of a step, ours", "the paper's way"]
 
 
 class Parts(NamedTuple):
@@ -84,17 +81,6 @@ class Parts(NamedTuple):
     vae: nn.Module
     unet: nn.Module | None
     schedule: nn.Module
-
-
-class Recomputed(nn.Module):
-    """A network that keeps no activations for the backward pass."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, *args, **options):
-        return checkpoint(self.network, *args, use_reentrant=False, **options)
 
 
 def build_parts(mode, device="meta"):
@@ -131,19 +117,11 @@ def training_loss(parts, batch, way):
     if parts.unet is None:
         return loss
     latents, unet = batch["latents"], parts.unet
-    if way != "ours":
+    if way == "paper":
         with torch.no_grad():
             latents = parts.vae.encode(batch["squares"]).latent_dist.sample() * parts.vae.config.scaling_factor
-    if way == "paper":
-        unet.enable_gradient_checkpointing()
-    else:
-        unet.disable_gradient_checkpointing()
-    if way == "paper_whole":
-        unet = Recomputed(unet)
     condition = (torch.softmax(output.logits / TAU, dim=1) @ parts.prompts)[:, None]
-    # The authors' code computes each block again to its end, needed or not.
-    with nullcontext() if way == "ours" else set_checkpoint_early_stop(False):
-        return loss + noise_loss(unet, parts.schedule, latents, batch["noise"], batch["timesteps"], condition)
+    return loss + noise_loss(unet, parts.schedule, latents, batch["noise"], batch["timesteps"], condition)
 
 
 def trainable(modules):
@@ -170,8 +148,7 @@ def forward_flops(mode, parts, batch):
         if mode == "inference":
             return count_flops(lambda: parts.encoder.eval()(batch["images"]))
         parts.encoder.train()
-        # The way that runs the VAE and, without gradient, recomputes nothing.
-        return count_flops(lambda: training_loss(parts, batch, "paper_whole"))
+        return count_flops(lambda: training_loss(parts, batch, "paper"))
 
 
 def step_flops(parts, batch, way):

@@ -2,8 +2,10 @@
 
     python -m benchmarks.speed.dcac_step --json STEP.json            # on a GPU: ms, ratios, peak GiB
     python -m benchmarks.speed.dcac_step --size block --modes lora   # the same on a CPU
+    python -m benchmarks.speed.dcac_step --modes lora lora-captions --ways ours --rounds 1 --steps 200
 
-`benchmarks.models` explains the ways and sizes.
+`benchmarks.models` explains the ways and sizes, and the mode `lora-captions`. The gradient ratio is the norm of the
+gradient of L_ldm at the features by that of L_id + L_pcl: with the weights as they are drawn, then after the steps.
 """
 
 # isort: off
@@ -19,29 +21,31 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import GIB, cell, command_line, step_numbers, step_text, wait, write_result
-from benchmarks.models import MODES, Step, configurations, sizes
+from benchmarks.models import CAPTIONED, MODES, Step, configurations, sizes
 from utils.reporting.report import text_table
 
 TIMED = ("ours", "outer", "all", "paper")
-COLUMNS = ["mode", "way", "batch", "ms", "x baseline", "x paper", "images/s", "peak GiB"]
+COLUMNS = ["mode", "way", "batch", "ms", "x baseline", "x paper", "images/s", "peak GiB", "gradient ratio"]
 
 
 def measure(size, configs, *, batch, dtype, device, rounds, steps, warmup, report=print):
     """{(mode, way): numbers}. Each round goes through all configurations: other load meets all of them."""
     times = {config: [] for config in configs}
-    memory, losses, failed = {}, {}, {}
+    memory, losses, gradients, failed = {}, {}, {}, {}
     cuda = torch.device(device).type == "cuda"
     for number in range(rounds):
         for config in configs:
             if config in failed:
                 continue
             gc.collect()
-            if cuda:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
             try:
                 step = Step(size, *config, batch=batch, dtype=dtype, device=device)
                 step.prepare()
+                if config[0] != "baseline":
+                    gradients[config] = {"gradients_before": step.gradients()}
+                if cuda:
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
                 for _ in range(warmup):
                     step.run()
                 losses[config] = float(step.run())
@@ -51,11 +55,14 @@ def measure(size, configs, *, batch, dtype, device, rounds, steps, warmup, repor
                     step.run()
                     wait(cuda)
                     times[config].append(1000 * (time.perf_counter() - start))
-            except torch.OutOfMemoryError:
-                failed[config] = "out of memory"
-            else:
                 if cuda:
                     memory[config] = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+                if config in gradients:
+                    gradients[config] |= {"gradients_after": step.gradients()}
+                if step.model.balance is not None:
+                    gradients[config] |= {name: float(value) for name, value in step.balanced.items()}
+            except torch.OutOfMemoryError:
+                failed[config] = "out of memory"
             step = None
             report(
                 f"round {number + 1}/{rounds}, {' '.join(config)}: {failed.get(config) or step_text(times[config])}"
@@ -63,7 +70,7 @@ def measure(size, configs, *, batch, dtype, device, rounds, steps, warmup, repor
     return {
         config: {"failed": failed[config]}
         if config in failed
-        else step_numbers(times[config], batch, memory.get(config), losses[config])
+        else step_numbers(times[config], batch, memory.get(config), losses[config]) | gradients.get(config, {})
         for config in configs
     }
 
@@ -72,7 +79,7 @@ def time_steps(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[args.mixed_precision]
     size, found = sizes()[args.size], {}
-    ways = [*TIMED, "compiled"] if args.compile else TIMED
+    ways = args.ways or ([*TIMED, "compiled"] if args.compile else TIMED)
     for batch in args.batches:
         measured = measure(
             size,
@@ -101,7 +108,18 @@ def table_of(batches):
         for mode, ways in modes.items():
             for way, row in ways.items():
                 keys = ("ms", "times_baseline", "times_paper", "images_per_second", "peak_gib")
-                rows.append([mode, way, int(batch), *(row.get("failed") or cell(row.get(key)) for key in keys)])
+                ratios = [
+                    row[name]["gradient_ratio"] for name in ("gradients_before", "gradients_after") if name in row
+                ]
+                rows.append(
+                    [
+                        mode,
+                        way,
+                        int(batch),
+                        *(row.get("failed") or cell(row.get(key)) for key in keys),
+                        " -> ".join(f"{ratio:.1e}" for ratio in ratios) or "-",
+                    ]
+                )
     return COLUMNS, rows
 
 
@@ -109,7 +127,10 @@ def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="result file")
     parser.add_argument("--size", choices=["paper", "block", "tiny"], default="paper", help="default paper")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the U-Net; default all")
+    parser.add_argument(
+        "--modes", nargs="+", choices=[*MODES, *CAPTIONED], default=list(MODES), help="default all of the U-Net"
+    )
+    parser.add_argument("--ways", nargs="+", choices=[*TIMED, "compiled"], help="default all but compiled")
     parser.add_argument("--batches", type=int, nargs="+", help="images a step; default: the batch of the size")
     parser.add_argument("--mixed_precision", choices=["bf16", "fp16", "no"], help="default bf16 on a GPU, else no")
     parser.add_argument("--rounds", type=int, default=3, help="through all configurations; default 3")

@@ -75,9 +75,9 @@ def test_flops_of_a_step(parts):
     assert baseline == pytest.approx(tera(want), rel=1e-9)
     ours, paper = (dcac_overhead.step_flops(parts["lora"], batch, way) for way in ("ours", "paper"))
     assert ours / baseline <= 2.3
-    assert 3.7 < paper / baseline < 3.9
-    # The VAE and a second pass through most of the U-Net make the difference.
-    assert 4.338 + 2 < paper - ours < 4.338 + 2.749
+    # The VAE makes the difference: the released code keeps activations too.
+    assert paper - ours == pytest.approx(4.338, abs=2e-3)
+    assert f"{ours / baseline:.2f} {paper / baseline:.2f}" == "2.26 3.26"
 
 
 @pytest.mark.slow
@@ -96,10 +96,9 @@ def test_files(tmp_path, capsys):
     ratios = {mode: {way: step["ratio"] for way, step in row.items()} for mode, row in steps["raw"]["steps"].items()}
     assert ratios["baseline"] == {"ours": 1.0} and list(ratios) == ["baseline", *MODES]
     for mode in MODES:
-        assert ratios[mode]["ours"] < ratios[mode]["paper"] < ratios[mode]["paper_whole"]
-    assert ratios["lora"]["paper_whole"] == pytest.approx(3.9, abs=0.05)
+        assert ratios[mode]["ours"] < ratios[mode]["paper"]
     printed = capsys.readouterr().out
-    assert "599.37" in printed and "(2.26x)" in printed
+    assert "599.37" in printed and "(2.26x)" in printed and "(3.26x)" in printed
 
 
 def test_nothing_asked_for(capsys):

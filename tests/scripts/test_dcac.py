@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 import train_dcac
 from tests import runs
 from tests.runs import ROOT, launch, lines_written, log_of, same_weights, start, stopped, torchrun, weights_of
-from train_dcac import DCAC, Condition, draw_noise, parse_args
+from train_dcac import DCAC, Condition, parse_args
 from utils.datasets.load import load_reid
-from utils.diffusion.latents import encode, sample_latents
+from utils.diffusion.latents import draw_noise, encode, sample_latents
 from utils.diffusion.schedule import NoiseSchedule
 from utils.diffusion.unet import load_unet, load_vae
 from utils.launch import introduce

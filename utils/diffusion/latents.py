@@ -61,6 +61,25 @@ def sample_latents(mean, std, noise, scaling_factor, shift_factor=None):
     return (mean + std * noise - (shift_factor or 0.0)) * scaling_factor
 
 
+def draw_noise(seed, step, shape, num_steps):
+    """For the whole batch of a step: every process takes its share of one draw, and a resumed run draws it again."""
+    number = int.from_bytes(hashlib.sha256(f"noise/{seed}/{step}".encode()).digest()[:7], "big")
+    generator = torch.Generator().manual_seed(number)
+    posterior, noise = torch.randn(2, *shape, generator=generator)
+    return posterior, noise, torch.randint(num_steps, shape[:1], generator=generator)
+
+
+def fixed_draws(vae, images, seed, count, num_steps):
+    """`count` draws of (latents, noise, timesteps) for images of the VAE: the same whenever they are asked for."""
+    mean, std = encode(vae, images)
+    draws = []
+    for number in range(count):
+        drawn = draw_noise(seed, f"fixed/{number}", mean.shape, num_steps)
+        posterior, noise, timesteps = (tensor.to(mean.device) for tensor in drawn)
+        draws.append((sample_latents(mean, std, posterior, vae.config.scaling_factor), noise, timesteps))
+    return draws
+
+
 class LatentCache:
     """Posteriors of a data set's rows, mapped from the disk; it can be sent to a data loader's workers."""
 

@@ -1,4 +1,4 @@
-"""The noise schedule and the noise loss."""
+"""The noise schedule, the noise loss, the balance of its gradient with others, and what conditions do to it."""
 
 from itertools import pairwise
 
@@ -66,6 +66,115 @@ def noise_loss(unet, schedule, latents, noise, timesteps, condition):
     dtype = next(unet.parameters()).dtype
     prediction = unet(noised.to(dtype), timesteps, encoder_hidden_states=condition.to(dtype)).sample
     return F.mse_loss(prediction.float(), schedule.target(latents.float(), noise.float(), timesteps))
+
+
+class ScaledGradient(torch.autograd.Function):
+    """Values as they are, their gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx, values, factor):
+        ctx.save_for_backward(factor)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0], None
+
+
+class GradientBalance(nn.Module):
+    """Scales the gradient that the noise loss sends to features to `share` of the gradient of the other losses there.
+
+    Give the noise loss `balance(features)` and the other losses the features; call `update` after each backward pass.
+    The factor follows the norms of earlier steps, smoothed, and is 0 before the first one was measured. A checkpoint
+    holds it, and it is the same on all processes.
+    """
+
+    SMOOTHING = 0.9
+
+    def __init__(self, share):
+        super().__init__()
+        self.share, self.measured = share, None
+        # log |gradient of the other losses| / |gradient of the noise loss|; nan before the first step.
+        self.register_buffer("log_ratio", torch.tensor(torch.nan))
+
+    @property
+    def factor(self):
+        return (self.share * self.log_ratio.exp()).nan_to_num(0.0)
+
+    def forward(self, features):
+        scaled = ScaledGradient.apply(features, self.factor)
+        self.measured = features, scaled
+        for tensor in self.measured:
+            tensor.retain_grad()
+        return scaled
+
+    @torch.no_grad()
+    def update(self, mean):
+        """Measure both gradients; `mean` averages a tensor over the processes. Returns the numbers for the log.
+
+        `feedback_scale` is the factor of this step, `feedback_ratio` the share that it led to.
+        """
+        factor = ratio = torch.zeros_like(self.log_ratio)
+        if self.measured is not None:
+            total, of_noise = mean(torch.stack([tensor.grad for tensor in self.measured]))
+            factor, self.measured = self.factor, None
+            log_ratio = ((total - factor * of_noise).norm() / of_noise.norm()).log()
+            smoothed = torch.where(self.log_ratio.isnan(), log_ratio, log_ratio.lerp(self.log_ratio, self.SMOOTHING))
+            # A step whose gradients overflow in half precision says nothing.
+            self.log_ratio.copy_(torch.where(smoothed.isfinite(), smoothed, self.log_ratio))
+            ratio = (factor / log_ratio.exp()).nan_to_num(0.0, 0.0)
+        return {"feedback_scale": factor, "feedback_ratio": ratio}
+
+
+def examined(model, features, labels, draws):
+    """(condition of each image, numbers about the conditions), of a DCAC model and features (B, D) of its backbone.
+
+    `draws`: several (latents, noise, timesteps) of the images. Batch statistics are of these images, as in training.
+
+    own, another, zero: noise loss under the image's own condition, another image's, and zeros
+    another_worse, another_worse_std: how much more another's is than the own, and the deviation of that over the draws
+    gradient_ratio, gradient_cosine: gradients at the features, of the noise loss beside the other losses
+    entropy, top: of the probabilities of identities
+    effective_rank: exp(entropy of the singular values of the prompts, by their sum); 1 if they are equal
+    """
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        outputs = logits, bn_features = model.neck_again(features.float())
+        own = model.condition(*outputs, labels, model.memory)
+        numbers = {"effective_rank": effective_rank(model.condition.prompts)}
+        if model.condition.kind == "correlation":
+            p = model.condition.identity_probabilities(logits, bn_features, model.memory)
+            numbers |= {"entropy": float(torch.special.entr(p).sum(1).mean()), "top": float(p.max(1).values.mean())}
+    conditions = own, own.roll(1, 0), torch.zeros_like(own)
+    with torch.no_grad():
+        losses = [[float(model.in_passes(model.denoise, *draw, c).mean()) for c in conditions] for draw in draws]
+    losses = torch.tensor(losses)
+    worse = losses[:, 1] - losses[:, 0]
+    numbers |= dict(zip(("own", "another", "zero"), losses.mean(0).tolist(), strict=True))
+    numbers |= {"another_worse": float(worse.mean()), "another_worse_std": float(worse.std())}
+    return own, numbers | gradients_at_features(model, features, labels, *draws[0])
+
+
+@torch.enable_grad()
+def gradients_at_features(model, features, labels, latents, noise, timesteps):
+    """Norm of the gradient of the noise loss by that of the other losses at features (B, D), and their cosine."""
+    with torch.autocast(features.device.type, enabled=False):
+        features = features.detach().float().requires_grad_()
+        outputs = logits, bn_features = model.neck_again(features)
+        losses = [sum(model.identity_losses(bn_features, logits, labels))]
+        condition = model.condition(*outputs, labels, model.memory)
+    losses.append(model.in_passes(model.denoise, latents, noise, timesteps, condition).mean())
+    others, of_noise = (
+        torch.autograd.grad(loss, features, retain_graph=True, materialize_grads=True)[0].double() for loss in losses
+    )
+    ratio = of_noise.norm() / others.norm()
+    cosine = (others * of_noise).sum() / (others.norm() * of_noise.norm())
+    return {"gradient_ratio": float(ratio.nan_to_num(0.0)), "gradient_cosine": float(cosine.nan_to_num(0.0))}
+
+
+def effective_rank(prompts):
+    flat = prompts.detach().flatten(1).double()
+    values = torch.linalg.eigvalsh(flat @ flat.t()).clamp(min=0).sqrt()
+    return float(torch.special.entr(values / values.sum()).sum().exp())
 
 
 @torch.no_grad()

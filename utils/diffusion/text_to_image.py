@@ -37,7 +37,7 @@ def load_tokenizer(name, revision=None):
 
 
 def check_text_encoder(name, width, revision=None):
-    """ValueError, from the configuration only, if there is no text encoder of the U-Net's width."""
+    """The tokens of a text; ValueError, from the configuration only, without a text encoder of the U-Net's width."""
     try:
         config = AutoConfig.from_pretrained(name, subfolder="text_encoder", revision=revision, trust_remote_code=False)
     except Exception as error:
@@ -48,6 +48,7 @@ def check_text_encoder(name, width, revision=None):
         raise ValueError(
             f"the text encoder of {name!r} has width {config.hidden_size}, its U-Net takes conditions of {width}"
         )
+    return config.max_position_embeddings
 
 
 class TextToImage:
@@ -193,3 +194,26 @@ def load_text_encoder(name, dtype, revision=None):
     except Exception as error:
         raise ValueError(f"the text encoder of {name!r} cannot be loaded: {one_line(error)}") from error
     return text_encoder.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def encode_texts(name, texts, num_tokens=None, *, device="cpu", revision=None, batch_size=64):
+    """States of a checkpoint's text encoder: (N, width) of end tokens, or (N, num_tokens, width) of the first tokens.
+
+    float32 on the CPU. A text that is too long keeps its end token.
+    """
+    tokenizer = load_tokenizer(name, revision)
+    text_encoder = load_text_encoder(name, torch.float32, revision).to(device)
+    states = []
+    for start in range(0, len(texts), batch_size):
+        tokens = tokenizer(
+            texts[start : start + batch_size],
+            padding="max_length",
+            max_length=num_tokens or tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        state = text_encoder(tokens.input_ids.to(device))[0].float().cpu()
+        ends = tokens.attention_mask.sum(1) - 1
+        states.append(state if num_tokens else state[torch.arange(len(state)), ends])
+    return torch.cat(states)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.amp import is_autocast_available
 
 from utils.diffusion.checkpoint import WEIGHTS, read_config
+from utils.diffusion.schedule import NoiseSchedule
 from utils.files import one_line, to_json, write_together
 
 UNET_MODES = ("lora", "frozen", "partial-1", "partial-2", "full", "scratch")
@@ -33,14 +34,41 @@ TRAINED = {
 }
 
 
+def load_diffusion(
+    name,
+    mode,
+    rank,
+    *,
+    mixed_precision,
+    seed,
+    revision=None,
+    variant=None,
+    channels_last=True,
+    memory_efficient=False,
+):
+    """(U-Net in one of UNET_MODES, noise schedule, frozen VAE) of a checkpoint, for training."""
+    # Weights that stay frozen are kept in the precision they compute in.
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
+    unet = load_unet(name, mode, rank=rank, dtype=half, seed=seed, revision=revision, variant=variant)
+    if channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if memory_efficient:
+        enable_memory_efficient_attention(unet)
+    schedule = NoiseSchedule.from_pretrained(name, revision=revision)
+    return unet, schedule, load_vae(name, dtype=half, revision=revision)
+
+
 def load_vae(name_or_path, *, dtype=torch.float32, revision=None, token=None):
     """The frozen AutoencoderKL of a checkpoint."""
     vae = load_part(AutoencoderKL, "vae", name_or_path, dtype, revision, token)
     return vae.requires_grad_(False).eval()
 
 
-def load_unet(name_or_path, mode, *, rank=8, dtype=torch.float32, seed=0, revision=None, token=None):
-    """The U-Net of a checkpoint, ready to train in one of UNET_MODES; `dtype` is the type of the frozen weights."""
+def load_unet(name_or_path, mode, *, rank=8, dtype=torch.float32, seed=0, revision=None, token=None, variant=None):
+    """The U-Net of a checkpoint, ready to train in one of UNET_MODES; `dtype` is the type of the frozen weights.
+
+    `variant` is that of the files, such as non_ema: the weights without the average over training steps.
+    """
     check_mode(mode, rank)
     if mode == "scratch":
         with torch.device("meta"):
@@ -49,11 +77,11 @@ def load_unet(name_or_path, mode, *, rank=8, dtype=torch.float32, seed=0, revisi
     else:
         # Weights that train must not be rounded while they are loaded.
         whole = dtype if mode in ("lora", "frozen") else torch.float32
-        unet = load_part(UNet2DConditionModel, "unet", name_or_path, whole, revision, token)
+        unet = load_part(UNet2DConditionModel, "unet", name_or_path, whole, revision, token, variant)
     return set_unet_mode(unet, mode, rank=rank, dtype=dtype, seed=seed)
 
 
-def load_part(model_class, part, name, dtype, revision, token):
+def load_part(model_class, part, name, dtype, revision, token, variant=None):
     try:
         model, report = model_class.from_pretrained(
             name,
@@ -63,6 +91,7 @@ def load_part(model_class, part, name, dtype, revision, token):
             output_loading_info=True,
             revision=revision,
             token=token,
+            variant=variant,
         )
     except Exception as error:
         # Absent, truncated and wrong files raise error classes of three libraries.
@@ -93,6 +122,11 @@ def set_unet_mode(unet, mode, *, rank=8, dtype=torch.float32, seed=0):
             for module in unet.modules():
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
+            for name, module in unet.named_modules():
+                # The last layer of each residual branch and of the U-Net: at first all blocks pass on what they get.
+                if name == "conv_out" or name.endswith((".conv2", ".proj_out")):
+                    nn.init.zeros_(module.weight)
+                    nn.init.zeros_(module.bias)
     for name, parameter in unet.named_parameters():
         trained = ".lora_" in name or name.startswith(TRAINED[mode])
         parameter.requires_grad_(trained)
@@ -178,6 +212,11 @@ def save_unet(unet, mode, output_dir):
     with write_together(Path(output_dir) / "unet") as part:
         part("config.json").write_text(to_json(config), encoding="utf-8")
         save_tensors(unet.state_dict(), part(WEIGHTS))
+
+
+def save_prompts(condition, output_dir):
+    with write_together(output_dir) as part:
+        save_tensors(condition.state_dict(), part("prompts.safetensors"))
 
 
 def save_tensors(state, path):

@@ -8,6 +8,7 @@ written to a temporary file and renamed, so that the chunks of a killed run are 
 import hashlib
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -28,9 +29,21 @@ def extraction_key(model, identities, **settings):
 
 @torch.no_grad()
 def extract(
-    model, dataset, transform, *, accelerator, batch_size=64, num_workers=0, desc="extracting", keep_in=None, key=None
+    model,
+    dataset,
+    transform,
+    *,
+    accelerator,
+    batch_size=64,
+    num_workers=0,
+    desc="extracting",
+    keep_in=None,
+    key=None,
+    in_float32=False,
 ):
     """Features (N, D) float32 on the CPU, equal on every process, extracted in eval mode.
+
+    They are computed in the accelerator's precision, or `in_float32`.
 
     With a folder `keep_in`, finished chunks are stored in `keep_in/chunks-KEY`, and a run with the same key resumes
     from them; all processes must see the folder.
@@ -43,7 +56,7 @@ def extract(
     folder = keep_in and Path(keep_in) / f"chunks-{key}"
 
     def compute(images):
-        with accelerator.autocast():
+        with nullcontext() if in_float32 else accelerator.autocast():
             return model(images)
 
     parts = []

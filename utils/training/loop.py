@@ -143,8 +143,11 @@ class Training:
         self.lines.flush()
         return epoch % self.args.eval_every == 0 or epoch == self.args.num_train_epochs or self.cut
 
-    def measure(self, epoch, model, targets, transform=None):
-        """Measure each target; write the numbers to the history, metrics.json, the console and the trackers."""
+    def measure(self, epoch, model, targets, transform=None, *, in_float32=False):
+        """Measure each target; write the numbers to the history, metrics.json, the console and the trackers.
+
+        Features are computed in the training's precision, or `in_float32`.
+        """
         args, accelerator, state = self.args, self.accelerator, self.state
         for target in targets:
             metrics = evaluate_target(
@@ -155,6 +158,7 @@ class Training:
                 batch_size=args.eval_batch_size,
                 num_workers=args.dataloader_num_workers,
                 rerank=reranking_of(args),
+                in_float32=in_float32,
             )
             place = {"epoch": epoch, "target": target.spec}
             # A run that resumes in the middle of an epoch measures that epoch again, at its end.
@@ -167,14 +171,28 @@ class Training:
             )
             numbers = {f"{target.spec}/{name}": value for name, value in metrics.items() if isinstance(value, float)}
             accelerator.log(numbers, step=self.step)
-        if accelerator.is_main_process:
-            with write_together(args.output_dir) as part:
+        self.write_results()
+
+    def note(self, epoch, **notes):
+        """Keep numbers of a method, {name: value}, in a list of metrics.json beside the history; main process only."""
+        for name, numbers in notes.items():
+            kept = self.state.setdefault("notes", {})
+            others = [entry for entry in kept.get(name, []) if entry["epoch"] != epoch]
+            kept[name] = [*others, {"epoch": epoch} | numbers]
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+            self.accelerator.print(f"epoch {epoch}: {name}: {shown}")
+            self.accelerator.log({f"{name}/{key}": value for key, value in numbers.items()}, step=self.step)
+        self.write_results()
+
+    def write_results(self):
+        if self.accelerator.is_main_process:
+            with write_together(self.args.output_dir) as part:
                 part("metrics.json").write_text(to_json(self.results))
 
     @property
     def results(self):
         """The content of metrics.json."""
-        return results(self.state["history"])
+        return results(self.state["history"]) | self.state.get("notes", {})
 
     @property
     def facts(self):

@@ -80,6 +80,17 @@ def training_report(title, output_dir, history, *, lead="", facts=(), samples=()
     return report
 
 
+def sample_name(epoch):
+    return f"epoch-{epoch:04d}.png"
+
+
+def samples_of(output_dir, history):
+    """(name, file) of the pictures that a training wrote at its measurements."""
+    epochs = dict.fromkeys(entry["epoch"] for entry in history)
+    paths = [(f"epoch {epoch}", Path(output_dir) / "samples" / sample_name(epoch)) for epoch in epochs]
+    return [(name, path) for name, path in paths if path.exists()]
+
+
 def spread(items, limit):
     """At most `limit` items, evenly chosen, with the first and the last."""
     if len(items) <= limit:
