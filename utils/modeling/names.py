@@ -7,6 +7,7 @@ from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig, ResNetC
 
 from utils.modeling.backbones import ClipBackbone, backbone_from_config, load_backbone, read_config
 from utils.modeling.folder import model_kind, read_model_folder
+from utils.modeling.networks import SHORT_NAMES
 from utils.modeling.reid_model import ReIDModel
 
 
@@ -18,9 +19,9 @@ class Named(NamedTuple):
     options: dict
 
 
-def swin(size, width, depths, heads):
+def swin(name, width, depths, heads):
     options = {"image_size": 224, "embed_dim": width, "depths": depths, "num_heads": heads}
-    return Named(f"microsoft/swin-{size}-patch4-window7-224", SwinConfig, options)
+    return Named(SHORT_NAMES[name], SwinConfig, options)
 
 
 NAMED = {
@@ -30,11 +31,11 @@ NAMED = {
         ResNetConfig,
         {"embedding_size": 24, "hidden_sizes": [24, 48, 96, 192], "depths": [1, 1, 1, 1], "layer_type": "basic"},
     ),
-    "resnet50": Named("microsoft/resnet-50", ResNetConfig, {}),
-    "swin-t": swin("tiny", 96, [2, 2, 6, 2], [3, 6, 12, 24]),
-    "swin-s": swin("small", 96, [2, 2, 18, 2], [3, 6, 12, 24]),
-    "swin-b": swin("base", 128, [2, 2, 18, 2], [4, 8, 16, 32]),
-    "clip-b16": Named("openai/clip-vit-base-patch16", CLIPVisionConfig, {"patch_size": 16, "projection_dim": 512}),
+    "resnet50": Named(SHORT_NAMES["resnet50"], ResNetConfig, {}),
+    "swin-t": swin("swin-t", 96, [2, 2, 6, 2], [3, 6, 12, 24]),
+    "swin-s": swin("swin-s", 96, [2, 2, 18, 2], [3, 6, 12, 24]),
+    "swin-b": swin("swin-b", 128, [2, 2, 18, 2], [4, 8, 16, 32]),
+    "clip-b16": Named(SHORT_NAMES["clip-b16"], CLIPVisionConfig, {"patch_size": 16, "projection_dim": 512}),
 }
 HUB = {"revision": "main", "token": None}
 
