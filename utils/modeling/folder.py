@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from utils.files import portable, to_json
 from utils.flags import shown
+from utils.modeling import importers
 from utils.modeling.networks import SHORT_NAMES, full_name
 from utils.reporting.report import model_card
 
@@ -188,6 +189,7 @@ def model_kind(name):
     name = str(full_name(name))
     path = Path(name)
     if path.is_file():
+        importers.check_weights(path)
         return "file"
     if not path.exists() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise ValueError(
@@ -204,7 +206,8 @@ def model_kind(name):
     # The Hub's client raises its own error classes and those of its HTTP library.
     except Exception as error:
         raise ValueError(f"no model at {name}, neither a local folder nor a readable Hub id: {error}") from None
-    if "architecture" in config and "model_type" not in config:
+    # transformers calls a configuration of timm so.
+    if config.get("model_type") == "timm_wrapper" or ("architecture" in config and "model_type" not in config):
         return "file"
     return "reid" if config.get("model_type") == MODEL_TYPE else "backbone"
 

@@ -60,13 +60,16 @@ def check_backbone(name, from_scratch):
         if not from_scratch and NAMED[name].hub_id is None:
             raise ValueError(f"--backbone {name} has no published weights; add --from_scratch")
         return
-    short_names = ", ".join(NAMED)
+    short_names = ", ".join(dict.fromkeys([*NAMED, *SHORT_NAMES]))
     try:
         kind = model_kind(name)
     except ValueError as error:
         raise ValueError(f"--backbone {name}: {error}; the short names are {short_names}") from None
-    if kind == "file":
-        raise ValueError(f"--backbone {name} is a file; give a folder, a Hub id or one of {short_names}")
+    if kind == "file" and from_scratch:
+        raise ValueError(
+            f"--backbone {name} is a file of weights, and --from_scratch takes a configuration only; leave it out, or "
+            f"give one of {short_names}"
+        )
     if kind == "backbone":
         read_config(name, **HUB)
     elif not from_scratch and (reason := not_plain(PreTrainedConfig.get_config_dict(name)[0])):
@@ -80,9 +83,9 @@ def not_plain(config):
     """The part of a Re-ID model's backbone that `transformers` does not know, in words; None for a plain backbone."""
     if config.get("norms"):
         return "norms are mixtures of batch and instance norm"
-    if config["backbone"]["model_type"] == "resnet" and config.get("method", "bot") in ("agw", "sbs"):
+    if config["backbone"]["model_type"].startswith("resnet") and config.get("method", "bot") in ("agw", "sbs"):
         return f"ResNet has the non-local blocks of {config['method']}"
-    if config["backbone"]["model_type"] == "resnet" and config.get("method") == "mgn":
+    if config["backbone"]["model_type"].startswith("resnet") and config.get("method") == "mgn":
         return "ResNet has the stride of mgn's global branch"
     return None
 
@@ -101,8 +104,10 @@ def open_backbone(name, image_size, from_scratch=False):
         return backbone
     if name in NAMED:
         return load_backbone(NAMED[name].hub_id, image_size)
-    if model_kind(name) == "reid":
-        backbone = ReIDModel.from_pretrained(name, num_ids=0, dtype=torch.float32).backbone
+    kind = model_kind(name)
+    if kind in ("reid", "file"):
+        given = tuple(image_size) if kind == "file" else None
+        backbone = ReIDModel.open(name, given).float().backbone
         if tuple(backbone.image_size) != tuple(image_size):
             raise ValueError(
                 f"{name} takes images of {' x '.join(map(str, backbone.image_size))}, not of "

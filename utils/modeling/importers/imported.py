@@ -81,7 +81,7 @@ class Tensors(dict):
             self.refuse(f"{len(self)} tensors are not part of one, such as {names}")
 
 
-def grid_size(tensors, positions, patch, stride, image_size, sizes):
+def grid_size(positions, patch, stride, image_size, sizes):
     """(grid, image size) of a table of `positions` patches: `image_size`, or the first of `sizes` that fits."""
 
     def grid_of(size):

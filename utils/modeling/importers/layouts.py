@@ -121,6 +121,11 @@ def layout_of(names, path):
     )
 
 
+def check_weights(path):
+    """ValueError unless a file has a layout that is known."""
+    layout_of(read_tensors(path), path)
+
+
 def open_weights(model_class, name_or_path, image_size=None, **options):
     """A model of `model_class` (ReIDModel) from a file of weights, or from a folder or repository of timm."""
     path, timm = weights_of(name_or_path)
