@@ -138,8 +138,8 @@ def build_parser():
     parser.group("model").add(
         "--backbone",
         default=CLIP_DIR,
-        help="model to start from, folder or Hub id: CLIP, ResNet, Swin, such as backbone/ of pretrain_backbone.py, "
-        "or a ReIDModel",
+        help="model to start from, folder, Hub id, short name or file of weights: a backbone, such as backbone/ of "
+        "pretrain_backbone.py, or a ReIDModel",
     )
 
     group = parser.group("clustering")
@@ -320,6 +320,7 @@ def main(args):
 
     set_seed(args.seed)
     encoder = ReIDModel.for_training(args.backbone, num_ids=0, image_size=tuple(args.resolution))
+    launch.print_notes(accelerator, encoder.notes)
     if args.gradient_checkpointing:
         encoder.enable_gradient_checkpointing()
     bare = MODULES[args.method](encoder, args, num_source, len(target))

@@ -53,12 +53,12 @@ def build_parser():
     group = parser.group("model")
     group.add(
         "--model",
-        help="a ReIDModel folder or Hub id, a plain backbone (CLIP, ResNet, Swin) for zero-shot features, or a file "
-        "released by DCAC's authors (.pth); default: the shipped stand-in CLIP",
+        help="a ReIDModel folder or Hub id, a plain backbone (CLIP, ResNet, Swin, ViT, ...) for zero-shot features, or "
+        "a file of weights, see the README; default: the shipped stand-in CLIP",
     )
     group.size(
         "--resolution",
-        help="input of a backbone or .pth file in pixels; default 256 128 (a ReIDModel folder knows its own)",
+        help="input of a backbone or file in pixels; default 256 128, or that of the file (a ReIDModel folder has its own)",
     )
     group.add(
         "--export",
@@ -203,6 +203,7 @@ def main(args):
             # The test identities of a drawn split.
             accelerator.print(images.info.description)
         model = open_model(args, kind).to(accelerator.device).eval()
+        launch.print_notes(accelerator, model.notes)
         if args.export and accelerator.is_main_process:
             accelerator.print(export_onnx(model, Path(args.export[1])))
         if args.export_only:
@@ -288,13 +289,8 @@ def check_topk(args, splits):
 
 
 def open_model(args, kind):
-    if kind == "file":
-        return ReIDModel.from_dcac_checkpoint(args.model, image_size=args.resolution)
-    if kind == "backbone":
-        # A fresh neck does not change the direction of features: its mean is 0 and its variance 1.
-        return ReIDModel.from_backbone(args.model, image_size=args.resolution or (256, 128))
-    model = ReIDModel.from_pretrained(args.model, num_ids=0)
-    if args.resolution and tuple(args.resolution) != tuple(model.image_size):
+    model = ReIDModel.open(args.model, args.resolution)
+    if kind == "reid" and args.resolution and tuple(args.resolution) != tuple(model.image_size):
         raise ValueError(
             f"{args.model} takes images of {model.image_size[0]} x {model.image_size[1]}; leave out --resolution"
         )

@@ -188,8 +188,8 @@ def build_parser():
     group.add(
         "--backbone",
         default=CLIP_DIR,
-        help="model to start from, folder or Hub id: CLIP, ResNet, Swin, such as backbone/ of pretrain_backbone.py, "
-        "or a ReIDModel of bot or of the same method",
+        help="model to start from, folder, Hub id, short name or file of weights: a backbone, such as backbone/ of "
+        "pretrain_backbone.py, or a ReIDModel of bot or of the same method",
     )
     group.add("--triplet", choices=["hard", "weighted"], help="triplet loss; default by the method, see above")
     group.add("--margin", type=margin, help="of hard triplets, a number or `soft`; default by the method")
@@ -308,7 +308,7 @@ from utils.datasets.load import digest_of, labels_of, open_source, subset
 from utils.evaluation.targets import open_targets
 from utils.launch import gather_with_gradient
 from utils.modeling.backbones import read_config
-from utils.modeling.folder import card_text, model_kind, training_card
+from utils.modeling.folder import IMPORTED_HEADS, card_text, model_kind, training_card
 from utils.modeling.losses import CentreLoss, circle_logits, hard_triplet, weighted_triplet
 from utils.modeling.norms import add_batch_instance_norms, share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
@@ -318,20 +318,21 @@ from utils.training.report import training_report
 
 def check_start(args):
     """Whether --backbone can start the method, by its configuration."""
-    family = "clip"
-    if model_kind(args.backbone) == "reid":
+    # A file of weights shows its family only when it is opened; what has no BatchNorm is refused then.
+    family, kind = "resnet", model_kind(args.backbone)
+    if kind == "reid":
         method = PreTrainedConfig.get_config_dict(args.backbone)[0].get("method", "bot")
-        if method not in ("bot", args.method):
+        if method not in ("bot", args.method, *IMPORTED_HEADS):
             raise ValueError(
                 f"--backbone {args.backbone} is a model of method {method}; it can start --method {method} only"
             )
         family = PreTrainedConfig.get_config_dict(args.backbone)[0]["backbone"]["model_type"]
-    elif model_kind(args.backbone) == "backbone":
+    elif kind == "backbone":
         config = read_config(args.backbone, revision=None, token=None)
         family = config.model_type
         if args.method == "mgn" and config.model_type == "resnet" and len(config.hidden_sizes) < 2:
             raise ValueError(f"--backbone {args.backbone} has one stage; mgn parts in the last stage but one")
-    if args.method == METABIN and family != "resnet":
+    if args.method == METABIN and not family.startswith(("resnet", "osnet")):
         raise ValueError(
             f"--backbone {args.backbone} is a {family}: it has no BatchNorm, which --method {METABIN} mixes with "
             "InstanceNorm; give a ResNet, such as backbone/ of pretrain_backbone.py --backbone resnet50"
@@ -556,6 +557,7 @@ def build_model(args, accelerator, num_ids):
     set_seed(args.seed)
     head = "bot" if args.method == METABIN else args.method
     model = ReIDModel.for_training(args.backbone, num_ids=num_ids, image_size=tuple(args.resolution), method=head)
+    launch.print_notes(accelerator, model.notes)
     if args.method == METABIN:
         add_batch_instance_norms(model.backbone)
     if args.gradient_checkpointing:

@@ -136,7 +136,7 @@ def build_parser():
     flags.add_images(parser, resolution=[64, 32], padding=3, erasing=0.25)
 
     group = parser.group("model and objective")
-    group.add("--backbone", default="resnet-small", help=f"{', '.join(NAMED)}, a folder, Hub id or ReIDModel")
+    group.add("--backbone", default="resnet-small", help=f"{', '.join(NAMED)}, folder, Hub id, file or ReIDModel")
     group.add(
         "--from_scratch",
         action=argparse.BooleanOptionalAction,

@@ -103,7 +103,7 @@ def build_parser():
 
     group = parser.group("models")
     group.add(
-        "--backbone", default=CLIP_DIR, help="encoder to start from: CLIP, ResNet, Swin or ReIDModel; folder or Hub id"
+        "--backbone", default=CLIP_DIR, help="encoder to start from: backbone or ReIDModel; folder, Hub id, short name, file"
     )
     group.add(
         "--pretrained_model_name_or_path",
@@ -575,6 +575,7 @@ def build_model(args, accelerator, num_ids, diffusion, prompts):
     """The DCAC module and the VAE (None for the baseline)."""
     set_seed(args.seed)
     encoder = ReIDModel.for_training(args.backbone, num_ids=num_ids, image_size=tuple(args.resolution))
+    launch.print_notes(accelerator, encoder.notes)
     inner_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.backbone.modules())
     if args.gradient_accumulation_steps > 1 and inner_norm:
         raise ValueError(

@@ -175,6 +175,12 @@ def whole_weights(model, accelerator):
         yield
 
 
+def print_notes(accelerator, notes):
+    """What a reader of another project's weights did or left out."""
+    for note in notes:
+        accelerator.print(note)
+
+
 def global_batch_size(args, accelerator):
     """Images in one step: over all accumulated batches and all processes."""
     return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes

@@ -7,5 +7,10 @@ from utils import opened_when_used
 
 __getattr__ = opened_when_used(
     __name__,
-    {"reid_model": "ReIDModel", "heads": "build_head"},
+    {
+        "reid_model": "ReIDModel",
+        "heads": "build_head",
+        "imported_heads": "build_imported_head",
+        "extraction": "extract_features features_of",
+    },
 )

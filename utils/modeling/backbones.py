@@ -1,4 +1,4 @@
-"""Backbones of a Re-ID model, built on `transformers`: the CLIP image encoder, ResNet and Swin.
+"""Backbones of a Re-ID model, built on `transformers`: the CLIP image encoder, ResNet and Swin; more in `networks`.
 
 All have the same interface: `forward(images)` (B, C), `feature_map(images)` (B, C, h, w), `num_features` (C),
 `image_size` (height, width), `config` and `model`, the transformers model itself.
@@ -18,17 +18,29 @@ from transformers import (
     AutoConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
+    ImageProcessingMixin,
     PreTrainedConfig,
     ResNetModel,
     SwinModel,
     logging,
 )
 
-SUPPORTED = "CLIP (a whole CLIPModel or its vision tower), ResNet (ResNetModel) and Swin (SwinModel)"
+from utils.modeling import networks
+from utils.modeling.networks import full_name
+
+IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+HALVES = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+SUPPORTED = (
+    "CLIP, ResNet, Swin, ViT, DINOv2, DINOv3 (ViT) and SigLIP, and OSNet and others of `utils.modeling.networks`"
+)
 
 
 class Backbone(nn.Module):
-    """The base class of the three backbones."""
+    """The base class of the backbones. `summary` is what `forward` gives: the "mean" of the map, or a "token"."""
+
+    summary = "mean"
+    # How images are normalised and resized, where the source of the weights says so: arguments of ReIDModel.
+    preprocessing = None
 
     def __init__(self, model, image_size, num_features):
         super().__init__()
@@ -67,6 +79,8 @@ class ClipBackbone(Backbone):
     The position table is resized once to the patch grid of `image_size`, and then trained. The patch projection is
     frozen. A tower saved without `visual_projection` returns its class token without projection.
     """
+
+    summary = "token"
 
     def __init__(self, model, image_size):
         config = model.config
@@ -163,6 +177,9 @@ class SwinBackbone(Backbone):
     narrow side of the map, but its table of relative positions has no rows for that size.
     """
 
+    # No shift where one window covers the map.
+    drops_idle_shifts = True
+
     def __init__(self, model, image_size):
         config = model.config
         super().__init__(model, image_size, model.num_features)
@@ -171,7 +188,8 @@ class SwinBackbone(Backbone):
         grid = tuple(-(-size // config.patch_size) for size in image_size)
         for stage in model.encoder.layers:
             # No shift if one window covers the map or, as in SwinModel, fits its narrow side exactly.
-            if max(grid) <= config.window_size or min(grid) == config.window_size:
+            covered = max(grid) <= config.window_size or min(grid) == config.window_size
+            if covered and self.drops_idle_shifts:
                 for block in stage.blocks:
                     block.shift_size = 0
             grid = halved(grid)
@@ -187,6 +205,20 @@ class SwinBackbone(Backbone):
 
 FAMILIES = {"clip_vision_model": ClipBackbone, "resnet": ResNetBackbone, "swin": SwinBackbone}
 MODELS = {"clip_vision_model": CLIPVisionModelWithProjection, "resnet": ResNetModel, "swin": SwinModel}
+# Whole models of image and text, of which the image tower is used.
+WHOLE_MODELS = ("clip", "siglip")
+
+
+def model_class_of(model_type):
+    return MODELS[model_type] if model_type in MODELS else networks.classes(model_type)[1]
+
+
+def config_from(entries):
+    """The configuration that `to_diff_dict` wrote."""
+    entries = dict(entries)
+    if entries.get("model_type") in networks.OURS:
+        return networks.classes(entries.pop("model_type"))[0](**entries)
+    return AutoConfig.for_model(**entries)
 
 
 def backbone_from_config(config, image_size=(256, 128), *, attn_implementation=None):
@@ -195,19 +227,20 @@ def backbone_from_config(config, image_size=(256, 128), *, attn_implementation=N
     config = tower_config(config)
     # A projection of width 0 means a tower that was saved without one.
     unprojected = config.model_type == "clip_vision_model" and not config.projection_dim
-    model = CLIPVisionModel(config) if unprojected else MODELS[config.model_type](config)
+    model = CLIPVisionModel(config) if unprojected else model_class_of(config.model_type)(config)
     return wrap(model, image_size, attn_implementation)
 
 
 def load_backbone(name_or_path, image_size=(256, 128), *, attn_implementation=None, revision=None, token=None):
     """The backbone in a `transformers` folder or Hub repository, in float32. Only safetensors are read."""
     image_size = checked_image_size(image_size)
+    name_or_path = full_name(name_or_path)
     hub = {"revision": revision or "main", "token": token}
     config = read_config(name_or_path, **hub)
     # Not every version of transformers can load a tower without projection into the class with a projection.
     bare = config.architectures == ["CLIPVisionModel"]
     config = tower_config(config)
-    model_class = CLIPVisionModel if bare else MODELS[config.model_type]
+    model_class = CLIPVisionModel if bare else model_class_of(config.model_type)
     verbosity = logging.get_verbosity()
     # transformers would print a table of tensors that do not fit; the checks below replace it.
     logging.set_verbosity(logging.CRITICAL)
@@ -241,13 +274,17 @@ def load_backbone(name_or_path, image_size=(256, 128), *, attn_implementation=No
             f"the weights in {str(name_or_path)!r} are not those of its config.json, a {config.model_type}: "
             f"{'; '.join(wrong[:3])}{more}"
         )
-    return wrap(model, image_size, attn_implementation)
+    backbone = wrap(model, image_size, attn_implementation)
+    if config.model_type in networks.KINDS:
+        backbone.preprocessing = read_preprocessing(name_or_path, config.model_type, **hub)
+    return backbone
 
 
 def wrap(model, image_size, attn_implementation):
     if isinstance(model, CLIPVisionModel):
         model.config.projection_dim = 0
-    backbone = FAMILIES[model.config.model_type](model, image_size)
+    kind = model.config.model_type
+    backbone = (FAMILIES[kind] if kind in FAMILIES else networks.classes(kind)[2])(model, image_size)
     if attn_implementation is not None:
         backbone.set_attention(attn_implementation)
     return backbone
@@ -255,25 +292,41 @@ def wrap(model, image_size, attn_implementation):
 
 def read_config(name_or_path, **hub):
     """The transformers configuration of a folder or Hub id; ValueError if it is absent or not supported."""
-    name = str(name_or_path)
+    name = str(full_name(name_or_path))
     if not Path(name).is_dir():
         ask_hub(name, **hub)
     elif not (Path(name) / "config.json").is_file():
         raise ValueError(f"{name!r} has no config.json, so it is not a transformers model folder")
     try:
-        kind = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
+        entries = PreTrainedConfig.get_config_dict(name, **hub)[0]
+        kind = entries.get("model_type")
     except Exception as error:
         raise ValueError(f"the config.json of {name!r} cannot be read: {error}") from error
     if kind == "diffreid":
         raise ValueError(
             f"{name!r} is a whole Re-ID model, not a plain backbone: open it with ReIDModel.from_pretrained"
         )
-    if kind != "clip" and kind not in FAMILIES:
+    if kind not in WHOLE_MODELS and kind not in FAMILIES and kind not in networks.KINDS:
         raise ValueError(f"{name!r} has model_type {kind!r}; supported backbones are {SUPPORTED}")
     try:
+        if kind in networks.OURS:
+            return config_from(entries)
         return AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
     except Exception as error:
         raise ValueError(f"the config.json of {name!r} is not valid: {error}") from error
+
+
+def read_preprocessing(name, model_type, **hub):
+    """How images are normalised and resized for these weights: by their folder, else as usual for their family."""
+    usual = HALVES if model_type in ("vit", "siglip_vision_model", "plain_vit", "solider_swin") else IMAGENET
+    try:
+        entries = ImageProcessingMixin.get_image_processor_dict(name, **hub)[0]
+        mean, std = (tuple(map(float, entries[key])) for key in ("image_mean", "image_std"))
+        resample = {0: "nearest", 2: "bilinear", 3: "bicubic"}.get(entries.get("resample"), "bicubic")
+    # A folder without an image processor, or with a broken one.
+    except (OSError, KeyError, TypeError, ValueError):
+        return dict(usual)
+    return {"image_mean": mean, "image_std": std, "resample": resample}
 
 
 def ask_hub(name, revision=None, token=None):
@@ -294,7 +347,9 @@ def tower_config(config):
     if config.model_type == "clip":
         config.vision_config.projection_dim = config.projection_dim
         config = config.vision_config
-    if config.model_type not in FAMILIES:
+    elif config.model_type == "siglip":
+        config = config.vision_config
+    if config.model_type not in FAMILIES and config.model_type not in networks.KINDS:
         raise ValueError(f"model_type {config.model_type!r} is not supported; supported backbones are {SUPPORTED}")
     return config
 

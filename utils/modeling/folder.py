@@ -19,9 +19,13 @@ from transformers import PreTrainedConfig
 
 from utils.files import portable, to_json
 from utils.flags import shown
+from utils.modeling import importers
+from utils.modeling.networks import SHORT_NAMES, full_name
 from utils.reporting.report import model_card
 
 MODEL_TYPE = "diffreid"
+# Heads of other projects' weights: for features; training keeps the backbone and takes a new head.
+IMPORTED_HEADS = ("embedding", "granular", "jigsaw")
 FILES = ("config.json", "preprocessor_config.json", "README.md", "model.safetensors")
 # A complete new save that has not been moved into place yet.
 COMMITTED = ".saved"
@@ -128,19 +132,18 @@ def check_fit(expected, tensors, name):
 def card_text(model):
     """The text of a model's card in Markdown: what the model is and how to use it."""
     (height, width), kind = model.image_size, model.backbone.config.model_type
-    head = "BNNeck" if model.method == "bot" else f"the head of {model.method.upper()}"
+    heads = {"bot": "BNNeck", "embedding": "an imported neck", "granular": "the branches of fast-reid's MGN"}
+    heads |= {"jigsaw": "TransReID's jigsaw branch"}
+    head = heads.get(model.method, f"the head of {model.method.upper()}")
     return f"""A {kind} backbone with {head}. An image of {height} x {width} (height x width) becomes
 {model.num_features} numbers of unit length; the larger the dot product of two, the likelier they show the same person.
 
 ```python
-from PIL import Image
-
-from utils.batches import test_transform
 from utils.modeling import ReIDModel
 
 model = ReIDModel.from_pretrained("this folder or repository")
-prepare = test_transform(model.image_size, model.image_mean, model.image_std, model.resample)
-features = model(prepare(Image.open("person.jpg"))[None])
+features = model.extract(["person.jpg", "another.jpg"])
+print(model.similarity(features[:1], features[1:]))
 ```
 
 Images are RGB in 0..1, resized ({model.resample}), then normalised with mean {list(model.image_mean)} and
@@ -179,12 +182,20 @@ def training_card(title, text, script, args, *, metrics, details, library_name="
 
 
 def model_kind(name):
-    """The kind of a model, `file`, `reid` or `backbone`, without loading it."""
+    """The kind of a model, `file`, `reid` or `backbone`, without loading it.
+
+    `file`: weights of another project, in one file or in a folder or repository of timm.
+    """
+    name = str(full_name(name))
     path = Path(name)
     if path.is_file():
+        importers.check_weights(path)
         return "file"
     if not path.exists() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise ValueError(f"{name} does not exist; give a model folder, a .pth file or a Hub id such as user/name")
+        raise ValueError(
+            f"{name} does not exist; give a model folder, a file of weights, a Hub id such as user/name, "
+            f"or one of {', '.join(SHORT_NAMES)}"
+        )
     if path.is_dir() and not (path / "config.json").is_file():
         names = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
         raise ValueError(f"{name} is no model folder: it has no config.json (found: {names})")
@@ -195,6 +206,9 @@ def model_kind(name):
     # The Hub's client raises its own error classes and those of its HTTP library.
     except Exception as error:
         raise ValueError(f"no model at {name}, neither a local folder nor a readable Hub id: {error}") from None
+    # transformers calls a configuration of timm so.
+    if config.get("model_type") == "timm_wrapper" or ("architecture" in config and "model_type" not in config):
+        return "file"
     return "reid" if config.get("model_type") == MODEL_TYPE else "backbone"
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.resnet.modeling_resnet import ResNetBottleNeckLayer
 
-from utils.modeling.backbones import ClipBackbone, ResNetBackbone
+from utils.modeling.backbones import ResNetBackbone
 from utils.modeling.reid_model import BNNeck, HeadOutput
 
 EPSILON = 1e-6
@@ -54,9 +54,9 @@ class NonLocal(nn.Module):
     on non-local networks; the code released with AGW has a width of one.
     """
 
-    def __init__(self, channels):
+    def __init__(self, channels, inner=None):
         super().__init__()
-        inner = channels // 2
+        inner = inner or channels // 2
         self.theta, self.phi, self.g = (nn.Conv2d(channels, inner, 1) for _ in range(3))
         self.out = nn.Conv2d(inner, channels, 1)
         self.norm = nn.BatchNorm2d(channels)
@@ -73,9 +73,10 @@ class NonLocal(nn.Module):
 def add_non_local(backbone):
     """Add NonLocal after the last two blocks of a ResNet's third-last stage and the last three of its second-last one.
 
-    Attention networks compare all places anyway and are not changed.
+    Attention networks compare all places anyway and are not changed, nor is a ResNet that came with such blocks.
     """
-    if isinstance(backbone, ResNetBackbone):
+    has_some = any(isinstance(module, NonLocal) for module in backbone.modules())
+    if isinstance(backbone, ResNetBackbone) and not has_some:
         stages = backbone.model.encoder.stages
         widths = backbone.config.hidden_sizes
         for place, blocks in ((-3, 2), (-2, 3)):
@@ -147,8 +148,8 @@ class Head(nn.Module):
 class GemHead(Head):
     """AGW and SBS: non-local blocks in a ResNet, GeM pooling, BNNeck and one classifier.
 
-    CLIP's class token, a learned pooling, replaces GeM. With `cosine` (SBS) the logits are cosines, as its circle loss
-    needs. The triplet loss of AGW compares features before BNNeck, that of SBS those after it.
+    A class token (CLIP, ViT), a learned pooling, replaces GeM. With `cosine` (SBS) the logits are cosines, as its
+    circle loss needs. The triplet loss of AGW compares features before BNNeck, that of SBS those after it.
     """
 
     def __init__(self, backbone, *, cosine):
@@ -157,7 +158,7 @@ class GemHead(Head):
         add_non_local(backbone)
         self.cosine, self.num_features = cosine, channels
         signed = not isinstance(backbone, ResNetBackbone)
-        self.pooling = None if isinstance(backbone, ClipBackbone) else GeM(signed)
+        self.pooling = None if backbone.summary == "token" else GeM(signed)
         self.bnneck = BNNeck(channels)
 
     def pool(self, backbone, images, rng=None):
@@ -181,7 +182,7 @@ class MgnHead(Head):
     The triplet loss compares the 3 reduced whole-body features. Classifiers use these features before the reduction,
     and the 5 stripes after it. In a ResNet the branches separate after the first block of the second-last stage, and
     only the global branch has the last stage's stride of 2. In an attention network the branches share the one map of
-    tokens, and CLIP's class token is the global branch.
+    tokens, and a class token (CLIP, ViT) is the global branch.
     """
 
     STRIPES = (1, 2, 3)
@@ -203,7 +204,7 @@ class MgnHead(Head):
 
     def pool(self, backbone, images, rng=None):
         token = None
-        if isinstance(backbone, ClipBackbone):
+        if backbone.summary == "token":
             token, feature_map = backbone.summary_and_map(images)
             maps = [feature_map] * len(self.STRIPES)
         else:
@@ -248,7 +249,7 @@ def restore_stride(backbone):
 class BdbHead(Head):
     """BDB: a global branch (mean, 512) and one with a rectangle set to 0, the same for all images (maximum, 1024).
 
-    With CLIP, the global branch uses the class token instead of the mean.
+    With a class token (CLIP, ViT), the global branch uses it instead of the mean.
     """
 
     HEIGHT_RATIO, WIDTH_RATIO = 0.33, 1.0

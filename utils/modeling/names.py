@@ -7,6 +7,7 @@ from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig, ResNetC
 
 from utils.modeling.backbones import ClipBackbone, backbone_from_config, load_backbone, read_config
 from utils.modeling.folder import model_kind, read_model_folder
+from utils.modeling.networks import SHORT_NAMES
 from utils.modeling.reid_model import ReIDModel
 
 
@@ -18,9 +19,9 @@ class Named(NamedTuple):
     options: dict
 
 
-def swin(size, width, depths, heads):
+def swin(name, width, depths, heads):
     options = {"image_size": 224, "embed_dim": width, "depths": depths, "num_heads": heads}
-    return Named(f"microsoft/swin-{size}-patch4-window7-224", SwinConfig, options)
+    return Named(SHORT_NAMES[name], SwinConfig, options)
 
 
 NAMED = {
@@ -30,11 +31,11 @@ NAMED = {
         ResNetConfig,
         {"embedding_size": 24, "hidden_sizes": [24, 48, 96, 192], "depths": [1, 1, 1, 1], "layer_type": "basic"},
     ),
-    "resnet50": Named("microsoft/resnet-50", ResNetConfig, {}),
-    "swin-t": swin("tiny", 96, [2, 2, 6, 2], [3, 6, 12, 24]),
-    "swin-s": swin("small", 96, [2, 2, 18, 2], [3, 6, 12, 24]),
-    "swin-b": swin("base", 128, [2, 2, 18, 2], [4, 8, 16, 32]),
-    "clip-b16": Named("openai/clip-vit-base-patch16", CLIPVisionConfig, {"patch_size": 16, "projection_dim": 512}),
+    "resnet50": Named(SHORT_NAMES["resnet50"], ResNetConfig, {}),
+    "swin-t": swin("swin-t", 96, [2, 2, 6, 2], [3, 6, 12, 24]),
+    "swin-s": swin("swin-s", 96, [2, 2, 18, 2], [3, 6, 12, 24]),
+    "swin-b": swin("swin-b", 128, [2, 2, 18, 2], [4, 8, 16, 32]),
+    "clip-b16": Named(SHORT_NAMES["clip-b16"], CLIPVisionConfig, {"patch_size": 16, "projection_dim": 512}),
 }
 HUB = {"revision": "main", "token": None}
 
@@ -59,13 +60,16 @@ def check_backbone(name, from_scratch):
         if not from_scratch and NAMED[name].hub_id is None:
             raise ValueError(f"--backbone {name} has no published weights; add --from_scratch")
         return
-    short_names = ", ".join(NAMED)
+    short_names = ", ".join(dict.fromkeys([*NAMED, *SHORT_NAMES]))
     try:
         kind = model_kind(name)
     except ValueError as error:
         raise ValueError(f"--backbone {name}: {error}; the short names are {short_names}") from None
-    if kind == "file":
-        raise ValueError(f"--backbone {name} is a file; give a folder, a Hub id or one of {short_names}")
+    if kind == "file" and from_scratch:
+        raise ValueError(
+            f"--backbone {name} is a file of weights, and --from_scratch takes a configuration only; leave it out, or "
+            f"give one of {short_names}"
+        )
     if kind == "backbone":
         read_config(name, **HUB)
     elif not from_scratch and (reason := not_plain(PreTrainedConfig.get_config_dict(name)[0])):
@@ -79,9 +83,9 @@ def not_plain(config):
     """The part of a Re-ID model's backbone that `transformers` does not know, in words; None for a plain backbone."""
     if config.get("norms"):
         return "norms are mixtures of batch and instance norm"
-    if config["backbone"]["model_type"] == "resnet" and config.get("method", "bot") in ("agw", "sbs"):
+    if config["backbone"]["model_type"].startswith("resnet") and config.get("method", "bot") in ("agw", "sbs"):
         return f"ResNet has the non-local blocks of {config['method']}"
-    if config["backbone"]["model_type"] == "resnet" and config.get("method") == "mgn":
+    if config["backbone"]["model_type"].startswith("resnet") and config.get("method") == "mgn":
         return "ResNet has the stride of mgn's global branch"
     return None
 
@@ -100,8 +104,10 @@ def open_backbone(name, image_size, from_scratch=False):
         return backbone
     if name in NAMED:
         return load_backbone(NAMED[name].hub_id, image_size)
-    if model_kind(name) == "reid":
-        backbone = ReIDModel.from_pretrained(name, num_ids=0, dtype=torch.float32).backbone
+    kind = model_kind(name)
+    if kind in ("reid", "file"):
+        given = tuple(image_size) if kind == "file" else None
+        backbone = ReIDModel.open(name, given).float().backbone
         if tuple(backbone.image_size) != tuple(image_size):
             raise ValueError(
                 f"{name} takes images of {' x '.join(map(str, backbone.image_size))}, not of "

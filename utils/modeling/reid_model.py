@@ -14,17 +14,22 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi
 from torch import nn
-from transformers import AutoConfig
 
 from utils import modeling
 from utils.modeling import importers
-from utils.modeling.backbones import ClipBackbone, backbone_from_config, load_backbone
-from utils.modeling.folder import MODEL_TYPE, check_fit, model_kind, plain_card, read_model_folder, write_model_folder
+from utils.modeling.backbones import HALVES, IMAGENET, ClipBackbone, backbone_from_config, config_from, load_backbone
+from utils.modeling.folder import (
+    IMPORTED_HEADS,
+    MODEL_TYPE,
+    check_fit,
+    model_kind,
+    plain_card,
+    read_model_folder,
+    write_model_folder,
+)
 from utils.modeling.norms import add_batch_instance_norms, has_batch_instance_norms
 
 RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
-IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
-HALVES = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
 BATCH_INSTANCE = "batch-instance"
 
 
@@ -44,9 +49,19 @@ class ReIDModel(nn.Module):
     `image_std` and `resample`.
     """
 
-    def __init__(self, backbone, num_ids=0, *, image_mean=None, image_std=None, resample="bilinear", method="bot"):
+    def __init__(
+        self,
+        backbone,
+        num_ids=0,
+        *,
+        image_mean=None,
+        image_std=None,
+        resample="bilinear",
+        method="bot",
+        head_options=None,
+    ):
         super().__init__()
-        usual = HALVES if isinstance(backbone, ClipBackbone) else IMAGENET
+        usual = backbone.preprocessing or (HALVES if isinstance(backbone, ClipBackbone) else IMAGENET)
         self.backbone = backbone
         self.image_size = backbone.image_size
         self.image_mean = tuple(map(float, image_mean or usual["image_mean"]))
@@ -60,9 +75,15 @@ class ReIDModel(nn.Module):
         self.resample = resample
         self.method = method
         # Other heads are imported only for methods that need them.
-        self.head = None if method == "bot" else modeling.build_head(method, backbone)
+        self.head, self.head_options = None, dict(head_options or {})
+        if method in IMPORTED_HEADS:
+            self.head = modeling.build_imported_head(method, backbone, self.head_options)
+        elif method != "bot":
+            self.head = modeling.build_head(method, backbone)
         self.num_features = backbone.num_features if self.head is None else self.head.num_features
         self.bnneck = BNNeck(self.num_features) if self.head is None else None
+        # What a reader of another project's weights did or left out, for people to read.
+        self.notes = []
         self.reset_classifier(num_ids)
 
     def reset_classifier(self, num_ids):
@@ -120,29 +141,30 @@ class ReIDModel(nn.Module):
         image_size=(256, 128),
         image_mean=None,
         image_std=None,
-        resample="bilinear",
+        resample=None,
         method="bot",
         attn_implementation=None,
         revision=None,
         token=None,
     ):
-        """Start from a plain CLIP, ResNet or Swin, in eval mode: a `transformers` folder or a Hub id."""
+        """Start from a plain backbone, in eval mode: a `transformers` folder, a Hub id or a short name."""
         backbone = load_backbone(
             name_or_path, image_size, attn_implementation=attn_implementation, revision=revision, token=token
         )
+        resample = resample or (backbone.preprocessing or {}).get("resample", "bilinear")
         options = {"image_mean": image_mean, "image_std": image_std, "resample": resample, "method": method}
         return cls(backbone, num_ids, **options).eval()
 
     @classmethod
     def for_training(cls, name_or_path, *, num_ids, image_size, resample="bilinear", method="bot"):
-        """A model with a new classifier, from a plain backbone, a saved Re-ID model, or DCAC's authors' checkpoint."""
+        """A model with a new classifier, from a plain backbone, a saved Re-ID model, or weights of another project."""
         kind = model_kind(name_or_path)
         if kind == "backbone":
             return cls.from_backbone(
                 name_or_path, num_ids=num_ids, image_size=image_size, resample=resample, method=method
             )
         if kind == "file":
-            model = cls.from_dcac_checkpoint(name_or_path, image_size)
+            model = cls.from_weights(name_or_path, image_size)
         else:
             model = cls.from_pretrained(name_or_path, num_ids=0, dtype=torch.float32)
         if tuple(model.image_size) != tuple(image_size):
@@ -150,14 +172,36 @@ class ReIDModel(nn.Module):
                 f"{name_or_path} takes images of {' x '.join(map(str, model.image_size))}, not of "
                 f"{' x '.join(map(str, image_size))}; set --resolution to the same"
             )
-        if model.method not in ("bot", method):
+        if model.method not in ("bot", method, *IMPORTED_HEADS):
             raise ValueError(f"{name_or_path} is a model of method {model.method}, it cannot start one of {method}")
         if model.method != method:
-            normalisation = {"image_mean": model.image_mean, "image_std": model.image_std}
+            normalisation, notes = {"image_mean": model.image_mean, "image_std": model.image_std}, model.notes
+            if model.method in IMPORTED_HEADS:
+                notes = [*notes, f"its head is left out, a new one of {method} starts"]
             model = cls(model.backbone, method=method, **normalisation).eval()
+            model.notes = notes
         model.resample = resample
         model.reset_classifier(num_ids)
         return model
+
+    @classmethod
+    def open(cls, name_or_path, image_size=None):
+        """Any model for evaluation, without classifier: our folder, a plain backbone, weights of another project."""
+        kind = model_kind(name_or_path)
+        if kind == "file":
+            return cls.from_weights(name_or_path, image_size)
+        if kind == "backbone":
+            # A fresh neck does not change the direction of features: its mean is 0 and its variance 1.
+            return cls.from_backbone(name_or_path, image_size=image_size or (256, 128))
+        return cls.from_pretrained(name_or_path, num_ids=0)
+
+    @classmethod
+    def from_weights(cls, path, image_size=None, **options):
+        """Open weights of another project, in eval mode, recognised by their names (see `importers.layouts`).
+
+        `model.notes` says what they were and what was left out; `options` are those of the layout's reader.
+        """
+        return importers.open_weights(cls, path, image_size, **options)
 
     @classmethod
     def from_dcac_checkpoint(cls, path, image_size=None):
@@ -166,6 +210,19 @@ class ReIDModel(nn.Module):
         model = cls(backbone_from_config(config, image_size), num_ids)
         model.load_state_dict(state)
         return model.eval()
+
+    def extract(self, images, batch_size=64):
+        """Unit features (N, D) float32 on the CPU of a list of any length, or of one image.
+
+        An image is a path, a PIL image, an array (H, W, 3) uint8 RGB, or a tensor: (3, H, W) uint8, or already
+        normalised (3, height, width) float. A tensor or array with one more dimension is a list.
+        """
+        return modeling.extract_features(self, images, batch_size)
+
+    def similarity(self, a, b):
+        """Cosine similarities (N, M) of two sets of images, or of features from `extract`."""
+        first, second = (modeling.features_of(self, side) for side in (a, b))
+        return first @ second.T
 
     def save_pretrained(self, folder, *, card=None):
         """Write config.json, preprocessor_config.json, README.md (`card`, or a short one) and model.safetensors.
@@ -191,7 +248,7 @@ class ReIDModel(nn.Module):
                 raise ValueError(
                     f"image_size {config['image_size']} in config.json, {size} in preprocessor_config.json"
                 )
-            backbone = backbone_from_config(AutoConfig.for_model(**config["backbone"]), size)
+            backbone = backbone_from_config(config_from(config["backbone"]), size)
             if config.get("norms") == BATCH_INSTANCE:
                 add_batch_instance_norms(backbone)
             model = cls(
@@ -201,6 +258,7 @@ class ReIDModel(nn.Module):
                 image_std=preprocessor["image_std"],
                 resample={number: name for name, number in RESAMPLE.items()}[preprocessor["resample"]],
                 method=config.get("method", "bot"),
+                head_options=config.get("head"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the configuration in {str(name_or_path)!r} is not valid: {error!r}") from error
@@ -231,6 +289,7 @@ class ReIDModel(nn.Module):
             "num_ids": self.num_ids,
             "image_size": list(self.image_size),
             **({} if self.head is None else {"method": self.method}),
+            **({"head": self.head_options} if self.head_options else {}),
             **({"norms": BATCH_INSTANCE} if has_batch_instance_norms(self.backbone) else {}),
         }
 

@@ -2,12 +2,12 @@
 
 import math
 import re
-from pathlib import Path
 
 import torch
 from transformers import CLIPVisionConfig
 
 from utils.modeling.backbones import checked_image_size
+from utils.modeling.importers.files import read_content
 
 # OpenAI's CLIP names on the left, those of transformers on the right.
 NAMES = {
@@ -76,22 +76,7 @@ def read_dcac_checkpoint(path, image_size=None):
 
 def encoder_tensors(path):
     """The tensors under `encoder.` in the file; `denoiser.` and everything else is left out."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no checkpoint at {str(path)!r}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # A damaged pickle can raise any error. torch's text is left out: it advises to run the code in the file.
-        raise ValueError(
-            f"{str(path)!r} cannot be opened as a PyTorch file of plain tensors ({type(error).__name__}): it is "
-            "damaged, or holds other objects, which are never unpickled"
-        ) from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, not a state dict")
+    content = read_content(path)
     tensors = {}
     for name, value in content.items():
         name = str(name).removeprefix("module.")

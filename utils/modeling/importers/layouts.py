@@ -1,0 +1,206 @@
+"""The layouts of weights that are known, each by the names of its tensors; opens a file of any of them.
+
+`python -m utils.modeling.importers` prints the table of the README, made from this list.
+"""
+
+import importlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import snapshot_download
+
+from utils.modeling.backbones import MODELS, backbone_from_config, model_class_of, wrap
+from utils.modeling.importers.files import read_content, read_tensors
+from utils.modeling.importers.imported import Tensors
+
+
+class Layout(NamedTuple):
+    """A layout: what it is called, the names that tell it, what comes of it, and its reader (file, function)."""
+
+    title: str
+    marks: tuple
+    gives: str
+    reader: tuple
+    without: tuple = ()
+
+    def fits(self, names):
+        return all(any(name.startswith(mark) for name in names) for mark in self.marks) and not any(
+            name.startswith(mark) for name in names for mark in self.without
+        )
+
+
+# Looked through in this order.
+LAYOUTS = (
+    Layout("DCAC's authors", ("encoder.image_encoder.",), "CLIP ViT, BNNeck", ("dcac", "")),
+    Layout(
+        "fast-reid MGN on ResNet",
+        ("b1_head.bottleneck.", "b1.", "backbone."),
+        "ResNet or ResNet-IBN, 3 branches, 8 necks",
+        ("fastreid", "mgn"),
+    ),
+    Layout(
+        "fast-reid BoT, AGW, SBS on ResNet",
+        ("backbone.conv1.", "heads."),
+        "ResNet or ResNet-IBN, non-local blocks, pooling, neck",
+        ("fastreid", "baseline"),
+    ),
+    Layout(
+        "TransReID",
+        ("base.patch_embed.proj.", "base.blocks.0.attn.qkv."),
+        "ViT, overlapping patches, cameras (SIE), jigsaw branch",
+        ("vit", "transreid"),
+    ),
+    Layout("SOLIDER", ("base.patch_embed.projection.", "base.stages."), "Swin", ("swin", "solider")),
+    Layout("SOLIDER", ("backbone.patch_embed.projection.", "backbone.stages."), "Swin", ("swin", "solider")),
+    Layout("SOLIDER", ("patch_embed.projection.", "stages.0.blocks."), "Swin", ("swin", "solider")),
+    Layout("torchreid OSNet, OSNet-IBN", ("conv1.conv.", "conv2.0.conv2a."), "OSNet of any width", ("osnet", "read")),
+    Layout("torchreid OSNet, OSNet-IBN", ("conv1.conv.", "conv2.0.conv2.0."), "", ("osnet", "read")),
+    Layout(
+        "OpenAI's CLIP, OpenCLIP",
+        ("visual.conv1.weight", "visual.proj"),
+        "CLIP ViT; its text encoder is left out",
+        ("clip", "read"),
+    ),
+    Layout(
+        "LUPerson, LUPerson-NL (MoCo)", ("encoder_q.layer1.", "encoder_q.conv1."), "ResNet", ("resnet", "moco")
+    ),
+    Layout("MoCo v3", ("base_encoder.layer1.", "base_encoder.conv1."), "", ("resnet", "moco")),
+    Layout(
+        "torchreid ResNet",
+        ("conv1.weight", "layer1.0.conv1.", "classifier."),
+        "ResNet, last stride as trained",
+        ("resnet", "torchreid"),
+    ),
+    Layout(
+        "torchvision, timm ResNet", ("conv1.weight", "layer1.0.conv1."), "ResNet", ("resnet", "plain"),
+    ),
+    Layout("timm, Microsoft Swin", ("patch_embed.proj.", "layers.0.blocks.0.attn.qkv."), "Swin", ("swin", "plain")),
+    Layout(
+        "timm, DINO, DINOv2 ViT", ("cls_token", "patch_embed.proj.", "blocks.0.attn.qkv."), "ViT", ("vit", "plain"),
+    ),
+)  # fmt: skip
+# Layouts that are refused by name: (what stands before a name, why).
+REFUSED = (
+    (
+        "base.conv1.",
+        "a ResNet of reid-strong-baseline or of a project built on it: their stems differ in a ReLU, which the file "
+        "does not show",
+    ),
+    ("image_encoder.", "CLIP-ReID, whose features are joined from two layers"),
+    ("visual.layer1.", "CLIP's ResNet as image encoder"),
+    ("visual.trunk.", "an image encoder of timm inside OpenCLIP"),
+)
+
+
+def table():
+    """The README's table of what loads."""
+    rows = {}
+    for layout in LAYOUTS:
+        if layout.gives:
+            rows.setdefault(layout.title, (layout.marks, layout.gives))
+    lines = ["| weights of | told by names such as | becomes |", "|---|---|---|"]
+    for title, (marks, gives) in rows.items():
+        lines.append(f"| {title} | {' '.join(f'`{mark}`' for mark in marks)} | {gives} |")
+    return "\n".join(lines)
+
+
+def layout_of(names, path):
+    """The layout of a file by the names of its tensors; ValueError if none is known."""
+    for layout in LAYOUTS:
+        if layout.fits(names):
+            return layout
+    for prefix, what in REFUSED:
+        if any(name.startswith(prefix) for name in names):
+            raise ValueError(f"{str(path)!r} is {what}: this layout is not supported")
+    first = ", ".join(list(names)[:5]) or "no tensors"
+    known = ", ".join(dict.fromkeys(layout.title for layout in LAYOUTS if layout.gives))
+    raise ValueError(
+        f"{str(path)!r} has a layout that is not known: its first names are {first}. Known are {known}; and folders "
+        "of transformers"
+    )
+
+
+def check_weights(path):
+    """ValueError unless a file has a layout that is known."""
+    layout_of(read_tensors(path), path)
+
+
+def open_weights(model_class, name_or_path, image_size=None, **options):
+    """A model of `model_class` (ReIDModel) from a file of weights, or from a folder or repository of timm."""
+    path, timm = weights_of(name_or_path)
+    if any(str(name).removeprefix("module.").startswith("encoder.image_encoder.") for name in read_content(path)):
+        if options:
+            raise ValueError(f"{str(path)!r} is a file of DCAC's authors, which takes no {', '.join(options)}")
+        model = model_class.from_dcac_checkpoint(path, image_size)
+        model.notes = [f"{Path(path).name}: weights of DCAC's authors"]
+        return model
+    tensors = read_tensors(path)
+    layout = layout_of(tensors, path)
+    file, function = layout.reader
+    read = getattr(importlib.import_module(f"utils.modeling.importers.{file}"), function)
+    try:
+        imported = read(Tensors(tensors, path, layout.title), image_size and tuple(image_size), **options)
+    except TypeError as error:
+        if options and "unexpected keyword" in str(error):
+            raise ValueError(f"{str(path)!r} is {layout.title}, which takes no {', '.join(options)}") from error
+        raise
+    model = built(model_class, imported, path, timm)
+    model.notes = [f"{Path(path).name}: weights of {layout.title}", *imported.notes]
+    return model
+
+
+def built(model_class, imported, path, preprocessing):
+    """The model with the tensors of a file; ValueError unless they are exactly those of its architecture."""
+    config = imported.config
+    network = model_class_of(config.model_type)(config) if config.model_type not in MODELS else None
+    backbone = (
+        wrap(network, imported.image_size, None) if network else backbone_from_config(config, imported.image_size)
+    )
+    state = imported.network
+    if config.model_type == "clip_vision_model":
+        from utils.modeling.importers.clip import square_positions
+
+        state = square_positions(backbone, state)
+    model = model_class(
+        backbone,
+        method=imported.method,
+        head_options=imported.head_options,
+        **(imported.preprocessing | preprocessing),
+    )
+    state = {f"backbone.model.{name}": value for name, value in state.items()} | (imported.head or {})
+    expected = model.state_dict()
+    if imported.method == "bot" and not imported.head:
+        state |= {name: value for name, value in expected.items() if name.startswith("bnneck.")}
+    wrong = [f"{name} is missing" for name in expected if name not in state]
+    wrong += [f"{name} is not part of it" for name in state if name not in expected]
+    wrong += [
+        f"{name} has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise ValueError(f"the tensors of {str(path)!r} do not fit together: {'; '.join(wrong[:3])}")
+    model.load_state_dict({name: value.to(expected[name].dtype) for name, value in state.items()})
+    return model.eval()
+
+
+def weights_of(name_or_path):
+    """(file, preprocessing that lies beside it): a file, or a folder or Hub repository of timm."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path, {}
+    try:
+        wanted = ["config.json", "model.safetensors"]
+        folder = path if path.is_dir() else Path(snapshot_download(str(name_or_path), allow_patterns=wanted))
+        entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # The Hub's client raises its own error classes and those of its HTTP library.
+    except Exception as error:
+        raise ValueError(f"no weights at {str(name_or_path)!r}: {error}") from error
+    if not (folder / "model.safetensors").is_file():
+        raise ValueError(f"{str(name_or_path)!r} has no model.safetensors; only such weights of timm are read")
+    entries = entries.get("pretrained_cfg", entries)
+    preprocessing = {f"image_{key}": tuple(entries[key]) for key in ("mean", "std") if key in entries}
+    if entries.get("interpolation") in ("bilinear", "bicubic"):
+        preprocessing["resample"] = entries["interpolation"]
+    return folder / "model.safetensors", preprocessing
