@@ -69,7 +69,8 @@ def clip_tokenizer():
         ("", ""),
         ("...", ""),
         ("nothing", "nothing"),
-        ("he is wearing a long red coat over a shirt", ""),
+        ("he is wearing a long red coat over a shirt", "long red coat over a shirt"),
+        ("a long red coat over a white shirt and blue jeans", ""),
     ],
 )
 def test_answers_are_cleaned(answer, kept):

@@ -244,9 +244,10 @@ def test_the_prompt_without_identity_never_has_the_token(whole):
         assert row["identity_prompt"] == row["prompt"].replace("a person", f"{token} person", 1)
         assert len(row["images"]) == len({image["path"] for image in row["images"]}) > 0
         for key in captions.QUESTIONS:
-            said = [captions.clean(image[key]) for image in row["images"]]
+            said = [captions.clean(image[key], key) for image in row["images"]]
             assert row[key] == captions.majority(said)
-    assert [prompt for *_, prompt in seen["reference"]] == [row["prompt"] for row in rows]
+    uppers = [captions.colour_and_kind(row["upper"]) for row in rows]
+    assert [prompt for *_, prompt in seen["reference"]] == [captions.compose({"upper": upper}) for upper in uppers]
     for row in pq.read_table(folder / "metadata.parquet").to_pylist():
         assert f"of <iir-{row['pid']:04d}> person" in row["prompt"]
 
@@ -305,8 +306,9 @@ def test_references_are_drawn_from_the_untouched_weights(whole, models):
     first = record(folder, NAMES[0])
     tokenizer = CLIPTokenizer.from_pretrained(models / "stable-diffusion/tokenizer")
     model = TextToImage(str(models / "stable-diffusion"), tokenizer, mode="full")
-    seeds = [script.seed_of(0, "reference", first["prompt"], number) for number in range(4)]
-    condition = model.encode_all([first["prompt"]] * 4)
+    prompt = record(folder, NAMES[0], "captions")["reference_prompt"]
+    seeds = [script.seed_of(0, "reference", prompt, number) for number in range(4)]
+    condition = model.encode_all([prompt] * 4)
     latents = model.sample(condition, seeds, resolution=(64, 32), steps=2, guidance=3.0, batch_size=2)
     kept = load_file(folder / f"references/{first['reference']}.safetensors")
     torch.testing.assert_close(kept["latents"].float(), latents, rtol=2e-3, atol=2e-3)
@@ -334,7 +336,7 @@ def test_the_hundredth_identity_starts_where_the_first_did(models, tmp_path, mod
     prompts = open_prompts(tokenizer, identities, **PROMPTS)
     tunable = script.open_model(args, Accelerator(cpu=True), prompts)
     words = {"identity_prompt": f"a photo of {prompts.token_of(identities[0])} person"}
-    words["prompt"] = "a photo of a person"
+    words["reference_prompt"] = "a photo of a person"
     starts, ends = set(), set()
     for number, identity in enumerate(identities):
         tunable.restore()
@@ -405,7 +407,7 @@ def test_a_step_adds_both_halves_with_lambda(models, monkeypatch):
     identity = open_identities([SOURCE])[0]
     torch.manual_seed(0)
     source, reference = (torch.randn(3, 4, 8, 4), torch.rand(3, 4, 8, 4)), torch.randn(4, 4, 8, 4)
-    words = {"identity_prompt": "a photo of sks person", "prompt": "a photo of a person"}
+    words = {"identity_prompt": "a photo of sks person", "reference_prompt": "a photo of a person"}
 
     def tuned(weight, reference):
         args.prior_loss_weight = weight
@@ -707,7 +709,7 @@ def test_a_captioner_without_answers_gives_its_caption(models, tmp_path):
     out = tmp_path / "out"
     run(models, out, "--captioner_model_name_or_path", tmp_path / "git", "--captions_only", "--ids", "2")
     row = pq.read_table(out / "captions.parquet").to_pylist()[0]
-    said = [captions.clean(image["caption"], captions.MAX_CAPTION_WORDS) for image in row["images"]]
+    said = [captions.tidy(image["caption"], captions.MAX_CAPTION_WORDS) for image in row["images"]]
     assert row["caption"] == captions.majority(said)
     assert row["prompt"] == ", ".join(filter(None, ["a photo of a person", row["caption"]]))
 
