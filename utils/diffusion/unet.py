@@ -189,22 +189,19 @@ def load_lora(unet, folder):
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
     config = unet.peft_config["default"]
-    parameters = {name.replace(".default.", "."): value for name, value in unet.named_parameters() if ".lora_" in name}
-    targets = {}
-    for name, parameter in parameters.items():
-        (key,) = convert_state_dict_to_diffusers({name: parameter})
-        targets[f"unet.{key}"] = (name, parameter)
+    own = {name.replace(".default.", "."): value for name, value in unet.named_parameters() if ".lora_" in name}
+    second = {id(value) for name, value in own.items() if ".lora_B." in name}
+    targets = {f"unet.{key}": value for key, value in convert_state_dict_to_diffusers(own).items()}
     wrong = sorted(set(stored) ^ set(targets))
-    wrong += [key for key, value in stored.items() if key in targets and value.shape != targets[key][1].shape]
+    wrong += [key for key, value in stored.items() if key in targets and value.shape != targets[key].shape]
     if wrong:
         raise ValueError(
             f"{path} is the LoRA of another network or rank: {len(wrong)} of its weights do not fit, {wrong[0]} for "
             "one"
         )
     with torch.no_grad():
-        for key, (name, parameter) in targets.items():
-            scale = config.r / config.lora_alpha if ".lora_B." in name else 1.0
-            parameter.copy_(stored[key] * scale)
+        for key, parameter in targets.items():
+            parameter.copy_(stored[key] * (config.r / config.lora_alpha if id(parameter) in second else 1.0))
 
 
 def save_tensors(state, path):
