@@ -189,7 +189,7 @@ def build_parser():
         batch=64,
         epochs=12,
         images_per_id=None,
-        batch_help="images of each process and forward pass",
+        batch_help="images of each process and forward pass; that of a recipe is shared by all of them",
         accumulation="forward passes of a step",
     )
     # Here BatchNorm and Mixup see each pass by itself, so that both change the training.
@@ -385,6 +385,7 @@ def main(args):
     check_backbone(args.backbone, args.from_scratch)
     train, labels, stream = open_train(args)
     targets = open_targets(args.target, args.data_root, skip_unreadable=args.skip_unreadable)
+    share_published_batch(args, accelerator)
     batch_size = launch.global_batch_size(args, accelerator)
     share = accelerator.process_index, accelerator.num_processes
     sampler, free = ShuffleSampler(len(train), batch_size, args.seed, *share), args.free_on_resume
@@ -533,6 +534,32 @@ def momentum(args, step, num_steps):
 
 
 # What the training is made of
+
+
+def share_published_batch(args, accelerator):
+    """The batch of a recipe is that of a whole step: each process and pass takes its share. A given flag stays."""
+    passes, processes = args.gradient_accumulation_steps, accelerator.num_processes
+    whole, shares = args.train_batch_size, passes * processes
+    if shares == 1:
+        return
+    if args.origin["train_batch_size"] != "recipe":
+        accelerator.print(
+            f"--train_batch_size {whole}: each of {processes} processes has {passes} x {whole} images in a step, "
+            f"{whole * shares} together"
+        )
+        return
+    pairs = 2 if args.objective == "classification" and (args.mixup or args.cutmix) else 1
+    if whole % (shares * pairs) or whole == shares:
+        raise ValueError(
+            f"the batch of --recipe {args.recipe}, {whole} images, cannot be shared by {processes} processes with "
+            f"{passes} passes each; give --train_batch_size, the images of each process and pass"
+        )
+    args.train_batch_size = whole // shares
+    accelerator.print(
+        f"--train_batch_size {args.train_batch_size}: the share of {processes} processes with {passes} "
+        f"{'pass' if passes == 1 else 'passes'} each of the {whole} images of a step in --recipe {args.recipe}; "
+        "the learning rate stays"
+    )
 
 
 def open_train(args):

@@ -33,10 +33,12 @@ processes, hosts or array jobs (`--num_shards 8 --shard 3`) may work in one fold
     LPE  a captioner is asked about every image of a sequence; the answers, merged by majority, make the prompt
          P_LPE*: "a photo of a person, wearing a red coat, ..."
     IIR  P_E is P_LPE* with a new token before the noun, "a photo of <iir-0002> person, ...", its embedding trained
-    DI   the untouched model draws a reference set x' from P_LPE*; with x the identity's own images, the loss is
-         L = mean w_t (unet(x_t, P_E) - noise)^2 + lambda mean w_t' (unet(x'_t', P_LPE*) - noise')^2
+    DI   the untouched model draws a reference set x' from P_R; with x the identity's own images, the loss is
+         L = mean w_t (unet(x_t, P_E) - noise)^2 + lambda mean w_t' (unet(x'_t', P_R) - noise')^2
+         P_R is P_LPE*, as published, or its upper garment alone, so that many identities share a reference set
 
-Then images are drawn from P_E, each with another scene, action, carried item and view.
+Then images are drawn from P_E, each with another scene, action, carried item and view, some with a garment changed.
+With --save_adapters, the same command with --redraw and a larger --num_images, or other --prompts, adds images later.
 """
 
 import re
@@ -50,7 +52,8 @@ DEMO = (
     "own: --source SPEC --data_root DIR, and --recipe lora or paper for real models"
 )
 # The paper gives size, learning rate, steps and numbers of images. Solver, guidance, precision and the token's rate
-# are our choices; 8-bit Adam and gradient checkpointing fit the training on a card of 24 GB.
+# are our choices; 8-bit Adam fits the training on a card of 24 GB. Recomputing activations would save 0.3 of 8.9 GiB
+# and cost a third more in each step (`python -m benchmarks.memory.generation_cost`).
 PUBLISHED = {
     "pretrained_model_name_or_path": "CompVis/stable-diffusion-v1-4",
     "captioner_model_name_or_path": "Salesforce/blip2-opt-2.7b",
@@ -62,22 +65,24 @@ PUBLISHED = {
     "train_batch_size": 1,
     "max_train_steps": 1000,
     "num_reference_images": 200,
+    "reference_prompts": "own",
     "num_images": 220,
     "num_inference_steps": 25,
     "guidance_scale": 7.5,
     "mixed_precision": "fp16",
     "use_8bit_adam": True,
-    "gradient_checkpointing": True,
 }
 LEAN = {"resolution": [512, 256], "finetune": "lora", "learning_rate": 5e-4, "train_batch_size": 2}
-LEAN |= {"max_train_steps": 400, "num_reference_images": 64, "num_inference_steps": 20}
-LEAN |= {"use_8bit_adam": False, "gradient_checkpointing": False}
+LEAN |= {"max_train_steps": 400, "num_reference_images": 64, "num_inference_steps": 20, "reference_prompts": "shared"}
+LEAN |= {"use_8bit_adam": False}
 RECIPES = {"paper": PUBLISHED, "lora": PUBLISHED | LEAN}
 # The same as in utils.generated.captions and utils.diffusion.text_to_image.
 CLASS_PROMPT = "a photo of a person"
 SOLVERS = ("dpmsolver++", "unipc", "ddim", "euler")
 # The flags that determine the captions.
 CAPTIONING = ("captioner_model_name_or_path", "captioner_bits", "max_sequence_images")
+# What --redraw may change in a folder that has images.
+REDRAWN = ("num_images", "attribute_lists", "clothing_change", "solver", "num_inference_steps", "guidance_scale")
 CHECK_EVERY = 20
 
 
@@ -131,6 +136,14 @@ def build_parser():
         "--num_reference_images", type=at_least(0), default=16, help="reference images of each prompt, 0 for none"
     )
     group.add(
+        "--reference_prompts",
+        choices=["shared", "own"],
+        default="shared",
+        idle=no_references,
+        help="own: a reference set from the whole prompt of each identity; shared: one for all identities whose upper "
+        "garment has the same colour and kind",
+    )
+    group.add(
         "--prior_loss_weight",
         type=not_negative,
         default=1.0,
@@ -145,7 +158,14 @@ def build_parser():
     group.add(
         "--attribute_lists",
         metavar="FILE",
-        help='JSON lists that generated images draw from, {"scene": [...], "action": [...], "carried": [...], ...}',
+        help='JSON lists that generated images draw from, {"scene": [...], "action": [...], "carried": [...], ...}; '
+        "those of upper, lower, shoes and hat are for --clothing_change",
+    )
+    group.add(
+        "--clothing_change",
+        type=minority,
+        default=0.2,
+        help="share of the images in which a garment differs from the identity's own; metadata.parquet marks them",
     )
 
     group = parser.group("fine-tuning, of each identity")
@@ -194,11 +214,18 @@ def build_parser():
     group.add("--reid_model", help="a ReIDModel folder or Hub id that measures the identity of the images")
     group.add("--validation_ids", type=at_least(0), default=4, free=True, help="identities shown in the report")
     group.switch("--save_adapters", "keep each identity's LoRA and token under adapters/")
+    group.switch(
+        "--redraw", "add images by the adapters that are kept, up to --num_images of each prompt, untuned", free=True
+    )
     group.add("--output_dir", default="output/generated", free=True, help="folder of the results")
     group.add("--num_shards", type=at_least(1), default=1, free=True, help="jobs that share the identities")
     group.add("--shard", type=at_least(0), default=0, free=True, help="number of this job, from 0")
     group.switch("--merge", "only write the tables and the report of what --output_dir holds", free=True)
     return parser
+
+
+def minority(text):
+    return flags.number(text, float, lambda value: 0 <= value < 0.5, "0 or more, and below 0.5")
 
 
 def parse_args(input_args=None):
@@ -223,6 +250,10 @@ def check_args(parser, args):
         parser.error(f"--class_prompt must end in its noun, a word without a full stop, got {args.class_prompt!r}")
     if not args.identity_token.strip():
         parser.error("--identity_token must not be empty")
+    if args.redraw and (args.merge or args.captions_only):
+        parser.error(f"--redraw draws images, so leave out --{'merge' if args.merge else 'captions_only'}")
+    # Adapters are all that --redraw starts from.
+    args.save_adapters = args.save_adapters or args.redraw
     if args.save_adapters and args.finetune != "lora":
         parser.error("--save_adapters keeps LoRA, so it needs --finetune lora: a whole U-Net an identity is too much")
     if args.save_adapters and args.train_text_encoder:
@@ -240,16 +271,11 @@ if __name__ == "__main__":
     # Parse before torch and diffusers are imported, so that --help and a mistyped flag answer at once.
     args = parse_args()
 
-import hashlib
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from diffusers.optimization import get_scheduler
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from utils import launch
@@ -257,13 +283,13 @@ from utils.datasets.identities import chosen_identities, open_identities
 from utils.diffusion.checkpoint import check_diffusion
 from utils.diffusion.latents import encode, image_for_vae, sample_latents
 from utils.diffusion.text_to_image import TextToImage, check_text_encoder, load_tokenizer, what_saves_memory
-from utils.diffusion.unet import enable_memory_efficient_attention, save_unet
+from utils.diffusion.unet import enable_memory_efficient_attention
 from utils.files import portable, versions
-from utils.generated import captions, made_set
+from utils.generated import adapters, captions, made_set
 from utils.generated.captioners import Captioner, check_captioner, quantization
 from utils.generated.captioning import caption_identities, open_prompts
-from utils.generated.made_report import REFERENCES, SHOWN
 from utils.generated.measures import Measures, check_measures
+from utils.generated.references import open_references
 from utils.training.optimizer import build_optimizer
 from utils.worklist import Progress, Worklist, seed_of, share
 
@@ -325,23 +351,11 @@ def sampling(args):
 
 
 def reference_set(args, model, work, prompt):
-    """(latents that the untouched model draws from P_LPE*, key). All identities with the same prompt share them."""
+    """(latents that the untouched model draws from P_R, key). All identities with the same prompt share them."""
     if not args.num_reference_images:
         return None, None
-    settings = [args.num_reference_images, args.resolution, args.solver, args.num_inference_steps, args.guidance_scale]
-    inputs = [prompt, model.digest, str(model.dtype), args.mixed_precision, args.seed, *settings]
-    key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
-    path = work.folder / REFERENCES / f"{key}.safetensors"
-    if not made_set.is_reference(path, args.num_reference_images):
-        seeds = [seed_of(args.seed, "reference", prompt, number) for number in range(args.num_reference_images)]
-        condition = model.encode_all([prompt]).expand(len(seeds), -1, -1)
-        latents = model.sample(condition, seeds, **sampling(args))
-        preview = model.decode(latents[: SHOWN["reference"]], args.sample_batch_size)
-        with work.scratch() as part:
-            save_file({"latents": latents.half().cpu(), "preview": preview}, part / path.name)
-            work.move(part / path.name, path)
-    with safe_open(path, "pt") as file:
-        return file.get_tensor("latents").float().to(model.device), key
+    count, settings = args.num_reference_images, {"seed": args.seed, "precision": args.mixed_precision}
+    return open_references(model, work, prompt, count, sampling=sampling(args), **settings)
 
 
 def denoising_errors(unet, schedule, latents, noise, timesteps, condition, snr_gamma=None):
@@ -357,8 +371,10 @@ def denoising_errors(unet, schedule, latents, noise, timesteps, condition, snr_g
         return errors
     signal, noise_level = schedule.parts(errors, timesteps)
     snr = (signal / noise_level).square()
-    weight = snr.clamp(max=snr_gamma) / snr
-    return errors * (weight if schedule.prediction_type == "epsilon" else weight * snr / (snr + 1))
+    if schedule.prediction_type == "epsilon":
+        # min(SNR, gamma) / SNR, in a form without 0 / 0 at a last step of pure noise.
+        return errors * (snr_gamma / snr.clamp(min=snr_gamma))
+    return errors * (snr.clamp(max=snr_gamma) / (snr + 1))
 
 
 def fine_tune(args, tunable, identity, record, source, reference, progress):
@@ -371,7 +387,7 @@ def fine_tune(args, tunable, identity, record, source, reference, progress):
     generator = torch.Generator().manual_seed(seed_of(args.seed, identity.name, "training"))
     optimizer, scheduler = build_tuning(args, tunable)
     scaler = torch.amp.GradScaler(model.device.type, enabled=args.mixed_precision == "fp16")
-    texts = [record["identity_prompt"], record["prompt"]][: 1 if reference is None else 2]
+    texts = [record["identity_prompt"], record["reference_prompt"]][: 1 if reference is None else 2]
     trains_text = args.train_text_encoder or is_new(args.identity_token)
     cached = None if trains_text else model.encode_all(texts)
     model.unet.train()
@@ -386,7 +402,7 @@ def fine_tune(args, tunable, identity, record, source, reference, progress):
                 reference_noise = torch.randn(size, *latents.shape[1:], generator=generator).to(model.device)
                 latents, noise = torch.cat([latents, reference[rows]]), torch.cat([noise, reference_noise])
             timesteps = torch.randint(schedule.num_steps, (len(latents),), generator=generator).to(model.device)
-            # P_E for the half of own images, P_LPE* for the half of reference images.
+            # P_E for the half of own images, P_R for the half of reference images.
             condition = (model.encode(texts) if cached is None else cached).repeat_interleave(size, 0)
             with model.autocast():
                 errors = denoising_errors(
@@ -403,7 +419,7 @@ def fine_tune(args, tunable, identity, record, source, reference, progress):
         optimizer.zero_grad()
         losses.append(halves.detach())
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == args.max_train_steps:
-            check_losses(losses)
+            made_set.check_losses(losses)
             progress.stage(identity.name, f"fine-tuning {step + 1}/{args.max_train_steps}")
     return torch.stack(losses).cpu()
 
@@ -425,14 +441,6 @@ def build_tuning(args, tunable):
     return optimizer, get_scheduler(args.lr_scheduler, optimizer, **steps)
 
 
-def check_losses(losses):
-    bad = (~torch.stack(losses).isfinite().all(1)).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"the loss is not finite at step {bad[0] + 1}; lower --learning_rate, or use --mixed_precision bf16 or no"
-        )
-
-
 # One identity
 
 
@@ -441,32 +449,21 @@ def make_identity(args, identity, record, work, progress, prompts, tunable, meas
     model = tunable.model
     tunable.restore()
     progress.stage(identity.name, "reference set")
-    reference, key = reference_set(args, model, work, record["prompt"])
+    reference, key = reference_set(args, model, work, record["reference_prompt"])
     images = identity.images()
     pixels = torch.stack([image_for_vae(image, tuple(args.resolution)) for image in images])
     posteriors = [encode(model.vae, part) for part in pixels.split(args.sample_batch_size)]
     source = [torch.cat(values) for values in zip(*posteriors, strict=True)]
     losses = fine_tune(args, tunable, identity, record, source, reference, progress)
-
     progress.stage(identity.name, "images")
-    words, with_token, plain = zip(*prompts.of_images(record, identity, args.num_images, args.seed), strict=True)
-    seeds = [seed_of(args.seed, identity.name, "image", index) for index in range(args.num_images)]
-    latents = model.sample(model.encode_all(list(with_token)), seeds, **sampling(args))
-    size = tuple(reversed(args.save_resolution))
-    drawn = model.pictures(latents, args.sample_batch_size)
-    pictures = [picture.resize(size, Image.Resampling.LANCZOS) for picture in drawn]
-    values, features = measures.of(images, pictures, list(plain))
     with work.scratch() as part:
-        (part / "images").mkdir()
-        rows = []
-        for index, (picture, prompt, seed) in enumerate(zip(pictures, with_token, seeds, strict=True)):
-            path = made_set.image_path(identity.name, index, args.image_format)
-            exif = {"prompt": prompt, "seed": seed, "model": model.digest}
-            made_set.save_image(picture, part / "images" / Path(path).name, quality=args.jpeg_quality, **exif)
-            rows.append({"path": path, "prompt": prompt, "seed": seed, "drawn": words[index]})
+        drawing = (args, identity, record, prompts, model)
+        _, rows, pictures, plain = draw_images(*drawing, range(args.num_images), part / "images")
+        own = [row["changed"] is None for row in rows]
+        values, features = measures.of(images, pictures, plain, own)
         folders = {part / "images": f"images/{identity.name}"}
         if args.save_adapters:
-            save_adapter(tunable, prompts, identity, part / "adapter")
+            adapters.save_adapter(model, part / "adapter", *token_of(tunable, prompts, identity))
             folders[part / "adapter"] = f"adapters/{identity.name}"
         result = {name: record[name] for name in ("domain", "pid", "prompt", "identity_prompt")}
         result |= {"reference": key, "model": model.digest, "steps": args.num_inference_steps}
@@ -477,12 +474,49 @@ def make_identity(args, identity, record, work, progress, prompts, tunable, meas
     return True
 
 
-def save_adapter(tunable, prompts, identity, folder):
-    """Save LoRA for `load_lora_weights` and the token for `load_textual_inversion`."""
-    save_unet(tunable.model.unet, "lora", folder)
-    if prompts.has_new_tokens:
-        row = tunable.token.row.detach().cpu().clone()
-        save_file({prompts.token_of(identity): row}, folder / "learned_embeds.safetensors")
+def redraw_identity(args, identity, record, work, progress, prompts, tunable, measures):
+    """Add the images that are missing by the identity's adapter. The record comes last and holds all images."""
+    model, made = tunable.model, work.read(identity.name, made_set.IMAGES)
+    adapters.load_adapter(model, work.folder / adapters.FOLDER / identity.name, *token_of(tunable, prompts, identity))
+    old = [row | {"made_from": made_set.prompt_of(made, row)} for row in made["images"]]
+    progress.stage(identity.name, "images")
+    numbers = range(len(old), len(old) + made_set.images_to_add(made, record, args.num_images))
+    with work.scratch() as part:
+        drawing = (args, identity, record, prompts, model)
+        files, rows, pictures, plain = draw_images(*drawing, numbers, part / "images")
+        settings = {"steps": args.num_inference_steps, "guidance": args.guidance_scale}
+        rows = old + [row | settings | {"made_from": record["identity_prompt"]} for row in rows]
+        pictures = made_set.open_pictures(work.folder, old) + pictures
+        plain = [prompts.without_token(row["prompt"], identity) for row in old] + plain
+        own = [row.get("changed") is None for row in rows]
+        values, features = measures.of(identity.images(), pictures, plain, own)
+        made |= {name: record[name] for name in ("prompt", "identity_prompt")}
+        made |= {"measures": values, "features": features, "images": rows}
+        work.extend(identity.name, made_set.IMAGES, made, files)
+    work.forget(identity.name, made_set.FAILED)
+    return True
+
+
+def draw_images(args, identity, record, prompts, model, numbers, folder):
+    """Draw the images with these numbers into a scratch folder.
+
+    Returns {file: path in the set}, the rows of the record, the pictures, and their prompts without the token.
+    """
+    folder.mkdir()
+    texts = prompts.of_images(record, identity, numbers, args.seed, args.clothing_change)
+    seeds = [seed_of(args.seed, identity.name, "image", number) for number in numbers]
+    latents = model.sample(model.encode_all([text.with_token for text in texts]), seeds, **sampling(args))
+    size = tuple(reversed(args.save_resolution))
+    drawn = model.pictures(latents, args.sample_batch_size)
+    pictures = [picture.resize(size, Image.Resampling.LANCZOS) for picture in drawn]
+    style = {"ending": args.image_format, "quality": args.jpeg_quality, "model": model.digest}
+    files, rows = made_set.write_images(folder, identity.name, numbers, pictures, texts, seeds, **style)
+    return files, rows, pictures, [text.plain for text in texts]
+
+
+def token_of(tunable, prompts, identity):
+    """The name of the identity's token and its row, which only a new token has."""
+    return (prompts.token_of(identity), tunable.token.row) if prompts.has_new_tokens else ()
 
 
 # The run
@@ -504,6 +538,8 @@ def main(args):
         lists = captions.read_lists(args.attribute_lists) if args.attribute_lists else captions.DIVERSITY
         progress = Progress(work, made_set.IMAGES, "images", args.num_images, main=accelerator.is_main_process)
         rows, tokenizer = check_inputs(args, everyone, identities)
+        if args.redraw:
+            adapters.check_adapters(work, work.pieces, is_new(args.identity_token))
         prompts = open_prompts(
             tokenizer,
             identities,
@@ -511,6 +547,7 @@ def main(args):
             identity_token=args.identity_token,
             lists=lists,
             progress=progress,
+            shares_references=args.reference_prompts == "shared",
         )
         if accelerator.is_main_process:
             write_settings(args, work, lists)
@@ -569,6 +606,7 @@ def write_settings(args, work, lists):
         arguments | {"attribute_lists": lists},
         made_set.command_of({name: getattr(args, name) for name in given}),
         {name: version for name, version in versions().items() if name != "device"},
+        REDRAWN if args.redraw else (),
     )
 
 
@@ -590,12 +628,14 @@ def work_on(args, accelerator, identities, work, progress, prompts, rows):
     missing = [
         identity
         for identity in own_share
-        if identity.name in records and not made_set.is_made(work, records[identity.name])
+        if identity.name in records and is_missing(args, work, identity, records[identity.name])
     ]
     if args.captions_only or not missing:
         return
     tunable = open_model(args, accelerator, prompts)
     made_set.check_model(work, tunable.model.digest)
+    if args.redraw:
+        adapters.check_origin(work, [identity.name for identity in missing], tunable.model.digest)
     measures = Measures.from_pretrained(clip_name(args), args.reid_model, accelerator.device)
     lean = what_saves_memory(
         sum(weight.numel() for weight in tunable.weights),
@@ -606,10 +646,17 @@ def work_on(args, accelerator, identities, work, progress, prompts, rows):
         resolution=args.resolution,
         sample_batch_size=args.sample_batch_size,
     )
+    make = redraw_identity if args.redraw else make_identity
     for identity in missing:
         inputs = (args, identity, records[identity.name], work, progress, prompts, tunable, measures)
-        if made_set.attempt(work, progress, identity.name, lean, make_identity, *inputs):
+        if made_set.attempt(work, progress, identity.name, lean, make, *inputs):
             progress.finished(identity.name)
+
+
+def is_missing(args, work, identity, record):
+    if args.redraw:
+        return made_set.images_to_add(work.read(identity.name, made_set.IMAGES), record, args.num_images) > 0
+    return not made_set.is_made(work, record, args.num_images)
 
 
 def load_captioner(args, device):

@@ -116,6 +116,15 @@ class Worklist:
                     raise
         self.write(self.record_path(piece, name).relative_to(self.folder), to_json(record))
 
+    def extend(self, piece, name, record, files):
+        """Move `files` ({scratch file: path below the work folder}) to their paths, then replace the record.
+
+        Other files stay. A kill before the end leaves the old record, which does not know the new files.
+        """
+        for part, path in files.items():
+            self.move(part, self.folder / path)
+        self.write(self.record_path(piece, name).relative_to(self.folder), to_json(record))
+
     def forget(self, piece, name):
         self.record_path(piece, name).unlink(missing_ok=True)
 

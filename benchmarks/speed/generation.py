@@ -122,7 +122,7 @@ def measure(model, finetune, resolution, steps, flags):
     scale = 2 ** (len(model.vae.config.block_out_channels) - 1)
     shape = (4, model.vae.config.latent_channels, resolution[0] // scale, resolution[1] // scale)
     source = (torch.randn(shape, device=model.device), torch.rand(shape, device=model.device))
-    words = {"identity_prompt": "a photo of <iir-0000> person", "prompt": "a photo of a person"}
+    words = {"identity_prompt": "a photo of <iir-0000> person", "reference_prompt": "a photo of a person"}
     pixels = torch.rand(2 * args.train_batch_size, 3, *resolution) * 2 - 1
     condition = model.encode_all(["a photo of a person"]).expand(args.sample_batch_size, -1, -1)
     seeds = list(range(args.sample_batch_size))

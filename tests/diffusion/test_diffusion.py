@@ -536,6 +536,38 @@ def test_refused_folders(copy, tmp_path):
     refused("no diffusion checkpoint at .*absent", tmp_path / "absent")
 
 
+FAMILIES = {
+    "FluxPipeline": ("FluxTransformer2DModel", "family Flux "),
+    "StableDiffusion3Pipeline": ("SD3Transformer2DModel", "family Stable Diffusion 3 "),
+    "PixArtSigmaPipeline": ("PixArtTransformer2DModel", "family PixArtSigma "),
+    "SanaPipeline": ("SanaTransformer2DModel", "family Sana "),
+}
+
+
+@pytest.mark.parametrize("pipeline", FAMILIES)
+def test_whole_checkpoints_of_other_families_are_named(tmp_path, pipeline):
+    network, named = FAMILIES[pipeline]
+    parts = {
+        "transformer": ["diffusers", network],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "image_encoder": [None, None],
+    }
+    parts |= {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline} | parts))
+    for part in ("transformer", "vae", "scheduler"):
+        (tmp_path / part).mkdir()
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        (tmp_path / part / name).write_text(json.dumps({"_class_name": (parts[part])[1]}))
+    with pytest.raises(
+        ValueError, match=f"whole checkpoint of the {named}.*{network}.*use Stable Diffusion 1.x or 2.x"
+    ):
+        check_diffusion(tmp_path)
+    # A part that is missing is another matter.
+    shutil.rmtree(tmp_path / "transformer")
+    with pytest.raises(ValueError, match="is not a whole diffusers checkpoint"):
+        check_diffusion(tmp_path)
+
+
 def test_loading_refuses_weights_of_another_network(copy):
     weights = load_file(copy / "unet" / WEIGHTS)
     save_file({name: value for name, value in weights.items() if name != "conv_in.bias"}, copy / "unet" / WEIGHTS)

@@ -69,11 +69,62 @@ def clip_tokenizer():
         ("", ""),
         ("...", ""),
         ("nothing", "nothing"),
-        ("he is wearing a long red coat over a shirt", ""),
+        ("he is wearing a long red coat over a shirt", "long red coat over a shirt"),
+        ("a long red coat over a white shirt and blue jeans", ""),
     ],
 )
 def test_answers_are_cleaned(answer, kept):
     assert captions.clean(answer) == kept
+
+
+@pytest.mark.parametrize(
+    "key, answer, kept",
+    [
+        ("upper", "he is wearing a black shirt", "black shirt"),
+        ("upper", "The young man is wearing a t-shirt.", "t-shirt"),
+        ("upper", "his jacket is black", "black jacket"),
+        ("upper", "a black shirt with no sleeves", "black shirt"),
+        ("upper", "a woman in a red dress", "red dress"),
+        ("upper", "he is a man", ""),
+        ("lower", "they are wearing black pants", "black pants"),
+        ("shoes", "her shoes are white", "white shoes"),
+        ("shoes", "The shoes are not visible", ""),
+        ("shoes", "I can't see the shoes", ""),
+        ("hair", "she has long black hair", "long black hair"),
+        ("carried", "yes, a black backpack", "black backpack"),
+        ("carried", "the person is carrying a brown handbag", "brown handbag"),
+        ("carried", "The person isn't carrying anything.", "nothing"),
+        ("carried", "he doesn't have a bag", "nothing"),
+        ("hat", "no hat", "nothing"),
+        ("hat", "there is no hat", "nothing"),
+        ("hat", "the hat is a red cap", "red cap"),
+        ("action", "he is walking down the street", "walking down the street"),
+        ("view", "the person is seen from behind", "behind"),
+        ("view", "he is facing the camera", "front"),
+        ("scene", "the person is standing in a park", "in a park"),
+    ],
+)
+def test_sentences_become_noun_phrases(key, answer, kept):
+    assert captions.clean(answer, key) == kept
+
+
+def test_sentences_are_read_before_the_vote_and_never_said_twice():
+    answers = [
+        {"upper": "he is wearing a black shirt", "hat": "no hat", "action": "he is walking"},
+        {"upper": "a red coat", "hat": "a red cap", "action": "walking"},
+        {"upper": "black shirt", "hat": "he is not wearing a hat", "action": "standing"},
+    ]
+    merged = captions.merged(answers)["attributes"]
+    assert merged == {"upper": "black shirt", "hat": "nothing", "action": "walking"}
+    assert captions.compose(merged) == "a photo of a person, wearing a black shirt, walking"
+
+
+def test_the_answers_of_the_stand_in_stay_as_they_are():
+    for pid in range(60):
+        words = synthetic.describe("f", pid, 0, pid)
+        for key in captions.QUESTIONS:
+            answer = words[key].removeprefix("seen from ").removeprefix("the ") if key == "view" else words[key]
+            assert captions.clean(answer, key) == ("nothing" if answer in ("nothing", "none") else answer)
 
 
 def test_the_majority_speaks_and_ties_go_to_the_first_seen():
@@ -140,6 +191,25 @@ def test_drawn_attributes_depend_on_the_key_alone_and_use_every_word():
     assert all(one["upper"] == "red coat" for one in drawn)
     for key, values in captions.DIVERSITY.items():
         assert {one[key] for one in drawn} == set(values)
+
+
+def test_clothing_changes_one_known_garment_of_few_images():
+    for share in (0.0, 0.1, 0.2, 0.25, 0.49):
+        changed = [captions.is_changed(number, share) for number in range(1000)]
+        assert sum(changed) == pytest.approx(1000 * share, abs=1)
+        # Whatever their number, the images in the identity's own clothes are more.
+        assert all(2 * sum(changed[:count]) < count for count in range(1, 1001))
+    own = {"upper": "red jacket", "lower": "jeans", "hat": "nothing", "scene": "outdoors"}
+    seen = set()
+    for number in range(300):
+        other, garment = captions.change_clothes(own, captions.CLOTHES, 0, "a/0001", number)
+        assert {key for key in own if other[key] != own[key]} == {garment} and garment in ("upper", "lower")
+        seen.add(other[garment])
+    assert "red jacket" not in seen and len(seen) == len(captions.CLOTHES["upper"]) - 1 + len(
+        captions.CLOTHES["lower"]
+    )
+    # Of a prompt by hand the garments are not known.
+    assert captions.change_clothes({}, captions.CLOTHES, 0) == ({}, None)
 
 
 def test_lists_of_ones_own(tmp_path):

@@ -13,8 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers.training_utils import compute_snr
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import CLIPTokenizer
 
@@ -33,6 +34,7 @@ from utils.generated import captioning, captions
 from utils.generated.captioning import open_prompts
 from utils.generated.measures import diversity, identity_auc
 from utils.standins import build
+from utils.synthetic.world import attributes
 
 SOURCE = "synthetic:domain=a,num_ids=3,images_per_id=4"
 NAMES = ["synthetic-a/0000", "synthetic-a/0002", "synthetic-a/0004"]
@@ -244,9 +246,10 @@ def test_the_prompt_without_identity_never_has_the_token(whole):
         assert row["identity_prompt"] == row["prompt"].replace("a person", f"{token} person", 1)
         assert len(row["images"]) == len({image["path"] for image in row["images"]}) > 0
         for key in captions.QUESTIONS:
-            said = [captions.clean(image[key]) for image in row["images"]]
+            said = [captions.clean(image[key], key) for image in row["images"]]
             assert row[key] == captions.majority(said)
-    assert [prompt for *_, prompt in seen["reference"]] == [row["prompt"] for row in rows]
+    uppers = [captions.colour_and_kind(row["upper"]) for row in rows]
+    assert [prompt for *_, prompt in seen["reference"]] == [captions.compose({"upper": upper}) for upper in uppers]
     for row in pq.read_table(folder / "metadata.parquet").to_pylist():
         assert f"of <iir-{row['pid']:04d}> person" in row["prompt"]
 
@@ -305,8 +308,9 @@ def test_references_are_drawn_from_the_untouched_weights(whole, models):
     first = record(folder, NAMES[0])
     tokenizer = CLIPTokenizer.from_pretrained(models / "stable-diffusion/tokenizer")
     model = TextToImage(str(models / "stable-diffusion"), tokenizer, mode="full")
-    seeds = [script.seed_of(0, "reference", first["prompt"], number) for number in range(4)]
-    condition = model.encode_all([first["prompt"]] * 4)
+    prompt = record(folder, NAMES[0], "captions")["reference_prompt"]
+    seeds = [script.seed_of(0, "reference", prompt, number) for number in range(4)]
+    condition = model.encode_all([prompt] * 4)
     latents = model.sample(condition, seeds, resolution=(64, 32), steps=2, guidance=3.0, batch_size=2)
     kept = load_file(folder / f"references/{first['reference']}.safetensors")
     torch.testing.assert_close(kept["latents"].float(), latents, rtol=2e-3, atol=2e-3)
@@ -334,7 +338,7 @@ def test_the_hundredth_identity_starts_where_the_first_did(models, tmp_path, mod
     prompts = open_prompts(tokenizer, identities, **PROMPTS)
     tunable = script.open_model(args, Accelerator(cpu=True), prompts)
     words = {"identity_prompt": f"a photo of {prompts.token_of(identities[0])} person"}
-    words["prompt"] = "a photo of a person"
+    words["reference_prompt"] = "a photo of a person"
     starts, ends = set(), set()
     for number, identity in enumerate(identities):
         tunable.restore()
@@ -344,6 +348,40 @@ def test_the_hundredth_identity_starts_where_the_first_did(models, tmp_path, mod
         script.fine_tune(args, tunable, identity, words, (latents[0], latents[1].abs()), latents[2], Quiet())
         ends.add(weights_digest(tunable.model.unet))
     assert len(identities) == 100 and len(starts) == 1 and len(ends) == 100
+
+
+def test_few_reference_sets_serve_many_identities():
+    """Of 751 people, as many as Market-1501 trains on: all prompts differ, the shared reference prompts hardly do."""
+    people = [attributes("a", pid) for pid in range(0, 1502, 2)]
+    records = [{"attributes": {key: one[key] for key in captions.QUESTIONS if key in one}} for one in people]
+    whole, shared = ({function(one) for one in records} for function in (captions.composed, captions.reference_prompt))
+    assert len(records) == 751 and len(whole) > 740 and len(shared) <= 60
+    # A prompt by hand stays.
+    assert captions.reference_prompt(records[0] | {"text": "a person in red"}) == "a person in red"
+
+
+@pytest.mark.parametrize(
+    "words, kept",
+    [
+        ("red coat", "red coat"),
+        ("long red coat with buttons", "red coat"),
+        ("black and white striped shirt", "black shirt"),
+        ("black shirt and blue jeans", "black shirt"),
+        ("t-shirt", "t-shirt"),
+        ("", ""),
+    ],
+)
+def test_a_garment_by_its_colour_and_kind(words, kept):
+    assert captions.colour_and_kind(words) == kept
+
+
+@pytest.mark.parametrize("kind, sets", [("shared", 1), ("own", 2)])
+def test_reference_prompts_are_shared_or_own(models, tmp_path, kind, sets):
+    (tmp_path / "p.csv").write_text("pid,upper,lower\n0,long red coat,jeans\n2,red coat,shorts\n")
+    flags = ["--ids", "0", "2", "--num_images", "1", "--prompts", tmp_path / "p.csv", "--reference_prompts", kind]
+    run(models, tmp_path / "out", *flags)
+    assert len(list((tmp_path / "out" / "references").iterdir())) == sets
+    assert f"{sets} for 2 identities" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_identities_of_the_same_words_share_a_reference_set(models, tmp_path):
@@ -405,7 +443,7 @@ def test_a_step_adds_both_halves_with_lambda(models, monkeypatch):
     identity = open_identities([SOURCE])[0]
     torch.manual_seed(0)
     source, reference = (torch.randn(3, 4, 8, 4), torch.rand(3, 4, 8, 4)), torch.randn(4, 4, 8, 4)
-    words = {"identity_prompt": "a photo of sks person", "prompt": "a photo of a person"}
+    words = {"identity_prompt": "a photo of sks person", "reference_prompt": "a photo of a person"}
 
     def tuned(weight, reference):
         args.prior_loss_weight = weight
@@ -430,6 +468,91 @@ def test_a_step_adds_both_halves_with_lambda(models, monkeypatch):
     assert sum(float(one.abs().sum()) for one in own) > 1e-4
     apart, _ = tuned(0.0, None)
     assert apart.shape == (1, 1) and apart[0, 0] != pytest.approx(0)
+
+
+class Halves:
+    """Records what the loss of each step is computed from."""
+
+    def __init__(self, monkeypatch):
+        self.steps, plain = [], script.denoising_errors
+
+        def errors(unet, schedule, latents, noise, timesteps, condition, snr_gamma=None):
+            self.steps.append((latents.clone(), timesteps.clone(), condition.detach().clone()))
+            return plain(unet, schedule, latents, noise, timesteps, condition, snr_gamma)
+
+        monkeypatch.setattr(script, "denoising_errors", errors)
+
+
+@pytest.mark.parametrize("token", ["sks", "<iir-{pid}>"])
+def test_each_half_has_its_own_prompt_and_each_image_its_own_time(models, monkeypatch, token):
+    """Own images under P_E, reference images under theirs, and a timestep drawn for each image of both halves."""
+    folder, size = str(models / "stable-diffusion"), 3
+    flags = f"{FEW} --max_train_steps 4 --train_batch_size {size} --identity_token {token}"
+    args = script.parse_args(["--pretrained_model_name_or_path", folder, *flags.split()])
+    identity = open_identities([SOURCE])[1]
+    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    prompts = open_prompts(tokenizer, [identity], **PROMPTS | {"identity_token": token})
+    tunable = script.open_model(args, Accelerator(cpu=True), prompts)
+    name = prompts.token_of(identity)
+    words = {"identity_prompt": f"a photo of {name} person, in red", "reference_prompt": "a photo of a person in blue"}
+    own, others = tunable.model.encode_all(list(words.values()))
+    assert not torch.allclose(own, others, atol=1e-2)
+    torch.manual_seed(0)
+    # The latents tell the halves apart: own images lie near 9 / the VAE's factor, reference images near -9.
+    source = (torch.full((5, 4, 8, 4), 9.0), torch.full((5, 4, 8, 4), 1e-3))
+    halves = Halves(monkeypatch)
+    script.fine_tune(args, tunable, identity, words, source, torch.full((5, 4, 8, 4), -9.0), Quiet())
+    latents, timesteps, conditions = halves.steps[0]
+    assert (latents[:size] > 0).all() and (latents[size:] < 0).all()
+    for row in range(size):
+        torch.testing.assert_close(conditions[row], own)
+        torch.testing.assert_close(conditions[size + row], others)
+    times = torch.stack([step[1] for step in halves.steps])
+    assert times.shape == (4, 2 * size)
+    assert not (times[:, :size] == times[:, size:]).all(1).any() and len(times.unique()) > 3 * size
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_of_a_last_step_without_signal(prediction_type):
+    """Terminal SNR 0: the weights of diffusers' training scripts, 0 for v-prediction, and never NaN."""
+    scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type=prediction_type)
+    schedule, timesteps = NoiseSchedule(scheduler), torch.tensor([0, 500, 999])
+    latents, noise, answer = torch.randn(3, 3, 4, 8, 4, generator=torch.Generator().manual_seed(0))
+
+    def unet(noised, times, encoder_hidden_states):
+        return type("Output", (), {"sample": answer})
+
+    inputs = (unet, schedule, latents, noise, timesteps, torch.zeros(3, 1, 1))
+    plain, weighted = script.denoising_errors(*inputs), script.denoising_errors(*inputs, 5.0)
+    snr = compute_snr(scheduler, timesteps)
+    assert snr[-1] == 0
+    weight = snr.clamp(max=5.0)
+    weight = weight / (snr + 1) if prediction_type == "v_prediction" else torch.where(snr > 0, weight / snr, 1.0)
+    torch.testing.assert_close(weighted, plain * weight)
+
+
+def test_lora_of_the_text_encoder_needs_peft_alone(models, monkeypatch):
+    """transformers' own add_adapter may ask for a peft that is not out yet."""
+    from transformers.integrations.peft import PeftAdapterMixin
+
+    monkeypatch.setattr(PeftAdapterMixin, "add_adapter", lambda *_, **__: pytest.fail("it may ask for a newer peft"))
+    folder = models / "stable-diffusion"
+    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    alone = TextToImage(str(folder), tokenizer, mode="lora")
+    model = TextToImage(str(folder), tokenizer, mode="lora", train_text_encoder=True)
+    layers = model.text_encoder.config.num_hidden_layers
+    assert len(model.trained_weights()) - len(alone.trained_weights()) == 2 * 4 * layers
+    words = ["a photo of a person"]
+    # LoRA starts as no change.
+    assert torch.equal(model.encode_all(words), alone.encode_all(words))
+    model.encode(words).sum().backward()
+    trained = {name for name, weight in model.text_encoder.named_parameters() if weight.grad is not None}
+    assert len(trained) == 2 * 4 * layers and all(".lora_" in name for name in trained)
+
+
+def test_the_paper_recipe_keeps_its_activations():
+    assert not script.parse_args(["--recipe", "paper"]).gradient_checkpointing
+    assert script.parse_args(["--recipe", "paper", "--gradient_checkpointing"]).gradient_checkpointing
 
 
 # Drawing
@@ -707,9 +830,132 @@ def test_a_captioner_without_answers_gives_its_caption(models, tmp_path):
     out = tmp_path / "out"
     run(models, out, "--captioner_model_name_or_path", tmp_path / "git", "--captions_only", "--ids", "2")
     row = pq.read_table(out / "captions.parquet").to_pylist()[0]
-    said = [captions.clean(image["caption"], captions.MAX_CAPTION_WORDS) for image in row["images"]]
+    said = [captions.tidy(image["caption"], captions.MAX_CAPTION_WORDS) for image in row["images"]]
     assert row["caption"] == captions.majority(said)
     assert row["prompt"] == ", ".join(filter(None, ["a photo of a person", row["caption"]]))
+
+
+# Clothes
+
+
+def test_some_images_change_a_garment_and_say_so(models, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "p.csv").write_text("pid,upper,lower\n0,red coat,jeans\n2,red coat,jeans\n4,,\n".replace("4,,\n", ""))
+    flags = ["--ids", "0", "2", "--num_images", "5", "--clothing_change", "0.4", "--prompts", tmp_path / "p.csv"]
+    run(models, out, *flags, "--max_train_steps", "1")
+    rows = pq.read_table(out / "metadata.parquet").to_pylist()
+    assert [row["changed"] is not None for row in rows] == [False, False, True, False, True] * 2
+    for row in rows:
+        garments = {"upper": "red coat" in row["prompt"], "lower": "jeans" in row["prompt"].replace("e jeans", "")}
+        assert row["changed"] in (None, "upper", "lower")
+        if row["changed"]:
+            other = "lower" if row["changed"] == "upper" else "upper"
+            assert garments[other] and any(word in row["prompt"] for word in captions.CLOTHES[row["changed"]])
+        else:
+            assert all(garments.values())
+
+
+def test_measures_of_identity_look_at_its_own_clothes_only(models):
+    from utils.generated.measures import Measures
+
+    measures = Measures.from_pretrained(str(models / "clip"))
+    source = [Image.new("RGB", (32, 64), "red")] * 2
+    made = [Image.new("RGB", (32, 64), colour) for colour in ("red", "blue", "green")]
+    words = ["a person"] * 3
+    values, means = measures.of(source, made, words, [True, False, False])
+    alone, alone_means = measures.of(source, made[:1], words[:1])
+    everything, _ = measures.of(source, made, words)
+    assert values["image_similarity"] == alone["image_similarity"] != everything["image_similarity"]
+    assert means == alone_means
+    assert (
+        values["diversity"] == everything["diversity"] and values["text_similarity"] == everything["text_similarity"]
+    )
+
+
+# More images from adapters that are kept
+
+
+def test_redraw_adds_what_a_longer_run_would_have_drawn(models, tmp_path, monkeypatch):
+    flags = ["--ids", "0", "2", "--save_adapters", "--image_format", "png", "--num_images"]
+    out, longer = tmp_path / "out", tmp_path / "longer"
+    run(models, out, *flags, "2")
+    run(models, longer, *flags, "4")
+    before = files(out / "images")
+    monkeypatch.setattr(script, "fine_tune", lambda *_: pytest.fail("nothing is tuned again"))
+    monkeypatch.setattr(script, "reference_set", lambda *_: pytest.fail("nothing is tuned again"))
+    plain = script.redraw_identity
+
+    def killed(args, identity, *rest):
+        if identity.name == NAMES[1]:
+            raise KeyboardInterrupt
+        return plain(args, identity, *rest)
+
+    monkeypatch.setattr(script, "redraw_identity", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(models, out, *flags, "4", "--redraw")
+    monkeypatch.setattr(script, "redraw_identity", plain)
+    assert len(record(out, NAMES[0])["images"]) == 4 and len(record(out, NAMES[1])["images"]) == 2
+    assert run(models, out, *flags, "4", "--redraw") == {}
+    after = files(out / "images")
+    assert before.items() <= after.items() and after == files(longer / "images")
+    rows, wanted = (pq.read_table(folder / "metadata.parquet").to_pylist() for folder in (out, longer))
+    assert rows == wanted and len(rows) == 8
+    for name in NAMES[:2]:
+        for measure, value in record(longer, name)["measures"].items():
+            assert record(out, name)["measures"][measure] == pytest.approx(value, abs=1e-4)
+    # Nothing is left to do, and the same longer run without --redraw sees that too.
+    monkeypatch.setattr(script, "open_model", lambda *_: pytest.fail("nothing is left to do"))
+    run(models, out, *flags, "4", "--redraw")
+    run(models, out, *flags, "4")
+    assert files(out / "images") == after
+
+
+def test_redraw_with_other_prompts_keeps_the_images_there(models, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--ids", "2", "--save_adapters", "--num_images", "2"]
+    run(models, out, *flags)
+    before = files(out / "images")
+    (tmp_path / "p.csv").write_text("pid,prompt\n2,a person like a tree\n")
+    redraw = [*flags, "--redraw", "--prompts", tmp_path / "p.csv", "--num_inference_steps", "3"]
+    assert run(models, out, *redraw) == {}
+    assert before.items() <= files(out / "images").items()
+    rows = pq.read_table(out / "metadata.parquet").to_pylist()
+    assert ["like a tree" in row["prompt"] for row in rows] == [False, False, True, True]
+    assert [row["steps"] for row in rows] == [2, 2, 3, 3] and len({row["seed"] for row in rows}) == 4
+    made = files(out)
+    assert run(models, out, *redraw) == {} and files(out) == made
+    # With its first prompts again, everything is there.
+    assert len(record(out, NAMES[1])["images"]) == 4
+
+
+def test_redraw_without_its_adapters_is_refused(models, whole, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    monkeypatch.setattr(script, "load_captioner", lambda *_: pytest.fail("too late"))
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "open_model", lambda *_: pytest.fail("too late"))
+        with pytest.raises(ValueError, match="has no adapter of 3 of 3 identities, synthetic-a/0000 for one"):
+            run(models, out, "--redraw", "--num_images", "4")
+    few = ["--ids", "2", "--save_adapters", "--num_images", "1"]
+    run_again = tmp_path / "kept"
+    monkeypatch.undo()
+    run(models, run_again, *few)
+    origin = run_again / "adapters" / NAMES[1] / "adapter.json"
+    digest = json.loads(origin.read_text())["model"]
+    origin.write_text('{"model": "another"}')
+    with pytest.raises(
+        ValueError, match=f"adapter of {NAMES[1]} was tuned from the model another, this one is {digest}"
+    ):
+        run(models, run_again, *few[:-1], "2", "--redraw")
+    origin.write_text(json.dumps({"model": digest}))
+    with pytest.raises(ValueError, match="other settings: --rank was 8 and is 4.*--redraw may change --num_images"):
+        run(models, run_again, *few[:-1], "2", "--redraw", "--rank", "4")
+    lora = run_again / "adapters" / NAMES[1] / "unet_lora" / "pytorch_lora_weights.safetensors"
+    weights = load_file(lora)
+    save_file(dict(list(weights.items())[1:]), lora)
+    failures = run(models, run_again, *few[:-1], "2", "--redraw")
+    assert "is the LoRA of another network or rank: 1 of its weights" in failures[NAMES[1]]
+    assert len(record(run_again, NAMES[1])["images"]) == 1
 
 
 # Flags
@@ -776,6 +1022,9 @@ def test_saved_adapters_load_in_diffusers_and_draw_the_same(models, tmp_path):
         ("--prior_loss_weight -1", "--prior_loss_weight must be 0 or more, got -1"),
         ("--snr_gamma 0", "--snr_gamma must be above 0"),
         ("--merge --captions_only", "leave out --captions_only"),
+        ("--redraw --merge", "--redraw draws images, so leave out --merge"),
+        ("--redraw --finetune full", "--save_adapters keeps LoRA, so it needs --finetune lora"),
+        ("--clothing_change 0.5", "--clothing_change must be 0 or more, and below 0.5, got 0.5"),
         ("--class_prompt=", "--class_prompt must end in its noun"),
         ("--class_prompt person.", "a word without a full stop, got 'person.'"),
     ],

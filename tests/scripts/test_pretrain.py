@@ -19,7 +19,14 @@ import evaluate
 import finetune_reid
 import pretrain_backbone
 import train_dcac
-from pretrain_backbone import Classification, SelfDistillation, distillation_loss, momentum, parse_args
+from pretrain_backbone import (
+    Classification,
+    SelfDistillation,
+    distillation_loss,
+    momentum,
+    parse_args,
+    share_published_batch,
+)
 from tests import runs
 from tests.runs import launch, lines_written, log_of, same_weights, start, stopped, weights_of
 from utils.batches.mixing import Mix
@@ -439,6 +446,34 @@ def test_two_processes_train_as_one(name, request, tmp_path):
         assert left == pytest.approx(right, rel=1e-3, abs=1e-4)
     first, second = (tensors_of(folder, 3) for folder in (one, tmp_path))
     assert max(float((first[key].float() - second[key].float()).abs().max()) for key in first) < 1e-3
+
+
+class Processes:
+    """The part of an Accelerator that shares a batch."""
+
+    def __init__(self, number):
+        self.num_processes, self.said = number, []
+
+    def print(self, words):
+        self.said.append(words)
+
+
+@pytest.mark.parametrize("processes, passes, share", [(1, 1, 512), (8, 1, 64), (4, 2, 64), (1, 4, 128)])
+def test_the_published_batch_is_of_all_processes_together(processes, passes, share):
+    args = parse_args(["--recipe", "diff-person", "--source", "x", "--gradient_accumulation_steps", str(passes)])
+    accelerator = Processes(processes)
+    share_published_batch(args, accelerator)
+    assert args.train_batch_size == share and args.train_batch_size * processes * passes == 512
+    assert (processes * passes == 1) == (accelerator.said == [])
+    assert all(
+        f"--train_batch_size {share}: the share of {processes} processes" in words for words in accelerator.said
+    )
+    given = parse_args(["--recipe", "diff-person", "--source", "x", "--train_batch_size", "96"])
+    share_published_batch(given, accelerator := Processes(8))
+    assert given.train_batch_size == 96 and "768 together" in accelerator.said[0]
+    uneven = parse_args(["--recipe", "diff-person", "--source", "x"])
+    with pytest.raises(ValueError, match="512 images, cannot be shared by 3 processes.*give --train_batch_size"):
+        share_published_batch(uneven, Processes(3))
 
 
 @pytest.mark.parametrize("more", [MIXED, DINO], ids=["classification", "dino"])

@@ -16,6 +16,7 @@ CONFIGS = {
     "vae": "vae/config.json",
     "scheduler": "scheduler/scheduler_config.json",
 }
+INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PREDICTIONS = ("epsilon", "v_prediction")
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
@@ -53,6 +54,7 @@ def check_diffusion(name_or_path, *, resolution=None, revision=None, token=None,
     files, folder = open_checkpoint(name, revision, token)
     missing = [file for file in CONFIGS.values() if file not in files]
     if missing:
+        refuse_other_families(name, files, folder, revision, token)
         folders = ", ".join(sorted({file.split("/")[0] for file in files})[:8]) or "nothing"
         raise ValueError(f"{name!r} is not a whole diffusers checkpoint: it has no {missing[0]} (found: {folders})")
     unet, vae, scheduler = (read_config(folder or name, part, revision, token) for part in CONFIGS)
@@ -87,6 +89,32 @@ def check_diffusion(name_or_path, *, resolution=None, revision=None, token=None,
             f"multiples of {info.multiple} pixels"
         )
     return info
+
+
+def refuse_other_families(name, files, folder, revision, token):
+    """ValueError that names the family of a whole pipeline whose network is no U-Net, such as Flux or SD3."""
+    if "unet/config.json" in files or INDEX not in files:
+        return
+    try:
+        path = folder / INDEX if folder else Path(hf_hub_download(name, INDEX, revision=revision, token=token))
+        index = read_json(path)
+    except Exception:
+        # Without its index, a folder cannot be told from a broken one.
+        return
+    # A part is [library, class]; one that a pipeline leaves out is [null, null].
+    parts = {part: value[1] for part, value in index.items() if isinstance(value, list) and len(value) == 2}
+    present = {file.split("/")[0] for file in files if "/" in file}
+    if not {part for part, model_class in parts.items() if model_class} <= present:
+        return
+    network = next((part for part in ("transformer", "prior", "decoder") if parts.get(part)), None)
+    if network is None:
+        return
+    pipeline = str(index.get("_class_name"))
+    family = pipeline.replace("Pipeline", "").replace("StableDiffusion3", "Stable Diffusion 3")
+    raise ValueError(
+        f"{name!r} is a whole checkpoint of the family {family} ({pipeline}, its network {parts[network]}), which is "
+        "not supported; use Stable Diffusion 1.x or 2.x"
+    )
 
 
 def check_unet(name, config, latent_channels):
@@ -194,7 +222,8 @@ def open_checkpoint(name, revision, token):
                     f"{one_line(error)}"
                 ) from error
             folder = Path(config).parent.parent
-    return {path.relative_to(folder).as_posix() for path in folder.glob("*/*")}, folder
+    files = {path.relative_to(folder).as_posix() for path in folder.glob("*/*")}
+    return files | ({INDEX} if (folder / INDEX).is_file() else set()), folder
 
 
 def read_config(name, part, revision=None, token=None):

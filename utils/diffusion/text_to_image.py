@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModel
 
@@ -84,7 +84,9 @@ class TextToImage:
         if train_text_encoder and mode == "lora":
             with torch.random.fork_rng([]):
                 torch.manual_seed(seed)
-                self.text_encoder.add_adapter(LoraConfig(r=rank, lora_alpha=1, target_modules=TEXT_LORA_TARGETS))
+                # peft itself: transformers' add_adapter may ask for a newer peft than there is.
+                config = LoraConfig(r=rank, lora_alpha=1, target_modules=TEXT_LORA_TARGETS)
+                inject_adapter_in_model(config, self.text_encoder)
         elif train_text_encoder:
             self.text_encoder.requires_grad_(True)
             self.text_encoder.get_input_embeddings().requires_grad_(False)

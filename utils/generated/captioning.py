@@ -1,7 +1,7 @@
 """Captions of identities, from a captioner or from a user's rows, and the prompts written from them."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AddedToken
 
@@ -20,7 +20,8 @@ class Prompts:
 
     class_prompt: P; its last word is the noun. identity_token: a token in <brackets> is new to the vocabulary and gets
     an id from `first_id` on; `{pid}` stands for the identity's number. lists: phrases that generated images draw from,
-    {attribute: phrases}.
+    {attribute: phrases}; those of garments only where one of them is changed. shares_references: whether reference
+    images are drawn from a prompt that many identities have in common.
     """
 
     tokenizer: Any
@@ -29,6 +30,7 @@ class Prompts:
     identity_token: str
     lists: dict
     progress: Progress
+    shares_references: bool = False
 
     @property
     def noun(self):
@@ -55,7 +57,7 @@ class Prompts:
         return fitted
 
     def written(self, record, identity):
-        """The record with its prompts P_LPE* and P_E, cut to fit the text encoder."""
+        """The record with its prompts P_LPE*, P_E and that of its reference images, cut to fit the text encoder."""
         text, token = record.get("text", ""), self.token_of(identity)
         if token in text:
             raise ValueError(f"the prompt of {identity.name} has the identity token {token!r} in it; leave it out")
@@ -64,25 +66,49 @@ class Prompts:
             identity_prompt = captions.with_token(prompt, token, self.noun)
         except ValueError as error:
             raise ValueError(f"{identity.name}: {error}; say {self.noun}, or give another --class_prompt") from None
-        return record | {"text": text, "prompt": prompt, "identity_prompt": identity_prompt}
+        reference = prompt
+        if self.shares_references:
+            reference = self.fit(captions.reference_prompt(record | {"text": text}, self.class_prompt), identity)
+        words = {"text": text, "prompt": prompt, "identity_prompt": identity_prompt, "reference_prompt": reference}
+        return record | words
 
-    def of_images(self, record, identity, count, seed):
-        """For each image: the drawn words, P_E with these words, and the same prompt without the token."""
+    def of_images(self, record, identity, numbers, seed, clothing_change=0.0):
+        """An `ImagePrompt` for each number of an image; `clothing_change`: the share of images with other clothes."""
         # A prompt written by hand is used without the attributes and the caption.
         known = {} if record["text"] else record["attributes"]
         caption = "" if record["text"] or known else record["caption"]
+        clothes = captions.CLOTHES | {key: words for key, words in self.lists.items() if key in captions.CLOTHES}
+        scenes = {key: words for key, words in self.lists.items() if key not in captions.CLOTHES}
         prompts = []
-        for index in range(count):
-            drawn = captions.draw_attributes(known, self.lists, seed, identity.name, index)
+        for number in numbers:
+            own, garment = known, None
+            if captions.is_changed(number, clothing_change):
+                own, garment = captions.change_clothes(known, clothes, seed, identity.name, number)
+            drawn = captions.draw_attributes(own, scenes, seed, identity.name, number)
             prompt = self.fit(captions.compose(drawn, record["text"] or self.class_prompt, caption), identity)
-            words = [drawn[key] for key in sorted(self.lists) if drawn[key] not in captions.ABSENT]
-            prompts.append((words, captions.with_token(prompt, self.token_of(identity), self.noun), prompt))
+            words = [drawn[key] for key in sorted(scenes) if drawn[key] not in captions.ABSENT]
+            words += [drawn[garment]] if garment else []
+            with_token = captions.with_token(prompt, self.token_of(identity), self.noun)
+            prompts.append(ImagePrompt(words, with_token, prompt, garment))
         return prompts
 
+    def without_token(self, prompt, identity):
+        """A prompt of `of_images` for a model that does not know the token."""
+        return prompt.replace(f"{self.token_of(identity)} {self.noun}", f"a {self.noun}", 1)
 
-def open_prompts(tokenizer, identities, *, class_prompt, identity_token, lists, progress):
+
+class ImagePrompt(NamedTuple):
+    """The drawn words, P_E with these words, the same prompt without the token, and the changed garment or None."""
+
+    words: list
+    with_token: str
+    plain: str
+    changed: str | None
+
+
+def open_prompts(tokenizer, identities, *, class_prompt, identity_token, lists, progress, shares_references=False):
     """`Prompts`, after the new tokens of all identities are added; words without brackets add none."""
-    prompts = Prompts(tokenizer, len(tokenizer), class_prompt, identity_token, lists, progress)
+    prompts = Prompts(tokenizer, len(tokenizer), class_prompt, identity_token, lists, progress, shares_references)
     tokens = dict.fromkeys(prompts.token_of(identity) for identity in identities)
     if prompts.has_new_tokens:
         if known := [token for token in tokens if token in tokenizer.get_vocab()]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from utils.generated.answers import ABSENT, clean, tidy
 
 QUESTIONS = {
     "upper": "what is the person wearing on the upper body?",
@@ -27,31 +30,35 @@ DIVERSITY = {
         "outdoors", "indoors", "on a street in the rain", "in the snow", "in an indoor hall", "on a bright campus",
         "on a street at night", "in a metro station", "in a shop", "in a park", "at an airport", "on a square",
     ],
-    "action": ["walking", "standing"],
+    "action": [
+        "walking", "standing", "running", "sitting", "riding a bicycle", "looking at a phone", "talking on a phone",
+        "waiting", "turning around", "climbing stairs",
+    ],
     "carried": [
         "nothing", "black backpack", "red backpack", "blue backpack", "brown handbag", "black handbag",
         "green shoulder bag", "black shoulder bag",
     ],
     "view": ["front", "behind", "side"],
 }  # fmt: skip
-CLASS_PROMPT = "a photo of a person"
-ABSENT = {"nothing", "none", "no", "no one", "nobody"}
-UNKNOWN = {
-    "unknown", "unclear", "not visible", "not sure", "unsure", "can t tell", "cannot tell", "i don t know", "n a",
-    "yes", "person", "unanswerable",
+# What a clothing change draws from. The garments of an image are the identity's own but for the one that is changed.
+CLOTHES = {
+    "upper": [
+        "red jacket", "blue jacket", "black coat", "green coat", "white shirt", "blue shirt", "grey hoodie",
+        "black hoodie", "yellow t-shirt", "white t-shirt", "orange t-shirt", "purple shirt",
+    ],
+    "lower": [
+        "blue jeans", "black jeans", "grey trousers", "brown trousers", "beige trousers", "black shorts",
+        "white shorts", "red skirt",
+    ],
+    "shoes": ["white shoes", "black shoes", "brown shoes", "red shoes"],
+    "hat": ["black cap", "red cap", "grey beanie"],
 }  # fmt: skip
-MAX_ANSWER_WORDS = 6
+COLOURS = (
+    "black", "white", "grey", "gray", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "beige",
+    "dark", "light", "navy", "tan", "khaki", "striped", "colorful",
+)  # fmt: skip
+CLASS_PROMPT = "a photo of a person"
 MAX_CAPTION_WORDS = 40
-ARTICLE = re.compile(r"^(a|an|the|his|her|their) ")
-
-
-def clean(answer, max_words=MAX_ANSWER_WORDS):
-    """An answer in the form a prompt uses, or "" if it says nothing."""
-    text = " ".join(re.sub(r"[^\w\s'-]", " ", answer.lower()).split())
-    # Some tokenizers split compounds: t - shirt.
-    text = ARTICLE.sub("", re.sub(r"(?<=\w) - (?=\w)", "-", text))
-    known = re.sub(r"[^\w]+", " ", text)
-    return "" if known in UNKNOWN or not known.strip() or len(text.split()) > max_words else text
 
 
 def majority(answers):
@@ -119,8 +126,54 @@ def draw_attributes(attributes, lists, *seed):
     return attributes | {key: rng.choice(values) for key, values in sorted(lists.items())}
 
 
+def is_changed(index, share):
+    """Whether the image with this number has other clothes, evenly spread; with a share below 0.5 never half of them.
+
+    An image's number alone decides, so that later images change nothing about earlier ones.
+    """
+    return math.floor((index + 1) * share + 1e-9) > math.floor(index * share + 1e-9)
+
+
+def change_clothes(attributes, clothes, *seed):
+    """(the attributes with one garment changed, its name), or (the attributes, None) if no garment is known."""
+    rng = random.Random("/".join(map(str, ("clothing", *seed))))
+    options = {}
+    for garment, values in sorted(clothes.items()):
+        own = attributes.get(garment, "")
+        if own and own.lower() not in ABSENT and (others := [value for value in values if value != own]):
+            options[garment] = others
+    if not options:
+        return attributes, None
+    garment = rng.choice(sorted(options))
+    return attributes | {garment: rng.choice(options[garment])}, garment
+
+
+def reference_prompt(record, class_prompt=CLASS_PROMPT):
+    """The prompt of a reference set that many identities share: it names the upper garment's colour and kind only.
+
+    A prompt written by hand, or made from a caption, stays as it is.
+    """
+    attributes = record["attributes"]
+    if record.get("text") or not attributes:
+        return record.get("text") or composed(record, class_prompt)
+    upper = attributes.get("upper", "")
+    return compose({"upper": upper if upper in ABSENT else colour_and_kind(upper)}, class_prompt)
+
+
+def colour_and_kind(words):
+    """ "long red coat with buttons" -> "red coat"."""
+    parts = re.split(r" (?:with|over|under|on|of|and) ", words)
+    # "black and white shirt" is one garment, "black shirt and jeans" are two.
+    name = next((part.split() for part in parts if part.split() and part.split()[-1] not in COLOURS), words.split())
+    colour = next((word for word in words.split() if word in COLOURS), "")
+    return f"{colour} {name[-1]}".strip() if name else ""
+
+
 def read_lists(path):
-    """A user's own lists: JSON such as {"scene": ["in a park", ...]}; a list that is absent keeps its default."""
+    """A user's own lists: JSON such as {"scene": ["in a park", ...]}; a list that is absent keeps its default.
+
+    The lists of garments are those that a clothing change draws from.
+    """
     try:
         lists = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -218,10 +271,10 @@ def answers_of(images):
 
 def merged(images):
     """The majority of the captions and of the answers to each question, over the images of a sequence."""
-    attributes = {key: majority(clean(image.get(key) or "") for image in images) for key in QUESTIONS}
+    attributes = {key: majority(clean(image.get(key) or "", key) for image in images) for key in QUESTIONS}
     return {
         "attributes": {key: value for key, value in attributes.items() if value},
-        "caption": majority(clean(image.get("caption") or "", MAX_CAPTION_WORDS) for image in images),
+        "caption": majority(tidy(image.get("caption") or "", MAX_CAPTION_WORDS) for image in images),
     }
 
 

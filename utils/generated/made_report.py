@@ -31,6 +31,9 @@ def made_report(work, identities, records, described, failures, arguments, valid
         ("Fine-tuning", f"{arguments['finetune']}, {arguments['max_train_steps']} steps"),
         ("Size", f"{arguments['resolution'][0]} x {arguments['resolution'][1]}"),
     ]
+    sets = {record["reference"] for record in records if record["reference"]}
+    if sets:
+        facts.append(("Reference sets", f"{len(sets):,} for {len(records):,} identities"))
     lead = f"{count:,} images of {len(records):,} identities, none of them a photograph."
     if failures:
         lead += f" {len(failures)} identities failed; they are listed below."

@@ -35,6 +35,8 @@ METADATA = pa.schema(
         ("steps", pa.int64()),
         ("guidance", pa.float64()),
         ("model", pa.string()),
+        # The garment that is not the identity's own, such as "upper", or null.
+        ("changed", pa.string()),
         ("synthetic", pa.bool_()),
     ]
 )
@@ -43,7 +45,8 @@ DESCRIPTION, SOFTWARE = 0x010E, 0x0131
 CARD_FILES = ["images/**", "metadata.parquet"]
 CARD = """{count:,} images of {people:,} identities, all of them made by a diffusion model that was fine-tuned to each
 identity of {sources}; none is a photograph. Every file says so in its EXIF data. `metadata.parquet` has, for each
-image, the identity, the data set it comes from, the prompt, seed, steps, guidance and a hash of the model.
+image, the identity, the data set it comes from, the prompt, seed, steps, guidance and a hash of the model; `changed`
+names the garment of an image that is not the identity's own.
 
 ```python
 from datasets import load_dataset
@@ -71,6 +74,31 @@ def save_image(image, path, *, quality, prompt, seed, model):
     image.save(path, exif=exif, **options)
 
 
+def write_images(folder, name, numbers, pictures, texts, seeds, *, ending, quality, model):
+    """Write an identity's images to a scratch folder. Returns {file: path in the set} and the rows of its record.
+
+    texts: `ImagePrompt`s.
+    """
+    files, rows = {}, []
+    for number, picture, text, seed in zip(numbers, pictures, texts, seeds, strict=True):
+        path = image_path(name, number, ending)
+        file = folder / path.rsplit("/", 1)[1]
+        save_image(picture, file, quality=quality, prompt=text.with_token, seed=seed, model=model)
+        files[file] = path
+        row = {"path": path, "prompt": text.with_token, "seed": seed, "drawn": text.words, "changed": text.changed}
+        rows.append(row)
+    return files, rows
+
+
+def open_pictures(folder, rows):
+    """The images of the rows of a record, from their files."""
+    pictures = []
+    for row in rows:
+        with Image.open(folder / row["path"]) as image:
+            pictures.append(image.convert("RGB"))
+    return pictures
+
+
 def read_settings(work):
     """The contents of args.json, or None; ValueError if another script wrote it."""
     try:
@@ -82,17 +110,22 @@ def read_settings(work):
     return settings
 
 
-def keep_settings(work, arguments, command, versions):
-    """Write args.json; ValueError if the folder has images made with other settings."""
+def keep_settings(work, arguments, command, versions, may_change=()):
+    """Write args.json; ValueError if the folder has images made with other settings than those that may change."""
     arguments = json.loads(to_json(arguments))
     before = (read_settings(work) or {}).get("arguments")
     if before == arguments:
         return
-    if before is not None and work.recorded(IMAGES):
-        changed = "; ".join(f"--{change}" for change in differences(before, arguments))
+    fixed = [
+        {name: value for name, value in one.items() if name not in may_change} for one in (before or {}, arguments)
+    ]
+    changes = differences(*fixed)
+    if before is not None and work.recorded(IMAGES) and changes:
+        changed = "; ".join(f"--{change}" for change in changes)
+        allowed = f"; --redraw may change {', '.join(f'--{name}' for name in may_change)}" if may_change else ""
         raise ValueError(
             f"{work.folder} holds images of a run with other settings: {changed}. Give the same settings, or another "
-            "--output_dir"
+            f"--output_dir{allowed}"
         )
     work.write(SETTINGS, to_json({"command": command, "arguments": arguments, "versions": versions}))
 
@@ -124,13 +157,26 @@ def attempt(work, progress, name, lean, function, *arguments):
     return None
 
 
-def is_made(work, record):
-    """Whether the identity has images of the current prompts, and none of their files is missing."""
+def is_made(work, record, num_images=1):
+    """Whether the identity has all images of the current prompts, and none of the files is missing."""
     made = work.read(f"{record['domain']}/{record['pid']:04d}", IMAGES)
     if made is None or any(made[name] != record[name] for name in ("prompt", "identity_prompt")):
         return False
+    if images_to_add(made, record, num_images):
+        return False
     paths = {work.folder / image["path"] for image in made["images"]}
     return paths <= {path for folder in {path.parent for path in paths} for path in folder.glob("*")}
+
+
+def images_to_add(made, record, num_images):
+    """How many of `num_images` images of the current prompt an identity does not have yet."""
+    same = [prompt_of(made, image) == record["identity_prompt"] for image in made["images"]]
+    return max(0, num_images - sum(same))
+
+
+def prompt_of(made, image):
+    """P_E of an image, before its own scene is drawn; images that were added later may have another."""
+    return image.get("made_from", made["identity_prompt"])
 
 
 def check_model(work, digest):
@@ -150,6 +196,15 @@ def is_reference(path, count):
             return file.get_slice("latents").get_shape()[0] == count
     except (OSError, SafetensorError):
         return False
+
+
+def check_losses(losses):
+    """ValueError that names the first step whose loss is not finite."""
+    bad = (~torch.stack(losses).isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"the loss is not finite at step {bad[0] + 1}; lower --learning_rate, or use --mixed_precision bf16 or no"
+        )
 
 
 def in_tenths(losses):

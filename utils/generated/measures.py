@@ -46,23 +46,25 @@ class Measures:
             reid = ReIDModel.from_pretrained(reid_name, num_ids=0).to(device).eval()
         return cls(clip, processor, reid)
 
-    def of(self, source, generated, prompts):
+    def of(self, source, generated, prompts, own=None):
         """({measure: value}, {"source": mean feature, "generated": mean feature}). All measures are cosines.
 
         text_similarity: each image and its own prompt; image_similarity: generated and source images; diversity:
         1 - cosine between two generated images; identity_similarity: as image_similarity, in the Re-ID features.
+        `own`: which images are in the identity's own clothes, default all; the others say nothing about the identity.
         """
         values, means = {}, {}
+        own = torch.ones(len(generated), dtype=torch.bool) if own is None or not any(own) else torch.tensor(own)
         if self.clip is not None:
             real, made = self.clip_features(source), self.clip_features(generated)
             values["text_similarity"] = float((made * self.text_features(prompts)).sum(1).mean())
-            values["image_similarity"] = float((made @ real.T).mean())
+            values["image_similarity"] = float((made[own] @ real.T).mean())
             values["diversity"] = diversity(made)
-            means = {"source": real.mean(0), "generated": made.mean(0)}
+            means = {"source": real.mean(0), "generated": made[own].mean(0)}
         if self.reid is not None:
             real, made = self.reid_features(source), self.reid_features(generated)
-            values["identity_similarity"] = float((made @ real.T).mean())
-            means = {"source": real.mean(0), "generated": made.mean(0)}
+            values["identity_similarity"] = float((made[own] @ real.T).mean())
+            means = {"source": real.mean(0), "generated": made[own].mean(0)}
         rounded = {name: [round(value, 5) for value in mean.tolist()] for name, mean in means.items()}
         return {name: round(value, 5) for name, value in values.items()}, rounded
 
