@@ -26,11 +26,15 @@
     python evaluate.py --model output/model --data market1501 --data_root ~/reid --rerank --output_dir output/market
     python evaluate.py --model output/model --query_dir lost --gallery_dir cameras --output_dir output/search
 
+With `--calibrate` the first command also leaves `calibration.json` in the model's folder, and the second then decides
+for each query whether the nearest image shows the same person.
+
 Without arguments it is a demo: the shipped stand-in CLIP on people drawn by code. Features are stored in the
 output folder: the same command with `--rerank` or another `--protocol` does not extract them again. `--features FILE`
 ranks features of any other tool.
 """
 
+import os
 from pathlib import Path
 
 from utils import flags
@@ -66,6 +70,13 @@ def build_parser():
         metavar=("FORMAT", "FILE"),
         help="`onnx FILE`: write the model with a free batch size and check it against torch's features; with --model "
         "and no data nothing else is done",
+    )
+    group.switch("--calibrate", "write calibration.json into the folder of --model too: searches then give decisions")
+    group.add(
+        "--calibration",
+        metavar="FILE",
+        idle=(lambda args: not args.query_dir, "no --query_dir"),
+        help="search: a calibration.json elsewhere; default: that in the folder of --model",
     )
 
     group = parser.group("data")
@@ -108,6 +119,13 @@ def build_parser():
         idle=(lambda args: not args.rerank, "no --rerank"),
         help="re-ranking: torchreid's distance to the fourth power, to compare with published numbers",
     )
+    group.add(
+        "--false_alarm_rate",
+        type=flags.fraction,
+        default=0.01,
+        idle=(lambda args: not args.query_dir, "no --query_dir"),
+        help="search: chance of a yes for somebody who is not in the gallery that you accept",
+    )
     group.add("--backend", choices=["auto", "torch", "triton"], default="auto", help="implementation of the kernels")
 
     group = parser.group("running")
@@ -149,6 +167,15 @@ def check_args(parser, args):
         parser.error("--query_dir is a search of its own; leave out --data and --features")
     if args.features and (args.model or args.export or args.splits):
         parser.error("--features needs no model, export or splits; leave out --model, --export and --splits")
+    if args.calibrate and (args.query_dir or args.features or not args.model):
+        parser.error("--calibrate needs --model DIR and labelled images: --data SPEC, no --query_dir or --features")
+    if args.calibrate and not (os.path.isdir(args.model) and os.access(args.model, os.W_OK)):
+        parser.error(
+            f"--calibrate writes into the folder of --model, and {args.model} is no folder to write to; leave it out "
+            "and give the calibration.json of --output_dir to searches by --calibration"
+        )
+    if args.calibration and not os.path.isfile(args.calibration):
+        parser.error(f"--calibration {args.calibration}: there is no such file")
     if args.splits and args.query_dir:
         parser.error(f"--splits {args.splits} are those of --data; leave it out with --query_dir")
     if args.splits and args.data and "split=" in args.data:
@@ -173,11 +200,22 @@ from utils.datasets.images import check_files, check_images
 from utils.datasets.load import open_spec
 from utils.datasets.schema import names_of
 from utils.datasets.search_folders import read_folders
+from utils.evaluation.calibration import (
+    CALIBRATION,
+    FALSE_MATCH_RATES,
+    calibrate,
+    calibration_lines,
+    fingerprint,
+    read_calibration,
+    write_calibration,
+)
+from utils.evaluation.decisions import COLUMNS, DECISIONS, csv_rows, decide, limits, summary, text_lines
 from utils.evaluation.features import extract, extraction_key, forget_chunks
 from utils.evaluation.kept_features import load_features, save_features
 from utils.evaluation.metrics import MAX_RANK, RANKS, Side, kept_labels
 from utils.evaluation.report import Findings, ResultPictures, evaluation_report
 from utils.evaluation.self_matches import same_files, share_labels
+from utils.evaluation.thresholds import FALSE_MATCH_RATES as METRIC_RATES
 from utils.evaluation.thresholds import pair_statistics
 from utils.files import run_record, to_json, versions, write_csv, write_together
 from utils.modeling.export import export_onnx
@@ -208,6 +246,7 @@ def main(args):
             accelerator.print(export_onnx(model, Path(args.export[1])))
         if args.export_only:
             return None
+        calibration = calibration_of(args, accelerator, model) if args.query_dir else None
         sides = extract_or_read(args, accelerator, model, images, splits)
 
     num_same_files = mark_same_files(args, accelerator, sides, images, splits)
@@ -221,9 +260,15 @@ def main(args):
         metrics = combine(args, results) if findings.result else nothing_measured(findings)
         metrics |= {"model": args.model, "data": data_name(args), "skipped_images": skipped, "versions": versions()}
         metrics["num_same_files"] = num_same_files
+        if not args.query_dir:
+            findings.calibration = calibrated(args, model, findings)
+        elif calibration:
+            findings.decisions = decide(calibration, findings.lists, len(findings.gallery), args.false_alarm_rate)
+            metrics["decisions"] = summary(findings.decisions, findings.queries, findings.gallery)
         pictures = ResultPictures(images, *(rows for rows, *_ in splits[0]), model) if images is not None else None
         report = evaluation_report(metrics, findings, pictures, num_random=args.report_queries, seed=args.seed)
         write_results(args, metrics, findings, report)
+        print_answers(args, findings, calibration if args.query_dir else None)
         print_summary(metrics, args.output_dir)
     accelerator.end_training()
     return metrics
@@ -420,7 +465,7 @@ def measure(args, queries, gallery):
         reranked_lists,
         result=result,
         reranked=reranked,
-        pairs=pair_statistics(queries, gallery, protocol=protocol),
+        pairs=pair_statistics(queries, gallery, protocol=protocol, rates=FALSE_MATCH_RATES),
         cameras=evaluation.camera_pairs(queries, gallery, **options),
         confusions=evaluation.confusions(queries, gallery, *lists),
     )
@@ -434,7 +479,8 @@ def combine(args, results):
     """The content of metrics.json: metrics are means over the splits, other details are those of the first split."""
     findings = results[0]
     metrics = averaged([evaluation.summary(split.result) for split in results])
-    thresholds = [split.pairs.thresholds for split in results]
+    rates = [f"{rate:g}" for rate in METRIC_RATES]
+    thresholds = [{rate: split.pairs.thresholds[rate] for rate in rates} for split in results]
     metrics["thresholds"] = {rate: averaged([split[rate] for split in thresholds]) for rate in thresholds[0]}
     metrics |= described(findings) | {"backend": findings.result.backend}
     metrics["cmc"] = torch.stack([split.result.cmc for split in results]).mean(0)
@@ -451,7 +497,7 @@ def combine(args, results):
         metrics["camera_pairs"]["names"] = findings.gallery.names["camid"]
     if args.splits or len(results) > 1:
         metrics["splits"] = [
-            {"split": number, **evaluation.summary(split.result), "thresholds": split.pairs.thresholds}
+            {"split": number, **evaluation.summary(split.result), "thresholds": thresholds[number]}
             for number, split in enumerate(results)
         ]
     return metrics
@@ -474,6 +520,41 @@ def nothing_measured(findings):
     return dict.fromkeys(names) | described(findings)
 
 
+# Thresholds and decisions
+
+
+def calibrated(args, model, findings):
+    """The content of calibration.json: that of the first split, if there are several."""
+    content = calibrate(findings.queries, findings.gallery, findings.pairs, protocol=findings.protocol, seed=args.seed)
+    about = {"model": args.model, "fingerprint": model and fingerprint(model), "data": data_name(args)}
+    return about | content | {"versions": versions()}
+
+
+def calibration_of(args, accelerator, model):
+    """The calibration for a search, or None; says why there is none, and how to get one."""
+    path = args.calibration or Path(args.model) / CALIBRATION
+    content, problem = read_calibration(path, fingerprint(model))
+    if problem:
+        accelerator.print(
+            f"No decisions: {problem}. To get them, calibrate with labelled images of such cameras: "
+            f"python evaluate.py --model {args.model} --data SPEC --calibrate"
+        )
+    return content
+
+
+def print_answers(args, findings, calibration):
+    lines = []
+    if findings.calibration:
+        lines = calibration_lines(findings.calibration)
+        if args.calibrate:
+            write_calibration(findings.calibration, args.model)
+            lines.append(f"Calibrated: {Path(args.model) / CALIBRATION}")
+    elif calibration:
+        lines = [*text_lines(findings.decisions, findings.queries, findings.gallery)]
+        lines.append(limits(calibration, len(findings.gallery), args.false_alarm_rate))
+    print(*filter(None, lines), sep="\n", end="\n" if any(lines) else "")
+
+
 # Results
 
 
@@ -486,10 +567,16 @@ def write_results(args, metrics, findings, report):
             if ranked is not None:
                 rows = ranking_rows(findings.queries, findings.gallery, *ranked)
                 write_csv(part(name), ("query", "rank", "gallery", "distance", "match"), rows)
+        if findings.calibration:
+            part(CALIBRATION).write_text(to_json(findings.calibration))
+        if findings.decisions:
+            write_csv(part(DECISIONS), COLUMNS, csv_rows(findings.decisions, findings.queries, findings.gallery))
         report.write(part("report.html"))
     if findings.reranked_lists is None:
         # A file of an earlier run would not belong to these metrics.
         (Path(args.output_dir) / "rankings_reranked.csv").unlink(missing_ok=True)
+    if not findings.decisions:
+        (Path(args.output_dir) / DECISIONS).unlink(missing_ok=True)
 
 
 def ranking_rows(queries, gallery, indices, distances):

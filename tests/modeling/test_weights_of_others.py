@@ -123,7 +123,9 @@ def test_transreid_against_a_reference(tmp_path, jigsaw, cameras):
         assert torch.equal(again(images), model(images))
 
 
-@pytest.mark.parametrize("prefix, semantic, reduced", [("base.", True, False), ("", True, False), ("base.", False, True)])
+@pytest.mark.parametrize(
+    "prefix, semantic, reduced", [("base.", True, False), ("", True, False), ("base.", False, True)]
+)
 def test_solider_against_a_reference(tmp_path, prefix, semantic, reduced):
     net = references.shaken(references.Solider(semantic=semantic, reduced=reduced))
     state = {f"{prefix}{name}": value for name, value in net.state_dict().items() if not name.startswith("fcneck")}
@@ -212,7 +214,10 @@ def spoilt(how):
         state = references.TransReID().state_dict()
         state["base.pos_embed"] = torch.zeros(1, 24, 128)
     elif how == "clip resnet":
-        state = {"visual.layer1.0.conv1.weight": torch.zeros(3), "visual.attnpool.positional_embedding": torch.zeros(2)}
+        state = {
+            "visual.layer1.0.conv1.weight": torch.zeros(3),
+            "visual.attnpool.positional_embedding": torch.zeros(2),
+        }
     return state
 
 

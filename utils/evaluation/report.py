@@ -40,6 +40,8 @@ class Findings:
     pairs: PairStatistics | None = None
     cameras: tuple = ()
     confusions: list = field(default_factory=list)
+    calibration: dict | None = None
+    decisions: list = field(default_factory=list)
 
 
 class ResultPictures:
@@ -93,6 +95,7 @@ def evaluation_report(metrics, findings, pictures=None, *, num_random=4, seed=0)
         report = Report("Re-identification", subtitle=lead, facts=facts)
         add_numbers(report, metrics, findings.result)
         add_distances(report, findings.pairs)
+        add_calibration(report, findings.calibration)
         add_cameras(report, findings.gallery.camera_name, *findings.cameras)
         add_confusions(report, findings, pictures)
         add_queries(report, findings, pictures, num_random, seed)
@@ -195,6 +198,40 @@ def add_distances(report, pairs):
     report.table(["false-match rate", "threshold", "true-match rate", "rate reached"], rows, caption=caption)
 
 
+def add_calibration(report, calibration):
+    if calibration is None:
+        return
+    text = (
+        "A score is the cosine of two images, 1 for the same direction. In brackets: 95 % intervals, for other "
+        "identities photographed by the same cameras. calibration.json has the numbers of each pair of cameras too."
+    )
+    report.section("Same person or not", text)
+    rows = [
+        [f"two images: false-match rate {rate}", *calibrated_cells(entry, "right_match_rate")]
+        for rate, entry in calibration["rates"].items()
+    ]
+    rows += [
+        [f"search for somebody not there: false alarms {rate}", *calibrated_cells(entry, "TPIR")]
+        for rate, entry in calibration["open_set"]["rates"].items()
+    ]
+    caption = (
+        "Right results: pairs of one identity that match, or searches for somebody who is there that end with the "
+        f"right identity. A search goes through {calibration['open_set']['gallery_images']:,.0f} gallery images."
+    )
+    report.table(["accepted", "threshold", "right results"], rows, caption=caption)
+
+
+def calibrated_cells(entry, name):
+    if entry["threshold"] is None:
+        return entry["reason"], "–"
+    low, high = map(float, entry["threshold_interval"])
+    cells = [f"{entry['threshold']:.4f} ({low:.4f} to {high:.4f})"]
+    if entry[name] is None:
+        return *cells, entry["reason"]
+    low, high = map(float, entry[f"{name}_interval"])
+    return *cells, f"{percent(entry[name])} ({percent(low)} to {percent(high)})"
+
+
 def add_cameras(report, camera_name, query_cameras, gallery_cameras, table):
     if len(query_cameras) * len(gallery_cameras) < 2:
         return
@@ -286,6 +323,8 @@ def add_queries(report, findings, pictures, number, seed):
         for row in rows:
             first = int(findings.result.first_match[row])
             note = f"average precision {float(precisions[row]):.2f}, first match at rank {first}"
+            if findings.decisions:
+                note += f"; {findings.decisions[row].describe()}"
             add_ranked(report, findings, pictures, row, note)
 
 
@@ -298,7 +337,8 @@ def add_searches(report, findings, pictures):
     )
     report.section("Results", f"Below each image its distance: 0 for equal features, 4 for opposite ones.{more}")
     for row in range(shown):
-        add_ranked(report, findings, pictures, row, "")
+        note = findings.decisions[row].describe() if findings.decisions else ""
+        add_ranked(report, findings, pictures, row, note)
 
 
 def add_ranked(report, findings, pictures, row, note):

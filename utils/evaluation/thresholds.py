@@ -49,29 +49,29 @@ def pair_statistics(queries, gallery, *, protocol="market", rates=FALSE_MATCH_RA
     queries = queries.take((queries.pids != UNKNOWN).nonzero().flatten())
     matches = torch.zeros(NUM_BINS, dtype=torch.int64, device=queries.features.device)
     non_matches = torch.zeros_like(matches)
-    for bits, rows, columns, kept in _tiles(queries, gallery, protocol):
+    for bits, rows, columns, kept in _bits(queries, gallery, protocol):
         bins = bits >> LOW_BITS
         of_same = bins[rows, columns]
-        non_matches += _count(bins, NUM_BINS) - _count(of_same, NUM_BINS)
-        matches += _count(of_same[kept], NUM_BINS)
+        non_matches += count(bins, NUM_BINS) - count(of_same, NUM_BINS)
+        matches += count(of_same[kept], NUM_BINS)
 
     num_matches, num_non_matches = int(matches.sum()), int(non_matches.sum())
     below_match, below = matches.cumsum(0), non_matches.cumsum(0)
     # The threshold lies just below the first non-match that would exceed the rate.
     too_many = {rate: int(rate * num_non_matches + 1e-9) + 1 for rate in rates}
     wanted = {
-        rate: int(torch.searchsorted(below, count)) for rate, count in too_many.items() if count <= num_non_matches
+        rate: int(torch.searchsorted(below, limit)) for rate, limit in too_many.items() if limit <= num_non_matches
     }
     fine = _fine_counts(queries, gallery, protocol, sorted(set(wanted.values())))
 
     thresholds = {}
-    for rate, count in too_many.items():
+    for rate, limit in too_many.items():
         accepted_matches, accepted_non_matches, distance = num_matches, num_non_matches, 4.0
         if rate in wanted:
             coarse = wanted[rate]
             fine_matches, fine_non_matches = fine[coarse]
             before = int(below[coarse - 1]) if coarse else 0
-            index = int(torch.searchsorted(fine_non_matches.cumsum(0), count - before))
+            index = int(torch.searchsorted(fine_non_matches.cumsum(0), limit - before))
             accepted_non_matches = before + int(fine_non_matches[:index].sum())
             accepted_matches = (int(below_match[coarse - 1]) if coarse else 0) + int(fine_matches[:index].sum())
             distance = _as_float((coarse << LOW_BITS) + index - 1)
@@ -93,13 +93,19 @@ def _unit(features):
     return unit_rows(("features", features.float()))[: len(features)]
 
 
-def _tiles(queries, gallery, protocol):
-    """Yield for each tile (bits of the distances (m, n) int32, rows and columns of same-identity pairs, kept mask).
-
-    The mask says which of these pairs the protocol keeps. The gallery is sorted by identity, so that the matches of a
-    query are contiguous. The next tile overwrites the bits.
-    """
+def _bits(queries, gallery, protocol):
+    """Yield for each tile (bits of the distances, rows and columns of same-identity pairs, kept mask)."""
     gallery = gallery.take(gallery.pids.argsort(stable=True))
+    for _, _, distances, rows, columns, kept in distance_tiles(queries, gallery, protocol):
+        yield distances.view(torch.int32), rows, columns, kept
+
+
+def distance_tiles(queries, gallery, protocol):
+    """Yield for each tile (first row, first column, distances (m, n), rows and columns of same-identity pairs, kept).
+
+    `kept` says which of these pairs the protocol keeps; rows and columns count within the tile. The gallery must be
+    sorted by identity, so that the matches of a query are contiguous. The next tile overwrites the distances.
+    """
     query_features, gallery_features = _unit(queries.features).mul_(-2), _unit(gallery.features)
     starts = torch.searchsorted(gallery.pids, queries.pids)
     stops = torch.searchsorted(gallery.pids, queries.pids, right=True)
@@ -115,10 +121,10 @@ def _tiles(queries, gallery, protocol):
             first, last = ((ends[top : top + len(strip)] - left).clamp(0, len(block)) for ends in (starts, stops))
             rows, columns = expand_ranges(first, last - first)
             kept = ~dropped(queries, gallery, rows + top, columns + left, protocol)
-            yield distances.view(torch.int32), rows, columns, kept
+            yield top, left, distances, rows, columns, kept
 
 
-def _count(values, size):
+def count(values, size):
     """The count of each of 0..size - 1; on a CPU numpy counts several times faster than torch."""
     if values.device.type == "cpu":
         return torch.from_numpy(np.bincount(values.numpy().ravel(), minlength=size))
@@ -132,15 +138,15 @@ def _fine_counts(queries, gallery, protocol, coarse_bins):
     if not fine:
         return fine
 
-    def count(bits, bins, coarse):
-        return _count(bits[bins == coarse] & (size - 1), size)
+    def count_in(bits, bins, coarse):
+        return count(bits[bins == coarse] & (size - 1), size)
 
-    for bits, rows, columns, kept in _tiles(queries, gallery, protocol):
+    for bits, rows, columns, kept in _bits(queries, gallery, protocol):
         bins, of_same = bits >> LOW_BITS, bits[rows, columns]
         bins_of_same = of_same >> LOW_BITS
         for coarse, (matches, non_matches) in fine.items():
-            matches += count(of_same[kept], bins_of_same[kept], coarse)
-            non_matches += count(bits, bins, coarse) - count(of_same, bins_of_same, coarse)
+            matches += count_in(of_same[kept], bins_of_same[kept], coarse)
+            non_matches += count_in(bits, bins, coarse) - count_in(of_same, bins_of_same, coarse)
     return fine
 
 
