@@ -250,6 +250,7 @@ from utils.batches.transforms import training_loader
 from utils.datasets.load import digest_of, open_source
 from utils.datasets.schema import without_names
 from utils.datasets.unlabelled import open_unlabelled
+from utils.evaluation.clusters import NOISE, agreement
 from utils.evaluation.features import extract
 from utils.evaluation.targets import open_targets
 from utils.files import to_json, write_together
@@ -259,7 +260,7 @@ from utils.modeling.memories import class_means
 from utils.modeling.norms import share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
 from utils.training.cluster_report import add_clusters, add_contact_sheet, describe_clusters
-from utils.training.clustering import NOISE, agreement, check_clusters, check_settings, cluster
+from utils.training.clustering import check_clusters, check_settings, cluster
 from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained, transform_of
 from utils.training.report import training_report
 

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.evaluation.clusters import NOISE
 from utils.launch import gather_by_domain, gather_with_gradient
 from utils.modeling.backbones import ClipBackbone, ResNetBackbone
 from utils.modeling.domain_norms import split_norms
 from utils.modeling.losses import hard_triplet
 from utils.modeling.memories import class_means
-from utils.training.clustering import NOISE
 
 
 class IDM(nn.Module):

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.batches.pseudo_batches import in_groups
+from utils.evaluation.clusters import NOISE, singled_out
 from utils.launch import gather_by_domain
 from utils.modeling.domain_norms import split_norms
 from utils.modeling.memories import PrototypeMemory, move_in_turn
-from utils.training.clustering import NOISE, reliable, singled_out
+from utils.training.clustering import reliable
 
 
 class SpCL(nn.Module):

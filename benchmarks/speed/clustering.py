@@ -32,8 +32,9 @@ from benchmarks.speed.reid_features import reid_features
 from benchmarks.speed.retrieval import status
 from kernels.jaccard_graph import jaccard_graph
 from kernels.reranking import k_reciprocal_rerank_reference
+from utils.evaluation.clusters import agreement
 from utils.reporting.report import text_table
-from utils.training.clustering import agreement, cluster
+from utils.training.clustering import cluster
 
 # In the order of `reid_features`; the gallery is clustered.
 SIZES = {"small": (1, 4000, 250, 6, 0.0), "market": (1, 12936, 751, 6, 0.0), "msmt": (1, 32621, 1041, 15, 0.0)}

@@ -11,7 +11,8 @@ from sklearn.cluster import DBSCAN
 
 from kernels.jaccard_graph import jaccard_graph
 from kernels.reranking import k_reciprocal_rerank_reference
-from utils.training.clustering import NOISE, agreement, as_matrix, check_clusters, cluster, dbscan, singled_out
+from utils.evaluation.clusters import NOISE, agreement, as_matrix, dbscan, singled_out
+from utils.training.clustering import check_clusters, cluster
 
 
 def people(num_rows, num_ids, depth=24, noise=0.9, seed=0):

@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
+from utils.evaluation.clusters import NOISE
 from utils.reporting.charts import histogram, line_chart
 from utils.reporting.report import Tile, data_uri
-from utils.training.clustering import NOISE
 
 BINS = 40
 SHOWN, PICTURES = 3, 8

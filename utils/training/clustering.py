@@ -2,22 +2,17 @@
 
     clusters = cluster(features, eps=0.6)      # Clusters: labels (N,) int64, -1 for noise
     check_clusters(clusters)                   # ValueError if they collapsed, with flags to change
-    agreement(clusters.labels, truth)          # ARI, NMI: for a report
 
 `features` (N, D) need not be unit length. No N x N matrix is stored: memory is that of the pairs within eps.
 """
 
 from dataclasses import dataclass
 
-import numpy as np
-import scipy.sparse
 import torch
-from sklearn.cluster import DBSCAN
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from kernels.jaccard_graph import jaccard_graph
+from utils.evaluation.clusters import NOISE, as_matrix, dbscan, singled_out
 
-NOISE = -1
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
@@ -72,18 +67,6 @@ def check_settings(num_rows, scales, min_samples, k1, k2=1):
         raise ValueError(f"eps must be above 0 and below 1, the largest Jaccard distance, got {scales}")
 
 
-def as_matrix(near):
-    """SparseRows as a SciPy matrix; a stored 0 is a distance of 0, an absent entry means far apart."""
-    offsets, columns = near.offsets.cpu().numpy(), near.columns.cpu().numpy()
-    return scipy.sparse.csr_matrix((near.values.cpu().numpy(), columns, offsets), shape=[len(offsets) - 1] * 2)
-
-
-def dbscan(near, eps, min_samples):
-    """int64 labels from a sparse matrix of distances."""
-    labels = DBSCAN(eps=eps, min_samples=min_samples, metric="precomputed").fit(near).labels_
-    return torch.from_numpy(labels.astype(np.int64))
-
-
 def check_clusters(clusters, *, where="the images", least=2):
     """ValueError for fewer than `least` clusters: all images are noise, or all are in one cluster."""
     if clusters.num_clusters >= least:
@@ -105,24 +88,6 @@ def check_clusters(clusters, *, where="the images", least=2):
         f"the clusters collapsed: {problem}. Distances to the nearest {clusters.min_samples - 1} others: {listed}. "
         f"{advice}"
     )
-
-
-def agreement(labels, truth):
-    """ARI and NMI of labels with the true labels, both (N,); every image of the noise counts as its own cluster."""
-    single_labels = singled_out(torch.as_tensor(labels)).numpy()
-    truth = np.asarray(truth)
-    return {
-        "ari": float(adjusted_rand_score(truth, single_labels)),
-        "nmi": float(normalized_mutual_info_score(truth, single_labels)),
-    }
-
-
-def singled_out(labels):
-    """Labels in which every row of the noise has its own label, numbered after the clusters."""
-    noise = labels == NOISE
-    numbers = labels.clone()
-    numbers[noise] = labels.max() + 1 + torch.arange(int(noise.sum()))
-    return numbers
 
 
 def reliable(middle, tight, loose, threshold=None):

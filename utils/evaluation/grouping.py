@@ -1,0 +1,165 @@
+"""Global identities of images and tracklets: k-reciprocal Jaccard distances, DBSCAN, and times that exclude pairs.
+
+    settings = settings_for(len(features), eps=0.5)
+    groups = group(features, settings, moments)           # Groups: an identity for each row, cohesion of each group
+
+Where times are known, DBSCAN's clusters are built again from their pairs, the nearest first. A pair is not joined if
+both sides were seen by one camera at one time: that is two people. Rows of unknown time are never refused.
+"""
+
+from bisect import bisect, insort
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse
+import torch
+
+from kernels.jaccard_graph import jaccard_graph
+from utils.datasets.schema import UNKNOWN
+from utils.evaluation.clusters import NOISE, agreement, as_matrix, bcubed, dbscan, pair_scores, singled_out
+
+MOST_NEIGHBOURS, MOST_AVERAGED = 20, 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the distances and of DBSCAN; `k1` and `k2` are those of `kernels.jaccard_graph`."""
+
+    eps: float
+    min_samples: int
+    k1: int
+    k2: int
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The identity of every row, (N,) int64 from 1 on: first the groups, then single rows, each in order of rows.
+
+    `cohesion` and `closeness`, (N,) float64, are means of 1 - J, in which J above eps counts as 1: over all pairs of
+    the row's group, and over the pairs of the row itself. Both are NaN for single rows. `refused` is the number of
+    pairs within eps, in one cluster of DBSCAN, that were kept apart by their times.
+    """
+
+    identities: torch.Tensor
+    num_groups: int
+    cohesion: torch.Tensor
+    closeness: torch.Tensor
+    refused: int
+
+
+def settings_for(count, *, eps, min_samples=2, k1=None, k2=None):
+    """`Settings` for so many rows; by default k1 is 20, or a third of the rows if they are few, and k2 at most 4."""
+    described = f"{count} items (a folder of images is one item)"
+    if count < 2:
+        raise ValueError("there is nothing to group: one item only (a folder of images is one item); give more")
+    for name, value in (("--cluster_k1", k1), ("--cluster_k2", k2)):
+        if value is not None and value >= count:
+            raise ValueError(
+                f"{name} {value} asks for more neighbours than {described} have; lower it well below "
+                f"{count}"
+            )
+    if not 2 <= min_samples <= count:
+        raise ValueError(f"--min_samples {min_samples} must be between 2 and the number of items: {described}")
+    if not 0 < eps < 1:
+        raise ValueError(f"--eps {eps} must be above 0 and below 1, the largest Jaccard distance")
+    k1 = k1 or max(1, min(MOST_NEIGHBOURS, count // 3))
+    return Settings(eps, min_samples, k1, k2 or min(MOST_AVERAGED, k1))
+
+
+def group(features, settings, moments=None, *, backend="auto"):
+    """`Groups` of (N, D) features; `moments[row]` lists (clock, first, last): when a camera saw the row."""
+    graph = jaccard_graph(features, k1=settings.k1, k2=settings.k2, max_distance=settings.eps, backend=backend)
+    near = as_matrix(graph.near)
+    clusters = dbscan(near, settings.eps, settings.min_samples).numpy()
+    pairs = scipy.sparse.triu(near, k=1).tocoo()
+    inside = (clusters[pairs.row] == clusters[pairs.col]) & (clusters[pairs.row] != NOISE)
+    rows, columns, distances = (values[inside] for values in (pairs.row, pairs.col, pairs.data))
+    labels = joined(rows, columns, distances, moments) if moments and any(moments) else clusters
+    same = labels[rows] == labels[columns]
+    identities, num_groups = numbered(singled_out(torch.from_numpy(labels)).numpy())
+    cohesion, closeness = cohesions(identities, rows[same], columns[same], distances[same])
+    identities, cohesion, closeness = map(torch.from_numpy, (identities, cohesion, closeness))
+    return Groups(identities, num_groups, cohesion, closeness, refused=int((~same).sum()))
+
+
+def joined(rows, columns, distances, moments):
+    """Labels of the rows after joining the pairs, the nearest first, wherever no camera saw both sides at one time."""
+    parents = list(range(len(moments)))
+    # Of each label, its sorted periods by clock; the periods of one clock do not overlap.
+    seen = [by_clock(periods) for periods in moments]
+    order = np.lexsort((columns, rows, distances))
+    for row, column in zip(rows[order].tolist(), columns[order].tolist(), strict=True):
+        label, other = root(parents, row), root(parents, column)
+        if label == other or at_one_time(seen[label], seen[other]):
+            continue
+        # The smaller row number stays: labels do not depend on how the sides were built.
+        label, other = sorted((label, other))
+        parents[other] = label
+        for clock, periods in seen[other].items():
+            for period in periods:
+                insort(seen[label].setdefault(clock, []), period)
+        seen[other] = {}
+    return np.array([root(parents, row) for row in range(len(parents))])
+
+
+def root(parents, row):
+    while parents[row] != row:
+        parents[row] = parents[parents[row]]
+        row = parents[row]
+    return row
+
+
+def by_clock(periods):
+    clocks = {}
+    for clock, first, last in sorted(periods):
+        clocks.setdefault(clock, []).append((first, last))
+    return clocks
+
+
+def at_one_time(some, others):
+    """Whether two sides have a common moment on any clock."""
+    if sum(map(len, some.values())) > sum(map(len, others.values())):
+        some, others = others, some
+    for clock, periods in some.items():
+        known = others.get(clock, ())
+        for first, last in periods:
+            # The last period that starts no later than this one ends.
+            place = bisect(known, last, key=lambda period: period[0]) - 1
+            if place >= 0 and known[place][1] >= first:
+                return True
+    return False
+
+
+def numbered(labels):
+    """(identities from 1 on, number of groups): groups before single rows, both in order of their first row."""
+    _, first, label, counts = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
+    order = np.lexsort((first, counts == 1))
+    numbers = np.empty(len(order), dtype=np.int64)
+    numbers[order] = np.arange(1, len(order) + 1)
+    return numbers[label], int((counts > 1).sum())
+
+
+def cohesions(identities, rows, columns, distances):
+    """(cohesion, closeness) of each row from the pairs within eps that share an identity."""
+    sizes = np.bincount(identities)[identities]
+    sums = np.bincount(rows, 1 - distances.astype(np.float64), len(identities))
+    sums += np.bincount(columns, 1 - distances.astype(np.float64), len(identities))
+    with np.errstate(invalid="ignore"):
+        closeness = np.where(sizes > 1, sums / (sizes - 1), np.nan)
+    of_group = np.bincount(identities, closeness)[identities] / sizes
+    return of_group, closeness
+
+
+def scores(identities, truth):
+    """Agreement with true identities, -1 where unknown: those rows are left out. None if no truth is known."""
+    known = torch.as_tensor(truth) != UNKNOWN
+    if not known.any():
+        return None
+    found, true = identities[known], torch.as_tensor(truth)[known]
+    return {
+        "num_known": int(known.sum()),
+        "num_true_identities": len(true.unique()),
+        "pairwise": pair_scores(found, true),
+        "bcubed": bcubed(found, true),
+        "ari": agreement(found, true)["ari"],
+    }
