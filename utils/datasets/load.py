@@ -137,14 +137,10 @@ def open_spec(spec, root, common, options=(), own_camera=False):
         data = read_source(name, root, dict(options) | spec_options)
     check_splits(data, name, own_camera)
     if common.get("holdout") is not None:
-        data = held_out(data, common["holdout"], common["holdout_seed"], name, own_camera)
+        from utils.datasets import hold_out
+
+        data = hold_out(data, common["holdout"], common.get("holdout_seed", 0), name, own_camera)
     return data, name, common
-
-
-def held_out(data, fraction, seed, where, own_camera=False):
-    from utils.datasets import hold_out
-
-    return hold_out(data, fraction, seed, where, own_camera)
 
 
 def read_source(name, root, options):
