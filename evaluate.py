@@ -259,7 +259,8 @@ def main(args):
         findings = results[0]
         metrics = combine(args, results) if findings.result else nothing_measured(findings)
         metrics |= {"model": args.model, "data": data_name(args), "skipped_images": skipped, "versions": versions()}
-        metrics["num_same_files"] = num_same_files
+        if num_same_files is not None:
+            metrics["num_same_files"] = num_same_files
         if not args.query_dir:
             findings.calibration = calibrated(args, model, findings)
         elif calibration:
@@ -321,10 +322,11 @@ def query_and_gallery(args, choice):
     )
     if not {"query", "gallery"} <= set(data):
         data = hold_out(data, 1, 0, args.data, own_camera)
-    sides = {split: data[split] for split in ("query", "gallery")}
-    if not common["skip_unreadable"]:
-        check_files(sides, name)
-    return sides["query"], sides["gallery"]
+    # It may stand in the spec.
+    args.skip_unreadable = common["skip_unreadable"]
+    if not args.skip_unreadable:
+        check_files({split: data[split] for split in ("query", "gallery")}, name)
+    return data["query"], data["gallery"]
 
 
 def check_topk(args, splits):

@@ -18,9 +18,8 @@ import datasets
 import numpy as np
 import torch
 
-from utils.datasets import own_data, published
+from utils.datasets import published
 from utils.datasets.images import check_files, check_images
-from utils.datasets.own_tables import Columns
 from utils.datasets.schema import SPLITS, Row, dense, features, leaving_out, put, rows_to_dataset
 
 COLUMN_OPTIONS = ("image_column", "pid_column", "camid_column", "domain_column", "split_column")
@@ -138,14 +137,10 @@ def open_spec(spec, root, common, options=(), own_camera=False):
         data = read_source(name, root, dict(options) | spec_options)
     check_splits(data, name, own_camera)
     if common.get("holdout") is not None:
-        data = held_out(data, common["holdout"], common["holdout_seed"], name, own_camera)
+        from utils.datasets import hold_out
+
+        data = hold_out(data, common["holdout"], common.get("holdout_seed", 0), name, own_camera)
     return data, name, common
-
-
-def held_out(data, fraction, seed, where, own_camera=False):
-    from utils.datasets import hold_out
-
-    return hold_out(data, fraction, seed, where, own_camera)
 
 
 def read_source(name, root, options):
@@ -166,6 +161,13 @@ def read_source(name, root, options):
         check_options(name, published.BENCHMARKS[name].read, options)
         rows, note, folder = published.read_benchmark(name, root, options)
         return datasets.DatasetDict({split: rows_to_dataset(rows[split], folder, name, split, note) for split in rows})
+    return read_own(name, root, options)
+
+
+def read_own(name, root, options):
+    """Your own folder or table, or a set from the Hub."""
+    from utils.datasets import Columns, read_hub, read_local
+
     places = [name] if root is None else [name, os.path.join(root, name)]
     path = next((place for place in places if os.path.exists(place)), None)
     if path is None and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
@@ -175,7 +177,7 @@ def read_source(name, root, options):
     if unknown:
         raise ValueError(f"{name} does not know the option {unknown[0]!r}; it accepts {', '.join(accepted)}")
     columns = Columns(**{key.removesuffix("_column"): options.pop(key) for key in COLUMN_OPTIONS if key in options})
-    data = own_data.read_local(path, columns, **options) if path else own_data.read_hub(name, columns, **options)
+    data = read_local(path, columns, **options) if path else read_hub(name, columns, **options)
     if "domain" in options and not any(str(options["domain"]) in part.unique("domain") for part in data.values()):
         raise ValueError(f"{name}: domain={options['domain']} has no effect, its table names a domain in every row")
     return data

@@ -1,4 +1,4 @@
-"""Your own data: a metadata file, parquet files, a saved data set, one folder per identity, or the Hub.
+"""Your own data: tables, archives, a saved data set, one folder per identity, or the Hub.
 
 Image files stay where they are. Images inside a table are kept in memory, but a data set from `save_to_disk` is mapped
 from the disk.
@@ -31,6 +31,7 @@ from utils.datasets.own_tables import (
     read_table,
 )
 from utils.datasets.schema import SPLITS, features, listing, put, rows_to_dataset
+from utils.datasets.tars import read_tars, tars_in
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +109,6 @@ def conform(splits, columns, domain, where):
 
 def read_local(path, columns, domain=None):
     """Your own folder or file, in any of the forms this module knows."""
-    from utils.datasets import read_tars, tars_in
-
     path = Path(path)
     if path.is_file():
         if path.suffix == ".tar":

@@ -216,9 +216,9 @@ def check_listed(root, paths, source):
             inside = os.path.realpath(file).startswith(os.path.join(root, ""))
         if not inside and os.path.isabs(path):
             raise ValueError(
-                f"{source} names {path!r}, which leaves {root}: move the table to a folder above its images, or put "
-                "the images inside it (datasets: dataset.with_format('arrow').map(datasets.table.embed_table_storage, "
-                "batched=True) before to_parquet)"
+                f"{source} names {path!r}, which leaves {root}; paths must be relative and stay below it: move the "
+                "table to a folder above its images, or put the images inside it (before to_parquet, dataset = "
+                "dataset.with_format('arrow').map(datasets.table.embed_table_storage, batched=True))"
             )
         if not inside:
             raise ValueError(f"{source} names {path!r}, which leaves {root}; paths must be relative and stay below it")

@@ -1,0 +1,293 @@
+"""Sets of one's own in forms that nobody prepared: text labels, tables of any name, archives, odd file names."""
+
+import io
+import json
+import logging
+import tarfile
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.tables import contents, image_bytes, paint, red
+from utils.batches.chunks import image_identities
+from utils.datasets.load import load_reid, load_sources
+from utils.datasets.portable import save
+from utils.datasets.schema import camera_in, names_of, warn_once
+from utils.datasets.unlabelled import open_unlabelled
+
+# (file, identity, camera)
+PEOPLE = [("a.png", "Zoë", "yard"), ("b.png", "Anna", "yard"), ("c.png", "Zoë", "door")]
+NUMBERED = [(1, 1, "a.png"), (0, 1, "b.png"), (1, 0, "c.png")]
+
+
+def write(folder, rows=PEOPLE, name="labels.csv", mark=",", header=("file_name", "pid", "camid")):
+    for number, (file, *_) in enumerate(rows):
+        paint(folder / file, red(number))
+    lines = [header, *rows]
+    (folder / name).write_text("".join(mark.join(map(str, line)) + "\n" for line in lines))
+    return folder
+
+
+def add(tar, name, content, **more):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for key, value in more.items():
+        setattr(info, key, value)
+    tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("name, mark", [("labels.csv", ","), ("Leute.CSV", ";"), ("people.tsv", "\t")])
+def test_text_labels_in_a_table_of_any_name(tmp_path, name, mark):
+    data = load_reid(write(tmp_path / "own", name=name, mark=mark))
+    assert contents(data) == {"train": NUMBERED}
+    assert (names_of(data["train"], "pid"), names_of(data["train"], "camid")) == (["Anna", "Zoë"], ["door", "yard"])
+    assert contents(load_reid(tmp_path / "own" / name)) == {"train": NUMBERED}
+
+
+def test_names_in_copies_and_in_merged_sets(tmp_path):
+    data = load_reid(write(tmp_path / "own"))
+    save(data, tmp_path / "copy")
+    assert names_of(load_reid(tmp_path / "copy")["train"], "pid") == ["Anna", "Zoë"]
+    # Of two sets with other names the numbers remain.
+    write(tmp_path / "two", [("d.png", "Max", "roof")])
+    merged = load_sources([str(tmp_path / "copy"), str(tmp_path / "two")])["train"]
+    assert merged["pid"][:] == [1, 0, 1, 2] and names_of(merged, "pid") is None
+
+
+def test_text_is_numbered_over_all_splits(tmp_path):
+    rows = [("a.png", "b", 0, "train"), ("b.png", "c", 0, "query"), ("c.png", "c", 1, "gallery"),
+            ("d.png", "a", 1, "gallery")]  # fmt: skip
+    data = load_reid(write(tmp_path / "own", rows, header=("file_name", "pid", "camid", "split")))
+    assert contents(data) == {
+        "train": [(1, 0, "a.png")],
+        "query": [(2, 0, "b.png")],
+        "gallery": [(2, 1, "c.png"), (0, 1, "d.png")],
+    }
+
+
+@pytest.mark.parametrize(
+    "labels, pids, names",
+    [
+        (["0007", "12"], [7, 12], None),
+        (["7", "0007"], [1, 0], ["0007", "7"]),
+        ([3.0, 5.0], [3, 5], None),
+        (["p10", "p9"], [0, 1], ["p10", "p9"]),
+        (pa.array(["x", "y"]).dictionary_encode(), [0, 1], ["x", "y"]),
+    ],
+)
+def test_labels_of_many_kinds(tmp_path, labels, pids, names):
+    table = {"picture": [{"bytes": image_bytes(red(i)), "path": None} for i in (1, 2)], "pid": labels, "camid": [0, 1]}
+    # No Hugging Face metadata: a struct of bytes and path is an image, whatever its name.
+    pq.write_table(pa.table(table), tmp_path / "any.parquet")
+    data = load_reid(tmp_path / "any.parquet")["train"]
+    assert (data["pid"][:], names_of(data, "pid")) == (pids, names)
+    assert data[1]["image"].getpixel((0, 0)) == red(2)
+
+
+@pytest.mark.parametrize(
+    "pid, words",
+    [
+        ("", "'pid' is empty in 1 of 3 rows, first in row 2"),
+        ("  ", "'pid' is empty in 1 of 3 rows"),
+        ("nan", "'pid' is empty in 1 of 3 rows, first in row 2; fill it in, or remove"),
+    ],
+)
+def test_labels_that_are_empty(tmp_path, pid, words):
+    with pytest.raises(ValueError, match=words):
+        load_reid(write(tmp_path / "own", [*PEOPLE[:2], ("c.png", pid, "door")]))
+
+
+def test_labels_that_are_nan(tmp_path):
+    table = {"image": [{"bytes": image_bytes(red(1)), "path": None}] * 2, "pid": [1.0, float("nan")], "camid": [0, 0]}
+    pq.write_table(pa.table(table), tmp_path / "any.parquet")
+    with pytest.raises(ValueError, match="'pid' is empty in 1 of 2 rows, first in row 1"):
+        load_reid(tmp_path / "any.parquet")
+
+
+@pytest.mark.parametrize(
+    "names, warned", [(("Anna", "anna "), True), (("Anna", "Anne"), False), (("P1", "P01"), True)]
+)
+def test_one_identity_in_two_spellings(tmp_path, caplog, names, warned):
+    warn_once.cache_clear()
+    rows = [(f"{number}.png", name, 0) for number, name in enumerate(names)]
+    with caplog.at_level(logging.WARNING):
+        data = load_reid(write(tmp_path / "own", rows))
+    assert len(set(data["train"]["pid"][:])) == 2
+    assert ("look like one identity but count as several" in caplog.text) == warned
+
+
+def test_absolute_paths(tmp_path):
+    """`Dataset.to_parquet` of images by path: fine inside the folder of the table, refused outside of it."""
+    files = [str(paint(tmp_path / "own/images" / f"{number}.png", red(number))) for number in range(2)]
+    table = datasets.Dataset.from_dict({"image": files, "pid": [1, 2], "camid": [0, 0]})
+    table = table.cast_column("image", datasets.Image())
+    table.to_parquet(str(tmp_path / "own/people.parquet"))
+    data = load_reid(tmp_path / "own")
+    assert contents(data) == {"train": [(1, 0, "images/0.png"), (2, 0, "images/1.png")]}
+    assert data["train"][1]["image"].getpixel((0, 0)) == red(1)
+    (tmp_path / "far").mkdir()
+    table.to_parquet(str(tmp_path / "far/people.parquet"))
+    with pytest.raises(
+        ValueError, match="leaves.*move the table to a folder above its images, or put the images insi"
+    ):
+        load_reid(tmp_path / "far")
+    # The second remedy, as it is written.
+    embedded = table.with_format("arrow").map(datasets.table.embed_table_storage, batched=True)
+    embedded.to_parquet(str(tmp_path / "far/people.parquet"))
+    assert load_reid(tmp_path / "far")["train"][1]["image"].getpixel((0, 0)) == red(1)
+
+
+def test_archives_with_classes(tmp_path):
+    for shard, numbers in (("00", (0, 1)), ("01", (2,))):
+        (tmp_path / "own").mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / f"own/s-{shard}.tar", "w") as tar:
+            for number in numbers:
+                add(tar, f"{number:03d}.PNG", image_bytes(red(number)))
+                add(tar, f"{number:03d}.cls", str(number % 2).encode())
+    data = load_reid(tmp_path / "own")
+    assert contents(data) == {
+        "train": [(0, 0, "s-00.tar/000.PNG"), (1, 0, "s-00.tar/001.PNG"), (0, 0, "s-01.tar/002.PNG")]
+    }
+    assert data["train"][2]["image"].getpixel((0, 0)) == red(2)
+    save(data, tmp_path / "copy")
+    assert load_reid(tmp_path / "copy")["train"][1]["image"].getpixel((0, 0)) == red(1)
+    # An archive that was packed anew has other images, wherever they lie in it.
+    before = image_identities(data["train"])
+    (tmp_path / "own/s-01.tar").touch()
+    assert [old == new for old, new in zip(before, image_identities(data["train"]), strict=True)] == [
+        True,
+        True,
+        False,
+    ]
+
+
+def test_archives_with_json(tmp_path):
+    with tarfile.open(tmp_path / "people.tar", "w") as tar:
+        for number, (_, pid, camid) in enumerate(PEOPLE):
+            add(tar, f"./x/{number}.rgb.png", image_bytes(red(number)))
+            add(tar, f"./x/{number}.json", json.dumps({"pid": pid, "camid": camid, "split": "train"}).encode())
+    data = load_reid(tmp_path / "people.tar")
+    assert [row[:2] for row in contents(data)["train"]] == [row[:2] for row in NUMBERED]
+    assert names_of(data["train"], "camid") == ["door", "yard"]
+    assert data["train"][0]["image"].getpixel((0, 0)) == red(0)
+    with pytest.raises(
+        ValueError, match=r"no label has 'who' for the pid; the labels have \['camid', 'pid', 'split'\]"
+    ):
+        load_reid(f"{tmp_path / 'people.tar'}:pid_column=who")
+
+
+@pytest.mark.parametrize(
+    "members, words",
+    [
+        ([("../0.png", {}), ("../0.cls", {})], r"holds '\.\./0.png', which leaves the archive"),
+        ([("/etc/0.png", {})], "leaves the archive"),
+        ([("0.png", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})], "0.png is a link or a device"),
+        ([("0.a.png", {}), ("0.b.png", {}), ("0.cls", {})], "0.a.png and 0.b.png share one label"),
+        ([("0.png", {}), ("0.cls", {}), ("1.png", {})], "1.png has no label"),
+        ([("0.png", {}), ("0.json", {})], "0.json cannot be read as a label"),
+        ([("notes.txt", {})], "holds no images"),
+    ],
+)
+def test_archives_that_are_wrong(tmp_path, members, words):
+    with tarfile.open(tmp_path / "own.tar", "w") as tar:
+        for name, more in members:
+            content = image_bytes(red(1)) if name.endswith(".png") else b"7" if name.endswith(".cls") else b"{"
+            add(tar, name, b"" if "type" in more else content, **more)
+    with pytest.raises(ValueError, match=words):
+        load_reid(tmp_path / "own.tar")
+
+
+def test_archive_that_is_none(tmp_path):
+    (tmp_path / "own.tar").write_bytes(b"\x1f\x8bnot a tar")
+    with pytest.raises(ValueError, match="own.tar cannot be read as a .tar.*unpacked"):
+        load_reid(tmp_path / "own.tar")
+
+
+@pytest.mark.parametrize(
+    "name, camera",
+    [
+        ("0001_c2_x.jpg", 2), ("a-cam10.PNG", 10), ("0002_c1s1_000451_03.jpg", 1), ("0001_c3_f0046182.jpg", 3),
+        ("0001_C4f0012.jpg", 4), ("c5.png", 5), ("3f2c1a9e-0c12-c123-8a41-0123456789ab.jpg", None),
+        ("3f2c1a9e-0c12-c123-8a41-0123456789ab_c2.jpg", 2), ("x_c4ca4238a0b923820dcc509a6f75849b.jpg", None),
+        ("c4ca4238.jpg", None), ("cat_1.jpg", None),
+    ],
+)  # fmt: skip
+def test_cameras_in_file_names(name, camera):
+    assert camera_in(name) == camera
+
+
+def test_folders_without_their_cameras(tmp_path):
+    for path in ("query/1/x_c1.png", "gallery/1/x_c1.png", "gallery/2/x_c3.png"):
+        paint(tmp_path / "own" / path)
+    data = load_reid(f"{tmp_path / 'own'}:camid_column=none")
+    assert {split: set(part["camid"][:]) for split, part in data.items()} == {"query": {0}, "gallery": {1}}
+    paint(tmp_path / "own/gallery/1/x.png")
+    with pytest.raises(ValueError, match=r"1/x.png has no camera.*camid_column=none"):
+        load_reid(tmp_path / "own")
+
+
+def test_a_folder_of_labelled_files(tmp_path):
+    for name in ("0007_c2_a.png", "7_c1_b.png", "0011_c2_c.png"):
+        paint(tmp_path / "own" / name)
+    expected = {"train": [(7, 1, "0007_c2_a.png"), (11, 1, "0011_c2_c.png"), (7, 0, "7_c1_b.png")]}
+    assert contents(load_reid(tmp_path / "own")) == expected
+    paint(tmp_path / "own/x.png")
+    with pytest.raises(ValueError, match="x.png is not named as the others are"):
+        load_reid(tmp_path / "own")
+    assert contents(load_reid(tmp_path / "own", skip_unreadable=True)) == expected
+
+
+def test_files_whose_names_do_not_parse(tmp_path, caplog):
+    warn_once.cache_clear()
+    for path in ("bounding_box_train/0001_c1s1_000001_00.jpg", "query/0002_c1s1_000001_00.jpg",
+                 "bounding_box_test/0002_c2s1_000001_00.jpg", "bounding_box_train/IMG_1.jpg"):  # fmt: skip
+        paint(tmp_path / "market" / path)
+    (tmp_path / "market/query/notes.txt").write_text("x")
+    with pytest.raises(
+        ValueError, match="'IMG_1.jpg' is not named as expected.*skip_unreadable leaves such files out"
+    ):
+        load_reid("market1501", tmp_path / "market")
+    with caplog.at_level(logging.WARNING):
+        data = load_reid("market1501", tmp_path / "market", skip_unreadable=True)
+    assert {split: len(part) for split, part in data.items()} == {"train": 1, "query": 1, "gallery": 1}
+    assert "left out 2 files" in caplog.text and "IMG_1.jpg" in caplog.text and "notes.txt" in caplog.text
+
+
+def test_options_without_effect_are_refused(tmp_path):
+    folder = tmp_path / "folders"
+    for path in ("anna/1.png", "bert/1.png"):
+        paint(folder / path)
+    table = write(tmp_path / "table", [("a.png", 1, 0, "x")], header=("file_name", "pid", "camid", "domain"))
+    for spec, words in (
+        (f"{folder}:pid_column=label", "pid_column=label has no effect"),
+        (f"{folder}:camid_column=view", "camid_column=view has no effect.*camid_column=none"),
+        (f"{folder}:split_column=part", "split_column=part has no effect"),
+        (f"{folder}:fraction_seed=3", "fraction_seed has no effect without image_fraction or identity_fraction"),
+        (f"{folder}:holdout_seed=3", "holdout_seed has no effect without holdout"),
+        (f"{table}:domain=street", "domain=street has no effect"),
+        ("synthetic:num_ids=3,holdout=0.5", "has train, query, gallery already: holdout=0.5 has no effect"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_reid(spec)
+
+
+def test_several_tables_and_none_of_them_named(tmp_path):
+    write(tmp_path / "own")
+    write(tmp_path / "own", name="other.csv")
+    with pytest.raises(ValueError, match=r"has labels.csv and other.csv; name the one|has other.csv and labels.csv"):
+        load_reid(tmp_path / "own")
+    assert contents(load_reid(tmp_path / "own/other.csv")) == {"train": NUMBERED}
+
+
+def test_images_without_labels_at_any_depth(tmp_path):
+    for path in ("door/monday/1.png", "door/tuesday/2.png", "yard/monday/3.PNG"):
+        paint(tmp_path / "deep" / path)
+    train, truth, _ = open_unlabelled([str(tmp_path / "deep")])
+    assert train["path"][:] == ["door/monday/1.png", "door/tuesday/2.png", "yard/monday/3.PNG"] and truth is None
+    # One folder an identity is a labelled set, as before.
+    for path in ("anna/1.png", "bert/2.png"):
+        paint(tmp_path / "people" / path)
+    train, truth, _ = open_unlabelled([str(tmp_path / "people"), "synthetic:num_ids=3"])
+    assert len(set(truth.tolist())) == 5
