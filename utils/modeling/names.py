@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig, ResNetConfig, SwinConfig
 
 from utils.modeling.backbones import ClipBackbone, backbone_from_config, load_backbone, read_config
