@@ -41,6 +41,8 @@ class Backbone(nn.Module):
     summary = "mean"
     # How images are normalised and resized, where the source of the weights says so: arguments of ReIDModel.
     preprocessing = None
+    # What a reader of another project's weights did or left out.
+    notes = ()
 
     def __init__(self, model, image_size, num_features):
         super().__init__()

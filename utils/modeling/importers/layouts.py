@@ -11,6 +11,7 @@ from typing import NamedTuple
 from huggingface_hub import snapshot_download
 
 from utils.modeling.backbones import MODELS, backbone_from_config, model_class_of, wrap
+from utils.modeling.importers.clip import square_positions
 from utils.modeling.importers.files import read_content, read_tensors
 from utils.modeling.importers.imported import Tensors
 
@@ -129,17 +130,11 @@ def built(model_class, imported, path, preprocessing):
     backbone = (
         wrap(network, imported.image_size, None) if network else backbone_from_config(config, imported.image_size)
     )
+    backbone.preprocessing = imported.preprocessing | preprocessing
     state = imported.network
     if config.model_type == "clip_vision_model":
-        from utils.modeling.importers.clip import square_positions
-
         state = square_positions(backbone, state)
-    model = model_class(
-        backbone,
-        method=imported.method,
-        head_options=imported.head_options,
-        **(imported.preprocessing | preprocessing),
-    )
+    model = model_class(backbone, method=imported.method, head_options=imported.head_options, **backbone.preprocessing)
     state = {f"backbone.model.{name}": value for name, value in state.items()} | (imported.head or {})
     expected = model.state_dict()
     if imported.method == "bot" and not imported.head:
