@@ -57,12 +57,12 @@ def build_parser():
     group = parser.group("model")
     group.add(
         "--model",
-        help="a ReIDModel folder or Hub id, a plain backbone (CLIP, ResNet, Swin, ViT, ...) for zero-shot features, or "
-        "a file of weights, see the README; default: the shipped stand-in CLIP",
+        help="a ReIDModel folder or Hub id, a plain backbone (CLIP, ResNet, Swin, ViT, ...) for zero-shot features, "
+        "or a file of weights, see the README; default: the shipped stand-in CLIP",
     )
     group.size(
         "--resolution",
-        help="input of a backbone or file in pixels; default 256 128, or that of the file (a ReIDModel folder has its own)",
+        help="input of a backbone or file in pixels; default 256 128 or the file's (a ReIDModel folder has its own)",
     )
     group.add(
         "--export",

@@ -596,6 +596,7 @@ def build_model(args, accelerator, num_ids):
     """The model of the objective and its running mean, None where there is none."""
     set_seed(args.seed)
     backbone = open_backbone(args.backbone, tuple(args.resolution), args.from_scratch)
+    launch.print_notes(accelerator, backbone.notes)
     if args.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     if args.objective == "classification":

@@ -103,9 +103,7 @@ def build_parser():
 
     group = parser.group("models")
     group.add(
-        "--backbone",
-        default=CLIP_DIR,
-        help="encoder to start from: backbone or ReIDModel; folder, Hub id, short name, file",
+        "--backbone", default=CLIP_DIR, help="encoder to start from: backbone or ReIDModel; folder, Hub id, name, file"
     )
     group.add(
         "--pretrained_model_name_or_path",

@@ -11,7 +11,7 @@ from torch import nn
 
 from utils.evaluation.clusters import NOISE
 from utils.launch import gather_by_domain, gather_with_gradient
-from utils.modeling.backbones import ClipBackbone, ResNetBackbone
+from utils.modeling.backbones import ClipBackbone, ResNetBackbone, SwinBackbone
 from utils.modeling.domain_norms import split_norms
 from utils.modeling.losses import hard_triplet
 from utils.modeling.memories import class_means
@@ -138,8 +138,11 @@ class Mixer(nn.Module):
             stages = [backbone.tower.pre_layrnorm, *backbone.tower.encoder.layers]
         elif isinstance(backbone, ResNetBackbone):
             stages = [model.embedder, *model.encoder.stages]
-        else:
+        elif isinstance(backbone, SwinBackbone):
             stages = [model.embeddings, *model.encoder.layers]
+        else:
+            kind = backbone.config.model_type
+            raise ValueError(f"--method idm mixes stages of CLIP, ResNet or Swin; this backbone is a {kind}")
         if self.stage >= len(stages):
             raise ValueError(f"--mix_stage {self.stage} is past the last stage of the backbone, {len(stages) - 1}")
         return stages[self.stage]

@@ -2,8 +2,8 @@
 
 Runs in an environment of its own, outside this repository's:
 
-    python -m venv peers && peers/bin/pip install torch torchvision timm open_clip_torch torchreid gdown tensorboard scipy \
-        opencv-python-headless
+    python -m venv peers && peers/bin/pip install torch torchvision timm open_clip_torch torchreid gdown \
+        tensorboard scipy opencv-python-headless
     peers/bin/pip install --no-deps fastreid yacs termcolor tabulate
     DIFFREID_PEERS_PYTHON=$PWD/peers/bin/python pytest -m slow tests/modeling/test_weights_of_others.py
 """

@@ -12,7 +12,8 @@ def attention_maps(model, images):
     CLIP: attention rollout from the class token (attention averaged over heads, mixed half and half with the identity
     matrix for the skip connection, multiplied over the layers). Other backbones with BNNeck: how much each place adds
     to the length of the test feature. This is Grad-CAM of that length in closed form, since mean pooling and BatchNorm
-    are linear. With another head: the length of the feature map at each place.
+    are linear. With another head, or a class
+    token: the length of the feature map at each place.
     """
     was_training = model.training
     model.eval()
@@ -21,7 +22,7 @@ def attention_maps(model, images):
             heat = attention_rollout(model.backbone, images)
         else:
             feature_map = model.backbone.feature_map(images).float()
-            if model.head is None:
+            if model.head is None and model.backbone.summary == "mean":
                 neck = model.bnneck
                 bn_features = neck(feature_map.mean(dim=(2, 3)))
                 slope = neck.weight * torch.rsqrt(neck.running_var + neck.eps)

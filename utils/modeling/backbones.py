@@ -41,6 +41,8 @@ class Backbone(nn.Module):
     summary = "mean"
     # How images are normalised and resized, where the source of the weights says so: arguments of ReIDModel.
     preprocessing = None
+    # What a reader of another project's weights did or left out.
+    notes = ()
 
     def __init__(self, model, image_size, num_features):
         super().__init__()
@@ -263,7 +265,8 @@ def load_backbone(name_or_path, image_size=(256, 128), *, attn_implementation=No
         ) from error
     finally:
         logging.set_verbosity(verbosity)
-    missing = sorted(report["missing_keys"])
+    # A layer of ViT that TokenBackbone leaves out.
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
     if missing == ["visual_projection.weight"]:
         model, missing = model.vision_model, []
     wrong = [f"{name} is missing" for name in missing]

@@ -71,7 +71,7 @@ def check_backbone(name, from_scratch):
         )
     if kind == "backbone":
         read_config(name, **HUB)
-    elif not from_scratch and (reason := not_plain(PreTrainedConfig.get_config_dict(name)[0])):
+    elif kind == "reid" and not from_scratch and (reason := not_plain(PreTrainedConfig.get_config_dict(name)[0])):
         raise ValueError(
             f"--backbone {name}: its {reason}, which a plain backbone folder cannot hold; start from a backbone or "
             "from a model of bot or bdb"
@@ -106,7 +106,8 @@ def open_backbone(name, image_size, from_scratch=False):
     kind = model_kind(name)
     if kind in ("reid", "file"):
         given = tuple(image_size) if kind == "file" else None
-        backbone = ReIDModel.open(name, given).float().backbone
+        model = ReIDModel.open(name, given).float()
+        backbone, backbone.notes = model.backbone, model.notes
         if tuple(backbone.image_size) != tuple(image_size):
             raise ValueError(
                 f"{name} takes images of {' x '.join(map(str, backbone.image_size))}, not of "

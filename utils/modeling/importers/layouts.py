@@ -11,6 +11,7 @@ from typing import NamedTuple
 from huggingface_hub import snapshot_download
 
 from utils.modeling.backbones import MODELS, backbone_from_config, model_class_of, wrap
+from utils.modeling.importers.clip import square_positions
 from utils.modeling.importers.files import read_content, read_tensors
 from utils.modeling.importers.imported import Tensors
 
@@ -22,64 +23,39 @@ class Layout(NamedTuple):
     marks: tuple
     gives: str
     reader: tuple
-    without: tuple = ()
 
     def fits(self, names):
-        return all(any(name.startswith(mark) for name in names) for mark in self.marks) and not any(
-            name.startswith(mark) for name in names for mark in self.without
-        )
+        return all(any(name.startswith(mark) for name in names) for mark in self.marks)
 
 
+RESNETS = "torchvision, timm, LUPerson, LUPerson-NL ResNet"
+FAST_REID = "fast-reid BoT, AGW, SBS, MGN on ResNet"
+OSNETS = "torchreid OSNet, OSNet-IBN"
+PARTS = "ResNet, also IBN-a; non-local blocks, pooling, branches, necks"
+TRANSREID = "ViT, overlapping patches, cameras (SIE), jigsaw branch"
+BLOCK = "blocks.0.attn.qkv."
 # Looked through in this order.
 LAYOUTS = (
     Layout("DCAC's authors", ("encoder.image_encoder.",), "CLIP ViT, BNNeck", ("dcac", "")),
+    Layout(FAST_REID, ("b1_head.bottleneck.", "b1.", "backbone."), PARTS, ("fastreid", "mgn")),
+    Layout(FAST_REID, ("backbone.conv1.", "heads."), PARTS, ("fastreid", "baseline")),
+    Layout("TransReID", (f"base.{BLOCK}", "base.patch_embed.proj."), TRANSREID, ("vit", "transreid")),
+    Layout("SOLIDER", ("base.stages.", "base.patch_embed.projection."), "Swin", ("swin", "solider")),
+    Layout("SOLIDER", ("backbone.stages.", "backbone.patch_embed.projection."), "Swin", ("swin", "solider")),
+    Layout("SOLIDER", ("stages.0.blocks.", "patch_embed.projection."), "Swin", ("swin", "solider")),
+    Layout(OSNETS, ("conv2.0.conv2a.", "conv1.conv."), "OSNet of any width", ("osnet", "read")),
+    # OSNet-AIN, which the reader refuses by name.
+    Layout(OSNETS, ("conv2.0.conv2.0.", "conv1.conv."), "OSNet of any width", ("osnet", "read")),
+    Layout("OpenAI's CLIP, OpenCLIP", ("visual.conv1.weight", "visual.proj"), "CLIP ViT, no text", ("clip", "read")),
+    Layout(RESNETS, ("encoder_q.layer1.", "encoder_q.conv1."), "ResNet, last stride 1", ("resnet", "moco")),
+    Layout(RESNETS, ("base_encoder.layer1.", "base_encoder.conv1."), "ResNet, last stride 1", ("resnet", "moco")),
     Layout(
-        "fast-reid MGN on ResNet",
-        ("b1_head.bottleneck.", "b1.", "backbone."),
-        "ResNet or ResNet-IBN, 3 branches, 8 necks",
-        ("fastreid", "mgn"),
+        "torchreid ResNet", ("classifier.", "layer1.0.conv1.", "conv1."), "ResNet, its stride", ("resnet", "torchreid")
     ),
-    Layout(
-        "fast-reid BoT, AGW, SBS on ResNet",
-        ("backbone.conv1.", "heads."),
-        "ResNet or ResNet-IBN, non-local blocks, pooling, neck",
-        ("fastreid", "baseline"),
-    ),
-    Layout(
-        "TransReID",
-        ("base.patch_embed.proj.", "base.blocks.0.attn.qkv."),
-        "ViT, overlapping patches, cameras (SIE), jigsaw branch",
-        ("vit", "transreid"),
-    ),
-    Layout("SOLIDER", ("base.patch_embed.projection.", "base.stages."), "Swin", ("swin", "solider")),
-    Layout("SOLIDER", ("backbone.patch_embed.projection.", "backbone.stages."), "Swin", ("swin", "solider")),
-    Layout("SOLIDER", ("patch_embed.projection.", "stages.0.blocks."), "Swin", ("swin", "solider")),
-    Layout("torchreid OSNet, OSNet-IBN", ("conv1.conv.", "conv2.0.conv2a."), "OSNet of any width", ("osnet", "read")),
-    Layout("torchreid OSNet, OSNet-IBN", ("conv1.conv.", "conv2.0.conv2.0."), "", ("osnet", "read")),
-    Layout(
-        "OpenAI's CLIP, OpenCLIP",
-        ("visual.conv1.weight", "visual.proj"),
-        "CLIP ViT; its text encoder is left out",
-        ("clip", "read"),
-    ),
-    Layout(
-        "LUPerson, LUPerson-NL (MoCo)", ("encoder_q.layer1.", "encoder_q.conv1."), "ResNet", ("resnet", "moco")
-    ),
-    Layout("MoCo v3", ("base_encoder.layer1.", "base_encoder.conv1."), "", ("resnet", "moco")),
-    Layout(
-        "torchreid ResNet",
-        ("conv1.weight", "layer1.0.conv1.", "classifier."),
-        "ResNet, last stride as trained",
-        ("resnet", "torchreid"),
-    ),
-    Layout(
-        "torchvision, timm ResNet", ("conv1.weight", "layer1.0.conv1."), "ResNet", ("resnet", "plain"),
-    ),
-    Layout("timm, Microsoft Swin", ("patch_embed.proj.", "layers.0.blocks.0.attn.qkv."), "Swin", ("swin", "plain")),
-    Layout(
-        "timm, DINO, DINOv2 ViT", ("cls_token", "patch_embed.proj.", "blocks.0.attn.qkv."), "ViT", ("vit", "plain"),
-    ),
-)  # fmt: skip
+    Layout(RESNETS, ("layer1.0.conv1.", "conv1.weight"), "ResNet, last stride 1", ("resnet", "plain")),
+    Layout("timm, Microsoft Swin", (f"layers.0.{BLOCK}", "patch_embed.proj."), "Swin", ("swin", "plain")),
+    Layout("timm, DINO, DINOv2 ViT", (BLOCK, "cls_token", "patch_embed.proj."), "ViT", ("vit", "plain")),
+)
 # Layouts that are refused by name: (what stands before a name, why).
 REFUSED = (
     (
@@ -94,15 +70,12 @@ REFUSED = (
 
 
 def table():
-    """The README's table of what loads."""
+    """The README's table of what loads: each kind once, with the first mark of each of its layouts."""
     rows = {}
     for layout in LAYOUTS:
-        if layout.gives:
-            rows.setdefault(layout.title, (layout.marks, layout.gives))
-    lines = ["| weights of | told by names such as | becomes |", "|---|---|---|"]
-    for title, (marks, gives) in rows.items():
-        lines.append(f"| {title} | {' '.join(f'`{mark}`' for mark in marks)} | {gives} |")
-    return "\n".join(lines)
+        rows.setdefault((layout.title, layout.gives), []).append(f"`{layout.marks[0]}`")
+    lines = ["| weights of | recognised by | becomes |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {title} | {' '.join(marks)} | {gives} |" for (title, gives), marks in rows.items()])
 
 
 def layout_of(names, path):
@@ -114,7 +87,7 @@ def layout_of(names, path):
         if any(name.startswith(prefix) for name in names):
             raise ValueError(f"{str(path)!r} is {what}: this layout is not supported")
     first = ", ".join(list(names)[:5]) or "no tensors"
-    known = ", ".join(dict.fromkeys(layout.title for layout in LAYOUTS if layout.gives))
+    known = ", ".join(dict.fromkeys(layout.title for layout in LAYOUTS))
     raise ValueError(
         f"{str(path)!r} has a layout that is not known: its first names are {first}. Known are {known}; and folders "
         "of transformers"
@@ -157,17 +130,11 @@ def built(model_class, imported, path, preprocessing):
     backbone = (
         wrap(network, imported.image_size, None) if network else backbone_from_config(config, imported.image_size)
     )
+    backbone.preprocessing = imported.preprocessing | preprocessing
     state = imported.network
     if config.model_type == "clip_vision_model":
-        from utils.modeling.importers.clip import square_positions
-
         state = square_positions(backbone, state)
-    model = model_class(
-        backbone,
-        method=imported.method,
-        head_options=imported.head_options,
-        **(imported.preprocessing | preprocessing),
-    )
+    model = model_class(backbone, method=imported.method, head_options=imported.head_options, **backbone.preprocessing)
     state = {f"backbone.model.{name}": value for name, value in state.items()} | (imported.head or {})
     expected = model.state_dict()
     if imported.method == "bot" and not imported.head:

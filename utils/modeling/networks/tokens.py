@@ -10,8 +10,8 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
     ViTConfig,
+    ViTModel,
 )
-from transformers import ViTModel as PooledViTModel
 
 from utils.modeling.backbones import Backbone
 
@@ -21,13 +21,6 @@ __all__ = [
 ]  # fmt: skip
 # Families whose positions are resized to the image only where asked; DINO's models always do it.
 RESIZED_IF_ASKED = ("vit", "siglip_vision_model")
-
-
-class ViTModel(PooledViTModel):
-    """ViT without the pooling layer on its class token."""
-
-    def __init__(self, config):
-        super().__init__(config, add_pooling_layer=False)
 
 
 class TokenBackbone(Backbone):
@@ -41,6 +34,9 @@ class TokenBackbone(Backbone):
     def __init__(self, model, image_size):
         config = model.config
         super().__init__(model, image_size, config.hidden_size)
+        if config.model_type == "vit":
+            # ViTModel has a layer on its class token, which classifiers are saved without.
+            model.pooler = None
         patch = config.patch_size
         self.patch = patch if isinstance(patch, int) else patch[0]
         if min(image_size) < self.patch:
