@@ -138,7 +138,7 @@ def rows_of(worlds):
 
 def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_ids", type=int, nargs="+", default=[80, 250], help="identities of a draw")
+    parser.add_argument("--num_ids", type=int, nargs="+", default=[80], help="identities of a draw")
     parser.add_argument("--draws", type=int, default=1000, help="how often identities are drawn")
     parser.add_argument("--json", type=Path, default=RESULTS / "coverage.json", help="result file")
     args = parser.parse_args(input_args)
