@@ -209,6 +209,8 @@ TABLES = {
     "answerer": as_stored("standins"),
     "starts": starts,
     "adaptation": as_stored("adaptation", words=3),
+    "thresholds": as_stored("thresholds", words=3),
+    "coverage": as_stored("coverage", words=4),
     "faults": as_stored("faults"),
     "chain": chain,
 }

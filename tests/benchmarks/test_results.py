@@ -8,7 +8,16 @@ import pytest
 
 from benchmarks.common import RESULTS
 from benchmarks.memory import cards, dcac_overhead
-from benchmarks.quality import adaptation, dcac_curves, dcac_synthetic, filter_truth, standins, starts
+from benchmarks.quality import (
+    adaptation,
+    coverage,
+    dcac_curves,
+    dcac_synthetic,
+    filter_truth,
+    standins,
+    starts,
+    thresholds,
+)
 from benchmarks.robustness import chain
 from benchmarks.speed import (
     clustering,
@@ -38,6 +47,7 @@ TABLES = {
     "chain": lambda raw: (chain.COLUMNS, chain.rows_of(raw["chains"])),
     "chain_small": lambda raw: (chain.COLUMNS, chain.rows_of(raw["chains"])),
     "clustering": lambda raw: clustering.table_of(raw["rows"]),
+    "coverage": lambda raw: (coverage.COLUMNS, coverage.rows_of(raw["worlds"])),
     "dcac_curves": lambda raw: dcac_curves.table_of(raw["largest"]),
     "dcac_memory": lambda raw: cards.training_cards(raw["counted"]),
     "dcac_step_cpu_block": lambda raw: dcac_step.table_of(raw["batches"]),
@@ -58,6 +68,7 @@ TABLES = {
     "retrieval": lambda raw: (retrieval.COLUMNS, retrieval.rows_of(raw["rows"])),
     "retrieval_peers": lambda raw: (retrieval.COLUMNS, retrieval.rows_of(raw["rows"])),
     "standins": lambda raw: standins.table_of(raw["question_answerer"]),
+    "thresholds": lambda raw: (thresholds.COLUMNS, thresholds.rows_of(raw["runs"])),
     "starts": lambda raw: (["setting", "number", starts.SCRATCH, starts.PRETRAINED, "gain"], start_rows(raw)),
 }
 TABLES["starts_high_rate"] = TABLES["starts"]

@@ -18,7 +18,7 @@ FPIR grows with the gallery; `gallery_images` is how many images a search went t
 
 Every number has a 95 % interval for other identities of the same kind, photographed by the same cameras
 (`utils.evaluation.resampling`); the interval of a TAR or TPIR includes that of the threshold. Two identities that look
-alike make many false matches at once, so what a false-match rate needs is pairs of identities: 20 of them within the
+alike make many false matches at once, so what a false-match rate needs is pairs of identities: 30 of them within the
 rate. A rate of false alarms needs 5 identities within it. For fewer the number is "not measurable".
 """
 
@@ -38,7 +38,7 @@ CALIBRATION = "calibration.json"
 VERSION = 1
 FALSE_MATCH_RATES = (1e-1, 1e-2, 1e-3, 1e-4)
 FALSE_ALARM_RATES = (1e-1, 1e-2)
-PAIRS_WITHIN, IDENTITIES_WITHIN, FEWEST_MATCHED = 20, 5, 10
+PAIRS_WITHIN, IDENTITIES_WITHIN, FEWEST_MATCHED = 30, 5, 10
 # The grid of scores starts where so many pairs of two identities still match.
 LOWEST_RATE = 0.75
 CAMERA_REPLICATES = 300
@@ -46,7 +46,7 @@ CAMERA_REPLICATES = 300
 CURVE_STEP = 4
 
 
-def calibrate(queries, gallery, pairs, *, protocol="market", replicates=REPLICATES, seed=0):
+def calibrate(queries, gallery, pairs, *, protocol="market", replicates=REPLICATES, seed=0, by_camera=True):
     """The content of `calibration.json`, apart from the model; `pairs` is their `thresholds.PairStatistics`."""
     counts = IdentityCounts(queries, gallery, lowest_score(pairs), protocol)
     resampling = Resampling(counts.num_ids, replicates=replicates, seed=seed)
@@ -56,6 +56,8 @@ def calibrate(queries, gallery, pairs, *, protocol="market", replicates=REPLICAT
     }
     cameras = []
     for query_camera, gallery_camera, part in counts.camera_pairs():
+        if not by_camera:
+            continue
         rates = PairRates(part, counts.grid, few)
         cameras.append(
             {"query_camera": query_camera, "gallery_camera": gallery_camera, **rates.sizes()}
@@ -199,28 +201,31 @@ class SearchRates:
         known = stranger >= 0
         # Without the identity of the best stranger, the next one counts.
         alarms = self.reached(ids, best)
-        alarm_influences = alarms + self.reached(stranger[known], best[known])
-        alarm_influences -= self.reached(stranger[known], second[known])
+        by_one = self.reached(stranger[known], best[known]) - self.reached(stranger[known], second[known])
         is_right = mated & (right > best)
         hits = self.reached(ids[is_right], right[is_right])
         # Searches that fail because of one other identity only.
         blocked = mated & ~is_right & (second < right)
-        hit_influences = hits - self.reached(stranger[blocked], right[blocked])
+        by_one_hit = -self.reached(stranger[blocked], right[blocked])
         sizes, mated_sizes = (torch.bincount(part, minlength=counts.num_ids).double() for part in (ids, ids[mated]))
         self.alarms = alarms.sum(0) / max(self.num_searches, 1)
         self.hits = hits.sum(0) / max(self.num_mated, 1)
         if self.num_ids > 1 and self.num_mated_ids > 1:
-            self.alarms_drawn = resampling.share(
-                alarms.sum(0), alarm_influences, sizes.sum(), sizes, prior=0, size=float(sizes.sum()) / self.num_ids
-            )
-            self.hits_drawn = resampling.share(
-                hits.sum(0),
-                hit_influences,
-                mated_sizes.sum(),
-                mated_sizes,
-                prior=1,
-                size=float(mated_sizes.sum()) / self.num_mated_ids,
-            )
+            self.alarms_drawn = self.drawn(resampling, alarms, by_one, sizes, prior=0)
+            self.hits_drawn = self.drawn(resampling, hits, by_one_hit, mated_sizes, prior=1)
+
+    def drawn(self, resampling, counts, by_one, sizes, prior):
+        """Replicates of a share of searches: `counts` of the identities searched for, and what the outcome owes to
+        one identity of the gallery, `by_one`.
+        """
+        total, influences = sizes.sum(), counts + by_one
+        size = float(total) / int((sizes > 0).sum())
+        drawn = resampling.share(counts.sum(0), influences, total, sizes, prior=prior, size=size)
+        # Such a search counts for both of its identities, and its own chance would be counted twice.
+        share = counts.sum(0) / total
+        variance = (influences - share * sizes[:, None]).square().sum(0)
+        once = (1 - by_one.sum(0).abs() / variance.clamp(min=1e-12)).clamp(0.25, 1).sqrt()
+        return share + once * (drawn - share)
 
     def reached(self, ids, scores):
         """(identities, edges): how many of the scores of each identity reach each edge."""

@@ -8,7 +8,7 @@ score of at least s: the chance of a false alarm. Measured with n gallery images
 for a gallery of N images, as if their scores were independent. At an accepted rate of false alarms the answer is
 
     yes       the chance at the score of the nearest image is at most the accepted rate
-    unsure    at most ten times that, or the calibration has too few identities to show a chance so small
+    unsure    at most ten times that and not above one half, or as small as the calibration's identities can show
     nobody    no image passes
 
 Of a yes, the expected error is that chance; of "nobody" it is the share of the people who are there whom such a
@@ -23,7 +23,7 @@ from utils.datasets.schema import UNKNOWN
 from utils.evaluation.lists import is_match
 
 YES, UNSURE, NOBODY = "yes", "unsure", "nobody"
-UNSURE_TIMES = 10
+UNSURE_TIMES, MOST_UNSURE = 10, 0.5
 DECISIONS = "decisions.csv"
 COLUMNS = ("query", "same_person", "gallery", "score", "false_match_rate", "false_alarm_rate", "miss_rate")
 SHOWN = 20
@@ -49,7 +49,10 @@ class Decision:
 
     def describe(self):
         if self.answer == NOBODY:
-            return f"nobody: no image passes; {self.miss_rate:.0%} of the people who are there are missed so"
+            return (
+                f"nobody: no gallery image passes, the nearest has score {self.score:.3f}; of the people who are in "
+                f"the gallery {self.miss_rate:.0%} are missed so"
+            )
         return (
             f"same person: {self.answer}, score {self.score:.3f}, "
             f"false-match rate {'below ' if self.false_match_below else ''}{self.false_match_rate:.1e}, "
@@ -66,26 +69,27 @@ class Calibrated:
         self.false_matches, self.hits = np.array(curve["false_match_rate"]), np.array(curve["TPIR"])
         self.least_false_match = curve["least_false_match_rate"]
         self.times = num_gallery / max(calibration["open_set"]["gallery_images"], 1.0)
-        self.false_alarms = self.for_gallery(np.array(curve["false_alarm_rate"]))
-        self.least_false_alarm = float(self.for_gallery(curve["least_false_alarm_rate"]))
+        self.false_alarms = np.array(curve["false_alarm_rate"])
+        self.least_false_alarm = self.for_gallery(curve["least_false_alarm_rate"])
 
-    def for_gallery(self, rates):
-        return 1 - (1 - np.clip(rates, 0, 1)) ** self.times
+    def for_gallery(self, rate):
+        return 1 - (1 - min(max(float(rate), 0.0), 1.0)) ** self.times
 
     def false_match(self, score):
         return at_least(self.least_false_match, np.interp(score, self.scores, self.false_matches))
 
     def false_alarm(self, score):
-        return at_least(self.least_false_alarm, np.interp(score, self.scores, self.false_alarms))
+        rate = self.for_gallery(np.interp(score, self.scores, self.false_alarms))
+        return at_least(self.least_false_alarm, rate)
 
     def passing(self, accepted):
         """The largest rate of false alarms that is not "nobody"."""
-        return max(UNSURE_TIMES * accepted, self.least_false_alarm)
+        return max(accepted, min(UNSURE_TIMES * accepted, MOST_UNSURE), self.least_false_alarm)
 
     def miss_rate(self, accepted):
         """Share of the people who are there whose search does not pass."""
-        passing = np.maximum(self.false_alarms, self.least_false_alarm) <= self.passing(accepted)
-        return float(1 - self.hits[np.argmax(passing)]) if passing.any() else 1.0
+        passing = [self.false_alarm(score)[0] <= self.passing(accepted) for score in self.scores]
+        return float(1 - self.hits[passing.index(True)]) if any(passing) else 1.0
 
 
 def at_least(least, rate):
