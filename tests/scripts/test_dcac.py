@@ -1,7 +1,9 @@
 """train_dcac.py: the method against its definition, the loop against interruptions, bad input against clear words."""
 
+import copy
 import functools
 import json
+import math
 import re
 import shutil
 import signal
@@ -21,7 +23,7 @@ from tests.runs import ROOT, launch, lines_written, log_of, same_weights, start,
 from train_dcac import DCAC, Condition, parse_args
 from utils.datasets.load import load_reid
 from utils.diffusion.latents import draw_noise, encode, sample_latents
-from utils.diffusion.schedule import NoiseSchedule
+from utils.diffusion.schedule import GradientBalance, NoiseSchedule, effective_rank, examined
 from utils.diffusion.unet import load_unet, load_vae
 from utils.launch import introduce
 from utils.modeling.memories import PrototypeMemory
@@ -59,8 +61,9 @@ def small(standins):
 
 
 def method(
-    standins, *, kind="correlation", probabilities="classifier", bottleneck="none", mode="lora", pass_size=BATCH
-):
+    standins, *, kind="correlation", probabilities="classifier", bottleneck="none", mode="lora", pass_size=BATCH,
+    num_tokens=1, frozen=False, share=None,
+):  # fmt: skip
     """A DCAC module of stand-ins with a classifier that is not at its start, and one batch for it."""
     torch.manual_seed(0)
     encoder = ReIDModel.from_backbone(standins / "clip", num_ids=NUM_IDS, image_size=(128, 64)).train()
@@ -75,8 +78,14 @@ def method(
         num_features=encoder.num_features,
         width=build.TEXT_WIDTH,
         tau=0.6,
+        num_tokens=num_tokens,
+        frozen=frozen,
     )
     unet = load_unet(name, mode, rank=2)
+    # What starts at 0 lets no gradient through yet: LoRA's second matrices, the last layers of `scratch`.
+    for weight_name, weight in unet.named_parameters():
+        if weight_name.endswith("weight") and not weight.any():
+            torch.nn.init.normal_(weight, std=0.1)
     model = DCAC(
         encoder,
         memory,
@@ -86,6 +95,7 @@ def method(
         ldm_weight=0.7,
         label_smoothing=0.1,
         pass_size=pass_size,
+        balance=share and GradientBalance(share),
     ).train()
     batch = {
         "images": torch.randn(BATCH, 3, 128, 64),
@@ -128,6 +138,160 @@ def test_loss_is_the_one_that_is_written_down(standins, probabilities):
     assert loss.item() == pytest.approx((loss_id + loss_pcl + 0.7 * loss_ldm).item(), rel=2e-4)
     assert not bn_features.requires_grad
     torch.testing.assert_close(bn_features.double(), bn, rtol=1e-3, atol=1e-4)
+
+
+FACTOR = 40.0
+STEPS = [
+    ("correlation", "classifier", 1, None), ("correlation", "classifier", 5, None),
+    ("correlation", "classifier", 5, 0.1), ("correlation", "prototype", 1, 0.1), ("correlation", "mean", 2, 0.1),
+    ("class", "classifier", 1, None), ("class", "classifier", 5, None),
+    ("instance", "classifier", 1, None), ("instance", "classifier", 5, 0.1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, probabilities, num_tokens, share", STEPS)
+def test_a_step_in_float64(standins, kind, probabilities, num_tokens, share):
+    """Losses and gradients of all parts, beside formulas of their own in float64."""
+    model, batch = method(standins, kind=kind, probabilities=probabilities, num_tokens=num_tokens, share=share)
+    exact = copy.deepcopy(model).double()
+    if share:
+        model.balance.log_ratio.fill_(math.log(FACTOR / share))
+    loss, values, *_ = model(**batch)
+    loss.backward()
+
+    gamma, weight, prompts = (
+        tensor.detach().clone().requires_grad_()
+        for tensor in (exact.encoder.bnneck.weight, exact.encoder.classifier.weight, exact.condition.prompts)
+    )
+    feature = exact.encoder.backbone(batch["images"].double())
+    centred = feature - feature.mean(0)
+    bn = centred / (feature.var(0, correction=0) + exact.encoder.bnneck.eps).sqrt() * gamma
+    logits, unit = bn @ weight.t(), bn / bn.norm(dim=1, keepdim=True)
+    targets = torch.full((BATCH, NUM_IDS), 0.1 / NUM_IDS, dtype=torch.double)
+    targets[range(BATCH), batch["labels"]] += 0.9
+    similar = unit @ exact.memory.prototypes.double().t() / 0.05
+    loss_id = -(targets * logits.log_softmax(1)).sum(1).mean()
+    loss_pcl = -similar.log_softmax(1)[range(BATCH), batch["labels"]].mean()
+    by_classifier, by_prototype = (logits / 0.6).softmax(1), similar.softmax(1)
+    shares = {
+        "class": F.one_hot(batch["labels"], NUM_IDS).double(),
+        "instance": unit,
+        "classifier": by_classifier,
+        "prototype": by_prototype,
+        "mean": (by_classifier + by_prototype) / 2,
+    }[probabilities if kind == "correlation" else kind]
+    condition = torch.einsum("bn,ntw->btw", shares, prompts.view(len(prompts), num_tokens, -1))
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.double) ** 2
+    clean = (1 - betas).cumprod(0)[batch["timesteps"]].view(-1, 1, 1, 1)
+    noised = clean.sqrt() * batch["latents"] + (1 - clean).sqrt() * batch["noise"]
+    guess = exact.unet(noised, batch["timesteps"], encoder_hidden_states=condition).sample
+    loss_ldm = (guess - batch["noise"]).square().mean()
+    lora = {name: value for name, value in exact.unet.named_parameters() if value.requires_grad}
+    head = [feature, gamma, weight]
+    of_ids = torch.autograd.grad(loss_id + loss_pcl, head, retain_graph=True)
+    of_ldm = torch.autograd.grad(loss_ldm, [*head, prompts, *lora.values()], retain_graph=True, materialize_grads=True)
+    torch.autograd.backward(feature, of_ids[0] + (FACTOR if share else 1) * 0.7 * of_ldm[0])
+
+    exact_backbone = dict(exact.encoder.backbone.named_parameters())
+    found = dict(model.unet.named_parameters())
+    groups = {
+        "losses": [(values[name], loss) for name, loss in zip(
+            ("loss_id", "loss_pcl", "loss_ldm"), (loss_id, loss_pcl, loss_ldm), strict=True
+        )],
+        "encoder": [
+            (value.grad, exact_backbone[name].grad)
+            for name, value in model.encoder.backbone.named_parameters()
+            if value.requires_grad
+        ],
+        "neck": [(model.encoder.bnneck.weight.grad, of_ids[1] + 0.7 * of_ldm[1])],
+        "classifier": [(model.encoder.classifier.weight.grad, of_ids[2] + 0.7 * of_ldm[2])],
+        "prompts": [(model.condition.prompts.grad, 0.7 * of_ldm[3].view_as(model.condition.prompts))],
+        "lora": [(found[name].grad, 0.7 * grad) for name, grad in zip(lora, of_ldm[4:], strict=True)],
+    }  # fmt: skip
+    for name, pairs in groups.items():
+        got, wanted = (torch.cat([one[side].detach().double().flatten() for one in pairs]) for side in (0, 1))
+        apart = float((got - wanted).norm() / wanted.norm())
+        print(f"{kind} {probabilities}, tokens {num_tokens}, balance {share}: {name} {apart:.1e}")
+        assert apart < 1e-4, name
+    if kind != "class":
+        # Without L_ldm, or with another factor, the encoder's gradient would be seen to differ.
+        assert (FACTOR if share else 1) * float(of_ldm[0].norm() / of_ids[0].norm()) > 2e-4
+    if share:
+        told = model.balance.update(lambda gradients: gradients)
+        ratio = 0.7 * of_ldm[0].norm() / of_ids[0].norm()
+        assert float(told["feedback_scale"]) == pytest.approx(FACTOR, rel=1e-5)
+        assert float(told["feedback_ratio"]) == pytest.approx(float(FACTOR * ratio), rel=1e-3)
+        smoothed = 0.9 * math.log(FACTOR / share) + 0.1 * math.log(1 / ratio)
+        assert float(model.balance.log_ratio) == pytest.approx(smoothed, rel=1e-4)
+
+
+def test_the_balance_keeps_what_overflows_out_and_starts_with_a_measurement():
+    features = torch.randn(4, 3, requires_grad=True) * 1
+    balance = GradientBalance(0.25)
+    for strength, factor in ((2.0, 0.0), (2.0, 0.25 / 2.0), (torch.inf, 0.25 / 2.0), (2.0, 0.25 / 2.0)):
+        features = (features.detach().requires_grad_() * 1).requires_grad_()
+        (features.sum() + strength * balance(features).sum()).backward()
+        told = balance.update(lambda gradients: gradients)
+        assert float(told["feedback_scale"]) == pytest.approx(factor)
+        assert float(told["feedback_ratio"]) == pytest.approx(0.0 if strength == torch.inf else factor * strength)
+    assert all(float(value) == 0 for value in balance.update(None).values()), "nothing was measured in this step"
+
+
+def test_where_the_gradient_arrives_in_the_warmup_and_with_frozen_prompts(standins):
+    """In the warm-up L_ldm adds nothing to the encoder, the neck and the classifier; U-Net and prompts learn."""
+    grads = {}
+    for name, part in (("alone", {}), ("warmup", {"warmup": True}), ("later", {})):
+        model, batch = method(standins, num_tokens=3)
+        batch = batch if name != "alone" else {key: batch[key] for key in ("images", "labels")}
+        model(**batch, **part)[0].backward()
+        grads[name] = {key: value.grad for key, value in model.named_parameters() if key.startswith("encoder.")}
+        found = reached(model)
+        assert found["prompts"] == found["lora"] == (name != "alone")
+    for key, grad in grads["alone"].items():
+        assert grad is None or torch.equal(grads["warmup"][key], grad), key
+    assert any(not torch.equal(grads["later"][key], grad) for key, grad in grads["alone"].items() if grad is not None)
+    model, batch = method(standins, num_tokens=3, frozen=True, share=0.1)
+    model(**batch)[0].backward()
+    assert isinstance(model.condition.prompts, torch.Tensor) and not model.condition.prompts.requires_grad
+    assert "condition.prompts" in dict(model.named_buffers()), "a checkpoint holds buffers, not frozen weights"
+    assert reached(model)["lora"] and reached(model)["encoder"]
+
+
+def test_what_a_condition_says(standins):
+    model, batch = method(standins, num_tokens=2)
+    features = model.encoder.backbone(batch["images"]).detach()
+    draws = [(batch["latents"], torch.randn(BATCH, 4, 8, 8), torch.randint(1000, (BATCH,))) for _ in range(2)]
+    before = copy.deepcopy(model.state_dict())
+    condition, numbers = examined(model, features, batch["labels"], draws)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    centred = features - features.mean(0)
+    bn = centred / (features.var(0, correction=0) + 1e-5).sqrt() * model.encoder.bnneck.weight
+    p = (bn @ model.encoder.classifier.weight.t() / 0.6).softmax(1)
+    torch.testing.assert_close(
+        condition, torch.einsum("bn,ntw->btw", p, model.condition.prompts), rtol=1e-3, atol=1e-4
+    )
+    assert numbers["entropy"] == pytest.approx(float(-(p * p.log()).sum(1).mean()), rel=1e-4)
+    assert numbers["top"] == pytest.approx(float(p.amax(1).mean()), rel=1e-4)
+    wanted = {"own": condition, "another": condition[[*range(-1, BATCH - 1)]], "zero": 0 * condition}
+    losses = {name: [float(model.denoise(*draw, one)) for draw in draws] for name, one in wanted.items()}
+    for name, two in losses.items():
+        assert numbers[name] == pytest.approx(sum(two) / 2, rel=1e-5)
+    worse = [other - own for own, other in zip(losses["own"], losses["another"], strict=True)]
+    assert numbers["another_worse"] == pytest.approx(sum(worse) / 2, abs=1e-6)
+    assert numbers["another_worse_std"] == pytest.approx(abs(worse[0] - worse[1]) / 2**0.5, abs=1e-6)
+    leaf = features.clone().requires_grad_()
+    bn_features, logits = model.encoder.neck(leaf)
+    others = F.cross_entropy(logits, batch["labels"], label_smoothing=0.1) + model.memory(bn_features, batch["labels"])
+    (of_others,) = torch.autograd.grad(others, leaf, retain_graph=True)
+    noise_loss = model.denoise(*draws[0], model.condition(logits, bn_features, batch["labels"], model.memory))
+    (of_ldm,) = torch.autograd.grad(noise_loss.mean(), leaf)
+    assert numbers["gradient_ratio"] == pytest.approx(float(of_ldm.norm() / of_others.norm()), rel=1e-3)
+    cosine = F.cosine_similarity(of_ldm.flatten(), of_others.flatten(), 0)
+    assert numbers["gradient_cosine"] == pytest.approx(float(cosine), rel=1e-2, abs=1e-4)
+    values = torch.linalg.svdvals(model.condition.prompts.detach().flatten(1).double())
+    q = values / values.sum()
+    assert numbers["effective_rank"] == pytest.approx(float((-(q * q.log()).sum()).exp()), rel=1e-6)
+    assert effective_rank(torch.ones(5, 3, 7)) == pytest.approx(1, abs=1e-3)
 
 
 def reached(model):
