@@ -277,7 +277,7 @@ from utils.batches.transforms import test_transform, train_transform
 from utils.datasets.load import digest_of, open_source
 from utils.diffusion.checkpoint import check_diffusion
 from utils.diffusion.latents import draw_noise, encode, feedback_loader, fixed_draws, image_for_vae, sample_latents
-from utils.diffusion.schedule import GradientBalance, decode, denoise, examined, noise_loss
+from utils.diffusion.schedule import FEEDBACK_WORDS, GradientBalance, decode, denoise, examined, noise_loss
 from utils.diffusion.unet import load_diffusion, recompute_activations, save_prompts, save_unet
 from utils.evaluation.features import extract
 from utils.evaluation.targets import open_targets
@@ -289,7 +289,7 @@ from utils.modeling.norms import share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
 from utils.reporting.report import sheet
 from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained
-from utils.training.report import sample_name, samples_of, spread, training_report
+from utils.training.report import add_notes, sample_name, samples_of, spread, training_report
 
 # The method
 
@@ -684,7 +684,7 @@ def report_of(args, training, num_ids):
     method = "baseline, no diffusion model" if args.diffusion == "none" else f"{args.condition}, {args.unet_mode}"
     history = training.state["history"]
     seen = set(args.target or args.source) & set(args.source)
-    return training_report(
+    report = training_report(
         "Baseline" if args.diffusion == "none" else "DCAC",
         args.output_dir,
         history,
@@ -702,6 +702,8 @@ def report_of(args, training, num_ids):
         sample_words="In each row: an image; the same, noised and denoised under its own condition; and under that of "
         "the row above. The condition is trained if the second keeps what the third changes.",
     )
+    add_notes(report, training.results.get("feedback", []), "What the condition says", FEEDBACK_WORDS)
+    return report
 
 
 def run_script(args):

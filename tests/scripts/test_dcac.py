@@ -8,7 +8,9 @@ import re
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,12 +18,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, CLIPTextModel
 
 import train_dcac
 from tests import runs
 from tests.runs import ROOT, launch, lines_written, log_of, same_weights, start, stopped, torchrun, weights_of
 from train_dcac import DCAC, Condition, parse_args
-from utils.datasets.load import load_reid
+from utils.datasets.load import load_reid, open_source
 from utils.diffusion.latents import draw_noise, encode, sample_latents
 from utils.diffusion.schedule import GradientBalance, NoiseSchedule, effective_rank, examined
 from utils.diffusion.unet import load_unet, load_vae
@@ -30,6 +33,7 @@ from utils.modeling.memories import PrototypeMemory
 from utils.modeling.names import open_backbone
 from utils.modeling.reid_model import ReIDModel
 from utils.standins import build
+from utils.synthetic.world import attributes, caption
 
 SCRIPT = "train_dcac.py"
 
@@ -406,6 +410,32 @@ def test_recipes_set_the_published_values_and_flags_win():
     for name, (rank, tau) in published.items():
         args = parse_args(["--recipe", name])
         assert (args.rank, args.tau, args.adam_weight_decay, args.ldm_weight) == (rank, tau, 1e-4, 1.0)
+        assert (args.variant, args.single_image_ids) == ("non_ema", "repeat")
+        # Nothing of what goes beyond the paper.
+        assert (args.prompt_init, args.prompt_tokens, args.freeze_prompts) == ("random", "end", False)
+        assert (args.ldm_balance, args.ldm_warmup_epochs, args.ldm_start_epoch) == (None, 0, 1)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_the_multiplier_is_of_lora_and_prompts(standins, mode):
+    model, _ = method(standins, mode=mode, bottleneck="condition-net")
+    args = SimpleNamespace(lr_multiplier=3.0, learning_rate=0.5)
+    groups = {group["lr"]: group["params"] for group in train_dcac.parameter_groups(args, model)}
+    faster = [model.condition.prompts]
+    faster += [value for name, value in model.unet.named_parameters() if ".lora_" in name]
+    assert {id(value) for value in groups[1.5]} == {id(value) for value in faster}
+    everything = [value for value in model.parameters() if value.requires_grad]
+    assert len(groups[1.5]) + len(groups[0.5]) == len(everything)
+
+
+def test_erasing_is_as_wide_as_it_is_tall():
+    args = parse_args(["--source", "synthetic:domain=a"])
+    encoder = SimpleNamespace(image_size=(128, 64), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+    train = load_reid("synthetic", domain="a", num_ids=2)["train"]
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    loader = train_dcac.build_loader(args, accelerator, encoder, train, torch.zeros(len(train)), [[0]], None)
+    least, most = loader.dataset.images.transform.erasing_aspect
+    assert least == 0.3 and least * most == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -418,6 +448,16 @@ def test_recipes_set_the_published_values_and_flags_win():
         (["--rank", "0"], "--rank must be 1 or more"),
         (["--ldm_start_epoch", "9", "--num_train_epochs", "8"], "comes after the last of 8 epochs"),
         (["--validation_ids", "1"], "give 0, or 2 and more"),
+        (["--ldm_balance", "0"], "--ldm_balance must be above 0"),
+        (["--ldm_balance", "0.1", "--condition", "class"], "nothing of L_ldm reaches the encoder"),
+        (["--ldm_balance", "0.1", "--ldm_weight", "1"], "both set the strength of L_ldm"),
+        (["--ldm_warmup_epochs", "1", "--condition", "class"], "--ldm_warmup_epochs: under --condition class"),
+        (["--ldm_warmup_epochs", "8", "--num_train_epochs", "8"], "epoch 9, where L_ldm first reaches the encoder"),
+        (["--ldm_start_epoch", "4", "--ldm_warmup_epochs", "5", "--num_train_epochs", "8"], "epoch 9"),
+        (["--prompt_init", "captions", "--condition", "instance"], "prompts belong to no identity"),
+        (["--prompt_tokens", "some"], "--prompt_tokens must be a whole number, got 'some'"),
+        (["--prompt_tokens", "0"], "--prompt_tokens must be 1 or more, got 0"),
+        (["--freeze_prompts", "--unet_mode", "frozen", "--condition", "class"], "nothing that learns from L_ldm"),
         (["--unet_mode", "half"], "invalid choice"),
     ],
 )
@@ -702,7 +742,143 @@ def test_a_tracker_gets_losses_rates_numbers_and_settings(small, cache, tmp_path
     assert found.Scalars(numbers[0])[-1].value == pytest.approx(metrics["targets"][target]["mAP"], rel=1e-6)
 
 
+# Prompts from captions
+
+
+def captions_file(path, *, domain="a", change=None, num_ids=6):
+    """A jsonl with the true words of training identities; `change` {pid: text}, None leaves the row out."""
+    texts = {pid: caption(attributes(domain, pid)) for pid in range(0, 2 * num_ids, 2)} | (change or {})
+    rows = [{"domain": f"synthetic-{domain}", "pid": pid, "prompt": text} for pid, text in texts.items()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["prompt"] is not None))
+    return path
+
+
+def prompts_of(standins, file, num_tokens, specs=("synthetic:domain=a,num_ids=6,images_per_id=4",), **options):
+    from utils.generated.identity_texts import CaptionPrompts
+
+    train, labels, _ = open_source(list(specs))
+    name = str(standins / "stable-diffusion")
+    prompts = CaptionPrompts(str(file), num_tokens, build.TEXT_WIDTH, name, **options)
+    return prompts.make(list(specs), train, labels, Accelerator(cpu=True), None)
+
+
+def test_prompts_are_the_text_encoders_states_of_each_identity(standins, tmp_path, capsys):
+    long = caption(attributes("a", 4)) + " and nothing but long words in a long row" * 9
+    file = captions_file(tmp_path / "captions.jsonl", change={4: long})
+    texts = [caption(attributes("a", pid)) for pid in (0, 2, 4, 6, 8, 10)]
+    tokenizer = AutoTokenizer.from_pretrained(standins / "stable-diffusion", subfolder="tokenizer")
+    encoder = CLIPTextModel.from_pretrained(standins / "stable-diffusion", subfolder="text_encoder")
+    found = prompts_of(standins, file, "all")
+    assert (
+        found.shape == (6, 77, build.TEXT_WIDTH) and "1 captions have more than 77 tokens" in capsys.readouterr().out
+    )
+    others = [0, 1, 3, 4, 5]
+    tokens = tokenizer([texts[row] for row in others], padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        wanted = encoder(tokens)
+    torch.testing.assert_close(found[others], wanted.last_hidden_state)
+    end = prompts_of(standins, file, "end")
+    torch.testing.assert_close(end[others], wanted.pooler_output)
+    # Cut at a word, and closed: as a text that was so short.
+    few = prompts_of(standins, file, 8)
+    text = texts[0]
+    while len(tokenizer(text).input_ids) > 8:
+        text = text.rpartition(" ")[0]
+    with torch.no_grad():
+        wanted = encoder(tokenizer([text.rstrip(",")], padding="max_length", return_tensors="pt").input_ids)
+    torch.testing.assert_close(few[0], wanted.last_hidden_state[0, :8])
+    # Several sources number their identities anew.
+    both = tmp_path / "both.jsonl"
+    both.write_text(file.read_text() + captions_file(tmp_path / "b.jsonl", domain="b").read_text())
+    specs = ["synthetic:domain=b,num_ids=2", "synthetic:domain=a,num_ids=3,images_per_id=4"]
+    merged = prompts_of(standins, both, "end", specs)
+    torch.testing.assert_close(merged[2:4], end[:2])
+    with torch.no_grad():
+        own = encoder(tokenizer([caption(attributes("b", 2))], padding="max_length", return_tensors="pt").input_ids)
+    torch.testing.assert_close(merged[1], own.pooler_output[0])
+
+
+def test_equal_captions_are_told(standins, tmp_path, capsys):
+    file = captions_file(tmp_path / "captions.jsonl", change=dict.fromkeys(range(0, 12, 2), "a photo of a person"))
+    prompts = prompts_of(standins, file, "end")
+    assert "WARNING: all captions are equal" in capsys.readouterr().out
+    assert effective_rank(prompts) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_captions_balance_and_warmup_resume_and_run_on_two_processes(small, cache, tmp_path):
+    """The cut training goes on to the same numbers, to the last digit; two processes to the same but for rounding."""
+    file = captions_file(tmp_path / "captions.jsonl")
+    common = [*small, "--prompt_init", file, "--prompt_tokens", "all", "--ldm_balance", "0.1", "--cache_dir", cache]
+    common += ["--ldm_warmup_epochs", "1", "--num_train_epochs", "3", "--mixed_precision", "no"]
+    train(*common, "--output_dir", tmp_path / "one")
+    whole = log_of(tmp_path / "one")
+    assert len(whole) == 9
+    ratios = [line["feedback_ratio"] for line in whole]
+    # No gradient reaches the encoder in the warm-up, and none before the first measurement.
+    assert ratios[:4] == [0] * 4 and all(0.01 < ratio < 1 for ratio in ratios[4:])
+    train(*common, "--max_train_steps", "5", "--output_dir", tmp_path / "cut")
+    train(*common, "--resume_from_checkpoint", "latest", "--output_dir", tmp_path / "cut")
+    assert (tmp_path / "cut" / "log.jsonl").read_text() == (tmp_path / "one" / "log.jsonl").read_text()
+    assert same_weights(weights_of(tmp_path / "one"), weights_of(tmp_path / "cut"))
+    notes = [json.loads((tmp_path / name / "metrics.json").read_text())["feedback"] for name in ("one", "cut")]
+    assert notes[0] == [entry for entry in notes[1] if entry["epoch"] in (0, 3)]
+    launch(SCRIPT, *common, "--train_batch_size", "4", "--output_dir", tmp_path / "two", processes=2)
+    for left, right in zip(whole, log_of(tmp_path / "two"), strict=True):
+        assert left == pytest.approx(right, rel=2e-3, abs=1e-4)
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert "What the condition says" in page and "another_worse" in page
+
+
+def test_captions_made_on_the_spot_are_kept(small, standins, cache, tmp_path):
+    common = [*plain(small, cache), "--max_train_steps", "1", "--freeze_prompts"]
+    captioner = ["--captioner_model_name_or_path", standins / "blip-vqa"]
+    train(*common, "--prompt_init", "captions", *captioner, "--output_dir", tmp_path / "made")
+    table = tmp_path / "made" / "captions.parquet"
+    assert len(pq.read_table(table)) == 6
+    prompts = load_file(tmp_path / "made" / "prompts.safetensors")["prompts"]
+    assert torch.equal(prompts, prompts_of(standins, table, "end")), "frozen"
+
+
 # Bad input
+
+
+def test_captions_that_do_not_fit_are_told_before_a_model_is_loaded(small, standins, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ReIDModel, "for_training", None)
+    out = ["--output_dir", tmp_path / "out"]
+
+    def told(file, *more):
+        return refused(*small, *out, "--prompt_init", file, *more)
+
+    good = captions_file(tmp_path / "good.jsonl")
+    lacking = told(captions_file(tmp_path / "lacking.jsonl", change={2: None, 6: None}))
+    assert (
+        "no caption of 2 of 6 training identities, synthetic-a/0002 for one" in lacking and "captions_only" in lacking
+    )
+    other = told(captions_file(tmp_path / "other.jsonl", domain="b"))
+    assert "no caption of 6 of 6" in other and "captions of synthetic-b" in other
+    assert "identity 4 has neither a prompt" in told(captions_file(tmp_path / "empty.jsonl", change={4: " "}))
+    assert "cannot be read as captions" in told(tmp_path / "nowhere.parquet")
+    assert "--prompt_tokens 78: the text encoder of" in told(good, "--prompt_tokens", "78")
+    assert "leaves no word between start and end" in told(good, "--prompt_tokens", "2")
+    assert "has 77 tokens" in refused(*small, *out, "--prompt_tokens", "78")
+    captioner = ["--captioner_model_name_or_path", tmp_path / "nowhere"]
+    assert "no captioner at" in told("captions", *captioner)
+    name = tmp_path / "sd"
+    shutil.copytree(standins / "stable-diffusion", name)
+    path = name / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 96}))
+    wide = told(good, "--pretrained_model_name_or_path", name)
+    assert "has width 96, its U-Net takes conditions of 128" in wide
+
+
+def test_a_variant_that_is_not_there(small, standins, tmp_path, capsys, monkeypatch):
+    """Asked for by a flag it is an error; of a recipe the default is taken, and said."""
+    monkeypatch.setattr(train_dcac, "open_source", lambda *_, **__: (_ for _ in ()).throw(ValueError("stop here")))
+    common = [*small, "--backbone", standins / "clip", "--mixed_precision", "no", "--output_dir", tmp_path / "out"]
+    assert "has no U-Net of --variant non_ema" in refused(*common, "--variant", "non_ema")
+    assert "stop here" in refused(*common, "--recipe", "ma-ms")
+    assert "has no U-Net of variant non_ema: training starts from the default one" in capsys.readouterr().out
 
 
 def test_bad_input_is_told_in_one_line(small, standins, tmp_path, capsys, monkeypatch):

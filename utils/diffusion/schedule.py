@@ -9,6 +9,15 @@ from torch import nn
 
 from utils.diffusion.checkpoint import noise_schedule, read_config
 
+# Of the numbers of `examined`, for a report.
+FEEDBACK_WORDS = (
+    "own, another, zero: noise loss on fixed noise under the image's own condition, another image's, and zeros. "
+    "another_worse: how much more it is under another's, with the deviation over draws of noise; the condition is "
+    "alive if it is above that. gradient_ratio, gradient_cosine: the gradient of L_ldm at the features beside that of "
+    "the other losses. entropy, top: of the probabilities of identities. effective_rank: of the prompts, 1 if they are "
+    "equal."
+)
+
 
 class NoiseSchedule(nn.Module):
     """The amount of noise in each diffusion step, and the target of the U-Net's prediction.
