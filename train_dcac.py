@@ -422,7 +422,9 @@ def share_of(batch, size):
 
 def main(args):
     late = args.diffusion == "ldm" and args.ldm_start_epoch > 1
-    accelerator = launch.start_training(args, find_unused_parameters=late, max_zero_stage=3)
+    # The balance looks at the neck's weights by themselves, which ZeRO-3 splits.
+    stage = 2 if args.ldm_balance else 3
+    accelerator = launch.start_training(args, find_unused_parameters=late, max_zero_stage=stage)
     launch.introduce(args, accelerator, demo=DEMO, stand_ins=stand_ins_of(args))
     # What can be wrong with data and configuration shows before a model is loaded.
     model_kind(args.backbone)

@@ -14,8 +14,7 @@ FEEDBACK_WORDS = (
     "own, another, zero: noise loss on fixed noise under the image's own condition, another image's, and zeros. "
     "another_worse: how much more it is under another's, with the deviation over draws of noise; the condition is "
     "alive if it is above that. gradient_ratio, gradient_cosine: the gradient of L_ldm at the features beside that of "
-    "the other losses. entropy, top: of the probabilities of identities. effective_rank: of the prompts, 1 if they are "
-    "equal."
+    "the other losses. entropy, top: of the probabilities of identities. effective_rank: of the prompts."
 )
 
 
@@ -144,7 +143,7 @@ def examined(model, features, labels, draws):
     another_worse, another_worse_std: how much more another's is than the own, and the deviation of that over the draws
     gradient_ratio, gradient_cosine: gradients at the features, of the noise loss beside the other losses
     entropy, top: of the probabilities of identities
-    effective_rank: exp(entropy of the singular values of the prompts, by their sum); 1 if they are equal
+    effective_rank: of the prompts
     """
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
         outputs = logits, bn_features = model.neck_again(features.float())
@@ -181,8 +180,10 @@ def gradients_at_features(model, features, labels, latents, noise, timesteps):
 
 
 def effective_rank(prompts):
-    flat = prompts.detach().flatten(1).double()
-    values = torch.linalg.eigvalsh(flat @ flat.t()).clamp(min=0).sqrt()
+    """exp(entropy of the singular values, by their sum): 1 if all prompts are equal, at most their number."""
+    # In parts: whole captions of a large set would take a gigabyte in float64.
+    gram = sum(part.double() @ part.double().t() for part in prompts.detach().flatten(1).split(4096, 1))
+    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     return float(torch.special.entr(values / values.sum()).sum().exp())
 
 
