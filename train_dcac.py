@@ -279,7 +279,7 @@ from utils.datasets import hold_out_of
 from utils.datasets.load import digest_of, open_source
 from utils.diffusion.checkpoint import check_diffusion
 from utils.diffusion.latents import draw_noise, encode, feedback_loader, fixed_draws, image_for_vae, sample_latents
-from utils.diffusion.schedule import GradientBalance, decode, denoise, examined, noise_loss
+from utils.diffusion.schedule import FEEDBACK_WORDS, GradientBalance, decode, denoise, examined, noise_loss
 from utils.diffusion.unet import load_diffusion, recompute_activations, save_prompts, save_unet
 from utils.evaluation.features import extract
 from utils.evaluation.targets import open_targets
@@ -291,7 +291,7 @@ from utils.modeling.norms import share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
 from utils.reporting.report import sheet
 from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained
-from utils.training.report import sample_name, samples_of, spread, training_report
+from utils.training.report import add_notes, sample_name, samples_of, spread, training_report
 
 # The method
 
@@ -424,7 +424,9 @@ def share_of(batch, size):
 
 def main(args):
     late = args.diffusion == "ldm" and args.ldm_start_epoch > 1
-    accelerator = launch.start_training(args, find_unused_parameters=late, max_zero_stage=3)
+    # The balance looks at the neck's weights by themselves, which ZeRO-3 splits.
+    stage = 2 if args.ldm_balance else 3
+    accelerator = launch.start_training(args, find_unused_parameters=late, max_zero_stage=stage)
     launch.introduce(args, accelerator, demo=DEMO, stand_ins=stand_ins_of(args))
     # What can be wrong with data and configuration shows before a model is loaded.
     model_kind(args.backbone)
@@ -696,7 +698,7 @@ def report_of(args, training, num_ids):
     method = "baseline, no diffusion model" if args.diffusion == "none" else f"{args.condition}, {args.unet_mode}"
     history = training.state["history"]
     seen = set(args.target or args.source) & set(args.source)
-    return training_report(
+    report = training_report(
         "Baseline" if args.diffusion == "none" else "DCAC",
         args.output_dir,
         history,
@@ -714,6 +716,8 @@ def report_of(args, training, num_ids):
         sample_words="In each row: an image; the same, noised and denoised under its own condition; and under that of "
         "the row above. The condition is trained if the second keeps what the third changes.",
     )
+    add_notes(report, training.results.get("feedback", []), "What the condition says", FEEDBACK_WORDS)
+    return report
 
 
 def run_script(args):

@@ -232,12 +232,8 @@ def tracked(args):
 def stand_ins_among(args, names, published):
     """The line about shipped stand-ins among these flags, or None; `published` has the real model of each."""
     names = [name for name in names if str(getattr(args, name)).startswith(str(STANDINS))]
-    if not names:
-        return None
-    return (
-        f"Not given: --{' and --'.join(names)}. Using the shipped stand-ins, which know drawn people only. "
-        f"Real ones: {' '.join(f'--{name} {published[name]}' for name in names)}"
-    )
+    words = f"Not given: --{' and --'.join(names)}. Using the shipped stand-ins, which know drawn people only. "
+    return f"{words}Real ones: {' '.join(f'--{name} {published[name]}' for name in names)}" if names else None
 
 
 def introduce(args, accelerator, *, demo, stand_ins=None):

@@ -190,11 +190,10 @@ def test_what_trains_and_gets_gradient(original, mode, autocast):
         if name in saved and mode != "scratch":
             # What trains must not have been rounded on its way.
             assert torch.equal(parameter, saved[name].to(parameter.dtype)), name
-    if mode == "lora":
-        # The second matrices start at 0, so the first would get no gradient yet.
-        for name, parameter in unet.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
+    # What starts at 0, such as LoRA's second matrices, lets no gradient through yet.
+    for name, parameter in unet.named_parameters():
+        if name.endswith("weight") and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
     latents, noise, timesteps, condition = draws()
     schedule = NoiseSchedule(SD1)
     with torch.autocast("cpu", dtype=autocast):
@@ -431,6 +430,28 @@ def test_whole_unet_opens_again(original, tmp_path, mode):
     again = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")
     assert all(torch.equal(value, unet.state_dict()[name]) for name, value in again.state_dict().items())
     assert dict(again.config)["cross_attention_dim"] == WIDTH
+
+
+def test_from_scratch_the_last_layers_are_zero(original):
+    """Each residual branch adds nothing at first, and the U-Net predicts zeros."""
+    unet = load_unet(original, "scratch")
+    ends = [name for name, _ in unet.named_parameters() if name.split(".")[-2] in ("conv2", "proj_out", "conv_out")]
+    zero = [name for name, value in unet.named_parameters() if not value.any() and name.endswith("weight")]
+    assert zero == [name for name in ends if name.endswith("weight")] and len(zero) > 10
+    assert not any(dict(unet.named_parameters())[name].any() for name in ends)
+    latents, condition = torch.randn(2, 4, 8, 8), torch.randn(2, 3, WIDTH)
+    assert not unet(latents, torch.tensor([3, 900]), encoder_hidden_states=condition).sample.any()
+
+
+def test_a_variant_of_the_unet(original, copy):
+    path = copy / "unet" / WEIGHTS
+    other = {name: value + 1 for name, value in load_file(path).items()}
+    save_file(other, path.with_name(WEIGHTS.replace(".safetensors", ".non_ema.safetensors")), {"format": "pt"})
+    assert check_diffusion(copy, variant="non_ema").variant == "non_ema"
+    assert check_diffusion(copy).variant is check_diffusion(original, variant="non_ema").variant is None
+    name = "conv_in.weight"
+    plain, variant = (load_unet(copy, "frozen", variant=one).state_dict()[name] for one in (None, "non_ema"))
+    assert torch.equal(plain, load_file(original / "unet" / WEIGHTS)[name]) and torch.equal(variant, plain + 1)
 
 
 def test_frozen_unet_leaves_nothing(original, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
@@ -99,6 +100,19 @@ def test_features_are_those_of_a_plain_loop(model, accelerator):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     assert model.training and model.bnneck.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_features_in_float32_under_a_half_precision_training(model):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    half = Accelerator(cpu=True, mixed_precision="bf16")
+    rows = load_reid("synthetic", domain="a", num_ids=2, images_per_id=4)["query"]
+    options = {"accelerator": half, "batch_size": 4}
+    rounded, exact = (
+        extract(model, rows, transform_of(model), in_float32=chosen, **options) for chosen in (False, True)
+    )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    wanted = extract(model, rows, transform_of(model), accelerator=Accelerator(cpu=True), batch_size=4)
+    assert torch.equal(exact, wanted) and not torch.equal(rounded, wanted)
 
 
 def test_features_can_be_computed_with_afterwards(model, accelerator):

@@ -1,12 +1,16 @@
 """train_dcac.py: the method against its definition, the loop against interruptions, bad input against clear words."""
 
+import copy
 import functools
 import json
+import math
 import re
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,20 +18,22 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, CLIPTextModel
 
 import train_dcac
 from tests import runs
 from tests.runs import ROOT, launch, lines_written, log_of, same_weights, start, stopped, torchrun, weights_of
 from train_dcac import DCAC, Condition, parse_args
-from utils.datasets.load import load_reid
+from utils.datasets.load import load_reid, open_source
 from utils.diffusion.latents import draw_noise, encode, sample_latents
-from utils.diffusion.schedule import NoiseSchedule
+from utils.diffusion.schedule import GradientBalance, NoiseSchedule, effective_rank, examined
 from utils.diffusion.unet import load_unet, load_vae
 from utils.launch import introduce
 from utils.modeling.memories import PrototypeMemory
 from utils.modeling.names import open_backbone
 from utils.modeling.reid_model import ReIDModel
 from utils.standins import build
+from utils.synthetic.world import attributes, caption
 
 SCRIPT = "train_dcac.py"
 
@@ -59,8 +65,9 @@ def small(standins):
 
 
 def method(
-    standins, *, kind="correlation", probabilities="classifier", bottleneck="none", mode="lora", pass_size=BATCH
-):
+    standins, *, kind="correlation", probabilities="classifier", bottleneck="none", mode="lora", pass_size=BATCH,
+    num_tokens=1, frozen=False, share=None,
+):  # fmt: skip
     """A DCAC module of stand-ins with a classifier that is not at its start, and one batch for it."""
     torch.manual_seed(0)
     encoder = ReIDModel.from_backbone(standins / "clip", num_ids=NUM_IDS, image_size=(128, 64)).train()
@@ -75,8 +82,14 @@ def method(
         num_features=encoder.num_features,
         width=build.TEXT_WIDTH,
         tau=0.6,
+        num_tokens=num_tokens,
+        frozen=frozen,
     )
     unet = load_unet(name, mode, rank=2)
+    # What starts at 0 lets no gradient through yet: LoRA's second matrices, the last layers of `scratch`.
+    for weight_name, weight in unet.named_parameters():
+        if weight_name.endswith("weight") and not weight.any():
+            torch.nn.init.normal_(weight, std=0.1)
     model = DCAC(
         encoder,
         memory,
@@ -86,6 +99,7 @@ def method(
         ldm_weight=0.7,
         label_smoothing=0.1,
         pass_size=pass_size,
+        balance=share and GradientBalance(share),
     ).train()
     batch = {
         "images": torch.randn(BATCH, 3, 128, 64),
@@ -128,6 +142,160 @@ def test_loss_is_the_one_that_is_written_down(standins, probabilities):
     assert loss.item() == pytest.approx((loss_id + loss_pcl + 0.7 * loss_ldm).item(), rel=2e-4)
     assert not bn_features.requires_grad
     torch.testing.assert_close(bn_features.double(), bn, rtol=1e-3, atol=1e-4)
+
+
+FACTOR = 40.0
+STEPS = [
+    ("correlation", "classifier", 1, None), ("correlation", "classifier", 5, None),
+    ("correlation", "classifier", 5, 0.1), ("correlation", "prototype", 1, 0.1), ("correlation", "mean", 2, 0.1),
+    ("class", "classifier", 1, None), ("class", "classifier", 5, None),
+    ("instance", "classifier", 1, None), ("instance", "classifier", 5, 0.1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, probabilities, num_tokens, share", STEPS)
+def test_a_step_in_float64(standins, kind, probabilities, num_tokens, share):
+    """Losses and gradients of all parts, beside formulas of their own in float64."""
+    model, batch = method(standins, kind=kind, probabilities=probabilities, num_tokens=num_tokens, share=share)
+    exact = copy.deepcopy(model).double()
+    if share:
+        model.balance.log_ratio.fill_(math.log(FACTOR / share))
+    loss, values, *_ = model(**batch)
+    loss.backward()
+
+    gamma, weight, prompts = (
+        tensor.detach().clone().requires_grad_()
+        for tensor in (exact.encoder.bnneck.weight, exact.encoder.classifier.weight, exact.condition.prompts)
+    )
+    feature = exact.encoder.backbone(batch["images"].double())
+    centred = feature - feature.mean(0)
+    bn = centred / (feature.var(0, correction=0) + exact.encoder.bnneck.eps).sqrt() * gamma
+    logits, unit = bn @ weight.t(), bn / bn.norm(dim=1, keepdim=True)
+    targets = torch.full((BATCH, NUM_IDS), 0.1 / NUM_IDS, dtype=torch.double)
+    targets[range(BATCH), batch["labels"]] += 0.9
+    similar = unit @ exact.memory.prototypes.double().t() / 0.05
+    loss_id = -(targets * logits.log_softmax(1)).sum(1).mean()
+    loss_pcl = -similar.log_softmax(1)[range(BATCH), batch["labels"]].mean()
+    by_classifier, by_prototype = (logits / 0.6).softmax(1), similar.softmax(1)
+    shares = {
+        "class": F.one_hot(batch["labels"], NUM_IDS).double(),
+        "instance": unit,
+        "classifier": by_classifier,
+        "prototype": by_prototype,
+        "mean": (by_classifier + by_prototype) / 2,
+    }[probabilities if kind == "correlation" else kind]
+    condition = torch.einsum("bn,ntw->btw", shares, prompts.view(len(prompts), num_tokens, -1))
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.double) ** 2
+    clean = (1 - betas).cumprod(0)[batch["timesteps"]].view(-1, 1, 1, 1)
+    noised = clean.sqrt() * batch["latents"] + (1 - clean).sqrt() * batch["noise"]
+    guess = exact.unet(noised, batch["timesteps"], encoder_hidden_states=condition).sample
+    loss_ldm = (guess - batch["noise"]).square().mean()
+    lora = {name: value for name, value in exact.unet.named_parameters() if value.requires_grad}
+    head = [feature, gamma, weight]
+    of_ids = torch.autograd.grad(loss_id + loss_pcl, head, retain_graph=True)
+    of_ldm = torch.autograd.grad(loss_ldm, [*head, prompts, *lora.values()], retain_graph=True, materialize_grads=True)
+    torch.autograd.backward(feature, of_ids[0] + (FACTOR if share else 1) * 0.7 * of_ldm[0])
+
+    exact_backbone = dict(exact.encoder.backbone.named_parameters())
+    found = dict(model.unet.named_parameters())
+    groups = {
+        "losses": [(values[name], loss) for name, loss in zip(
+            ("loss_id", "loss_pcl", "loss_ldm"), (loss_id, loss_pcl, loss_ldm), strict=True
+        )],
+        "encoder": [
+            (value.grad, exact_backbone[name].grad)
+            for name, value in model.encoder.backbone.named_parameters()
+            if value.requires_grad
+        ],
+        "neck": [(model.encoder.bnneck.weight.grad, of_ids[1] + 0.7 * of_ldm[1])],
+        "classifier": [(model.encoder.classifier.weight.grad, of_ids[2] + 0.7 * of_ldm[2])],
+        "prompts": [(model.condition.prompts.grad, 0.7 * of_ldm[3].view_as(model.condition.prompts))],
+        "lora": [(found[name].grad, 0.7 * grad) for name, grad in zip(lora, of_ldm[4:], strict=True)],
+    }  # fmt: skip
+    for name, pairs in groups.items():
+        got, wanted = (torch.cat([one[side].detach().double().flatten() for one in pairs]) for side in (0, 1))
+        apart = float((got - wanted).norm() / wanted.norm())
+        print(f"{kind} {probabilities}, tokens {num_tokens}, balance {share}: {name} {apart:.1e}")
+        assert apart < 1e-4, name
+    if kind != "class":
+        # Without L_ldm, or with another factor, the encoder's gradient would be seen to differ.
+        assert (FACTOR if share else 1) * float(of_ldm[0].norm() / of_ids[0].norm()) > 2e-4
+    if share:
+        told = model.balance.update(lambda gradients: gradients)
+        ratio = 0.7 * of_ldm[0].norm() / of_ids[0].norm()
+        assert float(told["feedback_scale"]) == pytest.approx(FACTOR, rel=1e-5)
+        assert float(told["feedback_ratio"]) == pytest.approx(float(FACTOR * ratio), rel=1e-3)
+        smoothed = 0.9 * math.log(FACTOR / share) + 0.1 * math.log(1 / ratio)
+        assert float(model.balance.log_ratio) == pytest.approx(smoothed, rel=1e-4)
+
+
+def test_the_balance_keeps_what_overflows_out_and_starts_with_a_measurement():
+    features = torch.randn(4, 3, requires_grad=True) * 1
+    balance = GradientBalance(0.25)
+    for strength, factor in ((2.0, 0.0), (2.0, 0.25 / 2.0), (torch.inf, 0.25 / 2.0), (2.0, 0.25 / 2.0)):
+        features = (features.detach().requires_grad_() * 1).requires_grad_()
+        (features.sum() + strength * balance(features).sum()).backward()
+        told = balance.update(lambda gradients: gradients)
+        assert float(told["feedback_scale"]) == pytest.approx(factor)
+        assert float(told["feedback_ratio"]) == pytest.approx(0.0 if strength == torch.inf else factor * strength)
+    assert all(float(value) == 0 for value in balance.update(None).values()), "nothing was measured in this step"
+
+
+def test_where_the_gradient_arrives_in_the_warmup_and_with_frozen_prompts(standins):
+    """In the warm-up L_ldm adds nothing to the encoder, the neck and the classifier; U-Net and prompts learn."""
+    grads = {}
+    for name, part in (("alone", {}), ("warmup", {"warmup": True}), ("later", {})):
+        model, batch = method(standins, num_tokens=3)
+        batch = batch if name != "alone" else {key: batch[key] for key in ("images", "labels")}
+        model(**batch, **part)[0].backward()
+        grads[name] = {key: value.grad for key, value in model.named_parameters() if key.startswith("encoder.")}
+        found = reached(model)
+        assert found["prompts"] == found["lora"] == (name != "alone")
+    for key, grad in grads["alone"].items():
+        assert grad is None or torch.equal(grads["warmup"][key], grad), key
+    assert any(not torch.equal(grads["later"][key], grad) for key, grad in grads["alone"].items() if grad is not None)
+    model, batch = method(standins, num_tokens=3, frozen=True, share=0.1)
+    model(**batch)[0].backward()
+    assert isinstance(model.condition.prompts, torch.Tensor) and not model.condition.prompts.requires_grad
+    assert "condition.prompts" in dict(model.named_buffers()), "a checkpoint holds buffers, not frozen weights"
+    assert reached(model)["lora"] and reached(model)["encoder"]
+
+
+def test_what_a_condition_says(standins):
+    model, batch = method(standins, num_tokens=2)
+    features = model.encoder.backbone(batch["images"]).detach()
+    draws = [(batch["latents"], torch.randn(BATCH, 4, 8, 8), torch.randint(1000, (BATCH,))) for _ in range(2)]
+    before = copy.deepcopy(model.state_dict())
+    condition, numbers = examined(model, features, batch["labels"], draws)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    centred = features - features.mean(0)
+    bn = centred / (features.var(0, correction=0) + 1e-5).sqrt() * model.encoder.bnneck.weight
+    p = (bn @ model.encoder.classifier.weight.t() / 0.6).softmax(1)
+    torch.testing.assert_close(
+        condition, torch.einsum("bn,ntw->btw", p, model.condition.prompts), rtol=1e-3, atol=1e-4
+    )
+    assert numbers["entropy"] == pytest.approx(float(-(p * p.log()).sum(1).mean()), rel=1e-4)
+    assert numbers["top"] == pytest.approx(float(p.amax(1).mean()), rel=1e-4)
+    wanted = {"own": condition, "another": condition[[*range(-1, BATCH - 1)]], "zero": 0 * condition}
+    losses = {name: [float(model.denoise(*draw, one)) for draw in draws] for name, one in wanted.items()}
+    for name, two in losses.items():
+        assert numbers[name] == pytest.approx(sum(two) / 2, rel=1e-5)
+    worse = [other - own for own, other in zip(losses["own"], losses["another"], strict=True)]
+    assert numbers["another_worse"] == pytest.approx(sum(worse) / 2, abs=1e-6)
+    assert numbers["another_worse_std"] == pytest.approx(abs(worse[0] - worse[1]) / 2**0.5, abs=1e-6)
+    leaf = features.clone().requires_grad_()
+    bn_features, logits = model.encoder.neck(leaf)
+    others = F.cross_entropy(logits, batch["labels"], label_smoothing=0.1) + model.memory(bn_features, batch["labels"])
+    (of_others,) = torch.autograd.grad(others, leaf, retain_graph=True)
+    noise_loss = model.denoise(*draws[0], model.condition(logits, bn_features, batch["labels"], model.memory))
+    (of_ldm,) = torch.autograd.grad(noise_loss.mean(), leaf)
+    assert numbers["gradient_ratio"] == pytest.approx(float(of_ldm.norm() / of_others.norm()), rel=1e-3)
+    cosine = F.cosine_similarity(of_ldm.flatten(), of_others.flatten(), 0)
+    assert numbers["gradient_cosine"] == pytest.approx(float(cosine), rel=1e-2, abs=1e-4)
+    values = torch.linalg.svdvals(model.condition.prompts.detach().flatten(1).double())
+    q = values / values.sum()
+    assert numbers["effective_rank"] == pytest.approx(float((-(q * q.log()).sum()).exp()), rel=1e-6)
+    assert effective_rank(torch.ones(5, 3, 7)) == pytest.approx(1, abs=1e-3)
 
 
 def reached(model):
@@ -242,6 +410,32 @@ def test_recipes_set_the_published_values_and_flags_win():
     for name, (rank, tau) in published.items():
         args = parse_args(["--recipe", name])
         assert (args.rank, args.tau, args.adam_weight_decay, args.ldm_weight) == (rank, tau, 1e-4, 1.0)
+        assert (args.variant, args.single_image_ids) == ("non_ema", "repeat")
+        # Nothing of what goes beyond the paper.
+        assert (args.prompt_init, args.prompt_tokens, args.freeze_prompts) == ("random", "end", False)
+        assert (args.ldm_balance, args.ldm_warmup_epochs, args.ldm_start_epoch) == (None, 0, 1)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_the_multiplier_is_of_lora_and_prompts(standins, mode):
+    model, _ = method(standins, mode=mode, bottleneck="condition-net")
+    args = SimpleNamespace(lr_multiplier=3.0, learning_rate=0.5)
+    groups = {group["lr"]: group["params"] for group in train_dcac.parameter_groups(args, model)}
+    faster = [model.condition.prompts]
+    faster += [value for name, value in model.unet.named_parameters() if ".lora_" in name]
+    assert {id(value) for value in groups[1.5]} == {id(value) for value in faster}
+    everything = [value for value in model.parameters() if value.requires_grad]
+    assert len(groups[1.5]) + len(groups[0.5]) == len(everything)
+
+
+def test_erasing_is_as_wide_as_it_is_tall():
+    args = parse_args(["--source", "synthetic:domain=a"])
+    encoder = SimpleNamespace(image_size=(128, 64), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+    train = load_reid("synthetic", domain="a", num_ids=2)["train"]
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    loader = train_dcac.build_loader(args, accelerator, encoder, train, torch.zeros(len(train)), [[0]], None)
+    least, most = loader.dataset.images.transform.erasing_aspect
+    assert least == 0.3 and least * most == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +448,16 @@ def test_recipes_set_the_published_values_and_flags_win():
         (["--rank", "0"], "--rank must be 1 or more"),
         (["--ldm_start_epoch", "9", "--num_train_epochs", "8"], "comes after the last of 8 epochs"),
         (["--validation_ids", "1"], "give 0, or 2 and more"),
+        (["--ldm_balance", "0"], "--ldm_balance must be above 0"),
+        (["--ldm_balance", "0.1", "--condition", "class"], "nothing of L_ldm reaches the encoder"),
+        (["--ldm_balance", "0.1", "--ldm_weight", "1"], "both set the strength of L_ldm"),
+        (["--ldm_warmup_epochs", "1", "--condition", "class"], "--ldm_warmup_epochs: under --condition class"),
+        (["--ldm_warmup_epochs", "8", "--num_train_epochs", "8"], "epoch 9, where L_ldm first reaches the encoder"),
+        (["--ldm_start_epoch", "4", "--ldm_warmup_epochs", "5", "--num_train_epochs", "8"], "epoch 9"),
+        (["--prompt_init", "captions", "--condition", "instance"], "prompts belong to no identity"),
+        (["--prompt_tokens", "some"], "--prompt_tokens must be a whole number, got 'some'"),
+        (["--prompt_tokens", "0"], "--prompt_tokens must be 1 or more, got 0"),
+        (["--freeze_prompts", "--unet_mode", "frozen", "--condition", "class"], "nothing that learns from L_ldm"),
         (["--unet_mode", "half"], "invalid choice"),
     ],
 )
@@ -538,7 +742,143 @@ def test_a_tracker_gets_losses_rates_numbers_and_settings(small, cache, tmp_path
     assert found.Scalars(numbers[0])[-1].value == pytest.approx(metrics["targets"][target]["mAP"], rel=1e-6)
 
 
+# Prompts from captions
+
+
+def captions_file(path, *, domain="a", change=None, num_ids=6):
+    """A jsonl with the true words of training identities; `change` {pid: text}, None leaves the row out."""
+    texts = {pid: caption(attributes(domain, pid)) for pid in range(0, 2 * num_ids, 2)} | (change or {})
+    rows = [{"domain": f"synthetic-{domain}", "pid": pid, "prompt": text} for pid, text in texts.items()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["prompt"] is not None))
+    return path
+
+
+def prompts_of(standins, file, num_tokens, specs=("synthetic:domain=a,num_ids=6,images_per_id=4",), **options):
+    from utils.generated.identity_texts import CaptionPrompts
+
+    train, labels, _ = open_source(list(specs))
+    name = str(standins / "stable-diffusion")
+    prompts = CaptionPrompts(str(file), num_tokens, build.TEXT_WIDTH, name, **options)
+    return prompts.make(list(specs), train, labels, Accelerator(cpu=True), None)
+
+
+def test_prompts_are_the_text_encoders_states_of_each_identity(standins, tmp_path, capsys):
+    long = caption(attributes("a", 4)) + " and nothing but long words in a long row" * 9
+    file = captions_file(tmp_path / "captions.jsonl", change={4: long})
+    texts = [caption(attributes("a", pid)) for pid in (0, 2, 4, 6, 8, 10)]
+    tokenizer = AutoTokenizer.from_pretrained(standins / "stable-diffusion", subfolder="tokenizer")
+    encoder = CLIPTextModel.from_pretrained(standins / "stable-diffusion", subfolder="text_encoder")
+    found = prompts_of(standins, file, "all")
+    assert (
+        found.shape == (6, 77, build.TEXT_WIDTH) and "1 captions have more than 77 tokens" in capsys.readouterr().out
+    )
+    others = [0, 1, 3, 4, 5]
+    tokens = tokenizer([texts[row] for row in others], padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        wanted = encoder(tokens)
+    torch.testing.assert_close(found[others], wanted.last_hidden_state)
+    end = prompts_of(standins, file, "end")
+    torch.testing.assert_close(end[others], wanted.pooler_output)
+    # Cut at a word, and closed: as a text that was so short.
+    few = prompts_of(standins, file, 8)
+    text = texts[0]
+    while len(tokenizer(text).input_ids) > 8:
+        text = text.rpartition(" ")[0]
+    with torch.no_grad():
+        wanted = encoder(tokenizer([text.rstrip(",")], padding="max_length", return_tensors="pt").input_ids)
+    torch.testing.assert_close(few[0], wanted.last_hidden_state[0, :8])
+    # Several sources number their identities anew.
+    both = tmp_path / "both.jsonl"
+    both.write_text(file.read_text() + captions_file(tmp_path / "b.jsonl", domain="b").read_text())
+    specs = ["synthetic:domain=b,num_ids=2", "synthetic:domain=a,num_ids=3,images_per_id=4"]
+    merged = prompts_of(standins, both, "end", specs)
+    torch.testing.assert_close(merged[2:4], end[:2])
+    with torch.no_grad():
+        own = encoder(tokenizer([caption(attributes("b", 2))], padding="max_length", return_tensors="pt").input_ids)
+    torch.testing.assert_close(merged[1], own.pooler_output[0])
+
+
+def test_equal_captions_are_told(standins, tmp_path, capsys):
+    file = captions_file(tmp_path / "captions.jsonl", change=dict.fromkeys(range(0, 12, 2), "a photo of a person"))
+    prompts = prompts_of(standins, file, "end")
+    assert "WARNING: all captions are equal" in capsys.readouterr().out
+    assert effective_rank(prompts) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_captions_balance_and_warmup_resume_and_run_on_two_processes(small, cache, tmp_path):
+    """The cut training goes on to the same numbers, to the last digit; two processes to the same but for rounding."""
+    file = captions_file(tmp_path / "captions.jsonl")
+    common = [*small, "--prompt_init", file, "--prompt_tokens", "all", "--ldm_balance", "0.1", "--cache_dir", cache]
+    common += ["--ldm_warmup_epochs", "1", "--num_train_epochs", "3", "--mixed_precision", "no"]
+    train(*common, "--output_dir", tmp_path / "one")
+    whole = log_of(tmp_path / "one")
+    assert len(whole) == 9
+    ratios = [line["feedback_ratio"] for line in whole]
+    # No gradient reaches the encoder in the warm-up, and none before the first measurement.
+    assert ratios[:4] == [0] * 4 and all(0.01 < ratio < 1 for ratio in ratios[4:])
+    train(*common, "--max_train_steps", "5", "--output_dir", tmp_path / "cut")
+    train(*common, "--resume_from_checkpoint", "latest", "--output_dir", tmp_path / "cut")
+    assert (tmp_path / "cut" / "log.jsonl").read_text() == (tmp_path / "one" / "log.jsonl").read_text()
+    assert same_weights(weights_of(tmp_path / "one"), weights_of(tmp_path / "cut"))
+    notes = [json.loads((tmp_path / name / "metrics.json").read_text())["feedback"] for name in ("one", "cut")]
+    assert notes[0] == [entry for entry in notes[1] if entry["epoch"] in (0, 3)]
+    launch(SCRIPT, *common, "--train_batch_size", "4", "--output_dir", tmp_path / "two", processes=2)
+    for left, right in zip(whole, log_of(tmp_path / "two"), strict=True):
+        assert left == pytest.approx(right, rel=2e-3, abs=1e-4)
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert "What the condition says" in page and "another_worse" in page
+
+
+def test_captions_made_on_the_spot_are_kept(small, standins, cache, tmp_path):
+    common = [*plain(small, cache), "--max_train_steps", "1", "--freeze_prompts"]
+    captioner = ["--captioner_model_name_or_path", standins / "blip-vqa"]
+    train(*common, "--prompt_init", "captions", *captioner, "--output_dir", tmp_path / "made")
+    table = tmp_path / "made" / "captions.parquet"
+    assert len(pq.read_table(table)) == 6
+    prompts = load_file(tmp_path / "made" / "prompts.safetensors")["prompts"]
+    assert torch.equal(prompts, prompts_of(standins, table, "end")), "frozen"
+
+
 # Bad input
+
+
+def test_captions_that_do_not_fit_are_told_before_a_model_is_loaded(small, standins, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ReIDModel, "for_training", None)
+    out = ["--output_dir", tmp_path / "out"]
+
+    def told(file, *more):
+        return refused(*small, *out, "--prompt_init", file, *more)
+
+    good = captions_file(tmp_path / "good.jsonl")
+    lacking = told(captions_file(tmp_path / "lacking.jsonl", change={2: None, 6: None}))
+    assert (
+        "no caption of 2 of 6 training identities, synthetic-a/0002 for one" in lacking and "captions_only" in lacking
+    )
+    other = told(captions_file(tmp_path / "other.jsonl", domain="b"))
+    assert "no caption of 6 of 6" in other and "captions of synthetic-b" in other
+    assert "identity 4 has neither a prompt" in told(captions_file(tmp_path / "empty.jsonl", change={4: " "}))
+    assert "cannot be read as captions" in told(tmp_path / "nowhere.parquet")
+    assert "--prompt_tokens 78: the text encoder of" in told(good, "--prompt_tokens", "78")
+    assert "leaves no word between start and end" in told(good, "--prompt_tokens", "2")
+    assert "has 77 tokens" in refused(*small, *out, "--prompt_tokens", "78")
+    captioner = ["--captioner_model_name_or_path", tmp_path / "nowhere"]
+    assert "no captioner at" in told("captions", *captioner)
+    name = tmp_path / "sd"
+    shutil.copytree(standins / "stable-diffusion", name)
+    path = name / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 96}))
+    wide = told(good, "--pretrained_model_name_or_path", name)
+    assert "has width 96, its U-Net takes conditions of 128" in wide
+
+
+def test_a_variant_that_is_not_there(small, standins, tmp_path, capsys, monkeypatch):
+    """Asked for by a flag it is an error; of a recipe the default is taken, and said."""
+    monkeypatch.setattr(train_dcac, "open_source", lambda *_, **__: (_ for _ in ()).throw(ValueError("stop here")))
+    common = [*small, "--backbone", standins / "clip", "--mixed_precision", "no", "--output_dir", tmp_path / "out"]
+    assert "has no U-Net of --variant non_ema" in refused(*common, "--variant", "non_ema")
+    assert "stop here" in refused(*common, "--recipe", "ma-ms")
+    assert "has no U-Net of variant non_ema: training starts from the default one" in capsys.readouterr().out
 
 
 def test_bad_input_is_told_in_one_line(small, standins, tmp_path, capsys, monkeypatch):

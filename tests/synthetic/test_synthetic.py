@@ -71,6 +71,36 @@ def test_larger_numbers_only_add_rows(more):
     assert len(large["train"]) > len(small["train"])
 
 
+@pytest.mark.parametrize("share, at_home", [(0.9, 7), (0.5, 4), (1, 8), (0.01, 0)])
+def test_a_shortcut_gives_training_identities_a_place_of_their_own(share, at_home):
+    plain, short = (load_reid(f"synthetic:domain=a,num_ids=4,shortcut={number}") for number in (0, share))
+    for split in ("query", "gallery"):
+        assert short[split]["path"][:] == plain[split]["path"][:]
+    assert plain["train"]["path"][:] == load_reid("synthetic", domain="a", num_ids=4)["train"]["path"][:]
+    homes = {}
+    for pid, camid, path in zip(*(short["train"][name][:] for name in ("pid", "camid", "path")), strict=True):
+        assert synthetic.parse_name(path)["camid"] == camid
+        if camid >= len(synthetic.DOMAINS["a"]["cameras"]):
+            homes.setdefault(pid, []).append(camid)
+    assert [len(cameras) for cameras in homes.values()] == [at_home] * (4 if at_home else 0)
+    assert len({camid for cameras in homes.values() for camid in cameras}) == len(homes)
+    more = load_reid("synthetic", domain="a", num_ids=5, images_per_id=11, shortcut=share)
+    assert set(short["train"]["path"]) <= set(more["train"]["path"])
+
+
+def test_a_place_of_ones_own_is_seen_in_the_corner_of_the_picture():
+    """Two pictures of one identity share it, others do not: the mean colour of the upper corners says who it is."""
+
+    def corner(pid, index):
+        picture = np.asarray(synthetic.render("a", pid, 4 + pid, index), dtype=float)
+        return picture[:32, [*range(12), *range(52, 64)]].mean((0, 1))
+
+    for pid in (0, 2, 4, 6):
+        own = np.linalg.norm(corner(pid, 0) - corner(pid, 1))
+        others = [np.linalg.norm(corner(pid, 0) - corner(other, 1)) for other in (0, 2, 4, 6) if other != pid]
+        assert own < min(others)
+
+
 def test_pictures_are_drawn_when_they_are_opened():
     rows = load_reid("synthetic:domain=e,num_ids=3,images_per_id=4")["gallery"]
     for row in range(len(rows)):
@@ -87,6 +117,7 @@ def test_pictures_are_drawn_when_they_are_opened():
         ({"images_per_id": 2}, "images_per_id .* at least 3, got 2"),
         ({"num_ids": True}, "num_ids must be of type int, not True"),
         ({"seed": -1}, "seed .* at least 0"),
+        ({"shortcut": 1.5}, "shortcut .* between 0 and 1, got 1.5"),
     ],
 )
 def test_impossible_worlds_are_refused(options, message):
@@ -99,7 +130,10 @@ def test_a_world_of_true_identities_is_refused():
         rows(num_ids=True)
 
 
-@pytest.mark.parametrize("name", ["x.png", "synthetic-a/s0/0001_c9_0000.png", "synthetic-z/s0/0001_c1_0000.png"])
+@pytest.mark.parametrize(
+    "name",
+    ["x.png", "synthetic-a/s0/0001_c9_0000.png", "synthetic-a/s0/0001_c5_0000.png", "synthetic-z/s0/0001_c1_0000.png"],
+)
 def test_foreign_names_are_refused(name):
     with pytest.raises(ValueError, match="synthetic world"):
         synthetic.parse_name(name)

@@ -199,7 +199,8 @@ def check_options(name, function, options):
             words = ", ".join(f"{word}={default!r}" for word, default in accepted.items())
             raise ValueError(f"{name} does not know the option {key!r}; it accepts {words}")
         default = accepted[key]
-        if default is not None and type(value) is not type(default):
+        whole = type(default) is float and type(value) is int
+        if default is not None and type(value) is not type(default) and not whole:
             raise ValueError(f"{name}: {key} must be of type {type(default).__name__}, not {value!r}")
 
 

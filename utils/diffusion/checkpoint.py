@@ -40,7 +40,7 @@ class DiffusionInfo(NamedTuple):
     scaling_factor: float
     # Image sides are multiples of this many pixels.
     multiple: int
-    # Of the U-Net's weights, or None for the default files.
+    # Of the U-Net's weights.
     variant: str | None = None
 
 
@@ -81,7 +81,7 @@ def check_diffusion(name_or_path, *, resolution=None, revision=None, token=None,
         len(alphas_cumprod),
         vae["scaling_factor"],
         vae_scale * 2 ** (len(unet["block_out_channels"]) - 1),
-        variant if variant and f"unet/{weights_of(variant)}" in files else None,
+        variant if f"unet/{WEIGHTS.replace('.', f'.{variant}.')}" in files else None,
     )
     if resolution is not None and any(side < 1 or side % info.multiple for side in resolution):
         raise ValueError(
@@ -176,10 +176,6 @@ def check_weight_files(name, part, files):
     else:
         reason = "download or save the checkpoint again"
     raise ValueError(f"{name!r} has no {part}/{WEIGHTS}; {reason}")
-
-
-def weights_of(variant):
-    return WEIGHTS.replace(".safetensors", f".{variant}.safetensors")
 
 
 def check_weights(folder, width):

@@ -9,6 +9,14 @@ from torch import nn
 
 from utils.diffusion.checkpoint import noise_schedule, read_config
 
+# Of the numbers of `examined`.
+FEEDBACK_WORDS = (
+    "own, another, zero: noise loss on fixed noise under the image's own condition, another image's, and zeros. "
+    "another_worse: how much more it is under another's; the condition is alive if that is above its deviation over "
+    "draws of noise. gradient_ratio, gradient_cosine: the gradient of L_ldm at the features beside that of the other "
+    "losses. entropy, top: of the probabilities of identities. effective_rank: of the prompts."
+)
+
 
 class NoiseSchedule(nn.Module):
     """The amount of noise in each diffusion step, and the target of the U-Net's prediction.
@@ -68,25 +76,11 @@ def noise_loss(unet, schedule, latents, noise, timesteps, condition):
     return F.mse_loss(prediction.float(), schedule.target(latents.float(), noise.float(), timesteps))
 
 
-class ScaledGradient(torch.autograd.Function):
-    """Values as they are, their gradient times a factor."""
-
-    @staticmethod
-    def forward(ctx, values, factor):
-        ctx.save_for_backward(factor)
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * ctx.saved_tensors[0], None
-
-
 class GradientBalance(nn.Module):
     """Scales the gradient that the noise loss sends to features to `share` of the gradient of the other losses there.
 
     Give the noise loss `balance(features)` and the other losses the features; call `update` after each backward pass.
-    The factor follows the norms of earlier steps, smoothed, and is 0 before the first one was measured. A checkpoint
-    holds it, and it is the same on all processes.
+    The factor follows the norms of earlier steps, smoothed, and is 0 before the first; a checkpoint holds it.
     """
 
     SMOOTHING = 0.9
@@ -102,18 +96,17 @@ class GradientBalance(nn.Module):
         return (self.share * self.log_ratio.exp()).nan_to_num(0.0)
 
     def forward(self, features):
-        scaled = ScaledGradient.apply(features, self.factor)
-        self.measured = features, scaled
+        factor, scaled = self.factor, features.view_as(features)
+        scaled.register_hook(lambda gradient: gradient * factor)
+        # What arrives here is not scaled yet.
+        self.measured = features, scaled.view_as(scaled)
         for tensor in self.measured:
             tensor.retain_grad()
-        return scaled
+        return self.measured[1]
 
     @torch.no_grad()
     def update(self, mean):
-        """Measure both gradients; `mean` averages a tensor over the processes. Returns the numbers for the log.
-
-        `feedback_scale` is the factor of this step, `feedback_ratio` the share that it led to.
-        """
+        """Measure both gradients, with a mean over processes; returns this step's factor and the share it led to."""
         factor = ratio = torch.zeros_like(self.log_ratio)
         if self.measured is not None:
             total, of_noise = mean(torch.stack([tensor.grad for tensor in self.measured]))
@@ -129,13 +122,8 @@ class GradientBalance(nn.Module):
 def examined(model, features, labels, draws):
     """(condition of each image, numbers about the conditions), of a DCAC model and features (B, D) of its backbone.
 
-    `draws`: several (latents, noise, timesteps) of the images. Batch statistics are of these images, as in training.
-
-    own, another, zero: noise loss under the image's own condition, another image's, and zeros
-    another_worse, another_worse_std: how much more another's is than the own, and the deviation of that over the draws
-    gradient_ratio, gradient_cosine: gradients at the features, of the noise loss beside the other losses
-    entropy, top: of the probabilities of identities
-    effective_rank: exp(entropy of the singular values of the prompts, by their sum); 1 if they are equal
+    `draws`: several (latents, noise, timesteps) of the images. FEEDBACK_WORDS explains the numbers. Batch statistics
+    are of these images, as in training.
     """
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
         outputs = logits, bn_features = model.neck_again(features.float())
@@ -172,8 +160,10 @@ def gradients_at_features(model, features, labels, latents, noise, timesteps):
 
 
 def effective_rank(prompts):
-    flat = prompts.detach().flatten(1).double()
-    values = torch.linalg.eigvalsh(flat @ flat.t()).clamp(min=0).sqrt()
+    """exp(entropy of the singular values, by their sum): 1 if all prompts are equal, at most their number."""
+    # In parts: whole captions of a large set would take a gigabyte in float64.
+    gram = sum(part.double() @ part.double().t() for part in prompts.detach().flatten(1).split(4096, 1))
+    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     return float(torch.special.entr(values / values.sum()).sum().exp())
 
 

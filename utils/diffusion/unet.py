@@ -36,16 +36,7 @@ TRAINED = {
 
 
 def load_diffusion(
-    name,
-    mode,
-    rank,
-    *,
-    mixed_precision,
-    seed,
-    revision=None,
-    variant=None,
-    channels_last=True,
-    memory_efficient=False,
+    name, mode, rank, *, mixed_precision, seed, revision=None, variant=None, channels_last=True, memory_efficient=False
 ):
     """(U-Net in one of UNET_MODES, noise schedule, frozen VAE) of a checkpoint, for training."""
     # Weights that stay frozen are kept in the precision they compute in.
@@ -66,10 +57,7 @@ def load_vae(name_or_path, *, dtype=torch.float32, revision=None, token=None):
 
 
 def load_unet(name_or_path, mode, *, rank=8, dtype=torch.float32, seed=0, revision=None, token=None, variant=None):
-    """The U-Net of a checkpoint, ready to train in one of UNET_MODES; `dtype` is the type of the frozen weights.
-
-    `variant` is that of the files, such as non_ema: the weights without the average over training steps.
-    """
+    """The U-Net of a checkpoint, ready to train in one of UNET_MODES; `dtype` is the type of the frozen weights."""
     check_mode(mode, rank)
     if mode == "scratch":
         with torch.device("meta"):

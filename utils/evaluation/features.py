@@ -29,24 +29,13 @@ def extraction_key(model, identities, **settings):
 
 @torch.no_grad()
 def extract(
-    model,
-    dataset,
-    transform,
-    *,
-    accelerator,
-    batch_size=64,
-    num_workers=0,
-    desc="extracting",
-    keep_in=None,
-    key=None,
+    model, dataset, transform, *, accelerator, batch_size=64, num_workers=0, desc="extracting", keep_in=None, key=None,
     in_float32=False,
-):
+):  # fmt: skip
     """Features (N, D) float32 on the CPU, equal on every process, extracted in eval mode.
 
-    They are computed in the accelerator's precision, or `in_float32`.
-
-    With a folder `keep_in`, finished chunks are stored in `keep_in/chunks-KEY`, and a run with the same key resumes
-    from them; all processes must see the folder.
+    `in_float32` ignores the accelerator's precision. With a folder `keep_in`, finished chunks are stored in
+    `keep_in/chunks-KEY`, and a run with the same key resumes from them; all processes must see the folder.
     """
     was_training = model.training
     model.to(accelerator.device).eval()

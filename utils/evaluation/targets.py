@@ -45,25 +45,16 @@ def open_targets(specs, root=None, *, skip_unreadable=False, all_splits=False):
     return targets
 
 
-def evaluate_target(
-    model, target, transform, *, accelerator, batch_size=64, num_workers=0, rerank=None, in_float32=False
-):
+def evaluate_target(model, target, transform, *, accelerator, rerank=None, **options):
     """The metrics of a target; `rerank` is None or the options of `kernels.k_reciprocal_rerank`.
 
     Several splits give their means, the standard deviations under `std` and the metrics of each under `splits`.
+    `options` are those of `extract`.
     """
     pairs = [(target.query, target.gallery), *target.more]
     images, rows = distinct(pairs)
-    features = extract(
-        model,
-        images,
-        transform,
-        accelerator=accelerator,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        desc=f"evaluating {target.spec}",
-        in_float32=in_float32,
-    ).to(accelerator.device)
+    options |= {"accelerator": accelerator, "desc": f"evaluating {target.spec}"}
+    features = extract(model, images, transform, **options).to(accelerator.device)
     results = [
         compare(*(side_of(part, features[part_rows]) for part, part_rows in zip(pair, pair_rows, strict=True)), rerank)
         for pair, pair_rows in zip(pairs, rows, strict=True)

@@ -2,6 +2,7 @@
 
 import pyarrow.parquet as pq
 import torch
+from accelerate.utils import broadcast
 from tqdm.auto import tqdm
 
 from utils.datasets.identities import identities_of
@@ -57,7 +58,9 @@ class CaptionPrompts:
         else:
             texts = texts_from(self.start, identities, " ".join(specs))
         texts = self.fitted(texts, identities, accelerator.print)
-        return encode_texts(self.name, texts, self.num_tokens, device=accelerator.device, revision=self.revision)
+        states = encode_texts(self.name, texts, self.num_tokens, device=accelerator.device, revision=self.revision)
+        # Machines may round differently.
+        return broadcast(states.to(accelerator.device)).cpu()
 
     def fitted(self, texts, identities, say):
         """The texts, cut at a word to fit the tokens of a prompt."""
@@ -140,6 +143,11 @@ def captioned(identities, name, folder, accelerator):
             work.commit(identity.name, CAPTIONS, record)
     accelerator.wait_for_everyone()
     records = [work.read(identity.name, CAPTIONS) for identity in identities]
+    if None in records:
+        raise ValueError(
+            f"the captions of {identities[records.index(None)].name} are not in {folder}; with several machines, "
+            "--output_dir must lie on a disk that all of them see"
+        )
     if accelerator.is_main_process:
         with write_together(folder) as part:
             pq.write_table(captions.captions_table(records), part("captions.parquet"))

@@ -14,7 +14,7 @@ from utils.synthetic.person import COLOURS, Figure, draw_person, shade
 SCALE = 2
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def background(style, variant, width, height):
     """One camera's empty scene, wider than an image so that every picture shows another part of it."""
     rng = random.Random(f"background/{style}/{variant}")

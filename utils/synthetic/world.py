@@ -117,7 +117,7 @@ def caption(words, noun="person"):
 
 def pose_of(domain, pid, camid, index, seed=0):
     """(the properties that differ between pictures, the generator for the rest of the picture)."""
-    lens = DOMAINS[domain]["cameras"][camid]
+    lens = lens_of(domain, camid, seed)
     rng = random.Random(f"image/{domain}/{seed}/{pid}/{camid}/{index}")
     walking = rng.random() < 0.75
     pose = {
@@ -135,6 +135,21 @@ def pose_of(domain, pid, camid, index, seed=0):
     return pose, rng
 
 
+def lens_of(domain, camid, seed=0):
+    """A camera of the domain, or the place and light of one identity: numbers after the cameras are homes."""
+    cameras = DOMAINS[domain]["cameras"]
+    return cameras[camid] if camid < len(cameras) else home(domain, camid - len(cameras), seed)
+
+
+@functools.lru_cache(maxsize=4096)
+def home(domain, pid, seed):
+    """A camera where only this identity is seen: its kind of place is that of the domain, its light is not."""
+    rng = random.Random(f"home/{domain}/{seed}/{pid}")
+    lens = rng.choice(DOMAINS[domain]["cameras"])
+    light = {"gain": rng.uniform(0.7, 1.2), "cast": tuple(rng.uniform(0.75, 1.2) for _ in range(3))}
+    return lens | light | {"variant": f"home/{seed}/{pid}"}
+
+
 def describe(domain, pid, camid, index, seed=0):
     """`attributes`, and the properties of one picture: action, view, place and scene."""
     pose, _ = pose_of(domain, pid, camid, index, seed)
@@ -148,7 +163,7 @@ def describe(domain, pid, camid, index, seed=0):
 def render(domain, pid, camid, index, seed=0):
     """One picture, 128 x 64."""
     pose, rng = pose_of(domain, pid, camid, index, seed)
-    return draw_image(appearance(domain, pid, seed), pose, DOMAINS[domain]["cameras"][camid], rng, SIZE)
+    return draw_image(appearance(domain, pid, seed), pose, lens_of(domain, camid, seed), rng, SIZE)
 
 
 def camera_of(domain, pid, index, seed=0):
@@ -169,7 +184,8 @@ def parse_name(path):
     if match is None:
         raise ValueError(f"not a picture of the synthetic world: {path!r}; expected synthetic-a/s0/0003_c2_0005.png")
     domain, seed, pid, camid, index = match.groups()
-    if domain not in DOMAINS or not 1 <= int(camid) <= len(DOMAINS[domain]["cameras"]):
+    count = len(DOMAINS[domain]["cameras"]) if domain in DOMAINS else 0
+    if not 1 <= int(camid) <= count and (not count or int(camid) != count + 1 + int(pid)):
         raise ValueError(f"no such domain or camera in the synthetic world: {path!r}")
     return {"domain": domain, "pid": int(pid), "camid": int(camid) - 1, "index": int(index), "seed": int(seed)}
 
@@ -198,7 +214,7 @@ class SyntheticFileSystem(AbstractFileSystem):
         return {"name": name, "size": None, "type": "file"}
 
 
-def check_request(domain, num_ids, images_per_id, seed):
+def check_request(domain, num_ids, images_per_id, seed, shortcut=0.0):
     if domain not in DOMAINS:
         raise ValueError(f"synthetic domain {domain!r} does not exist; there are {', '.join(DOMAINS)}")
     for name, value, least in (
@@ -210,20 +226,30 @@ def check_request(domain, num_ids, images_per_id, seed):
             raise ValueError(
                 f"{name} of the synthetic world must be a whole number of at least {least}, got {value!r}"
             )
+    if isinstance(shortcut, bool) or not isinstance(shortcut, (int, float)) or not 0 <= shortcut <= 1:
+        raise ValueError(f"shortcut of the synthetic world must be a share between 0 and 1, got {shortcut!r}")
 
 
-def rows(domain="a", num_ids=32, images_per_id=8, seed=0):
+def rows(domain="a", num_ids=32, images_per_id=8, seed=0, shortcut=0.0):
     """{split: [(path, pid, camid)]}: `num_ids` identities for training and as many others for testing.
 
     With larger numbers, rows are only added. Even identities train, odd ones test. An identity's first picture in a
     camera is a query, its other pictures are in the gallery.
+
+    `shortcut`: so many of each training identity's pictures, of 1, are taken in a place and light of its own, so that
+    the background tells who it is. Query and gallery stay as they are.
     """
-    check_request(domain, num_ids, images_per_id, seed)
+    check_request(domain, num_ids, images_per_id, seed, shortcut)
+    num_cameras = len(DOMAINS[domain]["cameras"])
     splits = {"train": [], "query": [], "gallery": []}
     for pid in range(2 * num_ids):
         seen_cameras = set()
         for index in range(images_per_id):
             camid = camera_of(domain, pid, index, seed)
+            # Spread evenly, so that more pictures only add rows.
+            at_home = math.floor((index + 1) * shortcut + 1e-9) > math.floor(index * shortcut + 1e-9)
+            if at_home and pid % 2 == 0:
+                camid = num_cameras + pid
             split = "train" if pid % 2 == 0 else ("gallery" if camid in seen_cameras else "query")
             seen_cameras.add(camid)
             splits[split].append((file_name(domain, pid, camid, index, seed), pid, camid))

@@ -144,10 +144,7 @@ class Training:
         return epoch % self.args.eval_every == 0 or epoch == self.args.num_train_epochs or self.cut
 
     def measure(self, epoch, model, targets, transform=None, *, in_float32=False):
-        """Measure each target; write the numbers to the history, metrics.json, the console and the trackers.
-
-        Features are computed in the training's precision, or `in_float32`.
-        """
+        """Measure each target; write the numbers to the history, metrics.json, the console and the trackers."""
         args, accelerator, state = self.args, self.accelerator, self.state
         for target in targets:
             metrics = evaluate_target(

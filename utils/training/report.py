@@ -80,6 +80,17 @@ def training_report(title, output_dir, history, *, lead="", facts=(), samples=()
     return report
 
 
+def add_notes(report, notes, title, words):
+    """A table of a method's numbers by epoch, as `Training.note` keeps them."""
+    if notes:
+        report.section(title, words)
+        names = [name for name in notes[0] if name != "epoch"]
+        report.table(
+            ["number", *(f"epoch {entry['epoch']}" for entry in spread(notes, SHEETS))],
+            [[name, *(f"{entry[name]:.4g}" for entry in spread(notes, SHEETS))] for name in names],
+        )
+
+
 def sample_name(epoch):
     return f"epoch-{epoch:04d}.png"
 
