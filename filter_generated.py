@@ -34,9 +34,13 @@ The first is a demo on drawn people with the shipped stand-in models; the second
     Re-ID CTF   mean of the 3 highest cosines of f(x) with the source images of y, f a Re-ID model of that source;
                 and the nearest of all source images must show y, or be nearer by --match_margin at most
 
+By default the threshold is that which 95 % of held-out source images reach against their identity's images of other
+cameras, less twice the lead of a nearer stranger in place of the last rule: a new scene is like another camera.
+
 All scores go to scores.parquet. The same command with another --filter, --threshold, --keep_fraction,
---false_match_rate, --match_margin, --target_per_id or --near_duplicates chooses again from these scores, in seconds
-and without a model.
+--true_match_rate, --false_match_rate, --match_margin, --target_per_id or --near_duplicates chooses again from these
+scores, in seconds and without a model. Images with a changed garment (column `changed`) set no threshold, fill no
+--min_per_id, and fewer of them are kept than in the identity's own clothes.
 """
 
 from utils import flags
@@ -66,9 +70,11 @@ RECIPES = {
 FILTERS = ("clip", "cctf", "reid")
 # The flags of the choice among scored images.
 CHOICE = (
-    "threshold", "keep_fraction", "false_match_rate", "match_margin", "target_per_id", "min_per_id",
-    "near_duplicates", "duplicate_distance",
+    "threshold", "keep_fraction", "true_match_rate", "false_match_rate", "match_margin", "target_per_id",
+    "min_per_id", "near_duplicates", "duplicate_distance",
 )  # fmt: skip
+# Thresholds that are calibrated on held-out source images.
+RATES = ("true_match_rate", "false_match_rate")
 BEST = 3
 MAX_CALIBRATION_QUERIES = 2000
 
@@ -148,8 +154,14 @@ def build_parser():
     group.add(
         "--false_match_rate",
         type=fraction,
-        help="threshold that at most this share, 0 to 1, of source images of other identities reaches; default 0.01 "
-        "for --filter reid where nothing else is asked for",
+        help="threshold that at most this share, 0 to 1, of source images of other identities reaches",
+    )
+    group.add(
+        "--true_match_rate",
+        type=flags.share,
+        help="threshold that this share of held-out source images reaches across cameras, each less twice the lead of "
+        "a nearer stranger unless --match_margin is given; default 0.95 for --filter reid where nothing else is asked "
+        "for",
     )
     group.add(
         "--match_margin",
@@ -206,11 +218,12 @@ def check_args(parser, args):
         parser.error("--source is given without --generated; give the folder of the generated images")
     if args.train_batch_size % args.images_per_id:
         parser.error(f"--train_batch_size {args.train_batch_size} is no multiple of --images_per_id")
-    limits = [name for name in ("threshold", "keep_fraction", "false_match_rate") if getattr(args, name) is not None]
+    limits = [name for name in ("threshold", "keep_fraction", *RATES) if getattr(args, name) is not None]
     if len(limits) > 1:
         parser.error(f"--{limits[0]} and --{limits[1]} both set the threshold; give one")
-    if args.false_match_rate is not None and args.filter != "reid":
-        parser.error(f"--false_match_rate is calibrated for --filter reid, not {args.filter}; give --threshold")
+    for name in RATES:
+        if getattr(args, name) is not None and args.filter != "reid":
+            parser.error(f"--{name} is calibrated for --filter reid, not {args.filter}; give --threshold")
     if args.match_margin is not None and args.filter != "reid":
         parser.error(f"--match_margin is part of --filter reid, not {args.filter}")
     if args.target_per_id is not None and args.target_per_id < args.min_per_id:
@@ -222,7 +235,7 @@ def check_args(parser, args):
     if not limits and args.target_per_id is None:
         if args.filter != "reid":
             parser.error(f"--filter {args.filter} needs --threshold, --keep_fraction or --target_per_id")
-        args.false_match_rate = 0.01
+        args.true_match_rate = 0.95
     for name in ("threshold", "keep_fraction"):
         try:
             setattr(args, name, flags.numbers_by_name(getattr(args, name)))
@@ -317,6 +330,27 @@ def calibration_scores(features, labels, held_out):
     return torch.cat(genuine).cpu(), torch.cat(impostor).cpu()
 
 
+def scores_across_cameras(features, labels, camids, held_out):
+    """(scores, leads) of held-out source images against those of other cameras, as `reid_scores` has them.
+
+    Images of identities that no other camera has seen are left out. Without any other, all cameras count.
+    """
+    gallery, gallery_labels, gallery_cameras = features[~held_out], labels[~held_out], camids[~held_out]
+    for across in (True, False):
+        scores, leads = [], []
+        for row in held_out.nonzero().flatten().tolist():
+            seen = gallery_cameras != camids[row] if across else torch.ones_like(gallery_cameras, dtype=torch.bool)
+            own = seen & (gallery_labels == labels[row])
+            if own.any():
+                best = cosine_topk(features[row : row + 1], gallery[own], min(BEST, int(own.sum()))).scores[0]
+                nearest = cosine_topk(features[row : row + 1], gallery[seen], 1).scores[0, 0]
+                scores.append(best.mean())
+                leads.append((nearest - best[0]).clamp(min=0))
+        if scores:
+            return torch.stack(scores).cpu(), torch.stack(leads).cpu()
+    return torch.zeros(0), torch.zeros(0)
+
+
 # Scoring
 
 
@@ -402,18 +436,21 @@ def score_batch(scorers, clip, images, labels):
 
 
 def calibrate(source, features, labels, seed):
-    """Genuine and impostor scores of at most `MAX_CALIBRATION_QUERIES` held-out images; empty without any."""
+    """Genuine and impostor scores, and scores and leads across cameras, of at most `MAX_CALIBRATION_QUERIES` held-out
+    images; empty without any."""
     rows = source.held_out.nonzero().flatten().tolist()
     is_query = torch.zeros(len(labels), dtype=torch.bool)
     is_query[sorted(random.Random(f"calibration/{seed}").sample(rows, min(len(rows), MAX_CALIBRATION_QUERIES)))] = True
     # Held-out images that are no queries are not in the gallery either.
     is_used = (is_query | ~source.held_out).to(features.device)
-    genuine, impostor = torch.zeros(0), torch.zeros(0)
+    names = ("genuine", "impostor", "across", "across_lead")
+    values = [torch.zeros(0)] * 4
     if rows:
-        genuine, impostor = calibration_scores(
-            features[is_used], labels[is_used], is_query.to(features.device)[is_used]
-        )
-    return {f"{source.domain}/genuine": genuine.contiguous(), f"{source.domain}/impostor": impostor.contiguous()}
+        used = features[is_used], labels[is_used]
+        camids = torch.tensor(source.train["camid"][:], device=features.device)[is_used]
+        is_query = is_query.to(features.device)[is_used]
+        values = [*calibration_scores(*used, is_query), *scores_across_cameras(*used, camids, is_query)]
+    return {f"{source.domain}/{name}": value.contiguous() for name, value in zip(names, values, strict=True)}
 
 
 # The choice
@@ -425,17 +462,21 @@ def thresholds_by_domain(args, sources):
         name: choosing.numbers_by_domain(getattr(args, name), list(sources), f"--{name}")
         for name in ("threshold", "keep_fraction")
     }
-    return arguments | {"false_match_rate": args.false_match_rate}
+    return arguments | {name: getattr(args, name) for name in RATES}
 
 
 def write_choice(args, sources):
     """Choose images; write the choice to scores.parquet, even if empty. Returns (scores, choice, calibration)."""
     folder = Path(args.output_dir)
-    scores = choosing.read_scores(folder / SCORES, args.match_margin)
+    weight = choosing.LEAD_WEIGHT if args.true_match_rate is not None and args.match_margin is None else None
+    scores = choosing.read_scores(folder / SCORES, args.match_margin, weight)
     stored = {name: tensor.numpy() for name, tensor in load_file(folder / CALIBRATION).items()}
     calibration = {
-        domain: {kind: stored[f"{domain}/{kind}"] for kind in ("genuine", "impostor")} for domain in sources
+        domain: {kind: stored[f"{domain}/{kind}"] for kind in ("genuine", "impostor", "across")} for domain in sources
     }
+    for domain, pair in calibration.items():
+        if args.match_margin is None:
+            pair["across"] = pair["across"] - choosing.LEAD_WEIGHT * stored[f"{domain}/across_lead"]
     thresholds = choosing.thresholds_of(
         scores, args.filter, **thresholds_by_domain(args, sources), calibration=calibration
     )
@@ -535,8 +576,9 @@ def open_sets(args):
     thresholds_by_domain(args, sources)
     generated = open_generated(args.generated, args.data_root, list(sources))
     check_identities(generated, sources)
-    if args.false_match_rate is not None:
-        check_calibration(generated, sources)
+    for name in RATES:
+        if getattr(args, name) is not None:
+            check_calibration(generated, sources, f"--{name}")
     if args.push_to_hub:
         try:
             HfApi().whoami()
@@ -576,7 +618,7 @@ def finish(args, sources, generated):
     scores_path = folder / SCORES
     scores, choice, calibration = write_choice(args, sources)
     summary = summary_of(args.filter, {name: getattr(args, name) for name in CHOICE}, sources, scores, choice)
-    summary["against_truth"] = against_truth(scores_path, scores)
+    summary["against_truth"] = against_truth(scores_path, scores, args.filter, choice)
     command = ["accelerate", "launch", "filter_generated.py", *(str(portable(word)) for word in sys.argv[1:])]
     write_set(
         folder / "dataset",

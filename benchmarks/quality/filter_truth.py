@@ -42,6 +42,10 @@ def table_of(found):
             shares = [[100 * one["kept"][kind] for one in its] for kind in kinds]
             auc = mean_and_deviation([one["auc"] for one in its], 3)
             rows.append([cameras, LABELS[name], auc, *(f"{mean_and_deviation(share, 0)} %" for share in shares)])
+            if all("chosen" in one for one in its):
+                shares = [[100 * one["chosen"][kind] for one in its] for kind in kinds]
+                label = f"{LABELS[name]}, as chosen"
+                rows.append([cameras, label, "", *(f"{mean_and_deviation(share, 0)} %" for share in shares)])
     return ["cameras", "filter", "AUC", *kinds], rows
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPProcessor
 
 import filter_generated as script
@@ -149,6 +150,72 @@ def test_calibration_scores_of_made_up_features():
             want[bool(labels[query] == label)].append(np.mean(sorted(own)[-3:]))
     np.testing.assert_allclose(sorted(genuine), sorted(want[True]), atol=1e-5)
     np.testing.assert_allclose(sorted(impostor), sorted(want[False]), atol=1e-5)
+
+
+@pytest.mark.parametrize("cameras", [3, 1])
+def test_scores_across_cameras_of_made_up_features(cameras):
+    """Query 9 has no image of its identity in another camera; where there is one camera, it counts."""
+    generator = torch.Generator().manual_seed(1)
+    features = F.normalize(torch.randn(12, 8, generator=generator), dim=1)
+    labels, held_out = torch.arange(12) % 3, torch.arange(12) >= 9
+    camids = torch.arange(12) // 3 % cameras
+    camids[labels == 0] = 0
+    scores, leads = script.scores_across_cameras(features, labels, camids, held_out)
+    wanted = []
+    for query in range(9, 12):
+        seen = [row for row in range(9) if cameras == 1 or camids[row] != camids[query]]
+        cosine = {row: float(features[query] @ features[row]) for row in seen}
+        own = sorted(cosine[row] for row in seen if labels[row] == labels[query])[-3:]
+        if own:
+            wanted.append((np.mean(own), max(cosine.values()) - own[-1]))
+    assert len(wanted) == (3 if cameras == 1 else 2)
+    np.testing.assert_allclose(torch.stack([scores, leads], 1), wanted, atol=1e-5)
+
+
+def test_the_default_threshold_is_that_of_other_cameras(drawn, whole):
+    """95 % of the held-out images reach it; a nearer stranger costs twice its lead, and rejects by itself no more."""
+    run(drawn, whole)
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["choice"]["true_match_rate"] == 0.95 and summary["choice"]["false_match_rate"] is None
+    stored = load_file(whole / "calibration.safetensors")
+    across = (stored["synthetic-a/across"] - 2 * stored["synthetic-a/across_lead"]).numpy()
+    threshold = summary["sources"]["synthetic-a"]["threshold"]
+    assert threshold == pytest.approx(sorted(across)[int(0.05 * len(across))])
+    for row in table(whole).to_pylist():
+        assert row["kept"] == (row["error"] is None and row["reid_score"] - 2 * row["reid_lead"] >= threshold - 1e-6)
+    chosen = summary["against_truth"]["reid"]["chosen"]
+    rows = table(whole).to_pylist()
+    for truth, share in chosen.items():
+        kept = [row["kept"] for row in rows if row["truth"] == truth]
+        assert share == pytest.approx(sum(kept) / len(kept))
+
+
+def test_changed_clothes_are_no_evidence_of_an_identity(drawn, tmp_path, whole):
+    """They set no threshold, fill no --min_per_id, and are fewer than the images in own clothes."""
+    source = tmp_path / "set"
+    shutil.copytree(drawn, source)
+    rows = pq.read_table(source / "metadata.parquet").to_pylist()
+    for row in rows:
+        # Of the first identity all but one image, of the others every second.
+        changed = row["seed"] > 0 if row["pid"] == 0 else row["seed"] % 2
+        row["changed"] = "upper" if changed else None
+    schema = pq.read_schema(source / "metadata.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), source / "metadata.parquet")
+    out = tmp_path / "out"
+    run(source, out, *trained(whole), "--threshold", "-9", "--match_margin", "9", "--min_per_id", "2")
+    scored = table(out).to_pylist()
+    for pid in (0, 2, 4, 6):
+        kept = [row["changed"] for row in scored if row["pid"] == pid and row["kept"]]
+        assert pid == 0 and not kept or 0 < sum(map(bool, kept)) < len(kept) / 2
+    assert {row["rejected"] for row in scored if row["pid"] == 0 and row["changed"] and not row["error"]} == {
+        choosing.CHANGED
+    }
+    run(source, out, *trained(whole), "--keep_fraction", "0.5", "--match_margin", "9")
+    scored = table(out).to_pylist()
+    own = sorted((row["reid_score"] for row in scored if not row["changed"] and not row["error"]), reverse=True)
+    count = sum(not row["changed"] for row in scored)
+    threshold = json.loads((out / "summary.json").read_text())["sources"]["synthetic-a"]["threshold"]
+    assert threshold == pytest.approx(own[round(0.5 * count) - 1])
 
 
 def test_what_does_not_decode_is_rejected_with_its_reason(whole):
@@ -483,7 +550,7 @@ def test_an_upload_leaves_nothing_of_an_earlier_choice(drawn, whole, monkeypatch
         (["--clip_model", "nowhere/at/all"], "--clip_model: no model at 'nowhere/at/all'"),
         (["--reid_model", str(CLIP_DIR)], "is a clip model, expected"),
         (["--classifier_model", "{models}/reid-synthetic-a"], "is a model of method mgn with several classifiers"),
-        (["--holdout_fraction", "0"], "--false_match_rate cannot be calibrated on synthetic-a"),
+        (["--holdout_fraction", "0"], "--true_match_rate cannot be calibrated on synthetic-a"),
         (["--output_dir", "{drawn}"], "holds generated images; give another --output_dir"),
     ],
 )
@@ -506,6 +573,9 @@ def test_bad_data_and_models(drawn, whole, tmp_path, flags, words):
         (["--filter", "clip"], "needs --threshold"),
         (["--filter", "clip", "--clip_model", "none", "--threshold", "0"], "cannot choose without its model"),
         (["--filter", "cctf", "--false_match_rate", "0.1"], "is calibrated for --filter reid"),
+        (["--filter", "clip", "--true_match_rate", "0.9"], "--true_match_rate is calibrated for --filter reid"),
+        (["--true_match_rate", "0"], "--true_match_rate must be above 0"),
+        (["--true_match_rate", "0.9", "--false_match_rate", "0.1"], "both set the threshold"),
         (["--filter", "cctf", "--threshold", "0.1", "--match_margin", "0.1"], "is part of --filter reid"),
         (["--match_margin", "-0.1"], "--match_margin must be 0 or more"),
         (["--holdout_fraction", "1"], "below 1"),

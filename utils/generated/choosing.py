@@ -16,7 +16,10 @@ BELOW = "score below the threshold"
 DOUBLE = "near-duplicate"
 SURPLUS = "more than wanted of its identity"
 FEW = "too few left of its identity"
-REASONS = ("", UNREADABLE, STRANGER, BELOW, DOUBLE, SURPLUS, FEW)
+CHANGED = "more in changed than in own clothes"
+REASONS = ("", UNREADABLE, STRANGER, BELOW, DOUBLE, SURPLUS, FEW, CHANGED)
+# What a Re-ID score loses for each unit by which another identity's source image is nearer.
+LEAD_WEIGHT = 2.0
 
 
 @dataclass
@@ -25,7 +28,8 @@ class Scores:
 
     `people` are the identities (domain, pid); `person` and `source` are the indices of a row's identity and domain.
     `match`: whether the nearest source image shows the same identity (Re-ID CTF). `lead`: by how much the nearest
-    source image is nearer than the nearest one of the same identity; 0 for a match.
+    source image is nearer than the nearest one of the same identity; 0 for a match. `changed`: whether a garment
+    is not the identity's own, or None.
     """
 
     people: list
@@ -37,6 +41,11 @@ class Scores:
     lead: np.ndarray
     hashes: np.ndarray
     values: dict
+    changed: np.ndarray | None = None
+
+    @property
+    def own_clothes(self):
+        return np.ones(len(self), bool) if self.changed is None else ~self.changed
 
     def __len__(self):
         return len(self.person)
@@ -45,12 +54,17 @@ class Scores:
         return bool(np.isfinite(self.values[name]).any())
 
 
-def read_scores(path, match_margin=None):
-    """`Scores` of a parquet file, read in batches of rows; a lead of at most `match_margin` counts as a match."""
+def read_scores(path, match_margin=None, lead_weight=None):
+    """`Scores` of a parquet file, read in batches of rows.
+
+    A lead of at most `match_margin` counts as a match. With `lead_weight`, every image counts as one, and its Re-ID
+    score is less its lead times this weight.
+    """
     people, domains, parts = {}, {}, []
     columns = ["domain", "pid", "error", "reid_match", "reid_lead", "perceptual_hash", *FILTERS.values()]
     with pq.ParquetFile(path, pre_buffer=False) as file:
-        for batch in file.iter_batches(8192, columns=columns):
+        has_changed = "changed" in file.schema_arrow.names
+        for batch in file.iter_batches(8192, columns=[*columns, "changed"] if has_changed else columns):
             labels = list(zip(batch["domain"].to_pylist(), batch["pid"].to_pylist(), strict=True))
             part = {
                 "person": np.array([people.setdefault(label, len(people)) for label in labels], np.int32),
@@ -60,6 +74,8 @@ def read_scores(path, match_margin=None):
                 "lead": batch["reid_lead"].to_numpy(zero_copy_only=False).astype(np.float32),
                 "hashes": batch["perceptual_hash"].fill_null(0).to_numpy(zero_copy_only=False),
             }
+            if has_changed:
+                part["changed"] = batch["changed"].is_valid().to_numpy(zero_copy_only=False)
             for name, column in FILTERS.items():
                 part[name] = batch[column].cast("float32").to_numpy(zero_copy_only=False).astype(np.float32)
             parts.append(part)
@@ -68,6 +84,9 @@ def read_scores(path, match_margin=None):
     if match_margin is not None:
         # An image that does not decode has the lead NaN, which no margin admits.
         arrays["match"] |= arrays["lead"] <= match_margin
+    if lead_weight is not None:
+        values["reid"] = values["reid"] - np.float32(lead_weight) * arrays["lead"]
+        arrays["match"] = np.isfinite(values["reid"])
     return Scores(list(people), list(domains), **arrays, values=values)
 
 
@@ -86,12 +105,24 @@ def eligible(scores, name):
     return mask & scores.match if name == "reid" else mask
 
 
-def thresholds_of(scores, name, *, threshold=None, keep_fraction=None, false_match_rate=None, calibration=None):
-    """{domain: lowest score that is kept}. `threshold` and `keep_fraction` are each {domain: number}."""
-    values, mask = scores.values[name], eligible(scores, name)
+def thresholds_of(
+    scores,
+    name,
+    *,
+    threshold=None,
+    keep_fraction=None,
+    false_match_rate=None,
+    true_match_rate=None,
+    calibration=None,
+):
+    """{domain: lowest score that is kept}. `threshold` and `keep_fraction` are each {domain: number}.
+
+    Images with changed clothes are no evidence of what an identity looks like, so they are not counted.
+    """
+    values, mask = scores.values[name], eligible(scores, name) & scores.own_clothes
     thresholds = {}
     for number, domain in enumerate(scores.domains):
-        of_domain = scores.source == number
+        of_domain = (scores.source == number) & scores.own_clothes
         if threshold is not None:
             thresholds[domain] = float(threshold[domain])
         elif keep_fraction is not None:
@@ -99,6 +130,8 @@ def thresholds_of(scores, name, *, threshold=None, keep_fraction=None, false_mat
             thresholds[domain] = score_of_rank(values[of_domain & mask], wanted)
         elif false_match_rate is not None:
             thresholds[domain] = calibrated(calibration[domain]["impostor"], false_match_rate)
+        elif true_match_rate is not None:
+            thresholds[domain] = reached_by(calibration[domain]["across"], true_match_rate)
         else:
             thresholds[domain] = -np.inf
     return thresholds
@@ -120,6 +153,12 @@ def calibrated(impostors, rate):
     return float(np.nextafter(descending[allowed], np.float32(np.inf)))
 
 
+def reached_by(genuine, rate):
+    """The highest threshold that a share of at least `rate` of the genuine scores reaches."""
+    ascending = np.sort(np.asarray(genuine, dtype=np.float32))
+    return float(ascending[int(np.floor((1 - rate) * len(ascending) + 1e-9))])
+
+
 def calibration_rows(calibration, rates):
     """Rows (domain, rate, threshold, true-match rate), one for each domain and rate."""
     rows = []
@@ -132,8 +171,12 @@ def calibration_rows(calibration, rates):
 
 
 def choose_images(scores, name, thresholds, *, target_per_id=None, min_per_id=1, duplicates=None):
-    """A `Choice`. `duplicates` is a function (rows of one identity, best first) -> mask of those to drop."""
-    values = scores.values[name]
+    """A `Choice`. `duplicates` is a function (rows of one identity, best first) -> mask of those to drop.
+
+    Images in an identity's own clothes come before those with a changed garment; these never fill `min_per_id`, and
+    fewer of them are kept than of the others.
+    """
+    values, own = scores.values[name], scores.own_clothes
     reason = np.zeros(len(scores), np.int8)
 
     def reject(rows, why):
@@ -145,10 +188,10 @@ def choose_images(scores, name, thresholds, *, target_per_id=None, min_per_id=1,
     floor = np.array([thresholds[domain] for domain in scores.domains], np.float64)[scores.source]
     # A missing score is below every threshold.
     reject(~(values.astype(np.float64) >= floor), BELOW)
-    if duplicates is not None or target_per_id or min_per_id > 1:
+    if duplicates is not None or target_per_id or min_per_id > 1 or not own.all():
         left = np.flatnonzero(reason == 0)
-        # By identity, best first, first of equals.
-        order = left[np.lexsort((left, -values[left], scores.person[left]))]
+        # By identity, own clothes first, best first, first of equals.
+        order = left[np.lexsort((left, -values[left], ~own[left], scores.person[left]))]
         starts = np.flatnonzero(np.diff(scores.person[order], prepend=-1))
         for rows in np.split(order, starts[1:]):
             if duplicates is not None and len(rows) > 1:
@@ -158,8 +201,11 @@ def choose_images(scores, name, thresholds, *, target_per_id=None, min_per_id=1,
             if target_per_id:
                 reason[rows[target_per_id:]] = REASONS.index(SURPLUS)
                 rows = rows[:target_per_id]
-            if len(rows) < min_per_id:
-                reason[rows] = REASONS.index(FEW)
+            count = int(own[rows].sum())
+            reason[rows[~own[rows]][max(count - 1, 0) :]] = REASONS.index(CHANGED)
+            if count < min_per_id:
+                reason[rows[own[rows]]] = REASONS.index(FEW)
+                reason[rows[~own[rows]]] = REASONS.index(CHANGED)
     return Choice(reason == 0, reason, thresholds)
 
 

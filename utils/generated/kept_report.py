@@ -14,6 +14,7 @@ from utils.reporting.report import Report, Tile, data_uri
 
 SHOWN, HALF = 6, 3
 BARS = 40
+TRUE_RATES = (0.99, 0.95, 0.9, 0.8)
 RATES = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0001)
 SHORT = {"clip": "CLIP", "cctf": "CCTF", "reid": "Re-ID"}
 LABELS = {"clip": "CLIP", "cctf": "CCTF", "reid": "Re-ID CTF"}
@@ -90,8 +91,11 @@ def read_truths(scores_path):
     return np.array(pq.read_table(scores_path, columns=["truth"])["truth"].to_pylist(), dtype=object)
 
 
-def against_truth(scores_path, scores):
-    """{filter: {"auc", "kept": {truth: share}}} of drawn images, each filter keeping as many as are right, or None."""
+def against_truth(scores_path, scores, chosen=None, choice=None):
+    """{filter: {"auc", "kept": {truth: share}}} of drawn images, each filter keeping as many as are right, or None.
+
+    The filter `chosen` has "chosen", the shares of what the `Choice` keeps at its threshold.
+    """
     truths = read_truths(scores_path)
     if truths is None:
         return None
@@ -105,6 +109,8 @@ def against_truth(scores_path, scores):
         kept[np.argsort(-values, kind="stable")[: good.sum()]] = True
         shares = {kind: float(kept[truths == kind].mean()) for kind in dict.fromkeys(truths)}
         result[name] = {"auc": choosing.area_under_curve(values, good), "kept": shares}
+        if name == chosen:
+            result[name]["chosen"] = {kind: float(choice.kept[truths == kind].mean()) for kind in shares}
     return result
 
 
@@ -116,6 +122,9 @@ def truth_table(result):
         # If no image is wrong, there is no AUC.
         auc = "" if values["auc"] is None else f"{values['auc']:.3f}"
         rows.append([LABELS[name], auc, *(f"{100 * values['kept'][kind]:.0f} %" for kind in kinds)])
+        if "chosen" in values:
+            shares = [f"{100 * values['chosen'][kind]:.0f} %" for kind in kinds]
+            rows.append([f"{LABELS[name]}, as chosen", "", *shares])
     return ["filter", "AUC", *kinds], rows
 
 
@@ -125,7 +134,7 @@ def add_truth(report, result):
         "These images are drawn, and what each shows is known. AUC: how often an image of the right person, whatever "
         "the scene, comes before one that is wrong, broken or empty, where those that do not decode come last and, "
         "for Re-ID CTF, those nearest to somebody else before them, by how much nearer. Then the share of every kind "
-        "that each filter keeps, if it keeps as many images as are right.",
+        "that each filter keeps, if it keeps as many images as are right; as chosen: at the threshold of this run.",
     )
     report.table(*truth_table(result))
 
@@ -266,9 +275,17 @@ def add_calibration(report, calibration):
             "Calibration",
             "Held-out source images against the others: at each threshold, the share of scores with other people's "
             "images that reach it, and of those with their own. Generated images are further from the source than "
-            "these are.",
+            "these are. The second table: the threshold that a share of the held-out images reaches against their "
+            "identity's images of other cameras, less twice the lead of a nearer stranger; it is the default.",
         )
         report.table(["source", "false-match rate", "threshold", "true-match rate"], rows)
+        across = [
+            [domain, f"{rate:.0%}", number(choosing.reached_by(pair["across"], rate)), f"{len(pair['across']):,}"]
+            for domain, pair in calibration.items()
+            for rate in TRUE_RATES
+            if len(pair["across"])
+        ]
+        report.table(["source", "true-match rate across cameras", "threshold", "images"], across)
 
 
 def add_identities(report, scores, choice, sources, summary):

@@ -120,6 +120,7 @@ def settings_of(wanted, digest, sources, holdout_fraction, mixed_precision, seed
         "mixed_precision": mixed_precision,
         "seed": seed,
         "columns": SCORED.names,
+        "calibration": "across cameras",
     }
     for flag, names in (("reid_model", wanted.reid), ("classifier_model", wanted.classifiers)):
         # A model that all sources share is listed once.

@@ -59,13 +59,13 @@ def check_sources(sources):
         check_images(source.train, where=domain)
 
 
-def check_calibration(generated, sources):
+def check_calibration(generated, sources, flag="--false_match_rate"):
     """ValueError if a domain has no impostor scores: they compare held-out images with those of other identities."""
     domains = sorted({domain for domain, _ in generated.counts})
     few = [name for name in domains if not sources[name].held_out.any() or len(sources[name].pids) < 2]
     if few:
         raise ValueError(
-            f"--false_match_rate cannot be calibrated on {', '.join(few)}: it takes two people, and of one of them "
+            f"{flag} cannot be calibrated on {', '.join(few)}: it takes two people, and of one of them "
             "three images and a --holdout_fraction above 0; give --threshold, --keep_fraction or --target_per_id"
         )
 
