@@ -102,6 +102,7 @@ class LmdbFileSystem(AbstractFileSystem):
 fsspec.register_implementation("lmdb", LmdbFileSystem, clobber=True)
 # Registered by name, so that a new worker of a data loader, which imports only this module, can draw too.
 fsspec.register_implementation("synthetic", "utils.synthetic.world.SyntheticFileSystem", clobber=True)
+fsspec.register_implementation("crop", "utils.datasets.mot.CropFileSystem", clobber=True)
 
 
 def is_lmdb(folder):
