@@ -65,7 +65,8 @@ class CropFileSystem(AbstractFileSystem):
 def opened_frame(path):
     """A frame's pixels. Boxes are read in the order of frames, so that each frame is decoded once."""
     with Image.open(path) as image:
-        return as_rgb(image)
+        # A copy does not depend on the file, which is closed here.
+        return as_rgb(image).copy()
 
 
 def track_file(folder):
