@@ -25,6 +25,7 @@
 
     python evaluate.py --model output/model --data market1501 --data_root ~/reid --rerank --output_dir output/market
     python evaluate.py --model output/model --query_dir lost --gallery_dir cameras --output_dir output/search
+    python evaluate.py --model output/model --group_dir tracklets --output_dir output/identities
 
 With `--calibrate` the first command also leaves `calibration.json` in the model's folder, and the second then decides
 for each query whether the nearest image shows the same person.
@@ -99,6 +100,7 @@ def build_parser():
         "with --data the report shows that set's images",
     )
     group.switch("--skip_unreadable", "leave out images that do not decode, and list them")
+    add_grouping(parser)
 
     group = parser.group("ranking")
     group.add(
@@ -145,15 +147,35 @@ def build_parser():
     return parser
 
 
+def add_grouping(parser):
+    group = parser.group("grouping", idle=(lambda args: not args.group_dir, "no --group_dir"))
+    group.add(
+        "--group_dir",
+        help="give every image or tracklet an identity, across cameras. Images directly in this folder are items of "
+        "their own, any other folder of images is one tracklet, and so is each track of a MOT file, SEQ/NAME.txt or "
+        "SEQ/gt/gt.txt beside SEQ/img1/000001.jpg. Camera and frame are read from names like 0001_c2s1_000123_00.jpg "
+        "or track7_c2_f123.jpg, the camera also from folders like c2 or cam2; in MOT each SEQ is a camera. No camera "
+        "sees an identity twice at one time",
+    )
+    group.add("--eps", type=float, default=0.45, help="distance of neighbours in DBSCAN, above 0 and below 1")
+    group.add("--min_samples", type=at_least(2), default=2, help="neighbours that make a core, with the item itself")
+    group.add(
+        "--cluster_k1",
+        type=at_least(1),
+        help="reciprocal neighbours of an item; default 8, or a third of the items if they are few",
+    )
+    group.add("--cluster_k2", type=at_least(1), help="neighbours averaged over; default 4, at most cluster_k1")
+
+
 def parse_args(input_args=None):
     parser = build_parser()
     args = parser.parse(input_args)
     check_args(parser, args)
-    args.demo = not (args.model or args.data or args.query_dir or args.features)
+    args.demo = not (args.model or args.data or args.query_dir or args.features or args.group_dir)
     args.export_only = bool(args.export and not (args.data or args.query_dir))
     if args.model is None and not args.features:
         args.model, args.resolution = str(DEMO_MODEL), args.resolution or DEMO_RESOLUTION
-    if args.data is None and not (args.query_dir or args.features):
+    if args.data is None and not (args.query_dir or args.features or args.group_dir):
         args.data = DEMO_DATA
     args.notes = parser.notes(args)
     return args
@@ -180,8 +202,19 @@ def check_args(parser, args):
         parser.error(f"--splits {args.splits} are those of --data; leave it out with --query_dir")
     if args.splits and args.data and "split=" in args.data:
         parser.error(f"--splits {args.splits} runs over all splits; leave split= out of --data {args.data}")
+    if args.group_dir:
+        check_grouping(parser, args)
     if args.export and (args.export[0] != "onnx" or not args.export[1].endswith(".onnx")):
         parser.error(f"--export takes `onnx FILE.onnx`, got {' '.join(args.export)}")
+
+
+def check_grouping(parser, args):
+    others = ("data", "query_dir", "gallery_dir", "features", "splits", "export", "rerank", "protocol", "topk")
+    given = [f"--{name}" for name in others if args.origin[name] == "flag"]
+    if given:
+        parser.error(f"--group_dir ranks nothing and is a job of its own; leave out {', '.join(given)}")
+    if not 0 < args.eps < 1:
+        parser.error(f"--eps {args.eps} must be above 0 and below 1, the largest Jaccard distance")
 
 
 if __name__ == "__main__":
@@ -200,6 +233,8 @@ from utils.datasets.images import check_files, check_images
 from utils.datasets.load import open_spec
 from utils.datasets.schema import names_of
 from utils.datasets.search_folders import read_folders
+from utils.datasets.tracklets import read_tracklets
+from utils.evaluation import grouping
 from utils.evaluation.calibration import (
     CALIBRATION,
     FALSE_MATCH_RATES,
@@ -211,6 +246,7 @@ from utils.evaluation.calibration import (
 )
 from utils.evaluation.decisions import COLUMNS, DECISIONS, csv_rows, decide, limits, summary, text_lines
 from utils.evaluation.features import extract, extraction_key, forget_chunks
+from utils.evaluation.group_report import group_report
 from utils.evaluation.kept_features import load_features, save_features
 from utils.evaluation.metrics import MAX_RANK, RANKS, Side, kept_labels
 from utils.evaluation.report import Findings, ResultPictures, evaluation_report
@@ -230,6 +266,8 @@ def main(args):
     launch.introduce(
         args, accelerator, demo=DEMO, stand_ins=is_default and "No --model given: using the shipped stand-in CLIP"
     )
+    if args.group_dir:
+        return group(args, accelerator)
     if args.features:
         model = None
         sides, images, splits, skipped = read_features(args)
@@ -430,6 +468,73 @@ def mark_same_files(args, accelerator, sides, images, splits):
             f"{disputed} of these files have another identity in --gallery_dir; that of --query_dir counts"
         )
     return total
+
+
+# Identities across cameras
+
+
+def group(args, accelerator):
+    """Give every item of --group_dir an identity; the content of groups.json."""
+    kind = model_kind(args.model)
+    tracklets = read_tracklets(args.group_dir, skip_unreadable=args.skip_unreadable)
+    settings = grouping.settings_for(
+        len(tracklets.items), eps=args.eps, min_samples=args.min_samples, k1=args.cluster_k1, k2=args.cluster_k2
+    )
+    accelerator.print(tracklets.described())
+    for name, reason in tracklets.skipped:
+        accelerator.print(f"Left out: {name} ({reason})")
+    model = open_model(args, kind).to(accelerator.device).eval()
+    features, typical_rows = features_of_items(args, accelerator, model, tracklets)
+    metrics = None
+    if accelerator.is_main_process:
+        moments = [item.moments for item in tracklets.items]
+        groups = grouping.group(features.to(accelerator.device), settings, moments, backend=args.backend)
+        metrics = grouping.group_metrics(tracklets, settings, groups)
+        metrics |= {"model": args.model, "data": args.group_dir, "versions": versions()}
+        report = group_report(metrics, tracklets, groups, typical_rows)
+        with write_together(args.output_dir) as part:
+            part("groups.json").write_text(to_json(metrics))
+            part("args.json").write_text(to_json(run_record(args)))
+            write_csv(part("identities.csv"), grouping.COLUMNS, grouping.identity_rows(tracklets, groups))
+            report.write(part("report.html"))
+        print(grouping.described(metrics))
+        print(f"Results: {args.output_dir}; open {Path(args.output_dir) / 'report.html'}")
+    accelerator.end_training()
+    return metrics
+
+
+def features_of_items(args, accelerator, model, tracklets):
+    """Unit features of the items and the row of each item's most typical image; read if extracted before."""
+    key = extraction_key(
+        model,
+        [image_identities(tracklets.files), [(item.path, item.rows) for item in tracklets.items]],
+        rows=list(tracklets.images["path"]),
+        image=[model.image_size, model.image_mean, model.image_std, model.resample],
+        precision=accelerator.mixed_precision,
+        device=accelerator.device.type,
+        batch_size=args.eval_batch_size,
+    )
+    stored = Path(args.output_dir) / grouping.FEATURES
+    known = grouping.load_items(stored, key)
+    if known is not None:
+        accelerator.print(f"Features: {stored}, extracted before")
+        return known
+    features = extract(
+        model,
+        tracklets.images,
+        test_transform(model.image_size, model.image_mean, model.image_std, model.resample),
+        accelerator=accelerator,
+        keep_in=args.output_dir,
+        key=key,
+        batch_size=args.eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+    )
+    features, typical_rows = grouping.item_features(features, tracklets)
+    if accelerator.is_main_process:
+        with write_together(args.output_dir) as part:
+            grouping.save_items(part(grouping.FEATURES), features, typical_rows, tracklets, key)
+        forget_chunks(args.output_dir)
+    return features, typical_rows
 
 
 # Numbers

@@ -105,6 +105,7 @@ fsspec.register_implementation("lmdb", LmdbFileSystem, clobber=True)
 # Registered by name, so that a new worker of a data loader, which imports only this module, can draw too.
 fsspec.register_implementation("synthetic", "utils.synthetic.world.SyntheticFileSystem", clobber=True)
 fsspec.register_implementation("tarred", "utils.datasets.tars.TarFileSystem", clobber=True)
+fsspec.register_implementation("crop", "utils.datasets.mot.CropFileSystem", clobber=True)
 
 
 def is_lmdb(folder):

@@ -39,17 +39,27 @@ def images_of(place):
         return folder.parent, [Path(folder.name)]
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give one that holds images, or an image")
-    paths = []
+    paths = [path.relative_to(folder) for _, _, images in levels_of(folder) for path in images]
+    if not paths:
+        raise ValueError(f"{folder} holds no images; expected files that end in {', '.join(ENDINGS)}")
+    return folder, sorted(paths)
+
+
+def levels_of(folder):
+    """(folder, names of inner folders, paths of images) of a folder and of all below it; links are followed.
+
+    As in os.walk, folders whose names are removed from the list are left out.
+    """
     for level, inner, names in os.walk(folder, followlinks=True):
         # A link to a parent folder would give an endless loop.
         above = os.path.join(os.path.realpath(level), "")
         reals = {name: os.path.join(os.path.realpath(os.path.join(level, name)), "") for name in inner}
         inner[:] = [name for name in inner if not hidden(name) and not above.startswith(reals[name])]
-        names = [name for name in names if name.lower().endswith(ENDINGS) and not hidden(name)]
-        paths += [Path(level, name).relative_to(folder) for name in names]
-    if not paths:
-        raise ValueError(f"{folder} holds no images; expected files that end in {', '.join(ENDINGS)}")
-    return folder, sorted(paths)
+        yield (
+            Path(level),
+            inner,
+            [Path(level, name) for name in names if name.lower().endswith(ENDINGS) and not hidden(name)],
+        )
 
 
 def identity_of(path):

@@ -7,18 +7,23 @@ Where times are known, DBSCAN's clusters are built again from their pairs, the n
 both sides were seen by one camera at one time: that is two people. Rows of unknown time are never refused.
 """
 
+import json
 from bisect import bisect, insort
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import scipy.sparse
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from kernels.jaccard_graph import jaccard_graph
 from utils.datasets.schema import UNKNOWN
 from utils.evaluation.clusters import NOISE, agreement, as_matrix, bcubed, dbscan, pair_scores, singled_out
 
-MOST_NEIGHBOURS, MOST_AVERAGED = 20, 4
+FEATURES = "group_features.safetensors"
+MOST_NEIGHBOURS, MOST_AVERAGED = 8, 4
 
 
 @dataclass(frozen=True)
@@ -48,15 +53,14 @@ class Groups:
 
 
 def settings_for(count, *, eps, min_samples=2, k1=None, k2=None):
-    """`Settings` for so many rows; by default k1 is 20, or a third of the rows if they are few, and k2 at most 4."""
+    """`Settings` for so many rows; by default k1 is 8, or a third of the rows if they are few, and k2 at most 4."""
     described = f"{count} items (a folder of images is one item)"
     if count < 2:
         raise ValueError("there is nothing to group: one item only (a folder of images is one item); give more")
     for name, value in (("--cluster_k1", k1), ("--cluster_k2", k2)):
         if value is not None and value >= count:
             raise ValueError(
-                f"{name} {value} asks for more neighbours than {described} have; lower it well below "
-                f"{count}"
+                f"{name} {value} asks for more neighbours than {described} have; lower it well below {count}"
             )
     if not 2 <= min_samples <= count:
         raise ValueError(f"--min_samples {min_samples} must be between 2 and the number of items: {described}")
@@ -163,3 +167,93 @@ def scores(identities, truth):
         "bcubed": bcubed(found, true),
         "ari": agreement(found, true)["ari"],
     }
+
+
+def item_features(features, tracklets):
+    """(features, typical rows): the mean of an item's unit features, unit length again, and its most typical image."""
+    counts = torch.tensor([len(item.rows) for item in tracklets.items])
+    rows = torch.tensor([row for item in tracklets.items for row in item.rows])
+    owners = torch.repeat_interleave(counts)
+    # A box or file belongs to one item only.
+    units = F.normalize(features[rows].double(), dim=1)
+    sums = torch.zeros(len(counts), features.shape[1], dtype=torch.float64).index_add_(0, owners, units)
+    lengths = sums.norm(dim=1, keepdim=True)
+    if (lengths < 1e-6).any():
+        name = tracklets.items[int((lengths < 1e-6).flatten().nonzero()[0])].path
+        raise ValueError(f"the features of {name} have no mean direction; its images have nothing in common")
+    means = sums / lengths
+    likeness = (units * means[owners]).sum(1)
+    best = torch.full((len(counts),), -torch.inf, dtype=torch.float64).scatter_reduce(0, owners, likeness, "amax")
+    typical = (likeness == best[owners]).nonzero().flatten()
+    first = torch.full((len(counts),), len(rows)).scatter_reduce(0, owners[typical], typical, "amin")
+    return means.float(), rows[first]
+
+
+COLUMNS = (
+    "path", "identity", "items", "camera", "images", "first_frame", "last_frame", "cohesion", "closeness", "truth"
+)  # fmt: skip
+
+
+def identity_rows(tracklets, groups):
+    """The rows of identities.csv; what is unknown is empty."""
+    sizes = groups.identities.bincount()[groups.identities].tolist()
+    columns = groups.identities.tolist(), sizes, groups.cohesion.tolist(), groups.closeness.tolist()
+    for item, identity, size, cohesion, closeness in zip(tracklets.items, *columns, strict=True):
+        frames = [frame for _, *period in item.moments for frame in period]
+        yield (
+            item.path, identity, size, item.camera if item.camera is not None else "", len(item.rows),
+            min(frames, default=""), max(frames, default=""),
+            f"{cohesion:.4f}" if size > 1 else "", f"{closeness:.4f}" if size > 1 else "", item.identity or "",
+        )  # fmt: skip
+
+
+def group_metrics(tracklets, settings, groups):
+    """The content of groups.json; it names no image."""
+    return {
+        "num_items": len(tracklets.items),
+        "num_images": len(tracklets.images),
+        "num_timed": sum(bool(item.moments) for item in tracklets.items),
+        "num_identities": int(groups.identities.max()),
+        "num_groups": groups.num_groups,
+        "num_singles": int(groups.identities.max()) - groups.num_groups,
+        "num_refused_pairs": groups.refused,
+        "settings": asdict(settings),
+        "truth": scores(groups.identities, tracklets.pids),
+    }
+
+
+def described(metrics):
+    """The result in one line of text."""
+    parts = [
+        f"{metrics['num_items']:,} items: {metrics['num_groups']:,} groups, {metrics['num_singles']:,} single items"
+    ]
+    truth = metrics["truth"]
+    if truth:
+        f1 = truth["pairwise"]["f1"]
+        pairs = "no pairs" if f1 is None else f"pairwise F1 {100 * f1:.1f} %"
+        parts.append(f"{pairs}, B-cubed F1 {100 * truth['bcubed']['f1']:.1f} %, ARI {truth['ari']:.3f}")
+        parts.append(f"measured on {truth['num_known']:,} items of {truth['num_true_identities']:,} known identities")
+    return "; ".join(parts)
+
+
+def save_items(path, features, typical_rows, tracklets, key):
+    """Write the features of all items under the names of a gallery, so that `utils.evaluation.forget` finds them."""
+    tensors = {
+        "gf": features,
+        "g_pid": torch.tensor(tracklets.pids),
+        "g_cam": torch.tensor(tracklets.camids),
+        "g_row": typical_rows,
+    }
+    header = {"g_path": json.dumps([item.path for item in tracklets.items]), "key": json.dumps(key)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=header)
+
+
+def load_items(path, key):
+    """(features, typical rows) if the file has exactly the features of this key, else None."""
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("key") != json.dumps(key):
+                return None
+            return file.get_tensor("gf"), file.get_tensor("g_row")
+    except (OSError, SafetensorError):
+        return None
