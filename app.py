@@ -89,7 +89,9 @@ def build_parser():
     )
 
     group = parser.group("ranking")
-    group.add("--topk", type=between(1, MOST_RESULTS), default=20, help="results at first; the page can change it")
+    group.add(
+        "--topk", type=at_least(1), default=20, help=f"results at first, at most {MOST_RESULTS}; the page has a slider"
+    )
     group.add("--k1", type=at_least(1), default=20, help="re-ranking: reciprocal neighbours")
     group.add("--k2", type=at_least(1), default=6, help="re-ranking: neighbours averaged over, 1 for none")
     group.add("--lambda_value", type=fraction, default=0.3, help="re-ranking: weight of the plain distance")
@@ -111,6 +113,8 @@ def parse_args(input_args=None):
         parser.error(
             "--features has a gallery of its own; leave out --gallery_dir, and name its folder by --image_root"
         )
+    if args.topk > MOST_RESULTS:
+        parser.error(f"--topk {args.topk} is more than the page shows; give at most {MOST_RESULTS}")
     if args.server_name not in THIS_COMPUTER:
         parser.error(
             f"--server_name {args.server_name} is refused: the page shows people and has no login, so it listens on "
