@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from utils.flags import STANDINS
 
 SCRIPTS = (
-    "adapt_reid.py", "evaluate.py", "filter_generated.py", "finetune_reid.py", "pretrain_backbone.py", "train_dcac.py",
-    "train_dreambooth_reid.py",
+    "adapt_reid.py", "app.py", "evaluate.py", "filter_generated.py", "finetune_reid.py", "pretrain_backbone.py",
+    "train_dcac.py", "train_dreambooth_reid.py",
 )  # fmt: skip
 
 

@@ -30,6 +30,8 @@ SAME_DEFAULT = [
 # Captions and tuning of one identity are measured in steps, not in epochs.
 OTHER_DEFAULT = {("max_train_steps", "train_dreambooth_reid")}
 EVERYWHERE = ["seed", "mixed_precision", "output_dir", "data_root", "skip_unreadable", "resolution"]
+# A page draws nothing by chance and opens no benchmark.
+NOT_IN_APP = {"seed", "data_root"}
 # What a reader of diffusers' scripts would not look for.
 NOT_THE_NAME = {
     "lr": "learning_rate", "epochs": "num_train_epochs", "num_epochs": "num_train_epochs", "workers":
@@ -39,7 +41,7 @@ NOT_THE_NAME = {
 }  # fmt: skip
 OPTIONAL = [
     "bitsandbytes", "xformers", "deepspeed", "wandb", "tensorboard", "trackio", "triton", "onnx", "onnxruntime",
-    "onnxscript", "faiss", "torchreid", "pytest",
+    "onnxscript", "faiss", "torchreid", "pytest", "gradio",
 ]  # fmt: skip
 
 
@@ -91,7 +93,8 @@ def test_what_means_the_same_has_the_same_default(flags):
         }
         assert len(set(defaults.values())) == 1, f"--{flag}: {defaults}"
     for flag in EVERYWHERE:
-        assert sorted(flags[flag]) == SCRIPTS, f"--{flag} is missing somewhere"
+        expected = [name for name in SCRIPTS if name != "app" or flag not in NOT_IN_APP]
+        assert sorted(flags[flag]) == expected, f"--{flag} is missing somewhere"
     # Demos do not write into each other's folder.
     folders = [action.default for action in flags["output_dir"].values()]
     assert len(set(folders)) == len(folders) and all(folder.startswith("output/") for folder in folders)

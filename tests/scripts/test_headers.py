@@ -18,11 +18,20 @@ def header_of(text):
     return tomllib.loads("".join(line[2:] for line in block["content"].splitlines(keepends=True)))
 
 
+def requirements(kind=None):
+    """The lines of requirements.txt, and those that requirements-KIND.txt adds to them."""
+    text = (ROOT / f"requirements{f'-{kind}' if kind else ''}.txt").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    if lines[0] == "-r requirements.txt":
+        return requirements() + lines[1:]
+    assert kind is None
+    return lines
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_header_asks_for_the_requirements(script):
     header = header_of(script.read_text(encoding="utf-8"))
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    assert header["dependencies"] == [line for line in lines if line and not line.startswith("#")]
+    assert header["dependencies"] == requirements("app" if script.name == "app.py" else None)
     assert header["requires-python"] == ">=3.11"
 
 
@@ -33,5 +42,9 @@ def test_header_stands_before_the_docstring(script):
     assert ast.get_docstring(ast.parse(text))
 
 
-def test_seven_scripts():
-    assert len(SCRIPTS) == 7
+def test_the_page_adds_gradio_alone():
+    assert [line.split(">=")[0] for line in requirements("app") if line not in requirements()] == ["gradio"]
+
+
+def test_eight_scripts():
+    assert len(SCRIPTS) == 8
