@@ -138,7 +138,7 @@ def measure(model, finetune, resolution, steps, flags):
     measured["image"] = seconds(lambda: draw(args.solver, args.num_inference_steps)) / len(seeds)
     measured["image_50"] = seconds(lambda: draw("ddim", 50), 1) / len(seeds)
     measured["encode"] = seconds(lambda: encode(model.vae, pixels))
-    measured["encode"] += seconds(lambda: model.encode_all([words["identity_prompt"], words["prompt"]]))
+    measured["encode"] += seconds(lambda: model.encode_all(list(words.values())))
     tunable.restore()
     measured["restore"] = seconds(tunable.restore)
     return measured
