@@ -81,7 +81,12 @@ def build_parser():
     )
 
     group = parser.group("data")
-    group.add("--data", metavar="SPEC", help=f"data set, such as market1501 or viper:split=3; default: {DEMO_DATA}")
+    group.add(
+        "--data",
+        metavar="SPEC",
+        help=f"data set, such as market1501 or viper:split=3; all images of one without query and gallery are "
+        f"measured; default: {DEMO_DATA}",
+    )
     group.add("--data_root", help="folder that holds the benchmarks; default: where --data itself points")
     group.add(
         "--splits",
@@ -99,7 +104,9 @@ def build_parser():
         help="rank these features instead of extracting: safetensors or npz with qf, gf, q_pid, g_pid, q_cam, g_cam; "
         "with --data the report shows that set's images",
     )
-    group.switch("--skip_unreadable", "leave out images that do not decode, and list them")
+    group.switch(
+        "--skip_unreadable", "leave out images that do not decode and files not named as expected, and list them"
+    )
     add_grouping(parser)
 
     group = parser.group("ranking")
@@ -107,7 +114,7 @@ def build_parser():
         "--protocol",
         choices=PROTOCOLS,
         help="market drops gallery images of the query's identity and camera, cuhk03 also draws one image of each "
-        "identity for the CMC, all drops nothing; default market, or all where there are no cameras",
+        "identity for the CMC, all drops only the same file; default market, or all where there are no cameras",
     )
     group.add(
         "--topk",

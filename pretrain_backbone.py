@@ -272,6 +272,7 @@ from utils.batches.samplers import ShuffleSampler
 from utils.batches.streaming import StreamedImages, StreamLoader, open_stream
 from utils.batches.transforms import ReIDImages, test_transform
 from utils.datasets.load import digest_of, labels_of, open_source, subset
+from utils.datasets.own_labels import MissingColumn
 from utils.datasets.unlabelled import folder_of_images, open_unlabelled
 from utils.evaluation.targets import open_targets
 from utils.files import portable
@@ -568,19 +569,14 @@ def open_train(args):
     if args.streaming:
         train, stream = open_stream(args.source[0])
         labels = torch.from_numpy(labels_of(train))
-    elif plain := [spec for spec in args.source if folder_of_images(spec, args.data_root)]:
-        if args.objective == "classification":
+    else:
+        plain = [spec for spec in args.source if folder_of_images(spec, args.data_root)]
+        if plain and args.objective == "classification":
             raise ValueError(
                 f"--source {plain[0]} is a folder of images without identities: classification needs one folder an "
                 "identity, or a table; --objective dino takes the images as they are"
             )
-        train, _, _ = open_unlabelled(args.source, args.data_root, skip_unreadable=args.skip_unreadable)
-        labels = torch.from_numpy(labels_of(train))
-    else:
-        # A single image of an identity is a class too.
-        train, labels, _ = open_source(
-            args.source, args.data_root, single_image_ids="repeat", skip_unreadable=args.skip_unreadable
-        )
+        train, labels = open_labelled(args) if not plain else open_images(args)
     fractions = {"image_fraction": args.image_fraction, "identity_fraction": args.identity_fraction}
     if any(value is not None for value in fractions.values()):
         train = subset(train, **fractions, seed=args.fraction_seed)
@@ -590,6 +586,23 @@ def open_train(args):
             f"--source {' + '.join(args.source)}: classification needs two identities or more, there is one; give more"
         )
     return train, labels, stream
+
+
+def open_labelled(args):
+    try:
+        # A single image of an identity is a class too.
+        return open_source(
+            args.source, args.data_root, single_image_ids="repeat", skip_unreadable=args.skip_unreadable
+        )[:2]
+    except MissingColumn:
+        if args.objective == "classification":
+            raise
+        return open_images(args)
+
+
+def open_images(args):
+    train, _, _ = open_unlabelled(args.source, args.data_root, skip_unreadable=args.skip_unreadable)
+    return train, torch.from_numpy(labels_of(train))
 
 
 def build_model(args, accelerator, num_ids):

@@ -247,7 +247,9 @@ def add_data(parser, *, source, target=None, workers=0):
     if target:
         group.add("--target", nargs="+", metavar="SPEC", help=target)
     group.add("--data_root", free=True, help="folder that holds the benchmarks")
-    group.switch("--skip_unreadable", "leave out images that do not decode, and list them")
+    group.switch(
+        "--skip_unreadable", "leave out images that do not decode and files not named as expected, and list them"
+    )
     if workers is not None:
         add_workers(group, workers)
     return group

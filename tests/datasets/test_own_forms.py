@@ -273,6 +273,24 @@ def test_options_without_effect_are_refused(tmp_path):
             load_reid(spec)
 
 
+def test_a_table_from_windows(tmp_path):
+    paint(tmp_path / "own/door/a.png", red(2))
+    (tmp_path / "own/list.csv").write_bytes("\ufefffile_name;pid;camid\r\ndoor\\a.png;Zoë;1\r\n".encode())
+    data = load_reid(tmp_path / "own")
+    assert contents(data) == {"train": [(0, 1, "door/a.png")]}
+    assert data["train"][0]["image"].getpixel((0, 0)) == red(2)
+    (tmp_path / "own/list.csv").write_bytes(b"file_name;pid;camid\r\n..\\a.png;Zoe;1\r\n")
+    with pytest.raises(ValueError, match="leaves"):
+        load_reid(tmp_path / "own")
+
+
+def test_compressed_archives(tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/a.tar.gz").write_bytes(b"x")
+    with pytest.raises(ValueError, match="a.tar.gz is compressed; unpack it to a plain .tar"):
+        load_reid(tmp_path / "own")
+
+
 def test_several_tables_and_none_of_them_named(tmp_path):
     write(tmp_path / "own")
     write(tmp_path / "own", name="other.csv")

@@ -93,5 +93,10 @@ def test_dino_takes_a_folder_of_images(people, tmp_path, capsys):
     for folder in (plain, tmp_path / "plain"):
         runs.run(pretrain_backbone, "--source", folder, *dino, *common, "--resolution", 64, 32)
         assert f"{folder}: 24 images without labels" in capsys.readouterr().out
+    # A table that names no identities is as good.
+    lines = ["file_name", *(path.name for path in plain.iterdir())]
     refused = runs.refused(pretrain_backbone, "--source", plain, *common)
+    (plain / "list.csv").write_text("\n".join(lines))
+    runs.run(pretrain_backbone, "--source", plain, *dino, *common, "--resolution", 64, 32)
+    assert f"{plain}: 24 images without labels" in capsys.readouterr().out
     assert "without identities" in refused and "--objective dino" in refused

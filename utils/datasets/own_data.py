@@ -34,6 +34,7 @@ from utils.datasets.schema import SPLITS, features, listing, put, rows_to_datase
 from utils.datasets.tars import read_tars, tars_in
 
 logger = logging.getLogger(__name__)
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
 
 
 def words_of(dataset, column):
@@ -137,6 +138,9 @@ def read_local(path, columns, domain=None):
         return conform(tables, columns, domain, path)
     if (path / "bounding_box_train").is_dir() or (path / "list_train.txt").is_file():
         raise ValueError(f"{path} looks like a benchmark; name it, as in load_reid('market1501', root={str(path)!r})")
+    packed = next((entry.path for entry in listing(path) if entry.name.lower().endswith(COMPRESSED)), None)
+    if packed:
+        raise ValueError(f"{packed} is compressed; unpack it to a plain .tar, or to a folder of images")
     rows, names = read_identity_folders(path, columns)
     return datasets.DatasetDict(
         {split: rows_to_dataset(rows[split], path, domain, split, pid_names=names) for split in rows}

@@ -128,7 +128,9 @@ def locate_images(table, file, image_column):
 
 
 def below(folder, name):
-    """An absolute path as one below the folder, if it is; any other name as it is."""
+    """A name as one below the folder, if it is absolute and lies there, or was written on Windows."""
+    if "\\" in name and not os.path.exists(os.path.join(folder, name)):
+        name = name.replace("\\", "/")
     if os.path.isabs(name):
         for root in (os.path.abspath(folder), os.path.realpath(folder)):
             if name.startswith(os.path.join(root, "")):

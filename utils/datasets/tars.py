@@ -50,8 +50,9 @@ def read_tars(place, columns):
         groups = {None: [place]}
     elif tars_in(place):
         groups = {}
-        for file in tars_in(place):
-            groups.setdefault(split_of_file(file), []).append(file)
+        files = tars_in(place)
+        for split in (*SPLITS, None):
+            groups |= {split: part} if (part := [file for file in files if split_of_file(file) == split]) else {}
     else:
         groups = {split: tars_in(place / split) for split in SPLITS if (place / split).is_dir()}
     empty = [split for split, files in groups.items() if not files]

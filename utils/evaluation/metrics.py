@@ -1,7 +1,8 @@
 """Ranking metrics of query and gallery features.
 
 `kernels/` computes the ranking. A distance is `2 - 2 cos`, from 0 to 4. The protocol decides which pairs count:
-`market` and `cuhk03` drop gallery images of the query's own identity and camera; `all` drops nothing.
+`market` and `cuhk03` drop gallery images of the query's own identity and camera; `all` drops nothing. Where a `Side`
+says which files are the same, these pairs are dropped too.
 """
 
 import statistics
