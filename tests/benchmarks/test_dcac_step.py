@@ -88,6 +88,25 @@ def test_timing_writes_ratios_to_the_baseline_and_to_the_papers_way(tmp_path, ca
     assert "frozen" in capsys.readouterr().out and found["environment"]["torch"] == torch.__version__
 
 
+def test_captions_and_balance_are_measured_with_the_gradients(tmp_path):
+    file = tmp_path / "step.json"
+    words = "--size tiny --modes lora-captions --ways ours --batches 4 --rounds 1 --steps 2 --warmup 1"
+    dcac_step.main([*words.split(), "--json", str(file)])
+    found = json.loads(file.read_text())
+    row = found["raw"]["batches"]["4"]["lora-captions"]["ours"]
+    assert found["columns"][-1] == "gradient ratio" and set(found["raw"]["batches"]["4"]) == {
+        "baseline",
+        "lora-captions",
+    }
+    step = Step(SIZES["tiny"], "lora-captions", "ours", batch=4)
+    assert step.model.condition.prompts.shape == (SIZES["tiny"].num_ids, 77, SIZES["tiny"].unet["cross_attention_dim"])
+    before, after = row["gradients_before"], row["gradients_after"]
+    assert before == pytest.approx(step.gradients(), rel=1e-4)
+    # The factor follows the ratio: from the second step on the share is the one that was asked for.
+    assert row["feedback_ratio"] == pytest.approx(0.1, rel=0.5) and after["gradient_ratio"] > 0
+    assert row["feedback_scale"] == pytest.approx(0.1 / after["gradient_ratio"], rel=0.5)
+
+
 def test_the_largest_difference_of_two_curves_and_its_step():
     wanted = [{"step": step, "lr": 1.0, "loss": 2.0 * step, "loss_id": 1.0} for step in (1, 2, 3)]
     found = [dict(line) for line in wanted]
