@@ -53,7 +53,7 @@ DEMO = (
 )
 # The paper gives size, learning rate, steps and numbers of images. Solver, guidance, precision and the token's rate
 # are our choices; 8-bit Adam fits the training on a card of 24 GB. Recomputing activations would save 0.3 of 8.9 GiB
-# and cost a third more in each step (`python -m benchmarks.memory.generation_cost`).
+# and cost a quarter more FLOPs in each step (`python -m benchmarks.memory.generation_cost`).
 PUBLISHED = {
     "pretrained_model_name_or_path": "CompVis/stable-diffusion-v1-4",
     "captioner_model_name_or_path": "Salesforce/blip2-opt-2.7b",
@@ -280,16 +280,16 @@ from torch import nn
 
 from utils import launch
 from utils.datasets.identities import chosen_identities, open_identities
+from utils.diffusion import adapters
 from utils.diffusion.checkpoint import check_diffusion
 from utils.diffusion.latents import encode, image_for_vae, sample_latents
 from utils.diffusion.text_to_image import TextToImage, check_text_encoder, load_tokenizer, what_saves_memory
 from utils.diffusion.unet import enable_memory_efficient_attention
 from utils.files import portable, versions
-from utils.generated import adapters, captions, made_set
+from utils.generated import captions, made_set
 from utils.generated.captioners import Captioner, check_captioner, quantization
 from utils.generated.captioning import caption_identities, open_prompts
 from utils.generated.measures import Measures, check_measures
-from utils.generated.references import open_references
 from utils.training.optimizer import build_optimizer
 from utils.worklist import Progress, Worklist, seed_of, share
 
@@ -355,7 +355,7 @@ def reference_set(args, model, work, prompt):
     if not args.num_reference_images:
         return None, None
     count, settings = args.num_reference_images, {"seed": args.seed, "precision": args.mixed_precision}
-    return open_references(model, work, prompt, count, sampling=sampling(args), **settings)
+    return made_set.open_references(model, work, prompt, count, sampling=sampling(args), **settings)
 
 
 def denoising_errors(unet, schedule, latents, noise, timesteps, condition, snr_gamma=None):
@@ -477,7 +477,9 @@ def make_identity(args, identity, record, work, progress, prompts, tunable, meas
 def redraw_identity(args, identity, record, work, progress, prompts, tunable, measures):
     """Add the images that are missing by the identity's adapter. The record comes last and holds all images."""
     model, made = tunable.model, work.read(identity.name, made_set.IMAGES)
-    adapters.load_adapter(model, work.folder / adapters.FOLDER / identity.name, *token_of(tunable, prompts, identity))
+    adapters.load_adapter(
+        model, work.folder / made_set.ADAPTERS / identity.name, *token_of(tunable, prompts, identity)
+    )
     old = [row | {"made_from": made_set.prompt_of(made, row)} for row in made["images"]]
     progress.stage(identity.name, "images")
     numbers = range(len(old), len(old) + made_set.images_to_add(made, record, args.num_images))
@@ -539,7 +541,7 @@ def main(args):
         progress = Progress(work, made_set.IMAGES, "images", args.num_images, main=accelerator.is_main_process)
         rows, tokenizer = check_inputs(args, everyone, identities)
         if args.redraw:
-            adapters.check_adapters(work, work.pieces, is_new(args.identity_token))
+            made_set.check_adapters(work, work.pieces, is_new(args.identity_token))
         prompts = open_prompts(
             tokenizer,
             identities,
@@ -635,7 +637,7 @@ def work_on(args, accelerator, identities, work, progress, prompts, rows):
     tunable = open_model(args, accelerator, prompts)
     made_set.check_model(work, tunable.model.digest)
     if args.redraw:
-        adapters.check_origin(work, [identity.name for identity in missing], tunable.model.digest)
+        made_set.check_origin(work, [identity.name for identity in missing], tunable.model.digest)
     measures = Measures.from_pretrained(clip_name(args), args.reid_model, accelerator.device)
     lean = what_saves_memory(
         sum(weight.numel() for weight in tunable.weights),

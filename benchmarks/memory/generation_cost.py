@@ -1,5 +1,7 @@
 """GiB of tensors alive while an identity is fine-tuned and drawn, at the sizes of Stable Diffusion 1.5, without a GPU.
 
+Beside them the TFLOP of a fine-tuning step, where activations that are computed twice count twice.
+
     python -m benchmarks.memory.generation_cost --json benchmarks/results/generation_memory.json
 
 Counted on fake tensors: a fine-tuning step with one own and one reference image (the second step, when the optimiser
@@ -14,6 +16,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.common import GIB, command_line, write_result
@@ -92,19 +95,32 @@ def count(way, resolution):
     return peaks
 
 
+def step_tflop(way, resolution):
+    """TFLOP of one fine-tuning step, of one own and one reference image."""
+    unet, _, _ = build(*WAYS[way][:2])
+    with FakeTensorMode():
+        hollow(unet)
+        with FlopCounterMode(display=False) as counter:
+            fine_tuning(unet, NoiseSchedule(SCHEDULE), resolution, Alive())
+    # `fine_tuning` takes two steps.
+    return round(counter.get_total_flops() / 2e12, 2)
+
+
 def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="result file")
     args = parser.parse_args(input_args)
-    table = {}
+    table, tflop = {}, {}
     for way in WAYS:
         for resolution in SIZES:
             name = f"{resolution[0]} x {resolution[1]}"
             tuning, drawn = count(way, resolution)
             table.setdefault(way, {})[name] = {"fine_tuning": tuning, "drawing": drawn}
-            print(f"{way:<34}{name:<12}fine-tuning {tuning:6.2f}   drawing {drawn:6.2f}", flush=True)
+            tflop.setdefault(way, {})[name] = step = step_tflop(way, resolution)
+            words = f"fine-tuning {tuning:6.2f}   drawing {drawn:6.2f}   TFLOP a step {step:5.2f}"
+            print(f"{way:<34}{name:<12}{words}", flush=True)
     if args.json:
-        raw = {"unit": "GiB of tensors alive at the peak", "counted": table}
+        raw = {"unit": "GiB of tensors alive at the peak", "counted": table, "tflop_a_step": tflop}
         write_result(args.json, command_line(__spec__.name, input_args), *identity_cards(table), raw)
 
 

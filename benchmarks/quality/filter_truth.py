@@ -1,5 +1,7 @@
 """The three filters on drawn people whose truth is known: AUC, and the share of each kind of image that each keeps.
 
+Each filter keeps as many images as are right; "as chosen" is what Re-ID CTF keeps at its default threshold.
+
     python -m benchmarks.quality.filter_truth
 
 `filter_generated.py` with its defaults, on identities that one or two cameras of the source have seen, as in CUHK03

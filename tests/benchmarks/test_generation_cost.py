@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.common import GIB
-from benchmarks.memory.generation_cost import count
+from benchmarks.memory.generation_cost import count, step_tflop
 from benchmarks.speed.generation import measure, ours_of
 from utils.flags import DIFFUSION_DIR
 
@@ -20,6 +20,12 @@ def test_weights_gradients_and_states_are_all_that_small_pictures_take():
     assert 0 < drawing - (6 * UNET + beside) / GIB < 0.5
     tuning, drawing = count("lora", (64, 64))
     assert 0 < tuning - (2 * UNET + beside) / GIB < 0.3 and 0 < drawing - (2 * UNET + beside) / GIB < 0.3
+
+
+@pytest.mark.slow
+def test_activations_that_are_computed_twice_cost_a_quarter_of_the_step():
+    once, twice = (step_tflop(f"full, 8-bit Adam{more}", (64, 64)) for more in ("", ", checkpointing"))
+    assert 1.2 < twice / once < 1.34
 
 
 def test_parts_of_an_identity_are_measured():

@@ -375,6 +375,7 @@ def test_a_garment_by_its_colour_and_kind(words, kept):
     assert captions.colour_and_kind(words) == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, sets", [("shared", 1), ("own", 2)])
 def test_reference_prompts_are_shared_or_own(models, tmp_path, kind, sets):
     (tmp_path / "p.csv").write_text("pid,upper,lower\n0,long red coat,jeans\n2,red coat,shorts\n")
@@ -932,30 +933,32 @@ def test_redraw_without_its_adapters_is_refused(models, whole, tmp_path, monkeyp
     out = tmp_path / "out"
     shutil.copytree(whole[0], out)
     monkeypatch.setattr(script, "load_captioner", lambda *_: pytest.fail("too late"))
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "open_model", lambda *_: pytest.fail("too late"))
-        with pytest.raises(ValueError, match="has no adapter of 3 of 3 identities, synthetic-a/0000 for one"):
-            run(models, out, "--redraw", "--num_images", "4")
+    monkeypatch.setattr(script, "open_model", lambda *_: pytest.fail("too late"))
+    with pytest.raises(ValueError, match="has no adapter of 3 of 3 identities, synthetic-a/0000 for one"):
+        run(models, out, "--redraw", "--num_images", "4")
+
+
+@pytest.mark.slow
+def test_redraw_refuses_adapters_of_another_model(models, tmp_path):
     few = ["--ids", "2", "--save_adapters", "--num_images", "1"]
-    run_again = tmp_path / "kept"
-    monkeypatch.undo()
-    run(models, run_again, *few)
-    origin = run_again / "adapters" / NAMES[1] / "adapter.json"
+    out = tmp_path / "kept"
+    run(models, out, *few)
+    origin = out / "adapters" / NAMES[1] / "adapter.json"
     digest = json.loads(origin.read_text())["model"]
     origin.write_text('{"model": "another"}')
     with pytest.raises(
         ValueError, match=f"adapter of {NAMES[1]} was tuned from the model another, this one is {digest}"
     ):
-        run(models, run_again, *few[:-1], "2", "--redraw")
+        run(models, out, *few[:-1], "2", "--redraw")
     origin.write_text(json.dumps({"model": digest}))
     with pytest.raises(ValueError, match="other settings: --rank was 8 and is 4.*--redraw may change --num_images"):
-        run(models, run_again, *few[:-1], "2", "--redraw", "--rank", "4")
-    lora = run_again / "adapters" / NAMES[1] / "unet_lora" / "pytorch_lora_weights.safetensors"
+        run(models, out, *few[:-1], "2", "--redraw", "--rank", "4")
+    lora = out / "adapters" / NAMES[1] / "unet_lora" / "pytorch_lora_weights.safetensors"
     weights = load_file(lora)
     save_file(dict(list(weights.items())[1:]), lora)
-    failures = run(models, run_again, *few[:-1], "2", "--redraw")
+    failures = run(models, out, *few[:-1], "2", "--redraw")
     assert "is the LoRA of another network or rank: 1 of its weights" in failures[NAMES[1]]
-    assert len(record(run_again, NAMES[1])["images"]) == 1
+    assert len(record(out, NAMES[1])["images"]) == 1
 
 
 # Flags

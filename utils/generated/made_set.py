@@ -1,11 +1,14 @@
 """A generated set on disk: its images, tables and card, and the merge of the identities' records.
 
 images/DOMAIN/PID/INDEX.jpg     marked as synthetic inside the file
+adapters/DOMAIN/PID/            LoRA and token of each identity, by flag
+references/KEY.safetensors      reference sets, which identities with the same prompt share
 identities/DOMAIN/PID/*.json    records of each identity: captions, images (written when it is done), or a failure
 metadata.parquet                a row for each image, for `load_reid` and `datasets.load_dataset`
 captions.parquet, measures.csv, README.md, report.html
 """
 
+import hashlib
 import json
 
 import pyarrow as pa
@@ -13,15 +16,18 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
+from utils.diffusion.adapters import LORA, ORIGIN, TOKEN
 from utils.files import one_line, portable, to_json, write_csv
 from utils.generated.captions import captions_table
-from utils.generated.made_report import made_report
+from utils.generated.made_report import REFERENCES, SHOWN, made_report
 from utils.reporting.report import data_card
-from utils.worklist import differences
+from utils.worklist import differences, seed_of
 
 CAPTIONS, IMAGES, FAILED = "captions", "images", "failed"
 SETTINGS = "args.json"
+ADAPTERS = "adapters"
 COMMAND = "accelerate launch train_dreambooth_reid.py"
 METADATA = pa.schema(
     [
@@ -187,6 +193,56 @@ def check_model(work, digest):
             f"the images in {work.folder} were made by the model {made['model']}, this one is {digest}; give the same "
             "model, or another --output_dir"
         )
+
+
+def check_adapters(work, names, with_token):
+    """ValueError unless each identity has images and a kept adapter. No model is loaded."""
+    files = [LORA, TOKEN] if with_token else [LORA]
+    without = [
+        name
+        for name in names
+        if not work.has(name, IMAGES) or not all((work.folder / ADAPTERS / name / file).is_file() for file in files)
+    ]
+    if without:
+        raise ValueError(
+            f"--redraw: {work.folder / ADAPTERS} has no adapter of {len(without)} of {len(names)} identities, "
+            f"{without[0]} for one. Adapters are kept by --save_adapters: run without --redraw and with it, or choose "
+            "others with --ids"
+        )
+
+
+def check_origin(work, names, digest):
+    """ValueError if an adapter was tuned from another model than the one with this digest."""
+    for name in names:
+        path = work.folder / ADAPTERS / name / ORIGIN
+        try:
+            model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        except (OSError, ValueError, KeyError, TypeError):
+            # Adapters of an earlier version: the images beside them name the model.
+            model = work.read(name, IMAGES)["model"]
+        if model != digest:
+            raise ValueError(
+                f"the adapter of {name} was tuned from the model {model}, this one is {digest}: give "
+                "--pretrained_model_name_or_path of that model"
+            )
+
+
+def open_references(model, work, prompt, count, *, seed, precision, sampling):
+    """(`count` latents, key) of a prompt; drawn unless they are in `work`. `sampling`: arguments of `model.sample`."""
+    settings = [count, *(sampling[name] for name in ("resolution", "solver", "steps", "guidance"))]
+    inputs = [prompt, model.digest, str(model.dtype), precision, seed, *settings]
+    key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
+    path = work.folder / REFERENCES / f"{key}.safetensors"
+    if not is_reference(path, count):
+        seeds = [seed_of(seed, "reference", prompt, number) for number in range(count)]
+        condition = model.encode_all([prompt]).expand(len(seeds), -1, -1)
+        latents = model.sample(condition, seeds, **sampling)
+        preview = model.decode(latents[: SHOWN["reference"]], sampling["batch_size"])
+        with work.scratch() as part:
+            save_file({"latents": latents.half().cpu(), "preview": preview}, part / path.name)
+            work.move(part / path.name, path)
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("latents").float().to(model.device), key
 
 
 def is_reference(path, count):

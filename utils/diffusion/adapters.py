@@ -1,0 +1,38 @@
+"""The LoRA and the token of an identity on disk: kept after tuning, loaded again to draw more images.
+
+unet_lora/pytorch_lora_weights.safetensors   for `load_lora_weights`
+learned_embeds.safetensors                   for `load_textual_inversion`, with a new token only
+adapter.json                                 the digest of the model it was tuned from
+"""
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from utils.diffusion.unet import load_lora, save_unet
+from utils.files import one_line, to_json
+
+LORA, TOKEN, ORIGIN = "unet_lora/pytorch_lora_weights.safetensors", "learned_embeds.safetensors", "adapter.json"
+
+
+def save_adapter(model, folder, token=None, row=None):
+    """Save the LoRA of a `TextToImage` and, of a new token, its name and embedding row."""
+    save_unet(model.unet, "lora", folder)
+    (folder / ORIGIN).write_text(to_json({"model": model.digest}), encoding="utf-8")
+    if token is not None:
+        save_file({token: row.detach().cpu().clone()}, folder / TOKEN)
+
+
+def load_adapter(model, folder, token=None, row=None):
+    """Put a saved adapter into the model, and the embedding of a new token into `row`."""
+    load_lora(model.unet, folder)
+    if token is None:
+        return
+    try:
+        stored = load_file(folder / TOKEN)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / TOKEN} cannot be read: {one_line(error)}") from error
+    if token not in stored or stored[token].shape != row.shape:
+        raise ValueError(f"{folder / TOKEN} holds no embedding of {token} for this text encoder")
+    with torch.no_grad():
+        row.copy_(stored[token])
