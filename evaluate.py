@@ -21,7 +21,7 @@
 #     "triton>=3.6.0",
 # ]
 # ///
-"""Evaluate a Re-ID model: features, ranking, re-ranking, thresholds, search in your own images, and a report.
+"""Evaluate a Re-ID model: ranking, re-ranking, thresholds, search in your own images, identities across cameras.
 
     python evaluate.py --model output/model --data market1501 --data_root ~/reid --rerank --output_dir output/market
     python evaluate.py --model output/model --query_dir lost --gallery_dir cameras --output_dir output/search

@@ -1,4 +1,4 @@
-"""From features to numbers: extraction, exact ranking, thresholds, and the report of an evaluation.
+"""From features to numbers: extraction, exact ranking, thresholds, grouping, and the reports of evaluate.py.
 
 The public API: `rank`, `summary`, `ranked_lists`, and `extract` for the features of a data set.
 """
