@@ -299,9 +299,10 @@ def read_gallery(args, accelerator):
         )
     gallery = Gallery(side, images, folder, model, name, args.features, accelerator)
     if folder is not None:
-        shown = [(row, image) for row in there[:4] if (image := gallery.image_of(row)) is not None]
-        for row, image in shown:
-            cosine = float((gallery.features_of([image]) * gallery.side.features[row]).sum())
+        shown = {row: image for row in there[:2] if (image := gallery.image_of(row)) is not None}
+        features = gallery.features_of(list(shown.values())) if shown else []
+        for row, feature in zip(shown, features, strict=True):
+            cosine = float(feature @ gallery.side.features[row])
             if cosine < SAME_MODEL:
                 raise ValueError(
                     f"{args.features} holds other features of {side.paths[row]} than {name} gives at "
