@@ -19,7 +19,7 @@ import datasets
 import torch
 from accelerate import Accelerator
 
-from benchmarks.common import RESULTS, command_line, in_percent, mean_and_deviation, write_result
+from benchmarks.common import RESULTS, command_line, mean_and_deviation, write_result
 from utils.batches.transforms import test_transform
 from utils.datasets.load import load_reid
 from utils.evaluation.calibration import FALSE_ALARM_RATES, FALSE_MATCH_RATES, calibrate
@@ -121,11 +121,7 @@ def rows_of(runs):
                 continue
             for key, number in numbers.items():
                 values = [[one["numbers"][place][kind][rate][key] for one in runs] for place in PLACES]
-                # Rates of 0.001 need more digits.
-                cells = [
-                    in_percent(part) if min(part) > 0.01 else mean_and_deviation(part, digits=3, scale=100)
-                    for part in values
-                ]
+                cells = [mean_and_deviation(part, digits=2, scale=100) for part in values]
                 rows.append([names[kind], rate, number, *cells])
     return rows
 
