@@ -250,8 +250,8 @@ from utils.batches.transforms import training_loader
 from utils.datasets.load import digest_of, open_source
 from utils.datasets.schema import without_names
 from utils.datasets.unlabelled import open_unlabelled
-from utils.evaluation.clusters import NOISE, agreement
 from utils.evaluation.features import extract
+from utils.evaluation.groups.clusters import NOISE, agreement
 from utils.evaluation.targets import open_targets
 from utils.files import to_json, write_together
 from utils.modeling.domain_norms import join_norms

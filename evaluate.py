@@ -241,7 +241,6 @@ from utils.datasets.load import open_spec
 from utils.datasets.schema import names_of
 from utils.datasets.search_folders import read_folders
 from utils.datasets.tracklets import read_tracklets
-from utils.evaluation import grouping
 from utils.evaluation.calibration import (
     CALIBRATION,
     FALSE_MATCH_RATES,
@@ -253,7 +252,8 @@ from utils.evaluation.calibration import (
 )
 from utils.evaluation.decisions import COLUMNS, DECISIONS, csv_rows, decide, limits, summary, text_lines
 from utils.evaluation.features import extract, extraction_key, forget_chunks
-from utils.evaluation.group_report import group_report
+from utils.evaluation.groups import grouping
+from utils.evaluation.groups.report import group_report
 from utils.evaluation.kept_features import load_features, save_features
 from utils.evaluation.metrics import MAX_RANK, RANKS, Side, kept_labels
 from utils.evaluation.report import Findings, ResultPictures, evaluation_report
@@ -392,28 +392,20 @@ def open_model(args, kind):
 # Features
 
 
-def extract_or_read(args, accelerator, model, images, splits):
-    """Pairs of (queries, gallery): read from the output folder if it has exactly these features, else extracted."""
-    paths = list(images["path"])
-    key = extraction_key(
+def key_of(args, accelerator, model, identities, **more):
+    return extraction_key(
         model,
-        image_identities(images),
+        identities,
         image=[model.image_size, model.image_mean, model.image_std, model.resample],
         precision=accelerator.mixed_precision,
         device=accelerator.device.type,
         batch_size=args.eval_batch_size,
-        rows=splits,
+        **more,
     )
-    stored = Path(args.output_dir) / FEATURES
-    if stored.is_file():
-        try:
-            sides, header = load_features(stored)
-        except ValueError:
-            header = {}
-        if header.get("key") == key:
-            accelerator.print(f"Features: {stored}, extracted before")
-            return sides
-    features = extract(
+
+
+def extract_images(args, accelerator, model, images, key):
+    return extract(
         model,
         images,
         test_transform(model.image_size, model.image_mean, model.image_std, model.resample),
@@ -423,6 +415,22 @@ def extract_or_read(args, accelerator, model, images, splits):
         batch_size=args.eval_batch_size,
         num_workers=args.dataloader_num_workers,
     )
+
+
+def extract_or_read(args, accelerator, model, images, splits):
+    """Pairs of (queries, gallery): read from the output folder if it has exactly these features, else extracted."""
+    paths = list(images["path"])
+    key = key_of(args, accelerator, model, image_identities(images), rows=splits)
+    stored = Path(args.output_dir) / FEATURES
+    if stored.is_file():
+        try:
+            sides, header = load_features(stored)
+        except ValueError:
+            header = {}
+        if header.get("key") == key:
+            accelerator.print(f"Features: {stored}, extracted before")
+            return sides
+    features = extract_images(args, accelerator, model, images, key)
     sides = [
         tuple(
             Side(features[rows], torch.tensor(pids), torch.tensor(camids), [paths[row] for row in rows])
@@ -512,30 +520,14 @@ def group(args, accelerator):
 
 def features_of_items(args, accelerator, model, tracklets):
     """Unit features of the items and the row of each item's most typical image; read if extracted before."""
-    key = extraction_key(
-        model,
-        [image_identities(tracklets.files), [(item.path, item.rows) for item in tracklets.items]],
-        rows=list(tracklets.images["path"]),
-        image=[model.image_size, model.image_mean, model.image_std, model.resample],
-        precision=accelerator.mixed_precision,
-        device=accelerator.device.type,
-        batch_size=args.eval_batch_size,
-    )
+    identities = [image_identities(tracklets.files), [(item.path, item.rows) for item in tracklets.items]]
+    key = key_of(args, accelerator, model, identities, rows=list(tracklets.images["path"]))
     stored = Path(args.output_dir) / grouping.FEATURES
     known = grouping.load_items(stored, key)
     if known is not None:
         accelerator.print(f"Features: {stored}, extracted before")
         return known
-    features = extract(
-        model,
-        tracklets.images,
-        test_transform(model.image_size, model.image_mean, model.image_std, model.resample),
-        accelerator=accelerator,
-        keep_in=args.output_dir,
-        key=key,
-        batch_size=args.eval_batch_size,
-        num_workers=args.dataloader_num_workers,
-    )
+    features = extract_images(args, accelerator, model, tracklets.images, key)
     features, typical_rows = grouping.item_features(features, tracklets)
     if accelerator.is_main_process:
         with write_together(args.output_dir) as part:
@@ -679,7 +671,7 @@ def write_results(args, metrics, findings, report):
         part("args.json").write_text(to_json(run_record(args)))
         for name, ranked in lists.items():
             if ranked is not None:
-                rows = ranking_rows(findings.queries, findings.gallery, *ranked)
+                rows = evaluation.ranking_rows(findings.queries, findings.gallery, *ranked)
                 write_csv(part(name), ("query", "rank", "gallery", "distance", "match"), rows)
         if findings.calibration:
             part(CALIBRATION).write_text(to_json(findings.calibration))
@@ -691,15 +683,6 @@ def write_results(args, metrics, findings, report):
         (Path(args.output_dir) / "rankings_reranked.csv").unlink(missing_ok=True)
     if not findings.decisions:
         (Path(args.output_dir) / DECISIONS).unlink(missing_ok=True)
-
-
-def ranking_rows(queries, gallery, indices, distances):
-    for row, (columns, values) in enumerate(zip(indices.tolist(), distances.tolist(), strict=True)):
-        for position, (column, distance) in enumerate(zip(columns, values, strict=True), start=1):
-            if column >= 0:
-                match = evaluation.is_match(queries, gallery, row, column)
-                label = "" if match is None else int(match)
-                yield queries.paths[row], position, gallery.paths[column], f"{distance:.6f}", label
 
 
 def print_summary(metrics, output_dir):

@@ -272,7 +272,7 @@ from utils.batches.samplers import ShuffleSampler
 from utils.batches.streaming import StreamedImages, StreamLoader, open_stream
 from utils.batches.transforms import ReIDImages, test_transform
 from utils.datasets.load import digest_of, labels_of, open_source, subset
-from utils.datasets.own_labels import MissingColumn
+from utils.datasets.own.labels import MissingColumn
 from utils.datasets.unlabelled import folder_of_images, open_unlabelled
 from utils.evaluation.targets import open_targets
 from utils.files import portable

@@ -567,7 +567,7 @@ def caption_prompts(args, diffusion):
     if diffusion is None or (args.prompt_init == "random" and args.prompt_tokens == "end"):
         return None
     # Captions bring along code that no other run needs.
-    from utils.generated.identity_texts import CaptionPrompts
+    from utils.generated.texts.identity_texts import CaptionPrompts
 
     models = args.pretrained_model_name_or_path, args.captioner_model_name_or_path
     return CaptionPrompts(args.prompt_init, args.prompt_tokens, diffusion.condition_width, *models, args.revision)

@@ -76,7 +76,7 @@ LEAN = {"resolution": [512, 256], "finetune": "lora", "learning_rate": 5e-4, "tr
 LEAN |= {"max_train_steps": 400, "num_reference_images": 64, "num_inference_steps": 20, "reference_prompts": "shared"}
 LEAN |= {"use_8bit_adam": False}
 RECIPES = {"paper": PUBLISHED, "lora": PUBLISHED | LEAN}
-# The same as in utils.generated.captions and utils.diffusion.text_to_image.
+# The same as in utils.generated.texts.captions and utils.diffusion.text_to_image.
 CLASS_PROMPT = "a photo of a person"
 SOLVERS = ("dpmsolver++", "unipc", "ddim", "euler")
 # The flags that determine the captions.
@@ -286,10 +286,11 @@ from utils.diffusion.latents import encode, image_for_vae, sample_latents
 from utils.diffusion.text_to_image import TextToImage, check_text_encoder, load_tokenizer, what_saves_memory
 from utils.diffusion.unet import enable_memory_efficient_attention
 from utils.files import portable, versions
-from utils.generated import captions, made_set
-from utils.generated.captioners import Captioner, check_captioner, quantization
-from utils.generated.captioning import caption_identities, open_prompts
+from utils.generated import made_set
 from utils.generated.measures import Measures, check_measures
+from utils.generated.texts import captions
+from utils.generated.texts.captioners import Captioner, check_captioner, quantization
+from utils.generated.texts.captioning import caption_identities, open_prompts
 from utils.training.optimizer import build_optimizer
 from utils.worklist import Progress, Worklist, seed_of, share
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.evaluation.clusters import NOISE
+from utils.evaluation.groups.clusters import NOISE
 from utils.launch import gather_by_domain
 from utils.modeling.memories import PrototypeMemory, class_means, move_in_turn
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.evaluation.clusters import NOISE
+from utils.evaluation.groups.clusters import NOISE
 from utils.launch import gather_by_domain, gather_with_gradient
 from utils.modeling.backbones import ClipBackbone, ResNetBackbone, SwinBackbone
 from utils.modeling.domain_norms import split_norms

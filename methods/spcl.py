@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.batches.pseudo_batches import in_groups
-from utils.evaluation.clusters import NOISE, singled_out
+from utils.evaluation.groups.clusters import NOISE, singled_out
 from utils.launch import gather_by_domain
 from utils.modeling.domain_norms import split_norms
 from utils.modeling.memories import PrototypeMemory, move_in_turn

@@ -22,7 +22,7 @@ from benchmarks.common import RESULTS, command_line, write_result
 from utils import synthetic
 from utils.files import write_together
 from utils.flags import CAPTIONER_DIR, DIFFUSION_DIR
-from utils.generated.captions import QUESTIONS
+from utils.generated.texts.captions import QUESTIONS
 from utils.reporting.report import sheet, text_table
 from utils.standins.train import answers_of
 

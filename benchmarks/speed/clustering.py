@@ -32,7 +32,7 @@ from benchmarks.speed.reid_features import reid_features
 from benchmarks.speed.retrieval import status
 from kernels.jaccard_graph import jaccard_graph
 from kernels.reranking import k_reciprocal_rerank_reference
-from utils.evaluation.clusters import agreement
+from utils.evaluation.groups.clusters import agreement
 from utils.reporting.report import text_table
 from utils.training.clustering import cluster
 

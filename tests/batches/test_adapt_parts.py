@@ -11,7 +11,7 @@ from methods.cluster_contrast import ClusterMemory
 from methods.spcl import HybridMemory
 from utils.batches.pseudo_batches import PseudoBatches, in_groups
 from utils.datasets.load import load_reid
-from utils.evaluation.clusters import NOISE
+from utils.evaluation.groups.clusters import NOISE
 from utils.modeling.domain_norms import DomainNorm, join_norms, split_norms
 from utils.reporting.report import Report
 from utils.training.cluster_report import add_contact_sheet

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.tables import COLUMNS, ROWS, contents, expected, image_bytes, paint, red, write_images, write_table
-from utils.datasets import own_data
 from utils.datasets.images import PersonImage
 from utils.datasets.load import labels_of, load_reid
+from utils.datasets.own import data as own_data
 
 
 @pytest.fixture

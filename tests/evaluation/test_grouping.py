@@ -10,8 +10,8 @@ import torch
 
 from kernels.jaccard_graph import jaccard_graph
 from tests.training.test_clustering import dense_of, people
-from utils.evaluation.clusters import NOISE, as_matrix, bcubed, dbscan, pair_scores
-from utils.evaluation.grouping import Settings, group, item_features, joined, scores, settings_for
+from utils.evaluation.groups.clusters import NOISE, as_matrix, bcubed, dbscan, pair_scores
+from utils.evaluation.groups.grouping import Settings, group, item_features, joined, scores, settings_for
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -39,8 +39,8 @@ from transformers.models.bert.modeling_bert import BertLMHeadModel
 
 from utils import synthetic
 from utils.flags import CAPTIONER_DIR, CLIP_DIR
-from utils.generated import captions
-from utils.generated.captioners import Captioner, check_captioner, quantization
+from utils.generated.texts import captions
+from utils.generated.texts.captioners import Captioner, check_captioner, quantization
 from utils.standins import build
 
 

@@ -754,7 +754,7 @@ def captions_file(path, *, domain="a", change=None, num_ids=6):
 
 
 def prompts_of(standins, file, num_tokens, specs=("synthetic:domain=a,num_ids=6,images_per_id=4",), **options):
-    from utils.generated.identity_texts import CaptionPrompts
+    from utils.generated.texts.identity_texts import CaptionPrompts
 
     train, labels, _ = open_source(list(specs))
     name = str(standins / "stable-diffusion")

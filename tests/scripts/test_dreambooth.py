@@ -30,9 +30,9 @@ from utils.datasets.identities import chosen_identities, identities_of, open_ide
 from utils.datasets.load import load_reid
 from utils.diffusion.schedule import NoiseSchedule
 from utils.diffusion.text_to_image import SOLVERS, TextToImage
-from utils.generated import captioning, captions
-from utils.generated.captioning import open_prompts
 from utils.generated.measures import diversity, identity_auc
+from utils.generated.texts import captioning, captions
+from utils.generated.texts.captioning import open_prompts
 from utils.standins import build
 from utils.synthetic.world import attributes
 

@@ -13,9 +13,9 @@ from tests.datasets.test_tracklets import put, sequence
 from tests.evaluation.test_grouping import parts
 from tests.reporting.test_reporting import Page
 from utils.datasets.load import load_reid
-from utils.evaluation import group_report
 from utils.evaluation.forget import forget
-from utils.evaluation.grouping import COLUMNS
+from utils.evaluation.groups import report as group_report
+from utils.evaluation.groups.grouping import COLUMNS
 
 run = functools.partial(runs.run, evaluate)
 

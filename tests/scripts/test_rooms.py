@@ -17,7 +17,7 @@ ROOMS = [
 MOST_FILES, MOST_LINES, MOST_SCRIPT_LINES = 16, 440, 720
 ALONG_FILES, ALONG_LINES = 32, 6500
 # Of train_dcac.py: imported inside a function, where prompts are made from captions.
-ONLY_FOR_CAPTIONS = "utils.generated.identity_texts"
+ONLY_FOR_CAPTIONS = "utils.generated.texts.identity_texts"
 
 
 def code(folder):

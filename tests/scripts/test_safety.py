@@ -22,11 +22,11 @@ from utils.diffusion.text_to_image import load_text_encoder
 from utils.diffusion.unet import load_unet, load_vae
 from utils.evaluation.kept_features import load_features
 from utils.flags import CAPTIONER_DIR, CLIP_DIR, DIFFUSION_DIR
-from utils.generated.captioners import Captioner
-from utils.generated.captions import read_captions
 from utils.generated.images import open_generated
 from utils.generated.made_set import COMMAND, merge
 from utils.generated.measures import Measures
+from utils.generated.texts.captioners import Captioner
+from utils.generated.texts.captions import read_captions
 from utils.modeling.backbones import load_backbone
 from utils.modeling.reid_model import ReIDModel
 from utils.worklist import Worklist

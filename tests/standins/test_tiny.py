@@ -23,7 +23,7 @@ from transformers import (
 from benchmarks.quality import standins as benchmark
 from utils import synthetic
 from utils.flags import CLIP_DIR, DIFFUSION_DIR, STANDINS
-from utils.generated.captions import QUESTIONS
+from utils.generated.texts.captions import QUESTIONS
 from utils.standins import build, train
 
 

@@ -11,7 +11,7 @@ from sklearn.cluster import DBSCAN
 
 from kernels.jaccard_graph import jaccard_graph
 from kernels.reranking import k_reciprocal_rerank_reference
-from utils.evaluation.clusters import NOISE, agreement, as_matrix, dbscan, singled_out
+from utils.evaluation.groups.clusters import NOISE, agreement, as_matrix, dbscan, singled_out
 from utils.training.clustering import check_clusters, cluster
 
 

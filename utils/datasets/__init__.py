@@ -10,8 +10,8 @@ __getattr__ = opened_when_used(
     {
         "load": "load_reid load_sources parse_spec labels_of people_of subset known_names",
         # Loaded only where a set needs them.
-        "own_tables": "Columns",
-        "own_data": "read_local read_hub",
+        "own.tables": "Columns",
+        "own.data": "read_local read_hub",
         "holdout": "hold_out hold_out_of",
     },
 )

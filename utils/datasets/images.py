@@ -24,7 +24,7 @@ DECODE_ALL_BELOW = 4096
 CHUNK = 512
 # Images drawn on access cannot be damaged.
 DRAWN = "synthetic://"
-# Images inside a .tar, see utils/datasets/tars.py.
+# Images inside a .tar, see utils/datasets/own/tars.py.
 TARRED = "tarred://"
 
 
@@ -104,7 +104,7 @@ class LmdbFileSystem(AbstractFileSystem):
 fsspec.register_implementation("lmdb", LmdbFileSystem, clobber=True)
 # Registered by name, so that a new worker of a data loader, which imports only this module, can draw too.
 fsspec.register_implementation("synthetic", "utils.synthetic.world.SyntheticFileSystem", clobber=True)
-fsspec.register_implementation("tarred", "utils.datasets.tars.TarFileSystem", clobber=True)
+fsspec.register_implementation("tarred", "utils.datasets.own.tars.TarFileSystem", clobber=True)
 fsspec.register_implementation("crop", "utils.datasets.mot.CropFileSystem", clobber=True)
 
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from utils.datasets.images import check_images
 from utils.datasets.load import known_names, labels_of, load_reid, parse_spec
-from utils.datasets.own_labels import MissingColumn
-from utils.datasets.own_tables import is_table
+from utils.datasets.own.labels import MissingColumn
+from utils.datasets.own.tables import is_table
 from utils.datasets.schema import ENDINGS, SPLITS, Row, features, hidden, listing, rows_to_dataset, without_names
 
 

@@ -10,6 +10,6 @@ __getattr__ = opened_when_used(
     {
         "features": "extract",
         "metrics": "MAX_RANK RANKS Side can_match check_sides mean_and_deviation rank summary",
-        "lists": "camera_pairs confusions is_match ranked_lists",
+        "lists": "camera_pairs confusions is_match ranked_lists ranking_rows",
     },
 )

@@ -84,6 +84,16 @@ def camera_pairs(queries, gallery, *, protocol="market", backend="auto"):
     return query_cameras, gallery_cameras, table
 
 
+def ranking_rows(queries, gallery, indices, distances):
+    """Rows of rankings.csv: query, rank, gallery image, distance, and whether it is a match."""
+    for row, (columns, values) in enumerate(zip(indices.tolist(), distances.tolist(), strict=True)):
+        for position, (column, distance) in enumerate(zip(columns, values, strict=True), start=1):
+            if column >= 0:
+                match = is_match(queries, gallery, row, column)
+                label = "" if match is None else int(match)
+                yield queries.paths[row], position, gallery.paths[column], f"{distance:.6f}", label
+
+
 @dataclass
 class Confusion:
     """Two confused identities: how many queries ranked the other one first, and the closest pair of rows."""

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 
 from utils.diffusion.adapters import LORA, ORIGIN, TOKEN
 from utils.files import one_line, portable, to_json, write_csv
-from utils.generated.captions import captions_table
 from utils.generated.made_report import REFERENCES, SHOWN, made_report
+from utils.generated.texts.captions import captions_table
 from utils.reporting.report import data_card
 from utils.worklist import differences, seed_of
 

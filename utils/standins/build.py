@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from utils import synthetic
-from utils.generated.captions import QUESTIONS
+from utils.generated.texts.captions import QUESTIONS
 from utils.synthetic.person import COLOURS, HAIR
 
 TEXT_WIDTH = 128

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from utils import synthetic
 from utils.batches.transforms import TrainTransform
-from utils.generated.captions import QUESTIONS
+from utils.generated.texts.captions import QUESTIONS
 from utils.standins import build
 from utils.synthetic.camera import draw_image
 from utils.synthetic.domains import DOMAINS as SPECS
@@ -238,7 +238,7 @@ def train_clip(people, tokenizer, steps, work_dir, ids_per_batch=36):
 
 
 def answers_of(words):
-    """The true answer to each question of `utils.generated.captions`."""
+    """The true answer to each question of `utils.generated.texts.captions`."""
     view = words["view"].removeprefix("seen from ").removeprefix("the ")
     hat = "nothing" if words["hat"] == "none" else words["hat"]
     return {key: words[key] for key in ("upper", "lower", "shoes", "hair", "carried", "action", "scene")} | {

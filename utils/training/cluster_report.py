@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from utils.evaluation.clusters import NOISE
+from utils.evaluation.groups.clusters import NOISE
 from utils.reporting.charts import histogram, line_chart
 from utils.reporting.report import Tile, data_uri
 

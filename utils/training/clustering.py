@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.jaccard_graph import jaccard_graph
-from utils.evaluation.clusters import NOISE, as_matrix, dbscan, singled_out
+from utils.evaluation.groups.clusters import NOISE, as_matrix, dbscan, singled_out
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 

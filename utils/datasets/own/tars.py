@@ -13,8 +13,8 @@ import pyarrow as pa
 from fsspec.spec import AbstractFileSystem
 
 from utils.datasets.images import IMAGE_TYPE, TARRED
-from utils.datasets.own_labels import MissingColumn
-from utils.datasets.own_tables import cut, split_of_file
+from utils.datasets.own.labels import MissingColumn
+from utils.datasets.own.tables import cut, split_of_file
 from utils.datasets.schema import ENDINGS, SPLITS, hidden, left_out, listing
 
 LABELS = (".cls", ".json")

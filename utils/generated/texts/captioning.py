@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from transformers import AddedToken
 
-from utils.generated import captions
 from utils.generated.made_set import CAPTIONS, FAILED, attempt
+from utils.generated.texts import captions
 from utils.worklist import Progress
 
 # The record of an identity that no captioner has seen.

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from kernels.jaccard_graph import jaccard_graph
 from utils.datasets.schema import UNKNOWN
-from utils.evaluation.clusters import NOISE, agreement, as_matrix, bcubed, dbscan, pair_scores, singled_out
+from utils.evaluation.groups.clusters import NOISE, agreement, as_matrix, bcubed, dbscan, pair_scores, singled_out
 
 FEATURES = "group_features.safetensors"
 MOST_NEIGHBOURS, MOST_AVERAGED = 8, 4

@@ -17,9 +17,9 @@ import pyarrow.json
 from huggingface_hub import HfApi, constants
 
 from utils.datasets.images import PersonImage, storage_of
-from utils.datasets.own_folders import read_identity_folders
-from utils.datasets.own_labels import labels_in
-from utils.datasets.own_tables import (
+from utils.datasets.own.folders import read_identity_folders
+from utils.datasets.own.labels import labels_in
+from utils.datasets.own.tables import (
     METADATA,
     TABLES,
     check_asked_for,
@@ -30,8 +30,8 @@ from utils.datasets.own_tables import (
     read_folder_tables,
     read_table,
 )
+from utils.datasets.own.tars import read_tars, tars_in
 from utils.datasets.schema import SPLITS, features, listing, put, rows_to_dataset
-from utils.datasets.tars import read_tars, tars_in
 
 logger = logging.getLogger(__name__)
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")

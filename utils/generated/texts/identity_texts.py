@@ -9,10 +9,10 @@ from utils.datasets.identities import identities_of
 from utils.datasets.load import load_reid
 from utils.diffusion.text_to_image import check_text_encoder, encode_texts, load_tokenizer
 from utils.files import write_together
-from utils.generated import captions
-from utils.generated.captioners import Captioner, check_captioner
-from utils.generated.captioning import caption_identity
 from utils.generated.made_set import CAPTIONS
+from utils.generated.texts import captions
+from utils.generated.texts.captioners import Captioner, check_captioner
+from utils.generated.texts.captioning import caption_identity
 from utils.worklist import Worklist, share
 
 MAX_IMAGES = 32

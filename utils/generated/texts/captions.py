@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from utils.generated.answers import ABSENT, clean, tidy
+from utils.generated.texts.answers import ABSENT, clean, tidy
 
 QUESTIONS = {
     "upper": "what is the person wearing on the upper body?",

@@ -3,7 +3,7 @@
 import os
 import re
 
-from utils.datasets.own_labels import warn_of_spellings
+from utils.datasets.own.labels import warn_of_spellings
 from utils.datasets.schema import ENDINGS, LABELLED, SPLITS, Row, camera_in, dense, left_out, listing
 
 
