@@ -433,29 +433,19 @@ def main(args):
     diffusion = None
     if args.diffusion == "ldm":
         name, options = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
+        options["needs_variant"] = args.origin["variant"] == "flag"
         diffusion = check_diffusion(name, resolution=args.diffusion_resolution, **options)
         if args.variant != diffusion.variant:
-            if args.origin["variant"] == "flag":
-                raise ValueError(
-                    f"{name!r} has no U-Net of --variant {args.variant}; leave it out for the default one"
-                )
             accelerator.print(f"{name} has no U-Net of variant {args.variant}: training starts from the default one")
     captions = caption_prompts(args, diffusion)
     batch_size, held_out = launch.global_batch_size(args, accelerator), []
+    reading = {"root": args.data_root, "skip_unreadable": args.skip_unreadable}
     if args.holdout and not args.target:
-        args.source, held_out = hold_out_of(
-            args.source,
-            args.data_root,
-            args.holdout,
-            least_left=-(-batch_size // args.images_per_id),
-            say=accelerator.print,
-            skip_unreadable=args.skip_unreadable,
-        )
-    train, labels, data = open_source(
-        args.source, args.data_root, single_image_ids=args.single_image_ids, skip_unreadable=args.skip_unreadable
-    )
+        options = {"least_left": -(-batch_size // args.images_per_id), "say": accelerator.print} | reading
+        args.source, held_out = hold_out_of(args.source, fraction=args.holdout, **options)
+    train, labels, data = open_source(args.source, single_image_ids=args.single_image_ids, **reading)
     own = args.source if len(args.source) == 1 and {"query", "gallery"} <= set(data) else held_out
-    targets = open_targets(args.target or own, args.data_root, skip_unreadable=args.skip_unreadable)
+    targets = open_targets(args.target or own, **reading)
     if batch_size < 2:
         raise ValueError("a batch of one image has no statistics for BatchNorm; raise --train_batch_size")
     share = accelerator.process_index, accelerator.num_processes
@@ -470,8 +460,7 @@ def main(args):
     prompts = {"num_tokens": captions.num_tokens or 1} if captions else {}
     # A checkpoint holds the prompts.
     if captions and args.prompt_init != "random" and not training.resumed:
-        more = {"data_root": args.data_root, "skip_unreadable": args.skip_unreadable}
-        prompts["prompts"] = captions.make(args.source, train, labels, accelerator, args.output_dir, **more)
+        prompts["prompts"] = captions.make(args.source, train, labels, accelerator, args.output_dir, **reading)
     bare, vae = build_model(args, accelerator, num_ids, diffusion, prompts)
     loader = build_loader(args, accelerator, bare.encoder, train, labels, sampler, vae)
     model, optimizer = accelerator.prepare(bare, optimizer_of(args, parameter_groups(args, bare)))

@@ -44,11 +44,11 @@ class DiffusionInfo(NamedTuple):
     variant: str | None = None
 
 
-def check_diffusion(name_or_path, *, resolution=None, revision=None, token=None, variant=None):
+def check_diffusion(name_or_path, *, resolution=None, revision=None, token=None, variant=None, needs_variant=False):
     """DiffusionInfo of a diffusers folder or Hub id, from its configuration only; ValueError if it is not supported.
 
     resolution: (height, width) of the images in pixels, or None. variant: of the U-Net's weights; where the checkpoint
-    lacks it, that of the result is None.
+    lacks it, that of the result is None, or with `needs_variant` it is a ValueError.
     """
     name = str(name_or_path)
     files, folder = open_checkpoint(name, revision, token)
@@ -83,6 +83,8 @@ def check_diffusion(name_or_path, *, resolution=None, revision=None, token=None,
         vae_scale * 2 ** (len(unet["block_out_channels"]) - 1),
         variant if f"unet/{WEIGHTS.replace('.', f'.{variant}.')}" in files else None,
     )
+    if needs_variant and info.variant != variant:
+        raise ValueError(f"{name!r} has no U-Net of --variant {variant}; leave it out for the default one")
     if resolution is not None and any(side < 1 or side % info.multiple for side in resolution):
         raise ValueError(
             f"images of {resolution[0]} x {resolution[1]} (height x width) do not fit {name!r}: both sides must be "

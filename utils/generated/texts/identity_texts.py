@@ -82,7 +82,7 @@ class CaptionPrompts:
         return fitted
 
 
-def training_identities(specs, train, labels, *, data_root=None, skip_unreadable=False):
+def training_identities(specs, train, labels, *, root=None, skip_unreadable=False):
     """The `Identity` of each label, in order.
 
     Several sources give their identities new numbers; the names of the images lead back to the old ones.
@@ -91,7 +91,7 @@ def training_identities(specs, train, labels, *, data_root=None, skip_unreadable
     label_of = dict(zip(images, labels.tolist(), strict=True))
     found, names = {}, set()
     for spec in specs:
-        data = load_reid(spec, data_root, skip_unreadable=skip_unreadable)
+        data = load_reid(spec, root, skip_unreadable=skip_unreadable)
         for identity in identities_of(data["train"], MAX_IMAGES):
             label = label_of.get((identity.domain, identity.paths[0]))
             if label is None:
