@@ -37,6 +37,10 @@ class TokenBackbone(Backbone):
         if config.model_type == "vit":
             # ViTModel has a layer on its class token, which classifiers are saved without.
             model.pooler = None
+        for name, parameter in model.named_parameters():
+            # It stands for hidden patches in pre-training only; DDP waits for gradients of all that can have one.
+            if name.endswith("mask_token"):
+                parameter.requires_grad_(False)
         patch = config.patch_size
         self.patch = patch if isinstance(patch, int) else patch[0]
         if min(image_size) < self.patch:
