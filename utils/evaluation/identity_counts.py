@@ -102,8 +102,7 @@ class IdentityCounts:
         self.protocol = protocol
         self.query_ids, self.gallery_ids, self.num_ids = number_identities(self.queries.pids, self.gallery.pids)
         self.grid = Grid(low, max(FEWEST_STEPS, min(NUM_STEPS, TABLE_SIZE // max(self.num_ids, 1))))
-        self.total = self.empty()
-        self.total = self.with_sizes(self.total, self.query_ids, self.gallery_ids)
+        self.total = self.with_sizes(self.empty(), self.query_ids, self.gallery_ids)
         device = self.queries.features.device
         nothing = torch.full((len(self.queries),), -torch.inf, device=device)
         no_one = torch.full_like(self.query_ids, -1)
