@@ -48,7 +48,6 @@ THIS_COMPUTER = ("127.0.0.1", "localhost")
 FEATURES = "features.safetensors"
 # The least cosine of a kept feature and the same image's feature now; bfloat16 stays above it.
 SAME_MODEL = 0.999
-CALIBRATION = "calibration.json"
 MOST_RESULTS = 100
 # Gallery images that are offered to pick from.
 MOST_SHOWN = 48
@@ -130,7 +129,6 @@ if __name__ == "__main__":
     args = parse_args()
 
 import base64
-import json
 import os
 import tempfile
 
@@ -143,6 +141,8 @@ from utils.datasets.images import check_images
 from utils.datasets.load import load_reid, parse_spec
 from utils.datasets.schema import UNKNOWN, Row, check_listed, rows_to_dataset
 from utils.datasets.search_folders import read_folders
+from utils.evaluation.calibration import CALIBRATION, fingerprint, read_calibration
+from utils.evaluation.decisions import decide
 from utils.evaluation.features import extract, extraction_key, forget_chunks
 from utils.evaluation.gallery_search import (
     MOST_BYTES,
@@ -155,7 +155,6 @@ from utils.evaluation.gallery_search import (
 )
 from utils.evaluation.kept_features import load_features, save_features
 from utils.evaluation.metrics import Side
-from utils.evaluation.report import camera_name
 from utils.files import run_record, to_json, write_together
 from utils.modeling.folder import model_kind
 from utils.modeling.reid_model import ReIDModel
@@ -214,14 +213,8 @@ def open_gallery(args, accelerator):
 
 
 def open_model(name, kind, resolution):
-    if kind == "file":
-        return ReIDModel.from_dcac_checkpoint(name, image_size=resolution)
-    if kind == "backbone":
-        # A fresh neck does not change the direction of features: its mean is 0 and its variance 1.
-        default = DEMO_RESOLUTION if name == CLIP_DIR else (256, 128)
-        return ReIDModel.from_backbone(name, image_size=resolution or default)
-    model = ReIDModel.from_pretrained(name, num_ids=0)
-    if resolution and tuple(resolution) != tuple(model.image_size):
+    model = ReIDModel.open(name, resolution or (DEMO_RESOLUTION if name == CLIP_DIR else None))
+    if kind == "reid" and resolution and tuple(resolution) != tuple(model.image_size):
         raise ValueError(
             f"{name} takes images of {model.image_size[0]} x {model.image_size[1]}; leave out --resolution"
         )
@@ -315,33 +308,10 @@ def read_gallery(args, accelerator):
 # The decision
 
 
-def decision_of(score, folder):
-    """What the calibration in a model's folder says about a cosine, in one sentence; None without a calibration.
-
-    It reads the thresholds of the false-match rates: {"rates": {"0.001": {"threshold": 0.82}}}; null: not measurable.
-    """
-    path = Path(folder) / CALIBRATION
-    if not path.is_file():
-        return None
-    try:
-        rates = json.loads(path.read_text(encoding="utf-8"))["rates"]
-        thresholds = [(float(rate), values["threshold"]) for rate, values in rates.items()]
-        thresholds = sorted((rate, float(threshold)) for rate, threshold in thresholds if threshold is not None)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return f"No decision: {path} cannot be read ({type(error).__name__}: {error})"
-    if not thresholds:
-        return f"No decision: {path} has no threshold that could be measured"
-    for rate, threshold in thresholds:
-        if score >= threshold:
-            return (
-                f"Same identity at a false-match rate of {rate:g}: score {score:.3f}, threshold {threshold:.3f}. Of "
-                f"{round(1 / rate):,} images of other identities about one reaches this threshold."
-            )
-    rate, threshold = thresholds[-1]
-    return (
-        f"No match: score {score:.3f}, below {threshold:.3f}, the threshold of the highest measured false-match rate, "
-        f"{rate:g}."
-    )
+def decision_of(score, calibration, num_gallery):
+    """What a calibration says about the cosine of the nearest of `num_gallery` images, in one sentence."""
+    nearest = torch.tensor([[0]]), torch.tensor([[2 - 2 * score]], dtype=torch.float64)
+    return decide(calibration, nearest, num_gallery)[0].describe()
 
 
 # The page
@@ -352,7 +322,9 @@ class Page:
 
     def __init__(self, gallery, args):
         self.gallery, self.args = gallery, args
-        self.model_folder = gallery.model_name
+        self.calibration, self.no_calibration = read_calibration(
+            Path(gallery.model_name) / CALIBRATION, fingerprint(gallery.model)
+        )
         self.macros = environment(autoescape=True).get_template("app.html.j2").module
         self.queries = {}
 
@@ -409,8 +381,9 @@ class Page:
         results = search(self.gallery, query, cameras=cameras, count=int(count), rerank=bool(rerank), **options)
         decision = missing = None
         if results.rows:
-            decision = decision_of(max(results.scores), self.model_folder)
-            missing = decision is None
+            missing = self.no_calibration
+            if self.calibration:
+                decision = decision_of(max(results.scores), self.calibration, results.searched)
         notes = [f"{results.searched:,} gallery images searched."]
         if cameras:
             notes[0] = f"{results.searched:,} gallery images of {self.camera_names(cameras)} searched."
@@ -450,7 +423,10 @@ class Page:
     def tile(self, row, query=None, cosine=None, distance=None):
         side = self.gallery.side
         pid, camera = int(side.pids[row]), int(side.camids[row])
-        labels = [f"identity {pid}" if pid != UNKNOWN else "", f"camera {camera_name(camera)}" if camera >= 0 else ""]
+        labels = [
+            f"identity {side.identity_name(pid)}" if pid != UNKNOWN else "",
+            f"camera {side.camera_name(camera)}" if camera >= 0 else "",
+        ]
         is_known = query is not None and UNKNOWN not in (query.pid, pid)
         return {
             "row": row,
@@ -463,7 +439,7 @@ class Page:
         }
 
     def camera_names(self, cameras):
-        names = [camera_name(int(camera)) for camera in cameras]
+        names = [self.gallery.side.camera_name(int(camera)) for camera in cameras]
         return f"camera{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
@@ -481,7 +457,7 @@ def build_page(gradio, page):
                 text = gradio.Textbox(label="File name contains", placeholder="all names", elem_id="text")
                 chosen = gradio.Dropdown(
                     [
-                        (f"camera {camera_name(camera)} ({count:,} images)", camera)
+                        (f"camera {gallery.side.camera_name(camera)} ({count:,} images)", camera)
                         for camera, count in cameras.items()
                     ],
                     value=[],

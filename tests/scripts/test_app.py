@@ -21,9 +21,12 @@ from tests.runs import refused
 from utils.batches.transforms import test_transform as make_transform
 from utils.datasets.load import load_reid
 from utils.evaluation import gallery_search
+from utils.evaluation.calibration import calibrate, fingerprint, write_calibration
 from utils.evaluation.features import extract
 from utils.evaluation.forget import forget
 from utils.evaluation.gallery_search import Query, picked_query, search, uploaded_query
+from utils.evaluation.metrics import Side
+from utils.evaluation.thresholds import pair_statistics
 from utils.flags import CLIP_DIR
 from utils.modeling.reid_model import ReIDModel
 
@@ -204,30 +207,36 @@ def test_the_file_of_the_query_is_no_result(arguments, accelerator, cameras, tmp
 # The decision
 
 
-def calibration(folder, content):
-    folder.mkdir(exist_ok=True)
-    (folder / "calibration.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    return folder
+def calibrate_for(model, folder):
+    """A calibration by 60 invented people of two images, whose features are far apart, in the model's folder."""
+    rows = torch.nn.functional.normalize(torch.randn(60, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    sides = [
+        Side(rows, torch.arange(60), torch.full((60,), camera), [str(pid) for pid in range(60)]) for camera in (0, 1)
+    ]
+    content = calibrate(*sides, pair_statistics(*sides, protocol="all"), protocol="all", replicates=20)
+    write_calibration({"fingerprint": fingerprint(model)} | content, folder)
+    return content
 
 
-def test_the_decision_names_the_strictest_rate_that_the_score_reaches(tmp_path):
-    assert app.decision_of(0.9, tmp_path) is None and app.decision_of(0.9, "no/such-model") is None
-    rates = {"0.1": {"threshold": 0.5}, "0.01": {"threshold": 0.7}, "0.001": {"threshold": 0.8}}
-    rates["0.0001"] = {"threshold": None, "reason": "not measurable with 6 identities"}
-    folder = calibration(tmp_path, {"rates": rates})
-    for score, words in (
-        (0.8, "Same identity at a false-match rate of 0.001: score 0.800, threshold 0.800. Of 1,000 images"),
-        (0.79, "Same identity at a false-match rate of 0.01: score 0.790, threshold 0.700. Of 100 images"),
-        (0.5, "Same identity at a false-match rate of 0.1"),
-        (0.49, "No match: score 0.490, below 0.500, the threshold of the highest measured false-match rate, 0.1."),
-    ):
-        assert app.decision_of(score, folder).startswith(words)
-    for content in ("{", "[]", {"rates": {"x": {"threshold": 1}}}, {"rates": 3}, {"rates": {"0.1": {}}}):
-        assert re.match(
-            "No decision: .*calibration.json cannot be read", app.decision_of(1, calibration(folder, content))
-        )
-    nothing = {"rates": {"0.1": {"threshold": None}}}
-    assert "no threshold that could be measured" in app.decision_of(1, calibration(folder, nothing))
+def test_decisions_are_those_of_evaluate(gallery, arguments, tmp_path):
+    folder = tmp_path / "model"
+    gallery.model.save_pretrained(folder)
+    gallery.model_name = str(folder)
+    page = app.Page(gallery, app.parse_args(arguments))
+    assert page.calibration is None and "calibration.json does not exist" in page.no_calibration
+    content = calibrate_for(gallery.model, folder)
+    page = app.Page(gallery, app.parse_args(arguments))
+    assert page.no_calibration is None
+    assert app.decision_of(0.99, page.calibration, 24).startswith("same person: unsure, score 0.990")
+    assert app.decision_of(-0.5, page.calibration, 24).startswith("nobody: no gallery image passes")
+    page.pick("one", 7)
+    score = search(gallery, page.queries["one"], count=1).scores[0]
+    expected = app.decision_of(score, content, 23)
+    assert expected in page.results("one", [], 3, False)
+    gallery.model.backbone.requires_grad_(False)
+    next(gallery.model.parameters()).add_(1)
+    page = app.Page(gallery, app.parse_args(arguments))
+    assert page.calibration is None and "is of another model" in page.no_calibration
 
 
 # What the page shows
