@@ -57,7 +57,8 @@ def hold_out(data, fraction, seed, where, own_camera=False):
         f"identities are measured, {len(query)} images as queries ({rule}) and {len(gallery)} as gallery"
     )
     if fraction == 1:
-        note += f". If the model was trained on them, measure those held out instead, as in {where}:holdout=0.3"
+        joint = "," if parse_spec(str(where))[1] else ":"
+        note += f". If the model was trained on them, measure those held out instead, as in {where}{joint}holdout=0.3"
     rest = [
         row
         for person, cameras in images.items()
