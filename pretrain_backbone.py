@@ -399,10 +399,8 @@ def main(args):
     )
     num_ids = int(labels.max()) + 1
     people = f"of {num_ids} identities" if num_ids > 1 else "without labels"
-    accelerator.print(
-        f"{' + '.join(args.source)}: {len(train)} images {people}; "
-        f"measured on {', '.join(target.spec for target in targets) or 'nothing'}"
-    )
+    measured_on = ", ".join(target.spec for target in targets) or "nothing"
+    accelerator.print(f"{' + '.join(args.source)}: {len(train)} images {people}; measured on {measured_on}")
 
     bare, average = build_model(args, accelerator, num_ids)
     # What is measured and saved: the running mean where there is one.

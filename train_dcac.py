@@ -581,14 +581,13 @@ def build_model(args, accelerator, num_ids, diffusion, prompts):
         sizes = {"num_ids": num_ids, "num_features": encoder.num_features, "width": diffusion.condition_width}
         more = {"tau": args.tau, "frozen": args.freeze_prompts} | prompts
         condition = Condition(args.condition, args.probabilities, args.bottleneck, **sizes, **more)
+        options = {"seed": args.seed, "revision": args.revision, "variant": diffusion.variant}
         unet, schedule, vae = load_diffusion(
             args.pretrained_model_name_or_path,
             args.unet_mode,
             args.rank,
             mixed_precision=accelerator.mixed_precision,
-            seed=args.seed,
-            revision=args.revision,
-            variant=diffusion.variant,
+            **options,
             memory_efficient=args.enable_xformers_memory_efficient_attention,
             # DeepSpeed sends weights around as they lie in memory.
             channels_last=accelerator.distributed_type != DistributedType.DEEPSPEED,
