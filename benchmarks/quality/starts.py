@@ -67,7 +67,7 @@ def draw_people(folder):
             path.parent.mkdir(parents=True, exist_ok=True)
             mark = {key: row[key] for key in ("prompt", "seed", "model")}
             save_image(in_scene(world, pid, scene, index), path, quality=95, **mark)
-            rows.append({name: row[name] for name in METADATA.names})
+            rows.append({name: row.get(name) for name in METADATA.names})
     pq.write_table(pa.Table.from_pylist(rows, schema=METADATA), aside / "metadata.parquet")
     aside.rename(folder)
 

@@ -636,15 +636,14 @@ def test_what_a_run_leaves(finished):
     assert "accelerate launch train_dcac.py --source" in card and "| reranked mAP |" in card
     assert str(finished) not in card and str(ROOT) not in card and "origin" not in card
     # What it says about loading runs, and gives the numbers that were measured on.
-    load_reid("synthetic", domain="b", num_ids=3)["query"][0]["image"].save(finished / "person.png")
+    for row, name in zip(load_reid("synthetic", domain="b", num_ids=3)["query"], ("person", "another"), strict=False):
+        row["image"].save(finished / f"{name}.jpg")
     (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     names = {}
-    exec(
-        code.replace("this folder or repository", str(out / "model")).replace("person.jpg", f"{finished}/person.png"),
-        names,
-    )
-    assert names["features"].shape == (1, model.num_features)
-    assert names["features"].norm().item() == pytest.approx(1, abs=1e-5)
+    code = code.replace("this folder or repository", str(out / "model"))
+    exec(re.sub(r"(person|another)\.jpg", rf"{finished}/\1.jpg", code), names)
+    assert names["features"].shape == (2, model.num_features)
+    torch.testing.assert_close(names["features"].norm(dim=1), torch.ones(2))
 
 
 def test_lora_file_opens_in_a_pipeline(finished, standins):

@@ -592,7 +592,7 @@ def test_full_disk_keeps_the_old_results(tmp_path):
     np.savez(tmp_path / "features.npz", **good_arrays())
     run("--features", tmp_path / "features.npz", "--output_dir", tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert set(before) == {"metrics.json", "rankings.csv", "args.json", "report.html"}
+    assert set(before) == {"metrics.json", "rankings.csv", "args.json", "calibration.json", "report.html"}
     again = ["--features", tmp_path / "features.npz", "--output_dir", tmp_path / "out", "--seed", 3]
     done = launch(SCRIPT, *again, limit=9000, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
