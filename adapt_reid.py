@@ -29,7 +29,7 @@
         --data_root ~/reid --backbone output/pretrain/backbone --output_dir output/msmt17-unsupervised
     accelerate launch adapt_reid.py --recipe idm --source market1501 --target msmt17 --data_root ~/reid ...
 
-The first is a demo on drawn people with the shipped stand-in CLIP, about two minutes on two CPU cores; the second
+The first is a demo on drawn people with the shipped stand-in CLIP, about a minute on two CPU cores; the second
 takes a folder of images without labels. Each method stands in a file of `methods/`.
 
 Before every epoch the target's training images are clustered: DBSCAN on k-reciprocal Jaccard distances. Then, with
@@ -56,7 +56,7 @@ from utils import flags
 from utils.flags import CLIP_DIR, above_zero, at_least, fraction, not_negative
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=64"
-DEMO_TARGET = "synthetic:domain=b,num_ids=32,images_per_id=16"
+DEMO_TARGET = "synthetic:domain=d,num_ids=32,images_per_id=16"
 METHODS = {"unsupervised": ("cluster-contrast", "spcl"), "adaptation": ("spcl", "idm")}
 PUBLISHED = {
     "target": ["market1501"],
@@ -100,7 +100,7 @@ RECIPES = {
 
 
 DEMO_WORDS = (
-    "Demo: {} on drawn people, from the shipped stand-in CLIP; about two minutes on two cores. "
+    "Demo: {} on drawn people, from the shipped stand-in CLIP; about a minute on two cores. "
     "For your own images: --target SPEC --data_root DIR --backbone DIR --recipe cluster-contrast"
 )
 STAND_IN = (
