@@ -375,8 +375,8 @@ class DCAC(nn.Module):
             bn_features, logits = self.encoder.neck(features)
             loss_id, loss_pcl = self.identity_losses(bn_features, logits, labels)
             if latents is not None:
-                heard = self.heard(features, bn_features, logits, warmup)
-                condition = self.condition(*heard, labels, self.memory)[share]
+                inputs = self.condition_inputs(features, bn_features, logits, warmup)
+                condition = self.condition(*inputs, labels, self.memory)[share]
         loss, loss_ldm = loss_id + loss_pcl, torch.zeros_like(loss_id)
         if latents is not None:
             losses = self.in_passes(self.denoise, latents, noise, timesteps, condition)
@@ -389,7 +389,7 @@ class DCAC(nn.Module):
         loss_id = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return loss_id, self.memory(bn_features, labels)
 
-    def heard(self, features, bn_features, logits, warmup):
+    def condition_inputs(self, features, bn_features, logits, warmup):
         """The logits and features that the condition is made of, with the way that the gradient of L_ldm takes."""
         if warmup:
             return logits.detach(), bn_features.detach()

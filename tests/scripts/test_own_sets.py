@@ -40,7 +40,7 @@ def test_evaluate_measures_all_images(people, clip, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "has no query and gallery: all 6 identities are measured, 6 images as queries (one in four" in said
     html = (tmp_path / "out/report.html").read_text()
-    assert "person Anna" in html and "person 0" not in html
+    assert "identity Anna" in html and "identity 0" not in html
     assert measure(*common, "--data", f"{people / 'folders'}:holdout=1")["mAP"] == metrics["mAP"]
     held_out = measure(*common, "--data", f"{people / 'folders'}:holdout=0.5,holdout_seed=1")
     assert held_out["num_queries"] == 3
@@ -57,7 +57,7 @@ def test_evaluate_names_cameras(people, clip, tmp_path):
     assert (metrics["num_queries"], metrics["num_gallery"]) == (12, 12)
     assert metrics["camera_pairs"]["names"] == ["door", "yard"]
     html = (tmp_path / "out/report.html").read_text()
-    assert "person Chloe, camera yard" in html and ">door</th>" in html
+    assert "identity Chloe, camera yard" in html and ">door</th>" in html
 
 
 @pytest.mark.parametrize("script, more", [(finetune_reid, ()), (train_dcac, ("--diffusion", "none"))])

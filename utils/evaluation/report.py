@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
@@ -71,13 +72,18 @@ class ResultPictures:
         return data_uri(Image.blend(image.convert("RGB"), colours, 0.55))
 
 
+def model_name(name):
+    """Of an absolute path only the last part: reports are shared."""
+    return Path(name).name if name and Path(name).is_absolute() else name
+
+
 def evaluation_report(metrics, findings, pictures=None, *, num_random=4, seed=0):
     """A `Report` of the metrics and their `Findings`; without `pictures` the lists show names only."""
     is_search = metrics["mAP"] is None
     cameras = torch.cat([findings.queries.camids, findings.gallery.camids]).unique()
     facts = [
         ("Data", metrics["data"]),
-        ("Model", metrics["model"] or "features from a file"),
+        ("Model", model_name(metrics["model"]) or "features from a file"),
         ("Queries", f"{len(findings.queries):,} images"),
         ("Gallery", f"{len(findings.gallery):,} images"),
         ("Cameras", len(cameras[cameras >= 0]) or "unknown"),
@@ -370,7 +376,7 @@ def query_tile(findings, pictures, row):
 def describe(side, row):
     pid, camera = int(side.pids[row]), int(side.camids[row])
     words = [
-        f"person {side.identity_name(pid)}" if pid != UNKNOWN else "",
+        f"identity {side.identity_name(pid)}" if pid != UNKNOWN else "",
         f"camera {side.camera_name(camera)}" if camera >= 0 else "",
     ]
     return ", ".join(filter(None, words))

@@ -5,6 +5,7 @@ from collections import Counter
 import torch
 
 from utils.datasets.schema import UNKNOWN
+from utils.evaluation.report import model_name
 from utils.reporting.charts import histogram
 from utils.reporting.report import Report, Tile, data_uri, percent
 
@@ -18,7 +19,7 @@ def group_report(metrics, tracklets, groups, typical_rows):
     cameras = len({item.camera for item in tracklets.items} - {None})
     facts = [
         ("Data", metrics["data"]),
-        ("Model", metrics["model"]),
+        ("Model", model_name(metrics["model"])),
         ("Items", f"{metrics['num_items']:,} of {metrics['num_images']:,} images"),
         ("Cameras", cameras or "unknown"),
         ("Times", f"known of {metrics['num_timed']:,} items" if metrics["num_timed"] else "unknown"),
