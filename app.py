@@ -58,12 +58,12 @@ def build_parser():
     group = parser.group("model")
     group.add(
         "--model",
-        help="a ReIDModel folder or Hub id, a plain backbone (CLIP, ResNet, Swin), or a file released by DCAC's "
-        "authors (.pth); default: the model named in --features, else the shipped stand-in CLIP",
+        help="a ReIDModel folder or Hub id, a plain backbone (CLIP, ResNet, Swin, ViT, ...), or a file of weights, "
+        "see the README; default: the model named in --features, else the shipped stand-in CLIP",
     )
     group.size(
         "--resolution",
-        help="input of a backbone or .pth file in pixels; default 256 128 (a ReIDModel folder knows its own)",
+        help="input of a backbone or file in pixels; default 256 128 or the file's (a ReIDModel folder has its own)",
     )
 
     group = parser.group("gallery")
