@@ -69,13 +69,16 @@ LEAN |= {"use_8bit_adam": False}
 RECIPES = {"paper": PUBLISHED, "lora": PUBLISHED | LEAN}
 # The same as in utils.generated.texts.captions and utils.diffusion.text_to_image.
 CLASS_PROMPT = "a photo of a person"
-SOLVERS = ("dpmsolver++", "unipc", "ddim", "euler")
+SOLVERS = ("dpmsolver++", "unipc", "ddim", "euler", "ddim-trailing", "lcm", "tcd")
 # The flags that determine the captions.
 CAPTIONING = ("captioner_model_name_or_path", "captioner_bits", "max_sequence_images")
 # Models for which there are shipped stand-ins.
 STAND_INS = ("pretrained_model_name_or_path", "captioner_model_name_or_path", "clip_model_name_or_path")
 # What --redraw may change in a folder that has images.
-REDRAWN = ("num_images", "attribute_lists", "clothing_change", "solver", "num_inference_steps", "guidance_scale")
+REDRAWN = (
+    "num_images", "attribute_lists", "clothing_change", "solver", "num_inference_steps", "guidance_scale",
+    "guidance_share", "fast_lora", "reference_drawing",
+)  # fmt: skip
 BOUND_BY_MEMORY = ("finetune", "use_8bit_adam", "gradient_checkpointing", "train_batch_size", "resolution")
 BOUND_BY_MEMORY += ("sample_batch_size",)
 CHECK_EVERY = 20
@@ -190,6 +193,13 @@ def build_parser():
     group.add("--solver", choices=SOLVERS, default="dpmsolver++", help="sampler of the diffusion model")
     group.add("--num_inference_steps", type=at_least(1), default=12, help="steps of the solver")
     group.add("--guidance_scale", type=one_or_more, default=3.0, help="weight of the prompt, 1 for no guidance")
+    unguided = (lambda args: args.guidance_scale == 1, "--guidance_scale 1")
+    group.add("--guidance_share", type=flags.share, default=1.0, idle=unguided, help="of the steps, from the first")
+    group.add(
+        "--fast_lora",
+        help="few-step LoRA such as LCM's or Hyper-SD's, stacked on the identity's: file, folder or Hub id, "
+        "USER/NAME or USER/NAME/FILE; solver, steps and guidance become its own (lcm, 4, none) unless given",
+    )
     group.add("--sample_batch_size", type=at_least(1), default=8, free=True, help="images drawn in one pass")
     group.size("--save_resolution", [256, 128], help="size of the files")
     group.add("--image_format", choices=["jpg", "png"], default="jpg", help="format of the files")
@@ -222,7 +232,25 @@ def parse_args(input_args=None):
     args.source = args.source or DEMO_SOURCE
     check_args(parser, args)
     args.notes = parser.notes(args)
+    if args.fast_lora:
+        draw_fast(args)
     return args
+
+
+def draw_fast(args):
+    """Solver, steps and guidance of a few-step LoRA, where no flag gives others; references stay as without it."""
+    names = ("solver", "num_inference_steps", "guidance_scale", "guidance_share")
+    args.reference_drawing = {name: getattr(args, name) for name in names}
+    # As published LoRAs are named: lcm-lora-sdv1-5, Hyper-SD15-8steps-lora, Hyper-SD15-8steps-CFG-lora.
+    name = args.fast_lora.lower()
+    steps = re.search(r"(\d+)[-_ ]?steps?(?![a-z])", name)
+    usual = {"solver": "ddim-trailing" if "hyper" in name else "tcd" if "tcd" in name else "lcm"}
+    usual["num_inference_steps"] = int(steps[1]) if steps else 4
+    usual |= {} if "cfg" in name else {"guidance_scale": 1.0}
+    usual = {name: value for name, value in usual.items() if args.origin[name] != "flag"}
+    vars(args).update(usual)
+    words = ", ".join(f"--{name} {value}" for name, value in usual.items())
+    args.notes.append(f"For --fast_lora: {words or 'all as given'}; reference images are drawn without it")
 
 
 def check_args(parser, args):
@@ -266,7 +294,8 @@ from torch import nn
 from utils import launch
 from utils.datasets.identities import chosen_identities, open_identities
 from utils.diffusion import adapters
-from utils.diffusion.checkpoint import check_diffusion
+from utils.diffusion.checkpoint import check_diffusion, read_config
+from utils.diffusion.fast_lora import read_fast_lora
 from utils.diffusion.identity_token import IdentityToken, Tunable
 from utils.diffusion.latents import encode, image_for_vae, sample_latents
 from utils.diffusion.text_to_image import TextToImage, check_text_encoder, load_tokenizer, what_saves_memory
@@ -283,12 +312,14 @@ from utils.worklist import Progress, Worklist, seed_of, share
 # DI: the reference set, and fine-tuning with it
 
 
-def sampling(args):
-    """The settings of sampling, as arguments of `TextToImage.sample`."""
+def sampling(args, *, of_references=False):
+    """The settings of sampling, as arguments of `TextToImage.sample`; the untouched model draws without a LoRA."""
+    drawing = args.reference_drawing if of_references and args.fast_lora else vars(args)
     return {
-        "solver": args.solver,
-        "steps": args.num_inference_steps,
-        "guidance": args.guidance_scale,
+        "solver": drawing["solver"],
+        "steps": drawing["num_inference_steps"],
+        "guidance": drawing["guidance_scale"],
+        "guidance_share": drawing["guidance_share"],
         "resolution": args.resolution,
         "batch_size": args.sample_batch_size,
     }
@@ -299,7 +330,9 @@ def reference_set(args, model, work, prompt):
     if not args.num_reference_images:
         return None, None
     count, settings = args.num_reference_images, {"seed": args.seed, "precision": args.mixed_precision}
-    return made_set.open_references(model, work, prompt, count, sampling=sampling(args), **settings)
+    return made_set.open_references(
+        model, work, prompt, count, sampling=sampling(args, of_references=True), **settings
+    )
 
 
 def denoising_errors(unet, schedule, latents, noise, timesteps, condition, snr_gamma=None):
@@ -406,7 +439,11 @@ def make_identity(args, identity, record, work, progress, prompts, tunable, meas
             folders[part / "adapter"] = f"adapters/{identity.name}"
         result = {name: record[name] for name in ("domain", "pid", "prompt", "identity_prompt")}
         result |= {"reference": key, "model": model.digest, "steps": args.num_inference_steps}
-        result |= {"guidance": args.guidance_scale, "loss": made_set.in_tenths(losses)}
+        result |= {
+            "guidance": args.guidance_scale,
+            "fast_lora": fast_digest(model),
+            "loss": made_set.in_tenths(losses),
+        }
         result |= {"measures": values, "features": features, "images": rows}
         work.commit(identity.name, made_set.IMAGES, result, folders)
     work.forget(identity.name, made_set.FAILED)
@@ -426,6 +463,7 @@ def redraw_identity(args, identity, record, work, progress, prompts, tunable, me
         drawing = (args, identity, record, prompts, model)
         files, rows, pictures, plain = draw_images(*drawing, numbers, part / "images")
         settings = {"steps": args.num_inference_steps, "guidance": args.guidance_scale}
+        settings["fast_lora"] = fast_digest(model)
         rows = old + [row | settings | {"made_from": record["identity_prompt"]} for row in rows]
         pictures = made_set.open_pictures(work.folder, old) + pictures
         plain = [prompts.without_token(row["prompt"], identity) for row in old] + plain
@@ -446,13 +484,18 @@ def draw_images(args, identity, record, prompts, model, numbers, folder):
     folder.mkdir()
     texts = prompts.of_images(record, identity, numbers, args.seed, args.clothing_change)
     seeds = [seed_of(args.seed, identity.name, "image", number) for number in numbers]
-    latents = model.sample(model.encode_all([text.with_token for text in texts]), seeds, **sampling(args))
+    drawing = sampling(args) | {"fast": model.fast is not None}
+    latents = model.sample(model.encode_all([text.with_token for text in texts]), seeds, **drawing)
     size = tuple(reversed(args.save_resolution))
     drawn = model.pictures(latents, args.sample_batch_size)
     pictures = [picture.resize(size, Image.Resampling.LANCZOS) for picture in drawn]
     style = {"ending": args.image_format, "quality": args.jpeg_quality, "model": model.digest}
     files, rows = made_set.write_images(folder, identity.name, numbers, pictures, texts, seeds, **style)
     return files, rows, pictures, [text.plain for text in texts]
+
+
+def fast_digest(model):
+    return model.fast and model.fast.digest
 
 
 def token_of(tunable, prompts, identity):
@@ -511,6 +554,8 @@ def check_inputs(args, everyone, identities):
     else:
         check_captioner(args.captioner_model_name_or_path)
         quantization(args.captioner_bits)
+    if args.fast_lora:
+        read_fast_lora(args.fast_lora, read_config(name, "unet", args.revision))
     check_measures(clip_name(args), args.reid_model)
     if args.use_8bit_adam:
         build_optimizer([nn.Parameter(torch.zeros(1))], "adamw", learning_rate=1.0, use_8bit=True)
@@ -593,6 +638,12 @@ def open_model(args, accelerator, prompts):
         seed=args.seed,
         revision=args.revision,
     )
+    if accelerator.device.type == "cuda":
+        # What cuDNN likes best; on a CPU it makes no difference.
+        model.unet.to(memory_format=torch.channels_last)
+        model.vae.to(memory_format=torch.channels_last)
+    if args.fast_lora:
+        model.add_fast_lora(read_fast_lora(args.fast_lora, model.unet.config))
     if args.enable_xformers_memory_efficient_attention:
         enable_memory_efficient_attention(model.unet)
     if args.gradient_checkpointing:
