@@ -31,6 +31,7 @@ from utils.datasets.identities import chosen_identities, identities_of, open_ide
 from utils.datasets.load import load_reid
 from utils.diffusion.schedule import NoiseSchedule
 from utils.diffusion.text_to_image import SOLVERS, WITH_NOISE, TextToImage, solver_of
+from utils.diffusion.tuning import IdentityToken, Tunable
 from utils.generated.measures import diversity, identity_auc
 from utils.generated.texts import captioning, captions
 from utils.generated.texts.captioning import open_prompts
@@ -92,9 +93,9 @@ def whole(models, tmp_path_factory):
         seen["reference"].append((*before, prompt))
         return result
 
-    def fine_tune(args, tunable, *rest):
+    def fine_tune(args, tunable, *rest, **options):
         seen["start"].append([*hashes(tunable.model), tunable.token.row.detach().clone()])
-        losses = plain["fine_tune"](args, tunable, *rest)
+        losses = plain["fine_tune"](args, tunable, *rest, **options)
         seen["tuned"].append(hashes(tunable.model))
         seen["rows"].append(tunable.token.row.detach().clone())
         seen["embeddings"].append(tunable.model.text_encoder.get_input_embeddings().weight.detach().clone())
@@ -279,7 +280,7 @@ def test_the_token_is_one_token_and_its_row_is_what_is_read(models):
     model = TextToImage(folder, tokenizer, mode="lora")
     before = model.encode_all(["a photo of a person"])
     noun_id = tokenizer("person", add_special_tokens=False).input_ids[0]
-    token = script.IdentityToken(model.text_encoder, first_id, noun_id)
+    token = IdentityToken(model.text_encoder, first_id, noun_id)
     assert torch.equal(model.encode_all(["a photo of a person"]), before)
     # As it starts, the token is the noun.
     assert torch.equal(model.encode_all(["a <iir-0002> tree"]), model.encode_all(["a person tree"]))
@@ -438,7 +439,7 @@ def test_a_step_adds_both_halves_with_lambda(models, monkeypatch):
     args.prior_loss_weight, args.max_grad_norm, args.identity_token = 0.3, 1e9, "sks"
     tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
     model = TextToImage(folder, tokenizer, mode="lora")
-    tunable = script.Tunable.of(model, script.IdentityToken(model.text_encoder, len(tokenizer), 0), with_token=False)
+    tunable = Tunable.of(model, IdentityToken(model.text_encoder, len(tokenizer), 0), with_token=False)
     for weight in tunable.weights:
         # The second matrices start at zero, and with them the gradient of the first.
         weight.data = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
@@ -478,9 +479,9 @@ class Halves:
     def __init__(self, monkeypatch):
         self.steps, plain = [], script.denoising_errors
 
-        def errors(unet, schedule, latents, noise, timesteps, condition, snr_gamma=None):
+        def errors(unet, schedule, latents, noise, timesteps, condition, snr_gamma=None, weights=None):
             self.steps.append((latents.clone(), timesteps.clone(), condition.detach().clone()))
-            return plain(unet, schedule, latents, noise, timesteps, condition, snr_gamma)
+            return plain(unet, schedule, latents, noise, timesteps, condition, snr_gamma, weights)
 
         monkeypatch.setattr(script, "denoising_errors", errors)
 

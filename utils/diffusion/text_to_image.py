@@ -134,17 +134,17 @@ class TextToImage:
     @torch.no_grad()
     def sample(
         self, conditions, seeds, *, resolution, solver="dpmsolver++", steps=20, guidance=7.5, guidance_share=1.0,
-        batch_size=8, fast=False,
+        negative="", batch_size=8, fast=False,
     ):  # fmt: skip
         """Latents (N, C, h, w) float32 for conditions (N, T, W); each depends only on its own seed.
 
-        The first `guidance_share` of the steps are guided. `fast`: with the few-step LoRA.
+        The first `guidance_share` of the steps are guided, away from `negative`. `fast`: with the few-step LoRA.
         """
         scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         shape = (self.vae.config.latent_channels, resolution[0] // scale, resolution[1] // scale)
         size, num_guided = min(batch_size, len(seeds)), math.ceil(guidance_share * steps) if guidance > 1 else 0
         self.unet.eval()
-        empty = self.encode([""]) if num_guided else None
+        empty = self.encode([negative]) if num_guided else None
         drawn = []
         for start in range(0, len(seeds), size):
             rows = list(range(start, min(start + size, len(seeds))))

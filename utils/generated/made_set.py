@@ -232,7 +232,9 @@ def check_origin(work, names, digest):
 def open_references(model, work, prompt, count, *, seed, precision, sampling):
     """(`count` latents, key) of a prompt; drawn unless they are in `work`. `sampling`: arguments of `model.sample`."""
     settings = [count, *(sampling[name] for name in ("resolution", "solver", "steps", "guidance"))]
-    settings += [sampling["guidance_share"]] if sampling["guidance_share"] < 1 else []
+    settings += [
+        sampling[name] for name, usual in (("guidance_share", 1), ("negative", "")) if sampling[name] != usual
+    ]
     inputs = [prompt, model.digest, str(model.dtype), precision, seed, *settings]
     key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
     path = work.folder / REFERENCES / f"{key}.safetensors"
