@@ -22,6 +22,7 @@ from transformers import CLIPTokenizer
 import train_dreambooth_reid as script
 from tests import runs
 from tests.diffusion.test_fast_lora import few_step_lora
+from tests.diffusion.test_person_masks import segmenter
 from tests.generated.test_captions import save_git
 from tests.reporting.test_reporting import needs_chromium, seen_in_chromium
 from tests.runs import ROOT, launch, stopped
@@ -556,6 +557,29 @@ def test_lora_of_the_text_encoder_needs_peft_alone(models, monkeypatch):
 def test_the_paper_recipe_keeps_its_activations():
     assert not script.parse_args(["--recipe", "paper"]).gradient_checkpointing
     assert script.parse_args(["--recipe", "paper", "--gradient_checkpointing"]).gradient_checkpointing
+
+
+def test_better_pictures_by_flags(models, tmp_path, monkeypatch, capsys):
+    """Each image under the answers about it, the person weighed more, some captions dropped; other images come out."""
+    segmenter(tmp_path / "mask", ["wall", "person"], "wall")
+    seen, plain = {}, script.fine_tune
+
+    def fine_tune(args, tunable, identity, record, *rest, **options):
+        seen[identity.name] = record, options
+        return plain(args, tunable, identity, record, *rest, **options)
+
+    monkeypatch.setattr(script, "fine_tune", fine_tune)
+    more = ["--image_captions", "--caption_dropout", "0.5", "--noise_offset", "0.05", "--negative_prompt", "a dog"]
+    assert run(models, tmp_path / "out", "--ids", "2", *more, "--mask_model", tmp_path / "mask") == {}
+    words, options = seen[NAMES[1]]
+    count = len(words["images"])
+    assert f"finds nobody in {count} of {count} images of {NAMES[1]}: used whole" in capsys.readouterr().out
+    assert options["alone"] == "a photo of <iir-0002> person"
+    assert options["weights"].shape == (count, 1, 8, 4) and (options["weights"] == 1).all()
+    assert len(options["texts"]) == count and all("<iir-0002> person" in text for text in options["texts"])
+    for text, image in zip(options["texts"], words["images"], strict=True):
+        alone = captions.merged([{"caption": "", **image["answers"]}])["attributes"]
+        assert text == captions.compose(alone).replace("a person", "<iir-0002> person", 1)
 
 
 # Drawing
