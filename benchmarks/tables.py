@@ -197,6 +197,7 @@ TABLES = {
     "dcac-curves": dcac_curves,
     "dcac-synthetic": as_stored("dcac_synthetic", words=2),
     "generation-parts": as_stored("generation"),
+    "generation-cost": as_stored("generation_cost"),
     "generation-cards": as_stored("generation_memory", words=2),
     "gpu-dcac": as_stored("gpu/dcac_step", words=2),
     "gpu-pretraining": as_stored("gpu/pretraining", words=2),

@@ -216,7 +216,7 @@ def load_lora(unet, folder):
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
     config = unet.peft_config["default"]
-    own = {name.replace(".default.", "."): value for name, value in unet.named_parameters() if ".lora_" in name}
+    own = {name.replace(".default.", "."): value for name, value in unet.named_parameters() if ".default." in name}
     second = {id(value) for name, value in own.items() if ".lora_B." in name}
     targets = {f"unet.{key}": value for key, value in convert_state_dict_to_diffusers(own).items()}
     wrong = sorted(set(stored) ^ set(targets))
