@@ -147,7 +147,12 @@ def train(job, folder):
     for rest in (*place.glob("checkpoint-*"), place / "model"):
         shutil.rmtree(rest)
     spent = {"seconds": run and round(run.seconds), "cpu_seconds": run and round(run.cpu_seconds)}
-    return job._asdict() | measured | {"feedback": metrics.get("feedback", []), "commit": record["git"]} | spent
+    return (
+        job._asdict()
+        | measured
+        | {"feedback": metrics.get("feedback", []), "commit": record["versions"]["git"]}
+        | spent
+    )
 
 
 def copy_of(spec, folder, job=None):
