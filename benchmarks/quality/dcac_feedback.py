@@ -61,7 +61,10 @@ REMEDIES = {
     "sharp probabilities": ["--tau", "0.1", "--ldm_balance", "0.1"],
     "long warm-up": ["--ldm_warmup_epochs", "6", "--ldm_balance", "0.1"],
     "more weight": ["--ldm_balance", "0.3"],
+    "weighted timesteps": ["--ldm_balance", "0.1"],
 }
+# Arms and remedies that `feedback_variants` makes, in place of `train_dcac.py`.
+VARIANTS = {"shuffled": "shuffled", "weighted timesteps": "timesteps"}
 SIFTING_SEEDS, REPORT_SEEDS = (0, 1), (10, 11, 12, 13, 14, 15)
 TARGETS = {"a": ["b", "c", "d", "e"], "a+e": ["b", "c", "d"]}
 COLUMNS = [
@@ -133,8 +136,8 @@ def train(job, folder):
     words += ["--eval_every", 100, "--validation_ids", 0, "--checkpoints_total_limit", 1]
     if job.arm != "baseline":
         words += ["--cache_dir", folder / "cache"]
-    place = folder / "runs" / job.name
-    script = "-m benchmarks.quality.shuffled_feedback" if job.arm == "shuffled" else "train_dcac.py"
+    place, variant = folder / "runs" / job.name, VARIANTS.get(job.arm) or VARIANTS.get(job.strength)
+    script = f"-m benchmarks.quality.feedback_variants {variant}" if variant else "train_dcac.py"
     run = run_once(script, place, words, "model/model.safetensors")
     finished(run, script)
     metrics = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
