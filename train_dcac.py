@@ -648,9 +648,9 @@ def examine(args, accelerator, model, vae, train, labels, epoch):
         if args.validation_ids:
             rows = spread(range(len(images)), args.validation_ids)
             columns = [[images[row].convert("RGB").resize(size[::-1]) for row in rows]]
+            noised = *(drawn[rows] for drawn in draws[0][:2]), numbers["matters_at"]
             for tokens in (condition[rows], condition[rows].roll(1, 0)):
-                clean = denoise(model.unet, model.schedule, *(drawn[rows] for drawn in draws[0][:2]), tokens)
-                columns.append(decode(vae, clean, size))
+                columns.append(decode(vae, denoise(model.unet, model.schedule, tokens, *noised), size))
             with write_together(Path(args.output_dir) / "samples") as part:
                 sheet(list(zip(*columns, strict=True))).save(part(sample_name(epoch)), "PNG")
     vae.to(home)
@@ -684,7 +684,9 @@ def card_of(args, training, encoder):
 
 def report_of(args, training, num_ids):
     method = "baseline, no diffusion model" if args.diffusion == "none" else f"{args.condition}, {args.unet_mode}"
-    history = training.state["history"]
+    history, notes = training.state["history"], training.results.get("feedback", [])
+    # Without --validation_ids, pictures there are an earlier run's.
+    samples = zip(samples_of(args.output_dir, history) if args.validation_ids else (), notes, strict=False)
     seen = set(args.target or args.source) & set(args.source)
     report = training_report(
         "Baseline" if args.diffusion == "none" else "DCAC",
@@ -699,12 +701,11 @@ def report_of(args, training, num_ids):
             ("Diffusion", method),
             *training.facts,
         ],
-        # Without --validation_ids, pictures there are an earlier run's.
-        samples=samples_of(args.output_dir, history) if args.validation_ids else (),
-        sample_words="In each row: an image; the same, noised and denoised under its own condition; and under that of "
-        "the row above. The condition is trained if the second keeps what the third changes.",
+        samples=[(f"{name}, timestep {note['matters_at']}", path) for (name, path), note in samples],
+        sample_words="In each row: an image; the same, noised up to the timestep where the condition matters most and "
+        "denoised under its own condition; and under that of the row above.",
     )
-    add_notes(report, training.results.get("feedback", []), "What the condition says", FEEDBACK_WORDS)
+    add_notes(report, notes, "What the condition says", FEEDBACK_WORDS)
     return report
 
 

@@ -282,6 +282,17 @@ def test_what_a_condition_says(standins):
         assert numbers[name] == pytest.approx(sum(two) / 2, rel=1e-5)
     worse = [other - own for own, other in zip(losses["own"], losses["another"], strict=True)]
     assert numbers["another_worse"] == pytest.approx(sum(worse) / 2, abs=1e-6)
+    parts = {}
+    for latents, noise, timesteps in draws:
+        for row, time in enumerate(timesteps.tolist()):
+            one = slice(row, row + 1)
+            of = [
+                model.denoise(latents[one], noise[one], timesteps[one], wanted[name][one])
+                for name in ("another", "own")
+            ]
+            parts.setdefault(time // 125, []).append(float(of[0] - of[1]))
+    means = {part: sum(found) / len(found) for part, found in parts.items()}
+    assert numbers["matters_at"] == int((max(means, key=means.get) + 0.5) * 125)
     assert numbers["another_worse_std"] == pytest.approx(abs(worse[0] - worse[1]) / 2**0.5, abs=1e-6)
     leaf = features.clone().requires_grad_()
     bn_features, logits = model.encoder.neck(leaf)
