@@ -638,7 +638,7 @@ def examine(args, accelerator, model, vae, train, labels, epoch):
     firsts = spread([int((labels == label).nonzero()[0]) for label in range(encoder.num_ids)], EXAMINED)
     images, labels = [train[row]["image"] for row in firsts], labels[firsts].to(device)
     transform = test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, "bicubic")
-    was_training, home = model.training, vae.device
+    home = vae.device
     model.eval()
     with accelerator.autocast():
         features = encoder.backbone(torch.stack([transform(image) for image in images]).to(device))
@@ -654,7 +654,6 @@ def examine(args, accelerator, model, vae, train, labels, epoch):
             with write_together(Path(args.output_dir) / "samples") as part:
                 sheet(list(zip(*columns, strict=True))).save(part(sample_name(epoch)), "PNG")
     vae.to(home)
-    model.train(was_training)
     return {"feedback": numbers}
 
 

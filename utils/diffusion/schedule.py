@@ -18,8 +18,6 @@ FEEDBACK_WORDS = (
     "losses. entropy, top: of the probabilities of identities. effective_rank: of the prompts. matters_at: the "
     "timestep about which another's condition is worse most."
 )
-# Parts of the schedule that `matters_at` is chosen of.
-PARTS = 8
 
 
 class NoiseSchedule(nn.Module):
@@ -150,12 +148,12 @@ def examined(model, features, labels, draws):
     return own, numbers | gradients_at_features(model, features, labels, *draws[0])
 
 
-def where_largest(values, draws, num_steps):
+def where_largest(values, draws, num_steps, num_parts=8):
     """The timestep in the middle of that part of the schedule where the mean of values (draws, images) is largest."""
     timesteps = torch.stack([timesteps for _, _, timesteps in draws])
-    parts = F.one_hot(timesteps * PARTS // num_steps, PARTS).to(values)
+    parts = F.one_hot(timesteps * num_parts // num_steps, num_parts).to(values)
     means = torch.einsum("di,dip->p", values, parts) / parts.sum((0, 1))
-    return int((means.nan_to_num(-torch.inf).argmax() + 0.5) * num_steps / PARTS)
+    return int((means.nan_to_num(-torch.inf).argmax() + 0.5) * num_steps / num_parts)
 
 
 @torch.enable_grad()

@@ -95,11 +95,7 @@ def load_part(model_class, part, name, dtype, revision, token, variant=None):
 
 @contextmanager
 def readable(name, part, variant, revision, token):
-    """The arguments by which diffusers finds a part.
-
-    The index of a variant in several files may have a name that diffusers does not look for: then they are those of a
-    folder of links.
-    """
+    """The arguments by which diffusers finds a part: of links if a variant's index has a name it does not know."""
     place = {"pretrained_model_name_or_path": name, "subfolder": part, "revision": revision, "token": token}
     name_of_index = f"{WEIGHTS.replace('.', f'.{variant}.')}.index.json"
     index = variant and part_file(name, part, name_of_index, revision, token)
@@ -107,11 +103,9 @@ def readable(name, part, variant, revision, token):
         yield place | {"variant": variant}
         return
     with tempfile.TemporaryDirectory() as folder:
-        shards = set(read_json(index)["weight_map"].values())
-        links = {"config.json": "config.json", f"{WEIGHTS}.index.json": index.name} | {
-            shard: shard for shard in shards
-        }
-        for link, file in links.items():
+        files = {shard: shard for shard in read_json(index)["weight_map"].values()}
+        files |= {"config.json": "config.json", f"{WEIGHTS}.index.json": index.name}
+        for link, file in files.items():
             (Path(folder) / link).symlink_to(part_file(name, part, file, revision, token).absolute())
         yield {"pretrained_model_name_or_path": folder}
 
