@@ -11,7 +11,7 @@ sifting    source a, target e, two seeds: all arms at all strengths. The caption
            on e is chosen; b, c and d are measured too, and not looked at for the choice.
 report     targets b, c and d, six other seeds, sources a and a+e, without shortcut and with: the baseline, the
            published way, the chosen arm, and the same with captions permuted among identities.
-remedies   of a condition that says nothing, each with own and with permuted captions: seeds and source of the sifting.
+remedies   of a condition that says little, each with own and with permuted captions: seeds and source of the sifting.
 
 Gains are differences to the baseline of the same seed; intervals are Student's, at 95 %, of these differences.
 """
@@ -48,20 +48,23 @@ ARMS = {
     "captions, end": ["--prompt_init", "{own}"],
     "captions, all": ["--prompt_init", "{own}", "--prompt_tokens", "all"],
     "captions, frozen": ["--prompt_init", "{own}", "--prompt_tokens", "all", "--freeze_prompts"],
+    "captions, sharp": ["--prompt_init", "{own}", "--prompt_tokens", "all", "--tau", "0.1"],
     "permuted, end": ["--prompt_init", "{permuted}"],
     "permuted, all": ["--prompt_init", "{permuted}", "--prompt_tokens", "all"],
     "permuted, frozen": ["--prompt_init", "{permuted}", "--prompt_tokens", "all", "--freeze_prompts"],
+    "permuted, sharp": ["--prompt_init", "{permuted}", "--prompt_tokens", "all", "--tau", "0.1"],
     "one caption": ["--prompt_init", "{constant}", "--prompt_tokens", "all"],
     "shuffled": [],
 }
 SIFTED = [
-    "published", "captions, all", "permuted, all", "shuffled", "captions, end", "captions, frozen", "one caption",
+    "published", "captions, sharp", "captions, all", "permuted, all", "shuffled", "captions, end", "captions, frozen",
+    "one caption",
 ]  # fmt: skip
 REMEDIES = {
-    "sharp probabilities": ["--tau", "0.1", "--ldm_balance", "0.1"],
     "long warm-up": ["--ldm_warmup_epochs", "6", "--ldm_balance", "0.1"],
     "more weight": ["--ldm_balance", "0.3"],
     "weighted timesteps": ["--ldm_balance", "0.1"],
+    "sharp, more weight": ["--tau", "0.1", "--ldm_warmup_epochs", "2", "--ldm_balance", "0.3"],
 }
 # Arms and remedies that `feedback_variants` makes, in place of `train_dcac.py`.
 VARIANTS = {"shuffled": "shuffled", "weighted timesteps": "timesteps"}
@@ -102,7 +105,9 @@ def jobs_of(part, choice=None):
         arms = [("baseline", "lambda 1"), *((arm, strength) for strength in STRENGTHS for arm in SIFTED)]
         return [Job(part, "a", 0, *arm, seed) for seed in SIFTING_SEEDS for arm in arms]
     if part == "remedies":
-        arms = [(f"{captions}, all", remedy) for remedy in REMEDIES for captions in ("captions", "permuted")]
+        # The sifting has the other one of this pair.
+        arms = [("permuted, sharp", "balance 0.1")]
+        arms += [(f"{captions}, all", remedy) for remedy in REMEDIES for captions in ("captions", "permuted")]
         return [Job(part, "a", 0, *arm, seed) for seed in SIFTING_SEEDS for arm in arms]
     if choice is None:
         return []
