@@ -32,7 +32,8 @@ class Shuffled(DCAC):
 
 
 class TimestepWeights(nn.Module):
-    """Weights of timesteps, 1 in the mean over the schedule: how much worse another condition is, never below 0.
+    """Weights of timesteps, 1 in the mean over the schedule: half the same everywhere, half by how much worse another
+    condition is.
 
     Measured in parts of the schedule, with sums that forget; 1 everywhere while no part says anything.
     """
@@ -51,7 +52,7 @@ class TimestepWeights(nn.Module):
     def forward(self, timesteps):
         total, count = self.worse
         worse = (total / count.clamp(min=1e-3)).clamp(min=0)
-        weights = worse / worse.mean() if worse.any() else torch.ones_like(worse)
+        weights = (1 + worse / worse.mean()) / 2 if worse.any() else torch.ones_like(worse)
         return weights[self.parts_of(timesteps)]
 
     def update(self, timesteps, worse):

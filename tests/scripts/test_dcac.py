@@ -427,6 +427,19 @@ def test_recipes_set_the_published_values_and_flags_win():
         assert (args.ldm_balance, args.ldm_warmup_epochs, args.ldm_start_epoch) == (None, 0, 1)
 
 
+def test_the_demo_has_a_condition_that_says_something():
+    def found(*flags):
+        args = parse_args([*flags])
+        return args.prompt_init, args.prompt_tokens, args.tau
+
+    random = ("random", "end", 0.6)
+    assert found() == found("--seed", "3") == ("captions", "all", 0.1)
+    assert (
+        found("--prompt_init", "random") == found("--condition", "instance") == found("--diffusion", "none") == random
+    )
+    assert found("--source", "synthetic:domain=a") == found("--recipe", "ma-ms") == random
+
+
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_the_multiplier_is_of_lora_and_prompts(standins, mode):
     model, _ = method(standins, mode=mode, bottleneck="condition-net")
