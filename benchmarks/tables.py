@@ -196,6 +196,7 @@ TABLES = {
     "dcac-steps": dcac_steps,
     "dcac-curves": dcac_curves,
     "dcac-synthetic": as_stored("dcac_synthetic", words=2),
+    "dcac-feedback": as_stored("dcac_feedback", words=6),
     "generation-parts": as_stored("generation"),
     "generation-cards": as_stored("generation_memory", words=2),
     "gpu-dcac": as_stored("gpu/dcac_step", words=2),

@@ -14,6 +14,9 @@ report     targets b, c and d, six other seeds, sources a and a+e, without short
 remedies   of a condition that says little, each with own and with permuted captions: seeds and source of the sifting.
 
 Gains are differences to the baseline of the same seed; intervals are Student's, at 95 %, of these differences.
+
+On one core a run takes 3.5 minutes (baseline), 6 (one token) or 7 (all tokens): the 50 runs of the sifting 5.2 hours,
+the 96 of the report 9 hours, the 18 of the remedies 2 hours. With two commands on two idle cores that is 8 hours.
 """
 
 import argparse

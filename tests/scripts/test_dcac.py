@@ -652,6 +652,7 @@ def test_what_a_run_leaves(finished):
     assert (out / "unet_lora" / "pytorch_lora_weights.safetensors").is_file()
     page = (out / "report.html").read_text()
     assert "Before and after" in page and "Rank-1" in page and "data:image/jpeg" in page
+    assert f"epoch 2, timestep {metrics['feedback'][-1]['matters_at']}" in page
     printed = (finished / "printed").read_text()
     assert "before" in printed and "Rank-1" in printed
     assert json.loads((out / "args.json").read_text())["arguments"]["seed"] == 0
