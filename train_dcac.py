@@ -50,7 +50,7 @@ from utils.flags import CAPTIONER_DIR, CLIP_DIR, DIFFUSION_DIR, above_zero, at_l
 DEMO_SOURCE = "synthetic:domain=a,num_ids=112"
 DEMO_TARGETS = ["synthetic:domain=b", "synthetic:domain=c"]
 # Of 112 identities the classifier is rarely sure, and a mean of many captions says little.
-DEMO_CONDITION = {"prompt_init": "captions", "prompt_tokens": "all", "tau": 0.1}
+DEMO_CONDITION = {"prompt_init": "captions", "prompt_tokens": "all", "tau": 0.1, "ldm_balance": 0.1}
 DEMO = (
     "Demo: DCAC from drawn people of domain a to the unseen domains b and c, with the shipped stand-in models and "
     "captions as prompts; three minutes on two cores. For your own data: --source SPEC --target SPEC --data_root DIR"
@@ -224,7 +224,7 @@ def parse_args(input_args=None):
         if args.origin["dataloader_num_workers"] == "default":
             # People are drawn beside the steps, which leave a second core idle.
             args.dataloader_num_workers = 1
-        if all(args.origin[name] == "default" for name in (*DEMO_CONDITION, "diffusion", "condition")):
+        if all(args.origin[name] == "default" for name in (*DEMO_CONDITION, "ldm_weight", "diffusion", "condition")):
             vars(args).update(DEMO_CONDITION)
     check_args(parser, args)
     args.notes = parser.notes(args)

@@ -430,10 +430,11 @@ def test_recipes_set_the_published_values_and_flags_win():
 def test_the_demo_has_a_condition_that_says_something():
     def found(*flags):
         args = parse_args([*flags])
-        return args.prompt_init, args.prompt_tokens, args.tau
+        return args.prompt_init, args.prompt_tokens, args.tau, args.ldm_balance
 
-    random = ("random", "end", 0.6)
-    assert found() == found("--seed", "3") == ("captions", "all", 0.1)
+    random = ("random", "end", 0.6, None)
+    assert found() == found("--seed", "3") == ("captions", "all", 0.1, 0.1)
+    assert found("--ldm_weight", "2") == found("--ldm_warmup_epochs", "9", "--num_train_epochs", "10", "--tau", "0.6")
     assert (
         found("--prompt_init", "random") == found("--condition", "instance") == found("--diffusion", "none") == random
     )
