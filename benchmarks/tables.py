@@ -196,6 +196,7 @@ TABLES = {
     "dcac-steps": dcac_steps,
     "dcac-curves": dcac_curves,
     "dcac-synthetic": as_stored("dcac_synthetic", words=2),
+    "dcac-feedback": as_stored("dcac_feedback", words=6),
     "generation-parts": as_stored("generation"),
     "generation-cost": as_stored("generation_cost"),
     "generation-cards": as_stored("generation_memory", words=2),
