@@ -204,6 +204,7 @@ TABLES = {
     "dcac-feedback": as_stored("dcac_feedback", words=6),
     "dcac-conditions": dcac_conditions,
     "generation-parts": as_stored("generation"),
+    "generation-cost": as_stored("generation_cost"),
     "generation-cards": as_stored("generation_memory", words=2),
     "gpu-dcac": as_stored("gpu/dcac_step", words=2),
     "gpu-pretraining": as_stored("gpu/pretraining", words=2),

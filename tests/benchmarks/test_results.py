@@ -64,6 +64,7 @@ TABLES = {
     "gpu/generation": lambda raw: generation.table_of(raw["parts"]),
     "gpu/pretraining": lambda raw: pretraining.table_of(raw["models"]),
     "gpu/retrieval": lambda raw: (gpu_retrieval.COLUMNS, gpu_retrieval.table_of(raw["rows"])),
+    "generation_cost": lambda raw: cards.identity_costs(raw["identities"]),
     "generation_memory": lambda raw: cards.identity_cards(raw["counted"]),
     "kernel_builds": lambda raw: kernel_builds.table_of(raw["rows"]),
     "loading": lambda raw: loading.table_of(raw["rows"]),
