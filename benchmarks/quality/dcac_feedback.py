@@ -15,8 +15,8 @@ remedies   of a condition that says little, each with own and with permuted capt
 
 Gains are differences to the baseline of the same seed; intervals are Student's, at 95 %, of these differences.
 
-On one core a run takes 3.5 minutes (baseline), 6 (one token) or 7 (all tokens): the 50 runs of the sifting 5.2 hours,
-the 96 of the report 9 hours, the 18 of the remedies 2 hours. With two commands on two idle cores that is 8 hours.
+A run takes 3.5 minutes of processor time (baseline), 7 (one token) or 8 (all tokens): the 50 runs of the sifting 6.2
+hours, the 96 of the report 10.6, the 18 of the remedies 2.4. Two commands on two idle cores need half of these 19.
 """
 
 import argparse
