@@ -167,15 +167,12 @@ def train(job, folder):
         domain = next(domain for domain, copy in targets.items() if str(copy) == entry["target"])
         when = "before" if entry["epoch"] == 0 else "after"
         measured[when][domain] = {key: entry[key] for key in ("mAP", "rank1")}
-    for rest in (*place.glob("checkpoint-*"), place / "model"):
-        shutil.rmtree(rest)
-    spent = {"seconds": run and round(run.seconds), "cpu_seconds": run and round(run.cpu_seconds)}
-    return (
-        job._asdict()
-        | measured
-        | {"feedback": metrics.get("feedback", []), "commit": record["versions"]["git"]}
-        | spent
-    )
+    for weights in (*place.glob("checkpoint-*"), place / "model"):
+        shutil.rmtree(weights)
+    rest = {"feedback": metrics.get("feedback", []), "commit": record["versions"]["git"]}
+    # A run that was finished before says nothing of its time.
+    rest |= {"seconds": run and round(run.seconds), "cpu_seconds": run and round(run.cpu_seconds)}
+    return job._asdict() | measured | rest
 
 
 def copy_of(spec, folder, job=None):
