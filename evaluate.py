@@ -164,7 +164,7 @@ def add_grouping(parser):
         "or track7_c2_f123.jpg, the camera also from folders like c2 or cam2; in MOT each SEQ is a camera. No camera "
         "sees an identity twice at one time",
     )
-    group.add("--eps", type=float, default=0.45, help="distance of neighbours in DBSCAN, above 0 and below 1")
+    group.add("--eps", type=float, default=0.4, help="distance of neighbours in DBSCAN, above 0 and below 1")
     group.add("--min_samples", type=at_least(2), default=2, help="neighbours that make a core, with the item itself")
     group.add(
         "--cluster_k1",
