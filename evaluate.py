@@ -77,7 +77,12 @@ def build_parser():
         "--calibration",
         metavar="FILE",
         idle=(lambda args: not args.query_dir, "no --query_dir"),
-        help="search: a calibration.json elsewhere; default: that in the folder of --model",
+        help="search: a calibration.json elsewhere; default: that beside the weights of --model, on the Hub too",
+    )
+    group.switch(
+        "--camera_embeddings",
+        "give each image's camera to a model that was trained with cameras (TransReID's SIE): right if the data's "
+        "cameras, counted from 0, are those of its training; else it takes the mean of its cameras",
     )
 
     group = parser.group("data")
@@ -205,6 +210,8 @@ def check_args(parser, args):
         )
     if args.calibration and not os.path.isfile(args.calibration):
         parser.error(f"--calibration {args.calibration}: there is no such file")
+    if args.camera_embeddings and (args.features or args.group_dir):
+        parser.error("--camera_embeddings needs images with known cameras: --data, or --query_dir and --gallery_dir")
     if args.splits and args.query_dir:
         parser.error(f"--splits {args.splits} are those of --data; leave it out with --query_dir")
     if args.splits and args.data and "split=" in args.data:
@@ -244,7 +251,7 @@ from utils.datasets.tracklets import read_tracklets
 from utils.evaluation import calibration as calibrations
 from utils.evaluation.calibration import CALIBRATION
 from utils.evaluation.decisions import COLUMNS, DECISIONS, csv_rows, decide, limits, summary, text_lines
-from utils.evaluation.features import extract, extraction_key, forget_chunks
+from utils.evaluation.features import check_cameras, extract, extract_by_camera, extraction_key, forget_chunks
 from utils.evaluation.findings import Findings, combined, nothing_measured
 from utils.evaluation.groups import grouping
 from utils.evaluation.groups.report import group_report
@@ -255,7 +262,7 @@ from utils.evaluation.self_matches import same_files, share_labels
 from utils.evaluation.thresholds import pair_statistics
 from utils.files import run_record, to_json, versions, write_csv, write_together
 from utils.modeling.export import export_onnx
-from utils.modeling.folder import model_kind
+from utils.modeling.folder import calibration_path, model_kind
 from utils.modeling.reid_model import ReIDModel
 from utils.reporting.report import percent
 
@@ -281,6 +288,8 @@ def main(args):
             accelerator.print(images.info.description)
         model = ReIDModel.open(args.model, args.resolution).to(accelerator.device).eval()
         launch.print_notes(accelerator, model.notes)
+        if args.camera_embeddings and images is not None:
+            check_cameras(model, args.model, images["camid"][:])
         if args.export and accelerator.is_main_process:
             accelerator.print(export_onnx(model, Path(args.export[1])))
         if args.export_only:
@@ -380,7 +389,7 @@ def check_topk(args, splits):
 
 
 def extract_images(args, accelerator, model, images, key):
-    return extract(
+    return (extract_by_camera if args.camera_embeddings else extract)(
         model,
         images,
         test_transform(model.image_size, model.image_mean, model.image_std, model.resample),
@@ -395,7 +404,8 @@ def extract_images(args, accelerator, model, images, key):
 def extract_or_read(args, accelerator, model, images, splits):
     """Pairs of (queries, gallery): read from the output folder if it has exactly these features, else extracted."""
     paths = list(images["path"])
-    key = extraction_key(model, image_identities(images), accelerator, args.eval_batch_size, rows=splits)
+    more = {"rows": splits} | ({"cameras": images["camid"][:]} if args.camera_embeddings else {})
+    key = extraction_key(model, image_identities(images), accelerator, args.eval_batch_size, **more)
     stored = Path(args.output_dir) / FEATURES
     if known := features_of_key(stored, key):
         accelerator.print(f"Features: {stored}, extracted before")
@@ -560,18 +570,23 @@ def calibrated(args, model, findings):
     content = calibrations.calibrate(
         findings.queries, findings.gallery, findings.pairs, protocol=findings.protocol, seed=args.seed
     )
-    about = {"model": args.model, "fingerprint": model and calibrations.fingerprint(model), "data": data_name(args)}
+    key = model and calibrations.fingerprint(model, args.camera_embeddings)
+    about = {"model": args.model, "fingerprint": key, "data": data_name(args)}
     return about | content | {"versions": versions()}
 
 
 def calibration_of(args, accelerator, model):
     """The calibration for a search, or None; says why there is none, and how to get one."""
-    path = args.calibration or Path(args.model) / CALIBRATION
-    content, problem = calibrations.read_calibration(path, calibrations.fingerprint(model))
+    path = args.calibration or calibration_path(args.model)
+    content, problem = calibrations.read_calibration(path, calibrations.fingerprint(model, args.camera_embeddings))
     if problem:
+        how = "--camera_embeddings " if args.camera_embeddings else ""
+        # The folder of a Hub model is the Hub's cache.
+        is_folder = os.path.isdir(args.model)
+        how += "--calibrate" if is_folder else f"--output_dir DIR, then search with --calibration DIR/{CALIBRATION}"
         accelerator.print(
             f"No decisions: {problem}. To get them, calibrate with labelled images of such cameras: "
-            f"python evaluate.py --model {args.model} --data SPEC --calibrate"
+            f"python evaluate.py --model {args.model} --data SPEC {how}"
         )
     return content
 
