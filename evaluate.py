@@ -244,7 +244,7 @@ from utils.batches.chunks import image_identities
 from utils.batches.transforms import test_transform
 from utils.datasets.holdout import hold_out
 from utils.datasets.images import check_files, check_images
-from utils.datasets.load import open_spec
+from utils.datasets.load import known_names, open_spec, parse_spec
 from utils.datasets.schema import names_of
 from utils.datasets.search_folders import read_folders
 from utils.datasets.tracklets import read_tracklets
@@ -258,7 +258,7 @@ from utils.evaluation.groups.report import group_report
 from utils.evaluation.kept_features import features_of_key, load_features, save_features
 from utils.evaluation.metrics import MAX_RANK, RANKS, Side, kept_labels
 from utils.evaluation.report import ResultPictures, evaluation_report
-from utils.evaluation.self_matches import same_files, share_labels
+from utils.evaluation.self_matches import check_labels, same_files, share_labels
 from utils.evaluation.thresholds import pair_statistics
 from utils.files import run_record, to_json, versions, write_csv, write_together
 from utils.modeling.export import export_onnx
@@ -278,11 +278,13 @@ def main(args):
     if args.features:
         model = None
         sides, images, splits, skipped = read_features(args)
+        copies = copies_in(args, images, splits)
     else:
         # A name that is no model shows before images are read.
         model_kind(args.model)
         images, splits, skipped = open_images(args) if not args.export_only else (None, [], [])
         check_topk(args, splits)
+        copies = copies_in(args, images, splits)
         if images is not None and images.info.description:
             # The test identities of a drawn split.
             accelerator.print(images.info.description)
@@ -297,7 +299,7 @@ def main(args):
         calibration = calibration_of(args, accelerator, model) if args.query_dir else None
         sides = extract_or_read(args, accelerator, model, images, splits)
 
-    num_same_files = mark_same_files(args, accelerator, sides, images, splits)
+    num_same_files = mark_same_files(args, accelerator, sides, copies)
     names = {} if images is None else {column: names_of(images, column) for column in ("pid", "camid")}
     for side in (side for pair in sides for side in pair):
         side.names = names
@@ -446,13 +448,32 @@ def read_features(args):
     return sides, images, splits, skipped
 
 
-def mark_same_files(args, accelerator, sides, images, splits):
-    """In a search and under `all` no image may find itself: mark the same files on both sides, and count them."""
-    if images is None or not (args.query_dir or args.protocol == "all"):
+def copies_in(args, images, splits):
+    """For each split what `same_files` says, or None where the data's protocol counts copies as it does all images.
+
+    In a search, under `all`, and in own images where no camera is on both sides, no image may find itself.
+    """
+    if images is None:
+        return None
+    own = args.data and parse_spec(args.data)[0] not in known_names()
+    cameras = [set(camids) for split in splits for *_, camids in split]
+    apart = own and not set().union(*cameras[::2]) & set().union(*cameras[1::2])
+    if not (args.query_dir or args.protocol == "all" or apart):
+        return None
+    copies = [same_files(images, split) for split in splits]
+    if not args.query_dir:
+        for split, (query, gallery, _) in zip(splits, copies, strict=True):
+            check_labels(query, gallery, split, images, names_of(images, "pid"), args.data)
+    return copies
+
+
+def mark_same_files(args, accelerator, sides, copies):
+    """Mark the same files on both sides, and count the pairs; None where none are looked for."""
+    if copies is None:
         return None
     total, disputed = 0, 0
-    for (queries, gallery), split in zip(sides, splits, strict=True):
-        queries.contents, gallery.contents, num_pairs = same_files(images, split)
+    for (queries, gallery), (query_contents, gallery_contents, num_pairs) in zip(sides, copies, strict=True):
+        queries.contents, gallery.contents = query_contents, gallery_contents
         total += num_pairs
         if args.query_dir:
             disputed += share_labels(queries, gallery)
