@@ -109,9 +109,7 @@ def build_parser():
         help="rank these features instead of extracting: safetensors or npz with qf, gf, q_pid, g_pid, q_cam, g_cam; "
         "with --data the report shows that set's images",
     )
-    group.switch(
-        "--skip_unreadable", "leave out images that do not decode and files not named as expected, and list them"
-    )
+    group.switch("--skip_unreadable", flags.SKIP_WORDS)
     add_grouping(parser)
 
     group = parser.group("ranking")
