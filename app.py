@@ -141,7 +141,7 @@ from utils.datasets.images import check_images
 from utils.datasets.load import load_reid, parse_spec
 from utils.datasets.schema import UNKNOWN, Row, check_listed, rows_to_dataset
 from utils.datasets.search_folders import read_folders
-from utils.evaluation.calibration import fingerprint, read_calibration
+from utils.evaluation.calibration import calibration_path, fingerprint, read_calibration
 from utils.evaluation.decisions import decide
 from utils.evaluation.features import extract, extraction_key, forget_chunks
 from utils.evaluation.gallery_search import (
@@ -156,7 +156,7 @@ from utils.evaluation.gallery_search import (
 from utils.evaluation.kept_features import features_of_key, load_features, save_features
 from utils.evaluation.metrics import Side
 from utils.files import run_record, to_json, write_together
-from utils.modeling.folder import calibration_path, model_kind
+from utils.modeling.folder import model_kind
 from utils.modeling.reid_model import ReIDModel
 from utils.reporting.report import TEMPLATES, environment
 

@@ -248,8 +248,9 @@ from utils.datasets.search_folders import read_folders
 from utils.datasets.tracklets import read_tracklets
 from utils.evaluation import calibration as calibrations
 from utils.evaluation.calibration import CALIBRATION
+from utils.evaluation.cameras import check_cameras, extract_by_camera
 from utils.evaluation.decisions import COLUMNS, DECISIONS, csv_rows, decide, limits, summary, text_lines
-from utils.evaluation.features import check_cameras, extract, extract_by_camera, extraction_key, forget_chunks
+from utils.evaluation.features import extract, extraction_key, forget_chunks
 from utils.evaluation.findings import Findings, combined, nothing_measured
 from utils.evaluation.groups import grouping
 from utils.evaluation.groups.report import group_report
@@ -260,7 +261,7 @@ from utils.evaluation.self_matches import check_labels, same_files, share_labels
 from utils.evaluation.thresholds import pair_statistics
 from utils.files import run_record, to_json, versions, write_csv, write_together
 from utils.modeling.export import export_onnx
-from utils.modeling.folder import calibration_path, model_kind
+from utils.modeling.folder import model_kind
 from utils.modeling.reid_model import ReIDModel
 from utils.reporting.report import percent
 
@@ -596,7 +597,7 @@ def calibrated(args, model, findings):
 
 def calibration_of(args, accelerator, model):
     """The calibration for a search, or None; says why there is none, and how to get one."""
-    path = args.calibration or calibration_path(args.model)
+    path = args.calibration or calibrations.calibration_path(args.model)
     content, problem = calibrations.read_calibration(path, calibrations.fingerprint(model, args.camera_embeddings))
     if problem:
         how = "--camera_embeddings " if args.camera_embeddings else ""

@@ -72,39 +72,6 @@ def extract(
     return gathered(parts, len(dataset), batch_size, model.num_features, accelerator)
 
 
-def extract_by_camera(model, dataset, transform, *, key=None, **options):
-    """`extract` for a model that was trained with cameras: each image goes through it with its own `camid`."""
-    camids = torch.tensor(dataset["camid"][:])
-    features = None
-    for camid in camids.unique():
-        rows = (camids == camid).nonzero().flatten()
-        with model.backbone.seen_by(camid[None]):
-            part = extract(
-                model,
-                dataset.select(rows.tolist()),
-                transform,
-                key=key and f"{key}-camera{int(camid)}",
-                desc=f"extracting camera {int(camid)}",
-                **options,
-            )
-        if features is None:
-            features = part.new_empty(len(dataset), part.shape[1])
-        features[rows] = part
-    return features
-
-
-def check_cameras(model, name, camids):
-    """ValueError if the model `name` cannot be given these cameras."""
-    known = getattr(model.backbone.config, "num_cameras", 0)
-    if not known:
-        raise ValueError(f"{name} was not trained with cameras, as TransReID's SIE is; leave out --camera_embeddings")
-    if min(camids) < 0 or max(camids) >= known:
-        raise ValueError(
-            f"{name} knows cameras 0 to {known - 1} of its training set, the images have {min(camids)} to "
-            f"{max(camids)} (-1 is unknown); leave out --camera_embeddings to use the mean of its cameras"
-        )
-
-
 def gathered(parts, count, batch_size, width, accelerator):
     """Join the batches of all processes in order; each process has every n-th batch."""
     if accelerator.num_processes == 1:

@@ -115,15 +115,6 @@ def model_folder(name_or_path, **options):
     return Path(snapshot_download(str(name_or_path), allow_patterns=[*FILES, CALIBRATION], **options))
 
 
-def calibration_path(name_or_path):
-    """Where the calibration of a model is, if it has one: beside its weights, on the Hub in the same revision."""
-    place = Path(name_or_path)
-    if place.exists() or model_kind(name_or_path) != "reid":
-        return place / CALIBRATION
-    # The weights were downloaded just now: another request could find a newer revision.
-    return model_folder(name_or_path, local_files_only=True) / CALIBRATION
-
-
 def read_json(path):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
