@@ -15,8 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.amp import is_autocast_available
 
@@ -232,29 +231,6 @@ def save_unet(unet, mode, output_dir):
 def save_prompts(condition, output_dir):
     with write_together(output_dir) as part:
         save_tensors(condition.state_dict(), part("prompts.safetensors"))
-
-
-def load_lora(unet, folder):
-    """Set the LoRA of a U-Net in mode lora to what `save_unet` wrote; ValueError if it is of another network."""
-    path = Path(folder) / "unet_lora" / "pytorch_lora_weights.safetensors"
-    try:
-        stored = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
-    config = unet.peft_config["default"]
-    own = {name.replace(".default.", "."): value for name, value in unet.named_parameters() if ".default." in name}
-    second = {id(value) for name, value in own.items() if ".lora_B." in name}
-    targets = {f"unet.{key}": value for key, value in convert_state_dict_to_diffusers(own).items()}
-    wrong = sorted(set(stored) ^ set(targets))
-    wrong += [key for key, value in stored.items() if key in targets and value.shape != targets[key].shape]
-    if wrong:
-        raise ValueError(
-            f"{path} is the LoRA of another network or rank: {len(wrong)} of its weights do not fit, {wrong[0]} for "
-            "one"
-        )
-    with torch.no_grad():
-        for key, parameter in targets.items():
-            parameter.copy_(stored[key] * (config.r / config.lora_alpha if id(parameter) in second else 1.0))
 
 
 def save_tensors(state, path):
