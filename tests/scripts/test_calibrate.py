@@ -94,7 +94,7 @@ def test_a_gallery_without_the_person_asked_for(calibrated, tmp_path, capsys):
     [
         (lambda model: (model / "calibration.json").unlink(), "calibration.json does not exist"),
         (lambda model: (model / "calibration.json").write_text("{"), "calibration.json is damaged"),
-        (None, "is of another model: its weights or its image size differ"),
+        (None, "is of another model: its weights, image size or --camera_embeddings differ"),
     ],
 )
 def test_without_a_calibration_a_search_says_how_to_get_one(calibrated, spoil, words, tmp_path, capsys):
