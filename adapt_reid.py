@@ -99,6 +99,7 @@ RECIPES = {
 }
 
 
+UNMEASURED = "nothing: no target has query and gallery; a labelled one has them with holdout=0.3 behind its name"
 DEMO_WORDS = (
     "Demo: {} on drawn people, from the shipped stand-in CLIP; about a minute on two cores. "
     "For your own images: --target SPEC --data_root DIR --backbone DIR --recipe cluster-contrast"
@@ -316,7 +317,7 @@ def main(args):
     accelerator.print(
         f"{' + '.join(args.target)}: {len(target)} images without labels"
         + (f"; {' + '.join(args.source)}: {len(source)} images of {num_source} identities" if source else "")
-        + f"; measured on {', '.join(target.spec for target in targets) or 'nothing'}"
+        + f"; measured on {', '.join(target.spec for target in targets) or UNMEASURED}"
     )
 
     set_seed(args.seed)

@@ -168,7 +168,7 @@ def build_parser():
     data = flags.add_data(
         parser,
         source=f"training sets; default {DEMO_SOURCE}",
-        target="sets with query and gallery to measure on; default a single source's own, or see --holdout",
+        target="sets with query and gallery to measure on; default the sources' own, or see --holdout",
     )
     flags.add_single_image_ids(data)
     flags.add_holdout(data)

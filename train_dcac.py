@@ -96,8 +96,8 @@ def build_parser():
     data = flags.add_data(
         parser,
         source=f"training sets; default {DEMO_SOURCE}",
-        target=f"sets with query and gallery to measure on; default {' '.join(DEMO_TARGETS)} in the demo, else a "
-        "single source's own, or see --holdout",
+        target=f"sets with query and gallery to measure on; default {' '.join(DEMO_TARGETS)} in the demo, else the "
+        "sources' own, or see --holdout",
     )
     flags.add_single_image_ids(data)
     flags.add_holdout(data)

@@ -219,6 +219,9 @@ TABLES = {
     "adaptation": as_stored("adaptation", words=3),
     "thresholds": as_stored("thresholds", words=3),
     "coverage": as_stored("coverage", words=4),
+    "grouping": as_stored("grouping", words=2),
+    "real-people": as_stored("real_people_gt", words=2),
+    "real-people-rough": as_stored("real_people", words=2),
     "faults": as_stored("faults"),
     "chain": chain,
 }

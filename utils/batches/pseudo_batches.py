@@ -24,8 +24,8 @@ class PseudoBatches:
         if self.source and len(self.source) < batch_size // images_per_id:
             raise ValueError(
                 f"a batch needs {batch_size // images_per_id} identities of the source ({batch_size} images, "
-                f"{images_per_id} of each), but there are only {len(self.source)}: use a smaller batch or more images "
-                "of each"
+                f"{images_per_id} of each), but there are only {len(self.source)}: lower --train_batch_size, to at "
+                f"most {len(self.source) * images_per_id}, or raise --images_per_id"
             )
         self.epoch = self.done = 0
 
