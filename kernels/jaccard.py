@@ -6,9 +6,9 @@
     V'_i     = mean of V over the first k2 rows of i's order
     t        = sum_k min(V'_ik, V'_jk),  J = 1 - t / (2 - t)
 
-with h = round(k1 / 2) and o_ij = d_ij / max_k d_ik, d_ij = 2 - 2 cos. compat="torchreid" takes o^2 for o. compat="faiss"
-is the variant that clustering methods share: i itself is one of the k1, so R(i, k1) comes from k1 rows and not k1 + 1
-(R(c, h) stays), and o = d.
+with h = round(k1 / 2) and o_ij = d_ij / max_k d_ik, d_ij = 2 - 2 cos. compat="torchreid" takes o^2 for o.
+compat="faiss" is the variant that clustering methods share: i itself is one of the k1, so that R(i, k1) comes from k1
+rows and not k1 + 1 (R(c, h) stays), and o = d.
 
 A row of V' has about 50 entries at any size of the data set, so V' is stored as sparse rows.
 """

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.batches.pseudo_batches import of_other_cameras
 from utils.evaluation.groups.clusters import NOISE
 from utils.launch import gather_by_domain
 from utils.modeling.memories import PrototypeMemory, class_means, move_in_turn
@@ -20,11 +21,13 @@ class ClusterContrast(nn.Module):
     """
 
     under_deepspeed = True
+    views = ("changed",)
+    draw = staticmethod(of_other_cameras)
 
-    def __init__(self, encoder, args, num_source, num_images):
+    def __init__(self, encoder, args, num_source, cameras, source_size=0):
         super().__init__()
         self.encoder, self.num_source = encoder, num_source
-        self.register_buffer("pseudo_labels", torch.full((num_images,), NOISE))
+        self.register_buffer("pseudo_labels", torch.full((len(cameras),), NOISE))
         self.memory = ClusterMemory(
             torch.zeros(1, encoder.num_features), args.memory_temperature, args.memory_momentum, args.memory_update
         )
@@ -35,6 +38,10 @@ class ClusterContrast(nn.Module):
         return [args.eps]
 
     @staticmethod
+    def least_cameras(args):
+        return 1
+
+    @staticmethod
     def labels_of(clusters, threshold):
         return clusters[0].labels, threshold
 
@@ -42,11 +49,11 @@ class ClusterContrast(nn.Module):
     def labels_for_batches(labels, key):
         return labels
 
-    def make_room(self, num_clusters):
-        """Set the number of prototypes before a checkpoint is loaded."""
-        self.memory.make_room(num_clusters)
+    def tested(self):
+        """The model that is clustered with, measured and saved."""
+        return self.encoder
 
-    def relabel(self, first, target, source, cluster):
+    def relabel(self, epoch, target, source, cluster):
         """Cluster for an epoch; every prototype becomes the mean direction of its cluster."""
         features = target()
         labels = cluster(features)
@@ -105,7 +112,3 @@ class ClusterMemory(PrototypeMemory):
         in_cluster = labels >= 0
         means = class_means(features[in_cluster], labels[in_cluster], int(labels.max()) + 1)
         self.prototypes = means.to(self.prototypes.device)
-
-    def make_room(self, num_clusters):
-        """Set the number of prototypes before a checkpoint is loaded."""
-        self.prototypes = self.prototypes.new_zeros(num_clusters, self.prototypes.shape[1])

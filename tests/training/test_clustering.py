@@ -84,7 +84,8 @@ def test_the_distance_of_clustering_methods(k1, k2):
     if k1 > 2:
         assert (found - dense_of(jaccard_graph(features, k1=k1, k2=k2))).abs().max() > 0.05
         labels = DBSCAN(eps=0.6, min_samples=3, metric="precomputed").fit_predict(want.numpy())
-        assert cluster(features, eps=0.6, min_samples=3, k1=k1, k2=k2, compat="faiss").labels.tolist() == labels.tolist()
+        found = cluster(features, eps=0.6, min_samples=3, k1=k1, k2=k2, compat="faiss")
+        assert found.labels.tolist() == labels.tolist()
 
 
 def test_only_pairs_within_the_distance_are_kept():
