@@ -37,10 +37,13 @@ u the unit-length BNNeck feature of an image,
 
     cluster-contrast  CE(u M^T / temperature, cluster)         M: a prototype a cluster, moved after every step; noise
                                                                is left out
+    hhcl              the same with two memories, of which one is moved by hard images and one by means
     spcl              CE(u C^T / temperature, class)           C: means of a memory with a row of each source identity
                                                                and of each target image; clusters that do not hold at
                                                                a looser and a tighter scale are dissolved, and each
                                                                image in none is a class of its own
+    pplr              labels of the whole body and of its parts refine each other; contrast with proxies of cameras
+    ice               a student learns from its running mean: hard positives, proxies of cameras, equal likenesses
     idm               classes of both domains, hard triplets, and a third domain between them: feature maps mixed with
                       ratios learned for each pair, whose labels and features are bridged likewise
 
@@ -157,6 +160,7 @@ def parse_args(input_args=None):
     args.demo = args.target is None and args.source is None
     args.target = args.target or [DEMO_TARGET]
     args.method = args.method or METHODS[args.setting][0]
+    args.memory_update = args.memory_update or ("hybrid" if args.method == "hhcl" else "momentum")
     if args.setting == "adaptation" and args.source is None and args.demo:
         args.source = [DEMO_SOURCE]
     check_args(parser, args)
@@ -184,6 +188,9 @@ def check_args(parser, args):
     if not 0 < args.eps - gap <= args.eps + gap < 1:
         listed = f" with --eps_gap {args.eps_gap}" if gap else ""
         parser.error(f"--eps {args.eps}{listed} must be above 0 and below 1, the largest Jaccard distance")
+    if (args.memory_update in ("hybrid", "instances")) != (args.method == "hhcl"):
+        known = "hybrid and instances" if args.method == "hhcl" else "momentum, hard and mean"
+        parser.error(f"--memory_update {args.memory_update} is not of --method {args.method}, which has {known}")
     if len(args.erasing_value) not in (1, 3):
         parser.error(f"--erasing_value takes 1 number or 3, got {len(args.erasing_value)}")
     if args.images_per_id < 2:
@@ -202,7 +209,9 @@ import torch
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 
 from methods.cluster_contrast import ClusterContrast
+from methods.ice import ICE
 from methods.idm import IDM
+from methods.pplr import PPLR
 from methods.spcl import SpCL
 from utils import launch
 from utils.batches.augmentation import view_transform
@@ -229,8 +238,11 @@ from utils.training.teacher import buffer_shapes, reshape_buffers
 
 MODULES = {
     "cluster-contrast": ClusterContrast,
+    "hhcl": ClusterContrast,
     "spcl": SpCL,
     "idm": IDM,
+    "pplr": PPLR,
+    "ice": ICE,
 }
 
 

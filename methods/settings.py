@@ -3,7 +3,7 @@
 from utils.flags import above_zero, at_least, fraction, not_negative
 
 # The first of a setting is its default.
-METHODS = {"unsupervised": ("cluster-contrast", "spcl"), "adaptation": ("spcl", "idm")}
+METHODS = {"unsupervised": ("cluster-contrast", "hhcl", "spcl", "pplr", "ice"), "adaptation": ("spcl", "idm")}
 NAMES = tuple(dict.fromkeys(name for names in METHODS.values() for name in names))
 JACCARD = {"paper": None, "faiss": "faiss"}
 
@@ -44,10 +44,55 @@ SPCL = PUBLISHED | {
     "probability_floor": 1e-6,
 }
 ADAPTATION = {"setting": "adaptation", "source": ["msmt17"]}
+HHCL = CLUSTERS | {"method": "hhcl", "eps": 0.45, "steps_per_epoch": 200, "num_train_epochs": 60}
+HHCL |= {"lr_milestones": [21, 41], "hard_weight": 0.5, "mean_weight": 0.25}
+PPLR = PUBLISHED | {
+    "method": "pplr",
+    "resolution": [384, 128],
+    "eps": 0.4,
+    "num_parts": 3,
+    "agreement_neighbours": 20,
+    "label_weight": 0.5,
+    "smoothing_epochs": 5,
+    "label_smoothing": 0.1,
+    "camera_weight": 0.5,
+    "hard_proxies": 50,
+    "proxy_temperature": 0.07,
+    "class_rows": 3000,
+}
+ICE = PUBLISHED | {
+    "method": "ice",
+    "eps": 0.55,
+    "norm_group": 8,
+    "train_batch_size": 32,
+    "num_train_epochs": 40,
+    # The authors' first epoch has a tenth of the rate, their eleventh all of it.
+    "lr_warmup_epochs": 11,
+    "lr_warmup_factor": 0.01,
+    "lr_milestones": [],
+    "erasing": 0.6,
+    "blur": 0.5,
+    "teacher_momentum": 0.999,
+    "label_smoothing": 0.1,
+    "centre_temperature": 0.5,
+    "view_temperature": 0.1,
+    "camera_weight": 0.5,
+    "hard_proxies": 50,
+    "proxy_temperature": 0.07,
+    "consistency_weight": 10.0,
+    "consistency_temperature": 0.4,
+}
+MSMT17 = {"target": ["msmt17"]}
 RECIPES = {
     "cluster-contrast": CLUSTERS | {"method": "cluster-contrast", "pooling": "gem", "steps_per_epoch": 200},
+    "hhcl": HHCL,
+    "hhcl-msmt17": HHCL | MSMT17 | {"eps": 0.7, "steps_per_epoch": 300},
     "spcl": SPCL,
     "spcl-adaptation": SPCL | ADAPTATION,
+    "pplr": PPLR,
+    "pplr-msmt17": PPLR | MSMT17 | {"eps": 0.6, "camera_weight": 1.0},
+    "ice": ICE,
+    "ice-msmt17": ICE | MSMT17,
     "idm": PUBLISHED | ADAPTATION | {"method": "idm", "jaccard": "paper", "earlier_weight": 1.0},
 }
 
@@ -58,18 +103,20 @@ def only(*methods):
 
 def add_flags(parser):
     """The flags of each method; one that another method has too stands in the group of the first."""
-    memory = ("cluster-contrast", "spcl")
-    group = parser.group("cluster-contrast and spcl", idle=only(*memory))
+    memory = ("cluster-contrast", "hhcl", "spcl")
+    group = parser.group("cluster-contrast, hhcl and spcl", idle=only(*memory))
     group.add("--memory_temperature", type=above_zero, default=0.05, help="temperature of the memory's loss")
     group.add("--memory_momentum", type=fraction, default=0.2, help="what a row of the memory keeps in an update")
     group.add(
         "--memory_update",
-        choices=["momentum", "hard", "mean"],
-        default="momentum",
-        idle=only("cluster-contrast"),
+        choices=["momentum", "hard", "mean", "hybrid", "instances"],
+        idle=only("cluster-contrast", "hhcl"),
         help="of cluster-contrast: a prototype is moved by each image in turn, by the one least like it, or by their "
-        "mean",
+        "mean; of hhcl: hybrid (two memories, of hard and of mean), or instances (the paper's own form); default "
+        "momentum, of hhcl hybrid",
     )
+    group.add("--hard_weight", type=not_negative, default=0.5, idle=only("hhcl"), help="of hhcl: of hard images")
+    group.add("--mean_weight", type=not_negative, default=0.25, idle=only("hhcl"), help="of hhcl: of the means")
     group.add(
         "--eps_gap",
         type=not_negative,
@@ -85,8 +132,9 @@ def add_flags(parser):
         help="of spcl: added to a probability before its logarithm; 1e-6 in the authors' code",
     )
 
-    group = parser.group("idm", idle=only("idm"))
+    group = parser.group("idm, pplr and ice", idle=only("idm", "pplr", "ice"))
     group.add("--label_smoothing", type=fraction, default=0.1, help="of the classes")
+    group = parser.group("idm", idle=only("idm"))
     group.add("--margin", type=not_negative, default=0.3, help="of the triplets")
     group.add("--mix_stage", type=at_least(0), default=0, help="maps after so many stages are mixed")
     group.add("--mix_weight", type=fraction, default=0.7, help="weight of mixed against own labels")
@@ -98,3 +146,27 @@ def add_flags(parser):
         default=0.0,
         help="weight of the triplets with features of earlier batches (XBM); 1 in the published runs",
     )
+
+    group = parser.group("pplr and ice", idle=only("pplr", "ice"))
+    group.add(
+        "--camera_weight",
+        type=not_negative,
+        default=0.5,
+        help="weight of the contrast with the cameras' proxies; with 0 no cameras are needed",
+    )
+    group.add("--hard_proxies", type=at_least(1), default=50, help="the most similar ones of other clusters")
+    group.add("--proxy_temperature", type=above_zero, default=0.07, help="temperature of that contrast")
+
+    group = parser.group("pplr", idle=only("pplr"))
+    group.add("--num_parts", type=at_least(1), default=3, help="horizontal stripes of a map")
+    group.add("--agreement_neighbours", type=at_least(1), default=20, help="nearest images that are compared")
+    group.add("--label_weight", type=fraction, default=0.5, help="weight of pseudo label against parts' predictions")
+    group.add("--smoothing_epochs", type=at_least(0), default=1, help="epochs before agreement smooths parts' labels")
+    group.add("--class_rows", type=at_least(2), default=3000, help="rows of the classifiers: the most clusters")
+
+    group = parser.group("ice", idle=only("ice"))
+    group.add("--teacher_momentum", type=fraction, default=0.99, help="what the teacher keeps in a step")
+    group.add("--centre_temperature", type=above_zero, default=0.5, help="temperature of the clusters' centres")
+    group.add("--view_temperature", type=above_zero, default=0.1, help="temperature between two views")
+    group.add("--consistency_weight", type=not_negative, default=10.0, help="weight of equal likenesses in two views")
+    group.add("--consistency_temperature", type=above_zero, default=0.4, help="temperature of these likenesses")
