@@ -11,6 +11,9 @@ q: the student's BNNeck features of a changed view, k and w: the teacher's of an
                images of one camera
     L_same     KL(softmax(w w^T / t_s) || softmax(q k^T / t_s)), rows of the batch, all of unit length
 
+The authors' code gives each column of the matrix of unit-length proxies the length 1 before it compares features with
+them: `--proxy_scale columns`, which the recipes have.
+
 The teacher is the running mean of the student's weights, with norms of its own that see the batch. It is clustered
 with, measured and saved.
 """
@@ -78,6 +81,8 @@ class ICE(nn.Module):
         sums = features.new_zeros(count, features.shape[1]).index_add_(0, labels[inside], features[inside])
         self.centres = (sums / labels[inside].bincount(minlength=count)[:, None]).to(device)
         proxies, proxy_labels, _ = camera_proxies(features, labels, self.cameras.cpu())
+        if self.args.proxy_scale == "columns":
+            proxies = F.normalize(proxies, dim=0)
         self.proxies, self.proxy_labels = proxies.to(device), proxy_labels.to(device)
         return labels
 

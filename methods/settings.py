@@ -75,6 +75,7 @@ ICE = PUBLISHED | {
     "teacher_momentum": 0.999,
     "label_smoothing": 0.1,
     "centre_temperature": 0.5,
+    "proxy_scale": "columns",
     "view_temperature": 0.1,
     "camera_weight": 0.5,
     "hard_proxies": 50,
@@ -166,6 +167,12 @@ def add_flags(parser):
 
     group = parser.group("ice", idle=only("ice"))
     group.add("--teacher_momentum", type=fraction, default=0.99, help="what the teacher keeps in a step")
+    group.add(
+        "--proxy_scale",
+        choices=["unit", "columns"],
+        default="unit",
+        help="length of cameras' proxies; columns: that of a column of their matrix, as in the authors' code",
+    )
     group.add("--centre_temperature", type=above_zero, default=0.5, help="temperature of the clusters' centres")
     group.add("--view_temperature", type=above_zero, default=0.1, help="temperature between two views")
     group.add("--consistency_weight", type=not_negative, default=10.0, help="weight of equal likenesses in two views")

@@ -25,9 +25,10 @@ def module(standins, *more):
     return ICE(encoder, args, 0, CAMERAS)
 
 
+@pytest.mark.parametrize("scale", ["unit", "columns"])
 @torch.no_grad()
-def test_losses_by_formulas(standins):
-    model = module(standins)
+def test_losses_by_formulas(standins, scale):
+    model = module(standins, "--proxy_scale", scale)
     known = unit(14, model.encoder.num_features)
     model.pseudo_labels.copy_(model.relabel(1, lambda: known.float(), None, lambda features: LABELS))
     centres = torch.stack([known[label == LABELS].mean(0) for label in range(4)])
@@ -36,6 +37,9 @@ def test_losses_by_formulas(standins):
     q, k, w = (4 * unit(8, known.shape[1], seed=seed) for seed in (1, 2, 3))
     loss, values = model.losses(q.float(), k.float(), w.float(), rows)
     y, cameras, proxies = LABELS[rows].tolist(), CAMERAS[rows].tolist(), proxies_of(known)
+    if scale == "columns":
+        lengths = torch.stack(list(proxies.values())).norm(dim=0)
+        proxies = {key: proxy / lengths for key, proxy in proxies.items()}
     by_centre, by_view, by_camera, apart = [], [], {}, 0.0
     odds = (q @ centres.t() / 0.4).log_softmax(1)
     q1, k1, w1 = (side / side.norm(dim=1, keepdim=True) for side in (q, k, w))
