@@ -46,6 +46,7 @@ u the unit-length BNNeck feature of an image,
     ice               a student learns from its running mean: hard positives, proxies of cameras, equal likenesses
     idm               classes of both domains, hard triplets, and a third domain between them: feature maps mixed with
                       ratios learned for each pair, whose labels and features are bridged likewise
+    cacl              classes of both domains, one camera of the target after the other; a reconstruction
 
 Of the source, `--source`, labels are used; those of `--target`, where it has any, only for numbers in the report. A
 batch has K images of each cluster, as different cameras saw it where the data say which camera an image is of.
@@ -208,6 +209,7 @@ import datasets
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 
+from methods.cacl import CaCL
 from methods.cluster_contrast import ClusterContrast
 from methods.ice import ICE
 from methods.idm import IDM
@@ -243,6 +245,7 @@ MODULES = {
     "idm": IDM,
     "pplr": PPLR,
     "ice": ICE,
+    "cacl": CaCL,
 }
 
 
@@ -359,14 +362,22 @@ def main(args):
             desc=f"features of the {words}",
         )
 
+    def features_of_source(rows=None):
+        """The mean direction of each identity, or the features of some images."""
+        if rows is None:
+            return class_means(features_of(source, "source"), source_labels, num_source)
+        return features_of(source.select(rows), "source")
+
     def relabel(epoch):
         """Clusters of the target as the model sees it now; memory or classifier follow them."""
         bare.pseudo_labels.copy_(
             bare.relabel(
                 epoch,
                 target=lambda model=None: features_of(target, "target", model),
-                source=lambda: class_means(features_of(source, "source"), source_labels, num_source),
-                cluster=lambda features: shared_labels(args, training, bare, features, truth, epoch - 1)[0],
+                source=features_of_source,
+                cluster=lambda features, rows=None: shared_labels(
+                    args, training, bare, features, truth if rows is None or truth is None else truth[rows], epoch - 1
+                )[0],
             )
         )
         # Sizes that follow from the clusters; a run that resumes makes room for them.
@@ -464,7 +475,7 @@ def cameras_of(args, target, least):
     numbers = {camera: number for number, camera in enumerate(sorted(set(listed)))}
     if len(numbers) < least:
         raise ValueError(
-            f"--method {args.method} compares images of different cameras, and {' + '.join(args.target)} shows "
+            f"--method {args.method} needs images of {least} cameras or more, and {' + '.join(args.target)} shows "
             f"{len(numbers)}: give a set whose names or column camid tell the cameras, or another method"
         )
     return torch.tensor([numbers[camera] for camera in listed])

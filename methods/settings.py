@@ -3,7 +3,7 @@
 from utils.flags import above_zero, at_least, fraction, not_negative
 
 # The first of a setting is its default.
-METHODS = {"unsupervised": ("cluster-contrast", "hhcl", "spcl", "pplr", "ice"), "adaptation": ("spcl", "idm")}
+METHODS = {"unsupervised": ("cluster-contrast", "hhcl", "spcl", "pplr", "ice"), "adaptation": ("spcl", "idm", "cacl")}
 NAMES = tuple(dict.fromkeys(name for names in METHODS.values() for name in names))
 JACCARD = {"paper": None, "faiss": "faiss"}
 
@@ -83,6 +83,7 @@ ICE = PUBLISHED | {
     "consistency_weight": 10.0,
     "consistency_temperature": 0.4,
 }
+CACL = PUBLISHED | ADAPTATION | {"method": "cacl", "label_smoothing": 0.1}
 MSMT17 = {"target": ["msmt17"]}
 RECIPES = {
     "cluster-contrast": CLUSTERS | {"method": "cluster-contrast", "pooling": "gem", "steps_per_epoch": 200},
@@ -95,6 +96,8 @@ RECIPES = {
     "ice": ICE,
     "ice-msmt17": ICE | MSMT17,
     "idm": PUBLISHED | ADAPTATION | {"method": "idm", "jaccard": "paper", "earlier_weight": 1.0},
+    "cacl": CACL,
+    "cacl-msmt17": CACL | MSMT17 | {"source": ["market1501"]},
 }
 
 
@@ -133,7 +136,7 @@ def add_flags(parser):
         help="of spcl: added to a probability before its logarithm; 1e-6 in the authors' code",
     )
 
-    group = parser.group("idm, pplr and ice", idle=only("idm", "pplr", "ice"))
+    group = parser.group("idm, cacl, pplr and ice", idle=only("idm", "cacl", "pplr", "ice"))
     group.add("--label_smoothing", type=fraction, default=0.1, help="of the classes")
     group = parser.group("idm", idle=only("idm"))
     group.add("--margin", type=not_negative, default=0.3, help="of the triplets")
@@ -177,3 +180,6 @@ def add_flags(parser):
     group.add("--view_temperature", type=above_zero, default=0.1, help="temperature between two views")
     group.add("--consistency_weight", type=not_negative, default=10.0, help="weight of equal likenesses in two views")
     group.add("--consistency_temperature", type=above_zero, default=0.4, help="temperature of these likenesses")
+
+    group = parser.group("cacl", idle=only("cacl"))
+    group.add("--stages", type=at_least(0), default=0, help="stages in which cameras are added; default one a camera")
