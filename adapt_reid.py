@@ -58,7 +58,7 @@ and XBM where the authors do, and `--norm_group` to the images of one of their G
 published ones are of the epoch that was best on the test images.
 """
 
-from methods.settings import JACCARD, METHODS, NAMES, RECIPES, add_flags
+from methods.settings import JACCARD, METHODS, NAMES, RECIPES, add_flags, named_method
 from utils import flags
 from utils.flags import CLIP_DIR, at_least, fraction
 
@@ -75,7 +75,8 @@ STAND_IN = (
 )
 
 
-def build_parser():
+def build_parser(shown=None):
+    """`shown`: the method whose flags the help lists, beside those of all methods."""
     parser = flags.Parser(__doc__, recipes=RECIPES)
     flags.add_recipe(
         parser,
@@ -91,7 +92,7 @@ def build_parser():
     parser.add(
         "--method",
         choices=NAMES,
-        help="default cluster-contrast, under adaptation spcl",
+        help="default cluster-contrast, under adaptation spcl; --method NAME --help lists only the flags of NAME",
     )
     data = flags.add_data(
         parser,
@@ -137,7 +138,7 @@ def build_parser():
         default="paper",
         help="distance; faiss, of most methods' code, counts an image among its own k1 and divides by no largest one",
     )
-    add_flags(parser)
+    add_flags(parser, shown)
 
     group = flags.add_training(
         parser,
@@ -156,7 +157,7 @@ def build_parser():
 
 
 def parse_args(input_args=None):
-    parser = build_parser()
+    parser = build_parser(named_method(input_args))
     args = parser.parse(input_args)
     args.demo = args.target is None and args.source is None
     args.target = args.target or [DEMO_TARGET]
@@ -259,8 +260,8 @@ def main(args):
     # What can be wrong with data and configuration shows before a model is loaded.
     if not MODULES[args.method].under_deepspeed and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
-            f"--method {args.method} writes the clusters' means into its classifier before every epoch, behind "
-            "DeepSpeed's back; start it without DeepSpeed"
+            f"--method {args.method} writes weights beside the optimizer's steps, behind DeepSpeed's back; start it "
+            "without DeepSpeed"
         )
     target, truth, measurable = open_unlabelled(args.target, args.data_root, skip_unreadable=args.skip_unreadable)
     source, source_labels = None, torch.zeros(0, dtype=torch.int64)

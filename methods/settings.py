@@ -1,5 +1,8 @@
 """Published values and flags of the methods of adapt_reid.py. torch is not imported here: `--help` answers at once."""
 
+import argparse
+import sys
+
 from utils.flags import above_zero, at_least, fraction, not_negative
 
 # The first of a setting is its default.
@@ -105,40 +108,70 @@ def only(*methods):
     return lambda args: args.method not in methods, lambda args: f"--method {args.method}"
 
 
-def add_flags(parser):
-    """The flags of each method; one that another method has too stands in the group of the first."""
-    memory = ("cluster-contrast", "hhcl", "spcl")
-    group = parser.group("cluster-contrast, hhcl and spcl", idle=only(*memory))
+def named_method(input_args=None):
+    """The method in a list of arguments, by default those of the process; None without one."""
+    words = sys.argv[1:] if input_args is None else input_args
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", nargs="?")
+    parser.add_argument("--recipe", nargs="?")
+    known, _ = parser.parse_known_args(words)
+    return known.method or RECIPES.get(known.recipe, {}).get("method")
+
+
+class Flags:
+    """Adds groups of flags of methods to a parser; with `shown`, the help lists only those of that method."""
+
+    def __init__(self, parser, shown):
+        self.parser, self.shown = parser, shown
+
+    def group(self, *methods):
+        self.hidden = self.shown in NAMES and self.shown not in methods
+        title = None if self.hidden else f"{', '.join(methods[:-1])} and {methods[-1]}".removeprefix(" and ")
+        self.flags = self.parser.group(title, idle=only(*methods))
+        return self
+
+    def add(self, name, *, of=(), **options):
+        """`of`: the methods of the group that have this flag, by default all."""
+        hidden = self.hidden or (of and self.shown in NAMES and self.shown not in of)
+        if hidden:
+            options["help"] = argparse.SUPPRESS
+        self.flags.add(name, idle=only(*of) if of else (), **options)
+
+
+def add_flags(parser, shown=None):
+    """The flags of each method; one that several methods have stands once."""
+    flags = Flags(parser, shown)
+    group = flags.group("cluster-contrast", "hhcl", "spcl")
     group.add("--memory_temperature", type=above_zero, default=0.05, help="temperature of the memory's loss")
     group.add("--memory_momentum", type=fraction, default=0.2, help="what a row of the memory keeps in an update")
     group.add(
         "--memory_update",
         choices=["momentum", "hard", "mean", "hybrid", "instances"],
-        idle=only("cluster-contrast", "hhcl"),
+        of=("cluster-contrast", "hhcl"),
         help="of cluster-contrast: a prototype is moved by each image in turn, by the one least like it, or by their "
         "mean; of hhcl: hybrid (two memories, of hard and of mean), or instances (the paper's own form); default "
         "momentum, of hhcl hybrid",
     )
-    group.add("--hard_weight", type=not_negative, default=0.5, idle=only("hhcl"), help="of hhcl: of hard images")
-    group.add("--mean_weight", type=not_negative, default=0.25, idle=only("hhcl"), help="of hhcl: of the means")
+    group.add("--hard_weight", type=not_negative, default=0.5, of=("hhcl",), help="of hhcl: of hard images")
+    group.add("--mean_weight", type=not_negative, default=0.25, of=("hhcl",), help="of hhcl: of the means")
     group.add(
         "--eps_gap",
         type=not_negative,
         default=0.02,
-        idle=only("spcl"),
+        of=("spcl",),
         help="of spcl: looser and tighter scale are this far from eps",
     )
     group.add(
         "--probability_floor",
         type=not_negative,
         default=0.0,
-        idle=only("spcl"),
+        of=("spcl",),
         help="of spcl: added to a probability before its logarithm; 1e-6 in the authors' code",
     )
 
-    group = parser.group("idm, cacl, pplr and ice", idle=only("idm", "cacl", "pplr", "ice"))
+    group = flags.group("idm", "cacl", "pplr", "ice")
     group.add("--label_smoothing", type=fraction, default=0.1, help="of the classes")
-    group = parser.group("idm", idle=only("idm"))
+    group = flags.group("idm")
     group.add("--margin", type=not_negative, default=0.3, help="of the triplets")
     group.add("--mix_stage", type=at_least(0), default=0, help="maps after so many stages are mixed")
     group.add("--mix_weight", type=fraction, default=0.7, help="weight of mixed against own labels")
@@ -151,7 +184,7 @@ def add_flags(parser):
         help="weight of the triplets with features of earlier batches (XBM); 1 in the published runs",
     )
 
-    group = parser.group("pplr and ice", idle=only("pplr", "ice"))
+    group = flags.group("pplr", "ice")
     group.add(
         "--camera_weight",
         type=not_negative,
@@ -161,14 +194,14 @@ def add_flags(parser):
     group.add("--hard_proxies", type=at_least(1), default=50, help="the most similar ones of other clusters")
     group.add("--proxy_temperature", type=above_zero, default=0.07, help="temperature of that contrast")
 
-    group = parser.group("pplr", idle=only("pplr"))
+    group = flags.group("pplr")
     group.add("--num_parts", type=at_least(1), default=3, help="horizontal stripes of a map")
     group.add("--agreement_neighbours", type=at_least(1), default=20, help="nearest images that are compared")
     group.add("--label_weight", type=fraction, default=0.5, help="weight of pseudo label against parts' predictions")
     group.add("--smoothing_epochs", type=at_least(0), default=1, help="epochs before agreement smooths parts' labels")
     group.add("--class_rows", type=at_least(2), default=3000, help="rows of the classifiers: the most clusters")
 
-    group = parser.group("ice", idle=only("ice"))
+    group = flags.group("ice")
     group.add("--teacher_momentum", type=fraction, default=0.99, help="what the teacher keeps in a step")
     group.add(
         "--proxy_scale",
@@ -181,5 +214,5 @@ def add_flags(parser):
     group.add("--consistency_weight", type=not_negative, default=10.0, help="weight of equal likenesses in two views")
     group.add("--consistency_temperature", type=above_zero, default=0.4, help="temperature of these likenesses")
 
-    group = parser.group("cacl", idle=only("cacl"))
+    group = flags.group("cacl")
     group.add("--stages", type=at_least(0), default=0, help="stages in which cameras are added; default one a camera")

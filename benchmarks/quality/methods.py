@@ -94,9 +94,7 @@ def rows_of(runs):
                 f"{name} ({lost} of {len(its)} collapsed)" if lost else name,
                 in_percent([one["history"][0]["mAP"] for one in its]),
                 *(in_percent([end[key] for end in ends]) for key in ("mAP", "rank1")),
-                in_percent([one["clusters"][-1]["ari"] for one in its])
-                if all(one["clusters"] for one in its)
-                else "-",
+                in_percent([one["ari"] for one in last]) if last else "-",
                 f"{statistics.fmean(one['cpu'] / max(one['epochs'], 1) for one in its):.1f}",
                 f"{max(one['gib'] for one in its):.2f}",
                 ", ".join(map(str, sorted({one["epochs"] for one in its}))),

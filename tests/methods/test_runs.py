@@ -107,12 +107,15 @@ def test_two_processes_train_as_one(command, straight, tmp_path, kind):
     launch(SCRIPT, *command(kind), "--train_batch_size", "4", "--output_dir", tmp_path, processes=2)
     one, two = log_of(straight(kind)), log_of(tmp_path)
     assert len(one) == len(two) == 6
-    pairs = [(left[name], right[name]) for left, right in zip(one, two, strict=True) for name in left]
-    differences = [abs(left - right) / max(1, abs(left)) for left, right in pairs]
+    differences = [
+        max(abs(left[name] - right[name]) / max(1, abs(left[name])) for name in left)
+        for left, right in zip(one, two, strict=True)
+    ]
     first, second = weights_of(straight(kind)), weights_of(tmp_path)
     weights = max(float((first[name].float() - second[name].float()).abs().max()) for name in first)
-    print(f"\n{kind}: two processes and one: log {max(differences):.1e}, weights {weights:.1e}")
-    assert max(differences) < 2e-3 and weights < 2e-3
+    print(f"\n{kind}: first step {differences[0]:.1e}, all steps {max(differences):.1e}, weights {weights:.1e}")
+    # Sums in another order; Adam and a low temperature enlarge their rounding errors from step to step.
+    assert differences[0] < 1e-4 and max(differences) < 2e-2 and weights < 2e-3
 
 
 @pytest.mark.slow
@@ -184,6 +187,23 @@ def test_arguments_that_cannot_be(arguments, words, capsys):
     with pytest.raises(SystemExit) as stop:
         adapt_reid.parse_args(arguments)
     assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_help_lists_the_flags_of_one_method(capsys):
+    def listed(*arguments):
+        with pytest.raises(SystemExit):
+            adapt_reid.parse_args([*arguments, "--help"])
+        return capsys.readouterr().out
+
+    own = {"--num_parts": "pplr", "--teacher_momentum": "ice", "--mix_stage": "idm", "--eps_gap": "spcl"}
+    everything = listed()
+    assert all(flag in everything for flag in (*own, "--camera_weight", "--learning_rate"))
+    for words in (["--method", "pplr"], ["--recipe", "pplr-msmt17"]):
+        shown = listed(*words)
+        assert [flag for flag in own if flag in shown] == ["--num_parts"]
+        assert "--camera_weight" in shown and "--learning_rate" in shown and "--memory_update" not in shown
+    # Hidden flags still work.
+    assert adapt_reid.parse_args(["--method", "pplr", "--mix_stage", "1"]).mix_stage == 1
 
 
 def test_recipes_hold_the_published_values():

@@ -489,7 +489,9 @@ def test_idm_does_not_start_under_deepspeed(small, tmp_path):
         capture_output=True,
         text=True,
     )
-    assert run.returncode and "--method idm writes" in run.stderr and "start it without DeepSpeed" in run.stderr
+    assert (
+        run.returncode and "--method idm writes weights" in run.stderr and "start it without DeepSpeed" in run.stderr
+    )
 
 
 def test_going_on_with_other_arguments_names_them(small, finished, tmp_path):
