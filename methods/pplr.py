@@ -90,8 +90,7 @@ class PPLR(nn.Module):
             )
         for classifier, side in zip(classifiers, (whole, *parts), strict=True):
             classifier.weight[:count] = class_means(side[inside], labels[inside], count).to(device)
-        agreement = [neighbour_agreement(whole, side, self.args.agreement_neighbours) for side in parts]
-        self.agreement.copy_(torch.stack(agreement, dim=1))
+        self.agreement.copy_(neighbour_agreement(whole, parts, self.args.agreement_neighbours))
         cameras = self.cameras.cpu()
         found = [camera_proxies(side, labels, cameras) for side in (whole, *parts)]
         self.proxies = torch.stack([proxies for proxies, *_ in found]).to(device)

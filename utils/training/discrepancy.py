@@ -2,8 +2,6 @@
 
 import torch
 
-from utils.modeling.losses import distances
-
 # Bandwidths of the Gaussian kernels, times the median distance.
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 
@@ -14,10 +12,12 @@ def mean_discrepancy(features, others):
 
     k is the sum over the bandwidths s of exp(-d^2 / 2 s^2), d the distance; the median is that of all different pairs.
     """
+    # In float64 a matrix product loses nothing that counts here.
     count, both = len(features), torch.cat([features, others]).double()
-    apart = distances(both).double()
-    above = torch.ones_like(apart, dtype=torch.bool).triu(1)
-    median = apart[above].median().clamp(min=1e-12)
-    kernel = sum((-apart.square() / (2 * (scale * median) ** 2)).exp() for scale in SCALES)
+    lengths = both.square().sum(1)
+    squares = (lengths[:, None] + lengths[None, :] - 2 * both @ both.t()).clamp(min=0)
+    above = torch.ones_like(squares, dtype=torch.bool).triu(1)
+    median = squares[above].median().clamp(min=1e-24)
+    kernel = sum((squares / (-2 * scale**2 * median)).exp_() for scale in SCALES)
     own, other, between = kernel[:count, :count], kernel[count:, count:], kernel[:count, count:]
     return float(own.mean() + other.mean() - 2 * between.mean())
