@@ -30,7 +30,6 @@ ADAPT = "--setting adaptation --source a"
 RUNS = {
     "cluster contrast": "",
     "+ learned GeM": "--pooling gem",
-    "+ bicubic tests": "--test_resample bicubic",
     "+ norms of 16 images": "--norm_group 16",
     "+ the authors' distance": "--jaccard faiss",
     "HHCL": "--method hhcl --jaccard faiss",
