@@ -49,7 +49,8 @@ In a ResNet the last stage keeps its resolution (stride 1), but for MGN's global
 places in every block, so AGW and SBS add no non-local blocks to them, and MGN's branches share their one map of
 tokens, of which they pool the stripes. CLIP's class token stands in for GeM, BDB's mean and MGN's global branch;
 Swin's maps have signs, so GeM takes their positive and negative parts apart. A reduction is never wider than the
-backbone. Left out: SBS's AutoAugment, MGN's mirrored images at test time, MetaBIN's colour jitter.
+backbone. Left out: SBS's AutoAugment, MGN's mirrored images at test time. Results are those of the last epoch; most
+published ones are those of the epoch that is best on the test set.
 """
 
 import argparse
@@ -216,9 +217,10 @@ def build_parser():
         nargs=2,
         metavar=("LOW", "HIGH"),
         default=[0.001, 0.1],
-        help="the rate of the inner step goes up and down between these",
+        help="the rate of the inner step is --meta_rate times a factor that goes up and down between these",
     )
     group.add("--meta_period", type=above_zero, default=5.0, help="epochs in which it does so once")
+    group.add("--meta_first_steps", type=at_least(1), default=10, help="steps of the weights before the first of rho")
     group.switch("--meta_first_order", "without second derivatives, as the authors' code: less work")
 
     group = flags.add_training(parser, batch=32, epochs=8, accumulation=flags.ONE_PASS)
@@ -299,7 +301,7 @@ from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from transformers import PreTrainedConfig
 
-from methods.metabin import MetaBatches, domains_held_in, inner_rate, meta_step
+from methods.metabin import MetaBatches, bias_groups, domains_held_in, inner_factor, meta_step, no_meta_step
 from utils import launch
 from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import training_loader
@@ -470,7 +472,10 @@ def main(args):
         pin_memory=accelerator.device.type == "cuda",
     )
     bare = FineTuning(model, args)
-    method, optimizer = accelerator.prepare(bare, optimizer_of(args, [{"params": trained(model)}]))
+    groups = [{"params": trained(model)}]
+    if args.method == METABIN:
+        groups = bias_groups(model.named_parameters(), args.learning_rate)
+    method, optimizer = accelerator.prepare(bare, optimizer_of(args, groups))
     training.begin(method, optimizer, rates_of(args, optimizer, training.num_steps, own_schedule(args)))
     params = trained(method)
     period = max(2, round(args.meta_period * sampler.steps_of(1)))
@@ -516,6 +521,9 @@ def training_step(training, method, bare, batch, params):
 def balance(training, model, batch, domains, period):
     """MetaBIN's second half of a step: every norm's mixture moves, and nothing else. Its losses."""
     args, accelerator = training.args, training.accelerator
+    number = training.step + 1 - args.meta_first_steps
+    if number < 0:
+        return no_meta_step(model.backbone)
     images, labels, rows = (batch[name][args.train_batch_size :] for name in ("images", "labels", "indices"))
     return meta_step(
         model.backbone,
@@ -523,8 +531,8 @@ def balance(training, model, batch, domains, period):
         labels.to(accelerator.device, non_blocking=True),
         domains[rows].to(accelerator.device),
         domains_held_in(int(domains.max()) + 1, f"{args.seed}/{training.step}"),
-        inner_rate=inner_rate(training.step, period, *args.meta_inner_rates),
-        outer_rate=args.meta_rate,
+        inner_factor=inner_factor(number, period, *args.meta_inner_rates),
+        rate=args.meta_rate,
         first_order=args.meta_first_order,
         reduce=lambda slopes: accelerator.reduce(slopes, reduction="mean"),
     )
