@@ -21,7 +21,7 @@
 #     "triton>=3.6.0",
 # ]
 # ///
-"""Fine-tune a Re-ID model with labels, by one of five methods, from any start: where does a better start show?
+"""Fine-tune a Re-ID model with labels, by one of seven methods, from any start: where does a better start show?
 
     accelerate launch --config_file accelerate_config.yaml finetune_reid.py
     accelerate launch finetune_reid.py --source ./people --backbone microsoft/resnet-50 --output_dir output/people
@@ -44,6 +44,12 @@ means of ten splits; beside these methods there is then
 
     metabin  mean, BNNeck; a ResNet's norms are mixtures     as bot, without centres; after each step the mixtures
              of batch and instance norm                      follow what helps held-out sources, see methods/metabin.py
+    meta     GeM; a ResNet with norms of each source, its    as bot, without centres, of each source and of all; a
+             experts, mixed by gates, and a branch of all    source's expert teaches the gates, see methods/meta.py
+
+    accelerate launch finetune_reid.py --recipe protocol-2 --method meta --data_root ~/reid --output_dir output/meta
+
+is the published comparison: all images of Market-1501, CUHK02, CUHK03 and CUHK-SYSU to train on.
 
 In a ResNet the last stage keeps its resolution (stride 1), but for MGN's global branch. Swin and CLIP compare all
 places in every block, so AGW and SBS add no non-local blocks to them, and MGN's branches share their one map of
@@ -56,6 +62,8 @@ published ones are those of the epoch that is best on the test set.
 import argparse
 import math
 
+from methods import generalisation
+from methods.generalisation import EPOCH_COSINE, META, METABIN
 from utils import flags
 from utils.flags import CLIP_DIR, above_zero, at_least, fraction, not_negative
 
@@ -64,7 +72,6 @@ DEMO_SOURCES = [f"synthetic:domain={name},num_ids=24" for name in "abc"]
 DEMO_TARGETS = ["synthetic:domain=d,num_ids=16", "synthetic:domain=e,num_ids=16"]
 SETTINGS = ("supervised", "few-shot", "small-scale", "generalisation")
 PARTS = ("few-shot", "small-scale")
-METABIN = "metabin"
 DELAYED_COSINE = "delayed_cosine"
 SOFT = "soft"
 # What a method's losses are made of; MGN takes the mean over its groups, BDB the sum, as their authors do.
@@ -75,6 +82,7 @@ LOSSES = {
     "mgn": {"triplet": "hard", "margin": 1.2, "label_smoothing": 0.0, "groups": "mean", "centre_weight": 0.0},
     "bdb": {"triplet": "hard", "margin": SOFT, "label_smoothing": 0.1, "groups": "sum", "centre_weight": 0.0},
     METABIN: {"triplet": "hard", "margin": 0.3, "label_smoothing": 0.1, "groups": "sum", "centre_weight": 0.0},
+    META: {"triplet": "hard", "margin": 0.3, "label_smoothing": 0.1, "groups": "sum", "centre_weight": 0.0},
 }
 METHODS = tuple(LOSSES)
 # SBS is also how it is trained, at any size.
@@ -137,19 +145,19 @@ PUBLISHED = {
         "lr_warmup_factor": 0.1,
         "lr_milestones": [200, 300],
     },
-    METABIN: BAG_OF_TRICKS
-    | {
-        "setting": "generalisation",
-        "source": [f"{name}:all_for_training=true" for name in ("market1501", "cuhk02", "cuhk03np", "cuhksysu")],
-        "target": ["prid", "grid", "viper", "ilids"],
-        "erasing": 0.0,
-        "train_batch_size": 80,
-        "num_train_epochs": 100,
-        "optimizer": "sgd",
-        "learning_rate": 0.01,
-        "meta_first_order": True,
-    },
+    METABIN: BAG_OF_TRICKS | generalisation.PUBLISHED[METABIN],
+    META: BAG_OF_TRICKS | generalisation.PUBLISHED[META],
 }
+
+
+def recipes_of(method):
+    published = PUBLISHED.get(method, {})
+    return {
+        "published": published,
+        "protocol-2": published | generalisation.PROTOCOL_2,
+        METABIN: PUBLISHED[METABIN] | {"method": METABIN},
+        META: PUBLISHED[META] | {"method": META},
+    }
 
 
 DEMO_WORDS = (
@@ -163,9 +171,14 @@ STAND_IN = (
 
 
 def build_parser():
-    parser = flags.Parser(__doc__, recipes={"published": {}})
+    parser = flags.Parser(__doc__, recipes=recipes_of("bot"))
     parser.add("--method", choices=METHODS, default="bot", help="method; its losses are set with it")
-    flags.add_recipe(parser, "the method's published values, Market-1501 and an ImageNet ResNet-50")
+    flags.add_recipe(
+        parser,
+        "published: the method's published values, Market-1501 and an ImageNet ResNet-50; protocol-2: the same, but "
+        "four sources, all their images, and four small sets to measure on; metabin, meta: the published values of "
+        "these methods",
+    )
     data = flags.add_data(
         parser,
         source=f"training sets; default {DEMO_SOURCE}",
@@ -208,32 +221,36 @@ def build_parser():
     group.add("--circle_scale", type=above_zero, default=64.0, idle=sbs, help="of sbs")
     group.add("--circle_margin", type=fraction, default=0.35, idle=sbs, help="of sbs")
 
-    metabin = (lambda args: args.method != METABIN, lambda args: f"--method {args.method}")
-    group = parser.group("metabin", idle=metabin)
-    group.add("--meta_rate", type=above_zero, default=0.1, help="rate of the mixtures of norms")
-    group.add(
-        "--meta_inner_rates",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        default=[0.001, 0.1],
-        help="the rate of the inner step is --meta_rate times a factor that goes up and down between these",
-    )
-    group.add("--meta_period", type=above_zero, default=5.0, help="epochs in which it does so once")
-    group.add("--meta_first_steps", type=at_least(1), default=10, help="steps of the weights before the first of rho")
-    group.switch("--meta_first_order", "without second derivatives, as the authors' code: less work")
-
+    generalisation.add_flags(parser)
     group = flags.add_training(parser, batch=32, epochs=8, accumulation=flags.ONE_PASS)
     group.add("--freeze_steps", type=at_least(0), default=0, help="first steps in which the backbone does not train")
-    flags.add_optimizer(parser, learning_rate=3e-4, weight_decay=5e-4)
-    group = flags.add_schedule(parser, milestones=[7], own=[DELAYED_COSINE])
-    delayed = (lambda args: args.lr_scheduler != DELAYED_COSINE, lambda args: f"--lr_scheduler {args.lr_scheduler}")
-    group.add(
-        "--lr_delay_epochs", type=at_least(0), default=0, idle=delayed, help="delayed_cosine (of SBS): flat epochs"
+    group = flags.add_optimizer(parser, learning_rate=3e-4, weight_decay=5e-4)
+    group.switch(
+        "--nesterov",
+        "of sgd",
+        idle=(lambda args: args.optimizer != "sgd", lambda args: f"--optimizer {args.optimizer}"),
     )
-    group.add("--lr_final_factor", type=fraction, default=0.01, idle=delayed, help="delayed_cosine: factor at the end")
+    group = flags.add_schedule(parser, milestones=[7], own=[DELAYED_COSINE, EPOCH_COSINE])
+
+    def scheduled(*names):
+        return lambda args: args.lr_scheduler not in names, lambda args: f"--lr_scheduler {args.lr_scheduler}"
+
+    group.add(
+        "--lr_delay_epochs",
+        type=at_least(0),
+        default=0,
+        idle=scheduled(DELAYED_COSINE),
+        help="delayed_cosine (of SBS): flat epochs",
+    )
+    group.add(
+        "--lr_final_factor",
+        type=fraction,
+        default=0.01,
+        idle=scheduled(DELAYED_COSINE, EPOCH_COSINE),
+        help="delayed_cosine, epoch_cosine (of META): factor at the end",
+    )
     flags.add_memory(parser)
-    flags.add_evaluation(parser, every=1)
+    flags.add_evaluation(parser, every=1, resample=True)
     flags.add_output(parser, "output/finetune")
     return parser
 
@@ -245,11 +262,13 @@ def margin(text):
 def parse_args(input_args=None):
     parser = build_parser()
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--method", default="bot")
-    method = first.parse_known_args(input_args)[0].method
+    first.add_argument("--method")
+    first.add_argument("--recipe")
+    given = first.parse_known_args(input_args)[0]
+    method = given.method or (given.recipe if given.recipe in (METABIN, META) else "bot")
     # A name that is none is refused below.
     parser.set_defaults(**LOSSES.get(method, {}), **DEMO.get(method, {}))
-    args = parser.parse(input_args, {"published": PUBLISHED.get(method, {})})
+    args = parser.parse(input_args, recipes_of(method))
     args.demo = args.source is None and args.target is None
     if args.demo and args.setting == "generalisation":
         args.source, args.target = DEMO_SOURCES, DEMO_TARGETS
@@ -265,11 +284,9 @@ def check_args(parser, args):
     """What the arguments alone show to be wrong."""
     if args.fraction is not None and args.setting not in PARTS:
         parser.error(f"--fraction {args.fraction} belongs to --setting few-shot or small-scale")
-    if args.method == METABIN and args.setting != "generalisation":
-        parser.error(f"--method {METABIN} learns from several domains: it belongs to --setting generalisation")
-    low, high = args.meta_inner_rates
-    if not 0 <= low <= high < math.inf:
-        parser.error(f"--meta_inner_rates must be 0 or more, the lower one first, got {low} {high}")
+    generalisation.check_args(parser, args)
+    if args.nesterov and not args.adam_beta1:
+        parser.error("--nesterov needs momentum, --adam_beta1 above 0")
     for name in ("train_batch_size", "images_per_id"):
         if getattr(args, name) < 2:
             parser.error(
@@ -291,6 +308,7 @@ if __name__ == "__main__":
     # Before torch and transformers are imported, so that --help and a mistyped flag answer at once.
     args = parse_args()
 
+import functools
 import random
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -301,10 +319,12 @@ from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from transformers import PreTrainedConfig
 
-from methods.metabin import MetaBatches, bias_groups, domains_held_in, inner_factor, meta_step, no_meta_step
+from methods.meta import DomainBatches, Meta, cosine_after_warmup
+from methods.metabin import BIAS_RATE, MetaBatches, domains_held_in, inner_factor, meta_step, no_meta_step
 from utils import launch
+from utils.batches.augmentation import AutoAugmentTransform
 from utils.batches.samplers import IdentitySampler
-from utils.batches.transforms import training_loader
+from utils.batches.transforms import train_transform, training_loader
 from utils.datasets import hold_out_of
 from utils.datasets.load import digest_of, labels_of, open_source, subset
 from utils.evaluation.targets import open_targets
@@ -315,6 +335,7 @@ from utils.modeling.losses import CentreLoss, circle_logits, hard_triplet, weigh
 from utils.modeling.norms import add_batch_instance_norms, share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
 from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained
+from utils.training.optimizer import bias_groups
 from utils.training.report import training_report
 
 
@@ -324,6 +345,8 @@ def check_start(args):
     family, kind = "resnet", model_kind(args.backbone)
     if kind == "reid":
         method = PreTrainedConfig.get_config_dict(args.backbone)[0].get("method", "bot")
+        if method == META:
+            raise ValueError(f"--backbone {args.backbone} has experts of its sources, which no other training can use")
         if method not in ("bot", args.method, *IMPORTED_HEADS):
             raise ValueError(
                 f"--backbone {args.backbone} is a model of method {method}; it can start --method {method} only"
@@ -334,6 +357,11 @@ def check_start(args):
         family = config.model_type
         if args.method == "mgn" and config.model_type == "resnet" and len(config.hidden_sizes) < 2:
             raise ValueError(f"--backbone {args.backbone} has one stage; mgn parts in the last stage but one")
+    if args.method == META and family != "resnet":
+        raise ValueError(
+            f"--backbone {args.backbone} is a {family}; --method {META} gives a plain ResNet norms of each domain: "
+            "give a ResNet, such as backbone/ of pretrain_backbone.py --backbone resnet50"
+        )
     if args.method == METABIN and not family.startswith(("resnet", "osnet")):
         raise ValueError(
             f"--backbone {args.backbone} is a {family}: it has no BatchNorm, which --method {METABIN} mixes with "
@@ -415,7 +443,9 @@ def delayed_cosine(epoch, step, args):
 
 
 def main(args):
-    accelerator = launch.start_training(args, find_unused_parameters=args.freeze_steps > 0)
+    # Of meta, a step leaves the experts of other domains out.
+    unused = args.freeze_steps > 0 or args.method == META
+    accelerator = launch.start_training(args, find_unused_parameters=unused)
     stand_ins = STAND_IN if args.backbone == CLIP_DIR else None
     launch.introduce(args, accelerator, demo=DEMO_WORDS.format(args.method), stand_ins=stand_ins)
     # What can be wrong with data and configuration shows before a model is loaded.
@@ -460,7 +490,8 @@ def main(args):
         f"measured on {', '.join(target.spec for target in targets) or 'nothing'}"
     )
 
-    model = build_model(args, accelerator, num_ids)
+    id_domains = torch.zeros(num_ids, dtype=torch.int64).scatter(0, labels, domains)
+    model = build_model(args, accelerator, num_ids, id_domains)
     loader = training_loader(
         model,
         train,
@@ -470,13 +501,12 @@ def main(args):
         erasing=args.erasing,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        transform=transform_of(args),
     )
-    bare = FineTuning(model, args)
-    groups = [{"params": trained(model)}]
-    if args.method == METABIN:
-        groups = bias_groups(model.named_parameters(), args.learning_rate)
-    method, optimizer = accelerator.prepare(bare, optimizer_of(args, groups))
-    training.begin(method, optimizer, rates_of(args, optimizer, training.num_steps, own_schedule(args)))
+    bare = Meta(model, args, id_domains) if args.method == META else FineTuning(model, args)
+    method, optimizer = accelerator.prepare(bare, optimizer_of(args, groups_of(args, model)))
+    schedule = own_schedule(args, sampler.steps_of(1))
+    training.begin(method, optimizer, rates_of(args, optimizer, training.num_steps, schedule))
     params = trained(method)
     period = max(2, round(args.meta_period * sampler.steps_of(1)))
 
@@ -554,6 +584,8 @@ def build_sampler(args, accelerator, train, labels, domains, batch_size):
             "takes two; raise --train_batch_size or lower --images_per_id"
         )
     share = accelerator.process_index, accelerator.num_processes
+    if args.method == META:
+        return DomainBatches(labels.tolist(), train["domain"][:], batch_size, args.images_per_id, args.seed, *share)
     sampler = IdentitySampler(labels.tolist(), batch_size, args.images_per_id, args.seed, *share)
     if args.method != METABIN:
         return sampler
@@ -561,26 +593,48 @@ def build_sampler(args, accelerator, train, labels, domains, batch_size):
     return MetaBatches(sampler, labels.tolist(), train["domain"][:], each, args.images_per_id, args.seed)
 
 
-def build_model(args, accelerator, num_ids):
+def build_model(args, accelerator, num_ids, id_domains):
     set_seed(args.seed)
     head = "bot" if args.method == METABIN else args.method
-    model = ReIDModel.for_training(args.backbone, num_ids=num_ids, image_size=tuple(args.resolution), method=head)
+    options = {"domains": id_domains.bincount().tolist(), "gate": args.meta_gate} if args.method == META else None
+    model = ReIDModel.for_training(
+        args.backbone,
+        num_ids=num_ids,
+        image_size=tuple(args.resolution),
+        resample=args.test_resample,
+        method=head,
+        head_options=options,
+    )
     launch.print_notes(accelerator, model.notes)
     if args.method == METABIN:
         add_batch_instance_norms(model.backbone)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     # The necks see the gathered batch anyway.
-    for part in (model.backbone, getattr(model.head, "branches", None), getattr(model.head, "bottleneck", None)):
+    for part in (model.backbone, *(getattr(model.head, name, None) for name in ("branches", "branch", "bottleneck"))):
         if part is not None:
             share_batch_statistics(part, accelerator.device)
     return model
 
 
-def own_schedule(args):
-    if args.lr_scheduler != DELAYED_COSINE:
-        return None
-    return lambda epoch, step: delayed_cosine(epoch, step, args)
+def groups_of(args, model):
+    """Parameters for the optimizer: MetaBIN's biases are faster, META's do not decay."""
+    if args.method not in (METABIN, META):
+        return [{"params": trained(model)}]
+    rate = {"lr": BIAS_RATE * args.learning_rate} if args.method == METABIN else {"weight_decay": 0.0}
+    return bias_groups(model.named_parameters(), **rate)
+
+
+def transform_of(args):
+    if not args.auto_augment and not args.colour_jitter:
+        return train_transform
+    return functools.partial(AutoAugmentTransform, auto=args.auto_augment, jitter=args.colour_jitter)
+
+
+def own_schedule(args, steps_per_epoch):
+    if args.lr_scheduler == EPOCH_COSINE:
+        return lambda epoch, step: cosine_after_warmup(epoch, step, args, steps_per_epoch)
+    return (lambda epoch, step: delayed_cosine(epoch, step, args)) if args.lr_scheduler == DELAYED_COSINE else None
 
 
 def part_of(args, train, labels):

@@ -138,15 +138,6 @@ def inner_factor(step, period, low, high):
     return low + (high - low) * (1 - abs(2 * place - 1))
 
 
-def bias_groups(named_parameters, learning_rate):
-    """Groups for an optimiser: biases at twice the rate."""
-    weights, biases = [], []
-    for name, parameter in named_parameters:
-        if parameter.requires_grad:
-            (biases if name.endswith("bias") else weights).append(parameter)
-    return [{"params": weights}, {"params": biases, "lr": BIAS_RATE * learning_rate}]
-
-
 def domains_held_in(num_domains, seed):
     """Half of the domains (rounded up), drawn from a seed."""
     return sorted(random.Random(f"held in/{seed}").sample(range(num_domains), (num_domains + 1) // 2))

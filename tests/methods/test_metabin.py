@@ -21,6 +21,7 @@ from utils.batches.samplers import IdentitySampler
 from utils.datasets.load import load_reid, load_sources
 from utils.modeling.norms import BatchInstanceNorm, add_batch_instance_norms, balances
 from utils.modeling.reid_model import ReIDModel
+from utils.training.optimizer import bias_groups
 
 SOURCES = [f"synthetic:domain={name},num_ids=4,images_per_id=4" for name in "abc"]
 TARGET = "synthetic:domain=d,num_ids=3,images_per_id=4"
@@ -279,7 +280,7 @@ def test_biases_learn_at_twice_the_rate():
     model = tiny("resnet", "bot").train()
     add_batch_instance_norms(model.backbone)
     before = copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.SGD(metabin.bias_groups(model.named_parameters(), 0.1), lr=0.1)
+    optimizer = torch.optim.SGD(bias_groups(model.named_parameters(), lr=metabin.BIAS_RATE * 0.1), lr=0.1)
     model.pool(people(8)).square().sum().backward()
     optimizer.step()
     moved = {True: 0, False: 0}

@@ -42,6 +42,25 @@ class RandAugmentTransform:
         return self.usual(image, rng)
 
 
+class AutoAugmentTransform:
+    """AutoAugment of a share of the pictures, then `TrainTransform` with other colours of a share of the crops."""
+
+    def __init__(self, image_size=(256, 128), mean=HALF, std=HALF, *, auto=0.1, jitter=0.5, **options):
+        self.usual = TrainTransform(image_size, mean, std, after_crop=self.recolour, **options)
+        bicubic = v2.InterpolationMode.BICUBIC
+        self.auto = v2.RandomApply([v2.AutoAugment(interpolation=bicubic, fill=[128] * 3)], auto)
+        self.jitter = v2.RandomApply([v2.ColorJitter(brightness=0.15, contrast=0.1)], jitter)
+
+    def recolour(self, image, rng):
+        with drawn_by(rng):
+            return self.jitter(image)
+
+    def __call__(self, image, rng):
+        with drawn_by(rng):
+            image = self.auto(image.convert("RGB"))
+        return self.usual(image, rng)
+
+
 class MultiCrop:
     """Two crops of most of a person and several of parts: {"whole": (2, 3, H, W), "parts": (n, 3, h, w)}.
 

@@ -59,6 +59,7 @@ class TrainTransform:
         erasing_area=(0.02, 0.4),
         erasing_aspect=(0.3, 3.3),
         erasing_value=0.5,
+        after_crop=None,
     ):
         if resample not in RESAMPLE:
             raise ValueError(f"resample must be one of {', '.join(RESAMPLE)}, got {resample!r}")
@@ -67,6 +68,8 @@ class TrainTransform:
         self.erasing, self.erasing_area, self.erasing_aspect = erasing, erasing_area, erasing_aspect
         # The value is filled in after normalisation: with mean and std 0.5, a value of 0.5 is a light grey of 0.75.
         self.erasing_value = erasing_value
+        # A change of the cropped picture, (picture, rng) -> picture.
+        self.after_crop = after_crop
 
     def __call__(self, image, rng):
         height, width = self.image_size
@@ -78,6 +81,8 @@ class TrainTransform:
             moved = Image.new("RGB", (width, height))
             moved.paste(image, (self.padding - left, self.padding - top))
             image = moved
+        if self.after_crop is not None:
+            image = self.after_crop(image, rng)
         tensor = to_tensor(image, self.mean, self.std)
         if rng.random() < self.erasing:
             self.erase(tensor, rng)
@@ -144,9 +149,11 @@ class TransformedImages(torch.utils.data.Dataset):
         return self.transform(self.dataset[row]["image"])
 
 
-def training_loader(model, dataset, labels, sampler, *, padding, erasing, num_workers=0, pin_memory=False):
+def training_loader(
+    model, dataset, labels, sampler, *, padding, erasing, num_workers=0, pin_memory=False, transform=train_transform
+):
     """A loader of augmented batches, resized and normalised for a model; `sampler` yields (row, key) pairs."""
-    transform = train_transform(model.image_size, model.image_mean, model.image_std, padding=padding, erasing=erasing)
+    transform = transform(model.image_size, model.image_mean, model.image_std, padding=padding, erasing=erasing)
     return torch.utils.data.DataLoader(
         ReIDImages(dataset, transform, labels),
         batch_sampler=sampler,

@@ -84,6 +84,8 @@ def not_plain(config):
         return "norms are mixtures of batch and instance norm"
     if config["backbone"]["model_type"].startswith("resnet") and config.get("method", "bot") in ("agw", "sbs"):
         return f"ResNet has the non-local blocks of {config['method']}"
+    if config.get("method") == "meta":
+        return "ResNet has the norms of several domains"
     if config["backbone"]["model_type"].startswith("resnet") and config.get("method") == "mgn":
         return "ResNet has the stride of mgn's global branch"
     return None

@@ -10,7 +10,15 @@ from utils.launch import bitsandbytes_module
 
 
 def build_optimizer(
-    groups, name="adam", *, learning_rate, weight_decay=0.0, betas=(0.9, 0.999), epsilon=1e-8, use_8bit=False
+    groups,
+    name="adam",
+    *,
+    learning_rate,
+    weight_decay=0.0,
+    betas=(0.9, 0.999),
+    epsilon=1e-8,
+    use_8bit=False,
+    nesterov=False,
 ):
     """adam (weight decay as L2), adamw (decoupled) or sgd (momentum betas[0]) over parameter groups.
 
@@ -23,9 +31,19 @@ def build_optimizer(
         kind = optim.Adam8bit if name == "adam" else optim.AdamW8bit
         return kind(groups, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=learning_rate, momentum=betas[0], weight_decay=weight_decay)
+        options = {"momentum": betas[0], "weight_decay": weight_decay, "nesterov": nesterov}
+        return torch.optim.SGD(groups, lr=learning_rate, **options)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
     return kind(groups, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay)
+
+
+def bias_groups(named_parameters, **of_biases):
+    """Two groups, weights and biases, with options for the biases."""
+    weights, biases = [], []
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            (biases if name.endswith("bias") else weights).append(parameter)
+    return [{"params": weights}, {"params": biases, **of_biases}]
 
 
 def warmup_multistep(epoch, warmup_epochs, warmup_factor, milestones, gamma):
