@@ -153,7 +153,7 @@ from utils.evaluation.gallery_search import (
     transform_of,
     uploaded_query,
 )
-from utils.evaluation.kept_features import load_features, save_features
+from utils.evaluation.kept_features import features_of_key, load_features, save_features
 from utils.evaluation.metrics import Side
 from utils.files import run_record, to_json, write_together
 from utils.modeling.folder import model_kind
@@ -196,7 +196,8 @@ def open_gallery(args, accelerator):
     if args.features:
         return read_gallery(args, accelerator)
     name = args.model or CLIP_DIR
-    kind = model_kind(name)
+    # A name that is no model shows before images are read.
+    model_kind(name)
     if args.gallery_dir:
         folder = Path(args.gallery_dir)
         images = read_folders(folder, folder)[1]
@@ -205,43 +206,26 @@ def open_gallery(args, accelerator):
         source, options = parse_spec(DEMO_DATA)
         images, folder = load_reid(source, **options)["gallery"], None
     source = args.gallery_dir or DEMO_DATA
-    model = open_model(name, kind, args.resolution).to(accelerator.device).eval()
+    model = open_model(name, args.resolution, accelerator)
     side = extract_or_read(args, accelerator, model, images, source)
     place = {path: row for row, path in enumerate(images["path"])}
     images = images.select([place[path] for path in side.paths])
     return Gallery(side, images, folder, model, name, source, accelerator)
 
 
-def open_model(name, kind, resolution):
+def open_model(name, resolution, accelerator):
     model = ReIDModel.open(name, resolution or (DEMO_RESOLUTION if name == CLIP_DIR else None))
-    if kind == "reid" and resolution and tuple(resolution) != tuple(model.image_size):
-        raise ValueError(
-            f"{name} takes images of {model.image_size[0]} x {model.image_size[1]}; leave out --resolution"
-        )
-    return model
+    return model.to(accelerator.device).eval()
 
 
 def extract_or_read(args, accelerator, model, images, source):
     """The gallery side: read from the output folder if it has exactly these features, else extracted and stored."""
-    key = extraction_key(
-        model,
-        image_identities(images),
-        image=[model.image_size, model.image_mean, model.image_std, model.resample],
-        precision=accelerator.mixed_precision,
-        device=accelerator.device.type,
-        batch_size=args.eval_batch_size,
-        skip_unreadable=args.skip_unreadable,
-        labels=[images["pid"][:], images["camid"][:]],
-    )
+    more = {"skip_unreadable": args.skip_unreadable, "labels": [images["pid"][:], images["camid"][:]]}
+    key = extraction_key(model, image_identities(images), accelerator, args.eval_batch_size, **more)
     stored = Path(args.output_dir) / FEATURES
-    if stored.is_file():
-        try:
-            ((_, gallery),), header = load_features(stored)
-        except ValueError:
-            header = {}
-        if header.get("key") == key:
-            print(f"Features: {stored}, extracted before")
-            return gallery
+    if known := features_of_key(stored, key):
+        print(f"Features: {stored}, extracted before")
+        return known[0][1]
     images, _ = check_images(images, skip_unreadable=args.skip_unreadable, where=source)
     features = extract(
         model,
@@ -283,7 +267,7 @@ def read_gallery(args, accelerator):
             raise ValueError(f"--image_root {folder} has no image of {args.features}, such as {side.paths[0]}")
         if len(there) < len(side):
             print(f"{len(side) - len(there):,} of {len(side):,} images are not in {folder}: their names are shown")
-    model = open_model(name, model_kind(name), args.resolution).to(accelerator.device).eval()
+    model = open_model(name, args.resolution, accelerator)
     width = side.features.shape[1]
     if model.num_features != width:
         raise ValueError(

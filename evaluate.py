@@ -104,9 +104,7 @@ def build_parser():
         help="rank these features instead of extracting: safetensors or npz with qf, gf, q_pid, g_pid, q_cam, g_cam; "
         "with --data the report shows that set's images",
     )
-    group.switch(
-        "--skip_unreadable", "leave out images that do not decode and files not named as expected, and list them"
-    )
+    group.switch("--skip_unreadable", flags.SKIP_WORDS)
     add_grouping(parser)
 
     group = parser.group("ranking")
@@ -241,24 +239,17 @@ from utils.datasets.load import open_spec
 from utils.datasets.schema import names_of
 from utils.datasets.search_folders import read_folders
 from utils.datasets.tracklets import read_tracklets
-from utils.evaluation.calibration import (
-    CALIBRATION,
-    FALSE_MATCH_RATES,
-    calibrate,
-    calibration_lines,
-    fingerprint,
-    read_calibration,
-    write_calibration,
-)
+from utils.evaluation import calibration as calibrations
+from utils.evaluation.calibration import CALIBRATION
 from utils.evaluation.decisions import COLUMNS, DECISIONS, csv_rows, decide, limits, summary, text_lines
 from utils.evaluation.features import extract, extraction_key, forget_chunks
+from utils.evaluation.findings import Findings, combined, nothing_measured
 from utils.evaluation.groups import grouping
 from utils.evaluation.groups.report import group_report
-from utils.evaluation.kept_features import load_features, save_features
+from utils.evaluation.kept_features import features_of_key, load_features, save_features
 from utils.evaluation.metrics import MAX_RANK, RANKS, Side, kept_labels
-from utils.evaluation.report import Findings, ResultPictures, evaluation_report
+from utils.evaluation.report import ResultPictures, evaluation_report
 from utils.evaluation.self_matches import same_files, share_labels
-from utils.evaluation.thresholds import FALSE_MATCH_RATES as METRIC_RATES
 from utils.evaluation.thresholds import pair_statistics
 from utils.files import run_record, to_json, versions, write_csv, write_together
 from utils.modeling.export import export_onnx
@@ -279,13 +270,14 @@ def main(args):
         model = None
         sides, images, splits, skipped = read_features(args)
     else:
-        kind = model_kind(args.model)
+        # A name that is no model shows before images are read.
+        model_kind(args.model)
         images, splits, skipped = open_images(args) if not args.export_only else (None, [], [])
         check_topk(args, splits)
         if images is not None and images.info.description:
             # The test identities of a drawn split.
             accelerator.print(images.info.description)
-        model = open_model(args, kind).to(accelerator.device).eval()
+        model = ReIDModel.open(args.model, args.resolution).to(accelerator.device).eval()
         launch.print_notes(accelerator, model.notes)
         if args.export and accelerator.is_main_process:
             accelerator.print(export_onnx(model, Path(args.export[1])))
@@ -302,7 +294,9 @@ def main(args):
     if accelerator.is_main_process:
         results = [measure(args, *(side.to(accelerator.device) for side in pair)) for pair in sides]
         findings = results[0]
-        metrics = combine(args, results) if findings.result else nothing_measured(findings)
+        metrics = nothing_measured(findings)
+        if findings.result:
+            metrics = combined(results, rerank_options(args) if args.rerank else None, each=bool(args.splits))
         metrics |= {"model": args.model, "data": data_name(args), "skipped_images": skipped, "versions": versions()}
         if num_same_files is not None:
             metrics["num_same_files"] = num_same_files
@@ -380,28 +374,7 @@ def check_topk(args, splits):
             raise ValueError(f"--topk {args.topk} is more than the gallery's {len(rows)} images; ask for fewer")
 
 
-def open_model(args, kind):
-    model = ReIDModel.open(args.model, args.resolution)
-    if kind == "reid" and args.resolution and tuple(args.resolution) != tuple(model.image_size):
-        raise ValueError(
-            f"{args.model} takes images of {model.image_size[0]} x {model.image_size[1]}; leave out --resolution"
-        )
-    return model
-
-
 # Features
-
-
-def key_of(args, accelerator, model, identities, **more):
-    return extraction_key(
-        model,
-        identities,
-        image=[model.image_size, model.image_mean, model.image_std, model.resample],
-        precision=accelerator.mixed_precision,
-        device=accelerator.device.type,
-        batch_size=args.eval_batch_size,
-        **more,
-    )
 
 
 def extract_images(args, accelerator, model, images, key):
@@ -420,16 +393,11 @@ def extract_images(args, accelerator, model, images, key):
 def extract_or_read(args, accelerator, model, images, splits):
     """Pairs of (queries, gallery): read from the output folder if it has exactly these features, else extracted."""
     paths = list(images["path"])
-    key = key_of(args, accelerator, model, image_identities(images), rows=splits)
+    key = extraction_key(model, image_identities(images), accelerator, args.eval_batch_size, rows=splits)
     stored = Path(args.output_dir) / FEATURES
-    if stored.is_file():
-        try:
-            sides, header = load_features(stored)
-        except ValueError:
-            header = {}
-        if header.get("key") == key:
-            accelerator.print(f"Features: {stored}, extracted before")
-            return sides
+    if known := features_of_key(stored, key):
+        accelerator.print(f"Features: {stored}, extracted before")
+        return known
     features = extract_images(args, accelerator, model, images, key)
     sides = [
         tuple(
@@ -490,7 +458,7 @@ def mark_same_files(args, accelerator, sides, images, splits):
 
 def group(args, accelerator):
     """Give every item of --group_dir an identity; the content of groups.json."""
-    kind = model_kind(args.model)
+    model_kind(args.model)
     tracklets = read_tracklets(args.group_dir, skip_unreadable=args.skip_unreadable)
     settings = grouping.settings_for(
         len(tracklets.items), eps=args.eps, min_samples=args.min_samples, k1=args.cluster_k1, k2=args.cluster_k2
@@ -498,7 +466,7 @@ def group(args, accelerator):
     accelerator.print(tracklets.described())
     for name, reason in tracklets.skipped:
         accelerator.print(f"Left out: {name} ({reason})")
-    model = open_model(args, kind).to(accelerator.device).eval()
+    model = ReIDModel.open(args.model, args.resolution).to(accelerator.device).eval()
     features, typical_rows = features_of_items(args, accelerator, model, tracklets)
     metrics = None
     if accelerator.is_main_process:
@@ -521,7 +489,8 @@ def group(args, accelerator):
 def features_of_items(args, accelerator, model, tracklets):
     """Unit features of the items and the row of each item's most typical image; read if extracted before."""
     identities = [image_identities(tracklets.files), [(item.path, item.rows) for item in tracklets.items]]
-    key = key_of(args, accelerator, model, identities, rows=list(tracklets.images["path"]))
+    more = {"rows": list(tracklets.images["path"])}
+    key = extraction_key(model, identities, accelerator, args.eval_batch_size, **more)
     stored = Path(args.output_dir) / grouping.FEATURES
     known = grouping.load_items(stored, key)
     if known is not None:
@@ -571,7 +540,7 @@ def measure(args, queries, gallery):
         reranked_lists,
         result=result,
         reranked=reranked,
-        pairs=pair_statistics(queries, gallery, protocol=protocol, rates=FALSE_MATCH_RATES),
+        pairs=pair_statistics(queries, gallery, protocol=protocol, rates=calibrations.FALSE_MATCH_RATES),
         cameras=evaluation.camera_pairs(queries, gallery, **options),
         confusions=evaluation.confusions(queries, gallery, *lists),
     )
@@ -581,65 +550,22 @@ def rerank_options(args):
     return {"k1": args.k1, "k2": args.k2, "lambda_value": args.lambda_value, "compat": args.rerank_compat}
 
 
-def combine(args, results):
-    """The content of metrics.json: metrics are means over the splits, other details are those of the first split."""
-    findings = results[0]
-    metrics = averaged([evaluation.summary(split.result) for split in results])
-    rates = [f"{rate:g}" for rate in METRIC_RATES]
-    thresholds = [{rate: split.pairs.thresholds[rate] for rate in rates} for split in results]
-    metrics["thresholds"] = {rate: averaged([split[rate] for split in thresholds]) for rate in thresholds[0]}
-    metrics |= described(findings) | {"backend": findings.result.backend}
-    metrics["cmc"] = torch.stack([split.result.cmc for split in results]).mean(0)
-    if args.rerank:
-        reranked = [split.reranked for split in results]
-        metrics["reranked"] = averaged([evaluation.summary(split) for split in reranked]) | rerank_options(args)
-        metrics["reranked"]["backend"] = reranked[0].backend
-        metrics["reranked"]["cmc"] = torch.stack([split.cmc for split in reranked]).mean(0)
-    metrics["num_match_pairs"] = findings.pairs.num_matches
-    metrics["num_non_match_pairs"] = findings.pairs.num_non_matches
-    metrics["threshold_curve"] = findings.pairs.curve
-    metrics["camera_pairs"] = dict(zip(("query_cameras", "gallery_cameras", "mAP"), findings.cameras, strict=True))
-    if findings.gallery.names.get("camid"):
-        metrics["camera_pairs"]["names"] = findings.gallery.names["camid"]
-    if args.splits or len(results) > 1:
-        metrics["splits"] = [
-            {"split": number, **evaluation.summary(split.result), "thresholds": thresholds[number]}
-            for number, split in enumerate(results)
-        ]
-    return metrics
-
-
-def averaged(parts):
-    """The numbers of a single split, or the means of several with the sample standard deviations under `std`."""
-    if len(parts) == 1:
-        return dict(parts[0])
-    mean, deviation = evaluation.mean_and_deviation(parts)
-    return {**mean, "std": deviation}
-
-
-def described(findings):
-    return {"protocol": findings.protocol, "num_queries": len(findings.queries), "num_gallery": len(findings.gallery)}
-
-
-def nothing_measured(findings):
-    names = ("mAP", "mINP", *(f"rank{rank}" for rank in RANKS), "num_valid", "num_skipped", "thresholds", "backend")
-    return dict.fromkeys(names) | described(findings)
-
-
 # Thresholds and decisions
 
 
 def calibrated(args, model, findings):
     """The content of calibration.json: that of the first split, if there are several."""
-    content = calibrate(findings.queries, findings.gallery, findings.pairs, protocol=findings.protocol, seed=args.seed)
-    about = {"model": args.model, "fingerprint": model and fingerprint(model), "data": data_name(args)}
+    content = calibrations.calibrate(
+        findings.queries, findings.gallery, findings.pairs, protocol=findings.protocol, seed=args.seed
+    )
+    about = {"model": args.model, "fingerprint": model and calibrations.fingerprint(model), "data": data_name(args)}
     return about | content | {"versions": versions()}
 
 
 def calibration_of(args, accelerator, model):
     """The calibration for a search, or None; says why there is none, and how to get one."""
     path = args.calibration or Path(args.model) / CALIBRATION
-    content, problem = read_calibration(path, fingerprint(model))
+    content, problem = calibrations.read_calibration(path, calibrations.fingerprint(model))
     if problem:
         accelerator.print(
             f"No decisions: {problem}. To get them, calibrate with labelled images of such cameras: "
@@ -651,9 +577,9 @@ def calibration_of(args, accelerator, model):
 def print_answers(args, findings, calibration):
     lines = []
     if findings.calibration:
-        lines = calibration_lines(findings.calibration)
+        lines = calibrations.calibration_lines(findings.calibration)
         if args.calibrate:
-            write_calibration(findings.calibration, args.model)
+            calibrations.write_calibration(findings.calibration, args.model)
             lines.append(f"Calibrated: {Path(args.model) / CALIBRATION}")
     elif calibration:
         lines = [*text_lines(findings.decisions, findings.queries, findings.gallery)]

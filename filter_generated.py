@@ -73,6 +73,11 @@ CHOICE = (
     "threshold", "keep_fraction", "true_match_rate", "false_match_rate", "match_margin", "target_per_id",
     "min_per_id", "near_duplicates", "duplicate_distance",
 )  # fmt: skip
+# The flags of the models that are trained.
+TRAINED_BY = (
+    "backbone", "reid_method", "resolution", "train_batch_size", "images_per_id", "num_train_epochs",
+    "classifier_epochs", "learning_rate", "seed",
+)  # fmt: skip
 # Thresholds that are calibrated on held-out source images.
 RATES = ("true_match_rate", "false_match_rate")
 BEST = 3
@@ -83,9 +88,7 @@ def build_parser():
     parser = flags.Parser(__doc__, recipes=RECIPES)
     flags.add_recipe(parser, "real models and their training")
     group = flags.add_data(
-        parser,
-        source="labelled sets the images were made from; default: those that the generated folder names",
-        workers=2,
+        parser, source="labelled sets that images were made from; default: those that --generated names", workers=2
     )
     group.add(
         "--generated",
@@ -112,7 +115,7 @@ def build_parser():
         "--reid_model",
         nargs="+",
         metavar="MODEL",
-        help="one for all sources, or one for each in the order of their domains' names; default: trained",
+        help="one for all sources, or one each in the order of their domains; default: trained",
     )
     group.add(
         "--classifier_model",
@@ -122,8 +125,7 @@ def build_parser():
         "each source; `none` leaves CCTF out; default: trained",
     )
     group.size(
-        "--clip_resolution",
-        help="what CLIP sees, the whole image in any shape; default: its own square, 128 64 for the stand-in",
+        "--clip_resolution", help="what CLIP sees, in any shape; default: its own square, 128 64 for the stand-in"
     )
     group.add("--mixed_precision", choices=flags.PRECISIONS, help="precision; default: accelerate's setting")
 
@@ -146,15 +148,9 @@ def build_parser():
     group = parser.group("choice")
     group.add("--filter", choices=FILTERS, default="reid", help="the filter that chooses")
     group.add("--threshold", nargs="+", help="least score that is kept: 0.6, or DOMAIN=0.6 for each source")
+    group.add("--keep_fraction", nargs="+", help="the best share of each source, and ties: 0.7, or DOMAIN=0.7 ...")
     group.add(
-        "--keep_fraction",
-        nargs="+",
-        help="the best share of each source, and what is as good as the last of it: 0.7, or DOMAIN=0.7 ...",
-    )
-    group.add(
-        "--false_match_rate",
-        type=fraction,
-        help="threshold that at most this share, 0 to 1, of source images of other identities reaches",
+        "--false_match_rate", type=fraction, help="threshold that at most this share of images of strangers reaches"
     )
     group.add(
         "--true_match_rate",
@@ -175,16 +171,14 @@ def build_parser():
         "--near_duplicates",
         choices=["keep", "perceptual", "feature"],
         default="keep",
-        help="remove images that look like a better one of their identity: by a 64-bit hash, or by cosine distance "
-        "of Re-ID features",
+        help="remove what looks like a better image of the identity, by a 64-bit hash or cosine distance of features",
     )
     group.add("--duplicate_distance", type=not_negative, help="bits or cosine distance; default 4 bits or 0.02")
     group.add(
         "--holdout_fraction",
         type=flags.below_one,
         default=0.2,
-        help="share of each identity's source images that the Re-ID models never see: the threshold is calibrated on "
-        "them",
+        help="share of each identity's source images that the Re-ID models never see, for the threshold",
     )
 
     group = parser.group("output")
@@ -560,13 +554,8 @@ def open_sets(args):
         )
     check_generated(args.generated)
     try:
-        sources = open_sources(
-            args.source,
-            args.data_root,
-            holdout_fraction=args.holdout_fraction,
-            seed=args.seed,
-            skip_unreadable=args.skip_unreadable,
-        )
+        held_out = {"holdout_fraction": args.holdout_fraction, "seed": args.seed}
+        sources = open_sources(args.source, args.data_root, **held_out, skip_unreadable=args.skip_unreadable)
     except ValueError as error:
         if args.origin["source"] == "flag" or args.demo:
             raise
@@ -591,24 +580,14 @@ def wanted_models(args, sources):
     """The models that score, from the arguments."""
     # The stand-in CLIP was trained on images of people in this shape.
     own_shape = [128, 64] if args.clip_model == CLIP_DIR else None
+    training = {name: getattr(args, name) for name in TRAINED_BY}
     return Wanted(
         clip=args.clip_model,
         clip_size=args.clip_resolution or own_shape,
         sentences=[args.clip_sentence, *args.clip_others],
         reid=given(args.reid_model, sources, "--reid_model"),
         classifiers=given(args.classifier_model, sources, "--classifier_model"),
-        training=Training(
-            backbone=args.backbone,
-            reid_method=args.reid_method,
-            resolution=args.resolution,
-            train_batch_size=args.train_batch_size,
-            images_per_id=args.images_per_id,
-            num_train_epochs=args.num_train_epochs,
-            classifier_epochs=args.classifier_epochs,
-            learning_rate=args.learning_rate,
-            num_workers=args.dataloader_num_workers,
-            seed=args.seed,
-        ),
+        training=Training(**training, num_workers=args.dataloader_num_workers),
     )
 
 

@@ -58,20 +58,11 @@ PUBLISHED = {
     "pretrained_model_name_or_path": "CompVis/stable-diffusion-v1-4",
     "captioner_model_name_or_path": "Salesforce/blip2-opt-2.7b",
     "clip_model_name_or_path": "openai/clip-vit-base-patch16",
-    "resolution": [512, 512],
-    "finetune": "full",
-    "learning_rate": 2e-6,
-    "token_learning_rate": 5e-4,
-    "train_batch_size": 1,
-    "max_train_steps": 1000,
-    "num_reference_images": 200,
-    "reference_prompts": "own",
-    "num_images": 220,
-    "num_inference_steps": 25,
-    "guidance_scale": 7.5,
-    "mixed_precision": "fp16",
+    "resolution": [512, 512], "finetune": "full", "learning_rate": 2e-6, "token_learning_rate": 5e-4,
+    "train_batch_size": 1, "max_train_steps": 1000, "num_reference_images": 200, "reference_prompts": "own",
+    "num_images": 220, "num_inference_steps": 25, "guidance_scale": 7.5, "mixed_precision": "fp16",
     "use_8bit_adam": True,
-}
+}  # fmt: skip
 LEAN = {"resolution": [512, 256], "finetune": "lora", "learning_rate": 5e-4, "train_batch_size": 2}
 LEAN |= {"max_train_steps": 400, "num_reference_images": 64, "num_inference_steps": 20, "reference_prompts": "shared"}
 LEAN |= {"use_8bit_adam": False}
@@ -81,8 +72,12 @@ CLASS_PROMPT = "a photo of a person"
 SOLVERS = ("dpmsolver++", "unipc", "ddim", "euler")
 # The flags that determine the captions.
 CAPTIONING = ("captioner_model_name_or_path", "captioner_bits", "max_sequence_images")
+# Models for which there are shipped stand-ins.
+STAND_INS = ("pretrained_model_name_or_path", "captioner_model_name_or_path", "clip_model_name_or_path")
 # What --redraw may change in a folder that has images.
 REDRAWN = ("num_images", "attribute_lists", "clothing_change", "solver", "num_inference_steps", "guidance_scale")
+BOUND_BY_MEMORY = ("finetune", "use_8bit_adam", "gradient_checkpointing", "train_batch_size", "resolution")
+BOUND_BY_MEMORY += ("sample_batch_size",)
 CHECK_EVERY = 20
 
 
@@ -90,8 +85,7 @@ def build_parser():
     """Flags marked `free` change images by rounding at most, or only which images are made."""
     parser = flags.Parser(__doc__, recipes=RECIPES)
     flags.add_recipe(
-        parser,
-        "real models; `paper`: the published settings, 512 x 512 and the whole U-Net; `lora`: 512 x 256 and LoRA",
+        parser, "real models; `paper`: the published settings, 512 x 512, whole U-Net; `lora`: 512 x 256 and LoRA"
     )
     group = flags.add_data(parser, source=f"labelled sets; default {DEMO_SOURCE[0]}", workers=None)
     parser.free.add("skip_unreadable")
@@ -100,9 +94,7 @@ def build_parser():
 
     group = parser.group("captions (LPE)")
     group.add(
-        "--captioner_model_name_or_path",
-        default=CAPTIONER_DIR,
-        help="image-to-text model, folder or Hub id: BLIP-2, BLIP, GIT, ...",
+        "--captioner_model_name_or_path", default=CAPTIONER_DIR, help="image-to-text model: BLIP-2, BLIP, GIT, ..."
     )
     group.add("--captioner_bits", type=int, choices=[4, 8], help="load the captioner in so few bits")
     group.add(
@@ -140,20 +132,19 @@ def build_parser():
         choices=["shared", "own"],
         default="shared",
         idle=no_references,
-        help="own: a reference set from the whole prompt of each identity; shared: one for all identities whose upper "
-        "garment has the same colour and kind",
+        help="own: from the whole prompt of each identity; shared: one set for all whose upper garment is the same",
     )
     group.add(
         "--prior_loss_weight",
         type=not_negative,
         default=1.0,
         idle=no_references,
-        help="lambda, the weight of the loss on reference images",
+        help="lambda, weight of reference images",
     )
     group.add(
         "--snr_gamma",
         type=above_zero,
-        help="w_t by min-SNR with this gamma, 5 is usual; default: w_t is 1, plain noise loss",
+        help="w_t by min-SNR with this gamma, such as 5; default: w_t is 1, plain noise loss",
     )
     group.add(
         "--attribute_lists",
@@ -169,11 +160,7 @@ def build_parser():
     )
 
     group = parser.group("fine-tuning, of each identity")
-    group.add(
-        "--pretrained_model_name_or_path",
-        default=DIFFUSION_DIR,
-        help="Stable Diffusion 1.x or 2.x, folder or Hub id",
-    )
+    group.add("--pretrained_model_name_or_path", default=DIFFUSION_DIR, help="Stable Diffusion 1.x or 2.x")
     group.add("--revision", help="revision of the diffusion model on the Hub")
     group.add("--finetune", choices=["full", "lora"], default="lora", help="train the whole U-Net, or LoRA")
     whole = (lambda args: args.finetune == "full", "--finetune full")
@@ -271,8 +258,6 @@ if __name__ == "__main__":
     # Parse before torch and diffusers are imported, so that --help and a mistyped flag answer at once.
     args = parse_args()
 
-from dataclasses import dataclass
-
 import torch
 from diffusers.optimization import get_scheduler
 from PIL import Image
@@ -282,6 +267,7 @@ from utils import launch
 from utils.datasets.identities import chosen_identities, open_identities
 from utils.diffusion import adapters
 from utils.diffusion.checkpoint import check_diffusion
+from utils.diffusion.identity_token import IdentityToken, Tunable
 from utils.diffusion.latents import encode, image_for_vae, sample_latents
 from utils.diffusion.text_to_image import TextToImage, check_text_encoder, load_tokenizer, what_saves_memory
 from utils.diffusion.unet import enable_memory_efficient_attention
@@ -293,49 +279,6 @@ from utils.generated.texts.captioners import Captioner, check_captioner, quantiz
 from utils.generated.texts.captioning import caption_identities, open_prompts
 from utils.training.optimizer import build_optimizer
 from utils.worklist import Progress, Worklist, seed_of, share
-
-# IIR: a token of an identity
-
-
-class IdentityToken(nn.Module):
-    """The embedding of new tokens, stored apart from the vocabulary, so that no other row is trained."""
-
-    def __init__(self, text_encoder, first_id, noun_id):
-        super().__init__()
-        embedding = text_encoder.get_input_embeddings()
-        self.first_id, self.noun_id, self.places = first_id, noun_id, None
-        self.row = nn.Parameter(embedding.weight[noun_id].detach().float().clone())
-        embedding.register_forward_pre_hook(self.find)
-        embedding.register_forward_hook(self.put)
-
-    def find(self, module, inputs):
-        self.places = inputs[0] >= self.first_id
-        return (inputs[0].masked_fill(self.places, self.noun_id),)
-
-    def put(self, module, inputs, output):
-        return torch.where(self.places[..., None], self.row.to(output.dtype), output)
-
-
-@dataclass(frozen=True)
-class Tunable:
-    """The model, its trained `weights`, with the token's row if the token is new, and their initial values `start`."""
-
-    model: TextToImage
-    token: IdentityToken
-    weights: list
-    start: list
-
-    @classmethod
-    def of(cls, model, token, *, with_token):
-        weights = model.trained_weights() + ([token.row] if with_token else [])
-        # In the host's memory: a whole U-Net takes 3.2 GiB and is needed once for each identity.
-        return cls(model, token, weights, [weight.detach().to("cpu", copy=True) for weight in weights])
-
-    def restore(self):
-        """Reset all trained weights to their initial values, in place."""
-        with torch.no_grad():
-            torch._foreach_copy_(self.weights, self.start)
-
 
 # DI: the reference set, and fine-tuning with it
 
@@ -431,13 +374,8 @@ def build_tuning(args, tunable):
     groups = [{"params": [weight for weight in tunable.weights if weight is not row], "lr": args.learning_rate}]
     if is_new(args.identity_token):
         groups.append({"params": [row], "lr": args.token_learning_rate, "weight_decay": 0.0})
-    optimizer = build_optimizer(
-        groups,
-        "adamw",
-        learning_rate=args.learning_rate,
-        weight_decay=args.adam_weight_decay,
-        use_8bit=args.use_8bit_adam,
-    )
+    rates = {"learning_rate": args.learning_rate, "weight_decay": args.adam_weight_decay}
+    optimizer = build_optimizer(groups, "adamw", **rates, use_8bit=args.use_8bit_adam)
     steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
     return optimizer, get_scheduler(args.lr_scheduler, optimizer, **steps)
 
@@ -531,7 +469,7 @@ def main(args):
     # Without the flag, accelerate's own setting decides.
     args.mixed_precision = accelerator.mixed_precision
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    launch.introduce(args, accelerator, demo=DEMO, stand_ins=stand_ins_of(args))
+    launch.introduce(args, accelerator, demo=DEMO, stand_ins=launch.stand_ins_among(args, STAND_INS, PUBLISHED))
     everyone = open_identities(
         args.source, args.data_root, max_images=args.max_sequence_images, skip_unreadable=args.skip_unreadable
     )
@@ -543,15 +481,9 @@ def main(args):
         rows, tokenizer = check_inputs(args, everyone, identities)
         if args.redraw:
             made_set.check_adapters(work, work.pieces, is_new(args.identity_token))
-        prompts = open_prompts(
-            tokenizer,
-            identities,
-            class_prompt=args.class_prompt,
-            identity_token=args.identity_token,
-            lists=lists,
-            progress=progress,
-            shares_references=args.reference_prompts == "shared",
-        )
+        words = {"class_prompt": args.class_prompt, "identity_token": args.identity_token, "lists": lists}
+        shares = args.reference_prompts == "shared"
+        prompts = open_prompts(tokenizer, identities, **words, progress=progress, shares_references=shares)
         if accelerator.is_main_process:
             write_settings(args, work, lists)
         accelerator.wait_for_everyone()
@@ -564,18 +496,6 @@ def main(args):
         )
     accelerator.end_training()
     return failures
-
-
-def stand_ins_of(args):
-    stand_ins = {
-        "pretrained_model_name_or_path": DIFFUSION_DIR,
-        "captioner_model_name_or_path": CAPTIONER_DIR,
-        "clip_model_name_or_path": CLIP_DIR,
-    }
-    used = [f"--{name}" for name, folder in stand_ins.items() if getattr(args, name) == folder]
-    if not used:
-        return None
-    return f"Stand-in models, good for tests only, are used for {', '.join(used)}; --recipe lora has real ones"
 
 
 def check_inputs(args, everyone, identities):
@@ -640,15 +560,8 @@ def work_on(args, accelerator, identities, work, progress, prompts, rows):
     if args.redraw:
         made_set.check_origin(work, [identity.name for identity in missing], tunable.model.digest)
     measures = Measures.from_pretrained(clip_name(args), args.reid_model, accelerator.device)
-    lean = what_saves_memory(
-        sum(weight.numel() for weight in tunable.weights),
-        finetune=args.finetune,
-        use_8bit_adam=args.use_8bit_adam,
-        gradient_checkpointing=args.gradient_checkpointing,
-        train_batch_size=args.train_batch_size,
-        resolution=args.resolution,
-        sample_batch_size=args.sample_batch_size,
-    )
+    num_weights = sum(weight.numel() for weight in tunable.weights)
+    lean = what_saves_memory(num_weights, **{name: getattr(args, name) for name in BOUND_BY_MEMORY})
     make = redraw_identity if args.redraw else make_identity
     for identity in missing:
         inputs = (args, identity, records[identity.name], work, progress, prompts, tunable, measures)
@@ -663,27 +576,21 @@ def is_missing(args, work, identity, record):
 
 
 def load_captioner(args, device):
-    return Captioner.from_pretrained(
-        args.captioner_model_name_or_path,
-        device=device,
-        dtype=torch.float16 if device.type == "cuda" else torch.float32,
-        bits=args.captioner_bits,
-        batch_size=args.captioner_batch_size,
-    )
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    size = {"bits": args.captioner_bits, "batch_size": args.captioner_batch_size}
+    return Captioner.from_pretrained(args.captioner_model_name_or_path, device=device, dtype=dtype, **size)
 
 
 def open_model(args, accelerator, prompts):
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    running = {"dtype": dtype, "device": accelerator.device, "autocast": accelerator.autocast}
+    trained = {"mode": args.finetune, "rank": args.rank, "train_text_encoder": args.train_text_encoder}
     model = TextToImage(
         args.pretrained_model_name_or_path,
         prompts.tokenizer,
-        mode=args.finetune,
-        rank=args.rank,
+        **trained,
+        **running,
         seed=args.seed,
-        train_text_encoder=args.train_text_encoder,
-        dtype=dtype,
-        device=accelerator.device,
-        autocast=accelerator.autocast,
         revision=args.revision,
     )
     if args.enable_xformers_memory_efficient_attention:

@@ -24,6 +24,7 @@ STEP_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "con
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SINGLE_IMAGE_IDS = ("error", "repeat", "drop")
 PRECISIONS = ("no", "fp16", "bf16")
+SKIP_WORDS = "leave out images that do not decode and files not named as expected, and list them"
 
 
 # Ranges
@@ -247,18 +248,15 @@ def add_data(parser, *, source, target=None, workers=0):
     if target:
         group.add("--target", nargs="+", metavar="SPEC", help=target)
     group.add("--data_root", free=True, help="folder that holds the benchmarks")
-    group.switch(
-        "--skip_unreadable", "leave out images that do not decode and files not named as expected, and list them"
-    )
+    group.switch("--skip_unreadable", SKIP_WORDS)
     if workers is not None:
         add_workers(group, workers)
     return group
 
 
 def add_workers(group, workers=0):
-    group.add(
-        "--dataloader_num_workers", type=at_least(0), default=workers, free=True, help="processes that prepare images"
-    )
+    words = "processes that prepare images"
+    group.add("--dataloader_num_workers", type=at_least(0), default=workers, free=True, help=words)
 
 
 def add_single_image_ids(group):
@@ -296,9 +294,7 @@ def add_training(parser, *, batch, epochs, accumulation, images_per_id=4, batch_
     group.add("--train_batch_size", type=at_least(1), default=batch, free=True, help=batch_help)
     group.add("--gradient_accumulation_steps", type=at_least(1), default=1, help=accumulation)
     if images_per_id:
-        group.add(
-            "--images_per_id", type=at_least(1), default=images_per_id, help="images of each identity in a batch"
-        )
+        group.add("--images_per_id", type=at_least(1), default=images_per_id, help="of each identity in a batch")
     group.add("--num_train_epochs", type=at_least(1), default=epochs, help="passes over the images")
     group.add("--max_train_steps", type=at_least(1), free=True, help="stop after so many steps; default: all epochs")
     group.add("--seed", type=seed, default=0, help="of weights, batches, augmentation and noise")
@@ -332,16 +328,14 @@ def add_schedule(parser, *, milestones, own=()):
         "--lr_scheduler", choices=[*own, MULTISTEP, *STEP_SCHEDULES], default=MULTISTEP, help="how the rate changes"
     )
     group.add("--lr_warmup_epochs", type=at_least(0), default=1, idle=by_step, help="warmup_multistep: epochs of rise")
-    group.add(
-        "--lr_warmup_factor", type=fraction, default=0.1, idle=by_step, help="warmup_multistep: factor at the start"
-    )
+    group.add("--lr_warmup_factor", type=fraction, default=0.1, idle=by_step, help="warmup_multistep: first factor")
     group.add(
         "--lr_milestones",
         type=int,
         nargs="*",
         default=milestones,
         idle=by_step,
-        help="warmup_multistep: epochs from which the rate is lower",
+        help="warmup_multistep: when it drops",
     )
     group.add("--lr_gamma", type=fraction, default=0.1, idle=by_step, help="warmup_multistep: factor at a milestone")
     group.add("--lr_warmup_steps", type=at_least(0), default=0, idle=by_epoch, help="other schedules: steps of rise")

@@ -24,7 +24,7 @@ from utils.files import write_together
 from utils.flags import CAPTIONER_DIR, DIFFUSION_DIR
 from utils.generated.texts.captions import QUESTIONS
 from utils.reporting.report import sheet, text_table
-from utils.standins.train import answers_of
+from utils.standins.people import answers_of
 
 BATCH_SIZE = 50
 # Parts of an answer, found as words in it; answers do not name the pattern of plain clothes.

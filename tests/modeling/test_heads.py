@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPVisionConfig, ResNetConfig, ResNetModel, SwinConfig
 
-import evaluate
 from utils.modeling.attention import attention_maps
 from utils.modeling.backbones import backbone_from_config
 from utils.modeling.heads import METHODS, GeM, NonLocal
@@ -352,7 +351,7 @@ def test_saved_and_opened_again(family, method, tmp_path):
         assert torch.equal(again(people(3)), features)
         torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
         # As evaluate.py opens it: without classifiers.
-        opened = evaluate.open_model(evaluate.parse_args(["--model", str(tmp_path)]), "reid")
+        opened = ReIDModel.open(str(tmp_path))
         assert torch.equal(opened(people(3)), features) and opened.num_ids == 0
         assert not any("classifiers" in name for name in opened.state_dict())
         heat = attention_maps(opened, people(3))

@@ -850,7 +850,7 @@ def test_an_absent_name_is_refused_at_once(name, monkeypatch):
     def unreachable(self, repo_id, **options):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(backbones.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(model_folder.HfApi, "model_info", unreachable)
     monkeypatch.setattr(backbones.PreTrainedConfig, "get_config_dict", None)
     with pytest.raises(ValueError, match=f"no model at '{name}'"):
         ReIDModel.from_backbone(name)
@@ -860,8 +860,8 @@ def test_without_network_the_cache_will_do(monkeypatch):
     def unreachable(self, repo_id, **options):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(backbones.HfApi, "model_info", unreachable)
-    monkeypatch.setattr(backbones, "try_to_load_from_cache", lambda *args, **options: "a file")
+    monkeypatch.setattr(model_folder.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(model_folder, "try_to_load_from_cache", lambda *args, **options: "a file")
     monkeypatch.setattr(backbones.PreTrainedConfig, "get_config_dict", lambda *args, **options: ({}, {}))
     with pytest.raises(ValueError, match="'someone/clip' has model_type None"):
         ReIDModel.from_backbone("someone/clip")

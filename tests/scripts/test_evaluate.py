@@ -558,7 +558,7 @@ def test_bad_arguments_stop_in_the_parser(arguments, message, capsys):
     ],
 )
 def test_bad_input_stops_before_a_model_loads(arguments, message, clip, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "open_model", pytest.fail)
+    monkeypatch.setattr(evaluate.ReIDModel, "open", pytest.fail)
     arguments = [argument.format(tmp=tmp_path, clip=clip) for argument in arguments]
     with pytest.raises(ValueError, match=message):
         run(*arguments, "--output_dir", tmp_path / "out")

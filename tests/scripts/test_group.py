@@ -166,7 +166,7 @@ def test_flags_of_grouping_have_no_effect_elsewhere():
     ],
 )
 def test_bad_input_stops_before_a_model_loads(arguments, message, clip, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "open_model", pytest.fail)
+    monkeypatch.setattr(evaluate.ReIDModel, "open", pytest.fail)
     for name in ("t/1.png", "t/2.png", *(("t2/1.png", "3.png") if "--more" in arguments else ())):
         put(tmp_path / "in" / name)
     arguments = [argument for argument in arguments if argument != "--more"]

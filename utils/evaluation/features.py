@@ -21,8 +21,10 @@ from utils.batches.transforms import TransformedImages
 from utils.files import write_together
 
 
-def extraction_key(model, identities, **settings):
-    """The key of these features; it changes with the weights, the `identities` of the images and the `settings`."""
+def extraction_key(model, identities, accelerator, batch_size, **settings):
+    """The key of these features: another one for other weights, `identities` of the images, precision, `settings`."""
+    settings |= {"image": [model.image_size, model.image_mean, model.image_std, model.resample]}
+    settings |= {"precision": accelerator.mixed_precision, "device": accelerator.device.type, "batch_size": batch_size}
     text = json.dumps([weights_digest(model), settings, identities])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -78,6 +78,15 @@ def load_features(path):
     return [tuple(_side(path, arrays, header, prefix, letter) for letter in "qg") for prefix in prefixes], header
 
 
+def features_of_key(path, key):
+    """The pairs of sides in a file that was saved with this `key`; None if there is none, or it has another key."""
+    try:
+        sides, header = load_features(path)
+    except ValueError:
+        return None
+    return sides if header.get("key") == key else None
+
+
 def _side(path, arrays, header, prefix, letter):
     def find(kind):
         values = (arrays.get(prefix + name, header.get(prefix + name)) for name in NAMES[letter + kind])

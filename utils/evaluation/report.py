@@ -1,18 +1,15 @@
 """The report of an evaluation: metrics, curves, thresholds, cameras, confusions, and ranked lists with images."""
 
 import random
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
 
-from kernels import RankMetrics
 from utils.batches.transforms import test_transform
 from utils.datasets.schema import UNKNOWN
 from utils.evaluation.lists import is_match
-from utils.evaluation.metrics import RANKS, Side
-from utils.evaluation.thresholds import PairStatistics
+from utils.evaluation.metrics import RANKS
 from utils.modeling.attention import attention_maps
 from utils.reporting.charts import histogram, line_chart
 from utils.reporting.report import Report, Tile, data_uri, percent
@@ -25,24 +22,6 @@ NOTES = {
     "mINP": "how early the last match comes",
     "rank1": "the first image is right",
 }
-
-
-@dataclass
-class Findings:
-    """The results of one split. Without labels, only the ranked lists are filled."""
-
-    queries: Side
-    gallery: Side
-    protocol: str
-    lists: tuple | None = None
-    reranked_lists: tuple | None = None
-    result: RankMetrics | None = None
-    reranked: RankMetrics | None = None
-    pairs: PairStatistics | None = None
-    cameras: tuple = ()
-    confusions: list = field(default_factory=list)
-    calibration: dict | None = None
-    decisions: list = field(default_factory=list)
 
 
 class ResultPictures:

@@ -5,13 +5,10 @@ All have the same interface: `forward(images)` (B, C), `feature_map(images)` (B,
 """
 
 import copy
-from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -26,7 +23,9 @@ from transformers import (
 )
 
 from utils.modeling import networks
+from utils.modeling.folder import ask_hub
 from utils.modeling.networks import full_name
+from utils.modeling.norms import recompute
 
 IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
 HALVES = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
@@ -332,18 +331,6 @@ def read_preprocessing(name, model_type, **hub):
     return {"image_mean": mean, "image_std": std, "resample": resample}
 
 
-def ask_hub(name, revision=None, token=None):
-    """Check a name with one request to the Hub or its cache; transformers would retry an absent name for long."""
-    try:
-        HfApi(token=token).model_info(name, revision=revision)
-    except Exception as error:
-        # The Hub's client raises its own error classes and those of its HTTP library.
-        with suppress(HFValidationError):
-            if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
-                return
-        raise ValueError(f"no model at {name!r}, neither a local folder nor a readable Hub id: {error}") from error
-
-
 def tower_config(config):
     """A copy of the image tower's configuration; in a whole CLIP's, the outer one gives the projection's width."""
     config = copy.deepcopy(config)
@@ -378,21 +365,3 @@ def resize_position_table(table, old_grid, new_grid):
 
 def halved(grid):
     return tuple((size + 1) // 2 for size in grid)
-
-
-def recompute(module):
-    """Contexts for `checkpoint`: the second forward pass must not update the BatchNorm averages again."""
-
-    @contextmanager
-    def averages_at_rest():
-        norms = [norm for norm in module.modules() if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))]
-        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-        for norm in norms:
-            norm.momentum, norm.num_batches_tracked = 0.0, None
-        try:
-            yield
-        finally:
-            for norm, (momentum, count) in zip(norms, before, strict=True):
-                norm.momentum, norm.num_batches_tracked = momentum, count
-
-    return nullcontext(), averages_at_rest()

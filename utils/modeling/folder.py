@@ -10,9 +10,11 @@ import shlex
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
@@ -225,3 +227,15 @@ def write_backbone_folder(backbone, folder, preprocessor, card):
         os.replace(folder, old)
     os.replace(part, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def ask_hub(name, revision=None, token=None):
+    """Check a name with one request to the Hub or its cache; transformers would retry an absent name for long."""
+    try:
+        HfApi(token=token).model_info(name, revision=revision)
+    except Exception as error:
+        # The Hub's client raises its own error classes and those of its HTTP library.
+        with suppress(HFValidationError):
+            if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+                return
+        raise ValueError(f"no model at {name!r}, neither a local folder nor a readable Hub id: {error}") from error

@@ -1,4 +1,6 @@
-"""Batch normalisation that torch does not have: over all processes, and mixed with instance norms."""
+"""Batch normalisation that torch does not have: over all processes, mixed with instance norms, computed again."""
+
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -94,3 +96,21 @@ def balances(backbone):
     return {
         f"{name}.rho": module.rho for name, module in backbone.named_modules() if isinstance(module, BatchInstanceNorm)
     }
+
+
+def recompute(module):
+    """Contexts for `checkpoint`: the second forward pass must not update the BatchNorm averages again."""
+
+    @contextmanager
+    def averages_at_rest():
+        norms = [norm for norm in module.modules() if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+        for norm in norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+        try:
+            yield
+        finally:
+            for norm, (momentum, count) in zip(norms, before, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, count
+
+    return nullcontext(), averages_at_rest()

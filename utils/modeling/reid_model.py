@@ -196,7 +196,11 @@ class ReIDModel(nn.Module):
         if kind == "backbone":
             # A fresh neck does not change the direction of features: its mean is 0 and its variance 1.
             return cls.from_backbone(name_or_path, image_size=image_size or (256, 128))
-        return cls.from_pretrained(name_or_path, num_ids=0)
+        model = cls.from_pretrained(name_or_path, num_ids=0)
+        if image_size and tuple(image_size) != model.image_size:
+            height, width = model.image_size
+            raise ValueError(f"{name_or_path} takes images of {height} x {width}; leave out --resolution")
+        return model
 
     @classmethod
     def from_weights(cls, path, image_size=None, **options):

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from utils.files import one_line
-from utils.modeling.backbones import ask_hub
+from utils.modeling.folder import ask_hub
 
 # Kinds of captioners: those that answer questions, take a prompt, only caption, or chat.
 ANSWERS, PROMPTED, CAPTIONS, CHAT = "answers", "prompted", "captions", "chat"
