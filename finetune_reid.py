@@ -205,6 +205,11 @@ def build_parser():
         help="model to start from, folder, Hub id, short name or file of weights: a backbone, such as backbone/ of "
         "pretrain_backbone.py, or a ReIDModel of bot or of the same method",
     )
+    group.add(
+        "--semantic_weight",
+        type=fraction,
+        help="of a backbone/ of pretrain_backbone.py --objective solider: another weight than that of the folder",
+    )
     group.add("--triplet", choices=["hard", "weighted"], help="triplet loss; default by the method, see above")
     group.add("--margin", type=margin, help="of hard triplets, a number or `soft`; default by the method")
     group.add("--label_smoothing", type=fraction, help="of the class loss; default 0.1, of mgn 0")
@@ -332,6 +337,7 @@ from utils.launch import gather_with_gradient
 from utils.modeling.backbones import read_config
 from utils.modeling.folder import IMPORTED_HEADS, card_text, model_kind, training_card
 from utils.modeling.losses import CentreLoss, circle_logits, hard_triplet, weighted_triplet
+from utils.modeling.networks.semantic_swin import has_controller, set_semantic_weight
 from utils.modeling.norms import add_batch_instance_norms, share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
 from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained
@@ -357,6 +363,11 @@ def check_start(args):
         family = config.model_type
         if args.method == "mgn" and config.model_type == "resnet" and len(config.hidden_sizes) < 2:
             raise ValueError(f"--backbone {args.backbone} has one stage; mgn parts in the last stage but one")
+    if args.semantic_weight is not None and not has_controller(args.backbone):
+        raise ValueError(
+            f"--semantic_weight {args.semantic_weight}: --backbone {args.backbone} has no controller beside it, as a "
+            "folder of pretrain_backbone.py --objective solider has; leave it out"
+        )
     if args.method == META and family != "resnet":
         raise ValueError(
             f"--backbone {args.backbone} is a {family}; --method {META} gives a plain ResNet norms of each domain: "
@@ -606,6 +617,8 @@ def build_model(args, accelerator, num_ids, id_domains):
         head_options=options,
     )
     launch.print_notes(accelerator, model.notes)
+    if args.semantic_weight is not None:
+        set_semantic_weight(model.backbone, args.backbone, args.semantic_weight)
     if args.method == METABIN:
         add_batch_instance_norms(model.backbone)
     if args.gradient_checkpointing:

@@ -80,10 +80,13 @@ class MultiCrop:
         num_parts=8,
         whole_area=(0.4, 1.0),
         part_area=(0.05, 0.4),
+        aspects=None,
         colours=1.0,
         hidden=0.0,
     ):
         self.mean, self.std, self.num_parts = mean, std, num_parts
+        # Width to height of a crop before it is resized; None for a range around that of its size.
+        self.aspects = aspects
         self.colours, self.hidden = colours, hidden
         blur = v2.GaussianBlur(kernel_size=_odd(image_size[0] // 16), sigma=(0.1, 2.0))
         first, second, part = (
@@ -99,7 +102,10 @@ class MultiCrop:
         return v2.Compose(
             [
                 v2.RandomResizedCrop(
-                    size, area, (aspect * 3 / 4, aspect * 4 / 3), interpolation=v2.InterpolationMode.BICUBIC
+                    size,
+                    area,
+                    self.aspects or (aspect * 3 / 4, aspect * 4 / 3),
+                    interpolation=v2.InterpolationMode.BICUBIC,
                 ),
                 v2.RandomHorizontalFlip(),
                 v2.RandomApply([v2.ColorJitter(*jitter)], 0.8),
