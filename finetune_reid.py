@@ -65,7 +65,7 @@ import math
 from methods import generalisation
 from methods.generalisation import EPOCH_COSINE, META, METABIN
 from utils import flags
-from utils.flags import CLIP_DIR, above_zero, at_least, fraction, not_negative
+from utils.flags import CLIP_DIR, RESNET_DIR, above_zero, at_least, fraction, not_negative
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=64"
 DEMO_SOURCES = [f"synthetic:domain={name},num_ids=24" for name in "abc"]
@@ -86,7 +86,12 @@ LOSSES = {
 }
 METHODS = tuple(LOSSES)
 # SBS is also how it is trained, at any size.
-DEMO = {"sbs": {"lr_scheduler": DELAYED_COSINE, "lr_warmup_steps": 16, "lr_delay_epochs": 4, "freeze_steps": 16}}
+DEMO = {
+    "sbs": {"lr_scheduler": DELAYED_COSINE, "lr_warmup_steps": 16, "lr_delay_epochs": 4, "freeze_steps": 16},
+    METABIN: generalisation.DEMO,
+    META: generalisation.DEMO,
+}
+STANDINS = {CLIP_DIR: "CLIP", RESNET_DIR: "ResNet, trained on domains f, g and h"}
 BAG_OF_TRICKS = {
     "source": ["market1501"],
     "backbone": "microsoft/resnet-50",
@@ -161,11 +166,11 @@ def recipes_of(method):
 
 
 DEMO_WORDS = (
-    "Demo: {} on drawn people, from the shipped stand-in CLIP; about two minutes on two cores. "
+    "Demo: {} on drawn people, from the shipped stand-in {}; about two minutes on two cores. "
     "For your own data: --source SPEC --data_root DIR --backbone DIR --recipe published"
 )
 STAND_IN = (
-    "No --backbone or --recipe given: using the shipped stand-in CLIP, which knows drawn people only. "
+    "No --backbone or --recipe given: using the shipped stand-in {}, which knows drawn people only. "
     "A real one: --backbone microsoft/resnet-50"
 )
 
@@ -457,8 +462,9 @@ def main(args):
     # Of meta, a step leaves the experts of other domains out.
     unused = args.freeze_steps > 0 or args.method == META
     accelerator = launch.start_training(args, find_unused_parameters=unused)
-    stand_ins = STAND_IN if args.backbone == CLIP_DIR else None
-    launch.introduce(args, accelerator, demo=DEMO_WORDS.format(args.method), stand_ins=stand_ins)
+    standin = STANDINS.get(args.backbone)
+    words = {"demo": DEMO_WORDS.format(args.method, standin or Path(args.backbone).name)}
+    launch.introduce(args, accelerator, **words, stand_ins=standin and STAND_IN.format(standin))
     # What can be wrong with data and configuration shows before a model is loaded.
     check_start(args)
     if args.method == METABIN and accelerator.distributed_type == DistributedType.DEEPSPEED:

@@ -5,7 +5,7 @@
 
 import math
 
-from utils.flags import above_zero, at_least, fraction
+from utils.flags import RESNET_DIR, above_zero, at_least, fraction
 
 METABIN, META = "metabin", "meta"
 # Factors on the learning rate that rise by steps and fall by epochs.
@@ -18,6 +18,8 @@ PROTOCOL_2 = {
     # One image of an identity is drawn several times.
     "single_image_ids": "repeat",
 }
+# Both need BatchNorm, which the other stand-in, a CLIP, has not.
+DEMO = {"setting": "generalisation", "backbone": RESNET_DIR}
 PUBLISHED = {
     METABIN: PROTOCOL_2
     | {

@@ -428,7 +428,7 @@ def test_backbones_that_cannot_be_opened(tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"x")
     with pytest.raises(ValueError, match="--backbone .*weights.pth.* cannot be opened.*damaged"):
         check_backbone(str(tmp_path / "weights.pth"), False)
-    assert set(NAMED) == {"resnet-small", "resnet50", "swin-t", "swin-s", "swin-b", "clip-b16"}
+    assert set(NAMED) == {"resnet-small", "swin-mini", "resnet50", "swin-t", "swin-s", "swin-b", "clip-b16"}
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from tests import runs
 from tests.modeling.test_heads import SIZE, TINY, people
 from tests.runs import launch, log_of, same_weights, weights_of
 from tests.scripts.test_finetune import SMALL, refused, train
+from utils.flags import CLIP_DIR, RESNET_DIR
 from utils.modeling.backbones import backbone_from_config
 from utils.modeling.experts import ExpertNorm, expert_norms
 from utils.modeling.names import not_plain
@@ -465,12 +466,14 @@ def test_published_values():
         parse_args(["--recipe", "published", "--method", "meta"])
     ) | {"origin": None, "notes": None}
     assert parse_args(["--recipe", "meta", "--learning_rate", "0.01"]).learning_rate == 0.01
+    demo = parse_args(["--method", "meta"])
+    assert demo.demo and (demo.setting, demo.backbone, len(demo.source)) == ("generalisation", RESNET_DIR, 3)
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--method", "meta"], "belongs to --setting generalisation"),
+        (["--method", "meta", "--setting", "supervised"], "belongs to --setting generalisation"),
         (["--recipe", "meta", "--method", "agw"], "--recipe meta is of --method meta, not of agw"),
         (["--recipe", "meta", "--triplet", "weighted"], "whose triplets are hard"),
         (["--recipe", "meta", "--centre_weight", "0.1"], "which has no centres"),
@@ -556,7 +559,7 @@ def test_what_is_refused(resnet, tmp_path, monkeypatch):
     told = refused(*RUN, *out, "--source", few, *SOURCES[1:])
     assert "takes 2 identities of one domain" in told and "domain synthetic-a has 1" in told
     assert "has experts of its sources" in refused(*RUN, *out[:2], "--backbone", tmp_path / "model")
-    assert "a clip" in refused(*RUN, *out[:2])
+    assert "a clip" in refused(*RUN, *out[:2], "--backbone", CLIP_DIR)
 
 
 def test_a_map_of_one_place_is_refused():

@@ -19,6 +19,7 @@ from tests.runs import launch, log_of, same_weights, weights_of
 from tests.scripts.test_finetune import SMALL, refused, train
 from utils.batches.samplers import IdentitySampler
 from utils.datasets.load import load_reid, load_sources
+from utils.flags import CLIP_DIR
 from utils.modeling.norms import BatchInstanceNorm, add_batch_instance_norms, balances
 from utils.modeling.reid_model import ReIDModel
 from utils.training.optimizer import bias_groups
@@ -393,12 +394,12 @@ def test_what_generalisation_refuses(resnet, tmp_path, monkeypatch, capsys):
     one = refused(*GENERAL, *out, "--source", SOURCES[0])
     assert "learns from several domains" in one and "has one, synthetic-a" in one
     metabin_on = [*GENERAL, *out, "--method", "metabin"]
-    assert "a clip: it has no BatchNorm" in refused(*GENERAL, "--method", "metabin", "--output_dir", tmp_path / "out")
+    assert "a clip: it has no BatchNorm" in refused(*metabin_on, "--backbone", CLIP_DIR)
     few = "synthetic:domain=a,num_ids=1,images_per_id=4"
     told = refused(*metabin_on, "--source", few, *SOURCES[1:])
     assert "takes 2 identities of each domain; domain synthetic-a has 1" in told
     for arguments, words in (
-        (["--method", "metabin"], "belongs to --setting generalisation"),
+        (["--method", "metabin", "--setting", "supervised"], "belongs to --setting generalisation"),
         (["--setting", "generalisation", "--fraction", "0.5"], "belongs to --setting few-shot or small-scale"),
         (["--meta_inner_rates", "0.1", "0.01"], "the lower one first, got 0.1 0.01"),
         (["--meta_rate", "0"], "--meta_rate must be above 0"),
