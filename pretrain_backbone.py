@@ -244,7 +244,8 @@ from utils.datasets.unlabelled import folder_of_images, open_unlabelled
 from utils.evaluation.targets import open_targets
 from utils.files import portable
 from utils.modeling.backbones import ClipBackbone
-from utils.modeling.folder import training_card, write_backbone_folder
+from utils.modeling.export import write_backbone_folder
+from utils.modeling.folder import training_card
 from utils.modeling.names import check_backbone, check_swin, open_backbone
 from utils.modeling.networks.semantic_swin import SemanticSwinBackbone
 from utils.modeling.norms import share_batch_statistics

@@ -44,7 +44,7 @@ With --save_adapters, the same command with --redraw and a larger --num_images, 
 import re
 
 from utils import flags
-from utils.flags import CAPTIONER_DIR, CLIP_DIR, DIFFUSION_DIR, above_zero, at_least, not_negative, one_or_more
+from utils.flags import CAPTIONER_DIR, CLIP_DIR, DIFFUSION_DIR, above_zero, at_least, not_negative
 
 DEMO_SOURCE = ["synthetic:domain=a,num_ids=4"]
 DEMO = (
@@ -69,13 +69,16 @@ LEAN |= {"use_8bit_adam": False}
 RECIPES = {"paper": PUBLISHED, "lora": PUBLISHED | LEAN}
 # The same as in utils.generated.texts.captions and utils.diffusion.text_to_image.
 CLASS_PROMPT = "a photo of a person"
-SOLVERS = ("dpmsolver++", "unipc", "ddim", "euler")
+SOLVERS = ("dpmsolver++", "unipc", "ddim", "euler", "ddim-trailing", "lcm", "tcd")
 # The flags that determine the captions.
 CAPTIONING = ("captioner_model_name_or_path", "captioner_bits", "max_sequence_images")
 # Models for which there are shipped stand-ins.
 STAND_INS = ("pretrained_model_name_or_path", "captioner_model_name_or_path", "clip_model_name_or_path")
 # What --redraw may change in a folder that has images.
-REDRAWN = ("num_images", "attribute_lists", "clothing_change", "solver", "num_inference_steps", "guidance_scale")
+REDRAWN = (
+    "num_images", "attribute_lists", "clothing_change", "solver", "num_inference_steps", "guidance_scale",
+    "guidance_share", "negative_prompt", "fast_lora", "reference_drawing",
+)  # fmt: skip
 BOUND_BY_MEMORY = ("finetune", "use_8bit_adam", "gradient_checkpointing", "train_batch_size", "resolution")
 BOUND_BY_MEMORY += ("sample_batch_size",)
 CHECK_EVERY = 20
@@ -174,6 +177,24 @@ def build_parser():
     group.add("--gradient_accumulation_steps", type=at_least(1), default=1, help="batches of each step")
     group.add("--seed", type=flags.seed, default=0, help="of everything that is drawn")
 
+    group = parser.group("better pictures, not in the published recipes")
+    group.switch("--image_captions", "tune each image to the answers about it, not to those of its whole sequence")
+    group.add(
+        "--caption_dropout",
+        type=flags.fraction,
+        default=0.0,
+        help="share of own images tuned to the class prompt and token alone",
+    )
+    group.add(
+        "--noise_offset", type=not_negative, default=0.0, help="one more noise for a whole channel; 0.05 is usual"
+    )
+    group.add(
+        "--mask_model",
+        help="any segmentation model of transformers: the loss on own images looks at the person",
+    )
+    no_mask = (lambda args: not args.mask_model, "no --mask_model")
+    group.add("--mask_background", type=flags.fraction, default=0.1, idle=no_mask, help="weight of what is no person")
+
     group = parser.group("optimizer (AdamW)")
     group.add("--learning_rate", type=above_zero, default=1e-2, help="the default suits the stand-in's LoRA")
     group.add("--lr_scheduler", choices=flags.STEP_SCHEDULES, default="constant", help="how the rate changes")
@@ -189,7 +210,15 @@ def build_parser():
     group.add("--num_images", type=at_least(1), default=8, help="images of each identity")
     group.add("--solver", choices=SOLVERS, default="dpmsolver++", help="sampler of the diffusion model")
     group.add("--num_inference_steps", type=at_least(1), default=12, help="steps of the solver")
-    group.add("--guidance_scale", type=one_or_more, default=3.0, help="weight of the prompt, 1 for no guidance")
+    group.add("--guidance_scale", type=flags.one_or_more, default=3.0, help="weight of the prompt, 1 for no guidance")
+    unguided = (lambda args: args.guidance_scale == 1, "--guidance_scale 1")
+    group.add("--guidance_share", type=flags.share, default=1.0, idle=unguided, help="of the steps, from the first")
+    group.add("--negative_prompt", default="", idle=unguided, help="what guidance leads away from; default: no words")
+    group.add(
+        "--fast_lora",
+        help="few-step LoRA such as LCM's or Hyper-SD's, stacked on the identity's: file, folder or Hub id, "
+        "USER/NAME or USER/NAME/FILE; solver, steps and guidance become its own (lcm, 4, none) unless given",
+    )
     group.add("--sample_batch_size", type=at_least(1), default=8, free=True, help="images drawn in one pass")
     group.size("--save_resolution", [256, 128], help="size of the files")
     group.add("--image_format", choices=["jpg", "png"], default="jpg", help="format of the files")
@@ -222,7 +251,25 @@ def parse_args(input_args=None):
     args.source = args.source or DEMO_SOURCE
     check_args(parser, args)
     args.notes = parser.notes(args)
+    if args.fast_lora:
+        draw_fast(args)
     return args
+
+
+def draw_fast(args):
+    """Solver, steps and guidance of a few-step LoRA, where no flag gives others; references stay as without it."""
+    names = ("solver", "num_inference_steps", "guidance_scale", "guidance_share")
+    args.reference_drawing = {name: getattr(args, name) for name in names}
+    # As published LoRAs are named: lcm-lora-sdv1-5, Hyper-SD15-8steps-lora, Hyper-SD15-8steps-CFG-lora.
+    name = args.fast_lora.lower()
+    steps = re.search(r"(\d+)[-_ ]?steps?(?![a-z])", name)
+    usual = {"solver": "ddim-trailing" if "hyper" in name else "tcd" if "tcd" in name else "lcm"}
+    usual["num_inference_steps"] = int(steps[1]) if steps else 4
+    usual |= {} if "cfg" in name else {"guidance_scale": 1.0}
+    usual = {name: value for name, value in usual.items() if args.origin[name] != "flag"}
+    vars(args).update(usual)
+    words = ", ".join(f"--{name} {value}" for name, value in usual.items())
+    args.notes.append(f"For --fast_lora: {words or 'all as given'}; reference images are drawn without it")
 
 
 def check_args(parser, args):
@@ -260,19 +307,20 @@ if __name__ == "__main__":
 
 import torch
 from diffusers.optimization import get_scheduler
-from PIL import Image
 from torch import nn
 
 from utils import launch
 from utils.datasets.identities import chosen_identities, open_identities
 from utils.diffusion import adapters
-from utils.diffusion.checkpoint import check_diffusion
-from utils.diffusion.identity_token import IdentityToken, Tunable
-from utils.diffusion.latents import encode, image_for_vae, sample_latents
-from utils.diffusion.text_to_image import TextToImage, check_text_encoder, load_tokenizer, what_saves_memory
-from utils.diffusion.unet import enable_memory_efficient_attention
+from utils.diffusion.checkpoint import check_diffusion, read_config
+from utils.diffusion.fast_lora import read_fast_lora
+from utils.diffusion.latents import encode, image_for_vae
+from utils.diffusion.person_masks import check_mask_model
+from utils.diffusion.text_to_image import check_text_encoder, load_tokenizer, what_saves_memory
+from utils.diffusion.tuning import Batches, open_tunable
 from utils.files import portable, versions
 from utils.generated import made_set
+from utils.generated.drawing import Drawing, token_of
 from utils.generated.measures import Measures, check_measures
 from utils.generated.texts import captions
 from utils.generated.texts.captioners import Captioner, check_captioner, quantization
@@ -283,12 +331,15 @@ from utils.worklist import Progress, Worklist, seed_of, share
 # DI: the reference set, and fine-tuning with it
 
 
-def sampling(args):
-    """The settings of sampling, as arguments of `TextToImage.sample`."""
+def sampling(args, *, of_references=False):
+    """The settings of sampling, as arguments of `TextToImage.sample`; the untouched model draws without a LoRA."""
+    drawing = args.reference_drawing if of_references and args.fast_lora else vars(args)
     return {
-        "solver": args.solver,
-        "steps": args.num_inference_steps,
-        "guidance": args.guidance_scale,
+        "solver": drawing["solver"],
+        "steps": drawing["num_inference_steps"],
+        "guidance": drawing["guidance_scale"],
+        "guidance_share": drawing["guidance_share"],
+        "negative": args.negative_prompt,
         "resolution": args.resolution,
         "batch_size": args.sample_batch_size,
     }
@@ -299,18 +350,23 @@ def reference_set(args, model, work, prompt):
     if not args.num_reference_images:
         return None, None
     count, settings = args.num_reference_images, {"seed": args.seed, "precision": args.mixed_precision}
-    return made_set.open_references(model, work, prompt, count, sampling=sampling(args), **settings)
+    return made_set.open_references(
+        model, work, prompt, count, sampling=sampling(args, of_references=True), **settings
+    )
 
 
-def denoising_errors(unet, schedule, latents, noise, timesteps, condition, snr_gamma=None):
-    """w_t |unet(x_t, t, c) - target|^2 of each image, averaged over its pixels: (B,).
+def denoising_errors(unet, schedule, latents, noise, timesteps, condition, snr_gamma=None, weights=None):
+    """w_t |unet(x_t, t, c) - target|^2 of each image, averaged over its pixels with `weights` (B, 1, h, w): (B,).
 
     The error of the denoised image is that of the noise divided by SNR, so w_t = SNR gives the plain noise loss.
     Min-SNR uses w_t = min(SNR, gamma).
     """
     noised = schedule.add_noise(latents, noise, timesteps)
     prediction = unet(noised.to(condition.dtype), timesteps, encoder_hidden_states=condition).sample
-    errors = (prediction.float() - schedule.target(latents, noise, timesteps)).square().flatten(1).mean(1)
+    errors = (prediction.float() - schedule.target(latents, noise, timesteps)).square()
+    if weights is not None:
+        errors = errors * (weights / weights.mean((1, 2, 3), keepdim=True))
+    errors = errors.flatten(1).mean(1)
     if snr_gamma is None:
         return errors
     signal, noise_level = schedule.parts(errors, timesteps)
@@ -321,37 +377,36 @@ def denoising_errors(unet, schedule, latents, noise, timesteps, condition, snr_g
     return errors * (snr.clamp(max=snr_gamma) / (snr + 1))
 
 
-def fine_tune(args, tunable, identity, record, source, reference, progress):
+def fine_tune(args, tunable, identity, record, source, reference, progress, *, texts=None, alone="", weights=None):
     """Tune to one identity. Returns the losses of own and reference images, (steps, 2), or (steps, 1) without these.
 
-    source: mean and std of the VAE's posterior of its images; reference: latents of reference images, or None.
+    source: mean and std of the VAE's posterior of its images; reference: latents of reference images, or None. texts:
+    P_E of each image, by default the identity's; alone: P_E without attributes, for --caption_dropout; weights: of the
+    latents' cells in the loss, (images, 1, h, w).
     """
     model = tunable.model
-    size, scale, schedule = args.train_batch_size, model.vae.config.scaling_factor, model.schedule
-    generator = torch.Generator().manual_seed(seed_of(args.seed, identity.name, "training"))
+    size = args.train_batch_size
     optimizer, scheduler = build_tuning(args, tunable)
     scaler = torch.amp.GradScaler(model.device.type, enabled=args.mixed_precision == "fp16")
-    texts = [record["identity_prompt"], record["reference_prompt"]][: 1 if reference is None else 2]
+    batches = Batches(
+        (source, texts or [record["identity_prompt"]] * len(source[0]), weights),
+        (reference, record["reference_prompt"]),
+        size=size,
+        seed=seed_of(args.seed, identity.name, "training"),
+        dropped=(args.caption_dropout, alone),
+        noise_offset=args.noise_offset,
+    )
+    # With a text encoder that changes, prompts are encoded in each step.
     trains_text = args.train_text_encoder or is_new(args.identity_token)
-    cached = None if trains_text else model.encode_all(texts)
+    cached = None if trains_text else model.encode_all(batches.texts)
     model.unet.train()
     losses = []
     for step in range(args.max_train_steps):
         for _ in range(args.gradient_accumulation_steps):
-            rows = torch.randint(len(source[0]), (size,), generator=generator)
-            posterior, noise = torch.randn(2, size, *source[0].shape[1:], generator=generator).to(model.device)
-            latents = sample_latents(source[0][rows], source[1][rows], posterior, scale)
-            if reference is not None:
-                rows = torch.randint(len(reference), (size,), generator=generator)
-                reference_noise = torch.randn(size, *latents.shape[1:], generator=generator).to(model.device)
-                latents, noise = torch.cat([latents, reference[rows]]), torch.cat([noise, reference_noise])
-            timesteps = torch.randint(schedule.num_steps, (len(latents),), generator=generator).to(model.device)
-            # P_E for the half of own images, P_R for the half of reference images.
-            condition = (model.encode(texts) if cached is None else cached).repeat_interleave(size, 0)
+            inputs, texts, cells = batches.draw(model)
+            condition = batches.encoded(texts, model) if cached is None else cached[texts]
             with model.autocast():
-                errors = denoising_errors(
-                    model.denoiser, schedule, latents, noise, timesteps, condition, args.snr_gamma
-                )
+                errors = denoising_errors(model.denoiser, model.schedule, *inputs, condition, args.snr_gamma, cells)
             halves = errors.view(-1, size).mean(1)
             loss = halves[0] + args.prior_loss_weight * halves[1:].sum()
             scaler.scale(loss / args.gradient_accumulation_steps).backward()
@@ -393,11 +448,19 @@ def make_identity(args, identity, record, work, progress, prompts, tunable, meas
     pixels = torch.stack([image_for_vae(image, tuple(args.resolution)) for image in images])
     posteriors = [encode(model.vae, part) for part in pixels.split(args.sample_batch_size)]
     source = [torch.cat(values) for values in zip(*posteriors, strict=True)]
-    losses = fine_tune(args, tunable, identity, record, source, reference, progress)
+    own = {"texts": prompts.of_sequence(record, identity)} if args.image_captions else {}
+    own |= {"alone": prompts.alone(identity), "weights": None}
+    if tunable.masks is not None:
+        cells, empty = tunable.masks.of(images, source[0].shape[-2:])
+        own["weights"] = cells * (1 - args.mask_background) + args.mask_background
+        if empty:
+            words = f"{args.mask_model} finds nobody in {empty} of {len(images)} images of {identity.name}: used whole"
+            progress.once(f"nobody in {identity.name}", words)
+    losses = fine_tune(args, tunable, identity, record, source, reference, progress, **own)
     progress.stage(identity.name, "images")
     with work.scratch() as part:
-        drawing = (args, identity, record, prompts, model)
-        _, rows, pictures, plain = draw_images(*drawing, range(args.num_images), part / "images")
+        drawing, numbers = drawing_of(args), range(args.num_images)
+        _, rows, pictures, plain = drawing.draw(model, identity, record, prompts, numbers, part / "images")
         own = [row["changed"] is None for row in rows]
         values, features = measures.of(images, pictures, plain, own)
         folders = {part / "images": f"images/{identity.name}"}
@@ -405,8 +468,8 @@ def make_identity(args, identity, record, work, progress, prompts, tunable, meas
             adapters.save_adapter(model, part / "adapter", *token_of(tunable, prompts, identity))
             folders[part / "adapter"] = f"adapters/{identity.name}"
         result = {name: record[name] for name in ("domain", "pid", "prompt", "identity_prompt")}
-        result |= {"reference": key, "model": model.digest, "steps": args.num_inference_steps}
-        result |= {"guidance": args.guidance_scale, "loss": made_set.in_tenths(losses)}
+        result |= {"reference": key, "model": model.digest, "loss": made_set.in_tenths(losses)}
+        result |= drawing.settings(model)
         result |= {"measures": values, "features": features, "images": rows}
         work.commit(identity.name, made_set.IMAGES, result, folders)
     work.forget(identity.name, made_set.FAILED)
@@ -414,50 +477,14 @@ def make_identity(args, identity, record, work, progress, prompts, tunable, meas
 
 
 def redraw_identity(args, identity, record, work, progress, prompts, tunable, measures):
-    """Add the images that are missing by the identity's adapter. The record comes last and holds all images."""
-    model, made = tunable.model, work.read(identity.name, made_set.IMAGES)
-    adapters.load_adapter(
-        model, work.folder / made_set.ADAPTERS / identity.name, *token_of(tunable, prompts, identity)
-    )
-    old = [row | {"made_from": made_set.prompt_of(made, row)} for row in made["images"]]
-    progress.stage(identity.name, "images")
-    numbers = range(len(old), len(old) + made_set.images_to_add(made, record, args.num_images))
-    with work.scratch() as part:
-        drawing = (args, identity, record, prompts, model)
-        files, rows, pictures, plain = draw_images(*drawing, numbers, part / "images")
-        settings = {"steps": args.num_inference_steps, "guidance": args.guidance_scale}
-        rows = old + [row | settings | {"made_from": record["identity_prompt"]} for row in rows]
-        pictures = made_set.open_pictures(work.folder, old) + pictures
-        plain = [prompts.without_token(row["prompt"], identity) for row in old] + plain
-        own = [row.get("changed") is None for row in rows]
-        values, features = measures.of(identity.images(), pictures, plain, own)
-        made |= {name: record[name] for name in ("prompt", "identity_prompt")}
-        made |= {"measures": values, "features": features, "images": rows}
-        work.extend(identity.name, made_set.IMAGES, made, files)
-    work.forget(identity.name, made_set.FAILED)
-    return True
+    """The images that are missing, by the adapter that is kept of the identity."""
+    rest = (identity, record, work, progress, prompts, tunable, measures)
+    return drawing_of(args).redraw(*rest, args.num_images)
 
 
-def draw_images(args, identity, record, prompts, model, numbers, folder):
-    """Draw the images with these numbers into a scratch folder.
-
-    Returns {file: path in the set}, the rows of the record, the pictures, and their prompts without the token.
-    """
-    folder.mkdir()
-    texts = prompts.of_images(record, identity, numbers, args.seed, args.clothing_change)
-    seeds = [seed_of(args.seed, identity.name, "image", number) for number in numbers]
-    latents = model.sample(model.encode_all([text.with_token for text in texts]), seeds, **sampling(args))
-    size = tuple(reversed(args.save_resolution))
-    drawn = model.pictures(latents, args.sample_batch_size)
-    pictures = [picture.resize(size, Image.Resampling.LANCZOS) for picture in drawn]
-    style = {"ending": args.image_format, "quality": args.jpeg_quality, "model": model.digest}
-    files, rows = made_set.write_images(folder, identity.name, numbers, pictures, texts, seeds, **style)
-    return files, rows, pictures, [text.plain for text in texts]
-
-
-def token_of(tunable, prompts, identity):
-    """The name of the identity's token and its row, which only a new token has."""
-    return (prompts.token_of(identity), tunable.token.row) if prompts.has_new_tokens else ()
+def drawing_of(args):
+    style = {"size": tuple(args.save_resolution), "ending": args.image_format, "quality": args.jpeg_quality}
+    return Drawing(sampling(args), args.seed, args.clothing_change, **style)
 
 
 # The run
@@ -511,6 +538,10 @@ def check_inputs(args, everyone, identities):
     else:
         check_captioner(args.captioner_model_name_or_path)
         quantization(args.captioner_bits)
+    if args.fast_lora:
+        read_fast_lora(args.fast_lora, read_config(name, "unet", args.revision))
+    if args.mask_model:
+        check_mask_model(args.mask_model)
     check_measures(clip_name(args), args.reid_model)
     if args.use_8bit_adam:
         build_optimizer([nn.Parameter(torch.zeros(1))], "adamw", learning_rate=1.0, use_8bit=True)
@@ -582,27 +613,21 @@ def load_captioner(args, device):
 
 
 def open_model(args, accelerator, prompts):
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    running = {"dtype": dtype, "device": accelerator.device, "autocast": accelerator.autocast}
+    """The `Tunable` of the flags."""
     trained = {"mode": args.finetune, "rank": args.rank, "train_text_encoder": args.train_text_encoder}
-    model = TextToImage(
+    return open_tunable(
         args.pretrained_model_name_or_path,
-        prompts.tokenizer,
+        prompts,
+        accelerator,
         **trained,
-        **running,
         seed=args.seed,
         revision=args.revision,
+        fast_lora=args.fast_lora,
+        mask_model=None if args.redraw else args.mask_model,
+        xformers=args.enable_xformers_memory_efficient_attention,
+        checkpointing=args.gradient_checkpointing,
+        compiled=args.torch_compile,
     )
-    if args.enable_xformers_memory_efficient_attention:
-        enable_memory_efficient_attention(model.unet)
-    if args.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
-    if args.torch_compile:
-        # Weights are restored in place, so the model compiled for the first identity serves all.
-        model.denoiser = torch.compile(model.unet)
-    noun_id = prompts.tokenizer(prompts.noun, add_special_tokens=False).input_ids[0]
-    token = IdentityToken(model.text_encoder, prompts.first_id, noun_id).to(accelerator.device)
-    return Tunable.of(model, token, with_token=prompts.has_new_tokens)
 
 
 def clip_name(args):

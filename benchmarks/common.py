@@ -146,9 +146,9 @@ def run_worker(module, *words, environment=None):
 
 
 def run_once(script, folder, arguments, done):
-    """Run a script into `folder`, resuming, unless its result file `done` exists; None if it does.
+    """Run a script (`SCRIPT.py` or `-m MODULE`) into `folder`, resuming, unless its result file `done` exists.
 
-    ValueError if the folder holds a run with other arguments.
+    None if it does. ValueError if the folder holds a run with other arguments.
     """
     command = [*map(str, arguments), "--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
     record = folder / "args.json"
@@ -161,7 +161,7 @@ def run_once(script, folder, arguments, done):
     if (folder / done).exists():
         return None
     print(f"{script} {folder.name}", end=" ", flush=True)
-    run = run_script(script, *command, logs=folder / "logs")
+    run = run_script(*script.split(), *command, logs=folder / "logs")
     print(f"{run.seconds:.0f} s" if run.code == 0 else f"stopped: {run.last_line}", flush=True)
     return run
 

@@ -3,6 +3,8 @@
 CARDS = (8, 12, 16, 24)
 # GiB of a card that CUDA's context, workspaces and gaps between tensors take.
 CUDA_GIB = 1.5
+# What a large card of the consumer kind does in half precision.
+TFLOPS = 80
 
 
 def training_cards(counted):
@@ -27,3 +29,15 @@ def identity_cards(counted):
             parts = [f"{gib[part]:.1f}" for part in ("fine_tuning", "drawing")]
             rows.append([way, size, *parts, f"{card} GB" if card else "-"])
     return ["what trains", "pixels", "GiB fine-tuning", "GiB drawing", "smallest card"], rows
+
+
+def identity_costs(identities):
+    """(columns, rows) of {way: {part: PFLOP}}: the parts, their sum, its share of `lora` as it was, seconds."""
+    before = sum(identities["lora, a reference set for each identity"].values())
+    rows = []
+    for way, parts in identities.items():
+        total = sum(parts.values())
+        numbers = [f"{value:.2f}" for value in (*parts.values(), total)]
+        rows.append([way, *numbers, f"{total / before:.2f}", f"{1000 * total / TFLOPS:.0f}"])
+    parts = list(next(iter(identities.values())))
+    return ["an identity", *parts, "PFLOP", "of lora's own sets", f"s at {TFLOPS} TFLOP/s"], rows

@@ -1,8 +1,10 @@
 """GiB of tensors alive while an identity is fine-tuned and drawn, at the sizes of Stable Diffusion 1.5, without a GPU.
 
-Beside them the TFLOP of a fine-tuning step, where activations that are computed twice count twice.
+Beside them the TFLOP of a fine-tuning step, where activations that are computed twice count twice; and the PFLOP of a
+whole identity by the recipes: training, reference images, drawing, and the VAE's part.
 
-    python -m benchmarks.memory.generation_cost --json benchmarks/results/generation_memory.json
+    python -m benchmarks.memory.generation_cost --json benchmarks/results/generation_memory.json \
+        --cost_json benchmarks/results/generation_cost.json
 
 Counted on fake tensors: a fine-tuning step with one own and one reference image (the second step, when the optimiser
 has its state), and drawing a batch of images with guidance. A card needs 1 to 1.5 GiB more for CUDA's context,
@@ -21,11 +23,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.common import GIB, command_line, write_result
 from benchmarks.memory.alive import Alive, hollow
-from benchmarks.memory.cards import identity_cards
+from benchmarks.memory.cards import identity_cards, identity_costs
 from benchmarks.models import SCHEDULE, TEXT, UNET, VAE
-from train_dreambooth_reid import denoising_errors
+from train_dreambooth_reid import RECIPES, denoising_errors
 from utils.diffusion.schedule import NoiseSchedule
 from utils.diffusion.unet import set_unet_mode
+from utils.reporting.report import text_table
 
 HALF = torch.bfloat16
 # What trains, whether activations are computed twice, images drawn at a time.
@@ -36,6 +39,18 @@ WAYS = {
     "full, 8-bit Adam, checkpointing": ("full", True, 8),
 }
 SIZES = [(512, 512), (512, 256)]
+# Reference sets an identity: `--reference_prompts shared` left 32 for the 751 identities of Market-1501's size.
+SHARED = 32 / 751
+# Market-1501 has 12,936 training images of 751 identities.
+OWN_IMAGES = 17
+# Recipe, reference sets an identity, steps that draw an image, share of them that is guided.
+IDENTITIES = {
+    "paper": ("paper", 1, 25, 1),
+    "lora, a reference set for each identity": ("lora", 1, 20, 1),
+    "lora": ("lora", SHARED, 20, 1),
+    "lora, guidance on half of the steps": ("lora", SHARED, 20, 0.5),
+    "lora with a few-step LoRA: 4 steps, no guidance": ("lora", SHARED, 4, 0),
+}
 
 
 def build(mode, checkpointing):
@@ -106,9 +121,48 @@ def step_tflop(way, resolution):
     return round(counter.get_total_flops() / 2e12, 2)
 
 
+def forward_tflop(resolution):
+    """TFLOP of one pass of an image through the U-Net, the VAE's encoder and its decoder."""
+    unet, vae, _ = build("lora", False)
+    latents = (1, 4, resolution[0] // 8, resolution[1] // 8)
+    numbers = []
+    with FakeTensorMode(), torch.no_grad():
+        for module in (unet.eval(), vae):
+            hollow(module)
+        for run in (
+            lambda: unet(torch.randn(latents, dtype=HALF), 0, encoder_hidden_states=torch.randn(1, 77, 768)),
+            lambda: vae.encode(torch.randn(1, 3, *resolution, dtype=HALF)),
+            lambda: vae.decode(torch.randn(latents, dtype=HALF)),
+        ):
+            with FlopCounterMode(display=False) as counter, torch.autocast("cpu", HALF):
+                run()
+            numbers.append(counter.get_total_flops() / 1e12)
+    return numbers
+
+
+def identity_pflop(name):
+    """PFLOP of the parts of one identity; the captioner and the text encoder are below a hundredth of the sum."""
+    recipe, sets, steps, guided = IDENTITIES[name]
+    recipe = RECIPES[recipe]
+    resolution, mode = recipe["resolution"], recipe["finetune"]
+    denoise, encode, decode = forward_tflop(resolution)
+    # Counted for one own and one reference image.
+    step = recipe["train_batch_size"] * step_tflop("lora" if mode == "lora" else "full, 8-bit Adam", resolution)
+    # Reference images are drawn as the recipe says, with guidance on all steps.
+    references = sets * recipe["num_reference_images"] * 2 * recipe["num_inference_steps"] * denoise
+    parts = {
+        "training": recipe["max_train_steps"] * step,
+        "references": references,
+        "drawing": recipe["num_images"] * steps * (1 + guided) * denoise,
+        "VAE": OWN_IMAGES * encode + recipe["num_images"] * decode,
+    }
+    return {part: round(value / 1000, 3) for part, value in parts.items()}
+
+
 def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="result file")
+    parser.add_argument("--json", type=Path, help="result file of the memory")
+    parser.add_argument("--cost_json", type=Path, help="result file of the cost of an identity")
     args = parser.parse_args(input_args)
     table, tflop = {}, {}
     for way in WAYS:
@@ -122,6 +176,12 @@ def main(input_args=None):
     if args.json:
         raw = {"unit": "GiB of tensors alive at the peak", "counted": table, "tflop_a_step": tflop}
         write_result(args.json, command_line(__spec__.name, input_args), *identity_cards(table), raw)
+    identities = {name: identity_pflop(name) for name in IDENTITIES}
+    columns, rows = identity_costs(identities)
+    print(text_table(columns, rows))
+    if args.cost_json:
+        raw = {"unit": "PFLOP", "identities": identities}
+        write_result(args.cost_json, command_line(__spec__.name, input_args), columns, rows, raw)
 
 
 if __name__ == "__main__":

@@ -454,6 +454,22 @@ def test_a_variant_of_the_unet(original, copy):
     assert torch.equal(plain, load_file(original / "unet" / WEIGHTS)[name]) and torch.equal(variant, plain + 1)
 
 
+@pytest.mark.parametrize(
+    "index", ["safetensors.index.non_ema.json", "safetensors.non_ema.index.json", "non_ema.safetensors.index.json"]
+)
+def test_a_variant_of_the_unet_in_several_files(copy, index):
+    unet = load_unet(copy, "frozen")
+    wanted = {name: value.add_(1).clone() for name, value in unet.state_dict().items()}
+    unet.save_pretrained(copy / "unet", max_shard_size="2MB", variant="non_ema")
+    written = copy / "unet" / f"{WEIGHTS}.index.non_ema.json"
+    assert len(set(json.loads(written.read_text())["weight_map"].values())) > 1
+    written.rename(written.with_name(f"diffusion_pytorch_model.{index}"))
+    assert check_diffusion(copy, variant="non_ema", needs_variant=True).variant == "non_ema"
+    found = load_unet(copy, "frozen", variant="non_ema").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert not torch.equal(load_unet(copy, "frozen").state_dict()["conv_in.bias"], wanted["conv_in.bias"])
+
+
 def test_frozen_unet_leaves_nothing(original, tmp_path):
     save_unet(load_unet(original, "frozen"), "frozen", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -20,7 +20,8 @@ from PIL import Image, ImageDraw
 
 from utils.files import portable, run_record, to_json, versions, write_csv, write_together
 from utils.reporting import charts
-from utils.reporting.charts import histogram, line_chart
+from utils.reporting.charts import line_chart
+from utils.reporting.histograms import histogram
 from utils.reporting.report import Report, Tile, data_card, data_uri, model_card
 
 LONG = "folder/" + 300 * "x" + ".jpg"
@@ -376,5 +377,5 @@ def test_a_constant_is_drawn_at_its_value(value):
     heights = {float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", re.search(r'class="line s0" d="([^"]+)"', svg)[1])}
     middle = (charts.TOP + charts.HEIGHT - charts.BOTTOM) / 2
     assert heights and all(abs(height - middle) < 0.2 for height in heights)
-    scale = charts._Scale(values, None, False, 0.0, 1.0)
+    scale = charts.Scale(values, None, False, 0.0, 1.0)
     assert scale(value) == pytest.approx(0.5) and scale.low <= 0 <= scale.high and len(scale.ticks) > 1

@@ -282,6 +282,17 @@ def test_what_a_condition_says(standins):
         assert numbers[name] == pytest.approx(sum(two) / 2, rel=1e-5)
     worse = [other - own for own, other in zip(losses["own"], losses["another"], strict=True)]
     assert numbers["another_worse"] == pytest.approx(sum(worse) / 2, abs=1e-6)
+    parts = {}
+    for latents, noise, timesteps in draws:
+        for row, time in enumerate(timesteps.tolist()):
+            one = slice(row, row + 1)
+            of = [
+                model.denoise(latents[one], noise[one], timesteps[one], wanted[name][one])
+                for name in ("another", "own")
+            ]
+            parts.setdefault(time // 125, []).append(float(of[0] - of[1]))
+    means = {part: sum(found) / len(found) for part, found in parts.items()}
+    assert numbers["matters_at"] == int((max(means, key=means.get) + 0.5) * 125)
     assert numbers["another_worse_std"] == pytest.approx(abs(worse[0] - worse[1]) / 2**0.5, abs=1e-6)
     leaf = features.clone().requires_grad_()
     bn_features, logits = model.encoder.neck(leaf)
@@ -414,6 +425,20 @@ def test_recipes_set_the_published_values_and_flags_win():
         # Nothing of what goes beyond the paper.
         assert (args.prompt_init, args.prompt_tokens, args.freeze_prompts) == ("random", "end", False)
         assert (args.ldm_balance, args.ldm_warmup_epochs, args.ldm_start_epoch) == (None, 0, 1)
+
+
+def test_the_demo_has_a_condition_that_says_something():
+    def found(*flags):
+        args = parse_args([*flags])
+        return args.prompt_init, args.prompt_tokens, args.tau, args.ldm_balance
+
+    random = ("random", "end", 0.6, None)
+    assert found() == found("--seed", "3") == ("captions", "all", 0.1, 0.1)
+    assert found("--ldm_weight", "2") == found("--ldm_warmup_epochs", "9", "--num_train_epochs", "10", "--tau", "0.6")
+    assert (
+        found("--prompt_init", "random") == found("--condition", "instance") == found("--diffusion", "none") == random
+    )
+    assert found("--source", "synthetic:domain=a") == found("--recipe", "ma-ms") == random
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
@@ -628,6 +653,7 @@ def test_what_a_run_leaves(finished):
     assert (out / "unet_lora" / "pytorch_lora_weights.safetensors").is_file()
     page = (out / "report.html").read_text()
     assert "Before and after" in page and "Rank-1" in page and "data:image/jpeg" in page
+    assert f"epoch 2, timestep {metrics['feedback'][-1]['matters_at']}" in page
     printed = (finished / "printed").read_text()
     assert "before" in printed and "Rank-1" in printed
     assert json.loads((out / "args.json").read_text())["arguments"]["seed"] == 0

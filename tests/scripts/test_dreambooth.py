@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -21,6 +21,8 @@ from transformers import CLIPTokenizer
 
 import train_dreambooth_reid as script
 from tests import runs
+from tests.diffusion.test_fast_lora import few_step_lora
+from tests.diffusion.test_person_masks import segmenter
 from tests.generated.test_captions import save_git
 from tests.reporting.test_reporting import needs_chromium, seen_in_chromium
 from tests.runs import ROOT, launch, stopped
@@ -29,7 +31,8 @@ from utils.batches.chunks import weights_digest
 from utils.datasets.identities import chosen_identities, identities_of, open_identities
 from utils.datasets.load import load_reid
 from utils.diffusion.schedule import NoiseSchedule
-from utils.diffusion.text_to_image import SOLVERS, TextToImage
+from utils.diffusion.text_to_image import SOLVERS, WITH_NOISE, TextToImage, solver_of
+from utils.diffusion.tuning import IdentityToken, Tunable
 from utils.generated.measures import diversity, identity_auc
 from utils.generated.texts import captioning, captions
 from utils.generated.texts.captioning import open_prompts
@@ -91,9 +94,9 @@ def whole(models, tmp_path_factory):
         seen["reference"].append((*before, prompt))
         return result
 
-    def fine_tune(args, tunable, *rest):
+    def fine_tune(args, tunable, *rest, **options):
         seen["start"].append([*hashes(tunable.model), tunable.token.row.detach().clone()])
-        losses = plain["fine_tune"](args, tunable, *rest)
+        losses = plain["fine_tune"](args, tunable, *rest, **options)
         seen["tuned"].append(hashes(tunable.model))
         seen["rows"].append(tunable.token.row.detach().clone())
         seen["embeddings"].append(tunable.model.text_encoder.get_input_embeddings().weight.detach().clone())
@@ -278,7 +281,7 @@ def test_the_token_is_one_token_and_its_row_is_what_is_read(models):
     model = TextToImage(folder, tokenizer, mode="lora")
     before = model.encode_all(["a photo of a person"])
     noun_id = tokenizer("person", add_special_tokens=False).input_ids[0]
-    token = script.IdentityToken(model.text_encoder, first_id, noun_id)
+    token = IdentityToken(model.text_encoder, first_id, noun_id)
     assert torch.equal(model.encode_all(["a photo of a person"]), before)
     # As it starts, the token is the noun.
     assert torch.equal(model.encode_all(["a <iir-0002> tree"]), model.encode_all(["a person tree"]))
@@ -437,7 +440,7 @@ def test_a_step_adds_both_halves_with_lambda(models, monkeypatch):
     args.prior_loss_weight, args.max_grad_norm, args.identity_token = 0.3, 1e9, "sks"
     tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
     model = TextToImage(folder, tokenizer, mode="lora")
-    tunable = script.Tunable.of(model, script.IdentityToken(model.text_encoder, len(tokenizer), 0), with_token=False)
+    tunable = Tunable.of(model, IdentityToken(model.text_encoder, len(tokenizer), 0), with_token=False)
     for weight in tunable.weights:
         # The second matrices start at zero, and with them the gradient of the first.
         weight.data = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
@@ -477,9 +480,9 @@ class Halves:
     def __init__(self, monkeypatch):
         self.steps, plain = [], script.denoising_errors
 
-        def errors(unet, schedule, latents, noise, timesteps, condition, snr_gamma=None):
+        def errors(unet, schedule, latents, noise, timesteps, condition, snr_gamma=None, weights=None):
             self.steps.append((latents.clone(), timesteps.clone(), condition.detach().clone()))
-            return plain(unet, schedule, latents, noise, timesteps, condition, snr_gamma)
+            return plain(unet, schedule, latents, noise, timesteps, condition, snr_gamma, weights)
 
         monkeypatch.setattr(script, "denoising_errors", errors)
 
@@ -556,6 +559,29 @@ def test_the_paper_recipe_keeps_its_activations():
     assert script.parse_args(["--recipe", "paper", "--gradient_checkpointing"]).gradient_checkpointing
 
 
+def test_better_pictures_by_flags(models, tmp_path, monkeypatch, capsys):
+    """Each image under the answers about it, the person weighed more, some captions dropped; other images come out."""
+    segmenter(tmp_path / "mask", ["wall", "person"], "wall")
+    seen, plain = {}, script.fine_tune
+
+    def fine_tune(args, tunable, identity, record, *rest, **options):
+        seen[identity.name] = record, options
+        return plain(args, tunable, identity, record, *rest, **options)
+
+    monkeypatch.setattr(script, "fine_tune", fine_tune)
+    more = ["--image_captions", "--caption_dropout", "0.5", "--noise_offset", "0.05", "--negative_prompt", "a dog"]
+    assert run(models, tmp_path / "out", "--ids", "2", *more, "--mask_model", tmp_path / "mask") == {}
+    words, options = seen[NAMES[1]]
+    count = len(words["images"])
+    assert f"finds nobody in {count} of {count} images of {NAMES[1]}: used whole" in capsys.readouterr().out
+    assert options["alone"] == "a photo of <iir-0002> person"
+    assert options["weights"].shape == (count, 1, 8, 4) and (options["weights"] == 1).all()
+    assert len(options["texts"]) == count and all("<iir-0002> person" in text for text in options["texts"])
+    for text, image in zip(options["texts"], words["images"], strict=True):
+        alone = captions.merged([{"caption": "", **image["answers"]}])["attributes"]
+        assert text == captions.compose(alone).replace("a person", "<iir-0002> person", 1)
+
+
 # Drawing
 
 
@@ -569,13 +595,19 @@ def test_images_are_those_of_diffusers_own_pipeline(models, solver):
     latents = model.sample(model.encode_all(prompts), seeds, solver=solver, batch_size=2, **settings)
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = SOLVERS[solver].from_config(pipeline.scheduler.config)
-    noise = torch.stack([torch.randn(4, 8, 4, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    pipeline.scheduler = solver_of(solver, pipeline.scheduler.config)
     sizes = {"height": 64, "width": 32, "num_inference_steps": 4, "guidance_scale": 2.5}
-    wanted = pipeline(prompts, latents=noise, output_type="latent", **sizes).images
-    torch.testing.assert_close(latents, wanted, rtol=1e-3, atol=1e-3)
+
+    def theirs_as(kind):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = torch.stack([torch.randn(4, 8, 4, generator=generator) for generator in generators])
+        # The pipeline's own eta is 0, which takes TCD's noise away.
+        more = {"generator": generators, "eta": 0.3} if solver in WITH_NOISE else {}
+        return pipeline(prompts, latents=noise, output_type=kind, **sizes, **more).images
+
+    torch.testing.assert_close(latents, theirs_as("latent"), rtol=1e-3, atol=1e-3)
     pixels = model.decode(latents, batch_size=2)
-    theirs = pipeline(prompts, latents=noise, output_type="pt", **sizes).images
+    theirs = theirs_as("pt")
     assert (pixels.float() - theirs * 255).abs().max() <= 1.01
     picture = pil_to_tensor(model.pictures(latents)[1])
     assert (picture.int() - pixels[1].int()).abs().max() <= 1  # other batches may round another way
@@ -601,6 +633,62 @@ def test_without_guidance_the_prompt_alone_counts(models):
     guided = model.sample(condition, [1, 2], guidance=1.0001, **settings)
     torch.testing.assert_close(plain, guided, rtol=1e-3, atol=1e-2)
     assert not torch.equal(plain, model.sample(condition, [1, 3], guidance=1.0, **settings))
+
+
+def test_guidance_on_a_share_of_the_steps(models):
+    folder = models / "stable-diffusion"
+    model = TextToImage(str(folder), CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"), mode="full")
+    condition, settings = model.encode_all(["a red coat"] * 2), {"resolution": (64, 32), "steps": 3, "solver": "ddim"}
+    passed = []
+    model.unet.register_forward_hook(lambda unet, inputs, output: passed.append(len(inputs[0])))
+    half = model.sample(condition, [1, 2], guidance=3.0, guidance_share=0.5, **settings)
+    assert passed == [4, 4, 2]
+    whole = model.sample(condition, [1, 2], guidance=3.0, **settings)
+    none = model.sample(condition, [1, 2], guidance=1.0, **settings)
+    assert not torch.equal(half, whole) and not torch.equal(half, none)
+
+
+# A few-step LoRA
+
+
+def test_a_few_step_lora_changes_the_images_alone(whole, models, tmp_path, capsys):
+    out, file = tmp_path / "out", tmp_path / "lcm-lora-4steps.safetensors"
+    unet = UNet2DConditionModel.from_pretrained(models / "stable-diffusion", subfolder="unet")
+    few_step_lora(unet, file)
+    assert run(models, out, "--fast_lora", file) == {}
+    told = "For --fast_lora: --solver lcm, --guidance_scale 1.0; reference images are drawn without it"
+    assert told in capsys.readouterr().out
+    for name in NAMES:
+        ours, before = record(out, name), record(whole[0], name)
+        # Tuning and the reference set are those of a run without it.
+        assert ours["loss"] == before["loss"] and ours["reference"] == before["reference"]
+        assert (ours["steps"], ours["guidance"]) == (2, 1.0) and len(ours["fast_lora"]) == 16
+    assert files(out)[f"images/{NAMES[0]}/0000.jpg"] != files(whole[0])[f"images/{NAMES[0]}/0000.jpg"]
+    columns = pq.read_table(out / "metadata.parquet").column("fast_lora").to_pylist()
+    assert set(columns) == {record(out, NAMES[0])["fast_lora"]}
+
+
+@pytest.mark.parametrize(
+    "name, wanted",
+    [
+        ("latent-consistency/lcm-lora-sdv1-5", ("lcm", 4, 1.0)),
+        ("ByteDance/Hyper-SD/Hyper-SD15-8steps-lora.safetensors", ("ddim-trailing", 8, 1.0)),
+        ("ByteDance/Hyper-SD/Hyper-SD15-12steps-CFG-lora.safetensors", ("ddim-trailing", 12, 7.5)),
+        ("h1t/TCD-SD15-LoRA", ("tcd", 4, 1.0)),
+    ],
+)
+def test_a_published_few_step_lora_sets_solver_steps_and_guidance(name, wanted):
+    args = script.parse_args(["--recipe", "lora", "--source", "x", "--fast_lora", name])
+    assert (args.solver, args.num_inference_steps, args.guidance_scale) == wanted
+    references = script.sampling(args, of_references=True)
+    assert (references["solver"], references["steps"], references["guidance"]) == ("dpmsolver++", 20, 7.5)
+
+
+def test_a_pickled_few_step_lora_is_refused_at_once(models, tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="a.bin is no safetensors file; pickled weights are never read"):
+        run(models, tmp_path / "out", "--fast_lora", tmp_path / "a.bin")
+    assert not (tmp_path / "out" / "captions.parquet").exists()
 
 
 # Many identities
@@ -998,7 +1086,7 @@ def test_saved_adapters_load_in_diffusers_and_draw_the_same(models, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(folder / "unet_lora")
     pipeline.load_textual_inversion(str(folder / "learned_embeds.safetensors"), token="<iir-0002>")
-    pipeline.scheduler = SOLVERS["dpmsolver++"].from_config(pipeline.scheduler.config)
+    pipeline.scheduler = solver_of("dpmsolver++", pipeline.scheduler.config)
     made = record(out, NAMES[1])["images"]
     seeds = [one["seed"] for one in made]
     noise = torch.stack([torch.randn(4, 8, 4, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

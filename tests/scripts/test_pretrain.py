@@ -36,7 +36,7 @@ from utils.batches.transforms import test_transform as picture_transform
 from utils.flags import CLIP_DIR
 from utils.launch import start_training
 from utils.modeling.backbones import load_backbone
-from utils.modeling.folder import write_backbone_folder
+from utils.modeling.export import write_backbone_folder
 from utils.modeling.names import open_backbone
 from utils.modeling.reid_model import ReIDModel
 

@@ -5,11 +5,14 @@ learned_embeds.safetensors                   for `load_textual_inversion`, with 
 adapter.json                                 the digest of the model it was tuned from
 """
 
+from pathlib import Path
+
 import torch
+from diffusers.utils import convert_state_dict_to_diffusers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from utils.diffusion.unet import load_lora, save_unet
+from utils.diffusion.unet import save_unet
 from utils.files import one_line, to_json
 
 LORA, TOKEN, ORIGIN = "unet_lora/pytorch_lora_weights.safetensors", "learned_embeds.safetensors", "adapter.json"
@@ -36,3 +39,26 @@ def load_adapter(model, folder, token=None, row=None):
         raise ValueError(f"{folder / TOKEN} holds no embedding of {token} for this text encoder")
     with torch.no_grad():
         row.copy_(stored[token])
+
+
+def load_lora(unet, folder):
+    """Set the LoRA of a U-Net in mode lora to what `save_unet` wrote; ValueError if it is of another network."""
+    path = Path(folder) / "unet_lora" / "pytorch_lora_weights.safetensors"
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
+    config = unet.peft_config["default"]
+    own = {name.replace(".default.", "."): value for name, value in unet.named_parameters() if ".default." in name}
+    second = {id(value) for name, value in own.items() if ".lora_B." in name}
+    targets = {f"unet.{key}": value for key, value in convert_state_dict_to_diffusers(own).items()}
+    wrong = sorted(set(stored) ^ set(targets))
+    wrong += [key for key, value in stored.items() if key in targets and value.shape != targets[key].shape]
+    if wrong:
+        raise ValueError(
+            f"{path} is the LoRA of another network or rank: {len(wrong)} of its weights do not fit, {wrong[0]} for "
+            "one"
+        )
+    with torch.no_grad():
+        for key, parameter in targets.items():
+            parameter.copy_(stored[key] * (config.r / config.lora_alpha if id(parameter) in second else 1.0))

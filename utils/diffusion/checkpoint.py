@@ -81,7 +81,7 @@ def check_diffusion(name_or_path, *, resolution=None, revision=None, token=None,
         len(alphas_cumprod),
         vae["scaling_factor"],
         vae_scale * 2 ** (len(unet["block_out_channels"]) - 1),
-        variant if f"unet/{WEIGHTS.replace('.', f'.{variant}.')}" in files else None,
+        variant if variant_files(variant) & files_of_part(files, "unet") else None,
     )
     if needs_variant and info.variant != variant:
         raise ValueError(f"{name!r} has no U-Net of --variant {variant}; leave it out for the default one")
@@ -162,8 +162,19 @@ def noise_schedule(config, name):
     return prediction_type, scheduler.alphas_cumprod
 
 
+def variant_files(variant):
+    """Names of a variant's weights: one file, the index of several as diffusers writes it, as it did, as others do."""
+    stem, ending = WEIGHTS.split(".")
+    index = (f"{ending}.index.{variant}", f"{ending}.{variant}.index", f"{variant}.{ending}.index")
+    return {f"{stem}.{variant}.{ending}", *(f"{stem}.{middle}.json" for middle in index)}
+
+
+def files_of_part(files, part):
+    return {file.split("/", 1)[1] for file in files if file.startswith(f"{part}/")}
+
+
 def check_weight_files(name, part, files):
-    part_files = sorted(file.split("/", 1)[1] for file in files if file.startswith(f"{part}/"))
+    part_files = sorted(files_of_part(files, part))
     if WEIGHTS in part_files or f"{WEIGHTS}.index.json" in part_files:
         return
     if any(file.endswith(".safetensors") for file in part_files):

@@ -1,5 +1,6 @@
 """The noise schedule, the noise loss, the balance of its gradient with others, and what conditions do to it."""
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -14,7 +15,8 @@ FEEDBACK_WORDS = (
     "own, another, zero: noise loss on fixed noise under the image's own condition, another image's, and zeros. "
     "another_worse: how much more it is under another's; the condition is alive if that is above its deviation over "
     "draws of noise. gradient_ratio, gradient_cosine: the gradient of L_ldm at the features beside that of the other "
-    "losses. entropy, top: of the probabilities of identities. effective_rank: of the prompts."
+    "losses. entropy, top: of the probabilities of identities. effective_rank: of the prompts. matters_at: the "
+    "timestep about which another's condition is worse most."
 )
 
 
@@ -67,13 +69,14 @@ class NoiseSchedule(nn.Module):
         return signal * noised - strength * prediction
 
 
-def noise_loss(unet, schedule, latents, noise, timesteps, condition):
-    """Mean squared error of the U-Net's prediction in float32; condition (B, T, W) has a gradient in every mode."""
+def noise_loss(unet, schedule, latents, noise, timesteps, condition, reduction="mean"):
+    """Squared error of the U-Net's prediction in float32; condition (B, T, W) has a gradient in every mode."""
     noised = schedule.add_noise(latents.float(), noise.float(), timesteps)
     # The first parameter belongs to the convolution that takes the latents.
     dtype = next(unet.parameters()).dtype
     prediction = unet(noised.to(dtype), timesteps, encoder_hidden_states=condition.to(dtype)).sample
-    return F.mse_loss(prediction.float(), schedule.target(latents.float(), noise.float(), timesteps))
+    target = schedule.target(latents.float(), noise.float(), timesteps)
+    return F.mse_loss(prediction.float(), target, reduction=reduction)
 
 
 class GradientBalance(nn.Module):
@@ -133,13 +136,24 @@ def examined(model, features, labels, draws):
             p = model.condition.identity_probabilities(logits, bn_features, model.memory)
             numbers |= {"entropy": float(torch.special.entr(p).sum(1).mean()), "top": float(p.max(1).values.mean())}
     conditions = own, own.roll(1, 0), torch.zeros_like(own)
+    errors = partial(noise_loss, model.unet, model.schedule, reduction="none")
     with torch.no_grad():
-        losses = [[float(model.in_passes(model.denoise, *draw, c).mean()) for c in conditions] for draw in draws]
-    losses = torch.tensor(losses)
-    worse = losses[:, 1] - losses[:, 0]
-    numbers |= dict(zip(("own", "another", "zero"), losses.mean(0).tolist(), strict=True))
+        rows = [torch.stack([model.in_passes(errors, *draw, one) for one in conditions]) for draw in draws]
+    # Of draws, conditions, and images.
+    losses = torch.stack(rows).flatten(3).mean(3)
+    worse = (losses[:, 1] - losses[:, 0]).mean(1)
+    numbers |= dict(zip(("own", "another", "zero"), losses.mean((0, 2)).tolist(), strict=True))
     numbers |= {"another_worse": float(worse.mean()), "another_worse_std": float(worse.std())}
+    numbers["matters_at"] = where_largest(losses[:, 1] - losses[:, 0], draws, model.schedule.num_steps)
     return own, numbers | gradients_at_features(model, features, labels, *draws[0])
+
+
+def where_largest(values, draws, num_steps, num_parts=8):
+    """The timestep in the middle of that part of the schedule where the mean of values (draws, images) is largest."""
+    timesteps = torch.stack([timesteps for _, _, timesteps in draws])
+    parts = F.one_hot(timesteps * num_parts // num_steps, num_parts).to(values)
+    means = torch.einsum("di,dip->p", values, parts) / parts.sum((0, 1))
+    return int((means.nan_to_num(-torch.inf).argmax() + 0.5) * num_steps / num_parts)
 
 
 @torch.enable_grad()
@@ -168,9 +182,9 @@ def effective_rank(prompts):
 
 
 @torch.no_grad()
-def denoise(unet, schedule, latents, noise, condition, *, start=0.6, num_steps=10):
-    """Add noise to latents up to the share `start` of the schedule, then denoise with `condition`, by DDIM."""
-    times = torch.linspace(start * (schedule.num_steps - 1), 0, num_steps + 1).long().tolist()
+def denoise(unet, schedule, condition, latents, noise, start, *, num_steps=10):
+    """Add noise to latents up to the timestep `start`, then denoise with `condition`, by DDIM."""
+    times = torch.linspace(start, 0, num_steps + 1).long().tolist()
     times = [torch.full((len(latents),), time, device=latents.device) for time in times]
     dtype = next(unet.parameters()).dtype
     noised = schedule.add_noise(latents, noise, times[0])

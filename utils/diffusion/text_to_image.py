@@ -6,26 +6,39 @@ pictures = model.pictures(latents)
 """
 
 import hashlib
+import math
 from contextlib import nullcontext
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    TCDScheduler,
+    UniPCMultistepScheduler,
+)
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModel
 
 from utils.batches.chunks import weights_digest
+from utils.diffusion.fast_lora import add_fast_lora, drawing_fast
 from utils.diffusion.schedule import NoiseSchedule
 from utils.diffusion.unet import load_unet, load_vae, set_unet_mode
 from utils.files import one_line
 
-# Solvers without random steps: an image depends only on its initial noise.
+# An image depends only on its seed: the last two also draw noise in their steps, from the generator of the image.
 SOLVERS = {
-    "dpmsolver++": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
-    "ddim": DDIMScheduler,
-    "euler": EulerDiscreteScheduler,
+    "dpmsolver++": (DPMSolverMultistepScheduler, {}),
+    "unipc": (UniPCMultistepScheduler, {}),
+    "ddim": (DDIMScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "ddim-trailing": (DDIMScheduler, {"timestep_spacing": "trailing"}),
+    "lcm": (LCMScheduler, {}),
+    "tcd": (TCDScheduler, {}),
 }
+WITH_NOISE = ("lcm", "tcd")
 TEXT_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
@@ -94,6 +107,12 @@ class TextToImage:
         self.text_encoder.to(device)
         # The module that is called; a compiled one shares the U-Net's weights.
         self.denoiser = self.unet
+        self.fast = None
+
+    def add_fast_lora(self, lora):
+        """Keep a `FastLora` for `sample(..., fast=True)`."""
+        add_fast_lora(self.unet, lora, self.dtype)
+        self.fast = lora
 
     def trained_weights(self):
         return [
@@ -113,35 +132,43 @@ class TextToImage:
             return torch.cat([self.encode(part) for part in parts])
 
     @torch.no_grad()
-    def sample(self, conditions, seeds, *, resolution, solver="dpmsolver++", steps=20, guidance=7.5, batch_size=8):
-        """Latents (N, C, h, w) float32 for conditions (N, T, W); each depends only on its own seed."""
+    def sample(
+        self, conditions, seeds, *, resolution, solver="dpmsolver++", steps=20, guidance=7.5, guidance_share=1.0,
+        negative="", batch_size=8, fast=False,
+    ):  # fmt: skip
+        """Latents (N, C, h, w) float32 for conditions (N, T, W); each depends only on its own seed.
+
+        The first `guidance_share` of the steps are guided, away from `negative`. `fast`: with the few-step LoRA.
+        """
         scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         shape = (self.vae.config.latent_channels, resolution[0] // scale, resolution[1] // scale)
-        guided, size = guidance > 1, min(batch_size, len(seeds))
+        size, num_guided = min(batch_size, len(seeds)), math.ceil(guidance_share * steps) if guidance > 1 else 0
         self.unet.eval()
-        empty = self.encode([""]) if guided else None
+        empty = self.encode([negative]) if num_guided else None
         drawn = []
         for start in range(0, len(seeds), size):
             rows = list(range(start, min(start + size, len(seeds))))
             # A smaller last batch would round differently and be compiled again.
             rows += rows[-1:] * (size - len(rows))
-            noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seeds[row])) for row in rows]
-            scheduler = SOLVERS[solver].from_config(self.scheduler_config)
+            generators = [torch.Generator().manual_seed(seeds[row]) for row in rows]
+            noise = [torch.randn(shape, generator=generator) for generator in generators]
+            scheduler = solver_of(solver, self.scheduler_config)
             scheduler.set_timesteps(steps)
+            drawing = {"generator": generators} if solver in WITH_NOISE else {}
             latents = torch.stack(noise).to(self.device) * scheduler.init_noise_sigma
-            condition = conditions[rows]
-            if guided:
-                condition = torch.cat([empty.expand_as(condition), condition])
-            with self.autocast():
-                for step in scheduler.timesteps:
+            prompted = conditions[rows]
+            both = torch.cat([empty.expand_as(prompted), prompted]) if num_guided else None
+            with self.autocast(), drawing_fast(self.unet) if fast else nullcontext():
+                for number, step in enumerate(scheduler.timesteps):
+                    guided = number < num_guided
                     scaled = scheduler.scale_model_input(latents, step).to(self.dtype)
-                    scaled = torch.cat([scaled, scaled]) if guided else scaled
+                    scaled, condition = (torch.cat([scaled, scaled]), both) if guided else (scaled, prompted)
                     prediction = self.denoiser(scaled, step.to(self.device), encoder_hidden_states=condition).sample
                     prediction = prediction.float()
                     if guided:
-                        plain, prompted = prediction.chunk(2)
-                        prediction = plain + guidance * (prompted - plain)
-                    latents = scheduler.step(prediction, step, latents).prev_sample
+                        without, with_prompt = prediction.chunk(2)
+                        prediction = without + guidance * (with_prompt - without)
+                    latents = scheduler.step(prediction, step, latents, **drawing).prev_sample
             check_finite(latents)
             drawn.append(latents[: len(seeds) - start].float())
         return torch.cat(drawn)
@@ -180,6 +207,12 @@ def what_saves_memory(
         words.append(f"--resolution {height} {height // 2} {1 - height / 2 / width:.0%} of them;")
     words.append(f"--sample_batch_size, now {sample_batch_size}, where it happens while images are drawn")
     return " ".join(words)
+
+
+def solver_of(name, config):
+    """One of SOLVERS for a model, from the configuration of the model's own scheduler."""
+    solver_class, options = SOLVERS[name]
+    return solver_class.from_config(config, **options)
 
 
 def check_finite(drawn):

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import tempfile
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -9,17 +10,19 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.amp import is_autocast_available
 
 from utils.diffusion.checkpoint import WEIGHTS, read_config
 from utils.diffusion.schedule import NoiseSchedule
 from utils.files import one_line, to_json, write_together
+from utils.modeling.folder import read_json
 
 UNET_MODES = ("lora", "frozen", "partial-1", "partial-2", "full", "scratch")
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj"]
@@ -72,16 +75,10 @@ def load_unet(name_or_path, mode, *, rank=8, dtype=torch.float32, seed=0, revisi
 
 def load_part(model_class, part, name, dtype, revision, token, variant=None):
     try:
-        model, report = model_class.from_pretrained(
-            name,
-            subfolder=part,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            revision=revision,
-            token=token,
-            variant=variant,
-        )
+        with readable(str(name), part, variant, revision, token) as place:
+            model, report = model_class.from_pretrained(
+                **place, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
     except Exception as error:
         # Absent, truncated and wrong files raise error classes of three libraries.
         raise ValueError(f"the {part} of {str(name)!r} cannot be loaded: {one_line(error)}") from error
@@ -93,6 +90,34 @@ def load_part(model_class, part, name, dtype, revision, token, variant=None):
             f"the {part} weights in {str(name)!r} do not fit its config.json: {'; '.join(wrong[:3])}{more}"
         )
     return model
+
+
+@contextmanager
+def readable(name, part, variant, revision, token):
+    """The arguments by which diffusers finds a part: of links if a variant's index has a name it does not know."""
+    place = {"pretrained_model_name_or_path": name, "subfolder": part, "revision": revision, "token": token}
+    name_of_index = f"{WEIGHTS.replace('.', f'.{variant}.')}.index.json"
+    index = variant and part_file(name, part, name_of_index, revision, token)
+    if not index:
+        yield place | {"variant": variant}
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        files = {shard: shard for shard in read_json(index)["weight_map"].values()}
+        files |= {"config.json": "config.json", f"{WEIGHTS}.index.json": index.name}
+        for link, file in files.items():
+            (Path(folder) / link).symlink_to(part_file(name, part, file, revision, token).absolute())
+        yield {"pretrained_model_name_or_path": folder}
+
+
+def part_file(name, part, file, revision, token):
+    """The path of a file of a checkpoint's part, None if it has none."""
+    if Path(name).is_dir():
+        path = Path(name) / part / file
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(name, f"{part}/{file}", revision=revision, token=token))
+    except EntryNotFoundError:
+        return None
 
 
 def set_unet_mode(unet, mode, *, rank=8, dtype=torch.float32, seed=0):
@@ -206,29 +231,6 @@ def save_unet(unet, mode, output_dir):
 def save_prompts(condition, output_dir):
     with write_together(output_dir) as part:
         save_tensors(condition.state_dict(), part("prompts.safetensors"))
-
-
-def load_lora(unet, folder):
-    """Set the LoRA of a U-Net in mode lora to what `save_unet` wrote; ValueError if it is of another network."""
-    path = Path(folder) / "unet_lora" / "pytorch_lora_weights.safetensors"
-    try:
-        stored = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
-    config = unet.peft_config["default"]
-    own = {name.replace(".default.", "."): value for name, value in unet.named_parameters() if ".lora_" in name}
-    second = {id(value) for name, value in own.items() if ".lora_B." in name}
-    targets = {f"unet.{key}": value for key, value in convert_state_dict_to_diffusers(own).items()}
-    wrong = sorted(set(stored) ^ set(targets))
-    wrong += [key for key, value in stored.items() if key in targets and value.shape != targets[key].shape]
-    if wrong:
-        raise ValueError(
-            f"{path} is the LoRA of another network or rank: {len(wrong)} of its weights do not fit, {wrong[0]} for "
-            "one"
-        )
-    with torch.no_grad():
-        for key, parameter in targets.items():
-            parameter.copy_(stored[key] * (config.r / config.lora_alpha if id(parameter) in second else 1.0))
 
 
 def save_tensors(state, path):

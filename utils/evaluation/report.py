@@ -11,7 +11,8 @@ from utils.datasets.schema import UNKNOWN
 from utils.evaluation.lists import is_match
 from utils.evaluation.metrics import RANKS
 from utils.modeling.attention import attention_maps
-from utils.reporting.charts import histogram, line_chart
+from utils.reporting.charts import line_chart
+from utils.reporting.histograms import histogram
 from utils.reporting.report import Report, Tile, data_uri, percent
 
 SHOWN_RANKS = 10

@@ -9,7 +9,8 @@ from utils.generated import choosing
 from utils.generated import images as generated_images
 from utils.generated.kept_set import NAMES, TABLE_COLUMNS, number
 from utils.generated.scoring import open_image
-from utils.reporting.charts import histogram, line_chart
+from utils.reporting.charts import line_chart
+from utils.reporting.histograms import histogram
 from utils.reporting.report import Report, Tile, data_uri
 
 SHOWN, HALF = 6, 3

@@ -5,7 +5,8 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from utils.generated.measures import identity_auc
-from utils.reporting.charts import histogram, line_chart
+from utils.reporting.charts import line_chart
+from utils.reporting.histograms import histogram
 from utils.reporting.report import Report, Tile, data_uri
 
 REFERENCES = "references"

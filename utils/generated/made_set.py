@@ -41,6 +41,8 @@ METADATA = pa.schema(
         ("steps", pa.int64()),
         ("guidance", pa.float64()),
         ("model", pa.string()),
+        # The hash of the few-step LoRA that the image was drawn with, or null.
+        ("fast_lora", pa.string()),
         # The garment that is not the identity's own, such as "upper", or null.
         ("changed", pa.string()),
         ("synthetic", pa.bool_()),
@@ -230,6 +232,9 @@ def check_origin(work, names, digest):
 def open_references(model, work, prompt, count, *, seed, precision, sampling):
     """(`count` latents, key) of a prompt; drawn unless they are in `work`. `sampling`: arguments of `model.sample`."""
     settings = [count, *(sampling[name] for name in ("resolution", "solver", "steps", "guidance"))]
+    settings += [
+        sampling[name] for name, usual in (("guidance_share", 1), ("negative", "")) if sampling[name] != usual
+    ]
     inputs = [prompt, model.digest, str(model.dtype), precision, seed, *settings]
     key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
     path = work.folder / REFERENCES / f"{key}.safetensors"

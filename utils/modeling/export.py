@@ -1,4 +1,8 @@
-"""Export of a Re-ID model to ONNX, checked against torch."""
+"""Export: a Re-ID model to ONNX, checked against torch, and a plain backbone to a folder of `transformers`."""
+
+import os
+import shutil
+from pathlib import Path
 
 import torch
 
@@ -48,3 +52,18 @@ def export_onnx(model, path):
             )
     model.to(device).backbone.set_attention(attention)
     return f"{path}: features equal torch's within {max(differences):.1e}, at batch 1 and 3"
+
+
+def write_backbone_folder(backbone, folder, preprocessor, card):
+    """Write a plain `transformers` folder with image processor and card; an older folder is removed last."""
+    folder = Path(folder)
+    part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    backbone.save_pretrained(part)
+    (part / "preprocessor_config.json").write_text(to_json(preprocessor))
+    (part / "README.md").write_text(card, encoding="utf-8")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(part, folder)
+    shutil.rmtree(old, ignore_errors=True)

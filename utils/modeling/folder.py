@@ -1,7 +1,4 @@
-"""A saved Re-ID model on disk: four files that are replaced together, even if the process is killed meanwhile.
-
-Also writes a plain backbone with its image processor.
-"""
+"""A saved Re-ID model on disk: four files that are replaced together, even if the process is killed meanwhile."""
 
 import json
 import os
@@ -19,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
-from utils.files import portable, to_json
+from utils.files import portable
 from utils.flags import shown
 from utils.modeling import importers
 from utils.modeling.networks import SHORT_NAMES, full_name
@@ -212,21 +209,6 @@ def model_kind(name):
     if config.get("model_type") == "timm_wrapper" or ("architecture" in config and "model_type" not in config):
         return "file"
     return "reid" if config.get("model_type") == MODEL_TYPE else "backbone"
-
-
-def write_backbone_folder(backbone, folder, preprocessor, card):
-    """Write a plain `transformers` folder with image processor and card; an older folder is removed last."""
-    folder = Path(folder)
-    part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    backbone.save_pretrained(part)
-    (part / "preprocessor_config.json").write_text(to_json(preprocessor))
-    (part / "README.md").write_text(card, encoding="utf-8")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(part, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def ask_hub(name, revision=None, token=None):

@@ -1,11 +1,10 @@
-"""Line charts and histograms as inline SVG, without a plotting library.
+"""Line charts as inline SVG, without a plotting library; `histograms` has the others.
 
 Lines differ by colour and by dash, so that they differ in print too. Shapes have class names only; the colours, light
 and dark, are in `templates/report.css`.
 """
 
 import math
-from itertools import pairwise
 
 from markupsafe import Markup, escape
 
@@ -13,8 +12,6 @@ WIDTH, HEIGHT = 460, 280
 LEFT, RIGHT, TOP, BOTTOM = 66, 16, 34, 44
 LEGEND_LINE = 18
 MAX_POINTS = 400
-# The width of a letter, and the space between a marker and its label.
-LETTER, GAP = 7, 5
 
 
 def line_chart(
@@ -27,13 +24,13 @@ def line_chart(
     drawable = [(name, _points(xs, ys, x_log, y_log)) for name, xs, ys in series]
     finite = [point for _, points in drawable for point in points if point is not None]
     if not finite:
-        return _empty(title)
-    x_scale = _Scale([x for x, _ in finite], x_range, x_log, LEFT, WIDTH - RIGHT)
-    y_scale = _Scale([y for _, y in finite], y_range, y_log, HEIGHT - BOTTOM, TOP)
+        return empty_chart(title)
+    x_scale = Scale([x for x, _ in finite], x_range, x_log, LEFT, WIDTH - RIGHT)
+    y_scale = Scale([y for _, y in finite], y_range, y_log, HEIGHT - BOTTOM, TOP)
 
-    parts = [_axes(x_scale, y_scale, x_label, y_label, percent)]
+    parts = [axes_of(x_scale, y_scale, x_label, y_label, percent)]
     for number, (name, points) in enumerate(drawable):
-        path = _path(points, x_scale, y_scale)
+        path = path_of(points, x_scale, y_scale)
         parts.append(Markup('<path class="line s{}" d="{}"/>').format(number % 6, path))
         for x, y in (point for point in points if dots and point is not None):
             value = f"{100 * y:.1f} %" if percent else _number(y)
@@ -42,37 +39,11 @@ def line_chart(
                     '<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="2.6"><title>{}: {}</title></circle>'
                 ).format(number % 6, x_scale(x), y_scale(y), f"{name}, {_number(x)}", value)
             )
-    legend, lines = _legend([name for name, _ in drawable])
-    return _svg(title, [*parts, legend], lines)
+    legend, lines = legend_of([name for name, _ in drawable])
+    return svg_of(title, [*parts, legend], lines)
 
 
-def histogram(groups, edges, *, title, x_label, y_label="share", markers=()):
-    """The SVG of histograms over the same `edges`: `groups` is a list of (name, counts), drawn as shares of their sum.
-
-    `markers` is a list of (x, label): vertical lines, such as thresholds.
-    """
-    shares = [(name, _shares(counts)) for name, counts in groups]
-    if not any(max(values, default=0) > 0 for _, values in shares):
-        return _empty(title)
-    x_scale = _Scale([edges[0], edges[-1]], (edges[0], edges[-1]), False, LEFT, WIDTH - RIGHT)
-    top = max(max(values) for _, values in shares)
-    y_scale = _Scale([0, top], (0, top * 1.08), False, HEIGHT - BOTTOM, TOP)
-
-    parts = [_axes(x_scale, y_scale, x_label, y_label, percent=True)]
-    for number, (_, values) in enumerate(shares):
-        outline = [(edges[0], 0.0)]
-        for (left, right), value in zip(pairwise(edges), values, strict=True):
-            outline += [(left, value), (right, value)]
-        path = _path([*outline, (edges[-1], 0.0)], x_scale, y_scale)
-        parts.append(
-            Markup('<path class="area s{0}" d="{1}Z"/><path class="line s{0}" d="{1}"/>').format(number, path)
-        )
-    parts.append(_markers([(x_scale(x), label) for x, label in markers]))
-    legend, lines = _legend([name for name, _ in shares])
-    return _svg(title, [*parts, legend], lines)
-
-
-class _Scale:
+class Scale:
     """Maps values to coordinates, on a linear or logarithmic axis with round ticks."""
 
     def __init__(self, values, limits, log, start, end):
@@ -136,7 +107,7 @@ def _points(xs, ys, x_log, y_log):
     return [(x, y) if can_be_drawn(x, y) else None for x, y in pairs]
 
 
-def _path(points, x_scale, y_scale):
+def path_of(points, x_scale, y_scale):
     steps, pen = [], "M"
     for point in points:
         if point is None:
@@ -147,13 +118,7 @@ def _path(points, x_scale, y_scale):
     return "".join(steps)
 
 
-def _shares(counts):
-    values = [float(count) for count in counts]
-    total = sum(values)
-    return [value / total for value in values] if total else values
-
-
-def _axes(x_scale, y_scale, x_label, y_label, percent):
+def axes_of(x_scale, y_scale, x_label, y_label, percent):
     parts = []
     largest = {scale: None if scale.log else max(map(abs, scale.ticks), default=None) for scale in (x_scale, y_scale)}
     for tick in y_scale.ticks:
@@ -189,29 +154,7 @@ def _axes(x_scale, y_scale, x_label, y_label, percent):
     return Markup("").join(parts)
 
 
-def _markers(markers):
-    """Vertical lines at the coordinates, each with a label that no other line crosses."""
-    line = Markup('<line class="marker" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>')
-    text = Markup('<text class="marked" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
-    lines, labels = [], []
-    for index, (x, label) in enumerate(markers):
-        # The label goes to the side with more room, below the label before it, and past the lines nearby.
-        side, anchor = (1, "start") if x < (LEFT + WIDTH) / 2 else (-1, "end")
-        width, label_x = LETTER * len(str(label)), x
-        for other in sorted((other for other, _ in markers), reverse=side < 0):
-            if 0 < side * (other - label_x) < width + 2 * GAP:
-                label_x = other
-        y = TOP + 12 + 14 * index
-        lines.append(line.format(x, x, TOP, HEIGHT - BOTTOM))
-        if label_x != x:
-            # A short line joins the marker to a label that was moved.
-            lines.append(line.format(x, label_x + side * (GAP - 2), y - 4, y - 4))
-        labels.append(text.format(label_x + side * GAP, y, anchor, label))
-    # Labels are drawn after all lines, so that no line covers one.
-    return Markup("").join(lines + labels)
-
-
-def _legend(names):
+def legend_of(names):
     """The names above the chart, in as many lines as they need: (SVG, number of lines)."""
     if len(names) < 2:
         return Markup(""), 1
@@ -236,12 +179,12 @@ def _legend(names):
     return Markup("").join(parts), line + 1
 
 
-def _empty(title):
+def empty_chart(title):
     text = Markup('<text class="label" x="{}" y="{}" text-anchor="middle">nothing to draw</text>')
-    return _svg(title, [text.format(WIDTH / 2, HEIGHT / 2)])
+    return svg_of(title, [text.format(WIDTH / 2, HEIGHT / 2)])
 
 
-def _svg(title, parts, legend_lines=1):
+def svg_of(title, parts, legend_lines=1):
     above = LEGEND_LINE * (legend_lines - 1)
     return Markup('<svg class="chart" viewBox="0 {} {} {}" role="img" aria-label="{}">{}</svg>').format(
         -above, WIDTH, HEIGHT + above, escape(title), Markup("").join(parts)

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from utils.evaluation.groups.clusters import NOISE
-from utils.reporting.charts import histogram, line_chart
+from utils.reporting.charts import line_chart
+from utils.reporting.histograms import histogram
 from utils.reporting.report import Tile, data_uri
 
 BINS = 40

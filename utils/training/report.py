@@ -18,6 +18,8 @@ WORDS = {
     "loss_triplet": "Images of one identity nearer than those of others.",
     "loss_centre": "Distance of images to the centre of their identity.",
     "loss_ldm": "Noise prediction of the diffusion model.",
+    "feedback_scale": "Factor on the gradient of the noise prediction where it reaches the features.",
+    "feedback_ratio": "That gradient, scaled, beside that of the other losses.",
     "loss_source": "Comparison of source images with the memory.",
     "loss_target": "Comparison of target images with the memory.",
     "loss_mixed": "Classification of the mixed domain, by the shares of both.",

@@ -6,7 +6,7 @@ import torch
 
 from utils.datasets.schema import UNKNOWN
 from utils.evaluation.report import model_name
-from utils.reporting.charts import histogram
+from utils.reporting.histograms import histogram
 from utils.reporting.report import Report, Tile, data_uri, percent
 
 # Bounds of the report's size, whatever the number of items: about 4 MB of pictures.

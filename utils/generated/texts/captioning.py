@@ -72,6 +72,23 @@ class Prompts:
         words = {"text": text, "prompt": prompt, "identity_prompt": identity_prompt, "reference_prompt": reference}
         return record | words
 
+    def of_sequence(self, record, identity):
+        """P_E of each image of the sequence, from the answers about it alone; the identity's where there are none."""
+        answers = {image["path"]: captions.answers_of([image]) for image in record["images"]}
+        texts = []
+        for path in identity.paths:
+            own = captions.merged(answers[path]) if path in answers and not record["text"] else {"attributes": {}}
+            text = record["identity_prompt"]
+            if own["attributes"]:
+                prompt = self.fit(captions.composed(own, self.class_prompt), identity)
+                text = captions.with_token(prompt, self.token_of(identity), self.noun)
+            texts.append(text)
+        return texts
+
+    def alone(self, identity):
+        """The class prompt with the identity's token and nothing else."""
+        return captions.with_token(self.class_prompt, self.token_of(identity), self.noun)
+
     def of_images(self, record, identity, numbers, seed, clothing_change=0.0):
         """An `ImagePrompt` for each number of an image; `clothing_change`: the share of images with other clothes."""
         # A prompt written by hand is used without the attributes and the caption.

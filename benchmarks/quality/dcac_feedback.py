@@ -1,0 +1,328 @@
+"""What DCAC's feedback gives on unseen domains of the built-in world, and whether its meaning matters: controls.
+
+    python -m benchmarks.quality.dcac_feedback            # runs what is missing; start it twice for two runs at once
+    python -m benchmarks.quality.dcac_feedback --table    # the table of the runs that are there
+
+Each run is `train_dcac.py` in a process of its own, with the shipped stand-ins and all defaults of the demo but more
+epochs. A finished run is a row of the result file and is not run again, so the work can go on at any time and on any
+copy of the file. Several such commands may run at once, they take different runs.
+
+sifting    source a, target e, two seeds: all arms at all strengths. The caption arm with the best mean gain of mAP
+           on e is chosen; b, c and d are measured too, and not looked at for the choice.
+report     targets b, c and d, six other seeds, sources a and a+e, without shortcut and with: the baseline, the
+           published way, the chosen arm, and the same with captions permuted among identities.
+remedies   of a condition that says little, each with own and with permuted captions: seeds and source of the sifting.
+
+Gains are differences to the baseline of the same seed; intervals are Student's, at 95 %, of these differences.
+
+On one core a run takes 3.5 minutes (baseline), 6 (one token) or 7 (all tokens): the 50 runs of the sifting 5.2 hours,
+the 96 of the report 9 hours, the 18 of the remedies 2 hours. With two commands on two idle cores that is 8 hours.
+"""
+
+import argparse
+import fcntl
+import json
+import random
+import re
+import shutil
+import statistics
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow.parquet as pq
+from scipy.stats import t as student
+
+from benchmarks.common import RESULTS, checked, command_line, finished, run_once, run_script, write_result
+from utils.files import write_together
+from utils.generated.texts.captions import CLASS_PROMPT
+from utils.reporting.report import text_table
+
+EPOCHS = ["--num_train_epochs", "12", "--lr_milestones", "10"]
+# Sources and the identities of each: the same number of images.
+SOURCES = {"a": (["a"], 112), "a+e": (["a", "e"], 56)}
+SHORTCUTS = (0, 0.9)
+STRENGTHS = {"lambda 1": [], "balance 0.1": ["--ldm_balance", "0.1"], "balance 0.03": ["--ldm_balance", "0.03"]}
+# Flags of each arm; a word in braces is a file of captions.
+ARMS = {
+    "baseline": ["--diffusion", "none"],
+    "published": [],
+    "captions, end": ["--prompt_init", "{own}"],
+    "captions, all": ["--prompt_init", "{own}", "--prompt_tokens", "all"],
+    "captions, frozen": ["--prompt_init", "{own}", "--prompt_tokens", "all", "--freeze_prompts"],
+    "captions, sharp": ["--prompt_init", "{own}", "--prompt_tokens", "all", "--tau", "0.1"],
+    "permuted, end": ["--prompt_init", "{permuted}"],
+    "permuted, all": ["--prompt_init", "{permuted}", "--prompt_tokens", "all"],
+    "permuted, frozen": ["--prompt_init", "{permuted}", "--prompt_tokens", "all", "--freeze_prompts"],
+    "permuted, sharp": ["--prompt_init", "{permuted}", "--prompt_tokens", "all", "--tau", "0.1"],
+    "one caption": ["--prompt_init", "{constant}", "--prompt_tokens", "all"],
+    "shuffled": [],
+}
+SIFTED = [
+    "published", "captions, sharp", "captions, all", "permuted, all", "shuffled", "captions, end", "captions, frozen",
+    "one caption",
+]  # fmt: skip
+REMEDIES = {
+    "long warm-up": ["--ldm_warmup_epochs", "6", "--ldm_balance", "0.1"],
+    "more weight": ["--ldm_balance", "0.3"],
+    "weighted timesteps": ["--ldm_balance", "0.1"],
+    "sharp, more weight": ["--tau", "0.1", "--ldm_warmup_epochs", "2", "--ldm_balance", "0.3"],
+}
+# Arms and remedies that `feedback_variants` makes, in place of `train_dcac.py`.
+VARIANTS = {"shuffled": "shuffled", "weighted timesteps": "timesteps"}
+SIFTING_SEEDS, REPORT_SEEDS = (0, 1), (10, 11, 12, 13, 14, 15)
+TARGETS = {"a": ["b", "c", "d", "e"], "a+e": ["b", "c", "d"]}
+COLUMNS = [
+    "part", "sources", "shortcut", "arm", "strength", "targets", "mAP %", "gain of mAP", "gain of Rank-1",
+    "another's condition is worse by", "seeds", "missing",
+]  # fmt: skip
+
+
+class Job(NamedTuple):
+    """One training."""
+
+    part: str
+    sources: str
+    shortcut: float
+    arm: str
+    strength: str
+    seed: int
+
+    @property
+    def name(self):
+        words = " ".join(map(str, self)).replace(",", "")
+        return words.replace(" ", "-").lower()
+
+    @property
+    def flags(self):
+        return ARMS[self.arm] + (STRENGTHS | REMEDIES)[self.strength]
+
+
+# What is run
+
+
+def jobs_of(part, choice=None):
+    """All trainings of a part, those that say most first; `choice` is the arm and strength that the sifting chose."""
+    if part == "sifting":
+        arms = [("baseline", "lambda 1"), *((arm, strength) for strength in STRENGTHS for arm in SIFTED)]
+        return [Job(part, "a", 0, *arm, seed) for seed in SIFTING_SEEDS for arm in arms]
+    if part == "remedies":
+        # The sifting has the other one of this pair.
+        arms = [("permuted, sharp", "balance 0.1")]
+        arms += [(f"{captions}, all", remedy) for remedy in REMEDIES for captions in ("captions", "permuted")]
+        return [Job(part, "a", 0, *arm, seed) for seed in SIFTING_SEEDS for arm in arms]
+    if choice is None:
+        return []
+    arm, strength = choice
+    arms = [("baseline", "lambda 1"), ("published", "lambda 1"), (arm, strength)]
+    arms.append((arm.replace("captions", "permuted"), strength))
+    settings = [(sources, shortcut) for sources in SOURCES for shortcut in SHORTCUTS]
+    return [Job(part, *setting, *arm, seed) for seed in REPORT_SEEDS for setting in settings for arm in arms]
+
+
+def choice_of(runs):
+    """(arm, strength) with the best mean gain of mAP on domain e among those with captions; None before the end."""
+    done = {job_of(run): run for run in runs}
+    jobs = jobs_of("sifting")
+    if any(job not in done for job in jobs):
+        return None
+    arms = dict.fromkeys((job.arm, job.strength) for job in jobs if job.arm.startswith("captions"))
+    return max(arms, key=lambda arm: statistics.fmean(gains(done, "sifting", "a", 0, *arm, ["e"], "mAP")))
+
+
+def job_of(run):
+    return Job(*(run[field] for field in Job._fields))
+
+
+def train(job, folder):
+    """Run `train_dcac.py`; returns the row of the result file."""
+    sources = [copy_of(f"synthetic:domain={domain}", folder, job) for domain in SOURCES[job.sources][0]]
+    targets = {domain: copy_of(f"synthetic:domain={domain}", folder) for domain in TARGETS[job.sources]}
+    words = ["--source", *sources, "--target", *targets.values(), "--seed", job.seed, *EPOCHS]
+    words += [word.format(**captions_of(job, sources, folder)) if "{" in word else word for word in job.flags]
+    words += ["--eval_every", 100, "--validation_ids", 0, "--checkpoints_total_limit", 1]
+    if job.arm != "baseline":
+        words += ["--cache_dir", folder / "cache"]
+    place, variant = folder / "runs" / job.name, VARIANTS.get(job.arm) or VARIANTS.get(job.strength)
+    script = f"-m benchmarks.quality.feedback_variants {variant}" if variant else "train_dcac.py"
+    run = run_once(script, place, words, "model/model.safetensors")
+    finished(run, script)
+    metrics = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
+    record = json.loads((place / "args.json").read_text(encoding="utf-8"))
+    measured = {"before": {}, "after": {}}
+    for entry in metrics["history"]:
+        domain = next(domain for domain, copy in targets.items() if str(copy) == entry["target"])
+        when = "before" if entry["epoch"] == 0 else "after"
+        measured[when][domain] = {key: entry[key] for key in ("mAP", "rank1")}
+    for rest in (*place.glob("checkpoint-*"), place / "model"):
+        shutil.rmtree(rest)
+    spent = {"seconds": run and round(run.seconds), "cpu_seconds": run and round(run.cpu_seconds)}
+    return (
+        job._asdict()
+        | measured
+        | {"feedback": metrics.get("feedback", []), "commit": record["versions"]["git"]}
+        | spent
+    )
+
+
+def copy_of(spec, folder, job=None):
+    """A copy of a set with its images inside, as a training set for `job`: people need not be drawn in every epoch."""
+    if job is not None:
+        spec += f",num_ids={SOURCES[job.sources][1]}" + (f",shortcut={job.shortcut}" if job.shortcut else "")
+    copy = folder / "data" / "-".join(re.findall("=([^,]+)", spec))
+    with locked(folder / "data.lock"):
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            checked(run_script("-m", "utils.datasets", spec, "--save_to", copy), f"copying {spec}")
+    return copy
+
+
+def captions_of(job, sources, folder):
+    """{kind: file of captions}: the captioner's, these permuted among identities, and one for all."""
+    place = folder / "captions" / f"{job.sources}-{job.shortcut}"
+    with locked(folder / "captions.lock"):
+        if not (place / "captions.parquet").exists():
+            words = ["--source", *sources, "--captions_only", "--output_dir", place]
+            checked(run_script("train_dreambooth_reid.py", *words, logs=place / "logs"), "the captions")
+    rows = [
+        {key: row[key] for key in ("domain", "pid", "prompt")}
+        for row in pq.read_table(place / "captions.parquet").to_pylist()
+    ]
+    files = {"own": place / "captions.parquet"}
+    for kind, prompts in (("permuted", permuted(rows, job.seed)), ("constant", [CLASS_PROMPT] * len(rows))):
+        files[kind] = place / f"{kind}-{job.seed}.jsonl"
+        if not files[kind].exists():
+            lines = [json.dumps(row | {"prompt": prompt}) for row, prompt in zip(rows, prompts, strict=True)]
+            with write_together(place) as part:
+                part(files[kind].name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return files
+
+
+def permuted(rows, seed):
+    """The prompts of the rows in another order, none in its own place."""
+    order = list(range(len(rows)))
+    random.Random(f"captions/{seed}").shuffle(order)
+    prompts = [None] * len(rows)
+    for place, row in enumerate(order):
+        prompts[row] = rows[order[place - 1]]["prompt"]
+    return prompts
+
+
+@contextmanager
+def locked(path, wait=True):
+    """Whether this process alone holds the lock; it ends with the block or the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+# The table
+
+
+def gains(done, part, sources, shortcut, arm, strength, targets, key):
+    """The differences to the baseline, one a seed that both have, in points: means over the targets."""
+    found = []
+    for job, run in done.items():
+        base = done.get(Job(baseline_part(part), sources, shortcut, "baseline", "lambda 1", job.seed))
+        if base and job[:5] == (part, sources, shortcut, arm, strength):
+            apart = [run["after"][target][key] - base["after"][target][key] for target in targets]
+            found.append(100 * statistics.fmean(apart))
+    return found
+
+
+def baseline_part(part):
+    return "sifting" if part == "remedies" else part
+
+
+def interval(values):
+    """Mean and the half width of its 95 % interval; of one value the value alone."""
+    if not values:
+        return "-"
+    mean = f"{statistics.fmean(values):+.1f}"
+    if len(values) == 1:
+        return mean
+    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean} ± {half:.1f}"
+
+
+def rows_of(runs):
+    """A row of each arm and targets that have a run; the choice's own target stands apart."""
+    done = {job_of(run): run for run in runs}
+    jobs = [job for part in ("sifting", "report", "remedies") for job in jobs_of(part, choice_of(runs))]
+    rows = []
+    for part, sources, shortcut, arm, strength in dict.fromkeys(job[:5] for job in jobs):
+        wanted = [job for job in jobs if job[:5] == (part, sources, shortcut, arm, strength)]
+        present = [done[job] for job in wanted if job in done]
+        if not present:
+            continue
+        places = [["b"], ["c"], ["d"], ["b", "c", "d"]] if part == "report" else [["e"], ["b", "c", "d"]]
+        for targets in places:
+            after = [statistics.fmean(run["after"][target]["mAP"] for target in targets) for run in present]
+            apart = [
+                "-" if arm == "baseline" else interval(gains(done, *wanted[0][:5], targets, key))
+                for key in ("mAP", "rank1")
+            ]
+            row = [part, sources, str(shortcut), arm, "-" if arm == "baseline" else strength, " ".join(targets)]
+            row += [f"{100 * statistics.fmean(after):.1f}", *apart, worse_text(present)]
+            rows.append([*row, len(present), len(wanted) - len(present)])
+    return rows
+
+
+def worse_text(runs):
+    """How much worse the noise loss is under another image's condition, at the end, in per mille of its own."""
+    last = [run["feedback"][-1] for run in runs if run["feedback"]]
+    if not last:
+        return "-"
+    return f"{1000 * statistics.fmean(one['another_worse'] / one['own'] for one in last):.2f} per mille"
+
+
+def rows_read(path):
+    return json.loads(path.read_text(encoding="utf-8"))["raw"]["runs"] if path.exists() else []
+
+
+def add_row(args, row, command):
+    """Write the result file with one more row; others may write to it too."""
+    with locked(args.output_dir / "rows.lock"):
+        runs = [run for run in rows_read(args.json) if job_of(run) != job_of(row)] + [row]
+        choice = choice_of(runs)
+        raw = {"training": EPOCHS, "choice": choice and list(choice), "runs": runs}
+        write_result(args.json, command, COLUMNS, rows_of(runs), raw)
+
+
+def main(input_args=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("sifting", "report", "remedies")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="default all")
+    parser.add_argument("--table", action="store_true", help="run nothing; print the table and what is missing")
+    parser.add_argument("--output_dir", type=Path, default=Path("output/dcac_feedback"), help="data, runs, captions")
+    parser.add_argument("--json", type=Path, default=RESULTS / "dcac_feedback.json", help="the rows")
+    args = parser.parse_args(input_args)
+    args.output_dir = args.output_dir.absolute()
+    for part in () if args.table else args.parts:
+        # The choice is made when its turn comes.
+        for job in jobs_of(part, choice_of(rows_read(args.json))):
+            with locked(args.output_dir / "runs" / f"{job.name}.lock", wait=False) as mine:
+                if mine and job not in {job_of(run) for run in rows_read(args.json)}:
+                    add_row(args, train(job, args.output_dir), command_line(__spec__.name, []))
+    runs = rows_read(args.json)
+    print(text_table(COLUMNS, rows_of(runs)))
+    choice, done = choice_of(runs), {job_of(run) for run in runs}
+    for part in parts:
+        missing = [job for job in jobs_of(part, choice) if job not in done]
+        if part == "report" and choice is None:
+            print("report: waits for the end of the sifting")
+        else:
+            print(f"{part}: {len(missing)} runs are missing")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"benchmarks.quality.dcac_feedback: {error}")

@@ -1,0 +1,64 @@
+"""Where a person is in an image, by any segmentation model of `transformers`: soft masks at the size of latents."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, pipeline
+
+from utils.files import one_line
+from utils.modeling.folder import ask_hub
+
+PERSON = {"person", "people", "pedestrian", "human"}
+BACKGROUND = {"background", "unlabeled", "unlabelled", "void", "other"}
+
+
+def check_mask_model(name):
+    """ValueError, before weights are loaded, unless the model's labels tell people from the rest. Returns a test."""
+    try:
+        if not Path(name).is_dir():
+            ask_hub(name)
+        labels = AutoConfig.from_pretrained(name, trust_remote_code=False).id2label.values()
+    except Exception as error:
+        raise ValueError(f"--mask_model {name}: its configuration cannot be read: {one_line(error)}") from error
+    people = {label for label in labels if PERSON & words_of(label)}
+    if people:
+        return lambda label: label in people
+    # A model of garments: a person is all that is no background.
+    if any(BACKGROUND & words_of(label) for label in labels):
+        return lambda label: not BACKGROUND & words_of(label)
+    shown = ", ".join(list(labels)[:6])
+    raise ValueError(f"--mask_model {name} knows no person and no background, only {shown}; choose another")
+
+
+def words_of(label):
+    return set(str(label).lower().replace("-", " ").replace("_", " ").split())
+
+
+class PersonMasks:
+    """`of(images, size)`: the share of each cell that shows a person, (N, 1, h, w), and how many show nobody."""
+
+    def __init__(self, name, device="cpu"):
+        self.is_person = check_mask_model(name)
+        try:
+            self.segment = pipeline("image-segmentation", model=name, device=device)
+        except Exception as error:
+            raise ValueError(f"--mask_model {name} cannot be loaded: {one_line(error)}") from error
+
+    @torch.inference_mode()
+    def of(self, images, size):
+        """An image that shows nobody counts whole: its mask is all ones."""
+        masks, empty = [], 0
+        for image in images:
+            image = image.convert("RGB")
+            seen = np.zeros(image.size[::-1], bool)
+            for part in self.segment(image):
+                if self.is_person(part["label"]):
+                    seen |= np.asarray(part["mask"]) > 0
+            if not seen.any():
+                empty += 1
+                seen |= True
+            whole = torch.from_numpy(seen.astype(np.float32))[None, None]
+            masks.append(F.interpolate(whole, size, mode="area")[0])
+        return torch.stack(masks), empty

@@ -1,0 +1,69 @@
+"""Draws the images of an identity: by the model just tuned to it, or later by its kept adapter."""
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from utils.diffusion.adapters import load_adapter
+from utils.generated import made_set
+from utils.worklist import seed_of
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How images are drawn and written; `sampling`: arguments of `TextToImage.sample`, `size`: (height, width)."""
+
+    sampling: dict
+    seed: int
+    clothing_change: float
+    size: tuple
+    ending: str
+    quality: int
+
+    def draw(self, model, identity, record, prompts, numbers, folder):
+        """Draw the images with these numbers into a scratch folder.
+
+        Returns {file: path in the set}, the rows of the record, the pictures, and their prompts without the token.
+        """
+        folder.mkdir()
+        texts = prompts.of_images(record, identity, numbers, self.seed, self.clothing_change)
+        seeds = [seed_of(self.seed, identity.name, "image", number) for number in numbers]
+        conditions = model.encode_all([text.with_token for text in texts])
+        latents = model.sample(conditions, seeds, **self.sampling, fast=model.fast is not None)
+        size = tuple(reversed(self.size))
+        drawn = model.pictures(latents, self.sampling["batch_size"])
+        pictures = [picture.resize(size, Image.Resampling.LANCZOS) for picture in drawn]
+        style = {"ending": self.ending, "quality": self.quality, "model": model.digest}
+        files, rows = made_set.write_images(folder, identity.name, numbers, pictures, texts, seeds, **style)
+        return files, rows, pictures, [text.plain for text in texts]
+
+    def settings(self, model):
+        """What the table says of each image."""
+        fast = model.fast and model.fast.digest
+        return {"steps": self.sampling["steps"], "guidance": self.sampling["guidance"], "fast_lora": fast}
+
+    def redraw(self, identity, record, work, progress, prompts, tunable, measures, num_images):
+        """Add the images that are missing by the identity's adapter. The record comes last and holds all images."""
+        model, made = tunable.model, work.read(identity.name, made_set.IMAGES)
+        load_adapter(model, work.folder / made_set.ADAPTERS / identity.name, *token_of(tunable, prompts, identity))
+        old = [row | {"made_from": made_set.prompt_of(made, row)} for row in made["images"]]
+        progress.stage(identity.name, "images")
+        numbers = range(len(old), len(old) + made_set.images_to_add(made, record, num_images))
+        with work.scratch() as part:
+            files, rows, pictures, plain = self.draw(model, identity, record, prompts, numbers, part / "images")
+            settings = self.settings(model) | {"made_from": record["identity_prompt"]}
+            rows = old + [row | settings for row in rows]
+            pictures = made_set.open_pictures(work.folder, old) + pictures
+            plain = [prompts.without_token(row["prompt"], identity) for row in old] + plain
+            own = [row.get("changed") is None for row in rows]
+            values, features = measures.of(identity.images(), pictures, plain, own)
+            made |= {name: record[name] for name in ("prompt", "identity_prompt")}
+            made |= {"measures": values, "features": features, "images": rows}
+            work.extend(identity.name, made_set.IMAGES, made, files)
+        work.forget(identity.name, made_set.FAILED)
+        return True
+
+
+def token_of(tunable, prompts, identity):
+    """The name of the identity's token and its row, which only a new token has."""
+    return (prompts.token_of(identity), tunable.token.row) if prompts.has_new_tokens else ()
