@@ -355,12 +355,8 @@ def distillation_loss(student, teacher, centre, student_temperature, teacher_tem
 
 def main(args):
     accelerator = launch.start_training(args)
-    launch.introduce(
-        args,
-        accelerator,
-        demo=DEMO_WORDS,
-        stand_ins=STAND_IN.format(args.backbone) if args.backbone in SMALL else None,
-    )
+    stand_ins = STAND_IN.format(args.backbone) if args.backbone in SMALL else None
+    launch.introduce(args, accelerator, demo=DEMO_WORDS, stand_ins=stand_ins)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("DeepSpeed has no use for a backbone of this size; train by DDP, without it")
     # What can be wrong with data and configuration shows before a model is loaded.
@@ -696,14 +692,12 @@ def upload(repo_id, folder):
 
 
 def report_of(args, training, num_ids):
-    objective = f"self-distillation ({args.objective.upper()})"
-    if args.objective not in DISTILLED:
-        objective = "identity classification"
+    kinds = {name: f"self-distillation ({name.upper()})" for name in DISTILLED}
     facts = [
         ("Source", " + ".join(args.source)),
         ("Images", f"{len(training.images):,} of {num_ids:,} identities"),
         ("Backbone", Path(args.backbone).name + (", from scratch" if args.from_scratch else "")),
-        ("Objective", objective),
+        ("Objective", kinds.get(args.objective, "identity classification")),
         *training.facts,
     ]
     return pretraining_report(Path(args.output_dir), training.state["history"], facts)
