@@ -64,6 +64,25 @@ def view_transform(views, image_size, mean, std, **options):
     return kinds[views[0]] if len(views) == 1 else Views([kinds[view] for view in views])
 
 
+class AutoAugmentTransform:
+    """AutoAugment of a share of the pictures, then `TrainTransform` with other colours of a share of the crops."""
+
+    def __init__(self, image_size=(256, 128), mean=HALF, std=HALF, *, auto=0.1, jitter=0.5, **options):
+        self.usual = TrainTransform(image_size, mean, std, after_crop=self.recolour, **options)
+        bicubic = v2.InterpolationMode.BICUBIC
+        self.auto = v2.RandomApply([v2.AutoAugment(interpolation=bicubic, fill=[128] * 3)], auto)
+        self.jitter = v2.RandomApply([v2.ColorJitter(brightness=0.15, contrast=0.1)], jitter)
+
+    def recolour(self, image, rng):
+        with drawn_by(rng):
+            return self.jitter(image)
+
+    def __call__(self, image, rng):
+        with drawn_by(rng):
+            image = self.auto(image.convert("RGB"))
+        return self.usual(image, rng)
+
+
 class MultiCrop:
     """Two crops of most of a person and several of parts: {"whole": (2, 3, H, W), "parts": (n, 3, h, w)}.
 
@@ -83,10 +102,13 @@ class MultiCrop:
         num_parts=8,
         whole_area=(0.4, 1.0),
         part_area=(0.05, 0.4),
+        aspects=None,
         colours=1.0,
         hidden=0.0,
     ):
         self.mean, self.std, self.num_parts = mean, std, num_parts
+        # Width to height of a crop before it is resized; None for a range around that of its size.
+        self.aspects = aspects
         self.colours, self.hidden = colours, hidden
         blur = v2.GaussianBlur(kernel_size=_odd(image_size[0] // 16), sigma=(0.1, 2.0))
         first, second, part = (
@@ -102,7 +124,10 @@ class MultiCrop:
         return v2.Compose(
             [
                 v2.RandomResizedCrop(
-                    size, area, (aspect * 3 / 4, aspect * 4 / 3), interpolation=v2.InterpolationMode.BICUBIC
+                    size,
+                    area,
+                    self.aspects or (aspect * 3 / 4, aspect * 4 / 3),
+                    interpolation=v2.InterpolationMode.BICUBIC,
                 ),
                 v2.RandomHorizontalFlip(),
                 v2.RandomApply([v2.ColorJitter(*jitter)], 0.8),

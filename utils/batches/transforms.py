@@ -65,6 +65,7 @@ class TrainTransform:
         erasing_aspect=(0.3, 3.3),
         erasing_value=0.5,
         blur=0.0,
+        after_crop=None,
     ):
         if resample not in RESAMPLE:
             raise ValueError(f"resample must be one of {', '.join(RESAMPLE)}, got {resample!r}")
@@ -74,6 +75,8 @@ class TrainTransform:
         # The value is filled in after normalisation: with mean and std 0.5, a value of 0.5 is a light grey of 0.75.
         self.erasing_value = torch.as_tensor(erasing_value, dtype=torch.float32).view(-1, 1, 1)
         self.blur = blur
+        # A change of the cropped picture, (picture, rng) -> picture.
+        self.after_crop = after_crop
 
     def __call__(self, image, rng):
         height, width = self.image_size
@@ -85,6 +88,8 @@ class TrainTransform:
             moved = Image.new("RGB", (width, height))
             moved.paste(image, (self.padding - left, self.padding - top))
             image = moved
+        if self.after_crop is not None:
+            image = self.after_crop(image, rng)
         if self.blur and rng.random() < self.blur:
             image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*BLUR)))
         tensor = to_tensor(image, self.mean, self.std)

@@ -1,5 +1,6 @@
 """Optimiser, learning rate, and which parameters have weight decay or a lower rate."""
 
+import math
 import re
 
 import torch
@@ -10,7 +11,15 @@ from utils.launch import bitsandbytes_module
 
 
 def build_optimizer(
-    groups, name="adam", *, learning_rate, weight_decay=0.0, betas=(0.9, 0.999), epsilon=1e-8, use_8bit=False
+    groups,
+    name="adam",
+    *,
+    learning_rate,
+    weight_decay=0.0,
+    betas=(0.9, 0.999),
+    epsilon=1e-8,
+    use_8bit=False,
+    nesterov=False,
 ):
     """adam (weight decay as L2), adamw (decoupled) or sgd (momentum betas[0]) over parameter groups.
 
@@ -23,9 +32,19 @@ def build_optimizer(
         kind = optim.Adam8bit if name == "adam" else optim.AdamW8bit
         return kind(groups, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=learning_rate, momentum=betas[0], weight_decay=weight_decay)
+        options = {"momentum": betas[0], "weight_decay": weight_decay, "nesterov": nesterov}
+        return torch.optim.SGD(groups, lr=learning_rate, **options)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
     return kind(groups, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay)
+
+
+def bias_groups(named_parameters, **of_biases):
+    """Two groups, weights and biases, with options for the biases."""
+    weights, biases = [], []
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            (biases if name.endswith("bias") else weights).append(parameter)
+    return [{"params": weights}, {"params": biases, **of_biases}]
 
 
 def warmup_multistep(epoch, warmup_epochs, warmup_factor, milestones, gamma):
@@ -33,6 +52,17 @@ def warmup_multistep(epoch, warmup_epochs, warmup_factor, milestones, gamma):
     if epoch < warmup_epochs:
         return warmup_factor + (1 - warmup_factor) * epoch / warmup_epochs
     return gamma ** sum(epoch >= milestone for milestone in milestones)
+
+
+def cosine_to(end, warmup, num_steps):
+    """Factor on the learning rate by epoch and step: a linear rise, then half a cosine to `end`."""
+
+    def factor(epoch, step):
+        if step < warmup:
+            return step / warmup
+        return end + (1 - end) * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup))) / 2
+
+    return factor
 
 
 class LearningRate:
@@ -123,11 +153,12 @@ def parameter_groups(model, *, learning_rate, weight_decay, layer_decay=1.0):
     The rate of each block of the backbone is `layer_decay` times that of the block after it.
     """
     depth, last = depths(model.backbone)
+    names = {id(parameter): name for name, parameter in model.backbone.named_parameters()}
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        below = last - depth.get(name.removeprefix("backbone."), last) if name.startswith("backbone.") else 0
+        below = last - depth[names[id(parameter)]] if id(parameter) in names else 0
         key = below if layer_decay != 1 else 0, decays(name, parameter)
         groups.setdefault(key, []).append(parameter)
     return [
