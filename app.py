@@ -141,7 +141,7 @@ from utils.datasets.images import check_images
 from utils.datasets.load import load_reid, parse_spec
 from utils.datasets.schema import UNKNOWN, Row, check_listed, rows_to_dataset
 from utils.datasets.search_folders import read_folders
-from utils.evaluation.calibration import CALIBRATION, fingerprint, read_calibration
+from utils.evaluation.calibration import calibration_path, fingerprint, read_calibration
 from utils.evaluation.decisions import decide
 from utils.evaluation.features import extract, extraction_key, forget_chunks
 from utils.evaluation.gallery_search import (
@@ -307,7 +307,7 @@ class Page:
     def __init__(self, gallery, args):
         self.gallery, self.args = gallery, args
         self.calibration, self.no_calibration = read_calibration(
-            Path(gallery.model_name) / CALIBRATION, fingerprint(gallery.model)
+            calibration_path(gallery.model_name), fingerprint(gallery.model)
         )
         self.macros = environment(autoescape=True).get_template("app.html.j2").module
         self.queries = {}

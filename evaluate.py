@@ -77,7 +77,12 @@ def build_parser():
         "--calibration",
         metavar="FILE",
         idle=(lambda args: not args.query_dir, "no --query_dir"),
-        help="search: a calibration.json elsewhere; default: that in the folder of --model",
+        help="search: a calibration.json elsewhere; default: that beside the weights of --model, on the Hub too",
+    )
+    group.switch(
+        "--camera_embeddings",
+        "give each image's camera to a model that was trained with cameras (TransReID's SIE): right if the data's "
+        "cameras, counted from 0, are those of its training; else it takes the mean of its cameras",
     )
 
     group = parser.group("data")
@@ -162,7 +167,7 @@ def add_grouping(parser):
         "or track7_c2_f123.jpg, the camera also from folders like c2 or cam2; in MOT each SEQ is a camera. No camera "
         "sees an identity twice at one time",
     )
-    group.add("--eps", type=float, default=0.45, help="distance of neighbours in DBSCAN, above 0 and below 1")
+    group.add("--eps", type=float, default=0.4, help="distance of neighbours in DBSCAN, above 0 and below 1")
     group.add("--min_samples", type=at_least(2), default=2, help="neighbours that make a core, with the item itself")
     group.add(
         "--cluster_k1",
@@ -203,6 +208,8 @@ def check_args(parser, args):
         )
     if args.calibration and not os.path.isfile(args.calibration):
         parser.error(f"--calibration {args.calibration}: there is no such file")
+    if args.camera_embeddings and (args.features or args.group_dir):
+        parser.error("--camera_embeddings needs images with known cameras: --data, or --query_dir and --gallery_dir")
     if args.splits and args.query_dir:
         parser.error(f"--splits {args.splits} are those of --data; leave it out with --query_dir")
     if args.splits and args.data and "split=" in args.data:
@@ -235,12 +242,13 @@ from utils.batches.chunks import image_identities
 from utils.batches.transforms import test_transform
 from utils.datasets.holdout import hold_out
 from utils.datasets.images import check_files, check_images
-from utils.datasets.load import open_spec
+from utils.datasets.load import known_names, open_spec, parse_spec
 from utils.datasets.schema import names_of
 from utils.datasets.search_folders import read_folders
 from utils.datasets.tracklets import read_tracklets
 from utils.evaluation import calibration as calibrations
 from utils.evaluation.calibration import CALIBRATION
+from utils.evaluation.cameras import check_cameras, extract_by_camera
 from utils.evaluation.decisions import COLUMNS, DECISIONS, csv_rows, decide, limits, summary, text_lines
 from utils.evaluation.features import extract, extraction_key, forget_chunks
 from utils.evaluation.findings import Findings, combined, nothing_measured
@@ -249,7 +257,7 @@ from utils.evaluation.groups.report import group_report
 from utils.evaluation.kept_features import features_of_key, load_features, save_features
 from utils.evaluation.metrics import MAX_RANK, RANKS, Side, kept_labels
 from utils.evaluation.report import ResultPictures, evaluation_report
-from utils.evaluation.self_matches import same_files, share_labels
+from utils.evaluation.self_matches import check_labels, same_files, share_labels
 from utils.evaluation.thresholds import pair_statistics
 from utils.files import run_record, to_json, versions, write_csv, write_together
 from utils.modeling.export import export_onnx
@@ -269,16 +277,20 @@ def main(args):
     if args.features:
         model = None
         sides, images, splits, skipped = read_features(args)
+        copies = copies_in(args, images, splits)
     else:
         # A name that is no model shows before images are read.
         model_kind(args.model)
         images, splits, skipped = open_images(args) if not args.export_only else (None, [], [])
         check_topk(args, splits)
+        copies = copies_in(args, images, splits)
         if images is not None and images.info.description:
             # The test identities of a drawn split.
             accelerator.print(images.info.description)
         model = ReIDModel.open(args.model, args.resolution).to(accelerator.device).eval()
         launch.print_notes(accelerator, model.notes)
+        if args.camera_embeddings and images is not None:
+            check_cameras(model, args.model, images["camid"][:])
         if args.export and accelerator.is_main_process:
             accelerator.print(export_onnx(model, Path(args.export[1])))
         if args.export_only:
@@ -286,7 +298,7 @@ def main(args):
         calibration = calibration_of(args, accelerator, model) if args.query_dir else None
         sides = extract_or_read(args, accelerator, model, images, splits)
 
-    num_same_files = mark_same_files(args, accelerator, sides, images, splits)
+    num_same_files = mark_same_files(args, accelerator, sides, copies)
     names = {} if images is None else {column: names_of(images, column) for column in ("pid", "camid")}
     for side in (side for pair in sides for side in pair):
         side.names = names
@@ -378,7 +390,7 @@ def check_topk(args, splits):
 
 
 def extract_images(args, accelerator, model, images, key):
-    return extract(
+    return (extract_by_camera if args.camera_embeddings else extract)(
         model,
         images,
         test_transform(model.image_size, model.image_mean, model.image_std, model.resample),
@@ -393,7 +405,8 @@ def extract_images(args, accelerator, model, images, key):
 def extract_or_read(args, accelerator, model, images, splits):
     """Pairs of (queries, gallery): read from the output folder if it has exactly these features, else extracted."""
     paths = list(images["path"])
-    key = extraction_key(model, image_identities(images), accelerator, args.eval_batch_size, rows=splits)
+    more = {"rows": splits} | ({"cameras": images["camid"][:]} if args.camera_embeddings else {})
+    key = extraction_key(model, image_identities(images), accelerator, args.eval_batch_size, **more)
     stored = Path(args.output_dir) / FEATURES
     if known := features_of_key(stored, key):
         accelerator.print(f"Features: {stored}, extracted before")
@@ -434,13 +447,32 @@ def read_features(args):
     return sides, images, splits, skipped
 
 
-def mark_same_files(args, accelerator, sides, images, splits):
-    """In a search and under `all` no image may find itself: mark the same files on both sides, and count them."""
-    if images is None or not (args.query_dir or args.protocol == "all"):
+def copies_in(args, images, splits):
+    """For each split what `same_files` says, or None where the data's protocol counts copies as it does all images.
+
+    In a search, under `all`, and in own images where no camera is on both sides, no image may find itself.
+    """
+    if images is None:
+        return None
+    own = args.data and parse_spec(args.data)[0] not in known_names()
+    cameras = [set(camids) for split in splits for *_, camids in split]
+    apart = own and not set().union(*cameras[::2]) & set().union(*cameras[1::2])
+    if not (args.query_dir or args.protocol == "all" or apart):
+        return None
+    copies = [same_files(images, split) for split in splits]
+    if not args.query_dir:
+        for split, (query, gallery, _) in zip(splits, copies, strict=True):
+            check_labels(query, gallery, split, images, names_of(images, "pid"), args.data)
+    return copies
+
+
+def mark_same_files(args, accelerator, sides, copies):
+    """Mark the same files on both sides, and count the pairs; None where none are looked for."""
+    if copies is None:
         return None
     total, disputed = 0, 0
-    for (queries, gallery), split in zip(sides, splits, strict=True):
-        queries.contents, gallery.contents, num_pairs = same_files(images, split)
+    for (queries, gallery), (query_contents, gallery_contents, num_pairs) in zip(sides, copies, strict=True):
+        queries.contents, gallery.contents = query_contents, gallery_contents
         total += num_pairs
         if args.query_dir:
             disputed += share_labels(queries, gallery)
@@ -558,18 +590,23 @@ def calibrated(args, model, findings):
     content = calibrations.calibrate(
         findings.queries, findings.gallery, findings.pairs, protocol=findings.protocol, seed=args.seed
     )
-    about = {"model": args.model, "fingerprint": model and calibrations.fingerprint(model), "data": data_name(args)}
+    key = model and calibrations.fingerprint(model, args.camera_embeddings)
+    about = {"model": args.model, "fingerprint": key, "data": data_name(args)}
     return about | content | {"versions": versions()}
 
 
 def calibration_of(args, accelerator, model):
     """The calibration for a search, or None; says why there is none, and how to get one."""
-    path = args.calibration or Path(args.model) / CALIBRATION
-    content, problem = calibrations.read_calibration(path, calibrations.fingerprint(model))
+    path = args.calibration or calibrations.calibration_path(args.model)
+    content, problem = calibrations.read_calibration(path, calibrations.fingerprint(model, args.camera_embeddings))
     if problem:
+        how = "--camera_embeddings " if args.camera_embeddings else ""
+        # The folder of a Hub model is the Hub's cache.
+        is_folder = os.path.isdir(args.model)
+        how += "--calibrate" if is_folder else f"--output_dir DIR, then search with --calibration DIR/{CALIBRATION}"
         accelerator.print(
             f"No decisions: {problem}. To get them, calibrate with labelled images of such cameras: "
-            f"python evaluate.py --model {args.model} --data SPEC --calibrate"
+            f"python evaluate.py --model {args.model} --data SPEC {how}"
         )
     return content
 

@@ -187,7 +187,7 @@ def build_parser():
     data = flags.add_data(
         parser,
         source=f"training sets; default {DEMO_SOURCE}",
-        target="sets with query and gallery to measure on; default a single source's own, or see --holdout",
+        target="sets with query and gallery to measure on; default the sources' own, or see --holdout",
     )
     flags.add_single_image_ids(data)
     flags.add_holdout(data)
@@ -318,7 +318,6 @@ if __name__ == "__main__":
     # Before torch and transformers are imported, so that --help and a mistyped flag answer at once.
     args = parse_args()
 
-import functools
 import random
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -334,7 +333,7 @@ from methods.metabin import BIAS_RATE, MetaBatches, domains_held_in, inner_facto
 from utils import launch
 from utils.batches.augmentation import AutoAugmentTransform
 from utils.batches.samplers import IdentitySampler
-from utils.batches.transforms import train_transform, training_loader
+from utils.batches.transforms import training_loader
 from utils.datasets import hold_out_of
 from utils.datasets.load import digest_of, labels_of, open_source, subset
 from utils.evaluation.targets import open_targets
@@ -518,7 +517,7 @@ def main(args):
         erasing=args.erasing,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
-        transform=transform_of(args),
+        transform=transform_of(args, model),
     )
     bare = Meta(model, args, id_domains) if args.method == META else FineTuning(model, args)
     method, optimizer = accelerator.prepare(bare, optimizer_of(args, groups_of(args, model)))
@@ -644,10 +643,13 @@ def groups_of(args, model):
     return bias_groups(model.named_parameters(), **rate)
 
 
-def transform_of(args):
+def transform_of(args, model):
+    """The transform of training images, where it is not the usual one."""
     if not args.auto_augment and not args.colour_jitter:
-        return train_transform
-    return functools.partial(AutoAugmentTransform, auto=args.auto_augment, jitter=args.colour_jitter)
+        return None
+    changes = {"auto": args.auto_augment, "jitter": args.colour_jitter, "padding": args.padding}
+    normal = model.image_size, model.image_mean, model.image_std
+    return AutoAugmentTransform(*normal, **changes, erasing=args.erasing)
 
 
 def own_schedule(args, steps_per_epoch):

@@ -105,8 +105,8 @@ def test_what_a_training_holds_out(tmp_path):
     # A batch needs 8 identities: two are left for measuring, or none.
     assert held([folder], 8)[1] == [f"{folder}:holdout=0.2"]
     assert held([folder], 9) == ([folder], []) and "no identity is held out" in said[0]
-    # Sets with a test set of their own stay as they are.
-    assert held(["synthetic:num_ids=4", f"{folder}:holdout=0.4"], 2) == (
-        ["synthetic:num_ids=4", f"{folder}:holdout=0.4"],
-        [f"{folder}:holdout=0.4"],
-    )
+    # Sets with a test set of their own stay as they are; of several sets all that have one are measured.
+    several = ["synthetic:num_ids=4", f"{folder}:holdout=0.4"]
+    assert held(several, 2) == (several, several)
+    assert held(["synthetic:num_ids=4"], 2) == (["synthetic:num_ids=4"], [])
+    assert held([*several, folder], 2)[1] == [*several, f"{folder}:holdout=0.3"] and len(said) == 1

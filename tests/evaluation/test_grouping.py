@@ -11,7 +11,7 @@ import torch
 from kernels.jaccard_graph import jaccard_graph
 from tests.training.test_clustering import dense_of, people
 from utils.evaluation.groups.clusters import NOISE, as_matrix, bcubed, dbscan, pair_scores
-from utils.evaluation.groups.grouping import Settings, group, item_features, joined, scores, settings_for
+from utils.evaluation.groups.grouping import Settings, doubts, group, item_features, joined, scores, settings_for
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -146,6 +146,11 @@ def test_cohesion_is_the_mean_over_pairs():
         closeness = [np.mean([float(likeness[row, other]) for other in rows if other != row]) for row in rows]
         assert found.closeness[rows].tolist() == pytest.approx(closeness, abs=1e-6)
         assert found.cohesion[rows].tolist() == pytest.approx([np.mean(closeness)] * len(rows), abs=1e-6)
+    pairs = {number: [] for number in range(1, found.num_groups + 1)}
+    for a, b in itertools.combinations(range(60), 2):
+        if found.identities[a] == found.identities[b]:
+            pairs[int(found.identities[a])].append(1 - float(likeness[a, b]))
+    assert doubts(found).tolist() == pytest.approx([sum(values) for values in pairs.values()], abs=1e-5)
     alone = found.identities > found.num_groups
     assert found.cohesion[alone].isnan().all()
 

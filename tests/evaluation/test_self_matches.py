@@ -14,6 +14,7 @@ from tests import runs
 from tests.tables import paint
 from utils.datasets.load import load_reid
 from utils.datasets.search_folders import read_folders
+from utils.evaluation.kept_features import load_features
 from utils.evaluation.lists import ranked_lists
 from utils.evaluation.metrics import Side, can_match, kept_labels, rank
 from utils.evaluation.self_matches import same_files, share_labels
@@ -143,3 +144,32 @@ def test_published_protocols_stay(clip, tmp_path):
     metrics = run(*common, "--output_dir", tmp_path / "out")
     assert "num_same_files" not in metrics
     assert run(*common, "--protocol", "all", "--output_dir", tmp_path / "out")["num_same_files"] == 0
+
+
+def test_an_own_folder_without_cameras_holds_copies(clip, tmp_path):
+    """Its gallery counts as another camera: nothing else would keep a copy from being found first."""
+    data = load_reid("synthetic:domain=b,num_ids=4,images_per_id=8")
+    names = {pid: f"person{pid}" for pid in data["gallery"]["pid"]}
+    for number, row in enumerate(data["gallery"]):
+        path = tmp_path / "people" / names[row["pid"]] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row["image"].save(path)
+    for path in sorted((tmp_path / "people").glob("*/*.png")):
+        shutil.copy(path, path.with_name(f"again{path.name}"))
+    options = "--model", clip, "--resolution", 64, 32, "--data", tmp_path / "people", "--output_dir", tmp_path / "out"
+    metrics = run(*options)
+    (queries, gallery), *_ = load_features(tmp_path / "out" / "features.safetensors")[0]
+    scores, same = queries.features @ gallery.features.T, queries.pids[:, None] == gallery.pids
+    copies = scores > 1 - 1e-6
+    assert metrics["num_same_files"] == int((copies & same).sum()) > 4
+    nearest = scores.masked_fill(copies, -2).argmax(1)
+    wanted = float(same[range(len(queries)), nearest].double().mean())
+    # With its copies every query would find itself.
+    assert metrics["rank1"] == pytest.approx(wanted) and wanted < 1 and metrics["protocol"] == "market"
+
+    other = sorted(names.values())[0]
+    query = next(path for path in queries.paths if not path.startswith(f"{other}/"))
+    for number in range(4):
+        shutil.copy(tmp_path / "people" / query, tmp_path / "people" / other / f"wrong{number}.png")
+    with pytest.raises(ValueError, match=rf"same file as a query of another identity, such as .*{other}.*correct"):
+        run(*options, "--protocol", "all")

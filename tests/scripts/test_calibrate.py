@@ -12,8 +12,10 @@ import evaluate
 from tests import runs
 from tests.reporting.test_reporting import Page
 from tests.scripts.test_evaluate import folders_of_people
+from utils.datasets.load import load_reid
 from utils.evaluation.kept_features import load_features
 from utils.evaluation.thresholds import pair_statistics
+from utils.modeling.reid_model import ReIDModel
 
 run = functools.partial(runs.run, evaluate)
 
@@ -92,7 +94,7 @@ def test_a_gallery_without_the_person_asked_for(calibrated, tmp_path, capsys):
     [
         (lambda model: (model / "calibration.json").unlink(), "calibration.json does not exist"),
         (lambda model: (model / "calibration.json").write_text("{"), "calibration.json is damaged"),
-        (None, "is of another model: its weights or its image size differ"),
+        (None, "is of another model: its weights, image size or --camera_embeddings differ"),
     ],
 )
 def test_without_a_calibration_a_search_says_how_to_get_one(calibrated, spoil, words, tmp_path, capsys):
@@ -134,3 +136,51 @@ def test_weights_make_the_fingerprint(calibrated):
     with torch.no_grad():
         next(model.backbone.parameters()).add_(1e-3)
     assert fingerprint(model) != before
+
+
+DRAWN = "synthetic:domain=b,num_ids=26,images_per_id=5"
+
+
+@pytest.fixture
+def model(clip, tmp_path):
+    """A folder of a Re-ID model."""
+    folder = tmp_path / "model"
+    ReIDModel.from_backbone(clip, image_size=(32, 16)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def people(tmp_path):
+    """A folder of images to search for and in."""
+    folder = tmp_path / "people"
+    folder.mkdir()
+    for number, row in enumerate(load_reid("synthetic", domain="a", num_ids=4)["query"]):
+        row["image"].save(folder / f"{row['pid']:04d}_c{row['camid'] + 1}_{number}.png")
+    return folder
+
+
+def on_the_hub(cache, files, revision="0123abc"):
+    """The files as a downloaded revision in the layout of the Hub's cache."""
+    place = cache / "models--somebody--people"
+    shutil.copytree(files, place / "snapshots" / revision)
+    (place / "refs").mkdir(exist_ok=True)
+    (place / "refs" / "main").write_text(revision)
+
+
+def test_a_model_of_the_hub_brings_its_calibration_in_the_same_revision(tmp_path, monkeypatch, capsys, model, people):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    search = ("--model", "somebody/people", "--query_dir", people, "--gallery_dir", people, "--report_queries", 0)
+    on_the_hub(tmp_path / "hub", model)
+    found = run(*search, "--output_dir", tmp_path / "before")
+    said = capsys.readouterr().out
+    assert "decisions" not in found and "calibration.json does not exist" in said
+    assert "--data SPEC --output_dir DIR, then search with --calibration DIR/calibration.json" in said
+
+    run("--model", model, "--data", DRAWN, "--calibrate", "--output_dir", tmp_path / "made", "--report_queries", 0)
+    on_the_hub(tmp_path / "hub", model, "4567def")
+    found = run(*search, "--output_dir", tmp_path / "after")
+    assert sum(found["decisions"][answer] for answer in ("yes", "unsure", "nobody")) == len(list(people.iterdir()))
+    # The calibration is that of the revision: an older one has none.
+    (tmp_path / "hub" / "models--somebody--people" / "refs" / "main").write_text("0123abc")
+    assert "decisions" not in run(*search, "--output_dir", tmp_path / "before")

@@ -26,6 +26,7 @@ from transformers import (
 import evaluate
 from tests import runs
 from tests.evaluation.test_evaluation import average_precision, dense, people
+from tests.modeling import references
 from tests.reporting.test_reporting import Page, needs_chromium, seen_in_chromium
 from tests.runs import ROOT, environment, launch, start, stopped
 from utils.batches.transforms import TransformedImages
@@ -598,3 +599,30 @@ def test_full_disk_keeps_the_old_results(tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "as they were before" in done.stderr.strip().splitlines()[-1]
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_cameras_reach_a_model_that_was_trained_with_them(tmp_path, capsys):
+    """TransReID with three cameras: the features of a direct call with each image's camera."""
+    net = references.shaken(references.TransReID(cameras=4, width=64, depth=2))
+    weights = tmp_path / "transreid.pth"
+    torch.save(net.state_dict(), weights)
+    data = "synthetic:domain=b,num_ids=3,images_per_id=5"
+    options = ("--model", weights, "--data", data, "--report_queries", 0, "--eval_batch_size", 4)
+    run(*options, "--output_dir", tmp_path / "mean")
+    run(*options, "--output_dir", tmp_path / "seen", "--camera_embeddings")
+    (mean, _), (seen, _) = (load_features(tmp_path / name / "features.safetensors") for name in ("mean", "seen"))
+    model, sets = ReIDModel.open(weights), load_reid(data)
+    transform = make_transform(model.image_size, model.image_mean, model.image_std, model.resample)
+    for split, side, other in zip(("query", "gallery"), seen[0], mean[0], strict=True):
+        assert set(side.camids.tolist()) == {0, 1, 2, 3}
+        images = torch.stack([transform(row["image"]) for row in sets[split]])
+        with torch.no_grad(), model.backbone.seen_by(side.camids):
+            torch.testing.assert_close(side.features, model(images), rtol=0, atol=1e-5)
+        assert float((side.features - other.features).abs().max()) > 1e-3
+    assert len(list((tmp_path / "seen").glob("chunks-*"))) == 0
+    with pytest.raises(ValueError, match="knows cameras 0 to 1 of its training set, the images have 0 to 3"):
+        few = references.shaken(references.TransReID(cameras=2, width=64, depth=2))
+        torch.save(few.state_dict(), weights)
+        run(*options, "--output_dir", tmp_path / "few", "--camera_embeddings")
+    with pytest.raises(ValueError, match="was not trained with cameras"):
+        run("--data", data, "--output_dir", tmp_path / "clip", "--camera_embeddings")

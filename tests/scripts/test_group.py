@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import math
 
 import pytest
 from PIL import Image
@@ -74,9 +75,13 @@ def test_the_report_shows_doubtful_groups_first_with_names(grouped):
     rows = read_identities(folder)
     page = Page((folder / "report.html").read_text())
     cohesion = {row["identity"]: float(row["cohesion"]) for row in rows if row["cohesion"]}
-    places = [page.text.index(f"Identity {number} ") for number in sorted(cohesion, key=cohesion.get)]
-    assert len(places) == metrics["num_groups"] and places == sorted(places)
     sizes = {number: sum(row["identity"] == number for row in rows) for number in cohesion}
+    # The sum of J over the pairs.
+    doubt = {number: math.comb(size, 2) * (1 - cohesion[number]) for number, size in sizes.items()}
+    places = [page.text.index(f"Identity {number} ") for number in sorted(doubt, key=doubt.get, reverse=True)]
+    assert len(places) == metrics["num_groups"] and places == sorted(places)
+    # Neither size nor cohesion gives this order.
+    assert sorted(doubt, key=doubt.get) not in (sorted(doubt, key=sizes.get), sorted(doubt, key=cohesion.get)[::-1])
     shown = sum(min(size, group_report.SHOWN_ITEMS) for size in sizes.values()) + metrics["num_singles"]
     assert len(page.images) == shown
     assert {image["alt"] for image in page.images} <= {row["path"] for row in rows}

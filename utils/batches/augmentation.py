@@ -1,4 +1,4 @@
-"""Stronger augmentation: RandAugment, the crops of self-distillation, and changes of camera and place."""
+"""Stronger augmentation: RandAugment, several views and crops, and changes of camera and place."""
 
 from contextlib import contextmanager
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
-from utils.batches.transforms import HALF, TrainTransform, to_tensor
+from utils.batches.transforms import HALF, TestTransform, TrainTransform, to_tensor
 
 # Range of the shares of the width that noise covers on each side; the person is in the middle.
 SIDES = (0.1, 0.35)
@@ -40,6 +40,28 @@ class RandAugmentTransform:
             with drawn_by(rng):
                 image = self.first(image)
         return self.usual(image, rng)
+
+
+class Views:
+    """Several transforms of one image: PIL image and `random.Random` -> (transforms, 3, H, W)."""
+
+    def __init__(self, transforms):
+        self.transforms = transforms
+
+    def __call__(self, image, rng):
+        return torch.stack([transform(image, rng) for transform in self.transforms])
+
+
+def view_transform(views, image_size, mean, std, **options):
+    """The transform of a training's images: "changed" views, drawn by `options`, and "plain" ones, only resized.
+
+    (3, H, W) for a single view, else (views, 3, H, W).
+    """
+    kinds = {
+        "changed": TrainTransform(image_size, mean, std, **options),
+        "plain": TestTransform(image_size, mean, std, "bicubic"),
+    }
+    return kinds[views[0]] if len(views) == 1 else Views([kinds[view] for view in views])
 
 
 class AutoAugmentTransform:

@@ -102,16 +102,18 @@ def hold_out_of(specs, root, fraction, *, least_left, say, skip_unreadable=False
     """(the specs, your own sets without query and gallery with `holdout=` behind them; those that are measurable).
 
     `least_left` identities of each remain to train on; a set that is too small for that stays whole. `say` prints
-    what was done. Benchmarks have their published test sets.
+    what was done. Of several sets, those with query and gallery are measurable too, also benchmarks.
     """
     named, measurable = [], []
     for spec in specs:
         name, options = parse_spec(spec)
         if "holdout" in options:
             measurable.append(spec)
-        elif name not in known_names():
+        elif name not in known_names() or len(specs) > 1:
             data = load_reid(spec, root, skip_unreadable=skip_unreadable)
-            if set(data) == {"train"}:
+            if {"query", "gallery"} <= set(data):
+                measurable.append(spec)
+            elif name not in known_names():
                 share, words = held_out_share(data, fraction, spec, least_left)
                 say(words)
                 if share:

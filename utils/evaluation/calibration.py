@@ -33,8 +33,8 @@ from utils.batches.chunks import weights_digest
 from utils.evaluation.identity_counts import IdentityCounts
 from utils.evaluation.resampling import LEVEL, REPLICATES, Resampling, at_places, crossings, interval
 from utils.files import to_json, write_together
+from utils.modeling.folder import CALIBRATION, model_folder, model_kind
 
-CALIBRATION = "calibration.json"
 VERSION = 1
 FALSE_MATCH_RATES = (1e-1, 1e-2, 1e-3, 1e-4)
 FALSE_ALARM_RATES = (1e-1, 1e-2)
@@ -308,10 +308,20 @@ def calibration_lines(calibration):
 # The file
 
 
-def fingerprint(model):
-    """Changes with the weights of a model and with how it takes images."""
+def fingerprint(model, with_cameras=False):
+    """Changes with the weights of a model and with how it takes images, and whether it is given their cameras."""
     settings = [list(model.image_size), list(model.image_mean), list(model.image_std), model.resample]
+    settings += ["cameras"] * with_cameras
     return hashlib.sha256(json.dumps([weights_digest(model), settings]).encode()).hexdigest()
+
+
+def calibration_path(name_or_path):
+    """Where the calibration of a model is, if it has one: beside its weights, on the Hub in the same revision."""
+    place = Path(name_or_path)
+    if place.exists() or model_kind(name_or_path) != "reid":
+        return place / CALIBRATION
+    # The weights were downloaded just now: another request could find a newer revision.
+    return model_folder(name_or_path, local_files_only=True) / CALIBRATION
 
 
 def write_calibration(calibration, *folders):
@@ -336,7 +346,7 @@ def read_calibration(path, model_fingerprint):
     if problem:
         return None, f"{path} is damaged ({problem})"
     if content["fingerprint"] != model_fingerprint:
-        return None, f"{path} is of another model: its weights or its image size differ"
+        return None, f"{path} is of another model: its weights, image size or --camera_embeddings differ"
     return content, None
 
 

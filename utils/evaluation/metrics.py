@@ -97,11 +97,12 @@ def _rows(name, side, bad):
 def kept_labels(queries, gallery, protocol):
     """((pids, pids, camids, camids), protocol) for the kernels, so that the same file is no match of its own.
 
-    The market protocol drops images of one identity and camera. Under `all` the file takes the place of the camera:
-    then that protocol drops the pairs of one file, and nothing else.
+    The market protocol drops images of one identity and camera. Where cameras drop nothing, under `all` or with no
+    camera on both sides, the file takes the place of the camera: then that protocol drops the pairs of one file, and
+    nothing else.
     """
     camids = queries.camids, gallery.camids
-    if protocol == "all" and queries.contents is not None:
+    if queries.contents is not None and (protocol == "all" or not torch.isin(queries.camids, gallery.camids).any()):
         # A query that is not in the gallery has no file in common with it.
         camids = queries.contents.masked_fill(queries.contents < 0, -2), gallery.contents
         protocol = "market"

@@ -33,6 +33,28 @@ def same_files(images, split):
     return query, gallery, int(copies[query[query >= 0]].sum())
 
 
+def check_labels(query_contents, gallery_contents, split, images, names, where):
+    """ValueError if a file that lies on both sides has two identities: it is neither a match nor another person."""
+    query_rows, query_pids, _ = split[0]
+    identities = {content: row for row, content in enumerate(query_contents.tolist()) if content >= 0}
+    disputed = [
+        (identities[content], row)
+        for row, content in enumerate(gallery_contents.tolist())
+        if content >= 0 and split[1][1][row] != query_pids[identities[content]]
+    ]
+    if not disputed:
+        return
+    query, copy = disputed[0]
+    path, other = (images["path"][rows[row]] for rows, row in ((query_rows, query), (split[1][0], copy)))
+    pid, other_pid = (
+        names[number] if names else number for number in (query_pids[query], split[1][1][copy])
+    )  # fmt: skip
+    raise ValueError(
+        f"{where}: {len(disputed)} gallery images are the same file as a query of another identity, such as {other} "
+        f"({other_pid}) and {path} ({pid}); correct the labels, or remove one of the two files"
+    )
+
+
 def size_of(image):
     """The size of a file in bytes; what can be neither on a disk nor in a table is told apart by its path."""
     if image["bytes"] is not None:

@@ -26,6 +26,8 @@ MODEL_TYPE = "diffreid"
 # Heads of other projects' weights: for features; training keeps the backbone and takes a new head.
 IMPORTED_HEADS = ("embedding", "granular", "jigsaw")
 FILES = ("config.json", "preprocessor_config.json", "README.md", "model.safetensors")
+# What a score of the model says, written by `evaluate.py --calibrate`.
+CALIBRATION = "calibration.json"
 # A complete new save that has not been moved into place yet.
 COMMITTED = ".saved"
 # Arguments of a run that say nothing about the model.
@@ -68,15 +70,13 @@ def move_into_place(folder):
 def read_model_folder(name_or_path, *, revision=None, token=None):
     """(configuration, preprocessor, tensors) of a saved Re-ID model: a folder or a Hub id."""
     name = str(name_or_path)
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(FILES)))
-        except Exception as error:
-            # The Hub's client raises its own error classes and those of its HTTP library.
-            raise ValueError(
-                f"no Re-ID model at {name!r}, neither a local folder nor a readable Hub id: {error}"
-            ) from error
+    try:
+        folder = model_folder(name_or_path, revision=revision, token=token)
+    except Exception as error:
+        # The Hub's client raises its own error classes and those of its HTTP library.
+        raise ValueError(
+            f"no Re-ID model at {name!r}, neither a local folder nor a readable Hub id: {error}"
+        ) from error
 
     def current(file_name):
         committed = folder / COMMITTED / file_name
@@ -102,6 +102,14 @@ def read_model_folder(name_or_path, *, revision=None, token=None):
             "model again"
         ) from error
     return config, preprocessor, tensors
+
+
+def model_folder(name_or_path, **options):
+    """The folder of a saved Re-ID model; of a Hub id that of its files in the Hub's cache."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    return Path(snapshot_download(str(name_or_path), allow_patterns=[*FILES, CALIBRATION], **options))
 
 
 def read_json(path):

@@ -102,6 +102,8 @@ def not_plain(config):
     """The part of a Re-ID model's backbone that `transformers` does not know, in words; None for a plain backbone."""
     if config.get("norms"):
         return "norms are mixtures of batch and instance norm"
+    if config.get("pooling"):
+        return "pooling is a learned GeM"
     if config["backbone"]["model_type"].startswith("resnet") and config.get("method", "bot") in ("agw", "sbs"):
         return f"ResNet has the non-local blocks of {config['method']}"
     if config.get("method") == "meta":

@@ -30,7 +30,7 @@ from utils.modeling.folder import (
 from utils.modeling.norms import add_batch_instance_norms, has_batch_instance_norms
 
 RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
-BATCH_INSTANCE = "batch-instance"
+BATCH_INSTANCE, GEM = "batch-instance", "gem"
 META = "meta"
 
 
@@ -258,6 +258,8 @@ class ReIDModel(nn.Module):
             backbone = backbone_from_config(config_from(config["backbone"]), size)
             if config.get("norms") == BATCH_INSTANCE:
                 add_batch_instance_norms(backbone)
+            if config.get("pooling") == GEM:
+                modeling.add_gem(backbone)
             model = cls(
                 backbone,
                 config["num_ids"],
@@ -298,6 +300,7 @@ class ReIDModel(nn.Module):
             **({} if self.head is None else {"method": self.method}),
             **({"head": self.head_options} if self.head_options else {}),
             **({"norms": BATCH_INSTANCE} if has_batch_instance_norms(self.backbone) else {}),
+            **({} if self.backbone.pooling is None else {"pooling": GEM}),
         }
 
     def preprocessing(self):

@@ -1,10 +1,11 @@
-"""The report of a grouping: numbers, and groups with pictures, those of doubtful cohesion first, single items last."""
+"""The report of a grouping: numbers, and groups with pictures, the most doubtful first, single items last."""
 
 from collections import Counter
 
 import torch
 
 from utils.datasets.schema import UNKNOWN
+from utils.evaluation.groups.grouping import doubts
 from utils.evaluation.report import model_name
 from utils.reporting.histograms import histogram
 from utils.reporting.report import Report, Tile, data_uri, percent
@@ -39,7 +40,7 @@ def group_report(metrics, tracklets, groups, typical_rows):
 
 def add_numbers(report, metrics, groups):
     text = "Cohesion is the mean of 1 − J over the pairs of a group, with J the Jaccard distance: 1 where all "
-    text += "neighbours are shared; pairs beyond eps count as 0."
+    text += "neighbours are shared; pairs beyond eps count as 0. Doubt is the sum of J over the pairs."
     if metrics["num_refused_pairs"]:
         text += (
             f" {metrics['num_refused_pairs']:,} near pairs were kept apart because one camera saw both at one time."
@@ -118,12 +119,12 @@ class Shown:
 
 def add_groups(report, shown):
     groups = shown.groups
-    cohesion = groups.cohesion[first_rows(groups)]
-    order = (cohesion.argsort(stable=True) + 1).tolist()
+    doubt = doubts(groups)
+    order = (doubt.argsort(descending=True, stable=True) + 1).tolist()
     if not order:
         report.section("Groups", "No two items are near enough. Raise --eps, or use a model trained on such images.")
         return
-    text = "The least cohesive first; in a group, the items that fit least come first."
+    text = "The most doubtful groups come first, and in a group the items that fit least."
     if len(order) > SHOWN_GROUPS:
         text += f" Shown are {SHOWN_GROUPS} of {len(order):,} groups; identities.csv has all."
     if any(pid != UNKNOWN for pid in shown.pids):
@@ -135,7 +136,8 @@ def add_groups(report, shown):
         known = Counter(shown.pids[row] for row in members if shown.pids[row] != UNKNOWN)
         pid = max(known, key=lambda number: (known[number], -number)) if known else UNKNOWN
         cameras = {shown.items[row].camera for row in members} - {None}
-        note = f"cohesion {float(groups.cohesion[members[0]]):.2f}, {len(members)} items"
+        note = f"{len(members)} items, cohesion {float(groups.cohesion[members[0]]):.2f}, "
+        note += f"doubt {float(doubt[identity - 1]):.1f}"
         note += f", {len(cameras)} camera{'s' * (len(cameras) != 1)}" if cameras else ""
         note += f", {len(members) - SHOWN_ITEMS} not shown" if len(members) > SHOWN_ITEMS else ""
         tiles = [shown.tile(row, pid=pid) for row in members[:SHOWN_ITEMS]]

@@ -124,7 +124,7 @@ def transreid(tensors, image_size):
         state["camera_embedding"] = cameras[:, 0]
         notes.append(
             f"it knows {len(cameras)} cameras (or views) of its training set: images take the mean of them, unless "
-            "model.backbone.seen_by(cameras) says which"
+            "evaluate.py --camera_embeddings or model.backbone.seen_by(cameras) says which"
         )
     state["position_embedding"] = table
     config = PlainViTConfig(**options, stride=stride, image_size=list(size))
