@@ -93,66 +93,31 @@ DEMO = {
 }
 STANDINS = {CLIP_DIR: "CLIP", RESNET_DIR: "ResNet, trained on domains f, g and h"}
 BAG_OF_TRICKS = {
-    "source": ["market1501"],
-    "backbone": "microsoft/resnet-50",
-    "resolution": [256, 128],
-    "padding": 10,
-    "erasing": 0.5,
-    "train_batch_size": 64,
-    "images_per_id": 4,
-    "num_train_epochs": 120,
-    "optimizer": "adam",
-    "learning_rate": 3.5e-4,
-    "lr_scheduler": "warmup_multistep",
-    "lr_warmup_epochs": 10,
-    "lr_warmup_factor": 0.01,
-    "lr_milestones": [40, 70],
-    "adam_weight_decay": 5e-4,
-    "eval_every": 10,
-    "log_every": 10,
-    "checkpointing_steps": 1000,
-    "dataloader_num_workers": 8,
-}
+    "source": ["market1501"], "backbone": "microsoft/resnet-50", "resolution": [256, 128], "padding": 10,
+    "erasing": 0.5, "train_batch_size": 64, "images_per_id": 4, "num_train_epochs": 120, "optimizer": "adam",
+    "learning_rate": 3.5e-4, "lr_scheduler": "warmup_multistep", "lr_warmup_epochs": 10, "lr_warmup_factor": 0.01,
+    "lr_milestones": [40, 70], "adam_weight_decay": 5e-4, "eval_every": 10, "log_every": 10,
+    "checkpointing_steps": 1000, "dataloader_num_workers": 8,
+}  # fmt: skip
 PUBLISHED = {
     "bot": BAG_OF_TRICKS,
     "agw": BAG_OF_TRICKS,
-    "sbs": BAG_OF_TRICKS
-    | {
-        "resolution": [384, 128],
-        "images_per_id": 16,
-        "num_train_epochs": 60,
-        "lr_scheduler": DELAYED_COSINE,
-        "lr_warmup_steps": 2000,
-        "lr_warmup_factor": 0.1,
-        "lr_delay_epochs": 30,
-        "lr_final_factor": 0.002,
+    "sbs": BAG_OF_TRICKS | {
+        "resolution": [384, 128], "images_per_id": 16, "num_train_epochs": 60, "lr_scheduler": DELAYED_COSINE,
+        "lr_warmup_steps": 2000, "lr_warmup_factor": 0.1, "lr_delay_epochs": 30, "lr_final_factor": 0.002,
         "freeze_steps": 1000,
     },
-    "mgn": BAG_OF_TRICKS
-    | {
-        "resolution": [384, 128],
-        "padding": 0,
-        "erasing": 0.0,
-        "num_train_epochs": 80,
-        "optimizer": "sgd",
-        "learning_rate": 0.01,
-        "lr_warmup_epochs": 0,
-        "lr_milestones": [40, 60],
+    "mgn": BAG_OF_TRICKS | {
+        "resolution": [384, 128], "padding": 0, "erasing": 0.0, "num_train_epochs": 80, "optimizer": "sgd",
+        "learning_rate": 0.01, "lr_warmup_epochs": 0, "lr_milestones": [40, 60],
     },
-    "bdb": BAG_OF_TRICKS
-    | {
-        "resolution": [384, 128],
-        "padding": 0,
-        "train_batch_size": 128,
-        "num_train_epochs": 400,
-        "learning_rate": 1e-3,
-        "lr_warmup_epochs": 50,
-        "lr_warmup_factor": 0.1,
-        "lr_milestones": [200, 300],
+    "bdb": BAG_OF_TRICKS | {
+        "resolution": [384, 128], "padding": 0, "train_batch_size": 128, "num_train_epochs": 400,
+        "learning_rate": 1e-3, "lr_warmup_epochs": 50, "lr_warmup_factor": 0.1, "lr_milestones": [200, 300],
     },
     METABIN: BAG_OF_TRICKS | generalisation.PUBLISHED[METABIN],
     META: BAG_OF_TRICKS | generalisation.PUBLISHED[META],
-}
+}  # fmt: skip
 
 
 def recipes_of(method):
@@ -469,37 +434,18 @@ def main(args):
     if args.method == METABIN and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(f"--method {METABIN} moves norms behind DeepSpeed's back; start it without DeepSpeed")
     batch_size, held_out = launch.global_batch_size(args, accelerator), []
+    reading = {"root": args.data_root, "skip_unreadable": args.skip_unreadable}
     if args.holdout and not args.target:
-        args.source, held_out = hold_out_of(
-            args.source,
-            args.data_root,
-            args.holdout,
-            least_left=least_left(args, batch_size),
-            say=accelerator.print,
-            skip_unreadable=args.skip_unreadable,
-        )
-    train, labels, data = open_source(
-        args.source, args.data_root, single_image_ids=args.single_image_ids, skip_unreadable=args.skip_unreadable
-    )
+        options = {"least_left": least_left(args, batch_size), "say": accelerator.print} | reading
+        args.source, held_out = hold_out_of(args.source, fraction=args.holdout, **options)
+    train, labels, data = open_source(args.source, single_image_ids=args.single_image_ids, **reading)
     num_all, (train, labels) = len(train), part_of(args, train, labels)
     domains = domains_of(args, train)
     own = args.source if len(args.source) == 1 and {"query", "gallery"} <= set(data) else held_out
-    targets = open_targets(
-        args.target or own,
-        args.data_root,
-        skip_unreadable=args.skip_unreadable,
-        all_splits=args.setting == "generalisation",
-    )
+    targets = open_targets(args.target or own, **reading, all_splits=args.setting == "generalisation")
     sampler = build_sampler(args, accelerator, train, labels, domains, batch_size)
-    training = Training(
-        args,
-        accelerator,
-        sampler,
-        train,
-        script="finetune_reid.py",
-        data=digest_of(train, labels),
-        batch_size=batch_size,
-    )
+    options = {"script": "finetune_reid.py", "data": digest_of(train, labels), "batch_size": batch_size}
+    training = Training(args, accelerator, sampler, train, **options)
     num_ids = int(labels.max()) + 1
     accelerator.print(
         f"{' + '.join(args.source)}, {args.setting}: {len(train)} of {num_all} images, {num_ids} identities; "
@@ -508,17 +454,9 @@ def main(args):
 
     id_domains = torch.zeros(num_ids, dtype=torch.int64).scatter(0, labels, domains)
     model = build_model(args, accelerator, num_ids, id_domains)
-    loader = training_loader(
-        model,
-        train,
-        labels.tolist(),
-        sampler,
-        padding=args.padding,
-        erasing=args.erasing,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        transform=transform_of(args, model),
-    )
+    workers = {"num_workers": args.dataloader_num_workers, "pin_memory": accelerator.device.type == "cuda"}
+    changes = {"padding": args.padding, "erasing": args.erasing, "transform": transform_of(args, model)}
+    loader = training_loader(model, train, labels.tolist(), sampler, **changes, **workers)
     bare = Meta(model, args, id_domains) if args.method == META else FineTuning(model, args)
     method, optimizer = accelerator.prepare(bare, optimizer_of(args, groups_of(args, model)))
     schedule = own_schedule(args, sampler.steps_of(1))
@@ -613,14 +551,8 @@ def build_model(args, accelerator, num_ids, id_domains):
     set_seed(args.seed)
     head = "bot" if args.method == METABIN else args.method
     options = {"domains": id_domains.bincount().tolist(), "gate": args.meta_gate} if args.method == META else None
-    model = ReIDModel.for_training(
-        args.backbone,
-        num_ids=num_ids,
-        image_size=tuple(args.resolution),
-        resample=args.test_resample,
-        method=head,
-        head_options=options,
-    )
+    sizes = {"num_ids": num_ids, "image_size": tuple(args.resolution), "resample": args.test_resample}
+    model = ReIDModel.for_training(args.backbone, method=head, head_options=options, **sizes)
     launch.print_notes(accelerator, model.notes)
     if args.semantic_weight is not None:
         set_semantic_weight(model.backbone, args.backbone, args.semantic_weight)

@@ -15,8 +15,9 @@ from transformers import AutoModel
 
 import finetune_reid
 import pretrain_backbone
+from methods.dino import SelfDistillation
 from methods.solider import Solider, drawn, semantic_parts
-from pretrain_backbone import SelfDistillation, parse_args
+from pretrain_backbone import parse_args
 from tests import runs
 from tests.runs import launch, log_of, same_weights, weights_of
 from utils.launch import start_training
