@@ -433,6 +433,10 @@ def main(args):
     check_start(args)
     if args.method == METABIN and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(f"--method {METABIN} moves norms behind DeepSpeed's back; start it without DeepSpeed")
+    if args.method == META and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"--method {META} trains other norms in every step, DeepSpeed all; start it without DeepSpeed"
+        )
     batch_size, held_out = launch.global_batch_size(args, accelerator), []
     reading = {"root": args.data_root, "skip_unreadable": args.skip_unreadable}
     if args.holdout and not args.target:
