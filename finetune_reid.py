@@ -432,6 +432,10 @@ def main(args):
     check_start(args)
     if args.method == METABIN and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(f"--method {METABIN} moves norms behind DeepSpeed's back; start it without DeepSpeed")
+    if args.method == META and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"--method {META} trains other norms in every step, DeepSpeed all; start it without DeepSpeed"
+        )
     batch_size = launch.global_batch_size(args, accelerator)
     options = {"root": args.data_root, "skip_unreadable": args.skip_unreadable, "say": accelerator.print}
     options |= {"holdout": args.holdout, "single_image_ids": args.single_image_ids}

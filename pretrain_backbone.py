@@ -90,11 +90,16 @@ CARD = (
     "people concerned allow it."
 )
 DEMO_WORDS = (
-    "Demo: identity classification of drawn people of domains a, c, d and e, by a small ResNet from scratch, and what "
-    "its features are worth on the unseen domain b; about two minutes on two cores. For your own data: --source SPEC "
-    "--target SPEC --data_root DIR"
+    "Demo: {} of drawn people of domains a, c, d and e, by {} from scratch, and what its features are worth on the "
+    "unseen domain b; about two minutes on two cores with identities, longer without labels. For your own data: "
+    "--source SPEC --target SPEC --data_root DIR"
 )
-STAND_IN = "No --backbone or --recipe given: using {}, made for drawn people. A real one: resnet50, swin-t"
+STAND_IN = (
+    "No --backbone or --recipe given: using {}, small, with random weights, for drawn people. A real one: resnet50, "
+    "swin-t"
+)
+OBJECTIVES = {"classification": "identity classification"}
+OBJECTIVES |= {name: f"self-distillation ({name.upper()})" for name in DISTILLED}
 # Short names of backbones, see utils/modeling/names.py.
 SMALL = ("resnet-small", "swin-mini")
 NAMED = (*SMALL, "resnet50", "swin-t", "swin-s", "swin-b", "clip-b16")
@@ -136,8 +141,7 @@ def build_parser():
         help=f"only the configuration of --backbone, with random weights; default for {', '.join(SMALL)} and in the "
         "recipes",
     )
-    objectives = ["classification", *DISTILLED]
-    group.add("--objective", choices=objectives, default="classification", help="loss, see above")
+    group.add("--objective", choices=list(OBJECTIVES), default="classification", help="loss, see above")
 
     idle = lambda args: args.objective in DISTILLED, lambda args: f"--objective {args.objective}"
     group = parser.group("classification", idle=idle)
@@ -292,7 +296,8 @@ def share_right(logits, labels):
 def main(args):
     accelerator = launch.start_training(args)
     stand_ins = STAND_IN.format(args.backbone) if args.backbone in SMALL else None
-    launch.introduce(args, accelerator, demo=DEMO_WORDS, stand_ins=stand_ins)
+    demo = DEMO_WORDS.format(OBJECTIVES[args.objective], args.backbone)
+    launch.introduce(args, accelerator, demo=demo, stand_ins=stand_ins)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("DeepSpeed has no use for a backbone of this size; train by DDP, without it")
     # What can be wrong with data and configuration shows before a model is loaded.
@@ -628,12 +633,11 @@ def upload(repo_id, folder):
 
 
 def report_of(args, training, num_ids):
-    kinds = {name: f"self-distillation ({name.upper()})" for name in DISTILLED}
     facts = [
         ("Source", " + ".join(args.source)),
         ("Images", f"{len(training.images):,} of {num_ids:,} identities"),
         ("Backbone", Path(args.backbone).name + (", from scratch" if args.from_scratch else "")),
-        ("Objective", kinds.get(args.objective, "identity classification")),
+        ("Objective", OBJECTIVES[args.objective]),
         *training.facts,
     ]
     return pretraining_report(Path(args.output_dir), training.state["history"], facts)

@@ -562,6 +562,17 @@ def test_what_is_refused(resnet, tmp_path, monkeypatch):
     assert "a clip" in refused(*RUN, *out[:2], "--backbone", CLIP_DIR)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["meta", "metabin"])
+def test_the_demo_starts_from_a_small_resnet(method, tmp_path, capsys):
+    """12 identities of 8 images in each domain are enough."""
+    sources = [f"synthetic:domain={name},num_ids=12,images_per_id=8" for name in "abc"]
+    more = ["--source", *sources, "--target", TARGET, "--max_train_steps", "2", "--output_dir", tmp_path]
+    assert train("--method", method, *more) == 0
+    assert "shipped stand-in ResNet, trained on domains f, g and h" in capsys.readouterr().out
+    assert len(log_of(tmp_path)) == 2
+
+
 def test_a_map_of_one_place_is_refused():
     backbone = backbone_from_config(copy.deepcopy(TINY["resnet"]), (8, 8))
     with pytest.raises(ValueError, match="images of 8 x 8 give this ResNet a map of one place"):
