@@ -37,67 +37,33 @@ u the unit-length BNNeck feature of an image,
 
     cluster-contrast  CE(u M^T / temperature, cluster)         M: a prototype a cluster, moved after every step; noise
                                                                is left out
+    hhcl              the same with two memories, of which one is moved by hard images and one by means
     spcl              CE(u C^T / temperature, class)           C: means of a memory with a row of each source identity
                                                                and of each target image; clusters that do not hold at
                                                                a looser and a tighter scale are dissolved, and each
                                                                image in none is a class of its own
+    pplr              labels of the whole body and of its parts refine each other; contrast with proxies of cameras
+    ice               a student learns from its running mean: hard positives, proxies of cameras, equal likenesses
     idm               classes of both domains, hard triplets, and a third domain between them: feature maps mixed with
                       ratios learned for each pair, whose labels and features are bridged likewise
+    cacl              classes of both domains, one camera of the target after the other; a reconstruction
 
 Of the source, `--source`, labels are used; those of `--target`, where it has any, only for numbers in the report. A
 batch has K images of each cluster, as different cameras saw it where the data say which camera an image is of.
 With a source, BatchNorm has averages and weights of its own for each domain; the target's are saved.
 
-Distances follow the paper on re-ranking; the authors' code counts an image among its own k1, and does not divide a
-row's distances by its largest. Left out: GeM in cluster-contrast's code, IDM's memory of earlier batches (XBM).
+Distances follow the paper on re-ranking, as IDM's code does; `--jaccard faiss` is that of the other methods' code: it
+counts an image among its own k1 and does not divide a row's distances by its largest. The recipes set it, learned GeM
+and XBM where the authors do, and `--norm_group` to the images of one of their GPUs. All numbers are of the last epoch;
+published ones are of the epoch that was best on the test images.
 """
 
+from methods.settings import JACCARD, METHODS, NAMES, RECIPES, add_flags, named_method
 from utils import flags
-from utils.flags import CLIP_DIR, above_zero, at_least, fraction, not_negative
+from utils.flags import CLIP_DIR, at_least, fraction
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=64"
 DEMO_TARGET = "synthetic:domain=d,num_ids=32,images_per_id=16"
-METHODS = {"unsupervised": ("cluster-contrast", "spcl"), "adaptation": ("spcl", "idm")}
-PUBLISHED = {
-    "target": ["market1501"],
-    "backbone": "microsoft/resnet-50",
-    "resolution": [256, 128],
-    "padding": 10,
-    "erasing": 0.5,
-    "eps": 0.6,
-    "eps_gap": 0.02,
-    "min_samples": 4,
-    "cluster_k1": 30,
-    "cluster_k2": 6,
-    "memory_temperature": 0.05,
-    "train_batch_size": 64,
-    "images_per_id": 4,
-    "num_train_epochs": 50,
-    "steps_per_epoch": 400,
-    "learning_rate": 3.5e-4,
-    "lr_warmup_epochs": 0,
-    "lr_milestones": [21, 41],
-    "adam_weight_decay": 5e-4,
-    "eval_every": 10,
-    "log_every": 10,
-    "checkpointing_steps": 1000,
-    "dataloader_num_workers": 8,
-}
-ADAPTATION = {"setting": "adaptation", "source": ["msmt17"]}
-RECIPES = {
-    "cluster-contrast": PUBLISHED
-    | {
-        "method": "cluster-contrast",
-        "train_batch_size": 256,
-        "images_per_id": 16,
-        "steps_per_epoch": 200,
-        "memory_momentum": 0.1,
-    },
-    "spcl": PUBLISHED | {"method": "spcl", "memory_momentum": 0.2},
-    "spcl-adaptation": PUBLISHED | ADAPTATION | {"method": "spcl", "memory_momentum": 0.2},
-    "idm": PUBLISHED | ADAPTATION | {"method": "idm"},
-}
-
 
 UNMEASURED = "nothing: no target has query and gallery; a labelled one has them with holdout=0.3 behind its name"
 DEMO_WORDS = (
@@ -110,12 +76,13 @@ STAND_IN = (
 )
 
 
-def build_parser():
+def build_parser(shown=None):
+    """`shown`: the method whose flags the help lists, beside those of all methods."""
     parser = flags.Parser(__doc__, recipes=RECIPES)
     flags.add_recipe(
         parser,
-        "published values and an ImageNet ResNet-50, Market-1501 as target (for MSMT17 cluster-contrast and spcl are "
-        "published with twice the --steps_per_epoch)",
+        "published values and an ImageNet ResNet-50, Market-1501 or MSMT17 as target (for MSMT17 cluster-contrast and "
+        "spcl are published with twice the --steps_per_epoch)",
     )
     parser.add(
         "--setting",
@@ -125,8 +92,8 @@ def build_parser():
     )
     parser.add(
         "--method",
-        choices=list(dict.fromkeys(method for methods in METHODS.values() for method in methods)),
-        help="default cluster-contrast, under adaptation spcl",
+        choices=NAMES,
+        help="default cluster-contrast, under adaptation spcl; --method NAME --help lists only the flags of NAME",
     )
     data = flags.add_data(
         parser,
@@ -135,12 +102,29 @@ def build_parser():
         f"and gallery; default {DEMO_TARGET}",
     )
     flags.add_single_image_ids(data)
-    flags.add_images(parser, resolution=[128, 64], padding=5, erasing=0.0)
-    parser.group("model").add(
+    group = flags.add_images(parser, resolution=[128, 64], padding=5, erasing=0.0)
+    group.add(
+        "--erasing_value",
+        type=float,
+        nargs="+",
+        default=[0.5],
+        help="what erasing writes after normalisation, one number or one for each channel",
+    )
+    group.add("--blur", type=fraction, default=0.0, help="probability of a Gaussian blur")
+    group = parser.group("model")
+    group.add(
         "--backbone",
         default=CLIP_DIR,
         help="model to start from, folder, Hub id, short name or file of weights: a backbone, such as backbone/ of "
         "pretrain_backbone.py, or a ReIDModel",
+    )
+    group.add("--pooling", choices=["mean", "gem"], default="mean", help="of a map; gem: a learned generalised mean")
+    group.add(
+        "--norm_group",
+        type=at_least(0),
+        default=0,
+        help="images whose BatchNorm statistics are taken together, as each of several GPUs does; default all of a "
+        "domain in a batch",
     )
 
     group = parser.group("clustering")
@@ -149,34 +133,13 @@ def build_parser():
     group.add("--cluster_k1", type=at_least(1), default=15, help="reciprocal neighbours of an image")
     group.add("--cluster_k2", type=at_least(1), default=4, help="neighbours that are averaged over")
 
-    def only(*methods):
-        return lambda args: args.method not in methods, lambda args: f"--method {args.method}"
-
-    group = parser.group("cluster-contrast and spcl", idle=only("cluster-contrast", "spcl"))
-    group.add("--memory_temperature", type=above_zero, default=0.05, help="temperature of the memory's loss")
-    group.add("--memory_momentum", type=fraction, default=0.2, help="what a row of the memory keeps in an update")
     group.add(
-        "--memory_update",
-        choices=["momentum", "hard", "mean"],
-        default="momentum",
-        idle=only("cluster-contrast"),
-        help="of cluster-contrast: a prototype is moved by each image in turn, by the one least like it, or by their "
-        "mean",
+        "--jaccard",
+        choices=tuple(JACCARD),
+        default="paper",
+        help="distance; faiss, of most methods' code, counts an image among its own k1 and divides by no largest one",
     )
-    group.add(
-        "--eps_gap",
-        type=not_negative,
-        default=0.02,
-        idle=only("spcl"),
-        help="of spcl: looser and tighter scale are this far from eps",
-    )
-    group = parser.group("idm", idle=only("idm"))
-    group.add("--label_smoothing", type=fraction, default=0.1, help="of the classes")
-    group.add("--margin", type=not_negative, default=0.3, help="of the triplets")
-    group.add("--mix_stage", type=at_least(0), default=0, help="maps after so many stages are mixed")
-    group.add("--mix_weight", type=fraction, default=0.7, help="weight of mixed against own labels")
-    group.add("--bridge_weight", type=not_negative, default=0.1, help="weight of the bridge of features")
-    group.add("--diversity_weight", type=not_negative, default=1.0, help="weight of ratios that differ")
+    add_flags(parser, shown)
 
     group = flags.add_training(
         parser,
@@ -189,17 +152,18 @@ def build_parser():
     flags.add_optimizer(parser, learning_rate=3e-4, weight_decay=5e-4)
     flags.add_schedule(parser, milestones=[4])
     flags.add_memory(parser)
-    flags.add_evaluation(parser, every=1)
+    flags.add_evaluation(parser, every=1, resample=True)
     flags.add_output(parser, "output/adapt")
     return parser
 
 
 def parse_args(input_args=None):
-    parser = build_parser()
+    parser = build_parser(named_method(input_args))
     args = parser.parse(input_args)
     args.demo = args.target is None and args.source is None
     args.target = args.target or [DEMO_TARGET]
     args.method = args.method or METHODS[args.setting][0]
+    args.memory_update = args.memory_update or ("hybrid" if args.method == "hhcl" else "momentum")
     if args.setting == "adaptation" and args.source is None and args.demo:
         args.source = [DEMO_SOURCE]
     check_args(parser, args)
@@ -227,6 +191,11 @@ def check_args(parser, args):
     if not 0 < args.eps - gap <= args.eps + gap < 1:
         listed = f" with --eps_gap {args.eps_gap}" if gap else ""
         parser.error(f"--eps {args.eps}{listed} must be above 0 and below 1, the largest Jaccard distance")
+    if (args.memory_update in ("hybrid", "instances")) != (args.method == "hhcl"):
+        known = "hybrid and instances" if args.method == "hhcl" else "momentum, hard and mean"
+        parser.error(f"--memory_update {args.memory_update} is not of --method {args.method}, which has {known}")
+    if len(args.erasing_value) not in (1, 3):
+        parser.error(f"--erasing_value takes 1 number or 3, got {len(args.erasing_value)}")
     if args.images_per_id < 2:
         parser.error(f"--images_per_id must be 2 or more, got {args.images_per_id}")
     flags.check_reid_training(parser, args)
@@ -242,10 +211,14 @@ import datasets
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 
+from methods.cacl import CaCL
 from methods.cluster_contrast import ClusterContrast
+from methods.ice import ICE
 from methods.idm import IDM
+from methods.pplr import PPLR
 from methods.spcl import SpCL
 from utils import launch
+from utils.batches.augmentation import view_transform
 from utils.batches.pseudo_batches import PseudoBatches
 from utils.batches.transforms import training_loader
 from utils.datasets.load import digest_of, open_source
@@ -255,8 +228,9 @@ from utils.evaluation.features import extract
 from utils.evaluation.groups.clusters import NOISE, agreement
 from utils.evaluation.targets import open_targets
 from utils.files import to_json, write_together
-from utils.modeling.domain_norms import join_norms
+from utils.modeling.domain_norms import group_batch_statistics, join_norms
 from utils.modeling.folder import card_text, training_card
+from utils.modeling.heads import add_gem
 from utils.modeling.memories import class_means
 from utils.modeling.norms import share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
@@ -264,8 +238,17 @@ from utils.training.cluster_report import add_clusters, add_contact_sheet, descr
 from utils.training.clustering import check_clusters, check_settings, cluster
 from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained, transform_of
 from utils.training.report import training_report
+from utils.training.teacher import buffer_shapes, reshape_buffers
 
-MODULES = {"cluster-contrast": ClusterContrast, "spcl": SpCL, "idm": IDM}
+MODULES = {
+    "cluster-contrast": ClusterContrast,
+    "hhcl": ClusterContrast,
+    "spcl": SpCL,
+    "idm": IDM,
+    "pplr": PPLR,
+    "ice": ICE,
+    "cacl": CaCL,
+}
 
 
 # Training
@@ -278,8 +261,8 @@ def main(args):
     # What can be wrong with data and configuration shows before a model is loaded.
     if not MODULES[args.method].under_deepspeed and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
-            f"--method {args.method} writes the clusters' means into its classifier before every epoch, behind "
-            "DeepSpeed's back; start it without DeepSpeed"
+            f"--method {args.method} writes weights beside the optimizer's steps, behind DeepSpeed's back; start it "
+            "without DeepSpeed"
         )
     target, truth, measurable = open_unlabelled(args.target, args.data_root, skip_unreadable=args.skip_unreadable)
     source, source_labels = None, torch.zeros(0, dtype=torch.int64)
@@ -288,18 +271,25 @@ def main(args):
             args.source, args.data_root, single_image_ids=args.single_image_ids, skip_unreadable=args.skip_unreadable
         )
     targets = open_targets(measurable, args.data_root, skip_unreadable=args.skip_unreadable)
-    scales = MODULES[args.method].scales(args)
-    check_settings(len(target), scales, args.min_samples, args.cluster_k1, args.cluster_k2)
+    kind = MODULES[args.method]
+    check_settings(len(target), kind.scales(args), args.min_samples, args.cluster_k1, args.cluster_k2)
+    cameras = cameras_of(args, target, kind.least_cameras(args))
     images = target
     if source is not None:
         images = datasets.concatenate_datasets([without_names(source.select_columns(target.column_names)), target])
     batch_size = launch.global_batch_size(args, accelerator)
+    if args.norm_group and args.train_batch_size % args.norm_group:
+        raise ValueError(
+            f"the {args.train_batch_size} images of a process and domain (--train_batch_size) cannot be normalised in "
+            f"groups of {args.norm_group} (--norm_group): give a divisor"
+        )
     sampler = PseudoBatches(
         batch_size,
         args.images_per_id,
         args.steps_per_epoch or max(1, len(target) // batch_size),
         list(zip(images["domain"], images["camid"], strict=True)),
         source_labels=source_labels.tolist(),
+        draw=kind.draw,
         seed=args.seed,
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
@@ -321,32 +311,51 @@ def main(args):
     )
 
     set_seed(args.seed)
-    encoder = ReIDModel.for_training(args.backbone, num_ids=0, image_size=tuple(args.resolution))
+    encoder = ReIDModel.for_training(
+        args.backbone, num_ids=0, image_size=tuple(args.resolution), resample=args.test_resample
+    )
     launch.print_notes(accelerator, encoder.notes)
+    if args.pooling == "gem" and encoder.backbone.pooling is None:
+        add_gem(encoder.backbone)
     if args.gradient_checkpointing:
         encoder.enable_gradient_checkpointing()
-    bare = MODULES[args.method](encoder, args, num_source, len(target))
-    share_batch_statistics(encoder.backbone, accelerator.device)
+    if args.norm_group:
+        group_batch_statistics(encoder, args.norm_group)
+    else:
+        share_batch_statistics(encoder.backbone, accelerator.device)
+    bare = kind(encoder, args, num_source, cameras, source_size=len(source_labels))
+    # Of the source the identity counts, of the target the image.
+    numbers = torch.cat([source_labels, num_source + torch.arange(len(target))]).to(accelerator.device)
+    transform = view_transform(
+        kind.views,
+        encoder.image_size,
+        encoder.image_mean,
+        encoder.image_std,
+        padding=args.padding,
+        erasing=args.erasing,
+        erasing_value=args.erasing_value,
+        blur=args.blur,
+    )
     loader = training_loader(
         encoder,
         images,
         # The target's labels are nowhere to be found in a batch.
         source_labels.tolist() + [-1] * len(target),
         sampler,
-        padding=args.padding,
-        erasing=args.erasing,
+        transform=transform,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
+    sizes = buffer_shapes(bare)
     if training.resumed:
-        bare.make_room(training.state["num_clusters"])
+        reshape_buffers(bare, training.state["shapes"])
     method, optimizer = accelerator.prepare(bare, optimizer_of(args, [{"params": trained(bare)}]))
     training.begin(method, optimizer, rates_of(args, optimizer, training.num_steps))
     params = trained(method)
 
-    def features_of(dataset, words):
+    def features_of(dataset, words, model=None):
         return extract(
-            encoder,
+            model or bare.tested(),
             dataset,
             transform_of(encoder),
             accelerator=accelerator,
@@ -355,20 +364,29 @@ def main(args):
             desc=f"features of the {words}",
         )
 
+    def features_of_source(rows=None):
+        """The mean direction of each identity, or the features of some images."""
+        if rows is None:
+            return class_means(features_of(source, "source"), source_labels, num_source)
+        return features_of(source.select(rows), "source")
+
     def relabel(epoch):
         """Clusters of the target as the model sees it now; memory or classifier follow them."""
-        bare.pseudo_labels.copy_(
-            bare.relabel(
-                epoch == 1,
-                target=lambda: features_of(target, "target"),
-                source=lambda: class_means(features_of(source, "source"), source_labels, num_source),
-                cluster=lambda features: shared_labels(args, training, bare, features, truth, epoch - 1)[0],
-            )
+        labels = bare.relabel(
+            epoch,
+            target=lambda model=None: features_of(target, "target", model),
+            source=features_of_source,
+            cluster=lambda features, rows=None: shared_labels(
+                args, training, bare, features, truth if rows is None or truth is None else truth[rows], epoch - 1
+            )[0],
         )
-        training.state["num_clusters"] = int(bare.pseudo_labels.max()) + 1
+        # Not before: extraction may put other tensors in the place of buffers.
+        bare.pseudo_labels.copy_(labels)
+        # Sizes that follow from the clusters; a run that resumes makes room for them.
+        training.state["shapes"] = {name: shape for name, shape in buffer_shapes(bare).items() if shape != sizes[name]}
 
     if not training.resumed:
-        training.measure(0, encoder, targets)
+        training.measure(0, bare.tested(), targets)
     for epoch in training.epochs():
         if not training.in_mid_epoch:
             with torch.no_grad():
@@ -376,15 +394,16 @@ def main(args):
         sampler.take(bare.labels_for_batches(bare.pseudo_labels.cpu(), f"{args.seed}/{epoch}"))
         method.train()
         for batch in training.batches(loader):
-            training.log(training_step(training, method, bare, batch, params, source))
+            training.log(training_step(training, method, bare, batch, params, numbers))
         if training.measures(epoch):
-            training.measure(epoch, encoder, targets)
+            training.measure(epoch, bare.tested(), targets)
     if training.stopped:
         return training.end()
 
     features = features_of(target, "target")
     ended = training.epoch if training.in_mid_epoch else training.epoch - 1
     labels, clusters = shared_labels(args, training, bare, features, truth, ended, strict=False)
+    encoder = bare.tested()
     join_norms(encoder)
     encoder.reset_classifier(0)
     if accelerator.is_main_process:
@@ -395,14 +414,11 @@ def main(args):
     )
 
 
-def training_step(training, method, bare, batch, params, source):
-    """Losses, gradients, the optimizer's step, then the memory."""
+def training_step(training, method, bare, batch, params, numbers):
+    """Losses, gradients, the optimizer's step, then memory or teacher."""
     args, accelerator, optimizer = training.args, training.accelerator, training.optimizer
-    images, labels, rows = (batch[name].to(accelerator.device) for name in ("images", "labels", "indices"))
-    if source is not None:
-        # Of the source the identity counts, of the target the image.
-        rows = torch.where(rows < len(source), labels, rows - len(source) + bare.num_source)
-    loss, values, seen = method(images, rows)
+    images, rows = (batch[name].to(accelerator.device) for name in ("images", "indices"))
+    loss, values, seen = method(images, numbers[rows])
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(params, args.max_grad_norm or float("inf"))
     optimizer.step()
@@ -426,6 +442,7 @@ def shared_labels(args, training, bare, features, truth, epoch, strict=True):
                 min_samples=args.min_samples,
                 k1=args.cluster_k1,
                 k2=args.cluster_k2,
+                compat=JACCARD[args.jaccard],
             )
             labels, threshold = bare.labels_of(clusters, state.get("independence"))
             if strict:
@@ -452,6 +469,18 @@ def shared_labels(args, training, bare, features, truth, epoch, strict=True):
         with write_together(args.output_dir) as part:
             part("clusters.json").write_text(to_json(state["clusters"]))
     return labels, clusters and clusters[0]
+
+
+def cameras_of(args, target, least):
+    """The number of each image's camera, from 0; ValueError for fewer than `least` cameras."""
+    listed = list(zip(target["domain"], target["camid"], strict=True))
+    numbers = {camera: number for number, camera in enumerate(sorted(set(listed)))}
+    if len(numbers) < least:
+        raise ValueError(
+            f"--method {args.method} needs images of {least} cameras or more, and {' + '.join(args.target)} shows "
+            f"{len(numbers)}: give a set whose names or column camid tell the cameras, or another method"
+        )
+    return torch.tensor([numbers[camera] for camera in listed])
 
 
 # Results

@@ -21,7 +21,7 @@
 #     "triton>=3.6.0",
 # ]
 # ///
-"""Fine-tune a Re-ID model with labels, by one of five methods, from any start: where does a better start show?
+"""Fine-tune a Re-ID model with labels, by one of seven methods, from any start: where does a better start show?
 
     accelerate launch --config_file accelerate_config.yaml finetune_reid.py
     accelerate launch finetune_reid.py --source ./people --backbone microsoft/resnet-50 --output_dir output/people
@@ -44,26 +44,34 @@ means of ten splits; beside these methods there is then
 
     metabin  mean, BNNeck; a ResNet's norms are mixtures     as bot, without centres; after each step the mixtures
              of batch and instance norm                      follow what helps held-out sources, see methods/metabin.py
+    meta     GeM; a ResNet with norms of each source, its    as bot, without centres, of each source and of all; a
+             experts, mixed by gates, and a branch of all    source's expert teaches the gates, see methods/meta.py
+
+    accelerate launch finetune_reid.py --recipe protocol-2 --method meta --data_root ~/reid --output_dir output/meta
+
+is the published comparison: all images of Market-1501, CUHK02, CUHK03 and CUHK-SYSU to train on.
 
 In a ResNet the last stage keeps its resolution (stride 1), but for MGN's global branch. Swin and CLIP compare all
 places in every block, so AGW and SBS add no non-local blocks to them, and MGN's branches share their one map of
 tokens, of which they pool the stripes. CLIP's class token stands in for GeM, BDB's mean and MGN's global branch;
 Swin's maps have signs, so GeM takes their positive and negative parts apart. A reduction is never wider than the
-backbone. Left out: SBS's AutoAugment, MGN's mirrored images at test time, MetaBIN's colour jitter.
+backbone. Left out: SBS's AutoAugment, MGN's mirrored images at test time. Results are those of the last epoch; most
+published ones are those of the epoch that is best on the test set.
 """
 
 import argparse
 import math
 
+from methods import generalisation
+from methods.generalisation import EPOCH_COSINE, META, METABIN
 from utils import flags
-from utils.flags import CLIP_DIR, above_zero, at_least, fraction, not_negative
+from utils.flags import CLIP_DIR, RESNET_DIR, above_zero, at_least, fraction, not_negative
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=64"
 DEMO_SOURCES = [f"synthetic:domain={name},num_ids=24" for name in "abc"]
 DEMO_TARGETS = ["synthetic:domain=d,num_ids=16", "synthetic:domain=e,num_ids=16"]
 SETTINGS = ("supervised", "few-shot", "small-scale", "generalisation")
 PARTS = ("few-shot", "small-scale")
-METABIN = "metabin"
 DELAYED_COSINE = "delayed_cosine"
 SOFT = "soft"
 # What a method's losses are made of; MGN takes the mean over its groups, BDB the sum, as their authors do.
@@ -74,97 +82,73 @@ LOSSES = {
     "mgn": {"triplet": "hard", "margin": 1.2, "label_smoothing": 0.0, "groups": "mean", "centre_weight": 0.0},
     "bdb": {"triplet": "hard", "margin": SOFT, "label_smoothing": 0.1, "groups": "sum", "centre_weight": 0.0},
     METABIN: {"triplet": "hard", "margin": 0.3, "label_smoothing": 0.1, "groups": "sum", "centre_weight": 0.0},
+    META: {"triplet": "hard", "margin": 0.3, "label_smoothing": 0.1, "groups": "sum", "centre_weight": 0.0},
 }
 METHODS = tuple(LOSSES)
 # SBS is also how it is trained, at any size.
-DEMO = {"sbs": {"lr_scheduler": DELAYED_COSINE, "lr_warmup_steps": 16, "lr_delay_epochs": 4, "freeze_steps": 16}}
-BAG_OF_TRICKS = {
-    "source": ["market1501"],
-    "backbone": "microsoft/resnet-50",
-    "resolution": [256, 128],
-    "padding": 10,
-    "erasing": 0.5,
-    "train_batch_size": 64,
-    "images_per_id": 4,
-    "num_train_epochs": 120,
-    "optimizer": "adam",
-    "learning_rate": 3.5e-4,
-    "lr_scheduler": "warmup_multistep",
-    "lr_warmup_epochs": 10,
-    "lr_warmup_factor": 0.01,
-    "lr_milestones": [40, 70],
-    "adam_weight_decay": 5e-4,
-    "eval_every": 10,
-    "log_every": 10,
-    "checkpointing_steps": 1000,
-    "dataloader_num_workers": 8,
+DEMO = {
+    "sbs": {"lr_scheduler": DELAYED_COSINE, "lr_warmup_steps": 16, "lr_delay_epochs": 4, "freeze_steps": 16},
+    METABIN: generalisation.DEMO,
+    META: generalisation.DEMO,
 }
+STANDINS = {CLIP_DIR: "CLIP", RESNET_DIR: "ResNet, trained on domains f, g and h"}
+BAG_OF_TRICKS = {
+    "source": ["market1501"], "backbone": "microsoft/resnet-50", "resolution": [256, 128], "padding": 10,
+    "erasing": 0.5, "train_batch_size": 64, "images_per_id": 4, "num_train_epochs": 120, "optimizer": "adam",
+    "learning_rate": 3.5e-4, "lr_scheduler": "warmup_multistep", "lr_warmup_epochs": 10, "lr_warmup_factor": 0.01,
+    "lr_milestones": [40, 70], "adam_weight_decay": 5e-4, "eval_every": 10, "log_every": 10,
+    "checkpointing_steps": 1000, "dataloader_num_workers": 8,
+}  # fmt: skip
 PUBLISHED = {
     "bot": BAG_OF_TRICKS,
     "agw": BAG_OF_TRICKS,
-    "sbs": BAG_OF_TRICKS
-    | {
-        "resolution": [384, 128],
-        "images_per_id": 16,
-        "num_train_epochs": 60,
-        "lr_scheduler": DELAYED_COSINE,
-        "lr_warmup_steps": 2000,
-        "lr_warmup_factor": 0.1,
-        "lr_delay_epochs": 30,
-        "lr_final_factor": 0.002,
+    "sbs": BAG_OF_TRICKS | {
+        "resolution": [384, 128], "images_per_id": 16, "num_train_epochs": 60, "lr_scheduler": DELAYED_COSINE,
+        "lr_warmup_steps": 2000, "lr_warmup_factor": 0.1, "lr_delay_epochs": 30, "lr_final_factor": 0.002,
         "freeze_steps": 1000,
     },
-    "mgn": BAG_OF_TRICKS
-    | {
-        "resolution": [384, 128],
-        "padding": 0,
-        "erasing": 0.0,
-        "num_train_epochs": 80,
-        "optimizer": "sgd",
-        "learning_rate": 0.01,
-        "lr_warmup_epochs": 0,
-        "lr_milestones": [40, 60],
+    "mgn": BAG_OF_TRICKS | {
+        "resolution": [384, 128], "padding": 0, "erasing": 0.0, "num_train_epochs": 80, "optimizer": "sgd",
+        "learning_rate": 0.01, "lr_warmup_epochs": 0, "lr_milestones": [40, 60],
     },
-    "bdb": BAG_OF_TRICKS
-    | {
-        "resolution": [384, 128],
-        "padding": 0,
-        "train_batch_size": 128,
-        "num_train_epochs": 400,
-        "learning_rate": 1e-3,
-        "lr_warmup_epochs": 50,
-        "lr_warmup_factor": 0.1,
-        "lr_milestones": [200, 300],
+    "bdb": BAG_OF_TRICKS | {
+        "resolution": [384, 128], "padding": 0, "train_batch_size": 128, "num_train_epochs": 400,
+        "learning_rate": 1e-3, "lr_warmup_epochs": 50, "lr_warmup_factor": 0.1, "lr_milestones": [200, 300],
     },
-    METABIN: BAG_OF_TRICKS
-    | {
-        "setting": "generalisation",
-        "source": [f"{name}:all_for_training=true" for name in ("market1501", "cuhk02", "cuhk03np", "cuhksysu")],
-        "target": ["prid", "grid", "viper", "ilids"],
-        "erasing": 0.0,
-        "train_batch_size": 80,
-        "num_train_epochs": 100,
-        "optimizer": "sgd",
-        "learning_rate": 0.01,
-        "meta_first_order": True,
-    },
-}
+    METABIN: BAG_OF_TRICKS | generalisation.PUBLISHED[METABIN],
+    META: BAG_OF_TRICKS | generalisation.PUBLISHED[META],
+}  # fmt: skip
+
+
+def recipes_of(method):
+    published = PUBLISHED.get(method, {})
+    return {
+        "published": published,
+        "protocol-2": published | generalisation.PROTOCOL_2,
+        METABIN: PUBLISHED[METABIN] | {"method": METABIN},
+        META: PUBLISHED[META] | {"method": META},
+    }
 
 
 DEMO_WORDS = (
-    "Demo: {} on drawn people, from the shipped stand-in CLIP; about two minutes on two cores. "
+    "Demo: {} on drawn people, from the shipped stand-in {}; about two minutes on two cores. "
     "For your own data: --source SPEC --data_root DIR --backbone DIR --recipe published"
 )
 STAND_IN = (
-    "No --backbone or --recipe given: using the shipped stand-in CLIP, which knows drawn people only. "
+    "No --backbone or --recipe given: using the shipped stand-in {}, which knows drawn people only. "
     "A real one: --backbone microsoft/resnet-50"
 )
 
 
 def build_parser():
-    parser = flags.Parser(__doc__, recipes={"published": {}})
+    parser = flags.Parser(__doc__, recipes=recipes_of("bot"))
     parser.add("--method", choices=METHODS, default="bot", help="method; its losses are set with it")
-    flags.add_recipe(parser, "the method's published values, Market-1501 and an ImageNet ResNet-50")
+    flags.add_recipe(
+        parser,
+        "published: the method's published values, Market-1501 and an ImageNet ResNet-50; protocol-2: the same, but "
+        "four sources, all their images, and four small sets to measure on; metabin, meta: the published values of "
+        "these methods",
+    )
     data = flags.add_data(
         parser,
         source=f"training sets; default {DEMO_SOURCE}",
@@ -191,6 +175,11 @@ def build_parser():
         help="model to start from, folder, Hub id, short name or file of weights: a backbone, such as backbone/ of "
         "pretrain_backbone.py, or a ReIDModel of bot or of the same method",
     )
+    group.add(
+        "--semantic_weight",
+        type=fraction,
+        help="of a backbone/ of pretrain_backbone.py --objective solider: another weight than that of the folder",
+    )
     group.add("--triplet", choices=["hard", "weighted"], help="triplet loss; default by the method, see above")
     group.add("--margin", type=margin, help="of hard triplets, a number or `soft`; default by the method")
     group.add("--label_smoothing", type=fraction, help="of the class loss; default 0.1, of mgn 0")
@@ -207,31 +196,36 @@ def build_parser():
     group.add("--circle_scale", type=above_zero, default=64.0, idle=sbs, help="of sbs")
     group.add("--circle_margin", type=fraction, default=0.35, idle=sbs, help="of sbs")
 
-    metabin = (lambda args: args.method != METABIN, lambda args: f"--method {args.method}")
-    group = parser.group("metabin", idle=metabin)
-    group.add("--meta_rate", type=above_zero, default=0.1, help="rate of the mixtures of norms")
-    group.add(
-        "--meta_inner_rates",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        default=[0.001, 0.1],
-        help="the rate of the inner step goes up and down between these",
-    )
-    group.add("--meta_period", type=above_zero, default=5.0, help="epochs in which it does so once")
-    group.switch("--meta_first_order", "without second derivatives, as the authors' code: less work")
-
+    generalisation.add_flags(parser)
     group = flags.add_training(parser, batch=32, epochs=8, accumulation=flags.ONE_PASS)
     group.add("--freeze_steps", type=at_least(0), default=0, help="first steps in which the backbone does not train")
-    flags.add_optimizer(parser, learning_rate=3e-4, weight_decay=5e-4)
-    group = flags.add_schedule(parser, milestones=[7], own=[DELAYED_COSINE])
-    delayed = (lambda args: args.lr_scheduler != DELAYED_COSINE, lambda args: f"--lr_scheduler {args.lr_scheduler}")
-    group.add(
-        "--lr_delay_epochs", type=at_least(0), default=0, idle=delayed, help="delayed_cosine (of SBS): flat epochs"
+    group = flags.add_optimizer(parser, learning_rate=3e-4, weight_decay=5e-4)
+    group.switch(
+        "--nesterov",
+        "of sgd",
+        idle=(lambda args: args.optimizer != "sgd", lambda args: f"--optimizer {args.optimizer}"),
     )
-    group.add("--lr_final_factor", type=fraction, default=0.01, idle=delayed, help="delayed_cosine: factor at the end")
+    group = flags.add_schedule(parser, milestones=[7], own=[DELAYED_COSINE, EPOCH_COSINE])
+
+    def scheduled(*names):
+        return lambda args: args.lr_scheduler not in names, lambda args: f"--lr_scheduler {args.lr_scheduler}"
+
+    group.add(
+        "--lr_delay_epochs",
+        type=at_least(0),
+        default=0,
+        idle=scheduled(DELAYED_COSINE),
+        help="delayed_cosine (of SBS): flat epochs",
+    )
+    group.add(
+        "--lr_final_factor",
+        type=fraction,
+        default=0.01,
+        idle=scheduled(DELAYED_COSINE, EPOCH_COSINE),
+        help="delayed_cosine, epoch_cosine (of META): factor at the end",
+    )
     flags.add_memory(parser)
-    flags.add_evaluation(parser, every=1)
+    flags.add_evaluation(parser, every=1, resample=True)
     flags.add_output(parser, "output/finetune")
     return parser
 
@@ -243,11 +237,13 @@ def margin(text):
 def parse_args(input_args=None):
     parser = build_parser()
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--method", default="bot")
-    method = first.parse_known_args(input_args)[0].method
+    first.add_argument("--method")
+    first.add_argument("--recipe")
+    given = first.parse_known_args(input_args)[0]
+    method = given.method or (given.recipe if given.recipe in (METABIN, META) else "bot")
     # A name that is none is refused below.
     parser.set_defaults(**LOSSES.get(method, {}), **DEMO.get(method, {}))
-    args = parser.parse(input_args, {"published": PUBLISHED.get(method, {})})
+    args = parser.parse(input_args, recipes_of(method))
     args.demo = args.source is None and args.target is None
     if args.demo and args.setting == "generalisation":
         args.source, args.target = DEMO_SOURCES, DEMO_TARGETS
@@ -263,11 +259,9 @@ def check_args(parser, args):
     """What the arguments alone show to be wrong."""
     if args.fraction is not None and args.setting not in PARTS:
         parser.error(f"--fraction {args.fraction} belongs to --setting few-shot or small-scale")
-    if args.method == METABIN and args.setting != "generalisation":
-        parser.error(f"--method {METABIN} learns from several domains: it belongs to --setting generalisation")
-    low, high = args.meta_inner_rates
-    if not 0 <= low <= high < math.inf:
-        parser.error(f"--meta_inner_rates must be 0 or more, the lower one first, got {low} {high}")
+    generalisation.check_args(parser, args)
+    if args.nesterov and not args.adam_beta1:
+        parser.error("--nesterov needs momentum, --adam_beta1 above 0")
     for name in ("train_batch_size", "images_per_id"):
         if getattr(args, name) < 2:
             parser.error(
@@ -299,20 +293,23 @@ from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from transformers import PreTrainedConfig
 
-from methods.metabin import MetaBatches, domains_held_in, inner_rate, meta_step
+from methods.meta import DomainBatches, Meta, cosine_after_warmup
+from methods.metabin import BIAS_RATE, MetaBatches, domains_held_in, inner_factor, meta_step, no_meta_step
 from utils import launch
+from utils.batches.augmentation import AutoAugmentTransform
 from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import training_loader
-from utils.datasets import hold_out_of
-from utils.datasets.load import digest_of, labels_of, open_source, subset
-from utils.evaluation.targets import open_targets
+from utils.datasets.load import digest_of, labels_of, subset
+from utils.evaluation.targets import open_sets
 from utils.launch import gather_with_gradient
 from utils.modeling.backbones import read_config
 from utils.modeling.folder import IMPORTED_HEADS, card_text, model_kind, training_card
 from utils.modeling.losses import CentreLoss, circle_logits, hard_triplet, weighted_triplet
+from utils.modeling.networks.semantic_swin import has_controller, set_semantic_weight
 from utils.modeling.norms import add_batch_instance_norms, share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
 from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained
+from utils.training.parameter_groups import bias_groups
 from utils.training.report import training_report
 
 
@@ -322,6 +319,8 @@ def check_start(args):
     family, kind = "resnet", model_kind(args.backbone)
     if kind == "reid":
         method = PreTrainedConfig.get_config_dict(args.backbone)[0].get("method", "bot")
+        if method == META:
+            raise ValueError(f"--backbone {args.backbone} has experts of its sources, which no other training can use")
         if method not in ("bot", args.method, *IMPORTED_HEADS):
             raise ValueError(
                 f"--backbone {args.backbone} is a model of method {method}; it can start --method {method} only"
@@ -332,6 +331,16 @@ def check_start(args):
         family = config.model_type
         if args.method == "mgn" and config.model_type == "resnet" and len(config.hidden_sizes) < 2:
             raise ValueError(f"--backbone {args.backbone} has one stage; mgn parts in the last stage but one")
+    if args.semantic_weight is not None and not has_controller(args.backbone):
+        raise ValueError(
+            f"--semantic_weight {args.semantic_weight}: --backbone {args.backbone} has no controller beside it, as a "
+            "folder of pretrain_backbone.py --objective solider has; leave it out"
+        )
+    if args.method == META and family != "resnet":
+        raise ValueError(
+            f"--backbone {args.backbone} is a {family}; --method {META} gives a plain ResNet norms of each domain: "
+            "give a ResNet, such as backbone/ of pretrain_backbone.py --backbone resnet50"
+        )
     if args.method == METABIN and not family.startswith(("resnet", "osnet")):
         raise ValueError(
             f"--backbone {args.backbone} is a {family}: it has no BatchNorm, which --method {METABIN} mixes with "
@@ -413,65 +422,45 @@ def delayed_cosine(epoch, step, args):
 
 
 def main(args):
-    accelerator = launch.start_training(args, find_unused_parameters=args.freeze_steps > 0)
-    stand_ins = STAND_IN if args.backbone == CLIP_DIR else None
-    launch.introduce(args, accelerator, demo=DEMO_WORDS.format(args.method), stand_ins=stand_ins)
+    # Of meta, a step leaves the experts of other domains out.
+    unused = args.freeze_steps > 0 or args.method == META
+    accelerator = launch.start_training(args, find_unused_parameters=unused)
+    standin = STANDINS.get(args.backbone)
+    words = {"demo": DEMO_WORDS.format(args.method, standin or Path(args.backbone).name)}
+    launch.introduce(args, accelerator, **words, stand_ins=standin and STAND_IN.format(standin))
     # What can be wrong with data and configuration shows before a model is loaded.
     check_start(args)
     if args.method == METABIN and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(f"--method {METABIN} moves norms behind DeepSpeed's back; start it without DeepSpeed")
-    batch_size, held_out = launch.global_batch_size(args, accelerator), []
-    if args.holdout and not args.target:
-        args.source, held_out = hold_out_of(
-            args.source,
-            args.data_root,
-            args.holdout,
-            least_left=least_left(args, batch_size),
-            say=accelerator.print,
-            skip_unreadable=args.skip_unreadable,
+    if args.method == META and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"--method {META} trains other norms in every step, DeepSpeed all; start it without DeepSpeed"
         )
-    train, labels, data = open_source(
-        args.source, args.data_root, single_image_ids=args.single_image_ids, skip_unreadable=args.skip_unreadable
-    )
+    batch_size = launch.global_batch_size(args, accelerator)
+    options = {"root": args.data_root, "skip_unreadable": args.skip_unreadable, "say": accelerator.print}
+    options |= {"holdout": args.holdout, "single_image_ids": args.single_image_ids}
+    options |= {"least_left": least_left(args, batch_size), "all_splits": args.setting == "generalisation"}
+    args.source, train, labels, targets = open_sets(args.source, args.target, **options)
     num_all, (train, labels) = len(train), part_of(args, train, labels)
     domains = domains_of(args, train)
-    own = args.source if len(args.source) == 1 and {"query", "gallery"} <= set(data) else held_out
-    targets = open_targets(
-        args.target or own,
-        args.data_root,
-        skip_unreadable=args.skip_unreadable,
-        all_splits=args.setting == "generalisation",
-    )
     sampler = build_sampler(args, accelerator, train, labels, domains, batch_size)
-    training = Training(
-        args,
-        accelerator,
-        sampler,
-        train,
-        script="finetune_reid.py",
-        data=digest_of(train, labels),
-        batch_size=batch_size,
-    )
+    options = {"script": "finetune_reid.py", "data": digest_of(train, labels), "batch_size": batch_size}
+    training = Training(args, accelerator, sampler, train, **options)
     num_ids = int(labels.max()) + 1
     accelerator.print(
         f"{' + '.join(args.source)}, {args.setting}: {len(train)} of {num_all} images, {num_ids} identities; "
         f"measured on {', '.join(target.spec for target in targets) or 'nothing'}"
     )
 
-    model = build_model(args, accelerator, num_ids)
-    loader = training_loader(
-        model,
-        train,
-        labels.tolist(),
-        sampler,
-        padding=args.padding,
-        erasing=args.erasing,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    bare = FineTuning(model, args)
-    method, optimizer = accelerator.prepare(bare, optimizer_of(args, [{"params": trained(model)}]))
-    training.begin(method, optimizer, rates_of(args, optimizer, training.num_steps, own_schedule(args)))
+    id_domains = torch.zeros(num_ids, dtype=torch.int64).scatter(0, labels, domains)
+    model = build_model(args, accelerator, num_ids, id_domains)
+    workers = {"num_workers": args.dataloader_num_workers, "pin_memory": accelerator.device.type == "cuda"}
+    changes = {"padding": args.padding, "erasing": args.erasing, "transform": transform_of(args, model)}
+    loader = training_loader(model, train, labels.tolist(), sampler, **changes, **workers)
+    bare = Meta(model, args, id_domains) if args.method == META else FineTuning(model, args)
+    method, optimizer = accelerator.prepare(bare, optimizer_of(args, groups_of(args, model)))
+    schedule = own_schedule(args, sampler.steps_of(1))
+    training.begin(method, optimizer, rates_of(args, optimizer, training.num_steps, schedule))
     params = trained(method)
     period = max(2, round(args.meta_period * sampler.steps_of(1)))
 
@@ -516,6 +505,9 @@ def training_step(training, method, bare, batch, params):
 def balance(training, model, batch, domains, period):
     """MetaBIN's second half of a step: every norm's mixture moves, and nothing else. Its losses."""
     args, accelerator = training.args, training.accelerator
+    number = training.step + 1 - args.meta_first_steps
+    if number < 0:
+        return no_meta_step(model.backbone)
     images, labels, rows = (batch[name][args.train_batch_size :] for name in ("images", "labels", "indices"))
     return meta_step(
         model.backbone,
@@ -523,8 +515,8 @@ def balance(training, model, batch, domains, period):
         labels.to(accelerator.device, non_blocking=True),
         domains[rows].to(accelerator.device),
         domains_held_in(int(domains.max()) + 1, f"{args.seed}/{training.step}"),
-        inner_rate=inner_rate(training.step, period, *args.meta_inner_rates),
-        outer_rate=args.meta_rate,
+        inner_factor=inner_factor(number, period, *args.meta_inner_rates),
+        rate=args.meta_rate,
         first_order=args.meta_first_order,
         reduce=lambda slopes: accelerator.reduce(slopes, reduction="mean"),
     )
@@ -546,6 +538,8 @@ def build_sampler(args, accelerator, train, labels, domains, batch_size):
             "takes two; raise --train_batch_size or lower --images_per_id"
         )
     share = accelerator.process_index, accelerator.num_processes
+    if args.method == META:
+        return DomainBatches(labels.tolist(), train["domain"][:], batch_size, args.images_per_id, args.seed, *share)
     sampler = IdentitySampler(labels.tolist(), batch_size, args.images_per_id, args.seed, *share)
     if args.method != METABIN:
         return sampler
@@ -553,26 +547,47 @@ def build_sampler(args, accelerator, train, labels, domains, batch_size):
     return MetaBatches(sampler, labels.tolist(), train["domain"][:], each, args.images_per_id, args.seed)
 
 
-def build_model(args, accelerator, num_ids):
+def build_model(args, accelerator, num_ids, id_domains):
     set_seed(args.seed)
     head = "bot" if args.method == METABIN else args.method
-    model = ReIDModel.for_training(args.backbone, num_ids=num_ids, image_size=tuple(args.resolution), method=head)
+    options = {"domains": id_domains.bincount().tolist(), "gate": args.meta_gate} if args.method == META else None
+    sizes = {"num_ids": num_ids, "image_size": tuple(args.resolution), "resample": args.test_resample}
+    model = ReIDModel.for_training(args.backbone, method=head, head_options=options, **sizes)
     launch.print_notes(accelerator, model.notes)
+    if args.semantic_weight is not None:
+        set_semantic_weight(model.backbone, args.backbone, args.semantic_weight)
     if args.method == METABIN:
         add_batch_instance_norms(model.backbone)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     # The necks see the gathered batch anyway.
-    for part in (model.backbone, getattr(model.head, "branches", None), getattr(model.head, "bottleneck", None)):
+    for part in (model.backbone, *(getattr(model.head, name, None) for name in ("branches", "branch", "bottleneck"))):
         if part is not None:
             share_batch_statistics(part, accelerator.device)
     return model
 
 
-def own_schedule(args):
-    if args.lr_scheduler != DELAYED_COSINE:
+def groups_of(args, model):
+    """Parameters for the optimizer: MetaBIN's biases are faster, META's do not decay."""
+    if args.method not in (METABIN, META):
+        return [{"params": trained(model)}]
+    rate = {"lr": BIAS_RATE * args.learning_rate} if args.method == METABIN else {"weight_decay": 0.0}
+    return bias_groups(model.named_parameters(), **rate)
+
+
+def transform_of(args, model):
+    """The transform of training images, where it is not the usual one."""
+    if not args.auto_augment and not args.colour_jitter:
         return None
-    return lambda epoch, step: delayed_cosine(epoch, step, args)
+    changes = {"auto": args.auto_augment, "jitter": args.colour_jitter, "padding": args.padding}
+    normal = model.image_size, model.image_mean, model.image_std
+    return AutoAugmentTransform(*normal, **changes, erasing=args.erasing)
+
+
+def own_schedule(args, steps_per_epoch):
+    if args.lr_scheduler == EPOCH_COSINE:
+        return lambda epoch, step: cosine_after_warmup(epoch, step, args, steps_per_epoch)
+    return (lambda epoch, step: delayed_cosine(epoch, step, args)) if args.lr_scheduler == DELAYED_COSINE else None
 
 
 def part_of(args, train, labels):

@@ -27,9 +27,10 @@
     accelerate launch pretrain_backbone.py --recipe diff-person --source DIFF_PERSON --output_dir output/pretrained
 
     accelerate launch pretrain_backbone.py --objective dino --backbone swin-t --source ./people --output_dir dino
+    accelerate launch pretrain_backbone.py --recipe solider --source ./people --output_dir output/solider
 
 The first is a demo on drawn people; the second the published pre-training of a ResNet-50 on the folder or Hub id of a
-set that `filter_generated.py` wrote; the third learns from your own images without their labels. What comes out is
+set that `filter_generated.py` wrote; the others learn from your own images without their labels. What comes out is
 `backbone/`, a plain `transformers` folder: a start for `train_dcac.py --backbone` and `finetune_reid.py --backbone`,
 and a model for `evaluate.py --model`.
 
@@ -43,13 +44,18 @@ and a model for `evaluate.py --model`.
     p_teacher = softmax((g_teacher(whole) - centre) / t_teacher)    centre: running mean of what the teacher says
     p_student = softmax(g_student(crop) / t_student)                teacher: running mean of the student
     L = mean over wholes and other crops of CE(p_teacher, p_student)
+
+--objective solider, the same of a Swin whose features tell parts of the body too, as much as a weight says that is
+chosen afterwards: see methods/solider.py. The folder is a plain Swin with --semantic_weight.
 """
 
 import argparse
 import math
 
+from methods import pretraining
+from methods.pretraining import DISTILLED, SOLIDER
 from utils import flags
-from utils.flags import above_zero, at_least, fraction, not_negative
+from utils.flags import at_least, fraction, not_negative
 
 DEMO_SOURCE = [f"synthetic:domain={domain},num_ids=64" for domain in "acde"]
 DEMO_TARGET = "synthetic:domain=b"
@@ -76,26 +82,7 @@ PUBLISHED = {
 }
 RECIPES = {
     "diff-person": PUBLISHED,
-    # What DINO's authors give for a batch of 1024, the rate in proportion to ours.
-    "diff-person-dino": PUBLISHED
-    | {
-        "objective": "dino",
-        "backbone": "swin-t",
-        "num_train_epochs": 100,
-        "train_batch_size": 256,
-        "learning_rate": 5e-4,
-        "adam_weight_decay": 0.04,
-        "weight_decay_end": 0.4,
-        "lr_warmup_epochs": 10,
-        "local_crops": 8,
-        "colours": 1.0,
-        "prototypes": 65536,
-        "head_width": 2048,
-        "teacher_temperature": 0.07,
-        "teacher_warmup_epochs": 30,
-        "teacher_momentum": 0.996,
-        "max_grad_norm": 3.0,
-    },
+    **{name: PUBLISHED | values for name, values in pretraining.RECIPES.items()},
 }
 CARD = (
     "A backbone pre-trained on images of people, a start for person re-identification; `backbone/` is a plain "
@@ -103,13 +90,19 @@ CARD = (
     "people concerned allow it."
 )
 DEMO_WORDS = (
-    "Demo: identity classification of drawn people of domains a, c, d and e, by a small ResNet from scratch, and what "
-    "its features are worth on the unseen domain b; about two minutes on two cores. For your own data: --source SPEC "
-    "--target SPEC --data_root DIR"
+    "Demo: {} of drawn people of domains a, c, d and e, by {} from scratch, and what its features are worth on the "
+    "unseen domain b; about two minutes on two cores with identities, longer without labels. For your own data: "
+    "--source SPEC --target SPEC --data_root DIR"
 )
-STAND_IN = "No --backbone or --recipe given: using resnet-small, made for drawn people. A real one: resnet50, swin-t"
+STAND_IN = (
+    "No --backbone or --recipe given: using {}, small, with random weights, for drawn people. A real one: resnet50, "
+    "swin-t"
+)
+OBJECTIVES = {"classification": "identity classification"}
+OBJECTIVES |= {name: f"self-distillation ({name.upper()})" for name in DISTILLED}
 # Short names of backbones, see utils/modeling/names.py.
-NAMED = ("resnet-small", "resnet50", "swin-t", "swin-s", "swin-b", "clip-b16")
+SMALL = ("resnet-small", "swin-mini")
+NAMED = (*SMALL, "resnet50", "swin-t", "swin-s", "swin-b", "clip-b16")
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 
 
@@ -118,7 +111,8 @@ def build_parser():
     flags.add_recipe(
         parser,
         "published values: diff-person, identity classification of a ResNet-50 for 300 epochs; diff-person-dino, "
-        "DINO's own values on a Swin-T",
+        "DINO's own values on a Swin-T; solider, SOLIDER's on a Swin-T; solider-after-dino, 10 epochs of it from the "
+        "backbone of as many of DINO, which --backbone names",
     )
     data = flags.add_data(
         parser,
@@ -136,19 +130,21 @@ def build_parser():
     flags.add_images(parser, resolution=[64, 32], padding=3, erasing=0.25)
 
     group = parser.group("model and objective")
-    group.add("--backbone", default="resnet-small", help=f"{', '.join(NAMED)}, folder, Hub id, file or ReIDModel")
+    group.add(
+        "--backbone",
+        help=f"{', '.join(NAMED)}, folder, Hub id, file or ReIDModel; default resnet-small, of solider swin-mini",
+    )
     group.add(
         "--from_scratch",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="only the configuration of --backbone, with random weights; default for resnet-small and in the recipes",
+        help=f"only the configuration of --backbone, with random weights; default for {', '.join(SMALL)} and in the "
+        "recipes",
     )
-    group.add("--objective", choices=["classification", "dino"], default="classification", help="loss, see above")
+    group.add("--objective", choices=list(OBJECTIVES), default="classification", help="loss, see above")
 
-    def only(objective):
-        return lambda args: args.objective != objective, lambda args: f"--objective {args.objective}"
-
-    group = parser.group("classification", idle=only("classification"))
+    idle = lambda args: args.objective in DISTILLED, lambda args: f"--objective {args.objective}"
+    group = parser.group("classification", idle=idle)
     group.add("--label_smoothing", type=fraction, default=0.1, help="of the class loss")
     group.add("--mixup", type=not_negative, default=0.0, help="alpha of Mixup, 0 for none")
     group.add("--cutmix", type=not_negative, default=0.0, help="alpha of CutMix, 0 for none")
@@ -161,29 +157,7 @@ def build_parser():
         help="decay of a running mean of the weights, which is then the result; default: none",
     )
 
-    group = parser.group("dino: crops", idle=only("dino"))
-    group.add("--local_crops", type=at_least(0), default=4, help="crops of parts of an image")
-    group.size(
-        "--local_resolution", help="size of those crops in pixels; default half of --resolution, of CLIP all of it"
-    )
-    area = {"type": float, "nargs": 2, "metavar": ("LEAST", "MOST")}
-    group.add("--whole_area", **area, default=[0.4, 1.0], help="share of the image in crops of the whole")
-    group.add("--local_area", **area, default=[0.05, 0.4], help="share of the image in crops of parts")
-    group.add("--colours", type=fraction, default=0.25, help="strength of the changes of colour, by DINO itself 1")
-    group.add("--hidden_sides", type=fraction, default=0.0, help="share of crops with noise in place of their sides")
-
-    group = parser.group("dino: head and teacher", idle=only("dino"))
-    group.add("--prototypes", type=at_least(1), default=512, help="width of the scores that are compared")
-    group.add("--head_width", type=at_least(1), default=256, help="width of the head's hidden layers")
-    group.add("--student_temperature", type=above_zero, default=0.1, help="temperature of the student's scores")
-    group.add("--teacher_temperature", type=above_zero, default=0.04, help="temperature of the teacher's scores")
-    group.add("--teacher_warmup_epochs", type=at_least(0), default=0, help="epochs in which it rises from 0.04")
-    group.add("--teacher_momentum", type=fraction, default=0.99, help="what the teacher keeps, at first; 1 at the end")
-    group.add("--centre_momentum", type=fraction, default=0.9, help="what the centre keeps")
-    group.add(
-        "--freeze_prototypes_epochs", type=at_least(0), default=1, help="first epochs in which the last layer stays"
-    )
-
+    pretraining.add_flags(parser)
     flags.add_training(
         parser,
         batch=64,
@@ -199,6 +173,8 @@ def build_parser():
     group.add("--layer_decay", type=flags.share, default=1.0, help="factor on the rate from block to block")
     group.add("--lr_scheduler", choices=SCHEDULES, default="cosine", help="how the rate changes")
     group.add("--lr_warmup_epochs", type=at_least(0), default=1, help="epochs of linear rise before it")
+    cosine = (lambda args: args.lr_scheduler != "cosine", lambda args: f"--lr_scheduler {args.lr_scheduler}")
+    group.add("--lr_end", type=not_negative, default=0.0, idle=cosine, help="rate at the end of a cosine")
     flags.add_memory(parser, compiled="the backbone")
     flags.add_evaluation(parser, every=3, resample=True, rerank=False)
     flags.add_output(parser, "output/pretrain", uploaded="the backbone")
@@ -217,8 +193,9 @@ def parse_args(input_args=None):
         parser.error(f"--recipe {args.recipe} needs --source: the set of images to pre-train on")
     args.source = args.source or DEMO_SOURCE
     args.target = [DEMO_TARGET] if args.demo else args.target or []
+    args.backbone = args.backbone or ("swin-mini" if args.objective == SOLIDER else "resnet-small")
     if args.from_scratch is None:
-        args.from_scratch = args.backbone == "resnet-small"
+        args.from_scratch = args.backbone in SMALL
     check_args(parser, args)
     args.notes = parser.notes(args)
     return args
@@ -228,10 +205,7 @@ def check_args(parser, args):
     """What the arguments alone show to be wrong."""
     if args.streaming and len(args.source) > 1:
         parser.error(f"--streaming reads one source, got {len(args.source)}; merge them into one set first")
-    for name in ("whole_area", "local_area"):
-        least, most = getattr(args, name)
-        if not 0 < least <= most <= 1:
-            parser.error(f"--{name} must be two shares of an image, above 0 and at most 1, got {least} {most}")
+    pretraining.check_args(parser, args)
     if args.lr_warmup_epochs >= args.num_train_epochs:
         parser.error(
             f"--lr_warmup_epochs {args.lr_warmup_epochs} leaves nothing of --num_train_epochs {args.num_train_epochs}"
@@ -242,12 +216,8 @@ def check_args(parser, args):
         parser.error(
             f"--train_batch_size {args.train_batch_size}: --mixup and --cutmix mix pairs of images; it must be even"
         )
-    if args.objective == "dino" and args.ema_decay is not None:
-        parser.error("--ema_decay is of classification; the result of dino is its teacher, see --teacher_momentum")
     if args.weight_decay_end is not None and not args.adam_weight_decay:
         parser.error("--weight_decay_end starts from --adam_weight_decay, which must be above 0")
-    if args.objective == "dino" and not args.local_crops:
-        parser.error("--local_crops must be 1 or more with --objective dino")
 
 
 if __name__ == "__main__":
@@ -265,6 +235,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from methods.dino import SelfDistillation
+from methods.solider import Solider, drawn
 from utils import launch
 from utils.batches.augmentation import MultiCrop, RandAugmentTransform
 from utils.batches.mixing import Mixing, mix_images, mixed_loss
@@ -279,11 +251,13 @@ from utils.files import portable
 from utils.modeling.backbones import ClipBackbone
 from utils.modeling.export import write_backbone_folder
 from utils.modeling.folder import training_card
-from utils.modeling.names import check_backbone, open_backbone
+from utils.modeling.names import check_backbone, check_swin, open_backbone
+from utils.modeling.networks.semantic_swin import SemanticSwinBackbone
 from utils.modeling.norms import share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
 from utils.training.loop import Training, optimizer_of, trained
-from utils.training.optimizer import LearningRate, parameter_groups
+from utils.training.optimizer import LearningRate, cosine_to
+from utils.training.parameter_groups import parameter_groups
 from utils.training.pretraining_report import draw_batch, pretraining_report
 
 # The objectives
@@ -316,75 +290,20 @@ def share_right(logits, labels):
     return (logits.argmax(1) == labels).float().mean()
 
 
-class SelfDistillation(nn.Module):
-    """DINO's student: backbone, head and prototypes; `forward` is the loss of a batch against a teacher's scores.
-
-    Prototypes and what they are compared with have unit length, as in DINO with a last layer of norm 1.
-    """
-
-    def __init__(self, backbone, prototypes, width, student_temperature=0.1):
-        super().__init__()
-        self.backbone, self.student_temperature = backbone, student_temperature
-        # 256 of 2048, as published: in fewer dimensions the scores of few prototypes differ enough.
-        bottleneck = max(2, width // 8)
-        # A ResNet's features are nearly the same for all images at first, and scores that are so stay so: where the
-        # backbone has norms of the batch, the head has them too.
-        normed = any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
-        norms = [nn.BatchNorm1d(width) if normed else nn.Identity() for _ in range(2)]
-        norms.append(nn.BatchNorm1d(bottleneck, affine=False) if normed else nn.Identity())
-        self.head = nn.Sequential(
-            *(nn.Linear(backbone.num_features, width, bias=not normed), norms[0], nn.GELU()),
-            *(nn.Linear(width, width, bias=not normed), norms[1], nn.GELU()),
-            *(nn.Linear(width, bottleneck, bias=not normed), norms[2]),
-        )
-        self.prototypes = nn.Linear(bottleneck, prototypes, bias=False)
-        for layer in (*self.head, self.prototypes):
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
-        self.register_buffer("centre", torch.zeros(prototypes))
-
-    def scores(self, crops):
-        """Cosines with the prototypes: (B, crops, 3, H, W) -> (crops, B, prototypes) float32."""
-        features = self.backbone(crops.flatten(0, 1))
-        with torch.autocast(crops.device.type, enabled=False):
-            code = F.normalize(self.head(features.float()), dim=1)
-            scores = F.linear(code, F.normalize(self.prototypes.weight, dim=1))
-        return scores.unflatten(0, crops.shape[:2]).transpose(0, 1)
-
-    def forward(self, crops, teacher_scores, teacher_temperature):
-        student = torch.cat([self.scores(crops["whole"]), self.scores(crops["parts"])])
-        with torch.autocast(student.device.type, enabled=False):
-            loss, entropy = distillation_loss(
-                student, teacher_scores, self.centre, self.student_temperature, teacher_temperature
-            )
-        return loss, {"loss": loss.detach(), "teacher_entropy": entropy}
-
-
-def distillation_loss(student, teacher, centre, student_temperature, teacher_temperature):
-    """Scores of the student's crops, whole ones first, and of the teacher's: loss, and mean entropy of the teacher."""
-    wanted = ((teacher - centre) / teacher_temperature).softmax(-1)
-    listed = (student / student_temperature).log_softmax(-1)
-    # [teacher's crops, student's crops]: means over the batch; a crop is not compared with itself.
-    losses = -torch.einsum("tbk,sbk->ts", wanted, listed) / wanted.shape[1]
-    itself = torch.eye(*losses.shape, dtype=torch.bool, device=losses.device)
-    loss = losses.masked_fill(itself, 0.0).sum() / (losses.numel() - len(losses))
-    return loss, torch.special.entr(wanted).sum(-1).mean()
-
-
 # Training
 
 
 def main(args):
     accelerator = launch.start_training(args)
-    launch.introduce(
-        args, accelerator, demo=DEMO_WORDS, stand_ins=STAND_IN if args.backbone == "resnet-small" else None
-    )
+    stand_ins = STAND_IN.format(args.backbone) if args.backbone in SMALL else None
+    demo = DEMO_WORDS.format(OBJECTIVES[args.objective], args.backbone)
+    launch.introduce(args, accelerator, demo=demo, stand_ins=stand_ins)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("DeepSpeed has no use for a backbone of this size; train by DDP, without it")
     # What can be wrong with data and configuration shows before a model is loaded.
     check_backbone(args.backbone, args.from_scratch)
+    if args.objective == SOLIDER:
+        check_swin(args.backbone)
     train, labels, stream = open_train(args)
     targets = open_targets(args.target, args.data_root, skip_unreadable=args.skip_unreadable)
     share_published_batch(args, accelerator)
@@ -450,7 +369,7 @@ def main(args):
 def set_modes(args, model, average):
     """A teacher's norms look at the batch as its student's do, but nothing drops out of it."""
     model.train()
-    if args.objective == "dino":
+    if args.objective in DISTILLED:
         for module in average.module.eval().modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.train()
@@ -471,13 +390,13 @@ def training_step(training, model, bare, average, batch, params):
             else:
                 crops = {name: tensor[rows] for name, tensor in batch["images"].items()}
                 with torch.no_grad(), accelerator.autocast():
-                    scores = average.module.scores(crops["whole"])
-                loss, values = model(crops, scores, teacher_temperature(args, training.epoch))
+                    scores, more = taught(training, average.module, crops["whole"], rows)
+                loss, values = model(crops, scores, teacher_temperature(args, training.epoch), *more)
                 values = values | {"centre": scores.mean((0, 1))}
             accelerator.backward(loss / passes)
         parts.append(values)
     values = {name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}
-    if args.objective == "dino" and training.epoch <= args.freeze_prototypes_epochs:
+    if args.objective in DISTILLED and training.epoch <= args.freeze_prototypes_epochs:
         bare.prototypes.weight.grad = None
     norm = accelerator.clip_grad_norm_(params, args.max_grad_norm or float("inf"))
     for group in optimizer.param_groups:
@@ -485,13 +404,27 @@ def training_step(training, model, bare, average, batch, params):
             group["weight_decay"] = weight_decay(args, training.step, training.num_steps)
     optimizer.step()
     optimizer.zero_grad()
-    if args.objective == "dino":
+    if args.objective in DISTILLED:
         mean = accelerator.reduce(values.pop("centre"), reduction="mean")
         bare.centre.lerp_(mean, 1 - args.centre_momentum)
     if average is not None:
         average.multi_avg_fn = running_mean(momentum(args, training.step, training.num_steps))
         average.update_parameters(bare)
     return {"grad_norm": norm, **values}
+
+
+def taught(training, teacher, whole, rows):
+    """The teacher's scores of the whole crops of some rows of the batch, and what SOLIDER's student needs beside."""
+    args, accelerator = training.args, training.accelerator
+    if args.objective != SOLIDER:
+        return teacher.scores(whole), ()
+    share = training.batch_size // accelerator.num_processes
+    start = accelerator.process_index * share + rows.start
+    weights, blank = drawn(
+        args.seed, training.step, training.batch_size, slice(start, start + len(whole)), whole.device
+    )
+    scores, parts = teacher.teach(whole, weights)
+    return scores, (weights, blank, *parts)
 
 
 def running_mean(keep):
@@ -528,7 +461,7 @@ def weight_decay(args, step, num_steps):
 
 def momentum(args, step, num_steps):
     """What the running mean keeps after a step (from 0): rises to 1 for a teacher, and at first for --ema_decay."""
-    if args.objective == "dino":
+    if args.objective in DISTILLED:
         return 1 - (1 - args.teacher_momentum) * (1 + math.cos(math.pi * step / num_steps)) / 2
     return min(args.ema_decay, (1 + step) / (10 + step))
 
@@ -609,17 +542,21 @@ def build_model(args, accelerator, num_ids):
     set_seed(args.seed)
     backbone = open_backbone(args.backbone, tuple(args.resolution), args.from_scratch)
     launch.print_notes(accelerator, backbone.notes)
+    if args.objective == SOLIDER:
+        backbone = SemanticSwinBackbone.on(backbone, args.backbone, args.semantic_weight)
     if args.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     if args.objective == "classification":
         model = Classification(backbone, num_ids, args.label_smoothing)
     else:
         model = SelfDistillation(backbone, args.prototypes, args.head_width, args.student_temperature)
+        if args.objective == SOLIDER:
+            model = Solider(model, args.head_width, args.semantic_factor)
     model = share_batch_statistics(model, accelerator.device)
     if accelerator.device.type == "cuda":
         model.to(accelerator.device, memory_format=torch.channels_last)
     average = None
-    if args.objective == "dino" or args.ema_decay is not None:
+    if args.objective in DISTILLED or args.ema_decay is not None:
         average = AveragedModel(model, use_buffers=True).to(accelerator.device)
         # The first update would copy the weights.
         average.n_averaged.fill_(1)
@@ -649,7 +586,7 @@ def build_transform(args, backbone):
             "choose a ResNet or a Swin"
         )
     options = {"num_parts": args.local_crops, "whole_area": args.whole_area, "part_area": args.local_area}
-    options |= {"colours": args.colours, "hidden": args.hidden_sides}
+    options |= {"colours": args.colours, "hidden": args.hidden_sides, "aspects": args.crop_aspects}
     return MultiCrop(args.resolution, parts, mean, std, **options)
 
 
@@ -665,12 +602,11 @@ def build_optimizer(args, model):
 
 
 def build_rates(args, optimizer, steps_an_epoch):
-    return LearningRate(
-        optimizer,
-        args.lr_scheduler,
-        warmup_steps=steps_an_epoch * args.lr_warmup_epochs,
-        num_steps=steps_an_epoch * args.num_train_epochs,
-    )
+    warmup, num_steps = steps_an_epoch * args.lr_warmup_epochs, steps_an_epoch * args.num_train_epochs
+    name = args.lr_scheduler
+    if name == "cosine" and args.lr_end:
+        name = cosine_to(args.lr_end / args.learning_rate, warmup, num_steps)
+    return LearningRate(optimizer, name, warmup_steps=warmup, num_steps=num_steps)
 
 
 # Results
@@ -697,12 +633,11 @@ def upload(repo_id, folder):
 
 
 def report_of(args, training, num_ids):
-    objective = {"classification": "identity classification", "dino": "self-distillation (DINO)"}[args.objective]
     facts = [
         ("Source", " + ".join(args.source)),
         ("Images", f"{len(training.images):,} of {num_ids:,} identities"),
         ("Backbone", Path(args.backbone).name + (", from scratch" if args.from_scratch else "")),
-        ("Objective", objective),
+        ("Objective", OBJECTIVES[args.objective]),
         *training.facts,
     ]
     return pretraining_report(Path(args.output_dir), training.state["history"], facts)

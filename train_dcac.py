@@ -79,8 +79,10 @@ RECIPES = {
     "multi": published(["market1501", "dukemtmcreid", "cuhk03np"], ["msmt17"], 32, 1.0, test_resample="bicubic"),
     "supervised": published(["market1501"], ["market1501"], 8, 0.6),
 }
-# Identities and draws of noise that each evaluation looks at the condition with.
-EXAMINED, DRAWS = 32, 4
+# Identities that each evaluation looks at the condition with.
+EXAMINED = 32
+CONDITIONS, PROBABILITIES = ("correlation", "class", "instance"), ("classifier", "prototype", "mean")
+BOTTLENECKS = ("none", "silu", "bn", "bn-silu", "condition-net")
 UNET_MODES = ("lora", "frozen", "partial-1", "partial-2", "full", "scratch")
 
 
@@ -108,20 +110,12 @@ def build_parser():
         "--backbone", default=CLIP_DIR, help="encoder to start from: backbone or ReIDModel; folder, Hub id, name, file"
     )
     group.add(
-        "--pretrained_model_name_or_path",
-        default=DIFFUSION_DIR,
-        idle=baseline,
-        help="Stable Diffusion 1.x or 2.x, folder or Hub id",
+        "--pretrained_model_name_or_path", default=DIFFUSION_DIR, idle=baseline, help="Stable Diffusion 1.x or 2.x"
     )
     group.add("--revision", idle=baseline, help="revision of the diffusion model on the Hub")
     group.add("--variant", idle=baseline, help="variant of the U-Net's files, such as non_ema; default: those without")
-    group.add(
-        "--cache_dir",
-        default="~/.cache/diffreid",
-        free=True,
-        idle=baseline,
-        help="folder that keeps the latents of the training images; `none` runs the VAE in every step",
-    )
+    words = "folder that keeps the latents of the training images; `none` runs the VAE in every step"
+    group.add("--cache_dir", default="~/.cache/diffreid", free=True, idle=baseline, help=words)
 
     group = parser.group("identity losses")
     group.add("--label_smoothing", type=fraction, default=0.1, help="of L_id")
@@ -129,27 +123,14 @@ def build_parser():
     group.add("--memory_momentum", type=fraction, default=0.2, help="what a prototype keeps in an update")
 
     group = parser.group("diffusion feedback", idle=baseline)
-    group.arguments.add_argument(
-        "--diffusion", choices=["ldm", "none"], default="ldm", help="none trains the baseline"
-    )
-    group.add(
-        "--condition",
-        choices=["correlation", "class", "instance"],
-        default="correlation",
-        help="condition of the U-Net: probabilities x prompts, the label's prompt, or feature x prompts",
-    )
-    group.add(
-        "--probabilities",
-        choices=["classifier", "prototype", "mean"],
-        default="classifier",
-        help="of --condition correlation: from the classifier, from the prototypes, or the mean of both",
-    )
-    group.add(
-        "--bottleneck",
-        choices=["none", "silu", "bn", "bn-silu", "condition-net"],
-        default="none",
-        help="layers between the condition and the U-Net",
-    )
+    words = "none trains the baseline"
+    group.arguments.add_argument("--diffusion", choices=["ldm", "none"], default="ldm", help=words)
+    words = "condition of the U-Net: probabilities x prompts, the label's prompt, or feature x prompts"
+    group.add("--condition", choices=CONDITIONS, default=CONDITIONS[0], help=words)
+    words = "of --condition correlation: from the classifier, from the prototypes, or the mean of both"
+    group.add("--probabilities", choices=PROBABILITIES, default=PROBABILITIES[0], help=words)
+    words = "layers between the condition and the U-Net"
+    group.add("--bottleneck", choices=BOTTLENECKS, default=BOTTLENECKS[0], help=words)
     group.add("--unet_mode", choices=UNET_MODES, default="lora", help="part of the U-Net that trains")
     without_lora = (lambda args: args.unet_mode != "lora", lambda args: f"--unet_mode {args.unet_mode}")
     group.add("--rank", type=at_least(1), default=8, idle=without_lora, help="rank of LoRA")
@@ -165,12 +146,9 @@ def build_parser():
     )
     group.add("--prompt_tokens", type=prompt_tokens, default="end", help="of a prompt: `end`, `all`, or the first N")
     group.switch("--freeze_prompts", "leave the prompts as they start")
-    group.add(
-        "--captioner_model_name_or_path",
-        default=CAPTIONER_DIR,
-        idle=(lambda args: args.prompt_init != "captions", "no --prompt_init captions"),
-        help="image-to-text model of --prompt_init captions",
-    )
+    idle = (lambda args: args.prompt_init != "captions", "no --prompt_init captions")
+    words = "image-to-text model of --prompt_init captions"
+    group.add("--captioner_model_name_or_path", default=CAPTIONER_DIR, idle=idle, help=words)
     group.add("--lr_multiplier", type=above_zero, default=1.0, help="factor on the rate of LoRA and prompts")
     group.add("--validation_ids", type=at_least(0), default=4, help="identities in the report's pictures, 0 for none")
 
@@ -186,16 +164,11 @@ def build_parser():
     flags.add_optimizer(parser, learning_rate=1e-3, weight_decay=1e-4)
     flags.add_schedule(parser, milestones=[4])
     group = flags.add_memory(parser, checkpointing=False, compiled="encoder and U-Net")
-    group.add(
-        "--gradient_checkpointing",
-        nargs="?",
-        choices=["all", "outer"],
-        const="all",
-        free=True,
-        idle=(lambda args: args.diffusion == "none" and args.gradient_checkpointing == "outer", "--diffusion none"),
-        help="recompute activations, less memory for more time: all of encoder and U-Net, or only the U-Net's outer "
-        "blocks, which hold most; without a word all",
-    )
+    idle = (lambda args: args.diffusion == "none" and args.gradient_checkpointing == "outer", "--diffusion none")
+    words = "recompute activations, less memory for more time: all of encoder and U-Net, or only the U-Net's outer "
+    words += "blocks, which hold most; without a word all"
+    options = {"nargs": "?", "choices": ["all", "outer"], "const": "all", "free": True, "idle": idle, "help": words}
+    group.add("--gradient_checkpointing", **options)
     group.switch("--enable_xformers_memory_efficient_attention", "xformers in the U-Net; default torch's SDPA")
     flags.add_evaluation(parser, every=5, resample=True)
     flags.add_output(parser, "output/dcac")
@@ -279,14 +252,14 @@ from torch.utils.checkpoint import checkpoint
 from utils import launch
 from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import test_transform, train_transform
-from utils.datasets import hold_out_of
-from utils.datasets.load import digest_of, open_source
+from utils.datasets.load import digest_of
 from utils.diffusion.checkpoint import check_diffusion
-from utils.diffusion.latents import draw_noise, encode, feedback_loader, fixed_draws, image_for_vae, sample_latents
-from utils.diffusion.schedule import FEEDBACK_WORDS, GradientBalance, decode, denoise, examined, noise_loss
+from utils.diffusion.feedback import FEEDBACK_WORDS, GradientBalance, examined_images
+from utils.diffusion.latents import draw_noise, encode, feedback_loader, sample_latents
+from utils.diffusion.schedule import noise_loss
 from utils.diffusion.unet import load_diffusion, recompute_activations, save_prompts, save_unet
 from utils.evaluation.features import extract
-from utils.evaluation.targets import open_targets
+from utils.evaluation.targets import open_sets
 from utils.files import portable, write_together
 from utils.launch import gather_with_gradient, whole_weights
 from utils.modeling.folder import card_text, model_kind, training_card
@@ -438,14 +411,11 @@ def main(args):
         if args.variant != diffusion.variant:
             accelerator.print(f"{name} has no U-Net of variant {args.variant}: training starts from the default one")
     captions = caption_prompts(args, diffusion)
-    batch_size, held_out = launch.global_batch_size(args, accelerator), []
+    batch_size = launch.global_batch_size(args, accelerator)
     reading = {"root": args.data_root, "skip_unreadable": args.skip_unreadable}
-    if args.holdout and not args.target:
-        options = {"least_left": -(-batch_size // args.images_per_id), "say": accelerator.print} | reading
-        args.source, held_out = hold_out_of(args.source, fraction=args.holdout, **options)
-    train, labels, data = open_source(args.source, single_image_ids=args.single_image_ids, **reading)
-    own = args.source if len(args.source) == 1 and {"query", "gallery"} <= set(data) else held_out
-    targets = open_targets(args.target or own, **reading)
+    options = {"holdout": args.holdout, "single_image_ids": args.single_image_ids, "say": accelerator.print} | reading
+    least_left = -(-batch_size // args.images_per_id)
+    args.source, train, labels, targets = open_sets(args.source, args.target, least_left=least_left, **options)
     if batch_size < 2:
         raise ValueError("a batch of one image has no statistics for BatchNorm; raise --train_batch_size")
     share = accelerator.process_index, accelerator.num_processes
@@ -582,16 +552,11 @@ def build_model(args, accelerator, num_ids, diffusion, prompts):
         more = {"tau": args.tau, "frozen": args.freeze_prompts} | prompts
         condition = Condition(args.condition, args.probabilities, args.bottleneck, **sizes, **more)
         options = {"seed": args.seed, "revision": args.revision, "variant": diffusion.variant}
-        unet, schedule, vae = load_diffusion(
-            args.pretrained_model_name_or_path,
-            args.unet_mode,
-            args.rank,
-            mixed_precision=accelerator.mixed_precision,
-            **options,
-            memory_efficient=args.enable_xformers_memory_efficient_attention,
-            # DeepSpeed sends weights around as they lie in memory.
-            channels_last=accelerator.distributed_type != DistributedType.DEEPSPEED,
-        )
+        options["memory_efficient"] = args.enable_xformers_memory_efficient_attention
+        # DeepSpeed sends weights around as they lie in memory.
+        options["channels_last"] = accelerator.distributed_type != DistributedType.DEEPSPEED
+        options["mixed_precision"] = accelerator.mixed_precision
+        unet, schedule, vae = load_diffusion(args.pretrained_model_name_or_path, args.unet_mode, args.rank, **options)
     if args.gradient_checkpointing == "all":
         encoder.enable_gradient_checkpointing()
     if args.gradient_checkpointing and unet is not None:
@@ -609,13 +574,11 @@ def build_model(args, accelerator, num_ids, diffusion, prompts):
 def build_loader(args, accelerator, encoder, train, labels, sampler, vae):
     normal = encoder.image_size, encoder.image_mean, encoder.image_std
     transform = train_transform(*normal, padding=args.padding, erasing=args.erasing, erasing_aspect=(0.3, 1 / 0.3))
-    options = {
-        "cache_dir": None if args.cache_dir == "none" else Path(args.cache_dir).expanduser(),
-        "vae_name": args.pretrained_model_name_or_path,
-        "num_workers": args.dataloader_num_workers,
-    }
+    cache_dir = None if args.cache_dir == "none" else Path(args.cache_dir).expanduser()
+    options = {"vae_name": args.pretrained_model_name_or_path, "num_workers": args.dataloader_num_workers}
+    options |= {"cache_dir": cache_dir, "accelerator": accelerator}
     size = tuple(args.diffusion_resolution)
-    return feedback_loader(train, labels.tolist(), transform, sampler, vae, size, accelerator=accelerator, **options)
+    return feedback_loader(train, labels.tolist(), transform, sampler, vae, size, **options)
 
 
 def parameter_groups(args, model):
@@ -631,29 +594,16 @@ def parameter_groups(args, model):
 # Results
 
 
-@torch.no_grad()
 def examine(args, accelerator, model, vae, train, labels, epoch):
     """What the condition says about images of some identities: numbers, and pictures of fewer."""
-    encoder, device, size = model.encoder, accelerator.device, tuple(args.resolution)
-    firsts = spread([int((labels == label).nonzero()[0]) for label in range(encoder.num_ids)], EXAMINED)
-    images, labels = [train[row]["image"] for row in firsts], labels[firsts].to(device)
-    transform = test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, "bicubic")
-    home = vae.device
-    model.eval()
-    with accelerator.autocast():
-        features = encoder.backbone(torch.stack([transform(image) for image in images]).to(device))
-        seen = torch.stack([image_for_vae(image, tuple(args.diffusion_resolution)) for image in images])
-        draws = fixed_draws(vae.to(device), seen, args.seed, DRAWS, model.schedule.num_steps)
-        condition, numbers = examined(model, features, labels, draws)
-        if args.validation_ids:
-            rows = spread(range(len(images)), args.validation_ids)
-            columns = [[images[row].convert("RGB").resize(size[::-1]) for row in rows]]
-            noised = *(drawn[rows] for drawn in draws[0][:2]), numbers["matters_at"]
-            for tokens in (condition[rows], condition[rows].roll(1, 0)):
-                columns.append(decode(vae, denoise(model.unet, model.schedule, tokens, *noised), size))
-            with write_together(Path(args.output_dir) / "samples") as part:
-                sheet(list(zip(*columns, strict=True))).save(part(sample_name(epoch)), "PNG")
-    vae.to(home)
+    firsts = spread([int((labels == label).nonzero()[0]) for label in range(model.encoder.num_ids)], EXAMINED)
+    images, labels = [train[row]["image"] for row in firsts], labels[firsts].to(accelerator.device)
+    pictured = spread(range(len(images)), args.validation_ids) if args.validation_ids else ()
+    options = {"autocast": accelerator.autocast, "seed": args.seed, "pictured": pictured}
+    numbers, pictures = examined_images(model, vae, images, labels, tuple(args.diffusion_resolution), **options)
+    if pictures:
+        with write_together(Path(args.output_dir) / "samples") as part:
+            sheet(pictures).save(part(sample_name(epoch)), "PNG")
     return {"feedback": numbers}
 
 

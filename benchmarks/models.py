@@ -18,8 +18,9 @@ from torch import nn
 from transformers import CLIPVisionConfig
 
 from train_dcac import DCAC, Condition
+from utils.diffusion.feedback import GradientBalance, gradients_at_features
 from utils.diffusion.latents import encode, sample_latents
-from utils.diffusion.schedule import GradientBalance, NoiseSchedule, gradients_at_features
+from utils.diffusion.schedule import NoiseSchedule
 from utils.diffusion.unet import recompute_activations, set_unet_mode
 from utils.modeling.backbones import backbone_from_config
 from utils.modeling.memories import PrototypeMemory

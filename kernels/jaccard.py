@@ -6,6 +6,10 @@
     V'_i     = mean of V over the first k2 rows of i's order
     t        = sum_k min(V'_ik, V'_jk),  J = 1 - t / (2 - t)
 
+with h = round(k1 / 2) and o_ij = d_ij / max_k d_ik, d_ij = 2 - 2 cos. compat="torchreid" takes o^2 for o.
+compat="faiss" is the variant that clustering methods share: i itself is one of the k1, so that R(i, k1) comes from k1
+rows and not k1 + 1 (R(c, h) stays), and o = d.
+
 A row of V' has about 50 entries at any size of the data set, so V' is stored as sparse rows.
 """
 
@@ -21,7 +25,7 @@ from .tiles import expand_ranges, row_groups, unit_rows
 # V' is stored in units of 2**-30. Sums of integers do not depend on the order of addition, so equal sets of
 # neighbours give equal distances on every device, also with atomic additions.
 ONE = 1 << 30
-COMPAT = (None, "torchreid")
+COMPAT = (None, "torchreid", "faiss")
 ENTRY_LIMIT = 1 << 22
 GATHER_BYTES = 64 << 20
 
@@ -71,21 +75,23 @@ def k_reciprocal_vectors(features, *, k1=20, k2=6, compat=None, backend="auto"):
     check_compat(compat)
     path = choose_backend(backend, features, "k_reciprocal_rerank", min(max(k1 + 1, k2), features.shape[0]))
     units = unit_rows(("features", features))
-    vectors, _ = neighbour_vectors(units, features.shape[0], k1, k2, compat == "torchreid", path)
+    vectors, _ = neighbour_vectors(units, features.shape[0], k1, k2, compat, path)
     return SparseRows(vectors.offsets, vectors.columns, vectors.values.double().div_(ONE).float())
 
 
-def check_compat(compat):
-    if compat not in COMPAT:
-        raise ValueError(f"compat must be None or 'torchreid', got {compat!r}")
+def check_compat(compat, known=COMPAT):
+    if compat not in known:
+        raise ValueError(f"compat must be {' or '.join(map(repr, known))}, got {compat!r}")
 
 
-def neighbour_vectors(units, num_rows, k1, k2, fourth_power, path="torch"):
+def neighbour_vectors(units, num_rows, k1, k2, compat=None, path="torch"):
     """V' in units of 1 / ONE (int32) and the inverse of each row's largest distance (0 where all rows are equal)."""
     neighbours = self_neighbours(units, num_rows, max(k1 + 1, k2), path)
     inverse = inverse_largest(neighbours.lowest)
-    members = expanded_sets(neighbours.indices, k1)
-    weights = neighbour_weights(units, members, inverse, fourth_power)
+    by_faiss = compat == "faiss"
+    members = expanded_sets(neighbours.indices, max(k1 - 1, 0) if by_faiss else k1, round(k1 / 2))
+    scale = torch.ones_like(inverse) if by_faiss else inverse
+    weights = neighbour_weights(units, members, scale, compat == "torchreid")
     if k2 > 1:
         return mean_rows(weights, neighbours.indices[:, :k2]), inverse
     return SparseRows(weights.offsets, weights.columns, fixed_point(weights.values)), inverse
@@ -117,12 +123,12 @@ def reciprocal_sets(indices, k):
     return keys, torch.searchsorted(keys, torch.arange(num_rows + 1, device=keys.device) * num_rows)
 
 
-def expanded_sets(indices, k1):
-    """R*(i) of every row: SparseRows without values."""
+def expanded_sets(indices, k, half):
+    """R*(i) of every row from R(i, k) and R(c, half): SparseRows without values."""
     num_rows = indices.shape[0]
-    keys, offsets = reciprocal_sets(indices, k1)
-    # Python rounds halves to even, as the definition does.
-    half_keys, half_offsets = reciprocal_sets(indices, round(k1 / 2))
+    keys, offsets = reciprocal_sets(indices, k)
+    # Callers round k / 2 with Python, halves to even, as the definition does.
+    half_keys, half_offsets = reciprocal_sets(indices, half)
     half_counts = half_offsets[1:] - half_offsets[:-1]
     candidates = keys % num_rows
     running = torch.cat([half_counts.new_zeros(1), half_counts[candidates].cumsum(0)])[offsets]
@@ -141,11 +147,11 @@ def expanded_sets(indices, k1):
     return SparseRows(offsets, merged % num_rows, merged)
 
 
-def neighbour_weights(units, members, inverse, fourth_power):
+def neighbour_weights(units, members, scale, fourth_power):
     """The values of V at the entries of `members`."""
-    num_rows = inverse.shape[0]
+    num_rows = scale.shape[0]
     rows = torch.repeat_interleave(torch.arange(num_rows, device=units.device), members.counts)
-    distance = (2 - 2 * sampled_products(units, members, num_rows)).clamp_(min=0) * inverse[rows]
+    distance = (2 - 2 * sampled_products(units, members, num_rows)).clamp_(min=0) * scale[rows]
     weights = torch.exp(-distance.square() if fourth_power else -distance)
     totals = torch.zeros(num_rows, dtype=torch.float64, device=units.device).index_add_(0, rows, weights.double())
     return SparseRows(members.offsets, members.columns, weights / totals[rows])

@@ -34,7 +34,7 @@ def jaccard_graph(features, *, k1=20, k2=6, max_distance=1.0, nearest=1, compat=
     check_compat(compat)
     path = choose_backend(backend, features, "k_reciprocal_rerank", min(max(k1 + 1, k2), num_rows))
     units = unit_rows(("features", features))
-    vectors, _ = neighbour_vectors(units, num_rows, k1, k2, compat == "torchreid", path)
+    vectors, _ = neighbour_vectors(units, num_rows, k1, k2, compat, path)
     del units
     inverted = vectors.by_column(0, num_rows, num_rows)
     height = strip_height(num_rows, features.device)

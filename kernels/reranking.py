@@ -27,23 +27,23 @@ def k_reciprocal_rerank(queries, gallery, *, k1=20, k2=6, lambda_value=0.3, comp
     k1, k2 = check_count("k1", k1, 0), check_count("k2", k2, 0)
     if isinstance(lambda_value, bool) or not isinstance(lambda_value, numbers.Real) or not 0 <= lambda_value <= 1:
         raise ValueError(f"lambda_value must be a number between 0 and 1, got {lambda_value!r}")
-    check_compat(compat)
+    check_compat(compat, (None, "torchreid"))
     num_neighbours = min(max(k1 + 1, k2), queries.shape[0] + gallery.shape[0])
     path = choose_backend(backend, queries, "k_reciprocal_rerank", num_neighbours)
-    return ReRanking(queries, gallery, k1, k2, float(lambda_value), compat == "torchreid", path)
+    return ReRanking(queries, gallery, k1, k2, float(lambda_value), compat, path)
 
 
 class ReRanking:
     """Final distances of queries and gallery, computed strip by strip; `.backend` is the path that ran."""
 
-    def __init__(self, queries, gallery, k1, k2, lambda_value, fourth_power, path):
+    def __init__(self, queries, gallery, k1, k2, lambda_value, compat, path):
         self.num_queries, self.num_gallery = queries.shape[0], gallery.shape[0]
-        self.lambda_value, self.fourth_power, self.backend = lambda_value, fourth_power, path
+        self.lambda_value, self.fourth_power, self.backend = lambda_value, compat == "torchreid", path
         num_rows = self.num_queries + self.num_gallery
         units = unit_rows(("queries", queries), ("gallery", gallery), spare=ROW_MULTIPLE)
         self._queries = units[: padded(self.num_queries)]
         self._gallery = units[self.num_queries : self.num_queries + padded(self.num_gallery)]
-        self._vectors, inverse = neighbour_vectors(units[: padded(num_rows)], num_rows, k1, k2, fourth_power, path)
+        self._vectors, inverse = neighbour_vectors(units[: padded(num_rows)], num_rows, k1, k2, compat, path)
         self._inverse = inverse[: self.num_queries, None]
         self._inverted = self._vectors.by_column(self.num_queries, num_rows, num_rows)
 

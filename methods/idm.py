@@ -2,16 +2,20 @@
 
     L = (1 - w) CE(own classes) + w CE(mixed) + triplets + b bridge of features - d spread of the ratios
 
-The labels and features of the mixed domain are bridged by the same ratios as its maps.
+The labels and features of the mixed domain are bridged by the same ratios as its maps. With `--earlier_weight` there
+are triplets with the features of earlier batches too (XBM): as many as both domains have images, each with the label
+that it had in its batch.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.batches.pseudo_batches import of_other_cameras
 from utils.evaluation.groups.clusters import NOISE
 from utils.launch import gather_by_domain, gather_with_gradient
 from utils.modeling.backbones import ClipBackbone, ResNetBackbone, SwinBackbone
+from utils.modeling.contrast import FeatureQueue
 from utils.modeling.domain_norms import split_norms
 from utils.modeling.losses import hard_triplet
 from utils.modeling.memories import class_means
@@ -25,12 +29,17 @@ class IDM(nn.Module):
     """
 
     under_deepspeed = False
+    views = ("changed",)
+    draw = staticmethod(of_other_cameras)
 
-    def __init__(self, encoder, args, num_source, num_images):
+    def __init__(self, encoder, args, num_source, cameras, source_size=0):
         super().__init__()
         self.encoder, self.args, self.num_source = encoder, args, num_source
-        self.register_buffer("pseudo_labels", torch.full((num_images,), NOISE))
-        encoder.reset_classifier(num_source + num_images)
+        self.register_buffer("pseudo_labels", torch.full((len(cameras),), NOISE))
+        encoder.reset_classifier(num_source + len(cameras))
+        self.earlier = None
+        if args.earlier_weight:
+            self.earlier = FeatureQueue(source_size + len(cameras), encoder.num_features)
         self.mixer = Mixer(encoder.backbone, args.mix_stage)
         # After the mixer a batch has three domains.
         before = self.mixer.norms_before(encoder.backbone)
@@ -43,6 +52,10 @@ class IDM(nn.Module):
         return [args.eps]
 
     @staticmethod
+    def least_cameras(args):
+        return 1
+
+    @staticmethod
     def labels_of(clusters, threshold):
         return clusters[0].labels, threshold
 
@@ -50,15 +63,16 @@ class IDM(nn.Module):
     def labels_for_batches(labels, key):
         return labels
 
-    def make_room(self, num_clusters):
-        """Nothing to do: the classifier has its full size from the start."""
+    def tested(self):
+        """The model that is clustered with, measured and saved."""
+        return self.encoder
 
-    def relabel(self, first, target, source, cluster):
+    def relabel(self, epoch, target, source, cluster):
         """Cluster for an epoch; each cluster's mean direction becomes its row of the classifier."""
         features = target()
         labels = cluster(features)
         weight = self.encoder.classifier.weight
-        if first:
+        if epoch == 1:
             weight[: self.num_source] = source().to(weight.device)
         in_cluster, count = labels >= 0, int(labels.max()) + 1
         means = class_means(features[in_cluster], labels[in_cluster], count)
@@ -103,13 +117,20 @@ class IDM(nn.Module):
         loss_diversity = -ratios.var(0, correction=0).clamp(min=1e-12).sqrt().sum()
         loss = (1 - args.mix_weight) * loss_id + args.mix_weight * loss_mixed + loss_triplet
         loss = loss + args.bridge_weight * loss_bridge + args.diversity_weight * loss_diversity
-        return loss, {
+        values = {
             "loss_id": loss_id,
             "loss_mixed": loss_mixed,
             "loss_triplet": loss_triplet,
             "loss_bridge": loss_bridge,
             "loss_diversity": loss_diversity,
         }
+        if self.earlier is not None:
+            own, queue = features[: len(classes)], self.earlier
+            # Before the loss: at the first step there is a batch to compare with.
+            queue.add(own.detach(), classes)
+            values["loss_earlier"] = hard_triplet(own, classes, args.margin, queue.features, queue.labels)
+            loss = loss + args.earlier_weight * values["loss_earlier"]
+        return loss, values
 
     def after_step(self, bn_features, rows):
         """Nothing to do: gradients update everything."""

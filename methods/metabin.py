@@ -1,15 +1,17 @@
 """MetaBIN: learns the mixture of batch and instance normalisation that works best on unseen domains.
 
     add_batch_instance_norms(backbone)             # y = rho BN(x) + (1 - rho) IN(x), one rho in [0, 1] per channel
-    values = meta_step(backbone, images, labels, domains, held_in, inner_rate=b, outer_rate=g)
+    values = meta_step(backbone, images, labels, domains, held_in, inner_factor=b, rate=g)
 
 An ordinary step trains everything except rho. After it, a meta-step on images of all source domains trains rho only.
-The domains are divided into known ones and test ones. The losses on the known domains give a trial update, at a rate b
-that goes up and down,
+The domains are divided into known ones and test ones. The losses on the known domains give a trial update, with the
+rate g of rho and a factor b that goes up and down,
 
-    rho' = clip(rho - b grad(scatter + shuffle + triplet))
+    rho' = clip(rho - b g grad(scatter + shuffle + triplet))
 
 and the triplet loss of rho' on the test domains gives the update: rho <- clip(rho - g grad triplet(rho')).
+
+As in the authors' code, biases learn at twice the rate, and the first meta-step comes after ten ordinary steps.
 """
 
 import random
@@ -23,6 +25,9 @@ from utils.modeling.norms import BatchInstanceNorm, balances
 
 # Margin of the triplet losses in both halves of the meta-step.
 MARGIN = 0.3
+# Of the rate of biases against that of weights.
+BIAS_RATE = 2.0
+LOSSES = ("loss_scatter", "loss_shuffle", "loss_inner_triplet", "loss_meta_test")
 
 
 # The losses
@@ -58,12 +63,13 @@ def distances(features):
 # The meta-step
 
 
-def meta_step(backbone, images, labels, domains, held_in, *, inner_rate, outer_rate, first_order=False, reduce=None):
+def meta_step(backbone, images, labels, domains, held_in, *, inner_factor, rate, first_order=False, reduce=None):
     """Updates every rho once; returns the losses and the mean of rho, as tensors without gradient.
 
-    `held_in` are the domains used as known ones; the other domains of the batch are the test domains. `first_order`
-    ignores that the inner gradient depends on rho too, as the authors' code does. `reduce` averages the gradient
-    over processes that all have the same batch, so that their rho stay exactly equal.
+    `rate` is that of rho, `inner_factor` times it that of the trial update. `held_in` are the domains used as known
+    ones; the other domains of the batch are the test domains. `first_order` ignores that the inner gradient depends
+    on rho too, as the authors' code does. `reduce` averages the gradient over processes that all have the same batch,
+    so that their rho stay exactly equal.
     """
     rho = {name: tensor.detach().requires_grad_() for name, tensor in balances(backbone).items()}
     weights = {name: parameter.detach() for name, parameter in backbone.named_parameters()}
@@ -78,7 +84,8 @@ def meta_step(backbone, images, labels, domains, held_in, *, inner_rate, outer_r
         triplet = triplet_loss(features, labels[is_held_in])
         slopes = torch.autograd.grad(scatter + shuffle + triplet, list(rho.values()), create_graph=not first_order)
         moved = {
-            name: clipped(old - inner_rate * slope) for (name, old), slope in zip(rho.items(), slopes, strict=True)
+            name: clipped(old - inner_factor * rate * slope)
+            for (name, old), slope in zip(rho.items(), slopes, strict=True)
         }
         features = functional_call(backbone, weights | moved, (images[~is_held_in],))
         test = triplet_loss(features, labels[~is_held_in])
@@ -90,10 +97,19 @@ def meta_step(backbone, images, labels, domains, held_in, *, inner_rate, outer_r
         for tensor, slope in zip(
             current.values(), slopes.split([len(value_of_norm) for value_of_norm in current.values()]), strict=True
         ):
-            tensor.sub_(outer_rate * slope).clamp_(0, 1)
-        values = {"loss_scatter": scatter, "loss_shuffle": shuffle, "loss_inner_triplet": triplet}
-        values |= {"loss_meta_test": test, "rho": torch.cat(list(current.values())).mean()}
-    return {name: value.detach() for name, value in values.items()}
+            tensor.sub_(rate * slope).clamp_(0, 1)
+        losses = dict(zip(LOSSES, (scatter, shuffle, triplet, test), strict=True))
+        return {name: loss.detach() for name, loss in losses.items()} | {"rho": mean_balance(backbone)}
+
+
+def no_meta_step(backbone):
+    """What `meta_step` returns, for a step without it: losses of 0."""
+    rho = mean_balance(backbone)
+    return dict.fromkeys(LOSSES, torch.zeros_like(rho)) | {"rho": rho}
+
+
+def mean_balance(backbone):
+    return torch.cat(list(balances(backbone).values())).mean()
 
 
 def clipped(values):
@@ -116,8 +132,8 @@ def held_averages(backbone):
             norm.held = False
 
 
-def inner_rate(step, period, low, high):
-    """A rate that goes linearly from `low` at step 0 up to `high` and back, once in `period` steps."""
+def inner_factor(step, period, low, high):
+    """A factor that goes linearly from `low` at step 0 up to `high` and back, once in `period` steps."""
     place = step % period / period
     return low + (high - low) * (1 - abs(2 * place - 1))
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.batches.pseudo_batches import in_groups
+from utils.batches.pseudo_batches import in_groups, of_other_cameras
 from utils.evaluation.groups.clusters import NOISE, singled_out
 from utils.launch import gather_by_domain
 from utils.modeling.domain_norms import split_norms
@@ -25,15 +25,20 @@ class SpCL(nn.Module):
     """
 
     under_deepspeed = True
+    views = ("changed",)
+    draw = staticmethod(of_other_cameras)
 
-    def __init__(self, encoder, args, num_source, num_images):
+    def __init__(self, encoder, args, num_source, cameras, source_size=0):
         super().__init__()
         self.encoder, self.num_source, self.images_per_id = encoder, num_source, args.images_per_id
         self.num_domains = 2 if num_source else 1
         # -1: in no cluster.
-        self.register_buffer("pseudo_labels", torch.full((num_images,), NOISE))
+        self.register_buffer("pseudo_labels", torch.full((len(cameras),), NOISE))
         self.memory = HybridMemory(
-            torch.zeros(num_source + num_images, encoder.num_features), args.memory_temperature, args.memory_momentum
+            torch.zeros(num_source + len(cameras), encoder.num_features),
+            args.memory_temperature,
+            args.memory_momentum,
+            args.probability_floor,
         )
         if num_source:
             split_norms(encoder, lambda name: 2)
@@ -42,6 +47,10 @@ class SpCL(nn.Module):
     def scales(args):
         """The values of eps to cluster with: --eps, a tighter and a looser one."""
         return [args.eps + gap for gap in (0, -args.eps_gap, args.eps_gap)]
+
+    @staticmethod
+    def least_cameras(args):
+        return 1
 
     @staticmethod
     def labels_of(clusters, threshold):
@@ -54,15 +63,16 @@ class SpCL(nn.Module):
         """Labels in which images in no cluster form random groups, so that they are trained on too."""
         return in_groups(labels, self.images_per_id, key)
 
-    def make_room(self, num_clusters):
-        """Nothing to do: the memory has its full size from the start."""
+    def tested(self):
+        """The model that is clustered with, measured and saved."""
+        return self.encoder
 
-    def relabel(self, first, target, source, cluster):
+    def relabel(self, epoch, target, source, cluster):
         """Cluster for an epoch: the model's features before the first epoch, the memory's rows before later ones."""
         device = self.memory.prototypes.device
-        features = target() if first else self.memory.prototypes[self.num_source :]
+        features = target() if epoch == 1 else self.memory.prototypes[self.num_source :]
         labels = cluster(features)
-        if first:
+        if epoch == 1:
             rows = [features.to(device)]
             if self.num_source:
                 rows = [source().to(device), *rows]
@@ -93,11 +103,13 @@ class HybridMemory(PrototypeMemory):
     """A row of each source identity and of each target image, and a label of each row, from 0.
 
     A label's prototype is the mean of its rows, not normalised: `loss = CE(u means^T / temperature)`. In the update
-    the images of the batch move their own rows, one after the other.
+    the images of the batch move their own rows, one after the other. `floor` is added to the probability before its
+    logarithm: the loss of an image is then at most -log(floor), and such an image has hardly a gradient.
     """
 
-    def __init__(self, rows, temperature=0.05, momentum=0.2):
+    def __init__(self, rows, temperature=0.05, momentum=0.2, floor=0.0):
         super().__init__(rows, temperature, momentum)
+        self.floor = floor
         self.register_buffer("labels", torch.arange(len(rows)))
 
     def forward(self, features, rows):
@@ -107,7 +119,10 @@ class HybridMemory(PrototypeMemory):
             empty = counts == 0
             means = sums / counts.clamp(min=1)[:, None]
             logits = F.normalize(features.float(), dim=1) @ means.t() / self.temperature
-            return F.cross_entropy(logits.masked_fill(empty, -torch.inf), self.labels[rows])
+            logits = logits.masked_fill(empty, -torch.inf)
+            if not self.floor:
+                return F.cross_entropy(logits, self.labels[rows])
+            return F.nll_loss((logits.softmax(1) + self.floor).log(), self.labels[rows])
 
     @torch.no_grad()
     def sums(self):

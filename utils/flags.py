@@ -18,6 +18,8 @@ from pathlib import Path
 
 STANDINS = Path(__file__).parent / "standins"
 CLIP_DIR, DIFFUSION_DIR, CAPTIONER_DIR = (str(STANDINS / name) for name in ("clip", "stable-diffusion", "blip-vqa"))
+# For methods that need a ResNet.
+RESNET_DIR = str(STANDINS / "resnet")
 MULTISTEP = "warmup_multistep"
 # Those of diffusers.
 STEP_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")

@@ -3,9 +3,9 @@
     python -m benchmarks.quality.dcac_feedback            # runs what is missing; start it twice for two runs at once
     python -m benchmarks.quality.dcac_feedback --table    # the table of the runs that are there
 
-Each run is `train_dcac.py` in a process of its own, with the shipped stand-ins and all defaults of the demo but more
-epochs. A finished run is a row of the result file and is not run again, so the work can go on at any time and on any
-copy of the file. Several such commands may run at once, they take different runs.
+Each run is `train_dcac.py` in a process of its own, with the shipped stand-ins and all defaults but more epochs. A
+finished run is a row of the result file and is not run again, so the work can go on at any time and on any copy of the
+file. Several such commands may run at once, they take different runs.
 
 sifting    source a, target e, two seeds: all arms at all strengths. The caption arm with the best mean gain of mAP
            on e is chosen; b, c and d are measured too, and not looked at for the choice.
@@ -15,8 +15,8 @@ remedies   of a condition that says little, each with own and with permuted capt
 
 Gains are differences to the baseline of the same seed; intervals are Student's, at 95 %, of these differences.
 
-On one core a run takes 3.5 minutes (baseline), 6 (one token) or 7 (all tokens): the 50 runs of the sifting 5.2 hours,
-the 96 of the report 9 hours, the 18 of the remedies 2 hours. With two commands on two idle cores that is 8 hours.
+A run takes 3.5 minutes of processor time (baseline), 7 (one token) or 8 (all tokens): the 50 runs of the sifting 6.2
+hours, the 96 of the report 10.6, the 18 of the remedies 2.4. Two commands on two idle cores need half of these 19.
 """
 
 import argparse
@@ -74,9 +74,21 @@ VARIANTS = {"shuffled": "shuffled", "weighted timesteps": "timesteps"}
 SIFTING_SEEDS, REPORT_SEEDS = (0, 1), (10, 11, 12, 13, 14, 15)
 TARGETS = {"a": ["b", "c", "d", "e"], "a+e": ["b", "c", "d"]}
 COLUMNS = [
-    "part", "sources", "shortcut", "arm", "strength", "targets", "mAP %", "gain of mAP", "gain of Rank-1",
-    "another's condition is worse by", "seeds", "missing",
+    "part", "sources", "shortcut", "arm", "strength", "targets", "mAP %", "gain of mAP", "gain of Rank-1", "seeds",
+    "missing",
 ]  # fmt: skip
+# What `train_dcac.py` says about the condition at its measurements: (name, number of it).
+SAID = {
+    "noise loss, own": lambda said: said["own"],
+    "another's more, per mille": lambda said: 1000 * said["another_worse"] / said["own"],
+    "spread over noise": lambda said: 1000 * said["another_worse_std"] / said["own"],
+    "zero's more, per mille": lambda said: 1000 * (said["zero"] / said["own"] - 1),
+    "entropy of p": lambda said: said["entropy"],
+    "top of p": lambda said: said["top"],
+    "gradient ratio": lambda said: said["gradient_ratio"],
+    "gradient cosine": lambda said: said["gradient_cosine"],
+    "rank of prompts": lambda said: said["effective_rank"],
+}
 
 
 class Job(NamedTuple):
@@ -155,15 +167,12 @@ def train(job, folder):
         domain = next(domain for domain, copy in targets.items() if str(copy) == entry["target"])
         when = "before" if entry["epoch"] == 0 else "after"
         measured[when][domain] = {key: entry[key] for key in ("mAP", "rank1")}
-    for rest in (*place.glob("checkpoint-*"), place / "model"):
-        shutil.rmtree(rest)
-    spent = {"seconds": run and round(run.seconds), "cpu_seconds": run and round(run.cpu_seconds)}
-    return (
-        job._asdict()
-        | measured
-        | {"feedback": metrics.get("feedback", []), "commit": record["versions"]["git"]}
-        | spent
-    )
+    for weights in (*place.glob("checkpoint-*"), place / "model"):
+        shutil.rmtree(weights)
+    rest = {"feedback": metrics.get("feedback", []), "commit": record["versions"]["git"]}
+    # A run that was finished before says nothing of its time.
+    rest |= {"seconds": run and round(run.seconds), "cpu_seconds": run and round(run.cpu_seconds)}
+    return job._asdict() | measured | rest
 
 
 def copy_of(spec, folder, job=None):
@@ -269,17 +278,25 @@ def rows_of(runs):
                 for key in ("mAP", "rank1")
             ]
             row = [part, sources, str(shortcut), arm, "-" if arm == "baseline" else strength, " ".join(targets)]
-            row += [f"{100 * statistics.fmean(after):.1f}", *apart, worse_text(present)]
+            row += [f"{100 * statistics.fmean(after):.1f}", *apart]
             rows.append([*row, len(present), len(wanted) - len(present)])
     return rows
 
 
-def worse_text(runs):
-    """How much worse the noise loss is under another image's condition, at the end, in per mille of its own."""
-    last = [run["feedback"][-1] for run in runs if run["feedback"]]
-    if not last:
-        return "-"
-    return f"{1000 * statistics.fmean(one['another_worse'] / one['own'] for one in last):.2f} per mille"
+def condition_table(runs):
+    """(columns, rows): what the condition of each arm says before and after training, means over seeds."""
+    groups = {}
+    for run in runs:
+        if run["feedback"]:
+            groups.setdefault(job_of(run)[:5], []).append(run["feedback"])
+    rows = []
+    for (part, sources, shortcut, arm, strength), said in groups.items():
+        row = [part, sources, str(shortcut), arm, strength]
+        for number in SAID.values():
+            first, last = (statistics.fmean(number(one[when]) for one in said) for when in (0, -1))
+            row.append(f"{first:.3g} -> {last:.3g}")
+        rows.append([*row, len(said)])
+    return [*COLUMNS[:5], *SAID, "seeds"], rows
 
 
 def rows_read(path):
@@ -311,7 +328,7 @@ def main(input_args=None):
                 if mine and job not in {job_of(run) for run in rows_read(args.json)}:
                     add_row(args, train(job, args.output_dir), command_line(__spec__.name, []))
     runs = rows_read(args.json)
-    print(text_table(COLUMNS, rows_of(runs)))
+    print(text_table(COLUMNS, rows_of(runs)), text_table(*condition_table(runs)), sep="\n\n")
     choice, done = choice_of(runs), {job_of(run) for run in runs}
     for part in parts:
         missing = [job for job in jobs_of(part, choice) if job not in done]

@@ -23,7 +23,7 @@ from utils.modeling.backbones import backbone_from_config
 from utils.modeling.names import NAMED, check_backbone, named_config, open_backbone
 from utils.modeling.norms import GlobalBatchNorm, add_batch_instance_norms
 from utils.modeling.reid_model import ReIDModel
-from utils.training.optimizer import decays, depths, parameter_groups
+from utils.training.parameter_groups import decays, depths, parameter_groups
 
 PUBLISHED = ["--recipe", "diff-person", "--source", "somewhere"]
 
@@ -423,12 +423,12 @@ def test_patches_of_clip_are_learned_where_nobody_has():
 def test_backbones_that_cannot_be_opened(tmp_path):
     with pytest.raises(ValueError, match="resnet-small has no published weights; add --from_scratch"):
         check_backbone("resnet-small", False)
-    with pytest.raises(ValueError, match="resnet51.*the short names are resnet-small, resnet50, swin-t"):
+    with pytest.raises(ValueError, match="resnet51.*the short names are resnet-small, swin-mini, resnet50, swin-t"):
         check_backbone("resnet51", True)
     (tmp_path / "weights.pth").write_bytes(b"x")
     with pytest.raises(ValueError, match="--backbone .*weights.pth.* cannot be opened.*damaged"):
         check_backbone(str(tmp_path / "weights.pth"), False)
-    assert set(NAMED) == {"resnet-small", "resnet50", "swin-t", "swin-s", "swin-b", "clip-b16"}
+    assert set(NAMED) == {"resnet-small", "swin-mini", "resnet50", "swin-t", "swin-s", "swin-b", "clip-b16"}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from torch import nn
 
-from utils.diffusion.schedule import NoiseSchedule, decode, denoise
+from utils.diffusion.feedback import decode, denoise
+from utils.diffusion.schedule import NoiseSchedule
 from utils.reporting.report import sheet
 from utils.standins import build
 

@@ -19,8 +19,10 @@ from tests.runs import launch, log_of, same_weights, weights_of
 from tests.scripts.test_finetune import SMALL, refused, train
 from utils.batches.samplers import IdentitySampler
 from utils.datasets.load import load_reid, load_sources
+from utils.flags import CLIP_DIR
 from utils.modeling.norms import BatchInstanceNorm, add_batch_instance_norms, balances
 from utils.modeling.reid_model import ReIDModel
+from utils.training.parameter_groups import bias_groups
 
 SOURCES = [f"synthetic:domain={name},num_ids=4,images_per_id=4" for name in "abc"]
 TARGET = "synthetic:domain=d,num_ids=3,images_per_id=4"
@@ -37,7 +39,8 @@ def resnet(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def metabin_run(resnet):
-    return [*GENERAL, "--method", "metabin", "--backbone", str(resnet), "--checkpointing_steps", "2"]
+    metabin = ["--method", "metabin", "--meta_first_steps", "2"]
+    return [*GENERAL, *metabin, "--backbone", str(resnet), "--checkpointing_steps", "2"]
 
 
 # The norm
@@ -67,7 +70,8 @@ def test_at_its_bounds_it_is_one_of_both(training):
         for channel in range(3):
             values = maps[image, channel]
             unit = (values - values.mean()) / (values.var(correction=0) + 1e-5).sqrt()
-            want[image, channel] = unit * plain.weight[channel] + plain.bias[channel]
+            want[image, channel] = unit
+    # The weights of the batch norm are not copied: scale 1 and shift 0.
     torch.testing.assert_close(mixed(maps), want)
     mixed.rho.copy_(torch.tensor([0.0, 0.3, 1.0]))
     shares = mixed.rho.view(3, 1, 1)
@@ -177,7 +181,10 @@ def inner(features, labels, domains):
 
 @pytest.mark.parametrize("first_order", [False, True])
 def test_the_step_follows_the_slope_of_the_test_loss(first_order):
-    """Against differences of the whole two-step loss; to the first order, of a loss whose inner slope stays."""
+    """Against differences of the whole two-step loss; to the first order, of a loss whose inner slope stays.
+
+    The inner rate is the factor times rho's own rate: 20 x 0.01.
+    """
     backbone, images, labels, domains = small_case()
     known, rate = domains != 1, 0.2
     old = torch.cat(list(balances(backbone).values()))
@@ -196,7 +203,7 @@ def test_the_step_follows_the_slope_of_the_test_loss(first_order):
     step = 1e-5
     want = [(loss(old + step * one) - loss(old - step * one)) / (2 * step) for one in torch.eye(len(old)).double()]
     values = meta_step(
-        backbone, images, labels, domains, [0, 2], inner_rate=rate, outer_rate=0.01, first_order=first_order
+        backbone, images, labels, domains, [0, 2], inner_factor=20.0, rate=0.01, first_order=first_order
     )
     got = (old - torch.cat(list(balances(backbone).values()))) / 0.01
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-4, atol=1e-7)
@@ -207,7 +214,7 @@ def test_second_derivatives_make_a_difference():
     found = []
     for first_order in (False, True):
         backbone, *batch = small_case()
-        meta_step(backbone, *batch, [0, 2], inner_rate=0.2, outer_rate=0.01, first_order=first_order)
+        meta_step(backbone, *batch, [0, 2], inner_factor=20.0, rate=0.01, first_order=first_order)
         found.append(torch.cat(list(balances(backbone).values())))
     assert not torch.allclose(*found, rtol=0, atol=1e-6)
 
@@ -217,7 +224,7 @@ def test_a_meta_step_moves_the_mixtures_alone():
     add_batch_instance_norms(model.backbone)
     before = copy.deepcopy(model.state_dict())
     batch = people(24), torch.arange(24) // 2, torch.arange(24) // 8
-    values = meta_step(model.backbone, *batch, [0, 1], inner_rate=0.05, outer_rate=0.1)
+    values = meta_step(model.backbone, *batch, [0, 1], inner_factor=0.5, rate=0.1)
     moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
     assert moved and all(name.endswith(".rho") for name in moved)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -225,12 +232,12 @@ def test_a_meta_step_moves_the_mixtures_alone():
     assert shares.min() >= 0 and shares.max() == 1 and values["rho"].item() == pytest.approx(shares.mean().item())
     # Large steps end at the bounds, and come back from there.
     for _ in range(4):
-        meta_step(model.backbone, *batch, [0, 1], inner_rate=0.05, outer_rate=100.0)
+        meta_step(model.backbone, *batch, [0, 1], inner_factor=5e-4, rate=100.0)
         after = torch.cat(list(balances(model.backbone).values()))
         assert after.min() == 0 and after.max() == 1 and not torch.equal(after, shares)
         shares = after
     # With one domain held in, there is none to mingle with.
-    assert meta_step(model.backbone, *batch, [2], inner_rate=0.05, outer_rate=0.1)["loss_shuffle"] == 0
+    assert meta_step(model.backbone, *batch, [2], inner_factor=0.5, rate=0.1)["loss_shuffle"] == 0
 
 
 def test_activations_computed_twice_change_nothing():
@@ -242,7 +249,7 @@ def test_activations_computed_twice_change_nothing():
             model.enable_gradient_checkpointing()
         meta_step(
             model.backbone, people(24), torch.arange(24) // 2, torch.arange(24) // 8, [0, 1],
-            inner_rate=0.05, outer_rate=1.0,
+            inner_factor=0.05, rate=1.0,
         )  # fmt: skip
         assert model.backbone.gradient_checkpointing == twice
         found.append(torch.cat(list(balances(model.backbone).values())))
@@ -264,9 +271,32 @@ def test_an_ordinary_step_leaves_the_mixtures_alone():
 
 
 def test_the_inner_rate_goes_up_and_down():
-    rates = [metabin.inner_rate(step, 10, 0.001, 0.1) for step in range(21)]
+    rates = [metabin.inner_factor(step, 10, 0.001, 0.1) for step in range(21)]
     assert rates[0] == rates[10] == rates[20] == pytest.approx(0.001) and rates[5] == rates[15] == pytest.approx(0.1)
     assert rates[1] == pytest.approx(0.001 + 0.0198) and rates[1:10] == pytest.approx(rates[9:0:-1])
+
+
+def test_biases_learn_at_twice_the_rate():
+    """A step of plain gradient descent on a model of the method."""
+    model = tiny("resnet", "bot").train()
+    add_batch_instance_norms(model.backbone)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(bias_groups(model.named_parameters(), lr=metabin.BIAS_RATE * 0.1), lr=0.1)
+    model.pool(people(8)).square().sum().backward()
+    optimizer.step()
+    moved = {True: 0, False: 0}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            rate = 0.2 if name.endswith(".bias") else 0.1
+            torch.testing.assert_close(parameter.data, before[name] - rate * parameter.grad)
+            moved[name.endswith(".bias")] += int(parameter.grad.abs().max() > 0)
+    assert moved[True] > 5 and moved[False] > 5 and metabin.BIAS_RATE == 2
+
+
+def test_the_run_uses_them(finished):
+    kept = torch.load(finished / "checkpoint-12" / "optimizer.pt", weights_only=True)["optimizer"]["param_groups"]
+    first, second = (group["initial_lr"] for group in kept)
+    assert second == 2 * first and len(kept[1]["params"]) > 5
 
 
 def test_half_of_the_domains_is_held_in():
@@ -320,7 +350,9 @@ def test_what_a_run_leaves(finished):
     losses = ["loss_scatter", "loss_shuffle", "loss_inner_triplet", "loss_meta_test"]
     keys = ["step", "epoch", "lr", "grad_norm", "loss", "loss_id", "loss_triplet", "loss_centre", *losses, "rho"]
     assert len(lines) == 12 and all(list(line) == keys for line in lines)
-    assert 0 < lines[-1]["rho"] < lines[0]["rho"] < 1
+    # The first meta-step comes after the second step.
+    assert lines[0]["rho"] == 1 and [lines[0][name] for name in losses] == [0] * 4 and lines[1]["loss_meta_test"] > 0
+    assert 0 < lines[-1]["rho"] < lines[1]["rho"] < 1
     model = ReIDModel.from_pretrained(finished / "model")
     shares = torch.cat(list(balances(model.backbone).values()))
     assert shares.mean().item() == pytest.approx(lines[-1]["rho"]) and 0 <= shares.min() < shares.max() <= 1
@@ -362,12 +394,12 @@ def test_what_generalisation_refuses(resnet, tmp_path, monkeypatch, capsys):
     one = refused(*GENERAL, *out, "--source", SOURCES[0])
     assert "learns from several domains" in one and "has one, synthetic-a" in one
     metabin_on = [*GENERAL, *out, "--method", "metabin"]
-    assert "a clip: it has no BatchNorm" in refused(*GENERAL, "--method", "metabin", "--output_dir", tmp_path / "out")
+    assert "a clip: it has no BatchNorm" in refused(*metabin_on, "--backbone", CLIP_DIR)
     few = "synthetic:domain=a,num_ids=1,images_per_id=4"
     told = refused(*metabin_on, "--source", few, *SOURCES[1:])
     assert "takes 2 identities of each domain; domain synthetic-a has 1" in told
     for arguments, words in (
-        (["--method", "metabin"], "belongs to --setting generalisation"),
+        (["--method", "metabin", "--setting", "supervised"], "belongs to --setting generalisation"),
         (["--setting", "generalisation", "--fraction", "0.5"], "belongs to --setting few-shot or small-scale"),
         (["--meta_inner_rates", "0.1", "0.01"], "the lower one first, got 0.1 0.01"),
         (["--meta_rate", "0"], "--meta_rate must be above 0"),
@@ -384,6 +416,7 @@ def test_demo_and_published_values():
     assert (args.setting, args.target) == ("generalisation", ["prid", "grid", "viper", "ilids"])
     assert (args.train_batch_size, args.optimizer, args.learning_rate, args.meta_rate) == (80, "sgd", 0.01, 0.1)
     assert args.meta_first_order and args.meta_inner_rates == [0.001, 0.1] and args.meta_period == 5
+    assert args.meta_first_steps == 10
 
 
 def test_a_domain_with_one_camera(resnet, tmp_path):
@@ -395,6 +428,7 @@ def test_a_domain_with_one_camera(resnet, tmp_path):
     data = load_sources(specs)["train"]
     assert domains_of(parse_args(["--setting", "generalisation"]), data).unique().tolist() == [0, 1]
     common = [*GENERAL, "--source", *specs, "--method", "metabin", "--backbone", resnet, "--max_train_steps", "1"]
+    common += ["--meta_first_steps", "1"]
     train(*common, "--output_dir", tmp_path / "out")
     assert log_of(tmp_path / "out")[0]["loss_shuffle"] == 0
 

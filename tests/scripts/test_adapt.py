@@ -72,7 +72,7 @@ def module(standin, *arguments, num_source=5, num_images=12):
     torch.manual_seed(0)
     encoder = ReIDModel.for_training(standin, num_ids=0, image_size=(64, 32))
     args = parse_args(["--target", TARGET, *map(str, arguments)])
-    model = MODULES[args.method](encoder, args, num_source, num_images).train()
+    model = MODULES[args.method](encoder, args, num_source, torch.zeros(num_images), source_size=9).train()
     model.pseudo_labels.copy_(torch.arange(num_images) // 4)
     return model
 
@@ -186,7 +186,7 @@ def resnet(folder):
 def test_norms_after_the_mixture_have_three_domains(tmp_path):
     encoder = ReIDModel.for_training(resnet(tmp_path), num_ids=0, image_size=(64, 32))
     args = parse_args(["--target", TARGET, *SOURCE, "--method", "idm", "--mix_stage", "1"])
-    model = IDM(encoder, args, 5, 12)
+    model = IDM(encoder, args, 5, torch.zeros(12))
     counts = {name: len(one.norms) for name, one in encoder.named_modules() if isinstance(one, DomainNorm)}
     assert {name: count for name, count in counts.items() if "embedder" in name or "stages.0" in name}
     for name, count in counts.items():
@@ -209,7 +209,7 @@ def test_activations_computed_twice_give_the_same_gradients(tmp_path):
             encoder.enable_gradient_checkpointing()
         args = parse_args(["--target", TARGET, *SOURCE, "--method", "idm", "--mix_stage", "1"])
         torch.manual_seed(1)
-        model = IDM(encoder, args, 5, 12).train()
+        model = IDM(encoder, args, 5, torch.zeros(12)).train()
         model.pseudo_labels.copy_(torch.arange(12) // 4)
         model(torch.randn(8, 3, 64, 32), torch.tensor([0, 0, 3, 3, 5, 6, 12, 16]))[0].backward()
         grads.append({name: one.grad for name, one in model.named_parameters() if one.grad is not None})
@@ -489,7 +489,9 @@ def test_idm_does_not_start_under_deepspeed(small, tmp_path):
         capture_output=True,
         text=True,
     )
-    assert run.returncode and "--method idm writes" in run.stderr and "start it without DeepSpeed" in run.stderr
+    assert (
+        run.returncode and "--method idm writes weights" in run.stderr and "start it without DeepSpeed" in run.stderr
+    )
 
 
 def test_going_on_with_other_arguments_names_them(small, finished, tmp_path):

@@ -25,8 +25,9 @@ from tests import runs
 from tests.runs import ROOT, launch, lines_written, log_of, same_weights, start, stopped, torchrun, weights_of
 from train_dcac import DCAC, Condition, parse_args
 from utils.datasets.load import load_reid, open_source
+from utils.diffusion.feedback import GradientBalance, effective_rank, examined
 from utils.diffusion.latents import draw_noise, encode, sample_latents
-from utils.diffusion.schedule import GradientBalance, NoiseSchedule, effective_rank, examined
+from utils.diffusion.schedule import NoiseSchedule
 from utils.diffusion.unet import load_unet, load_vae
 from utils.launch import introduce
 from utils.modeling.memories import PrototypeMemory

@@ -19,14 +19,8 @@ import evaluate
 import finetune_reid
 import pretrain_backbone
 import train_dcac
-from pretrain_backbone import (
-    Classification,
-    SelfDistillation,
-    distillation_loss,
-    momentum,
-    parse_args,
-    share_published_batch,
-)
+from methods.dino import SelfDistillation, distillation_loss
+from pretrain_backbone import Classification, momentum, parse_args, share_published_batch
 from tests import runs
 from tests.runs import launch, lines_written, log_of, same_weights, start, stopped, weights_of
 from utils.batches.mixing import Mix

@@ -56,6 +56,38 @@ def test_distances_are_those_of_the_definition(k1, k2):
     assert torch.equal(found, found.t()) and (found.diagonal() == 0).all()
 
 
+def faiss_jaccard(features, k1, k2):
+    """As clustering methods release it, dense, in float64: row by row, sets of row numbers."""
+    units = torch.nn.functional.normalize(features.double(), dim=1)
+    distance = 2 - 2 * units @ units.t()
+    num_rows = len(units)
+    order = distance.clone().fill_diagonal_(-1).argsort(dim=1, stable=True)[:, : max(k1, k2)]
+    wide, half = ([set(row[:size].tolist()) for row in order] for size in (k1, min(k1, round(k1 / 2) + 1)))
+    near, inner = ([{j for j in rows[i] if i in rows[j]} for i in range(num_rows)] for rows in (wide, half))
+    vectors = torch.zeros(num_rows, num_rows, dtype=torch.float64)
+    for i in range(num_rows):
+        more = (inner[c] for c in near[i] if len(inner[c] & near[i]) > 2 / 3 * len(inner[c]))
+        members = sorted(near[i].union(*more))
+        vectors[i, members] = (-distance[i, members]).softmax(0)
+    if k2 != 1:
+        vectors = torch.stack([vectors[order[i, :k2]].mean(0) for i in range(num_rows)])
+    shared = torch.stack([torch.minimum(row, vectors).sum(1) for row in vectors])
+    return (1 - shared / (2 - shared)).clamp(min=0)
+
+
+@pytest.mark.parametrize("k1, k2", [(12, 4), (7, 1), (2, 3), (1, 1)])
+def test_the_distance_of_clustering_methods(k1, k2):
+    features, _ = people(72, 9)
+    want = faiss_jaccard(features, k1, k2)
+    found = dense_of(jaccard_graph(features, k1=k1, k2=k2, compat="faiss"))
+    torch.testing.assert_close(found.double(), want.fill_diagonal_(0), rtol=0, atol=2e-6)
+    if k1 > 2:
+        assert (found - dense_of(jaccard_graph(features, k1=k1, k2=k2))).abs().max() > 0.05
+        labels = DBSCAN(eps=0.6, min_samples=3, metric="precomputed").fit_predict(want.numpy())
+        found = cluster(features, eps=0.6, min_samples=3, k1=k1, k2=k2, compat="faiss")
+        assert found.labels.tolist() == labels.tolist()
+
+
 def test_only_pairs_within_the_distance_are_kept():
     features, _ = people(80, 10)
     whole = jaccard_graph(features, k1=12, k2=4, nearest=5)

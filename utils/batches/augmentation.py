@@ -1,4 +1,4 @@
-"""Stronger augmentation: RandAugment, the crops of self-distillation, and changes of camera and place."""
+"""Stronger augmentation: RandAugment, several views and crops, and changes of camera and place."""
 
 from contextlib import contextmanager
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
-from utils.batches.transforms import HALF, TrainTransform, to_tensor
+from utils.batches.transforms import HALF, TestTransform, TrainTransform, to_tensor
 
 # Range of the shares of the width that noise covers on each side; the person is in the middle.
 SIDES = (0.1, 0.35)
@@ -42,6 +42,47 @@ class RandAugmentTransform:
         return self.usual(image, rng)
 
 
+class Views:
+    """Several transforms of one image: PIL image and `random.Random` -> (transforms, 3, H, W)."""
+
+    def __init__(self, transforms):
+        self.transforms = transforms
+
+    def __call__(self, image, rng):
+        return torch.stack([transform(image, rng) for transform in self.transforms])
+
+
+def view_transform(views, image_size, mean, std, **options):
+    """The transform of a training's images: "changed" views, drawn by `options`, and "plain" ones, only resized.
+
+    (3, H, W) for a single view, else (views, 3, H, W).
+    """
+    kinds = {
+        "changed": TrainTransform(image_size, mean, std, **options),
+        "plain": TestTransform(image_size, mean, std, "bicubic"),
+    }
+    return kinds[views[0]] if len(views) == 1 else Views([kinds[view] for view in views])
+
+
+class AutoAugmentTransform:
+    """AutoAugment of a share of the pictures, then `TrainTransform` with other colours of a share of the crops."""
+
+    def __init__(self, image_size=(256, 128), mean=HALF, std=HALF, *, auto=0.1, jitter=0.5, **options):
+        self.usual = TrainTransform(image_size, mean, std, after_crop=self.recolour, **options)
+        bicubic = v2.InterpolationMode.BICUBIC
+        self.auto = v2.RandomApply([v2.AutoAugment(interpolation=bicubic, fill=[128] * 3)], auto)
+        self.jitter = v2.RandomApply([v2.ColorJitter(brightness=0.15, contrast=0.1)], jitter)
+
+    def recolour(self, image, rng):
+        with drawn_by(rng):
+            return self.jitter(image)
+
+    def __call__(self, image, rng):
+        with drawn_by(rng):
+            image = self.auto(image.convert("RGB"))
+        return self.usual(image, rng)
+
+
 class MultiCrop:
     """Two crops of most of a person and several of parts: {"whole": (2, 3, H, W), "parts": (n, 3, h, w)}.
 
@@ -61,10 +102,13 @@ class MultiCrop:
         num_parts=8,
         whole_area=(0.4, 1.0),
         part_area=(0.05, 0.4),
+        aspects=None,
         colours=1.0,
         hidden=0.0,
     ):
         self.mean, self.std, self.num_parts = mean, std, num_parts
+        # Width to height of a crop before it is resized; None for a range around that of its size.
+        self.aspects = aspects
         self.colours, self.hidden = colours, hidden
         blur = v2.GaussianBlur(kernel_size=_odd(image_size[0] // 16), sigma=(0.1, 2.0))
         first, second, part = (
@@ -80,7 +124,10 @@ class MultiCrop:
         return v2.Compose(
             [
                 v2.RandomResizedCrop(
-                    size, area, (aspect * 3 / 4, aspect * 4 / 3), interpolation=v2.InterpolationMode.BICUBIC
+                    size,
+                    area,
+                    self.aspects or (aspect * 3 / 4, aspect * 4 / 3),
+                    interpolation=v2.InterpolationMode.BICUBIC,
                 ),
                 v2.RandomHorizontalFlip(),
                 v2.RandomApply([v2.ColorJitter(*jitter)], 0.8),

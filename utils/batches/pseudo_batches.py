@@ -8,9 +8,24 @@ class PseudoBatches:
     """A batch sampler; yields lists of (row, key of the draw), this process's share: source, then target.
 
     `camids`: the cameras of all rows, source and target. Before an epoch's batches, `take` sets the target's labels.
+    `draw(rng, rows, size, camids)` draws the images of a cluster; those of the source are always drawn by
+    `of_other_cameras`.
     """
 
-    def __init__(self, batch_size, images_per_id, steps, camids, *, source_labels=(), seed=0, rank=0, num_processes=1):
+    def __init__(
+        self,
+        batch_size,
+        images_per_id,
+        steps,
+        camids,
+        *,
+        source_labels=(),
+        draw=None,
+        seed=0,
+        rank=0,
+        num_processes=1,
+    ):
+        self.draw = draw or of_other_cameras
         self.batch_size, self.images_per_id, self.steps, self.seed = batch_size, images_per_id, steps, seed
         self.camids = camids
         self.share = slice(rank * batch_size // num_processes, (rank + 1) * batch_size // num_processes)
@@ -48,23 +63,14 @@ class PseudoBatches:
         """Batches without end, each of P of `owners` (the rows of each). With fewer than P, owners are repeated."""
         rng = random.Random(f"{name}/{self.seed}/{self.epoch}")
         num_owners = self.batch_size // self.images_per_id
+        draw = self.draw if name == "target" else of_other_cameras
         while True:
             order = rng.sample(owners, len(owners))
             if len(order) < num_owners:
                 order = list(itertools.islice(itertools.cycle(order), num_owners))
             for start in range(0, len(order) - num_owners + 1, num_owners):
-                yield [row for rows in order[start : start + num_owners] for row in self.group(rng, rows)]
-
-    def group(self, rng, rows):
-        """K of `rows`: all and some again if there are at most K; else one row and others, of other cameras if any."""
-        size = self.images_per_id
-        if len(rows) <= size:
-            return rows + rng.choices(rows, k=size - len(rows))
-        first = rng.choice(rows)
-        others = [row for row in rows if self.camids[row] != self.camids[first]]
-        others = others or [row for row in rows if row != first]
-        enough = len(others) >= size - 1
-        return [first, *(rng.sample(others, size - 1) if enough else rng.choices(others, k=size - 1))]
+                groups = [draw(rng, rows, self.images_per_id, self.camids) for rows in order[start:][:num_owners]]
+                yield [row for rows in groups for row in rows]
 
     def __iter__(self):
         for number, batch in enumerate(self.global_batches()):
@@ -82,6 +88,32 @@ class PseudoBatches:
 
     def steps_of(self, epochs):
         return epochs * self.steps
+
+
+def of_other_cameras(rng, rows, size, camids):
+    """`size` of `rows`: all and some again if there are no more; else one row and others, of other cameras if any."""
+    if len(rows) <= size:
+        return rows + rng.choices(rows, k=size - len(rows))
+    first = rng.choice(rows)
+    others = [row for row in rows if camids[row] != camids[first]]
+    others = others or [row for row in rows if row != first]
+    enough = len(others) >= size - 1
+    return [first, *(rng.sample(others, size - 1) if enough else rng.choices(others, k=size - 1))]
+
+
+def of_every_camera(rng, rows, size, camids):
+    """`size` of `rows`, of as many cameras as there are; the rest are other rows, and rows again where they end."""
+    by_camera = {}
+    for row in rows:
+        by_camera.setdefault(camids[row], []).append(row)
+    chosen = [rng.choice(by_camera[camera]) for camera in sorted(by_camera)]
+    missing = size - len(chosen)
+    if missing <= 0:
+        return rng.sample(chosen, size)
+    others = [row for row in rows if row not in chosen]
+    if not others:
+        return rng.choices(chosen, k=size)
+    return chosen + (rng.sample(others, missing) if len(others) >= missing else rng.choices(others, k=missing))
 
 
 def rows_of(labels, first=0):

@@ -8,10 +8,12 @@ import random
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 HALF = (0.5, 0.5, 0.5)
+# The range of the standard deviation of a blur, in pixels.
+BLUR = (0.1, 2.0)
 
 
 def to_tensor(image, mean, std):
@@ -45,7 +47,10 @@ class TestTransform:
 
 
 class TrainTransform:
-    """Resize, mirror, pad and crop, normalise, erase: PIL image and `random.Random` -> (3, H, W)."""
+    """Resize, mirror, pad and crop, blur, normalise, erase: PIL image and `random.Random` -> (3, H, W).
+
+    `erasing_value` is a number, or one for each channel; `blur` the probability of a Gaussian blur.
+    """
 
     def __init__(
         self,
@@ -59,6 +64,8 @@ class TrainTransform:
         erasing_area=(0.02, 0.4),
         erasing_aspect=(0.3, 3.3),
         erasing_value=0.5,
+        blur=0.0,
+        after_crop=None,
     ):
         if resample not in RESAMPLE:
             raise ValueError(f"resample must be one of {', '.join(RESAMPLE)}, got {resample!r}")
@@ -66,7 +73,10 @@ class TrainTransform:
         self.flip, self.padding = flip, padding
         self.erasing, self.erasing_area, self.erasing_aspect = erasing, erasing_area, erasing_aspect
         # The value is filled in after normalisation: with mean and std 0.5, a value of 0.5 is a light grey of 0.75.
-        self.erasing_value = erasing_value
+        self.erasing_value = torch.as_tensor(erasing_value, dtype=torch.float32).view(-1, 1, 1)
+        self.blur = blur
+        # A change of the cropped picture, (picture, rng) -> picture.
+        self.after_crop = after_crop
 
     def __call__(self, image, rng):
         height, width = self.image_size
@@ -78,6 +88,10 @@ class TrainTransform:
             moved = Image.new("RGB", (width, height))
             moved.paste(image, (self.padding - left, self.padding - top))
             image = moved
+        if self.after_crop is not None:
+            image = self.after_crop(image, rng)
+        if self.blur and rng.random() < self.blur:
+            image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*BLUR)))
         tensor = to_tensor(image, self.mean, self.std)
         if rng.random() < self.erasing:
             self.erase(tensor, rng)
@@ -144,9 +158,13 @@ class TransformedImages(torch.utils.data.Dataset):
         return self.transform(self.dataset[row]["image"])
 
 
-def training_loader(model, dataset, labels, sampler, *, padding, erasing, num_workers=0, pin_memory=False):
+def training_loader(
+    model, dataset, labels, sampler, *, padding=10, erasing=0.5, num_workers=0, pin_memory=False, transform=None
+):
     """A loader of augmented batches, resized and normalised for a model; `sampler` yields (row, key) pairs."""
-    transform = train_transform(model.image_size, model.image_mean, model.image_std, padding=padding, erasing=erasing)
+    transform = transform or train_transform(
+        model.image_size, model.image_mean, model.image_std, padding=padding, erasing=erasing
+    )
     return torch.utils.data.DataLoader(
         ReIDImages(dataset, transform, labels),
         batch_sampler=sampler,

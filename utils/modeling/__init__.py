@@ -9,8 +9,9 @@ __getattr__ = opened_when_used(
     __name__,
     {
         "reid_model": "ReIDModel",
-        "heads": "build_head",
+        "heads": "add_gem build_head",
         "imported_heads": "build_imported_head",
+        "experts": "ExpertsHead",
         "extraction": "extract_features features_of",
     },
 )

@@ -21,7 +21,9 @@ def attention_maps(model, images):
         if isinstance(model.backbone, ClipBackbone):
             heat = attention_rollout(model.backbone, images)
         else:
-            feature_map = model.backbone.feature_map(images).float()
+            # A head may make its map of several of the backbone's.
+            maps_of = getattr(model.head, "feature_map", lambda backbone, images: backbone.feature_map(images))
+            feature_map = maps_of(model.backbone, images).float()
             if model.head is None and model.backbone.summary == "mean":
                 neck = model.bnneck
                 bn_features = neck(feature_map.mean(dim=(2, 3)))

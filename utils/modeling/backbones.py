@@ -49,6 +49,8 @@ class Backbone(nn.Module):
         self.config = model.config
         self.image_size = tuple(image_size)
         self.num_features = num_features
+        # A module that pools the map instead of its mean: (B, C, h, w) -> (B, C).
+        self.pooling = None
 
     def forward(self, images):
         return self.summary_and_map(images)[0]
@@ -56,7 +58,7 @@ class Backbone(nn.Module):
     def summary_and_map(self, images):
         """The results of `forward` and `feature_map`, computed in one pass."""
         feature_map = self.feature_map(images)
-        return feature_map.mean(dim=(2, 3)), feature_map
+        return feature_map.mean(dim=(2, 3)) if self.pooling is None else self.pooling(feature_map), feature_map
 
     def enable_gradient_checkpointing(self):
         # Newer versions of transformers have another name for this method and warn about the old one.

@@ -1,8 +1,9 @@
-"""BatchNorm with separate averages and weights for each domain of a batch."""
+"""BatchNorm of parts of a batch: with averages and weights for each domain, or with statistics of each group."""
 
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 TARGET = 1
@@ -49,3 +50,40 @@ def places(model, kind):
         for attribute, module in owner.named_children():
             if isinstance(module, kind):
                 yield f"{name}.{attribute}".lstrip("."), owner, attribute, module
+
+
+class GroupedStatistics:
+    """Mixed into a BatchNorm class: in training, each group of `group_size` images is normalised by itself.
+
+    The running averages move by the mean of the groups' statistics, over all processes.
+    """
+
+    def forward(self, images):
+        if not self.training:
+            return super().forward(images)
+        if len(images) % self.group_size:
+            raise ValueError(f"{len(images)} images cannot be normalised in groups of {self.group_size}")
+        images = images.to(self.weight.dtype) if images.ndim == 2 else images
+        outputs, averages = [], []
+        for group in images.split(self.group_size):
+            mean, variance = self.running_mean.clone(), self.running_var.clone()
+            outputs.append(F.batch_norm(group, mean, variance, self.weight, self.bias, True, self.momentum, self.eps))
+            averages.append(torch.stack([mean, variance]))
+        # This is None while activations are computed a second time.
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
+            moved = torch.stack(averages).mean(0)
+            if torch.distributed.is_initialized():
+                torch.distributed.all_reduce(moved)
+                moved /= torch.distributed.get_world_size()
+            self.running_mean.copy_(moved[0])
+            self.running_var.copy_(moved[1])
+        return torch.cat(outputs)
+
+
+def group_batch_statistics(model, size):
+    """Make every BatchNorm normalise groups of `size` images, as several GPUs with so many images each do."""
+    for module in list(model.modules()):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.group_size = size
+            module.__class__ = type(f"Grouped{type(module).__name__}", (GroupedStatistics, type(module)), {})

@@ -47,6 +47,16 @@ class GeM(nn.Module):
         return values.clamp(min=EPSILON).pow(power).mean(dim=(2, 3)).pow(1 / power)
 
 
+def add_gem(backbone):
+    """Pool a backbone's map by a learned GeM instead of its mean."""
+    if backbone.summary == "token":
+        raise ValueError(
+            f"GeM pools maps, and a {backbone.config.model_type} gives its class token: use mean, or a backbone such "
+            "as a ResNet"
+        )
+    backbone.pooling = GeM(signed=not isinstance(backbone, ResNetBackbone))
+
+
 class NonLocal(nn.Module):
     """Adds to every place of a map a mixture of all places: `x + BN(W (theta(x) phi(x)^T / places) g(x))`.
 

@@ -5,22 +5,26 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def distances(features):
-    """Euclidean distance of each feature to each other: (N, N) float32."""
+def distances(features, others=None):
+    """Euclidean distance of each feature to each of `others`, by default to each other: (N, M) float32."""
     with torch.autocast(features.device.type, enabled=False):
+        features = features.float()
+        others = features if others is None else others.float()
         # Not by a matrix product: for small distances its rounding errors would be larger than the distance.
-        return torch.cdist(features.float(), features.float(), compute_mode="donot_use_mm_for_euclid_dist")
+        return torch.cdist(features, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def hard_triplet(features, labels, margin=None):
+def hard_triplet(features, labels, margin=None, others=None, other_labels=None):
     """Batch-hard triplet loss: for each feature, the farthest of its identity against the nearest of the others.
 
     mean max(0, farthest - nearest + margin); without a margin the soft form, mean log(1 + exp(farthest - nearest)).
+    `others`: features to compare with instead of the batch; those with a negative label are left out.
     """
-    distance = distances(features)
-    same_identity = labels[:, None] == labels[None, :]
+    other_labels = labels if others is None else other_labels
+    distance = distances(features, others)
+    same_identity = labels[:, None] == other_labels[None, :]
     farthest = distance.masked_fill(~same_identity, -torch.inf).amax(1)
-    nearest = distance.masked_fill(same_identity, torch.inf).amin(1)
+    nearest = distance.masked_fill(same_identity | (other_labels < 0), torch.inf).amin(1)
     if margin is None:
         return F.softplus(farthest - nearest).mean()
     return F.relu(farthest - nearest + margin).mean()

@@ -30,6 +30,19 @@ NAMED = {
         ResNetConfig,
         {"embedding_size": 24, "hidden_sizes": [24, 48, 96, 192], "depths": [1, 1, 1, 1], "layer_type": "basic"},
     ),
+    # A Swin for them, whose last map is as wide as a ResNet's.
+    "swin-mini": Named(
+        None,
+        SwinConfig,
+        {
+            "image_size": 64,
+            "patch_size": 2,
+            "embed_dim": 32,
+            "depths": [1, 1, 2],
+            "num_heads": [1, 2, 4],
+            "window_size": 4,
+        },
+    ),
     "resnet50": Named(SHORT_NAMES["resnet50"], ResNetConfig, {}),
     "swin-t": swin("swin-t", 96, [2, 2, 6, 2], [3, 6, 12, 24]),
     "swin-s": swin("swin-s", 96, [2, 2, 18, 2], [3, 6, 12, 24]),
@@ -78,12 +91,23 @@ def check_backbone(name, from_scratch):
         )
 
 
+def check_swin(name):
+    """ValueError if `name` is no plain Swin, by its configuration; a file of weights shows that when it is opened."""
+    kind = "swin" if name not in NAMED and model_kind(name) == "file" else configuration(name).model_type
+    if kind != "swin":
+        raise ValueError(f"--backbone {name} is a {kind}, and SOLIDER controls a Swin: give swin-t or another Swin")
+
+
 def not_plain(config):
     """The part of a Re-ID model's backbone that `transformers` does not know, in words; None for a plain backbone."""
     if config.get("norms"):
         return "norms are mixtures of batch and instance norm"
+    if config.get("pooling"):
+        return "pooling is a learned GeM"
     if config["backbone"]["model_type"].startswith("resnet") and config.get("method", "bot") in ("agw", "sbs"):
         return f"ResNet has the non-local blocks of {config['method']}"
+    if config.get("method") == "meta":
+        return "ResNet has the norms of several domains"
     if config["backbone"]["model_type"].startswith("resnet") and config.get("method") == "mgn":
         return "ResNet has the stride of mgn's global branch"
     return None

@@ -53,14 +53,14 @@ def share_batch_statistics(model, device):
 class BatchInstanceNorm(nn.Module):
     """Batch and instance norm of a map, each with its own weights, mixed by `rho`: 1, the start, is batch norm only.
 
-    `rho` is a buffer, so no optimiser changes it.
+    The batch norm keeps its weights, the instance norm starts with scale 1 and shift 0. `rho` is a buffer, so no
+    optimiser changes it.
     """
 
     def __init__(self, norm):
         super().__init__()
         self.batch = norm
         self.instance = nn.InstanceNorm2d(norm.num_features, eps=norm.eps, affine=True)
-        self.instance.load_state_dict({name: getattr(norm, name).detach().clone() for name in ("weight", "bias")})
         self.register_buffer("rho", torch.ones(norm.num_features))
         # In a meta-step the running averages stay as they are.
         self.held = False

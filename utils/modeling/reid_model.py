@@ -30,7 +30,8 @@ from utils.modeling.folder import (
 from utils.modeling.norms import add_batch_instance_norms, has_batch_instance_norms
 
 RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
-BATCH_INSTANCE = "batch-instance"
+BATCH_INSTANCE, GEM = "batch-instance", "gem"
+META = "meta"
 
 
 class ReIDOutput(NamedTuple):
@@ -78,6 +79,8 @@ class ReIDModel(nn.Module):
         self.head, self.head_options = None, dict(head_options or {})
         if method in IMPORTED_HEADS:
             self.head = modeling.build_imported_head(method, backbone, self.head_options)
+        elif method == META:
+            self.head = modeling.ExpertsHead(backbone, **self.head_options)
         elif method != "bot":
             self.head = modeling.build_head(method, backbone)
         self.num_features = backbone.num_features if self.head is None else self.head.num_features
@@ -143,6 +146,7 @@ class ReIDModel(nn.Module):
         image_std=None,
         resample=None,
         method="bot",
+        head_options=None,
         attn_implementation=None,
         revision=None,
         token=None,
@@ -153,16 +157,15 @@ class ReIDModel(nn.Module):
         )
         resample = resample or (backbone.preprocessing or {}).get("resample", "bilinear")
         options = {"image_mean": image_mean, "image_std": image_std, "resample": resample, "method": method}
-        return cls(backbone, num_ids, **options).eval()
+        return cls(backbone, num_ids, **options, head_options=head_options).eval()
 
     @classmethod
-    def for_training(cls, name_or_path, *, num_ids, image_size, resample="bilinear", method="bot"):
+    def for_training(cls, name_or_path, *, num_ids, image_size, resample="bilinear", method="bot", head_options=None):
         """A model with a new classifier, from a plain backbone, a saved Re-ID model, or weights of another project."""
         kind = model_kind(name_or_path)
         if kind == "backbone":
-            return cls.from_backbone(
-                name_or_path, num_ids=num_ids, image_size=image_size, resample=resample, method=method
-            )
+            options = {"resample": resample, "method": method, "head_options": head_options}
+            return cls.from_backbone(name_or_path, num_ids=num_ids, image_size=image_size, **options)
         if kind == "file":
             model = cls.from_weights(name_or_path, image_size)
         else:
@@ -178,7 +181,7 @@ class ReIDModel(nn.Module):
             normalisation, notes = {"image_mean": model.image_mean, "image_std": model.image_std}, model.notes
             if model.method in IMPORTED_HEADS:
                 notes = [*notes, f"its head is left out, a new one of {method} starts"]
-            model = cls(model.backbone, method=method, **normalisation).eval()
+            model = cls(model.backbone, method=method, head_options=head_options, **normalisation).eval()
             model.notes = notes
         model.resample = resample
         model.reset_classifier(num_ids)
@@ -255,6 +258,8 @@ class ReIDModel(nn.Module):
             backbone = backbone_from_config(config_from(config["backbone"]), size)
             if config.get("norms") == BATCH_INSTANCE:
                 add_batch_instance_norms(backbone)
+            if config.get("pooling") == GEM:
+                modeling.add_gem(backbone)
             model = cls(
                 backbone,
                 config["num_ids"],
@@ -295,6 +300,7 @@ class ReIDModel(nn.Module):
             **({} if self.head is None else {"method": self.method}),
             **({"head": self.head_options} if self.head_options else {}),
             **({"norms": BATCH_INSTANCE} if has_batch_instance_norms(self.backbone) else {}),
+            **({} if self.backbone.pooling is None else {"pooling": GEM}),
         }
 
     def preprocessing(self):

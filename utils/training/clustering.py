@@ -39,12 +39,16 @@ class Clusters:
         return float((self.labels == NOISE).double().mean())
 
 
-def cluster(features, *, eps=0.6, min_samples=4, k1=30, k2=6, backend="auto"):
-    """One `Clusters` for a number `eps`, a list for a list of eps; the distances are computed once."""
+def cluster(features, *, eps=0.6, min_samples=4, k1=30, k2=6, compat=None, backend="auto"):
+    """One `Clusters` for a number `eps`, a list for a list of eps; the distances are computed once.
+
+    `compat="faiss"`: the Jaccard distance of `kernels.jaccard` that counts an image among its own k1.
+    """
     several = isinstance(eps, (list, tuple))
     scales = list(eps) if several else [eps]
     check_settings(len(features), scales, min_samples, k1, k2)
-    graph = jaccard_graph(features, k1=k1, k2=k2, max_distance=max(scales), nearest=min_samples, backend=backend)
+    settings = {"max_distance": max(scales), "nearest": min_samples, "compat": compat, "backend": backend}
+    graph = jaccard_graph(features, k1=k1, k2=k2, **settings)
     near, reach = as_matrix(graph.near), graph.reach[:, -1].cpu()
     clusterings = [Clusters(dbscan(near, scale, min_samples), reach, scale, min_samples) for scale in scales]
     return clusterings if several else clusterings[0]

@@ -277,6 +277,7 @@ def optimizer_of(args, groups):
         betas=(args.adam_beta1, args.adam_beta2),
         epsilon=args.adam_epsilon,
         use_8bit=args.use_8bit_adam,
+        nesterov=getattr(args, "nesterov", False),
     )
 
 

@@ -1,0 +1,120 @@
+"""One epoch's labels of each method of adapt_reid.py at the size of a public training set: seconds, peak memory.
+
+    python -m benchmarks.speed.labels
+    python -m benchmarks.speed.labels --images 4000 --methods pplr ice
+
+Clustering, and what a method derives from it: memories, classifiers, proxies, agreement of parts, distances between
+cameras and source. Extracting the features is not counted. Every method runs in a process of its own with one thread;
+memory is the peak above that of the process with its features. `N x N` is what one matrix of all pairs would take.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.common import GIB, RESULTS, command_line, run_worker, write_result
+from benchmarks.speed.reid_features import DEPTH, reid_features
+from benchmarks.speed.retrieval import status
+from methods.settings import NAMES
+from utils.reporting.report import text_table
+
+# MSMT17's: images, identities, cameras.
+IMAGES, IDENTITIES, CAMERAS = 32621, 1041, 15
+SOURCE = (751, 12936)
+COLUMNS = ["method", "images", "seconds", "of these clustering", "peak GiB", "N x N GiB"]
+
+
+class Encoder(nn.Module):
+    """What a method's labels need of a model: its width, its classifier, its neck."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_features, self.backbone, self.bnneck = DEPTH, nn.Identity(), nn.BatchNorm1d(DEPTH)
+
+    def reset_classifier(self, rows):
+        self.classifier = nn.Linear(DEPTH, rows, bias=False)
+
+
+def measure(name, images):
+    """{seconds, clustering, peak_gib} of one epoch's labels."""
+    import adapt_reid
+    from utils.training.clustering import cluster
+
+    torch.set_num_threads(1)
+    identities = max(8, IDENTITIES * images // IMAGES)
+    sets = reid_features((1, images, identities, CAMERAS, 0.0))
+    features, cameras = (torch.from_numpy(sets[key]) for key in ("gallery", "gallery_cams"))
+    adaptation = name in adapt_reid.METHODS["adaptation"] and name not in adapt_reid.METHODS["unsupervised"]
+    words = ["--target", "x", "--method", name, "--eps", "0.5", "--jaccard", "faiss"]
+    args = adapt_reid.parse_args([*words, *(["--setting", "adaptation", "--source", "y"] if adaptation else [])])
+    num_source, source_size = SOURCE if adaptation else (0, 0)
+    # IDM takes a backbone apart, which has nothing to do with its labels: those of CaCL with all cameras.
+    method = adapt_reid.MODULES[name](Encoder(), args, num_source, cameras, source_size=source_size)
+    generator, seconds = torch.Generator().manual_seed(0), []
+
+    def target(model=None):
+        if model is None:
+            return features
+        parts = [features + 0.02 * torch.randn(features.shape, generator=generator) for _ in method.necks]
+        return torch.cat([features, *parts], dim=1)
+
+    def source(rows=None):
+        count = num_source if rows is None else len(rows)
+        return nn.functional.normalize(torch.randn(count, DEPTH, generator=generator), dim=1)
+
+    def clustered(rows_of, rows=None):
+        start = time.perf_counter()
+        found = cluster(rows_of, eps=method.scales(args), min_samples=4, k1=30, k2=6, compat="faiss")
+        seconds.append(time.perf_counter() - start)
+        return method.labels_of(found, None)[0]
+
+    # The last epoch: CaCL has all cameras then.
+    epoch = args.num_train_epochs if name == "cacl" else 1
+    whole = target(method) if name == "pplr" else features
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = status("VmRSS"), time.perf_counter()
+    with torch.no_grad():
+        labels = method.relabel(epoch, lambda model=None: whole, source, clustered)
+    total = time.perf_counter() - start
+    assert int(labels.max()) > 1
+    return {"seconds": total, "clustering": sum(seconds), "peak_gib": (status("VmHWM") - before) / GIB}
+
+
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [name for name in NAMES if name != "idm"]
+    parser.add_argument("--methods", nargs="+", choices=names, default=names, help="default all but idm: as cacl's")
+    parser.add_argument("--images", type=int, default=IMAGES, help=f"default {IMAGES}, MSMT17's training images")
+    parser.add_argument("--json", type=Path, default=RESULTS / "labels.json", help="default benchmarks/results")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args(input_args)
+
+
+def main(input_args=None):
+    args = parse_args(input_args)
+    if args.worker:
+        print(json.dumps(measure(args.worker, args.images)))
+        return
+    raw, rows = {}, []
+    for name in args.methods:
+        found = run_worker(
+            __spec__.name, "--worker", name, "--images", args.images, environment={"OMP_NUM_THREADS": "1"}
+        )
+        raw[name] = found
+        numbers = f"{found['seconds']:.0f}", f"{found['clustering']:.0f}", f"{found['peak_gib']:.2f}"
+        rows.append([name, f"{args.images:,}", *numbers, f"{4 * args.images**2 / GIB:.2f}"])
+        print(rows[-1], flush=True)
+    write_result(args.json, command_line(__spec__.name, input_args), COLUMNS, rows, {"methods": raw})
+    print(text_table(COLUMNS, rows))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"benchmarks.speed.labels: {error}")

@@ -1,0 +1,218 @@
+"""Published values and flags of the methods of adapt_reid.py. torch is not imported here: `--help` answers at once."""
+
+import argparse
+import sys
+
+from utils.flags import above_zero, at_least, fraction, not_negative
+
+# The first of a setting is its default.
+METHODS = {"unsupervised": ("cluster-contrast", "hhcl", "spcl", "pplr", "ice"), "adaptation": ("spcl", "idm", "cacl")}
+NAMES = tuple(dict.fromkeys(name for names in METHODS.values() for name in names))
+JACCARD = {"paper": None, "faiss": "faiss"}
+
+PUBLISHED = {
+    "target": ["market1501"],
+    "backbone": "microsoft/resnet-50",
+    "resolution": [256, 128],
+    "padding": 10,
+    "erasing": 0.5,
+    "erasing_value": [0.485, 0.456, 0.406],
+    "test_resample": "bicubic",
+    "norm_group": 16,
+    "jaccard": "faiss",
+    "eps": 0.6,
+    "min_samples": 4,
+    "cluster_k1": 30,
+    "cluster_k2": 6,
+    "train_batch_size": 64,
+    "images_per_id": 4,
+    "num_train_epochs": 50,
+    "steps_per_epoch": 400,
+    "learning_rate": 3.5e-4,
+    "lr_warmup_epochs": 0,
+    "lr_milestones": [21, 41],
+    "adam_weight_decay": 5e-4,
+    "eval_every": 10,
+    "log_every": 10,
+    "checkpointing_steps": 1000,
+    "dataloader_num_workers": 8,
+}
+LARGE_BATCH = {"train_batch_size": 256, "images_per_id": 16, "norm_group": 64, "memory_temperature": 0.05}
+CLUSTERS = PUBLISHED | LARGE_BATCH | {"memory_momentum": 0.1}
+SPCL = PUBLISHED | {
+    "method": "spcl",
+    "eps_gap": 0.02,
+    "memory_temperature": 0.05,
+    "memory_momentum": 0.2,
+    "probability_floor": 1e-6,
+}
+ADAPTATION = {"setting": "adaptation", "source": ["msmt17"]}
+HHCL = CLUSTERS | {"method": "hhcl", "eps": 0.45, "steps_per_epoch": 200, "num_train_epochs": 60}
+HHCL |= {"lr_milestones": [21, 41], "hard_weight": 0.5, "mean_weight": 0.25}
+PPLR = PUBLISHED | {
+    "method": "pplr",
+    "resolution": [384, 128],
+    "eps": 0.4,
+    "num_parts": 3,
+    "agreement_neighbours": 20,
+    "label_weight": 0.5,
+    "smoothing_epochs": 5,
+    "label_smoothing": 0.1,
+    "camera_weight": 0.5,
+    "hard_proxies": 50,
+    "proxy_temperature": 0.07,
+    "class_rows": 3000,
+}
+ICE = PUBLISHED | {
+    "method": "ice",
+    "eps": 0.55,
+    "norm_group": 8,
+    "train_batch_size": 32,
+    "num_train_epochs": 40,
+    # The authors' first epoch has a tenth of the rate, their eleventh all of it.
+    "lr_warmup_epochs": 11,
+    "lr_warmup_factor": 0.01,
+    "lr_milestones": [],
+    "erasing": 0.6,
+    "blur": 0.5,
+    "teacher_momentum": 0.999,
+    "label_smoothing": 0.1,
+    "centre_temperature": 0.5,
+    "proxy_scale": "columns",
+    "view_temperature": 0.1,
+    "camera_weight": 0.5,
+    "hard_proxies": 50,
+    "proxy_temperature": 0.07,
+    "consistency_weight": 10.0,
+    "consistency_temperature": 0.4,
+}
+CACL = PUBLISHED | ADAPTATION | {"method": "cacl", "label_smoothing": 0.1}
+MSMT17 = {"target": ["msmt17"]}
+RECIPES = {
+    "cluster-contrast": CLUSTERS | {"method": "cluster-contrast", "pooling": "gem", "steps_per_epoch": 200},
+    "hhcl": HHCL,
+    "hhcl-msmt17": HHCL | MSMT17 | {"eps": 0.7, "steps_per_epoch": 300},
+    "spcl": SPCL,
+    "spcl-adaptation": SPCL | ADAPTATION,
+    "pplr": PPLR,
+    "pplr-msmt17": PPLR | MSMT17 | {"eps": 0.6, "camera_weight": 1.0},
+    "ice": ICE,
+    "ice-msmt17": ICE | MSMT17,
+    "idm": PUBLISHED | ADAPTATION | {"method": "idm", "jaccard": "paper", "earlier_weight": 1.0},
+    "cacl": CACL,
+    "cacl-msmt17": CACL | MSMT17 | {"source": ["market1501"]},
+}
+
+
+def only(*methods):
+    return lambda args: args.method not in methods, lambda args: f"--method {args.method}"
+
+
+def named_method(input_args=None):
+    """The method in a list of arguments, by default those of the process; None without one."""
+    words = sys.argv[1:] if input_args is None else input_args
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", nargs="?")
+    parser.add_argument("--recipe", nargs="?")
+    known, _ = parser.parse_known_args(words)
+    return known.method or RECIPES.get(known.recipe, {}).get("method")
+
+
+class Flags:
+    """Adds groups of flags of methods to a parser; with `shown`, the help lists only those of that method."""
+
+    def __init__(self, parser, shown):
+        self.parser, self.shown = parser, shown
+
+    def group(self, *methods):
+        self.hidden = self.shown in NAMES and self.shown not in methods
+        title = None if self.hidden else f"{', '.join(methods[:-1])} and {methods[-1]}".removeprefix(" and ")
+        self.flags = self.parser.group(title, idle=only(*methods))
+        return self
+
+    def add(self, name, *, of=(), **options):
+        """`of`: the methods of the group that have this flag, by default all."""
+        hidden = self.hidden or (of and self.shown in NAMES and self.shown not in of)
+        if hidden:
+            options["help"] = argparse.SUPPRESS
+        self.flags.add(name, idle=only(*of) if of else (), **options)
+
+
+def add_flags(parser, shown=None):
+    """The flags of each method; one that several methods have stands once."""
+    flags = Flags(parser, shown)
+    group = flags.group("cluster-contrast", "hhcl", "spcl")
+    group.add("--memory_temperature", type=above_zero, default=0.05, help="temperature of the memory's loss")
+    group.add("--memory_momentum", type=fraction, default=0.2, help="what a row of the memory keeps in an update")
+    group.add(
+        "--memory_update",
+        choices=["momentum", "hard", "mean", "hybrid", "instances"],
+        of=("cluster-contrast", "hhcl"),
+        help="of cluster-contrast: a prototype is moved by each image in turn, by the one least like it, or by their "
+        "mean; of hhcl: hybrid (two memories, of hard and of mean), or instances (the paper's own form); default "
+        "momentum, of hhcl hybrid",
+    )
+    group.add("--hard_weight", type=not_negative, default=0.5, of=("hhcl",), help="of hhcl: of hard images")
+    group.add("--mean_weight", type=not_negative, default=0.25, of=("hhcl",), help="of hhcl: of the means")
+    group.add(
+        "--eps_gap",
+        type=not_negative,
+        default=0.02,
+        of=("spcl",),
+        help="of spcl: looser and tighter scale are this far from eps",
+    )
+    group.add(
+        "--probability_floor",
+        type=not_negative,
+        default=0.0,
+        of=("spcl",),
+        help="of spcl: added to a probability before its logarithm; 1e-6 in the authors' code",
+    )
+
+    group = flags.group("idm", "cacl", "pplr", "ice")
+    group.add("--label_smoothing", type=fraction, default=0.1, help="of the classes")
+    group = flags.group("idm")
+    group.add("--margin", type=not_negative, default=0.3, help="of the triplets")
+    group.add("--mix_stage", type=at_least(0), default=0, help="maps after so many stages are mixed")
+    group.add("--mix_weight", type=fraction, default=0.7, help="weight of mixed against own labels")
+    group.add("--bridge_weight", type=not_negative, default=0.1, help="weight of the bridge of features")
+    group.add("--diversity_weight", type=not_negative, default=1.0, help="weight of ratios that differ")
+    group.add(
+        "--earlier_weight",
+        type=not_negative,
+        default=0.0,
+        help="weight of the triplets with features of earlier batches (XBM); 1 in the published runs",
+    )
+
+    group = flags.group("pplr", "ice")
+    group.add(
+        "--camera_weight",
+        type=not_negative,
+        default=0.5,
+        help="weight of the contrast with the cameras' proxies; with 0 no cameras are needed",
+    )
+    group.add("--hard_proxies", type=at_least(1), default=50, help="the most similar ones of other clusters")
+    group.add("--proxy_temperature", type=above_zero, default=0.07, help="temperature of that contrast")
+
+    group = flags.group("pplr")
+    group.add("--num_parts", type=at_least(1), default=3, help="horizontal stripes of a map")
+    group.add("--agreement_neighbours", type=at_least(1), default=20, help="nearest images that are compared")
+    group.add("--label_weight", type=fraction, default=0.5, help="weight of pseudo label against parts' predictions")
+    group.add("--smoothing_epochs", type=at_least(0), default=1, help="epochs before agreement smooths parts' labels")
+    group.add("--class_rows", type=at_least(2), default=3000, help="rows of the classifiers: the most clusters")
+
+    group = flags.group("ice")
+    group.add("--teacher_momentum", type=fraction, default=0.99, help="what the teacher keeps in a step")
+    group.add(
+        "--proxy_scale",
+        choices=["unit", "columns"],
+        default="unit",
+        help="length of cameras' proxies; columns: that of a column of their matrix, as in the authors' code",
+    )
+    group.add("--centre_temperature", type=above_zero, default=0.5, help="temperature of the clusters' centres")
+    group.add("--view_temperature", type=above_zero, default=0.1, help="temperature between two views")
+    group.add("--consistency_weight", type=not_negative, default=10.0, help="weight of equal likenesses in two views")
+    group.add("--consistency_temperature", type=above_zero, default=0.4, help="temperature of these likenesses")
+
+    group = flags.group("cacl")
+    group.add("--stages", type=at_least(0), default=0, help="stages in which cameras are added; default one a camera")

@@ -1,0 +1,77 @@
+"""The table of all methods: every run once, a collapse is a result, used time adds up over stops."""
+
+import json
+
+import pytest
+
+import adapt_reid
+from benchmarks.common import Run
+from benchmarks.quality import methods
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Stands in for the script, which has tests of its own: writes what it leaves, and lists the calls."""
+    made = []
+
+    def run_once(script, folder, words, done):
+        if (folder / done).exists():
+            return None
+        args = adapt_reid.parse_args(words)
+        made.append((args.method, args.seed))
+        folder.mkdir(parents=True, exist_ok=True)
+        lost = args.method == "ice" and args.seed == 1
+        epochs = [0] if lost else [0, 10]
+        history = [{"epoch": epoch, "mAP": 0.2 + 0.01 * epoch, "rank1": 0.5, "rank5": 1} for epoch in epochs]
+        (folder / "metrics.json").write_text(json.dumps({"history": history}))
+        if lost:
+            return Run(1, "", "adapt_reid.py: before epoch 1: the clusters collapsed: all", 1.0, 5.0, 0.5)
+        records = [{"epoch": epoch, "clusters": 9, "noise": 0.1, "ari": 0.04 * epoch} for epoch in range(11)]
+        (folder / "clusters.json").write_text(json.dumps(records))
+        if made.count(made[-1]) == 1 and args.method == "pplr":
+            return Run(143, "", "stopped", 1.0, 7.0, 0.25)
+        (folder / "model").mkdir()
+        (folder / "model" / "model.safetensors").touch()
+        return Run(0, "", "", 1.0, 20.0, 0.5)
+
+    monkeypatch.setattr(methods, "run_once", run_once)
+    monkeypatch.setattr(methods, "stored", lambda folder, domain: f"stored/{domain}")
+    monkeypatch.setattr(methods, "start_of", lambda folder, start, seed: f"{start} {seed}")
+    return made
+
+
+def test_table_of_methods(calls, tmp_path):
+    arguments = [
+        "--seeds",
+        "0",
+        "1",
+        "--starts",
+        "pre-trained",
+        "--runs",
+        "HHCL",
+        "PPLR",
+        "ICE",
+        "IDM + XBM, a's labels",
+    ]
+    arguments += ["--output_dir", str(tmp_path / "out"), "--json", str(tmp_path / "methods.json")]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="adapt_reid.py stopped: stopped; the same command continues"):
+            methods.main(arguments)
+    methods.main(arguments)
+    assert calls == [("hhcl", 0), ("pplr", 0), ("pplr", 0), ("ice", 0), ("idm", 0), ("hhcl", 1), ("pplr", 1),
+                     ("pplr", 1), ("ice", 1), ("idm", 1)]  # fmt: skip
+    rows = {row[1]: row[2:] for row in json.loads((tmp_path / "methods.json").read_text())["table"]}
+    assert rows["HHCL"] == ["20.0 ± 0.0", "30.0 ± 0.0", "50.0 ± 0.0", "40.0 ± 0.0", "2.0", "0.50", "10"]
+    assert rows["PPLR"][4] == "2.7" and rows["PPLR"][5] == "0.50"
+    lost = rows["ICE (1 of 2 collapsed)"]
+    assert lost[1] == "25.0 ± 7.1" and lost[3] == "40.0" and lost[6] == "0, 10"
+    raw = json.loads((tmp_path / "methods.json").read_text())["raw"]["runs"]
+    assert [one["collapsed"] for one in raw if one["method"] == "ICE"][1].endswith("the clusters collapsed: all")
+    before = len(calls)
+    methods.main(arguments)
+    assert len(calls) == before
+
+
+def test_every_run_can_be_parsed():
+    for words in methods.RUNS.values():
+        adapt_reid.parse_args(f"{methods.WORDS} {words}".split())
