@@ -372,16 +372,16 @@ def main(args):
 
     def relabel(epoch):
         """Clusters of the target as the model sees it now; memory or classifier follow them."""
-        bare.pseudo_labels.copy_(
-            bare.relabel(
-                epoch,
-                target=lambda model=None: features_of(target, "target", model),
-                source=features_of_source,
-                cluster=lambda features, rows=None: shared_labels(
-                    args, training, bare, features, truth if rows is None or truth is None else truth[rows], epoch - 1
-                )[0],
-            )
+        labels = bare.relabel(
+            epoch,
+            target=lambda model=None: features_of(target, "target", model),
+            source=features_of_source,
+            cluster=lambda features, rows=None: shared_labels(
+                args, training, bare, features, truth if rows is None or truth is None else truth[rows], epoch - 1
+            )[0],
         )
+        # Not before: extraction may put other tensors in the place of buffers.
+        bare.pseudo_labels.copy_(labels)
         # Sizes that follow from the clusters; a run that resumes makes room for them.
         training.state["shapes"] = {name: shape for name, shape in buffer_shapes(bare).items() if shape != sizes[name]}
 

@@ -257,7 +257,7 @@ from utils.evaluation.groups.report import group_report
 from utils.evaluation.kept_features import features_of_key, load_features, save_features
 from utils.evaluation.metrics import MAX_RANK, RANKS, Side, kept_labels
 from utils.evaluation.report import ResultPictures, evaluation_report
-from utils.evaluation.self_matches import check_labels, same_files, share_labels
+from utils.evaluation.self_matches import check_labels, mark, same_files
 from utils.evaluation.thresholds import pair_statistics
 from utils.files import run_record, to_json, versions, write_csv, write_together
 from utils.modeling.export import export_onnx
@@ -390,16 +390,10 @@ def check_topk(args, splits):
 
 
 def extract_images(args, accelerator, model, images, key):
-    return (extract_by_camera if args.camera_embeddings else extract)(
-        model,
-        images,
-        test_transform(model.image_size, model.image_mean, model.image_std, model.resample),
-        accelerator=accelerator,
-        keep_in=args.output_dir,
-        key=key,
-        batch_size=args.eval_batch_size,
-        num_workers=args.dataloader_num_workers,
-    )
+    transform = test_transform(model.image_size, model.image_mean, model.image_std, model.resample)
+    options = {"keep_in": args.output_dir, "key": key, "batch_size": args.eval_batch_size}
+    options |= {"accelerator": accelerator, "num_workers": args.dataloader_num_workers}
+    return (extract_by_camera if args.camera_embeddings else extract)(model, images, transform, **options)
 
 
 def extract_or_read(args, accelerator, model, images, splits):
@@ -470,12 +464,7 @@ def mark_same_files(args, accelerator, sides, copies):
     """Mark the same files on both sides, and count the pairs; None where none are looked for."""
     if copies is None:
         return None
-    total, disputed = 0, 0
-    for (queries, gallery), (query_contents, gallery_contents, num_pairs) in zip(sides, copies, strict=True):
-        queries.contents, gallery.contents = query_contents, gallery_contents
-        total += num_pairs
-        if args.query_dir:
-            disputed += share_labels(queries, gallery)
+    total, disputed = mark(sides, copies, trusts_query=bool(args.query_dir))
     if total:
         accelerator.print(f"{total} pairs of query and gallery are the same file: dropped, no image finds itself")
     if disputed:

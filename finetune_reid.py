@@ -299,9 +299,8 @@ from utils import launch
 from utils.batches.augmentation import AutoAugmentTransform
 from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import training_loader
-from utils.datasets import hold_out_of
-from utils.datasets.load import digest_of, labels_of, open_source, subset
-from utils.evaluation.targets import open_targets
+from utils.datasets.load import digest_of, labels_of, subset
+from utils.evaluation.targets import open_sets
 from utils.launch import gather_with_gradient
 from utils.modeling.backbones import read_config
 from utils.modeling.folder import IMPORTED_HEADS, card_text, model_kind, training_card
@@ -310,7 +309,7 @@ from utils.modeling.networks.semantic_swin import has_controller, set_semantic_w
 from utils.modeling.norms import add_batch_instance_norms, share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
 from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained
-from utils.training.optimizer import bias_groups
+from utils.training.parameter_groups import bias_groups
 from utils.training.report import training_report
 
 
@@ -437,16 +436,13 @@ def main(args):
         raise ValueError(
             f"--method {META} trains other norms in every step, DeepSpeed all; start it without DeepSpeed"
         )
-    batch_size, held_out = launch.global_batch_size(args, accelerator), []
-    reading = {"root": args.data_root, "skip_unreadable": args.skip_unreadable}
-    if args.holdout and not args.target:
-        options = {"least_left": least_left(args, batch_size), "say": accelerator.print} | reading
-        args.source, held_out = hold_out_of(args.source, fraction=args.holdout, **options)
-    train, labels, data = open_source(args.source, single_image_ids=args.single_image_ids, **reading)
+    batch_size = launch.global_batch_size(args, accelerator)
+    options = {"root": args.data_root, "skip_unreadable": args.skip_unreadable, "say": accelerator.print}
+    options |= {"holdout": args.holdout, "single_image_ids": args.single_image_ids}
+    options |= {"least_left": least_left(args, batch_size), "all_splits": args.setting == "generalisation"}
+    args.source, train, labels, targets = open_sets(args.source, args.target, **options)
     num_all, (train, labels) = len(train), part_of(args, train, labels)
     domains = domains_of(args, train)
-    own = args.source if len(args.source) == 1 and {"query", "gallery"} <= set(data) else held_out
-    targets = open_targets(args.target or own, **reading, all_splits=args.setting == "generalisation")
     sampler = build_sampler(args, accelerator, train, labels, domains, batch_size)
     options = {"script": "finetune_reid.py", "data": digest_of(train, labels), "batch_size": batch_size}
     training = Training(args, accelerator, sampler, train, **options)

@@ -256,7 +256,8 @@ from utils.modeling.networks.semantic_swin import SemanticSwinBackbone
 from utils.modeling.norms import share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
 from utils.training.loop import Training, optimizer_of, trained
-from utils.training.optimizer import LearningRate, cosine_to, parameter_groups
+from utils.training.optimizer import LearningRate, cosine_to
+from utils.training.parameter_groups import parameter_groups
 from utils.training.pretraining_report import draw_batch, pretraining_report
 
 # The objectives

@@ -252,15 +252,14 @@ from torch.utils.checkpoint import checkpoint
 from utils import launch
 from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import test_transform, train_transform
-from utils.datasets import hold_out_of
-from utils.datasets.load import digest_of, open_source
+from utils.datasets.load import digest_of
 from utils.diffusion.checkpoint import check_diffusion
 from utils.diffusion.feedback import FEEDBACK_WORDS, GradientBalance, examined_images
 from utils.diffusion.latents import draw_noise, encode, feedback_loader, sample_latents
 from utils.diffusion.schedule import noise_loss
 from utils.diffusion.unet import load_diffusion, recompute_activations, save_prompts, save_unet
 from utils.evaluation.features import extract
-from utils.evaluation.targets import open_targets
+from utils.evaluation.targets import open_sets
 from utils.files import portable, write_together
 from utils.launch import gather_with_gradient, whole_weights
 from utils.modeling.folder import card_text, model_kind, training_card
@@ -412,14 +411,11 @@ def main(args):
         if args.variant != diffusion.variant:
             accelerator.print(f"{name} has no U-Net of variant {args.variant}: training starts from the default one")
     captions = caption_prompts(args, diffusion)
-    batch_size, held_out = launch.global_batch_size(args, accelerator), []
+    batch_size = launch.global_batch_size(args, accelerator)
     reading = {"root": args.data_root, "skip_unreadable": args.skip_unreadable}
-    if args.holdout and not args.target:
-        options = {"least_left": -(-batch_size // args.images_per_id), "say": accelerator.print} | reading
-        args.source, held_out = hold_out_of(args.source, fraction=args.holdout, **options)
-    train, labels, data = open_source(args.source, single_image_ids=args.single_image_ids, **reading)
-    own = args.source if len(args.source) == 1 and {"query", "gallery"} <= set(data) else held_out
-    targets = open_targets(args.target or own, **reading)
+    options = {"holdout": args.holdout, "single_image_ids": args.single_image_ids, "say": accelerator.print} | reading
+    least_left = -(-batch_size // args.images_per_id)
+    args.source, train, labels, targets = open_sets(args.source, args.target, least_left=least_left, **options)
     if batch_size < 2:
         raise ValueError("a batch of one image has no statistics for BatchNorm; raise --train_batch_size")
     share = accelerator.process_index, accelerator.num_processes
@@ -578,13 +574,11 @@ def build_model(args, accelerator, num_ids, diffusion, prompts):
 def build_loader(args, accelerator, encoder, train, labels, sampler, vae):
     normal = encoder.image_size, encoder.image_mean, encoder.image_std
     transform = train_transform(*normal, padding=args.padding, erasing=args.erasing, erasing_aspect=(0.3, 1 / 0.3))
-    options = {
-        "cache_dir": None if args.cache_dir == "none" else Path(args.cache_dir).expanduser(),
-        "vae_name": args.pretrained_model_name_or_path,
-        "num_workers": args.dataloader_num_workers,
-    }
+    cache_dir = None if args.cache_dir == "none" else Path(args.cache_dir).expanduser()
+    options = {"vae_name": args.pretrained_model_name_or_path, "num_workers": args.dataloader_num_workers}
+    options |= {"cache_dir": cache_dir, "accelerator": accelerator}
     size = tuple(args.diffusion_resolution)
-    return feedback_loader(train, labels.tolist(), transform, sampler, vae, size, accelerator=accelerator, **options)
+    return feedback_loader(train, labels.tolist(), transform, sampler, vae, size, **options)
 
 
 def parameter_groups(args, model):

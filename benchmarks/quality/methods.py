@@ -42,6 +42,7 @@ RUNS = {
     "SpCL, a's labels": f"{ADAPT} --method spcl",
     "IDM, a's labels": f"{ADAPT} --method idm",
     "IDM + XBM, a's labels": f"{ADAPT} --method idm --earlier_weight 1",
+    "CaCL, a's labels": f"{ADAPT} --method cacl --jaccard faiss",
 }
 COLUMNS = ["start", "method", "mAP % before", "mAP %", "Rank-1 %", "ARI x 100", "CPU s an epoch", "peak GiB", "epochs"]
 USAGE = "usage.json"

@@ -23,7 +23,7 @@ from utils.modeling.backbones import backbone_from_config
 from utils.modeling.names import NAMED, check_backbone, named_config, open_backbone
 from utils.modeling.norms import GlobalBatchNorm, add_batch_instance_norms
 from utils.modeling.reid_model import ReIDModel
-from utils.training.optimizer import decays, depths, parameter_groups
+from utils.training.parameter_groups import decays, depths, parameter_groups
 
 PUBLISHED = ["--recipe", "diff-person", "--source", "somewhere"]
 

@@ -22,7 +22,7 @@ from utils.datasets.load import load_reid, load_sources
 from utils.flags import CLIP_DIR
 from utils.modeling.norms import BatchInstanceNorm, add_batch_instance_norms, balances
 from utils.modeling.reid_model import ReIDModel
-from utils.training.optimizer import bias_groups
+from utils.training.parameter_groups import bias_groups
 
 SOURCES = [f"synthetic:domain={name},num_ids=4,images_per_id=4" for name in "abc"]
 TARGET = "synthetic:domain=d,num_ids=3,images_per_id=4"

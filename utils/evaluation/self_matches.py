@@ -69,6 +69,16 @@ def content_of(image):
     return hashlib.sha256(content).digest()
 
 
+def mark(sides, copies, *, trusts_query=False):
+    """Mark the same files on both sides of each split: (pairs, files whose identity was taken from the query)."""
+    total, disputed = 0, 0
+    for (queries, gallery), (query_contents, gallery_contents, num_pairs) in zip(sides, copies, strict=True):
+        queries.contents, gallery.contents = query_contents, gallery_contents
+        total += num_pairs
+        disputed += share_labels(queries, gallery) if trusts_query else 0
+    return total, disputed
+
+
 def share_labels(queries, gallery):
     """Give a file that lies on both sides of a search one identity and one camera: those of the query side.
 

@@ -7,8 +7,9 @@ import torch
 
 from kernels import k_reciprocal_rerank
 from utils import evaluation
+from utils.datasets import hold_out_of
 from utils.datasets.images import check_images
-from utils.datasets.load import load_reid, parse_spec
+from utils.datasets.load import load_reid, open_source, parse_spec
 from utils.datasets.ten_splits import NUM_SPLITS, SMALL_SETS
 from utils.evaluation.features import extract
 from utils.evaluation.metrics import Side
@@ -21,6 +22,20 @@ class Target(NamedTuple):
     query: datasets.Dataset
     gallery: datasets.Dataset
     more: tuple = ()
+
+
+def open_sets(source, target, *, holdout, least_left, single_image_ids, say, all_splits=False, **reading):
+    """(source, training rows, labels, targets) of a training; `reading` are the root and `skip_unreadable`.
+
+    Without targets, a share `holdout` of the identities of one's own sets is kept out of the training and measured:
+    see `hold_out_of`. A single source with query and gallery is a target itself.
+    """
+    held_out = []
+    if holdout and not target:
+        source, held_out = hold_out_of(source, fraction=holdout, least_left=least_left, say=say, **reading)
+    train, labels, data = open_source(source, single_image_ids=single_image_ids, **reading)
+    own = source if len(source) == 1 and {"query", "gallery"} <= set(data) else held_out
+    return source, train, labels, open_targets(target or own, **reading, all_splits=all_splits)
 
 
 def open_targets(specs, root=None, *, skip_unreadable=False, all_splits=False):
