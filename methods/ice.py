@@ -25,7 +25,7 @@ from torch import nn
 from utils.batches.pseudo_batches import of_every_camera
 from utils.evaluation.groups.clusters import NOISE
 from utils.launch import gather_by_domain, gather_with_gradient
-from utils.modeling.contrast import camera_proxies, proxy_contrast
+from utils.training.contrast import camera_proxies, proxy_contrast
 from utils.training.teacher import move_teacher, teacher_of
 
 

@@ -15,10 +15,10 @@ from utils.batches.pseudo_batches import of_other_cameras
 from utils.evaluation.groups.clusters import NOISE
 from utils.launch import gather_by_domain, gather_with_gradient
 from utils.modeling.backbones import ClipBackbone, ResNetBackbone, SwinBackbone
-from utils.modeling.contrast import FeatureQueue
 from utils.modeling.domain_norms import split_norms
 from utils.modeling.losses import hard_triplet
 from utils.modeling.memories import class_means
+from utils.training.contrast import FeatureQueue
 
 
 class IDM(nn.Module):

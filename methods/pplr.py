@@ -18,12 +18,12 @@ from torch import nn
 from utils.batches.pseudo_batches import of_other_cameras
 from utils.evaluation.groups.clusters import NOISE
 from utils.launch import gather_by_domain
-from utils.modeling.contrast import camera_proxies, proxy_contrast
 from utils.modeling.domain_norms import group_batch_statistics
 from utils.modeling.losses import hard_triplet
 from utils.modeling.memories import class_means
 from utils.modeling.reid_model import BNNeck
 from utils.training.agreement import neighbour_agreement
+from utils.training.contrast import camera_proxies, proxy_contrast
 
 
 class PPLR(nn.Module):

@@ -8,9 +8,9 @@ import torch
 from adapt_reid import parse_args
 from methods.pplr import PPLR, PartFeatures
 from tests.methods.reference import close, unit
-from utils.modeling.contrast import camera_proxies, proxy_contrast
 from utils.modeling.reid_model import ReIDModel
 from utils.training.agreement import neighbour_agreement
+from utils.training.contrast import camera_proxies, proxy_contrast
 
 CAMERAS = torch.tensor([0, 1, 2, 0, 0, 1, 0, 2, 1, 1, 0, 2, 2, 0])
 LABELS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, -1, 3, 3, 3, -1])

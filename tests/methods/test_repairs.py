@@ -17,10 +17,10 @@ from tests.methods.reference import close, unit
 from utils.batches.augmentation import view_transform
 from utils.batches.transforms import test_transform
 from utils.modeling.backbones import recompute
-from utils.modeling.contrast import FeatureQueue
 from utils.modeling.domain_norms import group_batch_statistics
 from utils.modeling.heads import add_gem
 from utils.modeling.reid_model import BNNeck, ReIDModel
+from utils.training.contrast import FeatureQueue
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ __getattr__ = opened_when_used(
     {
         "reid_model": "ReIDModel",
         "heads": "add_gem build_head",
-        "imported_heads": "build_imported_head",
+        "importers.heads": "build_imported_head",
         "experts": "ExpertsHead",
         "extraction": "extract_features features_of",
     },
