@@ -499,6 +499,8 @@ def training_step(training, method, bare, batch, params):
     optimizer.zero_grad()
     if bare.centres is not None:
         bare.centres.update(compared[0], labels)
+    if args.method == META:
+        bare.learn_all()
     return {"grad_norm": norm_of(norm, loss.device), **values}
 
 

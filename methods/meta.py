@@ -105,7 +105,7 @@ class Meta(nn.Module):
         return loss, {name: value.detach() for name, value in values.items()}, None, labels
 
     def learn_only(self, domain, frozen):
-        """Until the next step, only the norms of one expert learn, and in frozen steps nothing else of the ResNet."""
+        """Only the norms of one expert learn, and in frozen steps nothing else of the ResNet; until `learn_all`."""
         norms = expert_norms(self.model.backbone)
         for norm in norms:
             for place, one in enumerate(norm.norms):
@@ -113,6 +113,11 @@ class Meta(nn.Module):
         own = {id(parameter) for norm in norms for parameter in norm.norms[domain].parameters()}
         for parameter in self.trained:
             parameter.requires_grad_(not frozen or id(parameter) in own)
+
+    def learn_all(self):
+        """After a step: a checkpoint holds what learns."""
+        for parameter in self.trained:
+            parameter.requires_grad_(True)
 
 
 def cosine_after_warmup(epoch, step, args, steps_per_epoch):
