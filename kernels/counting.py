@@ -21,11 +21,34 @@ def match_ranks(strip, rows, columns, mask):
         return rows, rows
     if strip.dtype != torch.float32:
         return ranks_by_sorting(strip, rows, columns)
-    num_rows = strip.shape[0]
     keys = (rows << 32) + descending_key(strip[rows, columns])
     keys, order = keys.sort(stable=True)
     columns = columns[order]
-    values = strip[rows, columns]
+    return rows, ranks_of_sorted(strip, rows, keys, columns, strip[rows, columns], mask, itself=1)
+
+
+def ranks_of_values(strip, rows, columns, values, mask):
+    """The ranks that entries with these values would have in their rows; they need not be in the strip.
+
+    Rows ascend. An entry of equal value comes before if its column is lower; columns may lie outside of the strip.
+    """
+    if rows.numel() == 0:
+        return rows
+    columns = columns.clamp(0, strip.shape[1])
+    if strip.dtype != torch.float32:
+        return ranks_by_comparing(strip, rows, columns, values)
+    # Ascending columns within equal values, as ranks_among_hits expects.
+    order = columns.sort(stable=True).indices
+    order = order[((rows[order] << 32) + descending_key(values[order])).sort(stable=True).indices]
+    keys = (rows[order] << 32) + descending_key(values[order])
+    ranks = torch.empty_like(rows)
+    ranks[order] = ranks_of_sorted(strip, rows, keys, columns[order], values[order], mask, itself=0)
+    return ranks
+
+
+def ranks_of_sorted(strip, rows, keys, columns, values, mask, itself):
+    """Ranks of entries sorted by (row, descending value); `itself` is 1 if the entries are in the strip, else 0."""
+    num_rows = strip.shape[0]
     ranks = torch.empty_like(rows)
     counts = torch.bincount(rows, minlength=num_rows)
     ends = counts.cumsum(0)
@@ -34,7 +57,7 @@ def match_ranks(strip, rows, columns, mask):
     for _ in range(COUNTED_MATCHES):
         some = (counts > 0).nonzero().flatten()
         last = ends[some] - 1
-        ranks[last] = counted_ranks(strip, some, columns[last], values[last], mask)
+        ranks[last] = counted_ranks(strip, some, columns[last], values[last], mask, itself)
         counts, ends = counts - (counts > 0).long(), ends - (counts > 0).long()
 
     # Few entries are before the other matches; one pass over the strip finds them.
@@ -55,17 +78,17 @@ def match_ranks(strip, rows, columns, mask):
             ranks_of_groups.append(ranks_among_hits(part, own_keys, columns[first:last], mask[begin:end]))
     if ranks_of_groups:
         ranks[remaining] = torch.cat(ranks_of_groups)
-    return rows, ranks
+    return ranks
 
 
-def counted_ranks(strip, rows, columns, values, mask):
+def counted_ranks(strip, rows, columns, values, mask, itself):
     """Ranks of one entry in each of these rows, by counting over whole rows."""
     thresholds = torch.full_like(strip[:, :1], torch.inf)
     thresholds[rows, 0] = values
     larger = count_set(torch.gt(strip, thresholds, out=mask))[rows]
     equal = count_set(torch.ge(strip, thresholds, out=mask))[rows] - larger
     ranks = 1 + larger
-    tied = (equal > 1).nonzero().flatten()
+    tied = (equal > itself).nonzero().flatten()
     position = torch.arange(strip.shape[1], device=strip.device)
     for some in tied.split(max(1, PAIR_LIMIT // strip.shape[1])):
         equals_value = strip[rows[some]] == values[some][:, None]
@@ -94,6 +117,17 @@ def ranks_among_hits(strip, keys, columns, mask):
     own_level = (torch.searchsorted(keys, keys, right=True) - 1) * num_columns
     before = torch.searchsorted(ties, own_level + columns) - torch.searchsorted(ties, own_level)
     return 1 + larger + before
+
+
+def ranks_by_comparing(strip, rows, columns, values):
+    """`ranks_of_values` by comparing whole rows."""
+    ranks = torch.empty_like(rows)
+    position = torch.arange(strip.shape[1], device=strip.device)
+    for some in torch.arange(len(rows), device=rows.device).split(max(1, PAIR_LIMIT // strip.shape[1])):
+        entries, value = strip[rows[some]], values[some][:, None]
+        before = (entries > value) | ((entries == value) & (position < columns[some][:, None]))
+        ranks[some] = 1 + before.sum(1)
+    return ranks
 
 
 def ranks_by_sorting(strip, rows, columns):

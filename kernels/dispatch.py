@@ -14,7 +14,7 @@ TRITON_MAX_K = 64
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def check_features(queries, gallery):
+def check_features(queries, gallery, may_be_empty=False):
     """Raise ValueError unless both are 2-D float tensors of one width on one device, with at least one row each."""
     for name, features in (("queries", queries), ("gallery", gallery)):
         if not isinstance(features, torch.Tensor):
@@ -23,7 +23,7 @@ def check_features(queries, gallery):
             raise ValueError(f"{name} must have shape (rows, dimensions), got {tuple(features.shape)}")
         if features.dtype not in FLOAT_DTYPES:
             raise ValueError(f"{name} must be float32, float16 or bfloat16, got {features.dtype}")
-        if features.shape[0] == 0:
+        if features.shape[0] == 0 and not may_be_empty:
             raise ValueError(f"{name} is empty: shape {tuple(features.shape)}")
         if features.shape[1] == 0:
             raise ValueError(f"{name} has rows of width 0: shape {tuple(features.shape)}")

@@ -51,13 +51,21 @@ def rank_metrics(
     protocol="market",
     backend="auto",
     seed=0,
+    group=None,
 ):
     """RankMetrics of cosine similarities. Ties go to the lower gallery index.
 
     protocol: `market` drops gallery items with the query's pid and camera; `all` drops nothing (cameras may be None);
     `cuhk03` takes CMC from ten repeats of one random image per gallery identity, drawn from `seed`.
-    Gallery pid -1 matches nothing.
+    Gallery pid -1 matches nothing. With a `group` of processes each gives its own rows and their labels, any number;
+    the metrics are those of all queries in the gallery of all, the same on every rank.
     """
+    if group is not None:
+        from .ring.ranking import ring_metrics
+
+        labels = query_pids, gallery_pids, query_cams, gallery_cams
+        options = {"max_rank": max_rank, "protocol": protocol, "backend": backend}
+        return ring_metrics(queries, gallery, *labels, **options, group=group)
     check_features(queries, gallery)
     labels = Labels(query_pids, gallery_pids, query_cams, gallery_cams, protocol, queries, gallery)
     max_rank = check_count("max_rank", max_rank, 1)

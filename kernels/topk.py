@@ -32,11 +32,16 @@ class TopK:
 
 
 @torch.no_grad()
-def cosine_topk(queries, gallery, k, *, backend="auto"):
+def cosine_topk(queries, gallery, k, *, backend="auto", group=None):
     """Cosine similarity and index of the k nearest gallery rows of each query.
 
     (Q, D), (G, D) -> TopK with float32 scores (Q, k) and int64 indices (Q, k). Rows need not be normalised.
+    With a `group` of processes each gives its own rows, any number; indices count through the gallery of all ranks.
     """
+    if group is not None:
+        from .ring.topk import ring_topk
+
+        return ring_topk(queries, gallery, k, backend, group)
     check_features(queries, gallery)
     k = check_count("k", k, 1, gallery.shape[0], hint=" (the number of gallery rows)")
     path = choose_backend(backend, queries, "cosine_topk", k)

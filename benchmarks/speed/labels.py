@@ -100,17 +100,28 @@ def main(input_args=None):
     if args.worker:
         print(json.dumps(measure(args.worker, args.images)))
         return
-    raw, rows = {}, []
+    raw = {"images": args.images, "methods": {}}
     for name in args.methods:
-        found = run_worker(
-            __spec__.name, "--worker", name, "--images", args.images, environment={"OMP_NUM_THREADS": "1"}
-        )
-        raw[name] = found
-        numbers = f"{found['seconds']:.0f}", f"{found['clustering']:.0f}", f"{found['peak_gib']:.2f}"
-        rows.append([name, f"{args.images:,}", *numbers, f"{4 * args.images**2 / GIB:.2f}"])
-        print(rows[-1], flush=True)
-    write_result(args.json, command_line(__spec__.name, input_args), COLUMNS, rows, {"methods": raw})
-    print(text_table(COLUMNS, rows))
+        words = "--worker", name, "--images", args.images
+        raw["methods"][name] = run_worker(__spec__.name, *words, environment={"OMP_NUM_THREADS": "1"})
+        print(rows_of(raw)[-1], flush=True)
+    write_result(args.json, command_line(__spec__.name, input_args), COLUMNS, rows_of(raw), raw)
+    print(text_table(COLUMNS, rows_of(raw)))
+
+
+def rows_of(raw):
+    images = raw["images"]
+    return [
+        [
+            name,
+            f"{images:,}",
+            f"{found['seconds']:.0f}",
+            f"{found['clustering']:.0f}",
+            f"{found['peak_gib']:.2f}",
+            f"{4 * images**2 / GIB:.2f}",
+        ]
+        for name, found in raw["methods"].items()
+    ]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from benchmarks.common import ROOT
@@ -59,6 +60,38 @@ def test_rates_are_those_of_loops_over_pairs():
     found = real_people.rates_at(side, 1.5)
     assert found["false_match_rate"] == pytest.approx(sum(others) / len(others))
     assert found["right_match_rate"] == pytest.approx(sum(own) / len(own)) and 0 < sum(own) < len(own)
+
+
+def test_visits_of_one_person_are_searched_for_in_each_other(tmp_path):
+    """Of five tracks two show one person; tracks 3 and 4 are new."""
+    for number in range(1, 81):
+        path = tmp_path / "img1" / f"{number:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (60, 40), (number, 0, 0)).save(path)
+    starts = {1: 1, 2: 5, 3: 45, 4: 50, 5: 41}
+    lines = [f"{start + step},{track},{10 * track},5,8,20" for track, start in starts.items() for step in range(30)]
+    (tmp_path / "boxes.txt").write_text("\n".join([*lines, "7,6,20,5,8,20"]))
+    tracks = real_people.tracks_of(tmp_path / "boxes.txt", tmp_path)
+    # A track of one box is none.
+    assert list(tracks) == list(starts)
+    real_people.write_crops(tracks, tmp_path / "crops", 4, lambda track, boxes: track in (3, 4))
+
+    def person_of(track):
+        return {4: 3}.get(track, track)
+
+    real_people.write_training_set(tmp_path / "crops", tmp_path / "training", 40, person_of)
+    # The frames of track 5 come later.
+    assert sorted(path.name for path in (tmp_path / "training").iterdir()) == ["1", "2"]
+    for by_visit, camids in ((True, {1, 2, 3, 4, 5}), (False, {0, 1, 2})):
+        people = real_people.People(tmp_path / "crops", person_of, by_visit)
+        assert len(people.pids) == 15 and set(people.pids) == {1, 2, 3, 5} and set(people.camids) == camids
+        new, others = people.parts["new"]
+        assert {people.tracklets.pids[item] for item in new} == {3, 4} and people.count("new") == 1
+        assert {people.tracklets.pids[item] for item in others} == {1, 2, 5}
+        side = real_people.side_of(people, torch.eye(len(people.tracklets.images)), new)
+        assert set(side.pids.tolist()) == {3} and set(side.camids.tolist()) == ({3, 4} if by_visit else {0, 1, 2})
+        # Two of eight kept boxes of a piece.
+        assert len(side) == 2 * 3 * 2
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5])

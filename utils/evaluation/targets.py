@@ -70,10 +70,11 @@ def evaluate_target(model, target, transform, *, accelerator, rerank=None, **opt
     images, rows = distinct(pairs)
     options |= {"accelerator": accelerator, "desc": f"evaluating {target.spec}"}
     features = extract(model, images, transform, **options).to(accelerator.device)
-    results = [
-        compare(*(side_of(part, features[part_rows]) for part, part_rows in zip(pair, pair_rows, strict=True)), rerank)
-        for pair, pair_rows in zip(pairs, rows, strict=True)
-    ]
+    group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
+    results = []
+    for pair, pair_rows in zip(pairs, rows, strict=True):
+        sides = [side_of(part, features[part_rows]) for part, part_rows in zip(pair, pair_rows, strict=True)]
+        results.append(compare(*sides, rerank, group))
     if len(results) == 1:
         return results[0]
     metrics = averaged([{key: result[key] for key in result if key != "reranked"} for result in results])
@@ -110,12 +111,12 @@ def side_of(part, features):
     return Side(features, pids, camids, list(part["path"]))
 
 
-def compare(queries, gallery, rerank):
-    """The metrics of one pair of query and gallery."""
+def compare(queries, gallery, rerank, group=None):
+    """The metrics of one pair of query and gallery, which all processes of the `group` have."""
     evaluation.check_sides(queries, gallery)
     has_cameras = bool((queries.camids >= 0).any() and (gallery.camids >= 0).any())
     protocol = "market" if has_cameras else "all"
-    metrics = evaluation.summary(evaluation.rank(queries, gallery, protocol=protocol))
+    metrics = evaluation.summary(evaluation.rank(queries, gallery, protocol=protocol, group=group))
     if rerank is not None:
         reranking = k_reciprocal_rerank(queries.features, gallery.features, **rerank)
         ids = queries.pids, gallery.pids, queries.camids, gallery.camids

@@ -1,0 +1,189 @@
+"""The processes of a ring: each has some rows of queries and gallery, and sees the others' gallery rows in turn.
+
+Rank r holds the gallery rows between those of the ranks before and after it; a gallery row's index is its place in the
+order of the ranks. In step s of P a rank works on the shard of rank r - s while the next one is on its way, so that no
+rank ever holds more than three shards.
+
+What is guaranteed: neighbours and ranks follow from the similarities by comparing and counting only, and the
+similarity of two rows is summed in the same order in every shard (`tiles.ROW_MULTIPLE`). With the same number of
+threads, P processes give the same bits as one.
+"""
+
+import os
+import socket
+import time
+from contextlib import contextmanager, suppress
+
+import torch
+import torch.distributed as dist
+
+from kernels.dispatch import FLOAT_DTYPES, check_features, choose_backend
+from kernels.tiles import unit_rows
+
+LOST = "diffreid/lost-process"
+# Tenths of a second in which a process that is gone is looked for.
+ATTEMPTS = 100
+# Group: machine and number of each rank's process.
+PLACES = {}
+
+
+class LostProcess(RuntimeError):
+    """A process of the group ended or failed; `rank` is its number."""
+
+    def __init__(self, rank, reason):
+        super().__init__(f"process {rank} of the group is gone: {reason}")
+        self.rank = rank
+
+
+class Ring:
+    """The ranks of a process group around one data set, of which this rank has the rows `gallery`."""
+
+    def __init__(self, group, queries, gallery):
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.device = gallery.device
+        self.places = PLACES.setdefault(group.group_name, [])
+        if len(self.places) != self.size:
+            places = [None] * self.size
+            dist.all_gather_object(places, (socket.gethostname(), os.getpid()), group=group)
+            self.places[:] = places
+        self.agree(lambda: check_features(queries, gallery, may_be_empty=True))
+        self.gallery = gallery.contiguous()
+        types = [FLOAT_DTYPES.index(features.dtype) for features in (queries, gallery)]
+        facts = self.gather(torch.tensor([len(queries), len(gallery), gallery.shape[1], *types])).tolist()
+        for rank, (_, _, *kind) in enumerate(facts):
+            if kind != facts[0][2:]:
+                first, other = (f"{width} wide and {FLOAT_DTYPES[of]}" for width, _, of in (facts[0][2:], kind))
+                raise ValueError(
+                    f"the features of process {rank} are {other}, those of process 0 {first}; give all ranks features "
+                    "of one model"
+                )
+        self.query_counts, self.counts = [fact[0] for fact in facts], [fact[1] for fact in facts]
+        self.offsets = [sum(self.counts[:rank]) for rank in range(self.size)]
+        self.total = sum(self.counts)
+        if not self.total or not sum(self.query_counts):
+            raise ValueError(f"{'gallery' if not self.total else 'queries'} of all ranks together is empty")
+        self.dtype = torch.float64 if torch.float64 in (queries.dtype, gallery.dtype) else torch.float32
+
+    def units(self, queries, gallery):
+        """Unit rows of this rank's queries; ValueError on all ranks for a row without length, of the gallery too."""
+
+        def checked():
+            if len(gallery):
+                unit_rows(("gallery", gallery.to(self.dtype)))
+            return unit_rows(("queries", queries.to(self.dtype)))
+
+        return self.agree(checked)
+
+    def shards(self):
+        """Yield (first index, rows) of every rank's shard that is not empty, this rank's own first."""
+        width, most = self.gallery.shape[1], max(self.counts)
+        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        holder, rows = self.rank, self.gallery
+        buffers = [self.gallery.new_empty(most, width) for _ in range(min(2, self.size - 1))]
+        for step in range(self.size):
+            coming = (holder - 1) % self.size
+            sending, target = [], None
+            if step + 1 < self.size:
+                target = buffers[step % len(buffers)][: self.counts[coming]]
+                sending = self.exchange(rows, after, target, before)
+            if self.counts[holder]:
+                yield self.offsets[holder], rows
+            self.finish(sending)
+            holder, rows = coming, target
+
+    def exchange(self, rows, after, target, before):
+        """Send rows to one rank while those of another arrive; empty shards are not sent."""
+        work = []
+        with self.watched():
+            if rows.shape[0]:
+                work.append(dist.P2POp(dist.isend, rows, self.global_rank(after), self.group))
+            if target.shape[0]:
+                work.append(dist.P2POp(dist.irecv, target, self.global_rank(before), self.group))
+            return dist.batch_isend_irecv(work) if work else []
+
+    def finish(self, sending):
+        with self.watched():
+            for work in sending:
+                work.wait()
+
+    def gather(self, tensor):
+        """The tensors of all ranks, of one shape, stacked in their order; on the CPU."""
+        device = self.device if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
+        tensor = tensor.to(device).contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        with self.watched():
+            dist.all_gather(parts, tensor, group=self.group)
+        return torch.stack(parts).cpu()
+
+    def gather_rows(self, tensor, counts):
+        """One tensor of the rows of all ranks, in their order; `counts` are the numbers of rows."""
+        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+        padded[: tensor.shape[0]] = tensor
+        parts = self.gather(padded).to(tensor.device)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def any(self, value):
+        """Whether the value is true on any rank."""
+        return bool(self.gather(torch.tensor(int(value))).any())
+
+    def agree(self, function):
+        """The result of a check on this rank; a ValueError on any rank is raised on all, with its reason."""
+        reason, result = "", None
+        try:
+            result = function()
+        except ValueError as error:
+            reason = str(error)
+        reasons = [None] * self.size
+        with self.watched():
+            dist.all_gather_object(reasons, reason, group=self.group)
+        bad = [rank for rank, text in enumerate(reasons) if text]
+        if bad:
+            raise ValueError(f"process {bad[0]}: {reasons[bad[0]]}")
+        return result
+
+    def backend_for(self, backend, features, operation, k=1):
+        """The path that rank 0 chooses, for all ranks."""
+        path = self.agree(lambda: choose_backend(backend, features, operation, k))
+        return "triton" if int(self.gather(torch.tensor(int(path == "triton")))[0]) else "torch"
+
+    def global_rank(self, rank):
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+    @contextmanager
+    def watched(self):
+        """The error of a broken connection names the process that is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise LostProcess(self.lost(), str(error).splitlines()[0][:200]) from error
+
+    def lost(self):
+        """The rank that ended first: seen on its machine, and told to the others through the store."""
+        host, store = socket.gethostname(), None
+        with suppress(Exception):
+            # The store ends with rank 0.
+            store = dist.distributed_c10d._get_default_store()
+        for _ in range(ATTEMPTS):
+            with suppress(Exception):
+                if store.check([LOST]):
+                    return int(store.get(LOST))
+            gone = [rank for rank, (place, pid) in enumerate(self.places) if place == host and is_gone(pid)]
+            if gone:
+                with suppress(Exception):
+                    store.set(LOST, str(gone[0]))
+                return gone[0]
+            time.sleep(0.1)
+        return "unknown"
+
+
+def is_gone(pid):
+    """Whether a process of this machine has ended, also if nobody has taken note of it yet."""
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in "ZX"
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False

@@ -1,0 +1,170 @@
+"""Retrieval over several processes equals that of one, bit for bit; what is wrong on one rank is said on all."""
+
+import os
+import socket
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from kernels import cosine_topk, rank_metrics
+from kernels.ranking import rank_metrics_reference
+from kernels.ring.processes import LostProcess
+from kernels.tiles import cosine_reference
+
+
+def a_set(seed):
+    """Queries and gallery of any size, with equal rows, tied similarities and identities that match nothing."""
+    draw = torch.Generator().manual_seed(seed)
+    sizes = ((1, 150), (5, 700), (4, 70), (2, 30))
+    num_queries, num_gallery, width, num_ids = (int(torch.randint(*size, (1,), generator=draw)) for size in sizes)
+    centres = torch.randn(num_ids, width, generator=draw)
+    pids = [
+        torch.randint(low, num_ids, (count,), generator=draw) for low, count in ((0, num_queries), (-1, num_gallery))
+    ]
+    sides = [centres[ids] + torch.randn(len(ids), width, generator=draw) for ids in pids]
+    for _ in range(num_gallery // 4):
+        one, other = torch.randint(num_gallery, (2,), generator=draw)
+        sides[1][one] = sides[1][other]
+    if seed % 2:
+        # Whole numbers: many similarities are equal.
+        sides = [side.round() for side in sides]
+        for side in sides:
+            side[side.norm(dim=1) == 0] = 1
+    if seed % 3 == 2:
+        sides = [side.double() for side in sides]
+    cams = [torch.randint(3, (len(ids),), generator=draw) for ids in pids]
+    return *sides, *pids, *cams
+
+
+def share(count, size, rank, seed):
+    """An uneven share of the rows; some ranks have none."""
+    draw = torch.Generator().manual_seed(seed)
+    ends = [0, *torch.randint(0, count + 1, (size - 1,), generator=draw).sort().values.tolist(), count]
+    return slice(ends[rank], ends[rank + 1])
+
+
+def same(one, other):
+    values = ("cmc", "ap", "inp", "first_match")
+    numbers = (one.mAP, one.mINP, one.num_valid, one.num_skipped)
+    return numbers == (other.mAP, other.mINP, other.num_valid, other.num_skipped) and all(
+        torch.equal(getattr(one, name).nan_to_num(-1), getattr(other, name).nan_to_num(-1)) for name in values
+    )
+
+
+def outcome(function):
+    try:
+        return function()
+    except ValueError as error:
+        return str(error)
+
+
+def compare(rank, size, seed):
+    queries, gallery, *labels = a_set(seed)
+    mine, shard = share(len(queries), size, rank, seed), share(len(gallery), size, rank, seed + 99)
+    k, world = min(1 + 7 * seed, len(gallery)), dist.group.WORLD
+    wanted, found = cosine_topk(queries, gallery, k), cosine_topk(queries[mine], gallery[shard], k, group=world)
+    assert torch.equal(found.scores, wanted.scores[mine]) and torch.equal(found.indices, wanted.indices[mine])
+    own = [ids[part] for ids, part in zip(labels, (mine, shard, mine, shard), strict=True)]
+    for protocol in ("market", "all"):
+        wanted = outcome(lambda: rank_metrics(queries, gallery, *labels, protocol=protocol))  # noqa: B023
+        found = outcome(
+            lambda: rank_metrics(queries[mine], gallery[shard], *own, protocol=protocol, group=world)  # noqa: B023
+        )
+        assert same(found, wanted) if not isinstance(wanted, str) else found == wanted
+    return gallery.dtype
+
+
+def against_the_definition(rank, size):
+    """Ranks of the ring against the dense float64 definition, on features without ties."""
+    queries, gallery, query_pids, gallery_pids, *cams = a_set(4)
+    ranks = rank_metrics_reference(
+        cosine_reference(queries.double(), gallery.double()), query_pids, gallery_pids, *cams, "market"
+    )
+    firsts = torch.tensor([int(found[0]) if len(found) else -1 for found in ranks])
+    mine, shard = share(len(queries), size, rank, 1), share(len(gallery), size, rank, 2)
+    own = query_pids[mine], gallery_pids[shard], cams[0][mine], cams[1][shard]
+    found = rank_metrics(queries[mine], gallery[shard], *own, group=dist.group.WORLD)
+    assert torch.equal(found.first_match, firsts)
+
+
+def refusals(rank, size):
+    world, sound = dist.group.WORLD, torch.randn(6, 4, generator=torch.Generator().manual_seed(rank))
+    damaged, wide, half = sound.clone(), sound, sound
+    if rank == 1:
+        damaged[3], wide, half = torch.nan, torch.randn(6, 5), sound.half()
+    for features, message in (
+        (damaged, "process 1: 1 of 6 rows of gallery are NaN or infinite: rows 3"),
+        (wide, "the features of process 1 are 5 wide and torch.float32, those of process 0 4 wide and torch.float32"),
+        (half, "the features of process 1 are 4 wide and torch.float16, those of process 0 4 wide and torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cosine_topk(features, features, 3, group=world)
+    message = rf"k must be between 1 and {6 * size} \(the number of gallery rows of all ranks\), got {6 * size + 1}"
+    with pytest.raises(ValueError, match=message):
+        cosine_topk(sound, sound, 6 * size + 1, group=world)
+    with pytest.raises(ValueError, match="gallery of all ranks together is empty"):
+        cosine_topk(sound, sound[:0], 1, group=world)
+    ids = torch.arange(6)
+    with pytest.raises(ValueError, match="process 0: protocol='cuhk03' draws images of the whole gallery"):
+        rank_metrics(sound, sound, ids, ids, ids, ids, protocol="cuhk03", group=world)
+    with pytest.raises(ValueError, match="some processes have cameras and others have none"):
+        cams = ids if rank else None
+        rank_metrics(sound, sound, ids, ids, cams, cams, protocol="all", group=world)
+
+
+def work(rank, size, port, seeds):
+    start(rank, size, port)
+    kinds = {compare(rank, size, seed) for seed in range(seeds)}
+    assert kinds == {torch.float32, torch.float64}
+    against_the_definition(rank, size)
+    refusals(rank, size)
+    dist.destroy_process_group()
+
+
+def start(rank, size, port):
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_three_processes_equal_one():
+    mp.spawn(work, args=(3, free_port(), 6), nprocs=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_any_number_of_processes_equals_one(size):
+    mp.spawn(work, args=(size, free_port(), 60), nprocs=size)
+
+
+def die(rank, size, port, folder):
+    start(rank, size, port)
+    sound = torch.randn(64, 4, generator=torch.Generator().manual_seed(rank))
+    cosine_topk(sound, sound, 3, group=dist.group.WORLD)
+    if rank == 2:
+        os._exit(0)
+    began = time.monotonic()
+    try:
+        for _ in range(100):
+            cosine_topk(sound, sound, 3, group=dist.group.WORLD)
+    except LostProcess as error:
+        (folder / str(rank)).write_text(f"{time.monotonic() - began} {error}")
+    # Not cleanly: destroying the group would wait for the lost one.
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_within_a_minute(tmp_path):
+    mp.spawn(die, args=(4, free_port(), tmp_path), nprocs=4)
+    for rank in (0, 1, 3):
+        seconds, words = (tmp_path / str(rank)).read_text().split(" ", 1)
+        assert float(seconds) < 60 and words.startswith("process 2 of the group is gone")
