@@ -86,6 +86,7 @@ class Meta(nn.Module):
         pooled = head.pool_of_domain(self.model.backbone, images, domain)
         pooled, labels = gather_with_gradient(pooled), gather_with_gradient(labels)
         local = self.local[labels]
+        margin = None if args.margin == "soft" else args.margin
         with torch.autocast(images.device.type, enabled=False):
             expert, branch, mixture = pooled.unbind(1)
             losses = {}
@@ -95,7 +96,7 @@ class Meta(nn.Module):
             ):
                 logits = head.classifiers[place](head.necks[place](features))
                 losses[f"loss_{name}"] = smoothed_loss(logits, ids, args.label_smoothing)
-                losses[f"loss_{name}_triplet"] = args.triplet_weight * hard_triplet(features, ids, args.margin)
+                losses[f"loss_{name}_triplet"] = args.triplet_weight * hard_triplet(features, ids, margin)
             losses["loss_mixture"] = mixture_loss(mixture, expert, local)
             with torch.no_grad():
                 # For the averages of a test.

@@ -68,6 +68,15 @@ def expert_norms(module):
     return [part for part in module.modules() if isinstance(part, ExpertNorm)]
 
 
+def taken_gaps(module):
+    """E of the last images at every norm, which is then forgotten."""
+    norms = expert_norms(module)
+    found = [norm.gaps for norm in norms]
+    for norm in norms:
+        norm.gaps = None
+    return found
+
+
 def norm_places(module):
     """(owner, attribute, norm) of every BatchNorm2d."""
     return [
@@ -153,10 +162,12 @@ class ExpertsHead(nn.Module):
     def expert_map(self, backbone, images, expert):
         """The map of one expert, and E of each image: (B, C, h, w), (B, norms) float32."""
         maps = self.run(backbone, images, expert, self.parts(backbone))
-        return maps, torch.stack([norm.gaps for norm in expert_norms(backbone)], dim=1)
+        return maps, torch.stack(taken_gaps(backbone), dim=1)
 
     def branch_map(self, backbone, images):
         maps = self.run(backbone, images, len(self.domains), self.parts(backbone)[: self.num_shared(backbone)])
+        # Of no use: the branch is of all domains.
+        taken_gaps(backbone)
         return backbone.run(self.branch, maps)
 
     def run(self, backbone, images, expert, parts):
