@@ -900,7 +900,7 @@ def test_captions_that_do_not_fit_are_told_before_a_model_is_loaded(small, stand
 
 def test_a_variant_that_is_not_there(small, standins, tmp_path, capsys, monkeypatch):
     """Asked for by a flag it is an error; of a recipe the default is taken, and said."""
-    monkeypatch.setattr(train_dcac, "open_source", lambda *_, **__: (_ for _ in ()).throw(ValueError("stop here")))
+    monkeypatch.setattr(train_dcac, "open_sets", lambda *_, **__: (_ for _ in ()).throw(ValueError("stop here")))
     common = [*small, "--backbone", standins / "clip", "--mixed_precision", "no", "--output_dir", tmp_path / "out"]
     assert "has no U-Net of --variant non_ema" in refused(*common, "--variant", "non_ema")
     assert "stop here" in refused(*common, "--recipe", "ma-ms")
@@ -919,7 +919,7 @@ def test_bad_input_is_told_in_one_line(small, standins, tmp_path, capsys, monkey
     assert "did you mean" in refused(*small, *out, "--source", "market1502")
     assert "no checkpoint 'checkpoint-7'" in refused(*small, *out, "--resume_from_checkpoint", "checkpoint-7")
     # Before the data is looked through, too.
-    monkeypatch.setattr(train_dcac, "open_source", None)
+    monkeypatch.setattr(train_dcac, "open_sets", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     assert "nowhere does not exist" in refused(*small, *out, "--backbone", tmp_path / "nowhere")
     assert "--use_8bit_adam needs bitsandbytes" in refused(*small, *out, "--use_8bit_adam")
