@@ -731,12 +731,12 @@ def test_a_failure_is_recorded_and_does_not_stop_the_others(whole, models, tmp_p
     out = tmp_path / "out"
     plain = script.fine_tune
 
-    def failing(args, tunable, identity, *rest):
+    def failing(args, tunable, identity, *rest, **options):
         if identity.name == NAMES[0]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         if identity.name == NAMES[2]:
             raise RuntimeError("a loose cable")
-        return plain(args, tunable, identity, *rest)
+        return plain(args, tunable, identity, *rest, **options)
 
     monkeypatch.setattr(script, "fine_tune", failing)
     failures = run(models, out)
