@@ -74,4 +74,6 @@ def test_table_of_methods(calls, tmp_path):
 
 def test_every_run_can_be_parsed():
     for words in methods.RUNS.values():
-        adapt_reid.parse_args(f"{methods.WORDS} {words}".split())
+        args = adapt_reid.parse_args(f"{methods.WORDS} {words}".split())
+        given = words.split()
+        assert "--method" not in given or args.method == given[given.index("--method") + 1]
