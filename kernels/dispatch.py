@@ -85,14 +85,18 @@ def interpreting(triton):
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def check_backend(backend):
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
 def choose_backend(backend, features, operation, k=1):
     """The backend, `torch` or `triton`, for these features and `k` neighbours.
 
     Forcing `triton` where it cannot run raises ValueError. `auto` chooses Triton only on a card that FASTER_ON lists
     for the operation and type, and never its interpreter.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_backend(backend)
     if backend == "torch":
         return "torch"
     obstacle = triton_obstacle(features.device, features.dtype)

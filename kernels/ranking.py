@@ -64,7 +64,7 @@ def rank_metrics(
         from .ring.ranking import ring_metrics
 
         labels = query_pids, gallery_pids, query_cams, gallery_cams
-        options = {"max_rank": max_rank, "protocol": protocol, "backend": backend}
+        options = {"max_rank": max_rank, "protocol": protocol, "backend": backend, "seed": seed}
         return ring_metrics(queries, gallery, *labels, **options, group=group)
     check_features(queries, gallery)
     labels = Labels(query_pids, gallery_pids, query_cams, gallery_cams, protocol, queries, gallery)
@@ -222,7 +222,8 @@ def first_rank_curve(first, max_rank):
 class SingleShot:
     """CMC of the cuhk03 protocol: in each repeat one random image of every gallery identity competes."""
 
-    def __init__(self, labels, max_rank, seed):
+    def __init__(self, labels, max_rank, seed, total=None, first=0):
+        """`labels` may be those of a share of `total` queries, from the query `first` on."""
         generator = torch.Generator().manual_seed(seed)
         device = labels.gallery_pids.device
         self.pids, counts = labels.gallery_pids.unique(return_counts=True)
@@ -230,7 +231,8 @@ class SingleShot:
         draws = torch.rand(CUHK03_REPEATS, counts.shape[0], generator=generator, dtype=torch.float64).to(device)
         self.chosen = labels.order[starts + (draws * counts).long()]
         num_queries = labels.query_pids.shape[0]
-        self.own_draws = torch.rand(CUHK03_REPEATS, num_queries, generator=generator, dtype=torch.float64).to(device)
+        own_draws = torch.rand(CUHK03_REPEATS, total or num_queries, generator=generator, dtype=torch.float64)
+        self.own_draws = own_draws[:, first : first + num_queries].to(device)
         self.query_pids, self.max_rank = labels.query_pids, max_rank
         self.curve = torch.zeros(max_rank, dtype=torch.float64, device=device)
 

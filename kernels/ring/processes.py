@@ -4,9 +4,9 @@ Rank r holds the gallery rows between those of the ranks before and after it; a 
 order of the ranks. In step s of P a rank works on the shard of rank r - s while the next one is on its way, so that no
 rank ever holds more than three shards.
 
-What is guaranteed: neighbours and ranks follow from the similarities by comparing and counting only, and the
-similarity of two rows is summed in the same order in every shard (`tiles.ROW_MULTIPLE`). With the same number of
-threads, P processes give the same bits as one.
+What is guaranteed, for all types of features: neighbours and ranks follow from the similarities by comparing and
+counting only, and the similarity of two rows is summed in the same order in every shard (`tiles.padded`). On the CPU,
+P processes give the same bits as one.
 """
 
 import os
@@ -76,30 +76,53 @@ class Ring:
         return self.agree(checked)
 
     def shards(self):
-        """Yield (first index, rows) of every rank's shard that is not empty, this rank's own first."""
-        width, most = self.gallery.shape[1], max(self.counts)
-        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        holder, rows = self.rank, self.gallery
-        buffers = [self.gallery.new_empty(most, width) for _ in range(min(2, self.size - 1))]
-        for step in range(self.size):
-            coming = (holder - 1) % self.size
-            sending, target = [], None
-            if step + 1 < self.size:
-                target = buffers[step % len(buffers)][: self.counts[coming]]
-                sending = self.exchange(rows, after, target, before)
-            if self.counts[holder]:
-                yield self.offsets[holder], rows
-            self.finish(sending)
-            holder, rows = coming, target
+        """Yield (first index, rows) of every rank's shard of the gallery that is not empty, this rank's own first."""
+        for rank, (rows,) in self.rounds(self.gallery):
+            if self.counts[rank]:
+                yield self.offsets[rank], rows
 
-    def exchange(self, rows, after, target, before):
-        """Send rows to one rank while those of another arrive; empty shards are not sent."""
+    def rounds(self, *tensors):
+        """Yield (rank, tensors) of every rank, this rank's own first; the numbers of rows may differ between ranks.
+
+        What is yielded is overwritten two steps later.
+        """
+        tensors = [tensor.contiguous() for tensor in tensors]
+        counts = self.gather(torch.tensor([len(tensor) for tensor in tensors])).tolist()
+        most = [max(numbers) for numbers in zip(*counts, strict=True)]
+        buffers = [
+            [tensor.new_empty(length, *tensor.shape[1:]) for tensor, length in zip(tensors, most, strict=True)]
+            for _ in range(min(2, self.size - 1))
+        ]
+        after, before, holder = (self.rank + 1) % self.size, (self.rank - 1) % self.size, self.rank
+        for step in range(self.size):
+            coming, sending, arriving = (holder - 1) % self.size, [], None
+            if step + 1 < self.size:
+                spaces = buffers[step % len(buffers)]
+                arriving = [space[:count] for space, count in zip(spaces, counts[coming], strict=True)]
+                sending = self.exchange(tensors, after, arriving, before)
+            yield holder, tensors
+            self.finish(sending)
+            holder, tensors = coming, arriving
+
+    def swap(self, parts):
+        """What the other ranks have for this one, in their order; `parts[r]` is what this rank has for rank r."""
+        counts = self.gather(torch.tensor([len(part) for part in parts])).tolist()
+        arrived = [part.new_empty(counts[rank][self.rank], *part.shape[1:]) for rank, part in enumerate(parts)]
+        arrived[self.rank] = parts[self.rank]
+        for step in range(1, self.size):
+            after, before = (self.rank + step) % self.size, (self.rank - step) % self.size
+            self.finish(self.exchange([parts[after].contiguous()], after, [arrived[before]], before))
+        return arrived
+
+    def exchange(self, tensors, after, arriving, before):
+        """Send tensors to one rank while those of another arrive; empty ones are not sent."""
         work = []
         with self.watched():
-            if rows.shape[0]:
-                work.append(dist.P2POp(dist.isend, rows, self.global_rank(after), self.group))
-            if target.shape[0]:
-                work.append(dist.P2POp(dist.irecv, target, self.global_rank(before), self.group))
+            for tag, (rows, target) in enumerate(zip(tensors, arriving, strict=True)):
+                if len(rows):
+                    work.append(dist.P2POp(dist.isend, rows, self.global_rank(after), self.group, tag))
+                if len(target):
+                    work.append(dist.P2POp(dist.irecv, target, self.global_rank(before), self.group, tag))
             return dist.batch_isend_irecv(work) if work else []
 
     def finish(self, sending):

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from kernels import cosine_topk, rank_metrics
+from kernels import cosine_topk, k_reciprocal_rerank, rank_metrics
+from kernels.jaccard_graph import jaccard_graph
 from kernels.ranking import rank_metrics_reference
 from kernels.ring.processes import LostProcess
 from kernels.tiles import cosine_reference
@@ -54,12 +55,16 @@ def same(one, other):
     )
 
 
-def outcome(queries, gallery, labels, **options):
+def outcome(call, *given, **options):
     """The metrics, or the words of a refusal."""
     try:
-        return rank_metrics(queries, gallery, *labels, **options)
+        return call(*given, **options)
     except ValueError as error:
         return str(error)
+
+
+def agree(one, other):
+    return one == other if isinstance(other, str) else same(one, other)
 
 
 def compare(rank, size, seed):
@@ -69,10 +74,32 @@ def compare(rank, size, seed):
     wanted, found = cosine_topk(queries, gallery, k), cosine_topk(queries[mine], gallery[shard], k, group=world)
     assert torch.equal(found.scores, wanted.scores[mine]) and torch.equal(found.indices, wanted.indices[mine])
     own = [ids[part] for ids, part in zip(labels, (mine, shard, mine, shard), strict=True)]
-    for protocol in ("market", "all"):
-        wanted = outcome(queries, gallery, labels, protocol=protocol)
-        found = outcome(queries[mine], gallery[shard], own, protocol=protocol, group=world)
-        assert same(found, wanted) if not isinstance(wanted, str) else found == wanted
+    for protocol in ("market", "all", "cuhk03"):
+        wanted = outcome(rank_metrics, queries, gallery, *labels, protocol=protocol, seed=seed)
+        found = outcome(rank_metrics, queries[mine], gallery[shard], *own, protocol=protocol, seed=seed, group=world)
+        assert agree(found, wanted)
+
+    draw = torch.Generator().manual_seed(seed)
+    k1, k2 = (int(torch.randint(*ends, (1,), generator=draw)) for ends in ((0, 40), (0, 12)))
+    options = {"k1": k1, "k2": k2, "lambda_value": (0.3, 0.0, 1.0)[seed % 3]}
+    options["compat"] = "torchreid" if seed % 5 == 4 else None
+    wanted = k_reciprocal_rerank(queries, gallery, **options)
+    found = k_reciprocal_rerank(queries[mine], gallery[shard], **options, group=world)
+    assert torch.equal(found.dense(), wanted.dense()[mine])
+    first, nearest = wanted.topk(k), found.topk(k)
+    assert torch.equal(nearest.scores, first.scores[mine]) and torch.equal(nearest.indices, first.indices[mine])
+    for protocol in ("market", "cuhk03"):
+        names = {"protocol": protocol, "seed": seed}
+        assert agree(outcome(found.metrics, *own, **names), outcome(wanted.metrics, *labels, **names))
+
+    options = {"k1": k1, "k2": k2, "max_distance": 0.7, "nearest": 1 + seed % 5}
+    options["compat"] = "faiss" if seed % 2 else None
+    if options["nearest"] <= len(gallery):
+        wanted = jaccard_graph(gallery, **options)
+        found = jaccard_graph(gallery[shard], **options, group=world)
+        rows = wanted.near.take(torch.arange(len(gallery))[shard])
+        assert torch.equal(found.reach, wanted.reach[shard])
+        assert all(torch.equal(getattr(found.near, name), getattr(rows, name)) for name in vars(rows))
     return gallery.dtype
 
 
@@ -107,8 +134,14 @@ def refusals(rank, size):
     with pytest.raises(ValueError, match="gallery of all ranks together is empty"):
         cosine_topk(sound, sound[:0], 1, group=world)
     ids = torch.arange(6)
-    with pytest.raises(ValueError, match="process 0: protocol='cuhk03' draws images of the whole gallery"):
-        rank_metrics(sound, sound, ids, ids, ids, ids, protocol="cuhk03", group=world)
+    with pytest.raises(ValueError, match="process 1: k1 must be at least 0, got -1"):
+        k_reciprocal_rerank(sound, sound, k1=-rank, group=world)
+    with pytest.raises(ValueError, match="process 1: 1 of 6 rows of gallery are NaN or infinite: rows 3"):
+        k_reciprocal_rerank(sound, damaged, group=world)
+    with pytest.raises(ValueError, match="process 0: backend='triton' cannot run under a group"):
+        jaccard_graph(sound, backend="triton", group=world)
+    with pytest.raises(ValueError, match=rf"nearest must be between 1 and {6 * size} \(the number of rows of all"):
+        jaccard_graph(sound, nearest=6 * size + 1, group=world)
     with pytest.raises(ValueError, match="some processes have cameras and others have none"):
         cams = ids if rank else None
         rank_metrics(sound, sound, ids, ids, cams, cams, protocol="all", group=world)
