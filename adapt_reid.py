@@ -415,28 +415,28 @@ def training_step(training, method, bare, batch, params, numbers):
 
 
 def shared_labels(args, training, bare, features, truth, epoch, strict=True):
-    """(labels, Clusters or None) of the target, equal everywhere: one process clusters and tells the others.
+    """(labels, Clusters) of the target, equal everywhere: all processes cluster, the main one decides.
 
     `strict`: ValueError where there are too few clusters to train with. `truth` is for the report alone.
     """
     accelerator, state = training.accelerator, training.state
-    message, clusters = [None], None
-    if accelerator.is_main_process:
-        try:
-            clusters = cluster(
-                features.to(accelerator.device),
-                eps=bare.scales(args),
-                min_samples=args.min_samples,
-                k1=args.cluster_k1,
-                k2=args.cluster_k2,
-                compat=JACCARD[args.jaccard],
-            )
-            labels, threshold = bare.labels_of(clusters, state.get("independence"))
-            if strict:
-                check_clusters(clusters[0], where=" + ".join(args.target))
-            message = [(labels, threshold)]
-        except ValueError as error:
-            message = [str(error)]
+    clusters = None
+    try:
+        clusters = cluster(
+            features.to(accelerator.device),
+            eps=bare.scales(args),
+            min_samples=args.min_samples,
+            k1=args.cluster_k1,
+            k2=args.cluster_k2,
+            compat=JACCARD[args.jaccard],
+            group=launch.group_of(accelerator),
+        )
+        labels, threshold = bare.labels_of(clusters, state.get("independence"))
+        if strict:
+            check_clusters(clusters[0], where=" + ".join(args.target))
+        message = [(labels, threshold)]
+    except ValueError as error:
+        message = [str(error)]
     answer = broadcast_object_list(message)[0]
     if isinstance(answer, str):
         raise ValueError(f"before epoch {epoch + 1}: {answer}")

@@ -223,7 +223,6 @@ if __name__ == "__main__":
 import datasets
 import torch
 
-from kernels import k_reciprocal_rerank
 from utils import evaluation, launch
 from utils.batches.chunks import image_identities
 from utils.batches.transforms import test_transform
@@ -238,14 +237,13 @@ from utils.evaluation.calibration import CALIBRATION
 from utils.evaluation.cameras import check_cameras, extract_by_camera
 from utils.evaluation.decisions import COLUMNS, DECISIONS, csv_rows, decide, limits, summary, text_lines
 from utils.evaluation.features import extract, extraction_key, forget_chunks
-from utils.evaluation.findings import Findings, combined, nothing_measured
+from utils.evaluation.findings import combined, measured, nothing_measured
 from utils.evaluation.groups import grouping
 from utils.evaluation.groups.report import group_report
 from utils.evaluation.kept_features import features_of_key, load_features, save_features
-from utils.evaluation.metrics import MAX_RANK, RANKS, Side, kept_labels
+from utils.evaluation.metrics import RANKS, Side
 from utils.evaluation.report import ResultPictures, evaluation_report
 from utils.evaluation.self_matches import check_labels, mark, same_files
-from utils.evaluation.thresholds import pair_statistics
 from utils.files import run_record, to_json, versions, write_csv, write_together
 from utils.modeling.export import export_onnx
 from utils.modeling.folder import model_kind
@@ -289,9 +287,8 @@ def main(args):
     names = {} if images is None else {column: names_of(images, column) for column in ("pid", "camid")}
     for side in (side for pair in sides for side in pair):
         side.names = names
-    metrics = None
+    metrics, results = None, [measure(args, accelerator, *pair) for pair in sides]
     if accelerator.is_main_process:
-        results = [measure(args, *(side.to(accelerator.device) for side in pair)) for pair in sides]
         findings = results[0]
         metrics = nothing_measured(findings)
         if findings.result:
@@ -516,41 +513,17 @@ def features_of_items(args, accelerator, model, tracklets):
 # Numbers
 
 
-def measure(args, queries, gallery):
-    """The `Findings` of one split."""
-    evaluation.check_sides(queries, gallery)
-    if args.topk and args.topk > len(gallery):
-        raise ValueError(f"--topk {args.topk} is more than the gallery's {len(gallery)} images; ask for fewer")
-    has_cameras = bool((queries.camids >= 0).any() and (gallery.camids >= 0).any())
-    protocol = args.protocol or ("market" if has_cameras else "all")
-    options = {"protocol": protocol, "backend": args.backend}
-    k = min(args.topk or MAX_RANK, len(gallery))
-    lists = evaluation.ranked_lists(queries, gallery, k, **options)
-    reranked_lists = reranked = None
-    if args.rerank:
-        reranking = k_reciprocal_rerank(
-            queries.features, gallery.features, **rerank_options(args), backend=args.backend
-        )
-        reranked_lists = evaluation.ranked_lists(queries, gallery, k, reranking=reranking, **options)
-    if args.query_dir and not evaluation.can_match(queries, gallery, protocol):
-        # A search without labels has no metrics; this is no error.
-        return Findings(queries, gallery, protocol, lists, reranked_lists)
-
-    result = evaluation.rank(queries, gallery, **options)
-    if args.rerank:
-        labels, kept_protocol = kept_labels(queries, gallery, protocol)
-        reranked = reranking.metrics(*labels, max_rank=MAX_RANK, protocol=kept_protocol)
-    return Findings(
-        queries,
-        gallery,
-        protocol,
-        lists,
-        reranked_lists,
-        result=result,
-        reranked=reranked,
-        pairs=pair_statistics(queries, gallery, protocol=protocol, rates=calibrations.FALSE_MATCH_RATES),
-        cameras=evaluation.camera_pairs(queries, gallery, **options),
-        confusions=evaluation.confusions(queries, gallery, *lists),
+def measure(args, accelerator, queries, gallery):
+    """The `Findings` of one split: all processes rank, the main one adds the details of the report."""
+    return measured(
+        *(side.to(accelerator.device) for side in (queries, gallery)),
+        protocol=args.protocol,
+        topk=args.topk,
+        rerank=rerank_options(args) if args.rerank else None,
+        may_lack_matches=bool(args.query_dir),
+        backend=args.backend,
+        group=launch.group_of(accelerator),
+        details=accelerator.is_main_process,
     )
 
 

@@ -6,7 +6,7 @@ from kernels.dispatch import check_count
 from kernels.jaccard import ONE, SparseRows, check_compat, offsets_of
 from kernels.jaccard_graph import JaccardGraph, distance_of, overlap_strips
 from kernels.ring.neighbours import AllRows, Overlaps, ring_vectors
-from kernels.ring.processes import Ring
+from kernels.ring.processes import Processes, Ring
 from kernels.ring.ranking import refuse_triton
 from kernels.tiles import hits
 
@@ -51,3 +51,13 @@ def ring_graph(features, *, k1, k2, max_distance, nearest, compat, backend, grou
     order = (rows * ring.total + columns).argsort()
     near = SparseRows(offsets_of(rows[order], num_rows), columns[order], distances[order])
     return JaccardGraph(near, distance_of(reach), "torch")
+
+
+def whole_graph(graph, group):
+    """The JaccardGraph of the rows of all ranks, on every rank, from those that `ring_graph` gave them."""
+    processes = Processes(group, graph.reach.device)
+    counts, columns, values, reach = map(
+        processes.gather_all, (graph.near.counts, graph.near.columns, graph.near.values, graph.reach)
+    )
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return JaccardGraph(SparseRows(offsets, columns, values), reach, graph.backend)

@@ -35,18 +35,97 @@ class LostProcess(RuntimeError):
         self.rank = rank
 
 
-class Ring:
-    """The ranks of a process group around one data set, of which this rank has the rows `gallery`."""
+class Processes:
+    """The processes of a group, as this one sees them; tensors are gathered to `device` or, by gloo, to the CPU."""
 
-    def __init__(self, group, queries, gallery):
-        self.group = group
+    def __init__(self, group, device):
+        self.group, self.device = group, device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.device = gallery.device
         self.places = PLACES.setdefault(group.group_name, [])
         if len(self.places) != self.size:
             places = [None] * self.size
             dist.all_gather_object(places, (socket.gethostname(), os.getpid()), group=group)
             self.places[:] = places
+
+    def finish(self, sending):
+        with self.watched():
+            for work in sending:
+                work.wait()
+
+    def gather(self, tensor):
+        """The tensors of all ranks, of one shape, stacked in their order; on the CPU."""
+        device = self.device if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
+        tensor = tensor.to(device).contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        with self.watched():
+            dist.all_gather(parts, tensor, group=self.group)
+        return torch.stack(parts).cpu()
+
+    def gather_rows(self, tensor, counts):
+        """One tensor of the rows of all ranks, in their order; `counts` are the numbers of rows."""
+        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+        padded[: tensor.shape[0]] = tensor
+        parts = self.gather(padded).to(tensor.device)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def any(self, value):
+        """Whether the value is true on any rank."""
+        return bool(self.gather(torch.tensor(int(value))).any())
+
+    def agree(self, function):
+        """The result of a check on this rank; a ValueError on any rank is raised on all, with its reason."""
+        reason, result = "", None
+        try:
+            result = function()
+        except ValueError as error:
+            reason = str(error)
+        reasons = [None] * self.size
+        with self.watched():
+            dist.all_gather_object(reasons, reason, group=self.group)
+        bad = [rank for rank, text in enumerate(reasons) if text]
+        if bad:
+            raise ValueError(f"process {bad[0]}: {reasons[bad[0]]}")
+        return result
+
+    def gather_all(self, tensor):
+        """`gather_rows` where the other ranks' numbers of rows are not known."""
+        return self.gather_rows(tensor, self.gather(torch.tensor([len(tensor)])).flatten().tolist())
+
+    def global_rank(self, rank):
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+    @contextmanager
+    def watched(self):
+        """The error of a broken connection names the process that is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise LostProcess(self.lost(), str(error).splitlines()[0][:200]) from error
+
+    def lost(self):
+        """The rank that ended first: seen on its machine, and told to the others through the store."""
+        host, store = socket.gethostname(), None
+        with suppress(Exception):
+            # The store ends with rank 0.
+            store = dist.distributed_c10d._get_default_store()
+        for _ in range(ATTEMPTS):
+            with suppress(Exception):
+                if store.check([LOST]):
+                    return int(store.get(LOST))
+            gone = [rank for rank, (place, pid) in enumerate(self.places) if place == host and is_gone(pid)]
+            if gone:
+                with suppress(Exception):
+                    store.set(LOST, str(gone[0]))
+                return gone[0]
+            time.sleep(0.1)
+        return "unknown"
+
+
+class Ring(Processes):
+    """The ranks of a process group around one data set, of which this rank has the rows `gallery`."""
+
+    def __init__(self, group, queries, gallery):
+        super().__init__(group, gallery.device)
         self.agree(lambda: check_features(queries, gallery, may_be_empty=True))
         self.gallery = gallery.contiguous()
         types = [FLOAT_DTYPES.index(features.dtype) for features in (queries, gallery)]
@@ -125,79 +204,10 @@ class Ring:
                     work.append(dist.P2POp(dist.irecv, target, self.global_rank(before), self.group, tag))
             return dist.batch_isend_irecv(work) if work else []
 
-    def finish(self, sending):
-        with self.watched():
-            for work in sending:
-                work.wait()
-
-    def gather(self, tensor):
-        """The tensors of all ranks, of one shape, stacked in their order; on the CPU."""
-        device = self.device if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
-        tensor = tensor.to(device).contiguous()
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        with self.watched():
-            dist.all_gather(parts, tensor, group=self.group)
-        return torch.stack(parts).cpu()
-
-    def gather_rows(self, tensor, counts):
-        """One tensor of the rows of all ranks, in their order; `counts` are the numbers of rows."""
-        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
-        padded[: tensor.shape[0]] = tensor
-        parts = self.gather(padded).to(tensor.device)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-    def any(self, value):
-        """Whether the value is true on any rank."""
-        return bool(self.gather(torch.tensor(int(value))).any())
-
-    def agree(self, function):
-        """The result of a check on this rank; a ValueError on any rank is raised on all, with its reason."""
-        reason, result = "", None
-        try:
-            result = function()
-        except ValueError as error:
-            reason = str(error)
-        reasons = [None] * self.size
-        with self.watched():
-            dist.all_gather_object(reasons, reason, group=self.group)
-        bad = [rank for rank, text in enumerate(reasons) if text]
-        if bad:
-            raise ValueError(f"process {bad[0]}: {reasons[bad[0]]}")
-        return result
-
     def backend_for(self, backend, features, operation, k=1):
         """The path that rank 0 chooses, for all ranks."""
         path = self.agree(lambda: choose_backend(backend, features, operation, k))
         return "triton" if int(self.gather(torch.tensor(int(path == "triton")))[0]) else "torch"
-
-    def global_rank(self, rank):
-        return rank if self.group is None else dist.get_global_rank(self.group, rank)
-
-    @contextmanager
-    def watched(self):
-        """The error of a broken connection names the process that is gone."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise LostProcess(self.lost(), str(error).splitlines()[0][:200]) from error
-
-    def lost(self):
-        """The rank that ended first: seen on its machine, and told to the others through the store."""
-        host, store = socket.gethostname(), None
-        with suppress(Exception):
-            # The store ends with rank 0.
-            store = dist.distributed_c10d._get_default_store()
-        for _ in range(ATTEMPTS):
-            with suppress(Exception):
-                if store.check([LOST]):
-                    return int(store.get(LOST))
-            gone = [rank for rank, (place, pid) in enumerate(self.places) if place == host and is_gone(pid)]
-            if gone:
-                with suppress(Exception):
-                    store.set(LOST, str(gone[0]))
-                return gone[0]
-            time.sleep(0.1)
-        return "unknown"
 
 
 def is_gone(pid):

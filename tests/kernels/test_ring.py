@@ -14,6 +14,7 @@ from kernels.jaccard_graph import jaccard_graph
 from kernels.ranking import rank_metrics_reference
 from kernels.ring.processes import LostProcess
 from kernels.tiles import cosine_reference
+from utils.training.clustering import cluster
 
 
 def a_set(seed):
@@ -100,6 +101,10 @@ def compare(rank, size, seed):
         rows = wanted.near.take(torch.arange(len(gallery))[shard])
         assert torch.equal(found.reach, wanted.reach[shard])
         assert all(torch.equal(getattr(found.near, name), getattr(rows, name)) for name in vars(rows))
+    if len(gallery) > 8:
+        options = {"eps": 0.6, "min_samples": 3, "k1": 8, "k2": 4}
+        wanted, found = cluster(gallery, **options), cluster(gallery, **options, group=world)
+        assert torch.equal(found.labels, wanted.labels) and torch.equal(found.reach, wanted.reach)
     return gallery.dtype
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kernels import rank_metrics
+from kernels.ring.processes import Processes
 from utils.datasets.schema import UNKNOWN
 
 PROTOCOLS = ("market", "cuhk03", "all")
@@ -115,16 +116,21 @@ def rank(queries, gallery, *, protocol="market", max_rank=MAX_RANK, backend="aut
     With a `group` of processes that all have both sides, each ranks its share: the same result in less time.
     """
     labels, protocol = kept_labels(queries, gallery, protocol)
-    sides = queries.features, gallery.features
-    if group is not None:
-        shares = [torch.distributed.get_rank(group), torch.distributed.get_world_size(group)]
-        sides, labels = ([share_of(values, *shares) for values in both] for both in (sides, labels))
-    options = {"max_rank": max_rank, "protocol": protocol, "backend": backend}
-    return rank_metrics(*sides, *labels, **options, group=group)
+    sides = shares_of(group, queries.features, gallery.features, *labels)
+    return rank_metrics(*sides, max_rank=max_rank, protocol=protocol, backend=backend, group=group)
 
 
-def share_of(values, number, count):
-    return values[len(values) * number // count : len(values) * (number + 1) // count]
+def shares_of(group, *values):
+    """This process's share of the rows of each, which all processes of the `group` have; None is one process."""
+    if group is None:
+        return values
+    number, count = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    return [part[len(part) * number // count : len(part) * (number + 1) // count] for part in values]
+
+
+def joined(group, values):
+    """The rows of all processes of the `group`, of which each has its share, on every process."""
+    return values if group is None else Processes(group, values.device).gather_all(values)
 
 
 def summary(result):
