@@ -5,6 +5,8 @@ import os
 
 import torch
 
+from kernels.disk.rows import RowsOnDisk
+
 BACKENDS = ("auto", "torch", "triton")
 HALF = (torch.float16, torch.bfloat16)
 # Card name -> operation -> types for which `python -m benchmarks.speed.gpu_retrieval` measured Triton as the faster
@@ -17,7 +19,9 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def check_features(queries, gallery, may_be_empty=False):
     """Raise ValueError unless both are 2-D float tensors of one width on one device, with at least one row each."""
     for name, features in (("queries", queries), ("gallery", gallery)):
-        if not isinstance(features, torch.Tensor):
+        if isinstance(features, RowsOnDisk) and not may_be_empty:
+            check_in_memory(features)
+        if not isinstance(features, (torch.Tensor, RowsOnDisk)):
             raise ValueError(f"{name} must be a torch tensor, got {type(features).__name__}")
         if features.dim() != 2:
             raise ValueError(f"{name} must have shape (rows, dimensions), got {tuple(features.shape)}")
@@ -31,6 +35,11 @@ def check_features(queries, gallery, may_be_empty=False):
         raise ValueError(f"queries and gallery have different widths: {queries.shape[1]} and {gallery.shape[1]}")
     if queries.device != gallery.device:
         raise ValueError(f"queries and gallery lie on different devices: {queries.device} and {gallery.device}")
+
+
+def check_in_memory(*features):
+    if any(isinstance(rows, RowsOnDisk) for rows in features):
+        raise ValueError("features on disk cannot be re-ranked or clustered; read them into memory: features[:]")
 
 
 def check_ids(name, ids, length, device):

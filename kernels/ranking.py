@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .counting import PAIR_LIMIT, match_ranks
+from .disk.rows import RowsOnDisk
 from .dispatch import check_count, check_features, check_ids, choose_backend
 from .tiles import expand_ranges, row_groups, similarity_strips, unit_pair
 
@@ -58,9 +59,10 @@ def rank_metrics(
     protocol: `market` drops gallery items with the query's pid and camera; `all` drops nothing (cameras may be None);
     `cuhk03` takes CMC from ten repeats of one random image per gallery identity, drawn from `seed`.
     Gallery pid -1 matches nothing. With a `group` of processes each gives its own rows and their labels, any number;
-    the metrics are those of all queries in the gallery of all, the same on every rank.
+    the metrics are those of all queries in the gallery of all, the same on every rank. Queries and gallery may be
+    `kernels.disk.rows.RowsOnDisk`, larger than memory.
     """
-    if group is not None:
+    if group is not None or any(isinstance(features, RowsOnDisk) for features in (queries, gallery)):
         from .ring.ranking import ring_metrics
 
         labels = query_pids, gallery_pids, query_cams, gallery_cams

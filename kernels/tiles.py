@@ -27,22 +27,22 @@ def multiple_of(dtype):
     return DOUBLE_MULTIPLE if dtype == torch.float64 else ROW_MULTIPLE
 
 
-def unit_rows(*named_features, spare=False):
+def unit_rows(*named_features, spare=False, first=0):
     """Rows of all (name, features) one after the other, divided by their length and padded with zero rows.
 
     With `spare` more zero rows follow, so that padded views may start at any row. Zero rows and rows that are not
-    finite raise a ValueError with their numbers.
+    finite raise a ValueError with their numbers, counted from `first`.
     """
     total = sum(features.shape[0] for _, features in named_features)
-    first = named_features[0][1]
+    example = named_features[0][1]
     double = any(features.dtype == torch.float64 for _, features in named_features)
     dtype = torch.float64 if double else torch.float32
     num_rows = padded(total, dtype) + (multiple_of(dtype) if spare else 0)
-    units = torch.empty(num_rows, first.shape[1], dtype=dtype, device=first.device)
+    units = torch.empty(num_rows, example.shape[1], dtype=dtype, device=example.device)
     units[total:] = 0
     start = 0
     for name, features in named_features:
-        largest = torch.empty(features.shape[0], dtype=dtype, device=first.device)
+        largest = torch.empty(features.shape[0], dtype=dtype, device=example.device)
         for begin in range(0, features.shape[0], NORMALISE_ROWS):
             chunk = units[start + begin : start + min(begin + NORMALISE_ROWS, features.shape[0])]
             chunk.copy_(features[begin : begin + NORMALISE_ROWS])
@@ -51,7 +51,7 @@ def unit_rows(*named_features, spare=False):
             # Divided by the largest entry first: squares of 1e-30 or 1e30 do not fit float32.
             chunk /= peak[:, None]
             chunk /= torch.linalg.vector_norm(chunk, dim=1, keepdim=True)
-        raise_on_bad_rows(name, largest)
+        raise_on_bad_rows(name, largest, first)
         start += features.shape[0]
     return units
 
@@ -73,10 +73,10 @@ def cosine_reference(queries, gallery):
     return cosines
 
 
-def raise_on_bad_rows(name, largest):
+def raise_on_bad_rows(name, largest, first=0):
     """Raise ValueError for rows whose largest magnitude is zero, NaN or infinite."""
     for problem, bad in (("NaN or infinite", ~torch.isfinite(largest)), ("all zero", largest == 0)):
-        rows = bad.nonzero().flatten().tolist()
+        rows = (bad.nonzero().flatten() + first).tolist()
         if rows:
             shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
             raise ValueError(f"{len(rows)} of {largest.shape[0]} rows of {name} are {problem}: rows {shown}")

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.dispatch import check_count
+from kernels.dispatch import check_count, check_in_memory
 from kernels.jaccard import ONE, SparseRows, check_compat, offsets_of
 from kernels.jaccard_graph import JaccardGraph, distance_of, overlap_strips
 from kernels.ring.neighbours import AllRows, Overlaps, ring_vectors
@@ -16,6 +16,7 @@ def ring_graph(features, *, k1, k2, max_distance, nearest, compat, backend, grou
     ring = Ring(group, features, features)
 
     def checked():
+        check_in_memory(features)
         check_compat(compat)
         refuse_triton(backend)
         hint = " (the number of rows of all ranks)"

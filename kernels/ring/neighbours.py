@@ -14,7 +14,7 @@ from kernels.jaccard import (
 )
 from kernels.neighbours import Neighbours
 from kernels.ring.topk import Best
-from kernels.tiles import similarity_strips, unit_rows
+from kernels.tiles import similarity_strips
 from kernels.topk import strip_topk
 
 
@@ -35,10 +35,7 @@ class AllRows:
         self.total = int(self.starts[-1])
         self.own = torch.cat([torch.arange(*self.range_of(part, ring.rank)) for part in range(len(parts))])
         self.own = self.own.to(self.device)
-        self.units = ring.agree(lambda: [self.unit(*part) for part in named_parts])
-
-    def unit(self, name, rows):
-        return unit_rows((name, rows.to(self.ring.dtype)))
+        self.units = ring.agree(lambda: [ring.unit(*part) for part in named_parts])
 
     def range_of(self, part, rank):
         place = part * self.ring.size + rank
@@ -62,7 +59,7 @@ class AllRows:
         for rank, tensors in self.ring.rounds(*self.parts):
             for part, rows in enumerate(tensors):
                 if len(rows):
-                    units = self.units[part] if rank == self.ring.rank else self.unit("features", rows)
+                    units = self.units[part] if rank == self.ring.rank else self.ring.unit("features", rows)
                     yield self.range_of(part, rank)[0], len(rows), units
 
     def gather(self, values):
@@ -91,9 +88,9 @@ class AllRows:
 
 def ring_neighbours(rows, k):
     """`Neighbours` of the own rows among all of X; indices are numbers in X."""
-    k, dtype = min(k, rows.total), rows.ring.dtype
-    best = Best(rows.own, k, dtype)
-    lowest = torch.full((len(rows.own),), torch.inf, dtype=dtype, device=rows.device)
+    k = min(k, rows.total)
+    best = Best(rows.ring, k, len(rows.own))
+    lowest = torch.full((len(rows.own),), torch.inf, dtype=rows.ring.dtype, device=rows.device)
     for offset, count, shard in rows.shards():
         for place, num_rows, number, units in rows.own_blocks():
             for start, strip in similarity_strips(units, num_rows, shard, count):

@@ -17,8 +17,9 @@ from contextlib import contextmanager, suppress
 import torch
 import torch.distributed as dist
 
+from kernels.disk.rows import BLOCK_ROWS, RowsOnDisk
 from kernels.dispatch import FLOAT_DTYPES, check_features, choose_backend
-from kernels.tiles import unit_rows
+from kernels.tiles import padded, similarity_strips, unit_rows
 
 LOST = "diffreid/lost-process"
 # Tenths of a second in which a process that is gone is looked for.
@@ -36,10 +37,13 @@ class LostProcess(RuntimeError):
 
 
 class Processes:
-    """The processes of a group, as this one sees them; tensors are gathered to `device` or, by gloo, to the CPU."""
+    """The processes of a group, as this one sees them; without a group, this process alone."""
 
     def __init__(self, group, device):
         self.group, self.device = group, device
+        if group is None:
+            self.rank, self.size = 0, 1
+            return
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.places = PLACES.setdefault(group.group_name, [])
         if len(self.places) != self.size:
@@ -54,6 +58,8 @@ class Processes:
 
     def gather(self, tensor):
         """The tensors of all ranks, of one shape, stacked in their order; on the CPU."""
+        if self.size == 1:
+            return tensor[None].cpu()
         device = self.device if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
         tensor = tensor.to(device).contiguous()
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -74,6 +80,8 @@ class Processes:
 
     def agree(self, function):
         """The result of a check on this rank; a ValueError on any rank is raised on all, with its reason."""
+        if self.group is None:
+            return function()
         reason, result = "", None
         try:
             result = function()
@@ -92,7 +100,7 @@ class Processes:
         return self.gather_rows(tensor, self.gather(torch.tensor([len(tensor)])).flatten().tolist())
 
     def global_rank(self, rank):
-        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+        return dist.get_global_rank(self.group, rank)
 
     @contextmanager
     def watched(self):
@@ -122,43 +130,59 @@ class Processes:
 
 
 class Ring(Processes):
-    """The ranks of a process group around one data set, of which this rank has the rows `gallery`."""
+    """The ranks of a process group around one data set, of which this rank has the rows `queries` and `gallery`.
+
+    Either may be on disk (`kernels.disk.rows`). Then shards come in blocks, and so do unit rows of the queries.
+    """
 
     def __init__(self, group, queries, gallery):
-        super().__init__(group, gallery.device)
+        # Rows on disk go to the device of the others.
+        devices = [features.device for features in (queries, gallery) if isinstance(features, torch.Tensor)]
+        queries, gallery = (
+            features.to(devices[0]) if devices and isinstance(features, RowsOnDisk) else features
+            for features in (queries, gallery)
+        )
+        super().__init__(group, getattr(gallery, "device", None))
         self.agree(lambda: check_features(queries, gallery, may_be_empty=True))
-        self.gallery = gallery.contiguous()
+        self.queries, self.gallery = queries, gallery
         types = [FLOAT_DTYPES.index(features.dtype) for features in (queries, gallery)]
-        facts = self.gather(torch.tensor([len(queries), len(gallery), gallery.shape[1], *types])).tolist()
-        for rank, (_, _, *kind) in enumerate(facts):
-            if kind != facts[0][2:]:
-                first, other = (f"{width} wide and {FLOAT_DTYPES[of]}" for width, _, of in (facts[0][2:], kind))
+        on_disk = isinstance(gallery, RowsOnDisk)
+        facts = self.gather(torch.tensor([on_disk, len(queries), len(gallery), gallery.shape[1], *types])).tolist()
+        for rank, (_, _, _, *kind) in enumerate(facts):
+            if kind != facts[0][3:]:
+                first, other = (f"{width} wide and {FLOAT_DTYPES[of]}" for width, _, of in (facts[0][3:], kind))
                 raise ValueError(
                     f"the features of process {rank} are {other}, those of process 0 {first}; give all ranks features "
                     "of one model"
                 )
-        self.query_counts, self.counts = [fact[0] for fact in facts], [fact[1] for fact in facts]
+        self.query_counts, self.counts = [fact[1] for fact in facts], [fact[2] for fact in facts]
         self.offsets = [sum(self.counts[:rank]) for rank in range(self.size)]
         self.total = sum(self.counts)
         if not self.total or not sum(self.query_counts):
-            raise ValueError(f"{'gallery' if not self.total else 'queries'} of all ranks together is empty")
+            words = " of all ranks together" * (group is not None)
+            raise ValueError(f"{'gallery' if not self.total else 'queries'}{words} is empty")
+        self.block = BLOCK_ROWS if any(fact[0] for fact in facts) else max(self.counts)
         self.dtype = torch.float64 if torch.float64 in (queries.dtype, gallery.dtype) else torch.float32
 
-    def units(self, queries, gallery):
-        """Unit rows of this rank's queries; ValueError on all ranks for a row without length, of the gallery too."""
+    def units(self):
+        """The `Units` of this rank's queries; ValueError on all ranks for a row without length, of the gallery too."""
 
         def checked():
-            if len(gallery):
-                unit_rows(("gallery", gallery.to(self.dtype)))
-            return unit_rows(("queries", queries.to(self.dtype)))
+            for start in range(0, len(self.gallery), self.block):
+                self.unit("gallery", self.gallery[start : start + self.block], start)
+            return Units(self)
 
         return self.agree(checked)
 
+    def unit(self, name, rows, start=0):
+        return unit_rows((name, rows.to(self.dtype)), first=start)
+
     def shards(self):
-        """Yield (first index, rows) of every rank's shard of the gallery that is not empty, this rank's own first."""
-        for rank, (rows,) in self.rounds(self.gallery):
-            if self.counts[rank]:
-                yield self.offsets[rank], rows
+        """Yield (first index, rows) of the gallery of all ranks, this rank's own first; in blocks if it is on disk."""
+        for start in range(0, max(self.counts), self.block):
+            for rank, (rows,) in self.rounds(self.gallery[start : start + self.block]):
+                if len(rows):
+                    yield self.offsets[rank] + start, rows
 
     def rounds(self, *tensors):
         """Yield (rank, tensors) of every rank, this rank's own first; the numbers of rows may differ between ranks.
@@ -166,6 +190,9 @@ class Ring(Processes):
         What is yielded is overwritten two steps later.
         """
         tensors = [tensor.contiguous() for tensor in tensors]
+        if self.size == 1:
+            yield self.rank, tensors
+            return
         counts = self.gather(torch.tensor([len(tensor) for tensor in tensors])).tolist()
         most = [max(numbers) for numbers in zip(*counts, strict=True)]
         buffers = [
@@ -208,6 +235,34 @@ class Ring(Processes):
         """The path that rank 0 chooses, for all ranks."""
         path = self.agree(lambda: choose_backend(backend, features, operation, k))
         return "triton" if int(self.gather(torch.tensor(int(path == "triton")))[0]) else "torch"
+
+
+class Units:
+    """Unit rows of a rank's queries: in memory as a whole, or made in blocks from those on disk."""
+
+    def __init__(self, ring):
+        self.ring, self.count, self.dtype = ring, len(ring.queries), ring.dtype
+        self.in_memory = not isinstance(ring.queries, RowsOnDisk)
+        self.block = max(self.count, 1) if self.in_memory else BLOCK_ROWS
+        self.made = []
+        for start in range(0, self.count, self.block):
+            # This checks the rows, too.
+            units = self.unit(start)
+            if self.in_memory:
+                self.made.append(units)
+
+    def unit(self, start):
+        return self.ring.unit("queries", self.ring.queries[start : start + self.block], start)
+
+    def strips(self, rows, count, begin=0, end=None):
+        """`similarity_strips` of the queries begin:end with unit rows of the gallery."""
+        end = self.count if end is None else end
+        for start in range(begin // self.block * self.block, end, self.block):
+            units = self.made[start // self.block] if self.in_memory else self.unit(start)
+            first, last = max(begin - start, 0), min(end - start, self.block)
+            block = units[first : first + padded(last - first, self.dtype)]
+            for place, strip in similarity_strips(block, last - first, rows, count):
+                yield start + first + place, strip
 
 
 def is_gone(pid):

@@ -11,7 +11,7 @@ from kernels.counting import ranks_of_values
 from kernels.dispatch import check_backend, check_count, check_ids
 from kernels.ranking import Labels, SingleShot, Tally, first_rank_curve
 from kernels.ring.processes import Ring
-from kernels.tiles import padded, similarity_strips, strip_height, unit_rows
+from kernels.tiles import padded, strip_height
 
 
 def ring_metrics(
@@ -21,28 +21,30 @@ def ring_metrics(
     ring = Ring(group, queries, gallery)
     max_rank = ring.agree(lambda: check_count("max_rank", max_rank, 1))
     given = query_pids, gallery_pids, query_cams, gallery_cams
-    labels = ring.agree(lambda: own_labels(queries, gallery, *given))
+    labels = ring.agree(lambda: own_labels(ring, *given))
     ring.agree(lambda: refuse_triton(backend))
-    units = ring.units(queries, gallery)
+    units = ring.units()
 
     def shards():
         for offset, rows in ring.shards():
-            yield CosineShard(units, len(queries), offset, unit_rows(("gallery", rows.to(ring.dtype))), len(rows))
+            yield CosineShard(units, offset, ring.unit("gallery", rows), len(rows))
 
-    return counted_metrics(ring, queries, labels, shards, protocol, max_rank, seed)
+    return counted_metrics(ring, labels, shards, protocol, max_rank, seed)
 
 
 def refuse_triton(backend):
     """Triton's kernels rank within one gallery; their scores are not those of the products here."""
     if backend == "triton":
-        raise ValueError("backend='triton' cannot run under a group: ranks are counted by products of torch")
+        raise ValueError(
+            "backend='triton' cannot run under a group or on disk: ranks are counted by products of torch"
+        )
     check_backend(backend)
 
 
-def counted_metrics(ring, queries, labels, shards, protocol, max_rank, seed):
+def counted_metrics(ring, labels, shards, protocol, max_rank, seed):
     """RankMetrics of the queries of all ranks; `shards()` goes through the shards of all, once for each call."""
-    labels = labels_of_all(ring, queries, labels, protocol)
-    pairs = Pairs(labels, len(queries), queries.device, ring.dtype)
+    labels = labels_of_all(ring, labels, protocol)
+    pairs = Pairs(labels, len(ring.queries), ring.device, ring.dtype)
     drawn = DrawnMatches(ring, pairs, labels, max_rank, seed) if protocol == "cuhk03" else None
     for shard in shards():
         pairs.score(shard)
@@ -68,18 +70,17 @@ def counted_metrics(ring, queries, labels, shards, protocol, max_rank, seed):
     return tally.metrics(max_rank, "torch", drawn)
 
 
-def own_labels(queries, gallery, query_pids, gallery_pids, query_cams, gallery_cams):
+def own_labels(ring, query_pids, gallery_pids, query_cams, gallery_cams):
     """This rank's checked identities and cameras, in the order of `Labels`; cameras may be None."""
-    device = queries.device
-    sides = (queries, query_pids, query_cams, "query"), (gallery, gallery_pids, gallery_cams, "gallery")
+    sides = (ring.queries, query_pids, query_cams, "query"), (ring.gallery, gallery_pids, gallery_cams, "gallery")
     return [
-        None if ids is None else check_ids(f"{side}_{name}", ids, len(features), device)
+        None if ids is None else check_ids(f"{side}_{name}", ids, len(features), ring.device)
         for name, place in (("pids", 1), ("cams", 2))
         for features, ids, side in ((given[0], given[place], given[3]) for given in sides)
     ]
 
 
-def labels_of_all(ring, queries, labels, protocol):
+def labels_of_all(ring, labels, protocol):
     query_pids, gallery_pids, query_cams, gallery_cams = labels
     gallery_pids = ring.gather_rows(gallery_pids, ring.counts)
     has_cameras = query_cams is not None and gallery_cams is not None
@@ -89,28 +90,24 @@ def labels_of_all(ring, queries, labels, protocol):
         gallery_cams = ring.gather_rows(gallery_cams, ring.counts)
     gallery_cams = gallery_cams if has_cameras else None
     # Only the numbers of rows and the device of the features count.
-    gallery = queries.new_empty(ring.total, 0)
-    return Labels(query_pids, gallery_pids, query_cams, gallery_cams, protocol, queries, gallery)
+    sides = (torch.empty(count, 0, device=ring.device) for count in (len(ring.queries), ring.total))
+    return Labels(query_pids, gallery_pids, query_cams, gallery_cams, protocol, *sides)
 
 
 class CosineShard:
     """Gallery rows of one rank: `strips` and `values` give their similarities to this rank's queries."""
 
-    def __init__(self, units, num_queries, offset, rows, count):
-        self.units, self.num_queries = units, num_queries
-        self.offset, self.rows, self.count = offset, rows, count
+    def __init__(self, units, offset, rows, count):
+        self.units, self.offset, self.rows, self.count = units, offset, rows, count
 
     def strips(self):
-        return similarity_strips(self.units, self.num_queries, self.rows, self.count) if self.num_queries else iter(())
+        return self.units.strips(self.rows, self.count)
 
     def values(self, begin, end, columns):
         """Yield (first query, values of some queries of begin:end and these rows of the shard)."""
-        dtype = self.units.dtype
-        some = self.rows.new_zeros(padded(len(columns), dtype), self.rows.shape[1])
+        some = self.rows.new_zeros(padded(len(columns), self.rows.dtype), self.rows.shape[1])
         some[: len(columns)] = self.rows[columns]
-        block = self.units[begin : begin + padded(end - begin, dtype)]
-        for start, strip in similarity_strips(block, end - begin, some, len(columns)):
-            yield begin + start, strip
+        return self.units.strips(some, len(columns), begin, end)
 
 
 class Pairs:

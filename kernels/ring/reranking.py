@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.dispatch import check_count
+from kernels.dispatch import check_count, check_in_memory
 from kernels.jaccard import SparseRows
 from kernels.reranking import ReRanking, check_options
 from kernels.ring.neighbours import AllRows, Overlaps, ring_vectors
@@ -16,6 +16,7 @@ from kernels.topk import TopK, strip_topk
 def ring_rerank(queries, gallery, *, k1, k2, lambda_value, compat, backend, group):
     """`k_reciprocal_rerank` under a group: the RingReRanking of this rank's queries."""
     ring = Ring(group, queries, gallery)
+    ring.agree(lambda: check_in_memory(queries, gallery))
     k1, k2, lambda_value = ring.agree(lambda: check_options(k1, k2, lambda_value, compat))
     ring.agree(lambda: refuse_triton(backend))
     return RingReRanking(ring, queries, gallery, k1, k2, lambda_value, compat)
@@ -45,15 +46,14 @@ class RingReRanking(ReRanking):
         ring = self.ring
         max_rank = ring.agree(lambda: check_count("max_rank", max_rank, 1))
         given = query_pids, gallery_pids, query_cams, gallery_cams
-        sides = self._rows.parts
-        labels = ring.agree(lambda: own_labels(*sides, *given))
-        return counted_metrics(ring, sides[0], labels, self._shards, protocol, max_rank, seed)
+        labels = ring.agree(lambda: own_labels(ring, *given))
+        return counted_metrics(ring, labels, self._shards, protocol, max_rank, seed)
 
     def topk(self, k):
         """The k gallery items of smallest final distance to each own query: a TopK with the negated distances."""
         hint = " (the number of gallery rows of all ranks)"
         k = self.ring.agree(lambda: check_count("k", k, 1, self.num_gallery, hint=hint))
-        best = Best(self._queries[: self.num_queries], k, self.ring.dtype)
+        best = Best(self.ring, k)
         for shard in self._shards():
             for start, strip in shard.strips():
                 scores, indices = strip_topk(strip, min(k, shard.count))
@@ -77,7 +77,7 @@ class RingReRanking(ReRanking):
         ):
             if not len(rows):
                 continue
-            units = self._rows.units[1] if rank == self.ring.rank else self._rows.unit("gallery", rows)
+            units = self._rows.units[1] if rank == self.ring.rank else self.ring.unit("gallery", rows)
             offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
             yield RerankedShard(self, self.ring.offsets[rank], units, SparseRows(offsets, columns, values))
 
