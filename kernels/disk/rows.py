@@ -46,6 +46,14 @@ class RowsOnDisk:
     def to(self, device):
         return RowsOnDisk(self.tensors, device)
 
+    def span(self, begin, end):
+        """These rows, still on disk."""
+        spans = [
+            tensor[max(begin - start, 0) : max(end - start, 0)]
+            for start, tensor in zip(self.starts, self.tensors, strict=False)
+        ]
+        return RowsOnDisk(spans, self.device)
+
     def __getitem__(self, rows):
         if isinstance(rows, slice):
             begin, end, step = rows.indices(len(self))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kernels import RankMetrics, k_reciprocal_rerank
+from kernels.disk.rows import RowsOnDisk
 from utils.evaluation.lists import camera_pairs, confusions, ranked_lists
 from utils.evaluation.metrics import (
     MAX_RANK,
@@ -47,7 +48,8 @@ def measured(
 
     Without a `protocol` it is `market`, or `all` where a side has no cameras. `may_lack_matches`: a search without
     labels has lists but no metrics. All processes of a `group` have both sides, each ranks its share, and all get the
-    same findings. `details` are thresholds, camera pairs and confusions, which each process computes for itself.
+    same findings. `details` are confusions and, of features in memory, thresholds and camera pairs; each process
+    computes them for itself.
     """
     check_sides(queries, gallery)
     if topk and topk > len(gallery):
@@ -67,16 +69,18 @@ def measured(
     if rerank is not None:
         reranked = reranked_metrics(queries, gallery, reranking, protocol, group)
     findings = Findings(queries, gallery, protocol, lists, reranked_lists, result=result, reranked=reranked)
-    if details:
+    if details and not isinstance(gallery.features, RowsOnDisk):
         findings.pairs = pair_statistics(queries, gallery, protocol=protocol, rates=FALSE_MATCH_RATES)
         findings.cameras = camera_pairs(queries, gallery, **options)
+    if details:
         findings.confusions = confusions(queries, gallery, *lists)
     return findings
 
 
 def reranked_by(queries, gallery, options, backend="auto", group=None):
     """The `kernels.ReRanking` of two sides; under a `group`, that of this process's share of the queries."""
-    sides = shares_of(group, queries.features, gallery.features)
+    # Features on disk are read: each process holds its share.
+    sides = [features[:] for features in shares_of(group, queries.features, gallery.features)]
     return k_reciprocal_rerank(*sides, **options, backend=backend, group=group)
 
 
@@ -92,7 +96,7 @@ def combined(splits, reranking=None, *, each=False):
     """
     first = splits[0]
     metrics = averaged([summary(split.result) for split in splits])
-    rates = [f"{rate:g}" for rate in FALSE_MATCH_RATES]
+    rates = [f"{rate:g}" for rate in FALSE_MATCH_RATES] if first.pairs else []
     thresholds = [{rate: split.pairs.thresholds[rate] for rate in rates} for split in splits]
     metrics["thresholds"] = {rate: averaged([split[rate] for split in thresholds]) for rate in thresholds[0]}
     metrics |= described(first) | {"backend": first.result.backend}
@@ -102,18 +106,25 @@ def combined(splits, reranking=None, *, each=False):
         metrics["reranked"] = averaged([summary(split) for split in reranked]) | reranking
         metrics["reranked"]["backend"] = reranked[0].backend
         metrics["reranked"]["cmc"] = torch.stack([split.cmc for split in reranked]).mean(0)
-    metrics["num_match_pairs"] = first.pairs.num_matches
-    metrics["num_non_match_pairs"] = first.pairs.num_non_matches
-    metrics["threshold_curve"] = first.pairs.curve
-    metrics["camera_pairs"] = dict(zip(("query_cameras", "gallery_cameras", "mAP"), first.cameras, strict=True))
-    if first.gallery.names.get("camid"):
-        metrics["camera_pairs"]["names"] = first.gallery.names["camid"]
+    if first.pairs:
+        metrics |= described_pairs(first)
     if each or len(splits) > 1:
         metrics["splits"] = [
             {"split": number, **summary(split.result), "thresholds": thresholds[number]}
             for number, split in enumerate(splits)
         ]
     return metrics
+
+
+def described_pairs(findings):
+    names = findings.gallery.names.get("camid")
+    cameras = dict(zip(("query_cameras", "gallery_cameras", "mAP"), findings.cameras, strict=True))
+    return {
+        "num_match_pairs": findings.pairs.num_matches,
+        "num_non_match_pairs": findings.pairs.num_non_matches,
+        "threshold_curve": findings.pairs.curve,
+        "camera_pairs": cameras | ({"names": names} if names else {}),
+    }
 
 
 def averaged(parts):

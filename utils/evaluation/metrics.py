@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kernels import rank_metrics
+from kernels.disk.rows import RowsOnDisk
 from kernels.ring.processes import Processes
 from utils.datasets.schema import UNKNOWN
 
@@ -72,6 +73,9 @@ def check_sides(queries, gallery):
         for ids, kind in ((side.pids, "identities"), (side.camids, "cameras"), (side.paths, "paths")):
             if len(ids) != len(side):
                 raise ValueError(f"{len(side)} {name} features come with {len(ids)} {kind}; give one for each feature")
+        if isinstance(side.features, RowsOnDisk):
+            # Its rows are checked when they are read.
+            continue
         bad = ~side.features.isfinite().all(1)
         if bad.any():
             raise ValueError(
@@ -125,7 +129,11 @@ def shares_of(group, *values):
     if group is None:
         return values
     number, count = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-    return [part[len(part) * number // count : len(part) * (number + 1) // count] for part in values]
+    shares = []
+    for part in values:
+        begin, end = (len(part) * place // count for place in (number, number + 1))
+        shares.append(part.span(begin, end) if isinstance(part, RowsOnDisk) else part[begin:end])
+    return shares
 
 
 def joined(group, values):
