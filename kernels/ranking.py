@@ -13,7 +13,7 @@ import torch
 
 from .counting import PAIR_LIMIT, match_ranks
 from .disk.rows import RowsOnDisk
-from .dispatch import check_count, check_features, check_ids, choose_backend
+from .dispatch import check_count, check_features, check_ids, choose_backend, requested
 from .tiles import expand_ranges, row_groups, similarity_strips, unit_pair
 
 PROTOCOLS = ("market", "all", "cuhk03")
@@ -71,9 +71,9 @@ def rank_metrics(
     check_features(queries, gallery)
     labels = Labels(query_pids, gallery_pids, query_cams, gallery_cams, protocol, queries, gallery)
     max_rank = check_count("max_rank", max_rank, 1)
-    path = choose_backend(backend, queries, "rank_metrics")
+    path = choose_backend(backend, queries, "rank_metrics", num_columns=len(gallery))
     if path == "triton" and protocol == "cuhk03":
-        if backend == "triton":
+        if requested(backend)[0] == "triton":
             raise ValueError("protocol='cuhk03' draws images and needs backend='torch'")
         path = "torch"
     if path == "triton":

@@ -232,8 +232,13 @@ class Ring(Processes):
             return dist.batch_isend_irecv(work) if work else []
 
     def backend_for(self, backend, features, operation, k=1):
-        """The path that rank 0 chooses, for all ranks."""
-        path = self.agree(lambda: choose_backend(backend, features, operation, k))
+        """The path that rank 0 chooses, for all ranks: it alone measures."""
+
+        def chosen():
+            mine = backend if self.rank == 0 or backend != "auto" else "torch"
+            return choose_backend(mine, features, operation, k, max(self.counts))
+
+        path = self.agree(chosen)
         return "triton" if int(self.gather(torch.tensor(int(path == "triton")))[0]) else "torch"
 
 
@@ -263,6 +268,23 @@ class Units:
             block = units[first : first + padded(last - first, self.dtype)]
             for place, strip in similarity_strips(block, last - first, rows, count):
                 yield start + first + place, strip
+
+
+def shares_of(group, *values):
+    """This process's share of the rows of each, which all processes of the `group` have; None is one process."""
+    if group is None:
+        return values
+    number, count = dist.get_rank(group), dist.get_world_size(group)
+    shares = []
+    for part in values:
+        begin, end = (len(part) * place // count for place in (number, number + 1))
+        shares.append(part.span(begin, end) if isinstance(part, RowsOnDisk) else part[begin:end])
+    return shares
+
+
+def joined(group, values):
+    """The rows of all processes of the `group`, of which each has its share, on every process."""
+    return values if group is None else Processes(group, values.device).gather_all(values)
 
 
 def is_gone(pid):

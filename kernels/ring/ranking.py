@@ -8,7 +8,7 @@ the shard gives, bit by bit. Should a product of another shape be summed in anot
 import torch
 
 from kernels.counting import ranks_of_values
-from kernels.dispatch import check_backend, check_count, check_ids
+from kernels.dispatch import check_count, check_ids, requested
 from kernels.ranking import Labels, SingleShot, Tally, first_rank_curve
 from kernels.ring.processes import Ring
 from kernels.tiles import padded, strip_height
@@ -34,11 +34,9 @@ def ring_metrics(
 
 def refuse_triton(backend):
     """Triton's kernels rank within one gallery; their scores are not those of the products here."""
+    backend, source = requested(backend)
     if backend == "triton":
-        raise ValueError(
-            "backend='triton' cannot run under a group or on disk: ranks are counted by products of torch"
-        )
-    check_backend(backend)
+        raise ValueError(f"{source} cannot run under a group or on disk: ranks are counted by products of torch")
 
 
 def counted_metrics(ring, labels, shards, protocol, max_rank, seed):

@@ -6,6 +6,7 @@ import torch
 
 from kernels import RankMetrics, k_reciprocal_rerank
 from kernels.disk.rows import RowsOnDisk
+from kernels.ring.processes import shares_of
 from utils.evaluation.lists import camera_pairs, confusions, ranked_lists
 from utils.evaluation.metrics import (
     MAX_RANK,
@@ -16,7 +17,6 @@ from utils.evaluation.metrics import (
     kept_labels,
     mean_and_deviation,
     rank,
-    shares_of,
     summary,
 )
 from utils.evaluation.thresholds import FALSE_MATCH_RATES, PairStatistics, pair_statistics

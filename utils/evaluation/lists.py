@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from kernels import cosine_topk
+from kernels.ring.processes import joined, shares_of
 from utils.datasets.schema import UNKNOWN
-from utils.evaluation.metrics import can_match, joined, rank, shares_of
+from utils.evaluation.metrics import can_match, rank
 
 
 def is_match(queries, gallery, row, column):

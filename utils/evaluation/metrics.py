@@ -12,7 +12,7 @@ import torch
 
 from kernels import rank_metrics
 from kernels.disk.rows import RowsOnDisk
-from kernels.ring.processes import Processes
+from kernels.ring.processes import shares_of
 from utils.datasets.schema import UNKNOWN
 
 PROTOCOLS = ("market", "cuhk03", "all")
@@ -122,23 +122,6 @@ def rank(queries, gallery, *, protocol="market", max_rank=MAX_RANK, backend="aut
     labels, protocol = kept_labels(queries, gallery, protocol)
     sides = shares_of(group, queries.features, gallery.features, *labels)
     return rank_metrics(*sides, max_rank=max_rank, protocol=protocol, backend=backend, group=group)
-
-
-def shares_of(group, *values):
-    """This process's share of the rows of each, which all processes of the `group` have; None is one process."""
-    if group is None:
-        return values
-    number, count = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-    shares = []
-    for part in values:
-        begin, end = (len(part) * place // count for place in (number, number + 1))
-        shares.append(part.span(begin, end) if isinstance(part, RowsOnDisk) else part[begin:end])
-    return shares
-
-
-def joined(group, values):
-    """The rows of all processes of the `group`, of which each has its share, on every process."""
-    return values if group is None else Processes(group, values.device).gather_all(values)
 
 
 def summary(result):

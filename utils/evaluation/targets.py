@@ -6,13 +6,14 @@ import datasets
 import torch
 
 from kernels import k_reciprocal_rerank
+from kernels.ring.processes import shares_of
 from utils import evaluation
 from utils.datasets import hold_out_of
 from utils.datasets.images import check_images
 from utils.datasets.load import load_reid, open_source, parse_spec
 from utils.datasets.ten_splits import NUM_SPLITS, SMALL_SETS
 from utils.evaluation.features import extract
-from utils.evaluation.metrics import Side, shares_of
+from utils.evaluation.metrics import Side
 from utils.launch import group_of
 
 

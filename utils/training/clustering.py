@@ -12,8 +12,8 @@ import torch
 
 from kernels.jaccard_graph import jaccard_graph
 from kernels.ring.graph import whole_graph
+from kernels.ring.processes import shares_of
 from utils.evaluation.groups.clusters import NOISE, as_matrix, dbscan, singled_out
-from utils.evaluation.metrics import shares_of
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
