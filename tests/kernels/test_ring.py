@@ -1,19 +1,21 @@
 """Retrieval over several processes equals that of one, bit for bit; what is wrong on one rank is said on all."""
 
 import os
-import socket
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kernels import cosine_topk, k_reciprocal_rerank, rank_metrics
 from kernels.jaccard_graph import jaccard_graph
 from kernels.ranking import rank_metrics_reference
-from kernels.ring.processes import LostProcess
+from kernels.reranking import k_reciprocal_rerank_reference
+from kernels.ring.processes import LostProcess, Ring
 from kernels.tiles import cosine_reference
+from tests.runs import launch
 from utils.training.clustering import cluster
 
 
@@ -108,17 +110,49 @@ def compare(rank, size, seed):
     return gallery.dtype
 
 
-def against_the_definition(rank, size):
-    """Ranks of the ring against the dense float64 definition, on features without ties."""
-    queries, gallery, query_pids, gallery_pids, *cams = a_set(4)
-    ranks = rank_metrics_reference(
-        cosine_reference(queries.double(), gallery.double()), query_pids, gallery_pids, *cams, "market"
-    )
-    firsts = torch.tensor([int(found[0]) if len(found) else -1 for found in ranks])
-    mine, shard = share(len(queries), size, rank, 1), share(len(gallery), size, rank, 2)
-    own = query_pids[mine], gallery_pids[shard], cams[0][mine], cams[1][shard]
-    found = rank_metrics(queries[mine], gallery[shard], *own, group=dist.group.WORLD)
-    assert torch.equal(found.first_match, firsts)
+def against_the_definition(rank, size, examples):
+    """Drawn sets against the dense float64 definitions; all ranks draw the same ones, and fail together."""
+
+    @settings(max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=HealthCheck)
+    @given(st.data())
+    def check(data):
+        counts = [data.draw(st.integers(1, most)) for most in (25, 60)]
+        width, num_ids = data.draw(st.integers(2, 12)), data.draw(st.integers(1, 12))
+        draw = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 30)))
+        sides = [torch.randn(count, width, generator=draw, dtype=torch.float64) for count in counts]
+        if data.draw(st.booleans()):
+            sides[1] = sides[1][torch.randint(counts[1], (counts[1],), generator=draw)]
+        labels = [torch.randint(most, (count,), generator=draw) for most in (num_ids, 3) for count in counts]
+        ends = [sorted(data.draw(st.lists(st.integers(0, n), min_size=size - 1, max_size=size - 1))) for n in counts]
+        parts = [slice(([0] + cut)[rank], (cut + [n])[rank]) for cut, n in zip(ends, counts, strict=True)]
+        own = [side[part] for side, part in zip(sides, parts, strict=True)]
+        own_labels = [ids[part] for ids, part in zip(labels, parts * 2, strict=True)]
+        k, k1, k2 = (data.draw(st.integers(low, high)) for low, high in ((1, counts[1]), (0, 20), (0, 8)))
+        world, right = dist.group.WORLD, []
+
+        cosines = cosine_reference(*sides)
+        scores, indices = cosine_topk(*own, k, group=world)
+        want = cosines[parts[0]].sort(dim=1, descending=True, stable=True)
+        right.append(torch.equal(indices, want.indices[:, :k]))
+        right.append(bool((scores - want.values[:, :k]).abs().max() < 1e-12) if len(scores) else True)
+        ranks = rank_metrics_reference(cosines, *labels, "market")
+        found = outcome(rank_metrics, *own, *own_labels, group=world)
+        firsts = [int(of[0]) if len(of) else -1 for of in ranks]
+        if isinstance(found, str):
+            right.append(max(firsts) == -1)
+        else:
+            places = [torch.arange(1, len(of) + 1) / of.double() for of in ranks]
+            aps = torch.tensor([float(of.mean()) if len(of) else 0 for of in places], dtype=torch.float64)
+            right.append(found.first_match.tolist() == firsts)
+            right.append(bool((found.ap.nan_to_num() - aps).abs().max() < 1e-12))
+        final = k_reciprocal_rerank(*own, k1=k1, k2=k2, group=world).dense()
+        want = k_reciprocal_rerank_reference(*sides, k1, k2)[parts[0]]
+        right.append(bool((final - want).abs().max() < 2e-6) if len(final) else True)
+        everywhere = [None] * size
+        dist.all_gather_object(everywhere, right)
+        assert all(map(all, everywhere)), everywhere
+
+    check()
 
 
 def refusals(rank, size):
@@ -152,48 +186,57 @@ def refusals(rank, size):
         rank_metrics(sound, sound, ids, ids, cams, cams, protocol="all", group=world)
 
 
-def work(rank, size, port, seeds):
-    start(rank, size, port)
+def work(seeds):
+    rank, size = connect()
     kinds = {compare(rank, size, seed) for seed in range(seeds)}
     assert kinds == {torch.float32, torch.float64}
-    against_the_definition(rank, size)
+    against_the_definition(rank, size, 3 * seeds)
     refusals(rank, size)
     dist.destroy_process_group()
 
 
-def start(rank, size, port):
+def connect():
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=size)
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
 
 
 def test_three_processes_equal_one():
-    """A failed assertion of `work` in any process fails `spawn`."""
-    mp.spawn(work, args=(3, free_port(), 6), nprocs=3)
+    launch(work, 3, processes=3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_any_number_of_processes_equals_one(size):
-    mp.spawn(work, args=(size, free_port(), 60), nprocs=size)
+    launch(work, 60, processes=size, timeout=3000)
 
 
-def die(rank, size, port, folder):
-    start(rank, size, port)
+PHASES = {
+    "neighbours": lambda *sides, **group: cosine_topk(*sides, 3, **group),
+    "metrics": lambda *sides, **group: rank_metrics(*sides, *[torch.arange(64) % 8] * 4, protocol="all", **group),
+    "re-ranking": lambda *sides, **group: k_reciprocal_rerank(*sides, k1=5, **group).topk(3),
+    "clustering": lambda side, other, **group: jaccard_graph(side, k1=5, **group),
+}
+
+
+def die(folder, phase):
+    rank, _ = connect()
     sound = torch.randn(64, 4, generator=torch.Generator().manual_seed(rank))
-    cosine_topk(sound, sound, 3, group=dist.group.WORLD)
+    call = PHASES[phase]
+    call(sound, sound, group=dist.group.WORLD)
     if rank == 2:
-        os._exit(0)
+        # In the middle of a ring: at its third exchange.
+        real, sent = Ring.exchange, []
+
+        def exchange(*given):
+            sent.append(given)
+            return real(*given) if len(sent) < 3 else os._exit(0)
+
+        Ring.exchange = exchange
     began = time.monotonic()
     try:
         for _ in range(100):
-            cosine_topk(sound, sound, 3, group=dist.group.WORLD)
+            call(sound, sound, group=dist.group.WORLD)
     except LostProcess as error:
         (folder / str(rank)).write_text(f"{time.monotonic() - began} {error}")
     # Not cleanly: destroying the group would wait for the lost one.
@@ -201,8 +244,9 @@ def die(rank, size, port, folder):
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_others_within_a_minute(tmp_path):
-    mp.spawn(die, args=(4, free_port(), tmp_path), nprocs=4)
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_process_that_dies_ends_the_others_within_a_minute(phase, tmp_path):
+    launch(die, tmp_path, phase, processes=4)
     for rank in (0, 1, 3):
         seconds, words = (tmp_path / str(rank)).read_text().split(" ", 1)
         assert float(seconds) < 60 and words.startswith("process 2 of the group is gone")
