@@ -184,8 +184,10 @@ class Ring(Processes):
                 if len(rows):
                     yield self.offsets[rank] + start, rows
 
-    def rounds(self, *tensors):
+    def rounds(self, *tensors, steps=None):
         """Yield (rank, tensors) of every rank, this rank's own first; the numbers of rows may differ between ranks.
+
+        `steps` ends it after so many ranks: r, r - 1, r - 2 and so on.
 
         What is yielded is overwritten two steps later.
         """
@@ -200,9 +202,10 @@ class Ring(Processes):
             for _ in range(min(2, self.size - 1))
         ]
         after, before, holder = (self.rank + 1) % self.size, (self.rank - 1) % self.size, self.rank
-        for step in range(self.size):
+        steps = steps or self.size
+        for step in range(steps):
             coming, sending, arriving = (holder - 1) % self.size, [], None
-            if step + 1 < self.size:
+            if step + 1 < steps:
                 spaces = buffers[step % len(buffers)]
                 arriving = [space[:count] for space, count in zip(spaces, counts[coming], strict=True)]
                 sending = self.exchange(tensors, after, arriving, before)
@@ -220,11 +223,11 @@ class Ring(Processes):
             self.finish(self.exchange([parts[after].contiguous()], after, [arrived[before]], before))
         return arrived
 
-    def exchange(self, tensors, after, arriving, before):
+    def exchange(self, tensors, after, arriving, before, first_tag=0):
         """Send tensors to one rank while those of another arrive; empty ones are not sent."""
         work = []
         with self.watched():
-            for tag, (rows, target) in enumerate(zip(tensors, arriving, strict=True)):
+            for tag, (rows, target) in enumerate(zip(tensors, arriving, strict=True), first_tag):
                 if len(rows):
                     work.append(dist.P2POp(dist.isend, rows, self.global_rank(after), self.group, tag))
                 if len(target):
