@@ -10,8 +10,9 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
+from utils.diffusion.families.solvers import solver_of
 from utils.diffusion.fast_lora import read_fast_lora
-from utils.diffusion.text_to_image import TextToImage, solver_of
+from utils.diffusion.text_to_image import TextToImage
 from utils.diffusion.unet import save_unet
 
 
