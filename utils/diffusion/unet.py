@@ -146,7 +146,8 @@ def set_unet_mode(unet, mode, *, rank=8, dtype=torch.float32, seed=0, targets=LO
         parameter.requires_grad_(trained)
         parameter.data = parameter.data.to(torch.float32 if trained else dtype)
     for module in unet.modules():
-        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and not module.weight.requires_grad:
+        is_norm = isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and module.weight is not None
+        if is_norm and not module.weight.requires_grad:
             module.forward = partial(in_its_own_type, module)
     return unet.train(mode != "frozen")
 
