@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from pyarrow import parquet
+from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 import train_dreambooth_reid as script
@@ -223,6 +225,24 @@ def test_parts_that_do_not_fit_are_named(pipelines, kind, tmp_path):
     shutil.rmtree(folder / "vae")
     with pytest.raises(ValueError, match="is no whole checkpoint of .*no vae/config.json"):
         FILES[kind].check(str(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
+def test_from_captions_to_more_images(pipelines, kind, tmp_path, monkeypatch):
+    """The script with prior preservation, captions of images and adapters; then more images from the adapters."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = f"--pretrained_model_name_or_path {pipelines(kind)[1]} --max_train_steps 2 --num_inference_steps 2"
+    words += " --source synthetic:domain=a,num_ids=2,images_per_id=4 --num_reference_images 2 --train_batch_size 1"
+    words += " --resolution 32 16 --save_resolution 64 32 --image_captions --caption_dropout 0.2 --save_adapters"
+    words += f" --clip_model_name_or_path none --output_dir {tmp_path / 'out'}"
+    for more, count in (("--num_images 2", 2), ("--num_images 3 --redraw", 3)):
+        assert script.main(script.parse_args([*words.split(), *more.split()])) == {}
+        rows = parquet.read_table(tmp_path / "out" / "metadata.parquet").to_pylist()
+        assert [row["pid"] for row in rows] == sorted([0, 2] * count)
+        assert all("sks person" in row["prompt"] for row in rows)
+    adapter = next((tmp_path / "out" / "adapters").rglob("*.safetensors"))
+    assert set(load_file(adapter)) and next(iter(load_file(adapter))).startswith(FILES[kind].PART)
 
 
 def test_no_token_of_its_own_with_several_encoders(pipelines):
