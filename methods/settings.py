@@ -6,7 +6,10 @@ import sys
 from utils.ranges import above_zero, at_least, fraction, not_negative
 
 # The first of a setting is its default.
-METHODS = {"unsupervised": ("cluster-contrast", "hhcl", "spcl", "pplr", "ice"), "adaptation": ("spcl", "idm", "cacl")}
+METHODS = {
+    "unsupervised": ("cluster-contrast", "hhcl", "spcl", "pplr", "ice"),
+    "adaptation": ("spcl", "idm", "cacl", "unrn"),
+}
 NAMES = tuple(dict.fromkeys(name for names in METHODS.values() for name in names))
 JACCARD = {"paper": None, "faiss": "faiss"}
 
@@ -87,7 +90,29 @@ ICE = PUBLISHED | {
     "consistency_temperature": 0.4,
 }
 CACL = PUBLISHED | ADAPTATION | {"method": "cacl", "label_smoothing": 0.1}
+UNRN = PUBLISHED | ADAPTATION
+UNRN |= {
+    "method": "unrn",
+    "network": "sbs",
+    "pooling": "gem",
+    "erasing_value": [0.596, 0.558, 0.497],
+    "source_epochs": 80,
+    "source_steps": 200,
+    "num_train_epochs": 280,
+    "steps_per_epoch": 300,
+    "lr_warmup_epochs": 10,
+    "lr_warmup_factor": 0.01,
+    "lr_milestones": [40, 70],
+    "label_smoothing": 0.1,
+    "cluster_every": 6,
+    "teacher_momentum": 0.999,
+    "centre_momentum": 0.2,
+    "centre_weight": 1 / 18,
+    "queue_size": 8192,
+    "queue_weight": 0.05,
+}
 MSMT17 = {"target": ["msmt17"]}
+FROM_MARKET = MSMT17 | {"source": ["market1501"]}
 RECIPES = {
     "cluster-contrast": CLUSTERS | {"method": "cluster-contrast", "pooling": "gem", "steps_per_epoch": 200},
     "hhcl": HHCL,
@@ -100,7 +125,9 @@ RECIPES = {
     "ice-msmt17": ICE | MSMT17,
     "idm": PUBLISHED | ADAPTATION | {"method": "idm", "jaccard": "paper", "earlier_weight": 1.0},
     "cacl": CACL,
-    "cacl-msmt17": CACL | MSMT17 | {"source": ["market1501"]},
+    "cacl-msmt17": CACL | FROM_MARKET,
+    "unrn": UNRN,
+    "unrn-msmt17": UNRN | FROM_MARKET,
 }
 
 
@@ -169,8 +196,8 @@ def add_flags(parser, shown=None):
         help="of spcl: added to a probability before its logarithm; 1e-6 in the authors' code",
     )
 
-    group = flags.group("idm", "cacl", "pplr", "ice")
-    group.add("--label_smoothing", type=fraction, default=0.1, help="of the classes")
+    group = flags.group("idm", "cacl", "pplr", "ice", "unrn")
+    group.add("--label_smoothing", type=fraction, default=0.1, help="of the classes; of unrn in its source epochs")
     group = flags.group("idm")
     group.add("--margin", type=not_negative, default=0.3, help="of the triplets")
     group.add("--mix_stage", type=at_least(0), default=0, help="maps after so many stages are mixed")
@@ -201,8 +228,10 @@ def add_flags(parser, shown=None):
     group.add("--smoothing_epochs", type=at_least(0), default=1, help="epochs before agreement smooths parts' labels")
     group.add("--class_rows", type=at_least(2), default=3000, help="rows of the classifiers: the most clusters")
 
-    group = flags.group("ice")
+    group = flags.group("ice", "unrn")
     group.add("--teacher_momentum", type=fraction, default=0.99, help="what the teacher keeps in a step")
+
+    group = flags.group("ice")
     group.add(
         "--proxy_scale",
         choices=["unit", "columns"],
@@ -216,3 +245,32 @@ def add_flags(parser, shown=None):
 
     group = flags.group("cacl")
     group.add("--stages", type=at_least(0), default=0, help="stages in which cameras are added; default one a camera")
+
+    group = flags.group("unrn")
+    group.add(
+        "--source_epochs",
+        type=at_least(0),
+        default=1,
+        help="the first ones of --num_train_epochs, which train on the source alone; 0 for a --backbone that has been "
+        "trained on it. The rate's flags are of these epochs, after them the rate is --learning_rate",
+    )
+    group.add("--source_steps", type=at_least(1), help="steps of each of them; default --steps_per_epoch")
+    group.add(
+        "--cluster_every",
+        type=at_least(1),
+        default=2,
+        help="epochs between clusterings; the queue is used from the second epoch of a clustering on",
+    )
+    group.add("--centre_weight", type=not_negative, default=1 / 18, help="weight of the contrast with source centres")
+    group.add("--centre_momentum", type=fraction, default=0.2, help="what a centre keeps when an image moves it")
+    group.add("--queue_weight", type=not_negative, default=0.05, help="weight of the contrast with the queue")
+    group.add("--queue_size", type=at_least(1), default=64, help="images of earlier batches in the queue")
+
+
+def check_stages(parser, args):
+    """Whether an epoch is left for the target."""
+    if args.method in ("unrn",) and args.source_epochs >= args.num_train_epochs:
+        parser.error(
+            f"--source_epochs {args.source_epochs} are all of --num_train_epochs {args.num_train_epochs}: no epoch is "
+            "left for the target"
+        )

@@ -43,6 +43,7 @@ RUNS = {
     "IDM, a's labels": f"{ADAPT} --method idm",
     "IDM + XBM, a's labels": f"{ADAPT} --method idm --earlier_weight 1",
     "CaCL, a's labels": f"{ADAPT} --method cacl --jaccard faiss",
+    "UNRN, a's labels": f"{ADAPT} --method unrn --jaccard faiss --source_epochs 4",
 }
 COLUMNS = ["start", "method", "mAP % before", "mAP %", "Rank-1 %", "ARI x 100", "CPU s an epoch", "peak GiB", "epochs"]
 USAGE = "usage.json"

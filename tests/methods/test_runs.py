@@ -27,11 +27,13 @@ SMALL = [
     "--eps", "0.5", "--min_samples", "2", "--eval_every", "9", "--lr_warmup_epochs", "0",
     "--learning_rate", "1e-4", "--resolution", "64", "32", "--test_resample", "bicubic", "--blur", "0.5",
 ]  # fmt: skip
+STAGES = ["--source_steps", "1", "--num_train_epochs", "4", "--steps_per_epoch", "2"]
 KINDS = {
     "hhcl": ["--method", "hhcl"],
     "pplr": ["--method", "pplr"],
     "ice": ["--method", "ice", "--norm_group", "4"],
     "cacl": [*SOURCE, "--method", "cacl", "--num_train_epochs", "3", "--steps_per_epoch", "2"],
+    "unrn": [*SOURCE, "--method", "unrn", *STAGES, "--queue_size", "12"],
 }
 SLOW_KINDS = {
     "hhcl-instances": ["--method", "hhcl", "--memory_update", "instances"],
@@ -46,6 +48,7 @@ LOSSES = {
     "pplr": ["loss_whole", "loss_parts", "loss_triplet", "loss_cameras"],
     "ice": ["loss_centres", "loss_views", "loss_same", "loss_cameras"],
     "cacl": ["loss_source", "loss_target"],
+    "unrn": ["loss_classes", "loss_triplet", "loss_apart", "loss_centres", "loss_queue"],
 }
 train, refused = (functools.partial(one, adapt_reid) for one in (runs.run, runs.refused))
 
@@ -87,12 +90,12 @@ def straight(command, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ALL)
 def test_a_run_and_the_same_cut_and_resumed(command, straight, tmp_path, kind):
-    """Cut in the middle of the second epoch: every number and every weight is that of the straight run."""
+    """Cut in the middle of an epoch: every number and every weight is that of the straight run."""
     whole = straight(kind)
     if kind in LOSSES:
         assert all(list(line) == ["step", "epoch", "lr", "grad_norm", "loss", *LOSSES[kind]] for line in log_of(whole))
     epochs = [record["epoch"] for record in json.loads((whole / "clusters.json").read_text())]
-    assert epochs == list(range(4 if kind == "cacl" else 3))
+    assert epochs == {"cacl": [0, 1, 2, 3], "unrn": [1, 3, 4]}.get(kind, [0, 1, 2])
     model = ReIDModel.from_pretrained(whole / "model")
     assert model.num_ids == 0 and model.resample == "bicubic"
     common = command(kind, "--checkpointing_steps", "4", "--output_dir", tmp_path)
@@ -108,7 +111,7 @@ def test_a_run_and_the_same_cut_and_resumed(command, straight, tmp_path, kind):
 def test_two_processes_train_as_one(command, straight, tmp_path, kind):
     launch(SCRIPT, *command(kind), "--train_batch_size", "4", "--output_dir", tmp_path, processes=2)
     one, two = log_of(straight(kind)), log_of(tmp_path)
-    assert len(one) == len(two) == 6
+    assert len(one) == len(two) >= 6
     differences = [
         max(abs(left[name] - right[name]) / max(1, abs(left[name])) for name in left)
         for left, right in zip(one, two, strict=True)
@@ -124,6 +127,7 @@ def test_two_processes_train_as_one(command, straight, tmp_path, kind):
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_the_loss_falls(command, tmp_path, kind):
     more = ["--num_train_epochs", "1", "--steps_per_epoch", "30", "--learning_rate", "1e-3", "--output_dir", tmp_path]
+    more += ["--source_epochs", "0"] if kind == "unrn" else []
     train(*command(kind), *more)
     losses = [line["loss"] for line in log_of(tmp_path)]
     first, last = sum(losses[:6]) / 6, sum(losses[-6:]) / 6
@@ -170,7 +174,9 @@ def test_data_without_cameras_is_refused_before_a_model_loads(command, stored, t
 @pytest.mark.parametrize("kind", KINDS)
 def test_collapsed_clusters_say_what_to_turn(command, tmp_path, kind):
     words = refused(*command(kind), "--eps", "0.01", "--min_samples", "6", "--output_dir", tmp_path / "out")
-    assert "before epoch 1: the clusters collapsed" in words and "Raise --eps 0.01" in words
+    assert (
+        f"before epoch {2 if kind == 'unrn' else 1}: the clusters collapsed" in words and "Raise --eps 0.01" in words
+    )
 
 
 def test_groups_of_norms_that_do_not_divide_a_batch(command, tmp_path):

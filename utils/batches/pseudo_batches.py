@@ -48,8 +48,9 @@ class PseudoBatches:
         """`done` batches of the epoch have been trained on before."""
         self.epoch, self.done = epoch, done
 
-    def take(self, labels):
-        """Set the labels (N,) of the target's images; those with -1 are left out."""
+    def take(self, labels, steps=None):
+        """Set the labels (N,) of the target's images, those with -1 are left out, and the steps of the epoch."""
+        self.steps = steps or self.steps
         self.target = rows_of(labels.tolist(), first=self.num_source)
         if not self.target:
             raise ValueError(f"all {len(labels)} images are in no cluster: there is nothing to make batches of")
