@@ -35,6 +35,8 @@ u the unit-length BNNeck feature of an image,
     cacl              classes of both domains, one camera of the target after the other; a reconstruction
     unrn              after a training on the source, classes of both domains by a student, weighed by how far its
                       mean teacher agrees; contrast with the source's centres and with a queue of target images
+    glt               after a training on the source, k-means groups of several numbers, shared out evenly among the
+                      images after every epoch
 
 Of the source, `--source`, labels are used; those of `--target`, where it has any, only for numbers in the report. A
 batch has K images of each cluster, as different cameras saw it where the data say which camera an image is of.
@@ -210,6 +212,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 
 from methods.cacl import CaCL
 from methods.cluster_contrast import ClusterContrast
+from methods.glt import GLT
 from methods.ice import ICE
 from methods.idm import IDM
 from methods.pplr import PPLR
@@ -248,6 +251,7 @@ MODULES = {
     "ice": ICE,
     "cacl": CaCL,
     "unrn": UNRN,
+    "glt": GLT,
 }
 
 

@@ -44,6 +44,7 @@ RUNS = {
     "IDM + XBM, a's labels": f"{ADAPT} --method idm --earlier_weight 1",
     "CaCL, a's labels": f"{ADAPT} --method cacl --jaccard faiss",
     "UNRN, a's labels": f"{ADAPT} --method unrn --jaccard faiss --source_epochs 4",
+    "GLT, a's labels": f"{ADAPT} --method glt --source_epochs 4 --groups 24 32 40",
 }
 COLUMNS = ["start", "method", "mAP % before", "mAP %", "Rank-1 %", "ARI x 100", "CPU s an epoch", "peak GiB", "epochs"]
 USAGE = "usage.json"
