@@ -35,6 +35,8 @@ u the unit-length BNNeck feature of an image,
     cacl              classes of both domains, one camera of the target after the other; a reconstruction
     unrn              after a training on the source, classes of both domains by a student, weighed by how far its
                       mean teacher agrees; contrast with the source's centres and with a queue of target images
+    hcd               spcl with labels that move after every step, of clusters and of their parts; no clustering after
+                      the first
     glt               after a training on the source, k-means groups of several numbers, shared out evenly among the
                       images after every epoch
 
@@ -213,6 +215,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from methods.cacl import CaCL
 from methods.cluster_contrast import ClusterContrast
 from methods.glt import GLT
+from methods.hcd import HCD
 from methods.ice import ICE
 from methods.idm import IDM
 from methods.pplr import PPLR
@@ -252,6 +255,7 @@ MODULES = {
     "cacl": CaCL,
     "unrn": UNRN,
     "glt": GLT,
+    "hcd": HCD,
 }
 
 
@@ -297,9 +301,14 @@ class Defaults:
         return labels
 
     @staticmethod
-    def epoch_steps(epoch, steps):
+    def epoch_steps(epoch, steps, batch_size):
         """The steps of an epoch; `steps` as the flags say."""
         return steps
+
+    @staticmethod
+    def draw_of_epoch():
+        """How an epoch draws the images of a cluster, instead of `draw`."""
+        return None
 
     @staticmethod
     def all_steps(args, steps):
@@ -470,7 +479,7 @@ def main(args):
             if of(kind, "fresh_optimizer"):
                 optimizer.state.clear()
         labels = of(bare, "labels_for_batches")(bare.pseudo_labels.cpu(), f"{args.seed}/{epoch}")
-        sampler.take(labels, of(bare, "epoch_steps")(epoch, steps))
+        sampler.take(labels, of(bare, "epoch_steps")(epoch, steps, batch_size), of(bare, "draw_of_epoch")())
         method.train()
         for batch in training.batches(loader):
             training.log(training_step(training, method, bare, batch, params, numbers))

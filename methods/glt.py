@@ -49,14 +49,14 @@ class GLT(nn.Module):
     def __init__(self, encoder, args, num_source, cameras, source_size=0):
         super().__init__()
         self.args, self.num_source = args, num_source
-        self.student = ManyHeads(encoder, num_source, args.groups, args.norm_group)
+        self.student = ManyHeads(encoder, num_source, args.group_counts, args.norm_group)
         split_norms(self.student, 2)
         self.teacher = teacher_of(self.student)
         # The model of the source, for later rounds.
         self.start = teacher_of(self.student) if args.rounds > 1 else None
         self.queue = FeatureQueue(args.queue_size, encoder.num_features)
         self.register_buffer("pseudo_labels", torch.full((len(cameras),), NOISE))
-        self.register_buffer("group_labels", torch.zeros(len(args.groups), len(cameras), dtype=torch.int64))
+        self.register_buffer("group_labels", torch.zeros(len(args.group_counts), len(cameras), dtype=torch.int64))
         self.register_buffer("centres", torch.zeros(num_source, encoder.num_features))
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
         # Of the teacher, in this round.
@@ -64,15 +64,15 @@ class GLT(nn.Module):
 
     @staticmethod
     def check_images(args, count):
-        if max(args.groups) > count:
+        if max(args.group_counts) > count:
             raise ValueError(
-                f"{count} images cannot be divided into {max(args.groups)} groups (--groups "
-                f"{' '.join(map(str, args.groups))}): give more images, or lower --groups well below {count}"
+                f"{count} images cannot be divided into {max(args.group_counts)} groups (--group_counts "
+                f"{' '.join(map(str, args.group_counts))}): give more images, or lower the numbers"
             )
 
     @staticmethod
     def clusterings(features, args):
-        return [k_means(features, args.groups[middle(args)], seed=args.seed)]
+        return [k_means(features, args.group_counts[middle(args)], seed=args.seed)]
 
     @staticmethod
     def rate(args, steps):
@@ -89,7 +89,7 @@ class GLT(nn.Module):
         own = args.source_steps or steps
         return args.source_epochs * own + (args.num_train_epochs - args.source_epochs) * steps
 
-    def epoch_steps(self, epoch, steps):
+    def epoch_steps(self, epoch, steps, batch_size):
         return self.args.source_steps or steps if epoch <= self.args.source_epochs else steps
 
     def labels_for_batches(self, labels, key):
@@ -121,7 +121,7 @@ class GLT(nn.Module):
             weights = [layer.weight.cpu() for layer in self.teacher.classifiers]
             self.group_labels.copy_(from_main(lambda: refined(features, weights, args.balance_power)))
             return cluster(labels=self.group_labels[middle(args)].cpu())
-        for which, count in enumerate(args.groups):
+        for which, count in enumerate(args.group_counts):
             if which != middle(args):
                 labels = from_main(lambda count=count: k_means(features, count, seed=args.seed).labels)
                 self.group_labels[which] = labels.to(self.group_labels.device)
@@ -243,7 +243,7 @@ class ManyHeads(nn.Module):
 
 
 def middle(args):
-    return len(args.groups) // 2
+    return len(args.group_counts) // 2
 
 
 def round_of(epoch, args):

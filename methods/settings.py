@@ -8,7 +8,7 @@ from utils.ranges import above_zero, at_least, below_one, fraction, not_negative
 # The first of a setting is its default.
 METHODS = {
     "unsupervised": ("cluster-contrast", "hhcl", "spcl", "pplr", "ice"),
-    "adaptation": ("spcl", "idm", "cacl", "unrn", "glt"),
+    "adaptation": ("spcl", "idm", "cacl", "unrn", "glt", "hcd"),
 }
 NAMES = tuple(dict.fromkeys(name for names in METHODS.values() for name in names))
 JACCARD = {"paper": None, "faiss": "faiss"}
@@ -111,13 +111,29 @@ UNRN = SOURCE_FIRST | {"method": "unrn", "num_train_epochs": 280, "cluster_every
 GLT = SOURCE_FIRST | {
     "method": "glt",
     "num_train_epochs": 160,
-    "groups": [600, 700, 800],
+    "group_counts": [600, 700, 800],
     "rounds": 1,
     "round_epochs": 40,
     "round_milestones": [41, 71],
     "dropout": 0.2,
     "balance_power": 25.0,
     "queue_weight": 1 / 18,
+}
+HCD = SPCL | ADAPTATION
+HCD |= {
+    "method": "hcd",
+    "pooling": "gem",
+    "cluster_k1": 20,
+    "min_samples": 3,
+    "num_train_epochs": 60,
+    "graph_rows": 64,
+    "point_neighbours": 20,
+    "part_neighbours": 30,
+    "spread": 0.99,
+    "least_similarity": 0.45,
+    "least_score": 0.25,
+    "peak_similarity": [0.4, 0.8],
+    "most_peaks": 8,
 }
 MSMT17 = {"target": ["msmt17"]}
 FROM_MARKET = MSMT17 | {"source": ["market1501"]}
@@ -138,6 +154,8 @@ RECIPES = {
     "unrn-msmt17": UNRN | FROM_MARKET,
     "glt": GLT,
     "glt-msmt17": GLT | FROM_MARKET,
+    "hcd": HCD,
+    "hcd-msmt17": HCD | FROM_MARKET | {"steps_per_epoch": 800},
 }
 
 
@@ -178,7 +196,7 @@ class Flags:
 def add_flags(parser, shown=None):
     """The flags of each method; one that several methods have stands once."""
     flags = Flags(parser, shown)
-    group = flags.group("cluster-contrast", "hhcl", "spcl")
+    group = flags.group("cluster-contrast", "hhcl", "spcl", "hcd")
     group.add("--memory_temperature", type=above_zero, default=0.05, help="temperature of the memory's loss")
     group.add("--memory_momentum", type=fraction, default=0.2, help="what a row of the memory keeps in an update")
     group.add(
@@ -202,8 +220,8 @@ def add_flags(parser, shown=None):
         "--probability_floor",
         type=not_negative,
         default=0.0,
-        of=("spcl",),
-        help="of spcl: added to a probability before its logarithm; 1e-6 in the authors' code",
+        of=("spcl", "hcd"),
+        help="of spcl and hcd: added to a probability before its logarithm; 1e-6 in the authors' code",
     )
 
     group = flags.group("idm", "cacl", "pplr", "ice", "unrn", "glt")
@@ -280,7 +298,7 @@ def add_flags(parser, shown=None):
 
     group = flags.group("glt")
     words = "numbers of groups of k-means; the middle one in this list makes batches and triplets"
-    group.add("--groups", type=at_least(2), nargs="+", default=[8, 12, 16], help=words)
+    group.add("--group_counts", type=at_least(2), nargs="+", default=[8, 12, 16], help=words)
     words = "how often the target's training starts again from the source's model, with the groups found so far"
     group.add("--rounds", type=at_least(1), default=1, help=words)
     group.add(
@@ -293,6 +311,17 @@ def add_flags(parser, shown=None):
         "--dropout", type=below_one, default=0.2, help="share of the features' numbers that classifiers do not see"
     )
     group.add("--balance_power", type=above_zero, default=25.0, help="power of probabilities before they are balanced")
+
+    group = flags.group("hcd")
+    group.add("--graph_rows", type=at_least(2), default=64, help="nearest rows of the memory around a moved image")
+    group.add("--point_neighbours", type=at_least(2), default=20, help="mutual neighbours in the graph of images")
+    group.add("--part_neighbours", type=at_least(2), default=30, help="the same of clusters and of parts")
+    group.add("--spread", type=below_one, default=0.99, help="share of a label that spreads on to neighbours")
+    group.add("--least_similarity", type=fraction, default=0.45, help="cosine above which images are neighbours")
+    group.add("--least_score", type=not_negative, default=0.25, help="score above which an image or cluster is joined")
+    words = "cosines to a denser one between which an image or part is a peak, where its cluster is split"
+    group.add("--peak_similarity", type=fraction, nargs=2, default=[0.4, 0.8], help=words)
+    group.add("--most_peaks", type=at_least(2), default=8, help="the most parts of a split")
 
 
 def check_stages(parser, args):

@@ -73,7 +73,7 @@ class UNRN(nn.Module):
         own = args.source_steps or steps
         return args.source_epochs * own + (args.num_train_epochs - args.source_epochs) * steps
 
-    def epoch_steps(self, epoch, steps):
+    def epoch_steps(self, epoch, steps, batch_size):
         return self.args.source_steps or steps if epoch <= self.args.source_epochs else steps
 
     def labels_for_batches(self, labels, key):

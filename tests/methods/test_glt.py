@@ -20,7 +20,7 @@ GROUPS = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 0, 0, 1, 0, 1], [0, 0, 1, 1, 2, 2, 
 
 def module(folder, *more):
     torch.manual_seed(0)
-    args = parse_args([*ARGUMENTS, "--groups", "2", "3", "5", "--queue_size", "6", "--centre_weight", "0.3",
+    args = parse_args([*ARGUMENTS, "--group_counts", "2", "3", "5", "--queue_size", "6", "--centre_weight", "0.3",
                        "--queue_weight", "0.7", "--centre_momentum", "0.4", "--teacher_momentum", "0.7",
                        "--balance_power", "4", *more])  # fmt: skip
     encoder = ReIDModel.for_training(folder / "clip", num_ids=0, image_size=(64, 32))
@@ -60,7 +60,7 @@ def test_k_means_beside_another_one():
         assert spread < 1.04 * other
     assert torch.equal(k_means(features, 9, seed=3).labels, k_means(features, 9, seed=3).labels)
     with pytest.raises(
-        ValueError, match="the clusters collapsed: 120 images have 4 different features.*Lower --groups"
+        ValueError, match="the clusters collapsed: 120 images have 4 different features.*Lower --group_counts"
     ):
         k_means(features[:4].repeat(30, 1), 5)
     assert from_main(lambda: 3) == 3
@@ -174,7 +174,7 @@ def test_rounds_and_refinement(standins):
     assert [of(model, "rate")(args, 7)(epoch, 0) for epoch in range(1, 8)] == pytest.approx(
         [1, 1, 0.1, 1, 0.1, 0.1, 0.1]
     )
-    assert [model.epoch_steps(epoch, 7) for epoch in (1, 2)] == [5, 7] and of(model, "all_steps")(args, 7) == 47
+    assert [model.epoch_steps(epoch, 7, 8) for epoch in (1, 2)] == [5, 7] and of(model, "all_steps")(args, 7) == 47
 
 
 def test_a_step_moves_everything_and_drops_numbers(standins):
@@ -211,8 +211,10 @@ def test_a_step_moves_everything_and_drops_numbers(standins):
 
 
 def test_what_cannot_be(standins, capsys):
-    args = parse_args([*ARGUMENTS, "--groups", "2", "30"])
-    with pytest.raises(ValueError, match=r"12 images cannot be divided into 30 groups \(--groups 2 30\): give more"):
+    args = parse_args([*ARGUMENTS, "--group_counts", "2", "30"])
+    with pytest.raises(
+        ValueError, match=r"12 images cannot be divided into 30 groups \(--group_counts 2 30\): give more"
+    ):
         GLT.check_images(args, 12)
     for words, problem in (
         (
@@ -223,7 +225,7 @@ def test_what_cannot_be(standins, capsys):
             ["--method", "unrn", "--source_epochs", "5"],
             "--source_epochs 5 are all of --num_train_epochs 5: give more than 5",
         ),
-        (["--groups", "1"], "--groups must be 2 or more, got 1"),
+        (["--group_counts", "1"], "--group_counts must be 2 or more, got 1"),
     ):
         with pytest.raises(SystemExit):
             parse_args([*ARGUMENTS, *words])
@@ -235,7 +237,7 @@ def test_what_cannot_be(standins, capsys):
 
 def test_recipe():
     args = parse_args(["--recipe", "glt"])
-    assert (args.source_epochs, args.source_steps, args.num_train_epochs, args.groups) == (
+    assert (args.source_epochs, args.source_steps, args.num_train_epochs, args.group_counts) == (
         80,
         200,
         160,

@@ -33,11 +33,12 @@ KINDS = {
     "pplr": ["--method", "pplr"],
     "ice": ["--method", "ice", "--norm_group", "4"],
     "cacl": [*SOURCE, "--method", "cacl", "--num_train_epochs", "3", "--steps_per_epoch", "2"],
-    "unrn": [*SOURCE, "--method", "unrn", *STAGES, "--queue_size", "12"],
-    "glt": [*SOURCE, "--method", "glt", *STAGES, "--groups", "4", "6", "8"],
+    "unrn": [*SOURCE, "--method", "unrn", *STAGES, "--queue_size", "12", "--norm_group", "4"],
+    "hcd": [*SOURCE, "--method", "hcd", "--steps_per_epoch", "2", "--num_train_epochs", "4"],
+    "glt": [*SOURCE, "--method", "glt", *STAGES, "--group_counts", "4", "6", "8"],
 }
 SLOW_KINDS = {
-    "glt-rounds": [*SOURCE, "--method", "glt", *STAGES, "--rounds", "2", "--round_epochs", "1", "--norm_group", "4"],
+    "glt-rounds": [*SOURCE, "--method", "glt", *STAGES, "--rounds", "2", "--round_epochs", "1"],
     "hhcl-instances": ["--method", "hhcl", "--memory_update", "instances"],
     "pplr-without-cameras": ["--method", "pplr", "--camera_weight", "0"],
     "idm-earlier": [*SOURCE, "--method", "idm", "--earlier_weight", "1", "--norm_group", "4"],
@@ -51,6 +52,7 @@ LOSSES = {
     "ice": ["loss_centres", "loss_views", "loss_same", "loss_cameras"],
     "cacl": ["loss_source", "loss_target"],
     "unrn": ["loss_classes", "loss_triplet", "loss_apart", "loss_centres", "loss_queue"],
+    "hcd": ["loss_source", "loss_target"],
     "glt": ["loss_classes", "loss_triplet", "loss_centres", "loss_queue"],
 }
 train, refused = (functools.partial(one, adapt_reid) for one in (runs.run, runs.refused))
@@ -98,9 +100,13 @@ def test_a_run_and_the_same_cut_and_resumed(command, straight, tmp_path, kind):
     if kind in LOSSES:
         assert all(list(line) == ["step", "epoch", "lr", "grad_norm", "loss", *LOSSES[kind]] for line in log_of(whole))
     epochs = [record["epoch"] for record in json.loads((whole / "clusters.json").read_text())]
-    assert epochs == {"cacl": [0, 1, 2, 3], "unrn": [1, 3, 4], "glt": [1, 2, 3, 4], "glt-rounds": [1, 2, 3, 4]}.get(
-        kind, [0, 1, 2]
-    )
+    assert epochs == {
+        "cacl": [0, 1, 2, 3],
+        "hcd": [0, 1, 2, 3],
+        "unrn": [1, 3, 4],
+        "glt": [1, 2, 3, 4],
+        "glt-rounds": [1, 2, 3, 4],
+    }.get(kind, [0, 1, 2])
     model = ReIDModel.from_pretrained(whole / "model")
     assert model.num_ids == 0 and model.resample == "bicubic"
     common = command(kind, "--checkpointing_steps", "4", "--output_dir", tmp_path)

@@ -235,7 +235,7 @@ def test_stages_labels_and_classifiers(resnet):
     assert not any(torch.equal(*pair) for pair in zip(first, relabel(5)[1], strict=True))
     assert asked == [3, 5]
     args = model.args
-    assert [model.epoch_steps(epoch, 7) for epoch in (1, 2, 3, 9)] == [5, 5, 7, 7]
+    assert [model.epoch_steps(epoch, 7, 8) for epoch in (1, 2, 3, 9)] == [5, 5, 7, 7]
     assert of(model, "all_steps")(args, 7) == 2 * 5 + 7 * 7
     assert [of(model, "rate")(args, 7)(epoch, 0) for epoch in (1, 2, 3, 9)] == pytest.approx([1, 0.1, 1, 1])
 

@@ -148,7 +148,7 @@ def k_means(features, count, *, seed=0, starts=10, most_rounds=300):
     if different < count:
         raise ValueError(
             f"the clusters collapsed: {len(features)} images have {different} different features, too few for {count} "
-            "groups. Lower --groups or --learning_rate; or start from a better model"
+            "groups. Lower --group_counts or --learning_rate; or start from a better model"
         )
     generator, best, least = torch.Generator().manual_seed(seed), None, torch.inf
     for _ in range(starts):
