@@ -21,7 +21,7 @@
 #     "triton>=3.6.0",
 # ]
 # ///
-"""Filter generated images: three filters score each image, one of them chooses, and the kept ones form a data set.
+"""Filter generated images: filters score each image, one of them chooses, and the kept ones form a data set.
 
     accelerate launch --config_file accelerate_config.yaml filter_generated.py
     accelerate launch filter_generated.py --recipe diff-person --source market1501 --data_root ~/reid --generated out
@@ -33,14 +33,16 @@ The first is a demo on drawn people with the shipped stand-in models; the second
     CCTF        P(y | x) by an image classifier trained on the source images
     Re-ID CTF   mean of the 3 highest cosines of f(x) with the source images of y, f a Re-ID model of that source;
                 and the nearest of all source images must show y, or be nearer by --match_margin at most
+    attributes  with --captioner: how far its answers about x (clothes, hair, bag, hat) agree with the prompt of x,
+                the mean over attributes of the share of equal words; a garment changed on purpose does not count
 
 By default the threshold is that which 95 % of held-out source images reach against their identity's images of other
 cameras, less twice the lead of a nearer stranger in place of the last rule: a new scene is like another camera.
 
 All scores go to scores.parquet. The same command with another --filter, --threshold, --keep_fraction,
---true_match_rate, --false_match_rate, --match_margin, --target_per_id or --near_duplicates chooses again from these
-scores, in seconds and without a model. Images with a changed garment (column `changed`) set no threshold, fill no
---min_per_id, and fewer of them are kept than in the identity's own clothes.
+--true_match_rate, --false_match_rate, --match_margin, --min_agreement, --target_per_id or --near_duplicates chooses
+again from these scores, in seconds and without a model. Images with a changed garment (column `changed`) set no
+threshold, fill no --min_per_id, and fewer of them are kept than in the identity's own clothes.
 """
 
 from utils import flags
@@ -67,11 +69,11 @@ RECIPES = {
     }
 }
 # The names of utils.generated.choosing.FILTERS.
-FILTERS = ("clip", "cctf", "reid")
+FILTERS = ("clip", "cctf", "reid", "attributes")
 # The flags of the choice among scored images.
 CHOICE = (
     "threshold", "keep_fraction", "true_match_rate", "false_match_rate", "match_margin", "target_per_id",
-    "min_per_id", "near_duplicates", "duplicate_distance",
+    "min_per_id", "near_duplicates", "duplicate_distance", "min_agreement",
 )  # fmt: skip
 # The flags of the models that are trained.
 TRAINED_BY = (
@@ -124,6 +126,14 @@ def build_parser():
         help="Re-ID model folders whose classifier knows the source's identities in order of their numbers, one for "
         "each source; `none` leaves CCTF out; default: trained",
     )
+    group.add(
+        "--captioner_model_name_or_path",
+        "--captioner",
+        dest="captioner",
+        default="none",
+        help="question answerer such as Salesforce/blip-vqa-base, folder or Hub id, that adds the attribute score; "
+        "default none",
+    )
     group.size(
         "--clip_resolution", help="what CLIP sees, in any shape; default: its own square, 128 64 for the stand-in"
     )
@@ -164,6 +174,12 @@ def build_parser():
         type=not_negative,
         help="by how much another identity's source image may be nearer, in cosine, than the nearest of the image's "
         "own: more keeps more right images in new scenes, then wrong ones; default 0",
+    )
+    group.add(
+        "--min_agreement",
+        type=fraction,
+        help="least attribute score, whatever the filter; images of which no answer says anything pass. 0.6 removes "
+        "most wrong and broken images and few right ones",
     )
     group.add("--target_per_id", type=at_least(1), help="how many of each identity are kept, the best; default: all")
     group.add("--min_per_id", type=at_least(1), default=1, help="identities with fewer images are left out")
@@ -237,9 +253,13 @@ def check_args(parser, args):
             parser.error(f"--{name} {error}")
     if args.keep_fraction and not all(0 < value <= 1 for value in args.keep_fraction.values()):
         parser.error("--keep_fraction must be above 0 and at most 1")
+    if args.min_agreement is not None and args.captioner == "none":
+        parser.error("--min_agreement compares answers with prompts; give the --captioner that answers")
     skipped = {"clip": args.clip_model == "none", "cctf": (args.classifier_model or [""])[0] == "none"}
+    skipped["attributes"] = args.captioner == "none"
     if skipped.get(args.filter):
-        parser.error(f"--filter {args.filter} cannot choose without its model")
+        flag = {"attributes": "; give --captioner"}.get(args.filter, "")
+        parser.error(f"--filter {args.filter} cannot choose without its model{flag}")
 
 
 if __name__ == "__main__":
@@ -362,6 +382,11 @@ def score(args, accelerator, sources, generated, wanted, settings):
     accelerator.wait_for_everyone()
     # CLIP is loaded first, so that its errors show before the other models are trained.
     clip = load_clip(wanted, accelerator.device)
+    answerer = None
+    if wanted.has_attributes:
+        from utils.generated.attribute_scores import add_attribute_scores, load_answerer
+
+        answerer = load_answerer(wanted.captioner, accelerator.device, args.eval_batch_size)
     models = load_models(wanted, sources, folder / "models", accelerator, batch_size=args.eval_batch_size)
     if accelerator.is_main_process:
         calibration = {}
@@ -371,7 +396,8 @@ def score(args, accelerator, sources, generated, wanted, settings):
             save_file(calibration, part(CALIBRATION))
 
     def work(table, readers):
-        return score_piece(args, accelerator, models, clip, table, readers)
+        columns, features = score_piece(args, accelerator, models, clip, table, readers)
+        return add_attribute_scores(columns, answerer, table, readers) if answerer else columns, features
 
     score_pieces(folder, generated, work, accelerator=accelerator)
 
@@ -476,7 +502,7 @@ def write_choice(args, sources):
     )
     features = np.load(folder / FEATURES, mmap_mode="r")
     duplicates = choosing.duplicate_finder(scores, args.near_duplicates, args.duplicate_distance, features)
-    limits = {"target_per_id": args.target_per_id, "min_per_id": args.min_per_id}
+    limits = {name: getattr(args, name) for name in ("target_per_id", "min_per_id", "min_agreement")}
     choice = choosing.choose_images(scores, args.filter, thresholds, **limits, duplicates=duplicates)
     with write_together(folder) as part, pq.ParquetFile(folder / SCORES, pre_buffer=False) as file:
         write_scores(part(SCORES), pieces_of(file), choice)
@@ -565,6 +591,10 @@ def open_sets(args):
     thresholds_by_domain(args, sources)
     generated = open_generated(args.generated, args.data_root, list(sources))
     check_identities(generated, sources)
+    if args.captioner != "none":
+        from utils.generated.attribute_scores import check_prompts
+
+        check_prompts(generated)
     for name in RATES:
         if getattr(args, name) is not None:
             check_calibration(generated, sources, f"--{name}")
@@ -588,6 +618,7 @@ def wanted_models(args, sources):
         reid=given(args.reid_model, sources, "--reid_model"),
         classifiers=given(args.classifier_model, sources, "--classifier_model"),
         training=Training(**training, num_workers=args.dataloader_num_workers),
+        captioner=args.captioner,
     )
 
 
@@ -616,6 +647,8 @@ def finish(args, sources, generated):
         part("args.json").write_text(to_json(run_record(args)), encoding="utf-8")
         part("summary.json").write_text(to_json(summary), encoding="utf-8")
         report.write(part("report.html"))
+    if args.captioner != "none" and (count := choosing.without_score(scores, "attributes")):
+        print(f"{count:,} images have no attribute score: no answer says anything, or the prompt names no clothes")
     if summary["against_truth"]:
         print(text_table(*truth_table(summary["against_truth"])))
     print(

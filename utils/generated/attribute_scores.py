@@ -1,0 +1,58 @@
+"""The attribute score: a question answerer looks at each generated image, and its answers are held against the prompt.
+
+Only what the prompt names is asked, and action, view and place are not: they do not tell who a person is.
+"""
+
+import json
+
+import torch
+
+from utils.datasets.images import as_rgb
+from utils.generated.scoring import open_image
+from utils.generated.texts.agreement import WORN, agreements, attributes_of
+from utils.generated.texts.captioners import Captioner
+from utils.generated.texts.captions import QUESTIONS
+
+
+def check_prompts(generated):
+    """ValueError unless some prompt of the set names what a person wears."""
+    if "prompt" not in generated.schema.names:
+        raise ValueError(
+            f"--captioner compares images with their prompts, but {generated.name} has no column prompt; leave it out"
+        )
+    for table in generated.tables():
+        if any(attributes_of(prompt or "") for prompt in set(table["prompt"].to_pylist())):
+            return
+    raise ValueError(
+        f"--captioner: no prompt of {generated.name} names clothes (`wearing a red coat`), so there is nothing to "
+        "compare images with; leave it out"
+    )
+
+
+def load_answerer(name, device, batch_size):
+    dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+    return Captioner.from_pretrained(name, device=device, dtype=dtype, batch_size=batch_size)
+
+
+def add_attribute_scores(columns, answerer, table, readers):
+    """Fill in the columns of `ANSWERED` for the rows of a table whose images decode.
+
+    A score is the mean agreement of the answers; None if the prompt names no clothes or no answer says anything. A
+    garment that was changed on purpose does not count.
+    """
+    rows = [row for row, error in enumerate(columns["error"]) if error is None]
+    prompts = [prompt or "" for prompt in table["prompt"].to_pylist()]
+    changed = table["changed"].to_pylist() if "changed" in table.column_names else [None] * len(table)
+    named = {row: [key for key in attributes_of(prompts[row]) if key != changed[row]] for row in rows}
+    images = {row: as_rgb(open_image(readers[row]())) for row in rows if named[row]}
+    answers = {row: {} for row in rows}
+    for key in WORN:
+        asked = [row for row in images if key in named[row]]
+        for row, answer in zip(asked, answerer.ask([images[row] for row in asked], QUESTIONS[key]), strict=True):
+            answers[row][key] = answer
+    columns |= {"attribute_score": [None] * len(table), "attribute_answers": [None] * len(table)}
+    for row in images:
+        values = list(agreements(prompts[row], answers[row], changed[row]).values())
+        columns["attribute_answers"][row] = json.dumps(answers[row])
+        columns["attribute_score"][row] = sum(values) / len(values) if values else None
+    return columns
