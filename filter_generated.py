@@ -1,24 +1,10 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "accelerate>=1.12.0",
-#     "bitsandbytes>=0.50.0",
-#     "datasets>=4.5.0",
-#     "diffusers>=0.38.0",
-#     "huggingface_hub>=1.20.0",
-#     "jinja2>=3.1.4",
-#     "matplotlib>=3.9.0",
-#     "numpy>=2.1.0",
-#     "peft>=0.19.0",
-#     "Pillow>=11.0.0",
-#     "safetensors>=0.7.0",
-#     "scikit-learn>=1.5.2",
-#     "scipy>=1.14.1",
-#     "torch>=2.11.0",
-#     "torchvision>=0.26.0",
-#     "tqdm>=4.67.0",
-#     "transformers>=5.17.0",
-#     "triton>=3.6.0",
+#     "accelerate>=1.12.0", "bitsandbytes>=0.50.0", "datasets>=4.5.0", "diffusers>=0.38.0", "huggingface_hub>=1.20.0",
+#     "jinja2>=3.1.4", "matplotlib>=3.9.0", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
+#     "scikit-learn>=1.5.2", "scipy>=1.14.1", "torch>=2.11.0", "torchvision>=0.26.0", "tqdm>=4.67.0",
+#     "transformers>=5.17.0", "triton>=3.6.0",
 # ]
 # ///
 """Filter generated images: filters score each image, one of them chooses, and the kept ones form a data set.
@@ -45,8 +31,9 @@ again from these scores, in seconds and without a model. Images with a changed g
 threshold, fill no --min_per_id, and fewer of them are kept than in the identity's own clothes.
 """
 
-from utils import flags
-from utils.flags import CLIP_DIR, above_zero, at_least, fraction, not_negative
+from utils import flags, ranges
+from utils.flags import CLIP_DIR
+from utils.ranges import above_zero, at_least, fraction, not_negative
 
 DEMO_SOURCE, DEMO_GENERATED = "synthetic:domain=a,num_ids=32,images_per_id=12", "output/generated"
 DEMO = (
@@ -164,7 +151,7 @@ def build_parser():
     )
     group.add(
         "--true_match_rate",
-        type=flags.share,
+        type=ranges.share,
         help="threshold that this share of held-out source images reaches across cameras, each less twice the lead of "
         "a nearer stranger unless --match_margin is given; default 0.95 for --filter reid where nothing else is asked "
         "for",
@@ -192,7 +179,7 @@ def build_parser():
     group.add("--duplicate_distance", type=not_negative, help="bits or cosine distance; default 4 bits or 0.02")
     group.add(
         "--holdout_fraction",
-        type=flags.below_one,
+        type=ranges.below_one,
         default=0.2,
         help="share of each identity's source images that the Re-ID models never see, for the threshold",
     )
@@ -209,7 +196,7 @@ def build_parser():
     idle = (lambda args: not args.push_to_hub, "no --push_to_hub")
     group.add("--hub_dataset_id", idle=idle, help="repository; default: the name of --output_dir")
     group.add("--eval_batch_size", type=at_least(1), default=64, help="images of each process")
-    group.add("--seed", type=flags.seed, default=0, help="of training and of what is held out")
+    group.add("--seed", type=ranges.seed, default=0, help="of training and of what is held out")
     return parser
 
 
@@ -248,7 +235,7 @@ def check_args(parser, args):
         args.true_match_rate = 0.95
     for name in ("threshold", "keep_fraction"):
         try:
-            setattr(args, name, flags.numbers_by_name(getattr(args, name)))
+            setattr(args, name, ranges.numbers_by_name(getattr(args, name)))
         except ValueError as error:
             parser.error(f"--{name} {error}")
     if args.keep_fraction and not all(0 < value <= 1 for value in args.keep_fraction.values()):

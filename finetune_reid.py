@@ -1,24 +1,10 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "accelerate>=1.12.0",
-#     "bitsandbytes>=0.50.0",
-#     "datasets>=4.5.0",
-#     "diffusers>=0.38.0",
-#     "huggingface_hub>=1.20.0",
-#     "jinja2>=3.1.4",
-#     "matplotlib>=3.9.0",
-#     "numpy>=2.1.0",
-#     "peft>=0.19.0",
-#     "Pillow>=11.0.0",
-#     "safetensors>=0.7.0",
-#     "scikit-learn>=1.5.2",
-#     "scipy>=1.14.1",
-#     "torch>=2.11.0",
-#     "torchvision>=0.26.0",
-#     "tqdm>=4.67.0",
-#     "transformers>=5.17.0",
-#     "triton>=3.6.0",
+#     "accelerate>=1.12.0", "bitsandbytes>=0.50.0", "datasets>=4.5.0", "diffusers>=0.38.0", "huggingface_hub>=1.20.0",
+#     "jinja2>=3.1.4", "matplotlib>=3.9.0", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
+#     "scikit-learn>=1.5.2", "scipy>=1.14.1", "torch>=2.11.0", "torchvision>=0.26.0", "tqdm>=4.67.0",
+#     "transformers>=5.17.0", "triton>=3.6.0",
 # ]
 # ///
 """Fine-tune a Re-ID model with labels, by one of seven methods, from any start: where does a better start show?
@@ -64,8 +50,9 @@ import math
 
 from methods import generalisation
 from methods.generalisation import EPOCH_COSINE, META, METABIN
-from utils import flags
-from utils.flags import CLIP_DIR, RESNET_DIR, above_zero, at_least, fraction, not_negative
+from utils import flags, ranges
+from utils.flags import CLIP_DIR, RESNET_DIR
+from utils.ranges import above_zero, at_least, fraction, not_negative
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=64"
 DEMO_SOURCES = [f"synthetic:domain={name},num_ids=24" for name in "abc"]
@@ -164,7 +151,7 @@ def build_parser():
         "--fraction of the identities; generalisation: several sources, other targets. With one seed, smaller parts "
         "lie inside larger ones",
     )
-    data.add("--fraction", type=flags.share, help="of few-shot and small-scale, above 0, at most 1; default 0.1")
+    data.add("--fraction", type=ranges.share, help="of few-shot and small-scale, above 0, at most 1; default 0.1")
     data.add("--fraction_seed", type=at_least(0), default=0, help="another seed takes another part")
     flags.add_images(parser, resolution=[128, 64], padding=5, erasing=0.0)
 
@@ -231,7 +218,7 @@ def build_parser():
 
 
 def margin(text):
-    return text if text == SOFT else flags.not_negative(text)
+    return text if text == SOFT else ranges.not_negative(text)
 
 
 def parse_args(input_args=None):

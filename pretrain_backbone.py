@@ -1,24 +1,10 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "accelerate>=1.12.0",
-#     "bitsandbytes>=0.50.0",
-#     "datasets>=4.5.0",
-#     "diffusers>=0.38.0",
-#     "huggingface_hub>=1.20.0",
-#     "jinja2>=3.1.4",
-#     "matplotlib>=3.9.0",
-#     "numpy>=2.1.0",
-#     "peft>=0.19.0",
-#     "Pillow>=11.0.0",
-#     "safetensors>=0.7.0",
-#     "scikit-learn>=1.5.2",
-#     "scipy>=1.14.1",
-#     "torch>=2.11.0",
-#     "torchvision>=0.26.0",
-#     "tqdm>=4.67.0",
-#     "transformers>=5.17.0",
-#     "triton>=3.6.0",
+#     "accelerate>=1.12.0", "bitsandbytes>=0.50.0", "datasets>=4.5.0", "diffusers>=0.38.0", "huggingface_hub>=1.20.0",
+#     "jinja2>=3.1.4", "matplotlib>=3.9.0", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
+#     "scikit-learn>=1.5.2", "scipy>=1.14.1", "torch>=2.11.0", "torchvision>=0.26.0", "tqdm>=4.67.0",
+#     "transformers>=5.17.0", "triton>=3.6.0",
 # ]
 # ///
 """Pre-train a backbone on many people, most of them generated, so that re-identification starts better.
@@ -54,8 +40,8 @@ import math
 
 from methods import pretraining
 from methods.pretraining import DISTILLED, SOLIDER
-from utils import flags
-from utils.flags import at_least, fraction, not_negative
+from utils import flags, ranges
+from utils.ranges import at_least, fraction, not_negative
 
 DEMO_SOURCE = [f"synthetic:domain={domain},num_ids=64" for domain in "acde"]
 DEMO_TARGET = "synthetic:domain=b"
@@ -119,8 +105,8 @@ def build_parser():
         source=f"training sets; default {' '.join(DEMO_SOURCE)}",
         target=f"sets with query and gallery to measure the features on; default {DEMO_TARGET} in the demo, else none",
     )
-    data.add("--image_fraction", type=flags.share, help="share of each identity's images that is kept; default all")
-    data.add("--identity_fraction", type=flags.share, help="share of the identities that is kept; default all")
+    data.add("--image_fraction", type=ranges.share, help="share of each identity's images that is kept; default all")
+    data.add("--identity_fraction", type=ranges.share, help="share of the identities that is kept; default all")
     data.add("--fraction_seed", type=at_least(0), default=0, help="another seed takes another part")
     data.switch(
         "--streaming",
@@ -176,7 +162,7 @@ def build_parser():
     parser.free -= {"train_batch_size"}
     group = flags.add_optimizer(parser, learning_rate=2e-3, weight_decay=0.05, optimizers=None)
     group.add("--weight_decay_end", type=not_negative, help="weight decay at the end of a cosine; default constant")
-    group.add("--layer_decay", type=flags.share, default=1.0, help="factor on the rate from block to block")
+    group.add("--layer_decay", type=ranges.share, default=1.0, help="factor on the rate from block to block")
     group.add("--lr_scheduler", choices=SCHEDULES, default="cosine", help="how the rate changes")
     group.add("--lr_warmup_epochs", type=at_least(0), default=1, help="epochs of linear rise before it")
     cosine = (lambda args: args.lr_scheduler != "cosine", lambda args: f"--lr_scheduler {args.lr_scheduler}")
@@ -188,7 +174,7 @@ def build_parser():
 
 
 def magnitude(text):
-    return flags.number(text, int, lambda value: 0 <= value <= 30, "0 to 30")
+    return ranges.number(text, int, lambda value: 0 <= value <= 30, "0 to 30")
 
 
 def parse_args(input_args=None):
@@ -313,7 +299,8 @@ def main(args):
         check_swin(args.backbone)
     train, labels, stream = open_train(args)
     targets = open_targets(args.target, args.data_root, skip_unreadable=args.skip_unreadable)
-    share_published_batch(args, accelerator)
+    mixes = args.objective == "classification" and (args.mixup or args.cutmix)
+    pretraining.share_batch_of_recipe(args, accelerator, multiple_of=2 if mixes else 1)
     batch_size = launch.global_batch_size(args, accelerator)
     share = accelerator.process_index, accelerator.num_processes
     sampler, free = ShuffleSampler(len(train), batch_size, args.seed, *share), args.free_on_resume
@@ -477,32 +464,6 @@ def momentum(args, step, num_steps):
 
 
 # What the training is made of
-
-
-def share_published_batch(args, accelerator):
-    """The batch of a recipe is that of a whole step: each process and pass takes its share. A given flag stays."""
-    passes, processes = args.gradient_accumulation_steps, accelerator.num_processes
-    whole, shares = args.train_batch_size, passes * processes
-    if shares == 1:
-        return
-    if args.origin["train_batch_size"] != "recipe":
-        accelerator.print(
-            f"--train_batch_size {whole}: each of {processes} processes has {passes} x {whole} images in a step, "
-            f"{whole * shares} together"
-        )
-        return
-    pairs = 2 if args.objective == "classification" and (args.mixup or args.cutmix) else 1
-    if whole % (shares * pairs) or whole == shares:
-        raise ValueError(
-            f"the batch of --recipe {args.recipe}, {whole} images, cannot be shared by {processes} processes with "
-            f"{passes} passes each; give --train_batch_size, the images of each process and pass"
-        )
-    args.train_batch_size = whole // shares
-    accelerator.print(
-        f"--train_batch_size {args.train_batch_size}: the share of {processes} processes with {passes} "
-        f"{'pass' if passes == 1 else 'passes'} each of the {whole} images of a step in --recipe {args.recipe}; "
-        "the learning rate stays"
-    )
 
 
 def open_train(args):

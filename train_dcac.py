@@ -1,24 +1,10 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "accelerate>=1.12.0",
-#     "bitsandbytes>=0.50.0",
-#     "datasets>=4.5.0",
-#     "diffusers>=0.38.0",
-#     "huggingface_hub>=1.20.0",
-#     "jinja2>=3.1.4",
-#     "matplotlib>=3.9.0",
-#     "numpy>=2.1.0",
-#     "peft>=0.19.0",
-#     "Pillow>=11.0.0",
-#     "safetensors>=0.7.0",
-#     "scikit-learn>=1.5.2",
-#     "scipy>=1.14.1",
-#     "torch>=2.11.0",
-#     "torchvision>=0.26.0",
-#     "tqdm>=4.67.0",
-#     "transformers>=5.17.0",
-#     "triton>=3.6.0",
+#     "accelerate>=1.12.0", "bitsandbytes>=0.50.0", "datasets>=4.5.0", "diffusers>=0.38.0", "huggingface_hub>=1.20.0",
+#     "jinja2>=3.1.4", "matplotlib>=3.9.0", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
+#     "scikit-learn>=1.5.2", "scipy>=1.14.1", "torch>=2.11.0", "torchvision>=0.26.0", "tqdm>=4.67.0",
+#     "transformers>=5.17.0", "triton>=3.6.0",
 # ]
 # ///
 """DCAC: train a Re-ID encoder with feedback from a diffusion model, so that it generalises to cameras never seen.
@@ -45,7 +31,8 @@ Through c the diffusion model tells classifier, neck and encoder which identitie
 """
 
 from utils import flags
-from utils.flags import CAPTIONER_DIR, CLIP_DIR, DIFFUSION_DIR, above_zero, at_least, fraction, not_negative
+from utils.flags import CAPTIONER_DIR, CLIP_DIR, DIFFUSION_DIR
+from utils.ranges import above_zero, at_least, fraction, not_negative
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=112"
 DEMO_TARGETS = ["synthetic:domain=b", "synthetic:domain=c"]
@@ -262,7 +249,7 @@ from utils.diffusion.unet import load_diffusion, recompute_activations, save_pro
 from utils.evaluation.features import extract
 from utils.evaluation.targets import open_sets
 from utils.files import portable, write_together
-from utils.launch import gather_with_gradient, whole_weights
+from utils.launch import gather_with_gradient, own_rows, whole_weights
 from utils.modeling.folder import card_text, model_kind, training_card
 from utils.modeling.memories import PrototypeMemory
 from utils.modeling.norms import share_batch_statistics
@@ -343,7 +330,7 @@ class DCAC(nn.Module):
 
     def forward(self, images, labels, latents=None, noise=None, timesteps=None, warmup=False):
         features = gather_with_gradient(self.in_passes(self.encoder.backbone, images))
-        share, labels = share_of(features, len(images)), gather_with_gradient(labels)
+        share, labels = own_rows(features, len(images)), gather_with_gradient(labels)
         with torch.autocast(images.device.type, enabled=False):
             features = features.float()
             bn_features, logits = self.encoder.neck(features)
@@ -386,11 +373,6 @@ class DCAC(nn.Module):
             return function(*tensors)
         parts = zip(*(tensor.split(self.pass_size) for tensor in tensors), strict=True)
         return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
-
-
-def share_of(batch, size):
-    start = torch.distributed.get_rank() * size if len(batch) > size else 0
-    return slice(start, start + size)
 
 
 # Training

@@ -1,24 +1,10 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "accelerate>=1.12.0",
-#     "bitsandbytes>=0.50.0",
-#     "datasets>=4.5.0",
-#     "diffusers>=0.38.0",
-#     "huggingface_hub>=1.20.0",
-#     "jinja2>=3.1.4",
-#     "matplotlib>=3.9.0",
-#     "numpy>=2.1.0",
-#     "peft>=0.19.0",
-#     "Pillow>=11.0.0",
-#     "safetensors>=0.7.0",
-#     "scikit-learn>=1.5.2",
-#     "scipy>=1.14.1",
-#     "torch>=2.11.0",
-#     "torchvision>=0.26.0",
-#     "tqdm>=4.67.0",
-#     "transformers>=5.17.0",
-#     "triton>=3.6.0",
+#     "accelerate>=1.12.0", "bitsandbytes>=0.50.0", "datasets>=4.5.0", "diffusers>=0.38.0", "huggingface_hub>=1.20.0",
+#     "jinja2>=3.1.4", "matplotlib>=3.9.0", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
+#     "scikit-learn>=1.5.2", "scipy>=1.14.1", "torch>=2.11.0", "torchvision>=0.26.0", "tqdm>=4.67.0",
+#     "transformers>=5.17.0", "triton>=3.6.0",
 # ]
 # ///
 """Diffusion-ReID, generation: many new images of every identity, by a diffusion model tuned to its images.
@@ -43,8 +29,9 @@ With --save_adapters, the same command with --redraw and a larger --num_images, 
 
 import re
 
-from utils import flags
-from utils.flags import CAPTIONER_DIR, CLIP_DIR, DIFFUSION_DIR, above_zero, at_least, not_negative
+from utils import flags, ranges
+from utils.flags import CAPTIONER_DIR, CLIP_DIR, DIFFUSION_DIR
+from utils.ranges import above_zero, at_least, not_negative
 
 DEMO_SOURCE = ["synthetic:domain=a,num_ids=4"]
 DEMO = (
@@ -175,13 +162,13 @@ def build_parser():
         "--train_batch_size", type=at_least(1), default=4, help="own images of a step, with as many reference images"
     )
     group.add("--gradient_accumulation_steps", type=at_least(1), default=1, help="batches of each step")
-    group.add("--seed", type=flags.seed, default=0, help="of everything that is drawn")
+    group.add("--seed", type=ranges.seed, default=0, help="of everything that is drawn")
 
     group = parser.group("better pictures, not in the published recipes")
     group.switch("--image_captions", "tune each image to the answers about it, not to those of its whole sequence")
     group.add(
         "--caption_dropout",
-        type=flags.fraction,
+        type=ranges.fraction,
         default=0.0,
         help="share of own images tuned to the class prompt and token alone",
     )
@@ -193,7 +180,7 @@ def build_parser():
         help="any segmentation model of transformers: the loss on own images looks at the person",
     )
     no_mask = (lambda args: not args.mask_model, "no --mask_model")
-    group.add("--mask_background", type=flags.fraction, default=0.1, idle=no_mask, help="weight of what is no person")
+    group.add("--mask_background", type=ranges.fraction, default=0.1, idle=no_mask, help="weight of what is no person")
 
     group = parser.group("optimizer (AdamW)")
     group.add("--learning_rate", type=above_zero, default=1e-2, help="the default suits the stand-in's LoRA")
@@ -210,9 +197,9 @@ def build_parser():
     group.add("--num_images", type=at_least(1), default=8, help="images of each identity")
     group.add("--solver", choices=SOLVERS, default="dpmsolver++", help="sampler of the diffusion model")
     group.add("--num_inference_steps", type=at_least(1), default=12, help="steps of the solver")
-    group.add("--guidance_scale", type=flags.one_or_more, default=3.0, help="weight of the prompt, 1 for no guidance")
+    group.add("--guidance_scale", type=ranges.one_or_more, default=3.0, help="weight of the prompt, 1 for no guidance")
     unguided = (lambda args: args.guidance_scale == 1, "--guidance_scale 1")
-    group.add("--guidance_share", type=flags.share, default=1.0, idle=unguided, help="of the steps, from the first")
+    group.add("--guidance_share", type=ranges.share, default=1.0, idle=unguided, help="of the steps, from the first")
     group.add("--negative_prompt", default="", idle=unguided, help="what guidance leads away from; default: no words")
     group.add(
         "--fast_lora",
@@ -223,7 +210,7 @@ def build_parser():
     group.size("--save_resolution", [256, 128], help="size of the files")
     group.add("--image_format", choices=["jpg", "png"], default="jpg", help="format of the files")
     png = (lambda args: args.image_format == "png", "--image_format png")
-    group.add("--jpeg_quality", type=flags.between(1, 100), default=95, idle=png, help="1 to 100")
+    group.add("--jpeg_quality", type=ranges.between(1, 100), default=95, idle=png, help="1 to 100")
 
     group = parser.group("measures and output")
     group.add("--clip_model_name_or_path", default=CLIP_DIR, help="measures similarity; `none` for no measures")
@@ -241,7 +228,7 @@ def build_parser():
 
 
 def minority(text):
-    return flags.number(text, float, lambda value: 0 <= value < 0.5, "0 or more, and below 0.5")
+    return ranges.number(text, float, lambda value: 0 <= value < 0.5, "0 or more, and below 0.5")
 
 
 def parse_args(input_args=None):

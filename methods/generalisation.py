@@ -5,7 +5,8 @@
 
 import math
 
-from utils.flags import RESNET_DIR, above_zero, at_least, fraction
+from utils.flags import RESNET_DIR
+from utils.ranges import above_zero, at_least, fraction
 
 METABIN, META = "metabin", "meta"
 # Factors on the learning rate that rise by steps and fall by epochs.

@@ -1,9 +1,9 @@
-"""Flags and published values of the pre-training without labels, DINO and SOLIDER; imports nothing large.
+"""Flags and published values of pretraining without labels, and how a recipe's batch is shared; imports nothing large.
 
 `pretrain_backbone.py` reads them before torch is imported.
 """
 
-from utils.flags import above_zero, at_least, fraction, not_negative
+from utils.ranges import above_zero, at_least, fraction, not_negative
 
 DINO, SOLIDER = "dino", "solider"
 DISTILLED = (DINO, SOLIDER)
@@ -100,3 +100,28 @@ def check_args(parser, args):
         )
     if not args.local_crops:
         parser.error(f"--local_crops must be 1 or more with --objective {args.objective}")
+
+
+def share_batch_of_recipe(args, accelerator, *, multiple_of=1):
+    """The batch of a recipe is that of a whole step: each process and pass takes its share. A given flag stays."""
+    passes, processes = args.gradient_accumulation_steps, accelerator.num_processes
+    whole, shares = args.train_batch_size, passes * processes
+    if shares == 1:
+        return
+    if args.origin["train_batch_size"] != "recipe":
+        accelerator.print(
+            f"--train_batch_size {whole}: each of {processes} processes has {passes} x {whole} images in a step, "
+            f"{whole * shares} together"
+        )
+        return
+    if whole % (shares * multiple_of) or whole == shares:
+        raise ValueError(
+            f"the batch of --recipe {args.recipe}, {whole} images, cannot be shared by {processes} processes with "
+            f"{passes} passes each; give --train_batch_size, the images of each process and pass"
+        )
+    args.train_batch_size = whole // shares
+    accelerator.print(
+        f"--train_batch_size {args.train_batch_size}: the share of {processes} processes with {passes} "
+        f"{'pass' if passes == 1 else 'passes'} each of the {whole} images of a step in --recipe {args.recipe}; "
+        "the learning rate stays"
+    )

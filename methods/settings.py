@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from utils.flags import above_zero, at_least, fraction, not_negative
+from utils.ranges import above_zero, at_least, fraction, not_negative
 
 # The first of a setting is its default.
 METHODS = {"unsupervised": ("cluster-contrast", "hhcl", "spcl", "pplr", "ice"), "adaptation": ("spcl", "idm", "cacl")}

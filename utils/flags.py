@@ -1,4 +1,4 @@
-"""Flags of the scripts: groups that several share, ranges as types, recipes, and where each value came from.
+"""Flags of the scripts: groups that several share, recipes, and where each value came from.
 
     parser = Parser(__doc__, recipes=RECIPES)
     group = parser.group("method")
@@ -11,10 +11,10 @@ The help adds each flag's default. torch is not imported here: `--help` and a mi
 
 import argparse
 import difflib
-import functools
-import math
 import re
 from pathlib import Path
+
+from utils.ranges import above_zero, at_least, below_one, fraction, not_negative, pixels, seed
 
 STANDINS = Path(__file__).parent / "standins"
 CLIP_DIR, DIFFUSION_DIR, CAPTIONER_DIR = (str(STANDINS / name) for name in ("clip", "stable-diffusion", "blip-vqa"))
@@ -27,80 +27,6 @@ OPTIMIZERS = ("adam", "adamw", "sgd")
 SINGLE_IMAGE_IDS = ("error", "repeat", "drop")
 PRECISIONS = ("no", "fp16", "bf16")
 SKIP_WORDS = "leave out images that do not decode and files not named as expected, and list them"
-
-
-# Ranges
-
-
-def number(text, kind, fits, words):
-    try:
-        value = kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a {'whole ' * (kind is int)}number, got {text!r}") from None
-    if not fits(value):
-        raise argparse.ArgumentTypeError(f"must be {words}, got {value}")
-    return value
-
-
-@functools.cache
-def at_least(least):
-    """Whole numbers from `least` on."""
-    return lambda text: number(text, int, lambda value: value >= least, f"{least} or more")
-
-
-@functools.cache
-def between(least, most):
-    """Whole numbers from `least` to `most`."""
-    return lambda text: number(text, int, lambda value: least <= value <= most, f"{least} to {most}")
-
-
-def one_or_more(text):
-    return number(text, float, lambda value: 1 <= value < math.inf, "1 or more")
-
-
-def above_zero(text):
-    return number(text, float, lambda value: 0 < value < math.inf, "above 0")
-
-
-def not_negative(text):
-    return number(text, float, lambda value: 0 <= value < math.inf, "0 or more")
-
-
-def fraction(text):
-    return number(text, float, lambda value: 0 <= value <= 1, "between 0 and 1")
-
-
-def share(text):
-    return number(text, float, lambda value: 0 < value <= 1, "above 0 and at most 1")
-
-
-def below_one(text):
-    return number(text, float, lambda value: 0 <= value < 1, "between 0 and 1, and below 1")
-
-
-def seed(text):
-    return number(text, int, lambda value: 0 <= value < 2**32, "0 or more, and below 2^32")
-
-
-def pixels(text):
-    return number(text, int, lambda value: value >= 8, "at least 8 pixels")
-
-
-def numbers_by_name(words):
-    """{name, or None for all: number} of `0.6` or `market1501=0.6 msmt17=0.5`; None of None."""
-    numbers = {}
-    for word in words or ():
-        name, equals, text = word.rpartition("=")
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or bool(name) != bool(equals) or (name or None) in numbers:
-            raise ValueError(f"{word!r} is not as expected: a number, or DOMAIN=NUMBER for each source")
-        numbers[name or None] = value
-    if None in numbers and len(numbers) > 1:
-        raise ValueError("has a number for all sources and others for single ones; give one kind")
-    return None if words is None else numbers
 
 
 # The parser

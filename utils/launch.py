@@ -195,6 +195,12 @@ def gather_with_gradient(tensor):
     return torch.cat(all_gather(tensor.contiguous()))
 
 
+def own_rows(whole, count):
+    """The rows of a gathered batch that are this process's, as a slice; `count` is the size of its share."""
+    start = torch.distributed.get_rank() * count if len(whole) > count else 0
+    return slice(start, start + count)
+
+
 def sum_over_processes(count, device):
     """(sum of a number over all processes, number of processes)."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:

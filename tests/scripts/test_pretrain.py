@@ -20,7 +20,8 @@ import finetune_reid
 import pretrain_backbone
 import train_dcac
 from methods.dino import SelfDistillation, distillation_loss
-from pretrain_backbone import Classification, momentum, parse_args, share_published_batch
+from methods.pretraining import share_batch_of_recipe
+from pretrain_backbone import Classification, momentum, parse_args
 from tests import runs
 from tests.runs import launch, lines_written, log_of, same_weights, start, stopped, weights_of
 from utils.batches.mixing import Mix
@@ -458,18 +459,18 @@ class Processes:
 def test_the_published_batch_is_of_all_processes_together(processes, passes, share):
     args = parse_args(["--recipe", "diff-person", "--source", "x", "--gradient_accumulation_steps", str(passes)])
     accelerator = Processes(processes)
-    share_published_batch(args, accelerator)
+    share_batch_of_recipe(args, accelerator, multiple_of=2)
     assert args.train_batch_size == share and args.train_batch_size * processes * passes == 512
     assert (processes * passes == 1) == (accelerator.said == [])
     assert all(
         f"--train_batch_size {share}: the share of {processes} processes" in words for words in accelerator.said
     )
     given = parse_args(["--recipe", "diff-person", "--source", "x", "--train_batch_size", "96"])
-    share_published_batch(given, accelerator := Processes(8))
+    share_batch_of_recipe(given, accelerator := Processes(8))
     assert given.train_batch_size == 96 and "768 together" in accelerator.said[0]
     uneven = parse_args(["--recipe", "diff-person", "--source", "x"])
     with pytest.raises(ValueError, match="512 images, cannot be shared by 3 processes.*give --train_batch_size"):
-        share_published_batch(uneven, Processes(3))
+        share_batch_of_recipe(uneven, Processes(3))
 
 
 def test_batches_augmented_on_the_device_train_as_those_of_the_loader(tmp_path):

@@ -14,7 +14,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from diffusers.optimization import SchedulerType, get_scheduler
 
 from tests import runs
-from utils import flags
+from utils import flags, ranges
 from utils.flags import STEP_SCHEDULES, describe_origin, parse_with_recipes
 from utils.launch import EXIT_SIGTERM, check_trackers, global_batch_size, start_training
 from utils.training.log import StepLog
@@ -103,15 +103,15 @@ def test_unknown_recipes_and_bad_values_are_errors(capsys):
 @pytest.mark.parametrize(
     "kind, good, bad, words",
     [
-        (flags.at_least(1), ["1", "7"], ["0", "-1"], "1 or more"),
-        (flags.at_least(0), ["0", "7"], ["-1"], "0 or more"),
-        (flags.above_zero, ["1e-9", "3"], ["0.0", "-0.5", "nan", "inf"], "above 0"),
-        (flags.not_negative, ["0", "0.0", "3"], ["-1.0", "nan", "inf"], "0 or more"),
-        (flags.fraction, ["0", "0.5", "1"], ["-0.1", "1.1", "nan"], "between 0 and 1"),
-        (flags.share, ["0.5", "1"], ["0.0", "1.1", "nan"], "above 0 and at most 1"),
-        (flags.below_one, ["0", "0.999"], ["1.0", "-0.1"], "between 0 and 1, and below 1"),
-        (flags.seed, ["0", "4294967295"], ["4294967296", "-1"], "0 or more, and below 2^32"),
-        (flags.pixels, ["8", "256"], ["7"], "at least 8 pixels"),
+        (ranges.at_least(1), ["1", "7"], ["0", "-1"], "1 or more"),
+        (ranges.at_least(0), ["0", "7"], ["-1"], "0 or more"),
+        (ranges.above_zero, ["1e-9", "3"], ["0.0", "-0.5", "nan", "inf"], "above 0"),
+        (ranges.not_negative, ["0", "0.0", "3"], ["-1.0", "nan", "inf"], "0 or more"),
+        (ranges.fraction, ["0", "0.5", "1"], ["-0.1", "1.1", "nan"], "between 0 and 1"),
+        (ranges.share, ["0.5", "1"], ["0.0", "1.1", "nan"], "above 0 and at most 1"),
+        (ranges.below_one, ["0", "0.999"], ["1.0", "-0.1"], "between 0 and 1, and below 1"),
+        (ranges.seed, ["0", "4294967295"], ["4294967296", "-1"], "0 or more, and below 2^32"),
+        (ranges.pixels, ["8", "256"], ["7"], "at least 8 pixels"),
     ],
 )
 def test_ranges(kind, good, bad, words, capsys):
