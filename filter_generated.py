@@ -19,8 +19,8 @@ The first is a demo on drawn people with the shipped stand-in models; the second
     CCTF        P(y | x) by an image classifier trained on the source images
     Re-ID CTF   mean of the 3 highest cosines of f(x) with the source images of y, f a Re-ID model of that source;
                 and the nearest of all source images must show y, or be nearer by --match_margin at most
-    attributes  with --captioner: how far its answers about x (clothes, hair, bag, hat) agree with the prompt of x,
-                the mean over attributes of the share of equal words; a garment changed on purpose does not count
+    attributes  with --captioner, share of equal words in its answers about x (clothes, hair, bag, hat) and in the
+                prompt of x, the mean over attributes; a garment changed on purpose does not count
 
 By default the threshold is that which 95 % of held-out source images reach against their identity's images of other
 cameras, less twice the lead of a nearer stranger in place of the last rule: a new scene is like another camera.
@@ -114,13 +114,10 @@ def build_parser():
         "each source; `none` leaves CCTF out; default: trained",
     )
     group.add(
-        "--captioner_model_name_or_path",
-        "--captioner",
-        dest="captioner",
-        default="none",
+        "--captioner_model_name_or_path", "--captioner", dest="captioner", default="none",
         help="question answerer such as Salesforce/blip-vqa-base, folder or Hub id, that adds the attribute score; "
         "default none",
-    )
+    )  # fmt: skip
     group.size(
         "--clip_resolution", help="what CLIP sees, in any shape; default: its own square, 128 64 for the stand-in"
     )
@@ -245,8 +242,8 @@ def check_args(parser, args):
     skipped = {"clip": args.clip_model == "none", "cctf": (args.classifier_model or [""])[0] == "none"}
     skipped["attributes"] = args.captioner == "none"
     if skipped.get(args.filter):
-        flag = {"attributes": "; give --captioner"}.get(args.filter, "")
-        parser.error(f"--filter {args.filter} cannot choose without its model{flag}")
+        flag = {"clip": "clip_model", "cctf": "classifier_model", "attributes": "captioner"}[args.filter]
+        parser.error(f"--filter {args.filter} cannot choose without its model, --{flag} is none")
 
 
 if __name__ == "__main__":
@@ -288,6 +285,7 @@ from utils.generated.scoring import (
     view_of,
 )
 from utils.generated.sources import check_calibration, check_identities, check_sources, open_sources
+from utils.generated.texts.agreement import check_prompts
 from utils.reporting.report import text_table
 
 # The method
@@ -357,6 +355,7 @@ def scores_across_cameras(features, labels, camids, held_out):
 
 def score(args, accelerator, sources, generated, wanted, settings):
     """Write scores.parquet, features.npy and the calibration; resumes an earlier run."""
+    from utils.generated.attribute_scores import add_attribute_scores, load_answerer
     from utils.generated.scorers import load_clip, load_models
 
     folder = Path(args.output_dir)
@@ -369,11 +368,7 @@ def score(args, accelerator, sources, generated, wanted, settings):
     accelerator.wait_for_everyone()
     # CLIP is loaded first, so that its errors show before the other models are trained.
     clip = load_clip(wanted, accelerator.device)
-    answerer = None
-    if wanted.has_attributes:
-        from utils.generated.attribute_scores import add_attribute_scores, load_answerer
-
-        answerer = load_answerer(wanted.captioner, accelerator.device, args.eval_batch_size)
+    answerer = load_answerer(wanted, accelerator.device, args.eval_batch_size)
     models = load_models(wanted, sources, folder / "models", accelerator, batch_size=args.eval_batch_size)
     if accelerator.is_main_process:
         calibration = {}
@@ -384,7 +379,7 @@ def score(args, accelerator, sources, generated, wanted, settings):
 
     def work(table, readers):
         columns, features = score_piece(args, accelerator, models, clip, table, readers)
-        return add_attribute_scores(columns, answerer, table, readers) if answerer else columns, features
+        return add_attribute_scores(columns, answerer, table, readers), features
 
     score_pieces(folder, generated, work, accelerator=accelerator)
 
@@ -579,8 +574,6 @@ def open_sets(args):
     generated = open_generated(args.generated, args.data_root, list(sources))
     check_identities(generated, sources)
     if args.captioner != "none":
-        from utils.generated.attribute_scores import check_prompts
-
         check_prompts(generated)
     for name in RATES:
         if getattr(args, name) is not None:

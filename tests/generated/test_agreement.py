@@ -13,10 +13,10 @@ from PIL import ImageChops
 
 from tests.generated.test_filtering import scores
 from utils.generated import choosing
-from utils.generated.attribute_scores import add_attribute_scores, check_prompts
+from utils.generated.attribute_scores import add_attribute_scores
 from utils.generated.broken import ATTRIBUTES, near_miss
 from utils.generated.drawn_set import NEAR, World, draw, source_camera
-from utils.generated.texts.agreement import WORN, agreement, agreements, attributes_of
+from utils.generated.texts.agreement import WORN, agreement, agreements, attributes_of, check_prompts
 from utils.generated.texts.captions import CLOTHES, DIVERSITY, QUESTIONS, compose, with_token
 from utils.synthetic.world import appearance, render
 

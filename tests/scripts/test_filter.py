@@ -608,7 +608,7 @@ def test_bad_data_and_models(drawn, whole, tmp_path, flags, words):
         (["--min_per_id", "0"], "--min_per_id must be 1 or more"),
         (["--min_per_id", "3", "--target_per_id", "2"], "--target_per_id 2 is below --min_per_id 3"),
         (["--duplicate_distance", "4"], "goes with --near_duplicates"),
-        (["--filter", "attributes", "--threshold", "0.5"], "cannot choose without its model; give --captioner"),
+        (["--filter", "attributes", "--threshold", "0.5"], "cannot choose without its model, --captioner is none"),
         (["--min_agreement", "0.5"], "give the --captioner that answers"),
     ],
 )

@@ -14,32 +14,22 @@ from utils.generated.texts.captioners import Captioner
 from utils.generated.texts.captions import QUESTIONS
 
 
-def check_prompts(generated):
-    """ValueError unless some prompt of the set names what a person wears."""
-    if "prompt" not in generated.schema.names:
-        raise ValueError(
-            f"--captioner compares images with their prompts, but {generated.name} has no column prompt; leave it out"
-        )
-    for table in generated.tables():
-        if any(attributes_of(prompt or "") for prompt in set(table["prompt"].to_pylist())):
-            return
-    raise ValueError(
-        f"--captioner: no prompt of {generated.name} names clothes (`wearing a red coat`), so there is nothing to "
-        "compare images with; leave it out"
-    )
-
-
-def load_answerer(name, device, batch_size):
+def load_answerer(wanted, device, batch_size):
+    """The question answerer, or None if the filter is skipped."""
+    if not wanted.has_attributes:
+        return None
     dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-    return Captioner.from_pretrained(name, device=device, dtype=dtype, batch_size=batch_size)
+    return Captioner.from_pretrained(wanted.captioner, device=device, dtype=dtype, batch_size=batch_size)
 
 
 def add_attribute_scores(columns, answerer, table, readers):
-    """Fill in the columns of `ANSWERED` for the rows of a table whose images decode.
+    """Fill in the columns of `ANSWERED` for the rows of a table whose images decode; nothing without an answerer.
 
     A score is the mean agreement of the answers; None if the prompt names no clothes or no answer says anything. A
     garment that was changed on purpose does not count.
     """
+    if answerer is None:
+        return columns
     rows = [row for row, error in enumerate(columns["error"]) if error is None]
     prompts = [prompt or "" for prompt in table["prompt"].to_pylist()]
     changed = table["changed"].to_pylist() if "changed" in table.column_names else [None] * len(table)

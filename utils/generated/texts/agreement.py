@@ -96,3 +96,18 @@ def agreements(prompt, answers, changed=None):
         for key, said in attributes_of(prompt).items()
         if key != changed and (value := agreement(said, clean(answers.get(key) or "", key))) is not None
     }
+
+
+def check_prompts(generated):
+    """ValueError unless some prompt of the set names what a person wears."""
+    if "prompt" not in generated.schema.names:
+        raise ValueError(
+            f"--captioner compares images with their prompts, but {generated.name} has no column prompt; leave it out"
+        )
+    for table in generated.tables():
+        if any(attributes_of(prompt or "") for prompt in set(table["prompt"].to_pylist())):
+            return
+    raise ValueError(
+        f"--captioner: no prompt of {generated.name} names clothes (`wearing a red coat`), so there is nothing to "
+        "compare images with; leave it out"
+    )
