@@ -14,7 +14,7 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from utils.batches.augmentation import as_bytes, drawn_by
+from utils.batches.augmentation import as_bytes
 from utils.batches.transforms import HALF, TrainTransform, resized, to_bytes
 
 # The operations in the order in which torchvision's RandAugment draws them; whether half of them go the other way.
@@ -23,6 +23,7 @@ OPERATIONS = {
     "Brightness": True, "Color": True, "Contrast": True, "Sharpness": True, "Posterize": False, "Solarize": False,
     "AutoContrast": False, "Equalize": False,
 }  # fmt: skip
+SIGNED = list(OPERATIONS.values())
 STRONGEST = 30
 # Mirrored or not; left and top of the crop; top, left, height and width of the erased rectangle.
 NUMBERS = 7
@@ -42,8 +43,9 @@ class BatchAugmentation:
         `num_ops`, then `NUMBERS` numbers."""
         numbers = []
         if self.num_ops:
-            with drawn_by(rng):
-                numbers = [self.draw_operation() for _ in range(self.num_ops)]
+            # The numbers of torch's own generator after the same seed, without the time to save and restore it.
+            generator = torch.Generator().manual_seed(rng.getrandbits(63))
+            numbers = [draw_operation(generator) for _ in range(self.num_ops)]
         usual = self.usual
         numbers.append(rng.random() < usual.flip)
         both = 2 * usual.padding
@@ -52,11 +54,6 @@ class BatchAugmentation:
         numbers += (usual.rectangle(rng) if is_erased else None) or (0, 0, 0, 0)
         pixels = to_bytes(resized(image, usual.image_size, usual.resample))
         return {"pixels": pixels, "draws": torch.tensor(numbers, dtype=torch.int32)}
-
-    def draw_operation(self):
-        number = int(torch.randint(len(OPERATIONS), ()))
-        is_signed = list(OPERATIONS.values())[number]
-        return 2 * number + (is_signed and bool(torch.rand(()) <= 0.5))
 
     def __call__(self, batch, device):
         """`batch`: {"pixels" (B, 3, H, W) bytes, "draws" (B, numbers)}, both on the CPU."""
@@ -117,6 +114,11 @@ class BatchAugmentation:
             case "Equalize":
                 return functional.equalize(pixels)
         return pixels
+
+
+def draw_operation(generator):
+    number = int(torch.randint(len(OPERATIONS), (), generator=generator))
+    return 2 * number + (SIGNED[number] and bool(torch.rand((), generator=generator) <= 0.5))
 
 
 def cropped(pixels, is_mirrored, left, top, padding):
