@@ -40,6 +40,7 @@ CAMERAS = {"one or two": True, "all four": False}
 SEEDS, TUNING_SEEDS = [11, 12, 13], [0, 1]
 DOMAIN, TUNING_DOMAIN = "d", "a"
 MIN_AGREEMENT = 0.6
+AUCS = {"auc": "AUC", "near_auc_same_scene": "AUC of near-misses"}
 # Images of an identity, so that each kind comes as often as in `World.cycle`.
 IMAGES_PER_ID = 12
 
@@ -107,23 +108,22 @@ def near_misses(path):
 
 def table_of(found):
     """(columns, rows) of {cameras: {seed: {filter: numbers}}}: mean and deviation over the seeds."""
-    rows = []
+    rows, every = [], [numbers for seeds in found.values() for seed in seeds.values() for numbers in seed.values()]
+    aucs = {key: name for key, name in AUCS.items() if all(key in numbers for numbers in every)}
     for cameras, seeds in found.items():
         for name in next(iter(seeds.values())):
             numbers = [seed[name] for seed in seeds.values()]
             kinds = list(numbers[0]["kept"])
-            aucs = [
-                mean_and_deviation([seed[key] for seed in numbers], 3) if key in numbers[0] else ""
-                for key in ("auc", "near_auc_same_scene")
-            ]
             for key, label in (("kept", ""), ("chosen", ", as chosen"), ("agreeing", ", and agreeing")):
                 if not all(key in seed for seed in numbers):
                     continue
+                shown = [mean_and_deviation([seed[auc] for seed in numbers], 3) for auc in aucs]
                 shares = [[100 * seed[key][kind] for seed in numbers] for kind in kinds]
-                shown = aucs if key == "kept" else ["", ""]
                 cells = [f"{mean_and_deviation(share, 0)} %" for share in shares]
-                rows.append([cameras, f"{LABELS[name]}{label}", *shown, *cells])
-    return ["cameras", "filter", "AUC", "AUC of near-misses", *kinds], rows
+                rows.append(
+                    [cameras, f"{LABELS[name]}{label}", *(shown if key == "kept" else [""] * len(aucs)), *cells]
+                )
+    return ["cameras", "filter", *aucs.values(), *kinds], rows
 
 
 def main(input_args=None):
