@@ -30,19 +30,23 @@ def add_attribute_scores(columns, answerer, table, readers):
     """
     if answerer is None:
         return columns
-    rows = [row for row, error in enumerate(columns["error"]) if error is None]
     prompts = [prompt or "" for prompt in table["prompt"].to_pylist()]
     changed = table["changed"].to_pylist() if "changed" in table.column_names else [None] * len(table)
-    named = {row: [key for key in attributes_of(prompts[row]) if key != changed[row]] for row in rows}
-    images = {row: as_rgb(open_image(readers[row]())) for row in rows if named[row]}
-    answers = {row: {} for row in rows}
-    for key in WORN:
-        asked = [row for row in images if key in named[row]]
-        for row, answer in zip(asked, answerer.ask([images[row] for row in asked], QUESTIONS[key]), strict=True):
-            answers[row][key] = answer
+    named = [
+        [key for key in attributes_of(prompt) if key != own] for prompt, own in zip(prompts, changed, strict=True)
+    ]
+    rows = [row for row, error in enumerate(columns["error"]) if error is None and named[row]]
     columns |= {"attribute_score": [None] * len(table), "attribute_answers": [None] * len(table)}
-    for row in images:
-        values = list(agreements(prompts[row], answers[row], changed[row]).values())
-        columns["attribute_answers"][row] = json.dumps(answers[row])
-        columns["attribute_score"][row] = sum(values) / len(values) if values else None
+    # Generated images can be large: a batch of them is in memory, not the piece.
+    for start in range(0, len(rows), answerer.batch_size):
+        images = {row: as_rgb(open_image(readers[row]())) for row in rows[start : start + answerer.batch_size]}
+        answers = {row: {} for row in images}
+        for key in WORN:
+            asked = [row for row in images if key in named[row]]
+            for row, answer in zip(asked, answerer.ask([images[row] for row in asked], QUESTIONS[key]), strict=True):
+                answers[row][key] = answer
+        for row in images:
+            values = list(agreements(prompts[row], answers[row], changed[row]).values())
+            columns["attribute_answers"][row] = json.dumps(answers[row])
+            columns["attribute_score"][row] = sum(values) / len(values) if values else None
     return columns
