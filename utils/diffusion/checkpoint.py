@@ -119,10 +119,8 @@ def refuse_other_families(name, files, folder, revision, token):
         return
     pipeline = str(index.get("_class_name"))
     family = pipeline.replace("Pipeline", "").replace("StableDiffusion3", "Stable Diffusion 3")
-    raise ValueError(
-        f"{name!r} is a whole checkpoint of the family {family} ({pipeline}, its network {parts[network]}), which is "
-        "not supported; use Stable Diffusion 1.x or 2.x"
-    )
+    words = f"{name!r} is a whole checkpoint of the family {family} ({pipeline}, its network {parts[network]})"
+    raise ValueError(f"{words}, which is not supported; use Stable Diffusion 1.x or 2.x")
 
 
 def check_unet(name, config, latent_channels):
