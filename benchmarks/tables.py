@@ -210,6 +210,7 @@ TABLES = {
     "gpu-pretraining": as_stored("gpu/pretraining", words=2),
     "gpu-retrieval": as_stored("gpu/retrieval", words=4),
     "retrieval": retrieval,
+    "ring": as_stored("ring", words=2),
     "loading": as_stored("loading"),
     "loading-augmentation": as_stored("loading_augmentation"),
     "clustering": as_stored("clustering"),

@@ -26,7 +26,8 @@ RESULT_TAG = 16
 def is_worth_it(rows, k):
     """Whether `ring_symmetric` applies to these `AllRows`; alike on all ranks."""
     single_on_cpu = rows.device.type == "cpu" and rows.ring.dtype == torch.float32
-    return single_on_cpu and rows.total >= SYMMETRIC_MIN_ROWS and k * GROUP <= TILE_ROWS
+    # Keys of neighbours have 32 bits for the number of a row.
+    return single_on_cpu and SYMMETRIC_MIN_ROWS <= rows.total < 1 << 32 and k * GROUP <= TILE_ROWS
 
 
 def ring_symmetric(rows, k):
