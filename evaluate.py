@@ -240,6 +240,7 @@ if __name__ == "__main__":
 import datasets
 import torch
 
+from kernels.ring.processes import all_processes
 from utils import evaluation, launch
 from utils.batches.chunks import image_identities
 from utils.batches.transforms import test_transform
@@ -490,8 +491,7 @@ def search_kept(args, accelerator):
     for images in gallery:
         skipped += add_new(index, images, args.gallery_dir, extract_all, accelerator=accelerator, **reading)
     features = extract_all(queries, args.output_dir)
-    if accelerator.is_main_process:
-        forget_chunks(args.output_dir)
+    forget_chunks(args.output_dir)
     *pair, copies = sides_of(features, rows_of(queries), index)
     return model, calibration, [pair], [copies], [f"{path}: {reason}" for _, path, reason in skipped]
 
@@ -560,7 +560,7 @@ def measure(args, accelerator, queries, gallery):
         rerank=rerank_options(args) if args.rerank else None,
         may_lack_matches=bool(args.query_dir),
         backend=args.backend,
-        group=launch.group_of(accelerator),
+        group=all_processes(),
         details=accelerator.is_main_process,
     )
 

@@ -11,7 +11,8 @@ The model, for each of P processes with N / P rows of D numbers of 4 bytes, Q qu
 
     a pass of rows R around the ring    sends (P - 1) / P R D 4 bytes
     cosine_topk                         one pass of G; Q G / P products of two rows
-    rank_metrics                        two passes of G: scores of the matches, then counts; Q G / P products
+    rank_metrics                        two passes of G: scores of the matches, then counts; Q G / P products, and at
+                                        most as many again for the scores: the model leaves them out
     k_reciprocal_rerank + metrics       N = Q + G: half a pass of N and keys back, N^2 / (2 P) products; one pass of N
                                         for the products within sets; all neighbour lists; V' of neighbours; two passes
                                         of G and V', Q G / P products

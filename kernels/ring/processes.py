@@ -108,7 +108,9 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            raise LostProcess(self.lost(), str(error).splitlines()[0][:200]) from error
+            # Libraries begin with the place in their own source.
+            reason = str(error).splitlines()[0].rpartition("] ")[2] if "[/" in str(error) else str(error)
+            raise LostProcess(self.lost(), reason.splitlines()[0].partition(". ")[0][:200]) from error
 
     def lost(self):
         """The rank that ended first: seen on its machine, and told to the others through the store."""
@@ -271,6 +273,12 @@ class Units:
             block = units[first : first + padded(last - first, self.dtype)]
             for place, strip in similarity_strips(block, last - first, rows, count):
                 yield start + first + place, strip
+
+
+def all_processes():
+    """The group of all processes of this run; None for a single one."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.group.WORLD if several else None
 
 
 def shares_of(group, *values):
