@@ -196,7 +196,7 @@ def parse_args(input_args=None):
 def check_args(parser, args):
     """Reject wrong combinations of arguments."""
     if bool(args.query_dir) != bool(args.gallery_dir or args.gallery_features):
-        parser.error("--query_dir and --gallery_dir belong together: what to look for, and where")
+        parser.error("--query_dir and --gallery_dir (or --gallery_features) belong together: what to look for, where")
     if args.gallery_features and (args.camera_embeddings or args.export):
         parser.error("--gallery_features keeps features without cameras; leave out --camera_embeddings and --export")
     if args.query_dir and (args.data or args.features):
