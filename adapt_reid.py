@@ -33,6 +33,12 @@ u the unit-length BNNeck feature of an image,
     idm               classes of both domains, hard triplets, and a third domain between them: feature maps mixed with
                       ratios learned for each pair, whose labels and features are bridged likewise
     cacl              classes of both domains, one camera of the target after the other; a reconstruction
+    unrn              after a training on the source, classes of both domains by a student, weighed by how far its
+                      mean teacher agrees; contrast with the source's centres and with a queue of target images
+    hcd               spcl with labels that move after every step, of clusters and of their parts; no clustering after
+                      the first
+    glt               after a training on the source, k-means groups of several numbers, shared out evenly among the
+                      images after every epoch
 
 Of the source, `--source`, labels are used; those of `--target`, where it has any, only for numbers in the report. A
 batch has K images of each cluster, as different cameras saw it where the data say which camera an image is of.
@@ -44,7 +50,7 @@ and XBM where the authors do, and `--norm_group` to the images of one of their G
 published ones are of the epoch that was best on the test images.
 """
 
-from methods.settings import JACCARD, METHODS, NAMES, RECIPES, add_flags, named_method
+from methods.settings import JACCARD, METHODS, NAMES, RECIPES, add_flags, check_stages, named_method
 from utils import flags
 from utils.flags import CLIP_DIR
 from utils.ranges import at_least, fraction
@@ -107,6 +113,12 @@ def build_parser(shown=None):
     )
     group.add("--pooling", choices=["mean", "gem"], default="mean", help="of a map; gem: a learned generalised mean")
     group.add(
+        "--network",
+        choices=["plain", "sbs"],
+        default="plain",
+        help="sbs: a ResNet gets non-local blocks in its two middle stages and loses the ReLU after its first norm",
+    )
+    group.add(
         "--norm_group",
         type=at_least(0),
         default=0,
@@ -161,8 +173,9 @@ def parse_args(input_args=None):
 def check_args(parser, args):
     """What the arguments alone show to be wrong."""
     if args.method not in METHODS[args.setting]:
+        needs = "" if args.setting == "adaptation" else "; it needs labels: --setting adaptation --source SPEC"
         parser.error(
-            f"--method {args.method} is not one of --setting {args.setting}: {', '.join(METHODS[args.setting])}"
+            f"--method {args.method} is not one of --setting {args.setting}: {', '.join(METHODS[args.setting])}{needs}"
         )
     if args.setting == "adaptation" and args.source is None:
         parser.error("--setting adaptation needs a labelled --source beside --target")
@@ -185,6 +198,7 @@ def check_args(parser, args):
         parser.error(f"--erasing_value takes 1 number or 3, got {len(args.erasing_value)}")
     if args.images_per_id < 2:
         parser.error(f"--images_per_id must be 2 or more, got {args.images_per_id}")
+    check_stages(parser, args)
     flags.check_reid_training(parser, args)
 
 
@@ -200,13 +214,16 @@ from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 
 from methods.cacl import CaCL
 from methods.cluster_contrast import ClusterContrast
+from methods.glt import GLT
+from methods.hcd import HCD
 from methods.ice import ICE
 from methods.idm import IDM
 from methods.pplr import PPLR
 from methods.spcl import SpCL
+from methods.unrn import UNRN
 from utils import launch
 from utils.batches.augmentation import view_transform
-from utils.batches.pseudo_batches import PseudoBatches
+from utils.batches.pseudo_batches import PseudoBatches, of_other_cameras
 from utils.batches.transforms import training_loader
 from utils.datasets.load import digest_of, open_source
 from utils.datasets.schema import without_names
@@ -219,6 +236,7 @@ from utils.modeling.domain_norms import group_batch_statistics, join_norms
 from utils.modeling.folder import card_text, training_card
 from utils.modeling.heads import add_gem
 from utils.modeling.memories import class_means
+from utils.modeling.networks.resnet import as_sbs
 from utils.modeling.norms import share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
 from utils.training.cluster_report import add_clusters, add_contact_sheet, describe_clusters
@@ -235,18 +253,88 @@ MODULES = {
     "pplr": PPLR,
     "ice": ICE,
     "cacl": CaCL,
+    "unrn": UNRN,
+    "glt": GLT,
+    "hcd": HCD,
 }
+
+
+class Defaults:
+    """What holds for a method whose file does not define it."""
+
+    under_deepspeed = False
+    views = ("changed",)
+    draw = staticmethod(of_other_cameras)
+    # Whether the optimizer starts anew in every epoch, and whether some weights have no gradient in some steps.
+    fresh_optimizer = False
+    rests_weights = False
+
+    @staticmethod
+    def scales(args):
+        """The values of eps to cluster with."""
+        return [args.eps]
+
+    @staticmethod
+    def least_cameras(args):
+        return 1
+
+    @staticmethod
+    def check_images(args, count):
+        """ValueError where the target's images are too few."""
+        check_settings(
+            count, of(MODULES[args.method], "scales")(args), args.min_samples, args.cluster_k1, args.cluster_k2
+        )
+
+    @staticmethod
+    def clusterings(features, args, group):
+        """`Clusters` of the features, one for each of the scales; the processes of a group share the work."""
+        options = {"min_samples": args.min_samples, "k1": args.cluster_k1, "k2": args.cluster_k2}
+        scales = of(MODULES[args.method], "scales")(args)
+        return cluster(features, eps=scales, compat=JACCARD[args.jaccard], **options, group=group)
+
+    @staticmethod
+    def labels_of(clusters, threshold):
+        return clusters[0].labels, threshold
+
+    @staticmethod
+    def labels_for_batches(labels, key):
+        return labels
+
+    @staticmethod
+    def epoch_steps(epoch, steps, batch_size):
+        """The steps of an epoch; `steps` as the flags say."""
+        return steps
+
+    @staticmethod
+    def draw_of_epoch():
+        """How an epoch draws the images of a cluster, instead of `draw`."""
+        return None
+
+    @staticmethod
+    def all_steps(args, steps):
+        """The steps of the training, where it does not end by its number of epochs."""
+        return None
+
+    @staticmethod
+    def rate(args, steps):
+        """A factor on the learning rate by epoch and step, instead of that of warmup_multistep."""
+        return None
+
+
+def of(method, name):
+    return getattr(method, name, getattr(Defaults, name))
 
 
 # Training
 
 
 def main(args):
-    accelerator = launch.start_training(args)
+    kind = MODULES[args.method]
+    accelerator = launch.start_training(args, find_unused_parameters=of(kind, "rests_weights"))
     stand_ins = STAND_IN if args.backbone == CLIP_DIR else None
     launch.introduce(args, accelerator, demo=DEMO_WORDS.format(args.method), stand_ins=stand_ins)
     # What can be wrong with data and configuration shows before a model is loaded.
-    if not MODULES[args.method].under_deepspeed and accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if not of(kind, "under_deepspeed") and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
             f"--method {args.method} writes weights beside the optimizer's steps, behind DeepSpeed's back; start it "
             "without DeepSpeed"
@@ -258,9 +346,8 @@ def main(args):
             args.source, args.data_root, single_image_ids=args.single_image_ids, skip_unreadable=args.skip_unreadable
         )
     targets = open_targets(measurable, args.data_root, skip_unreadable=args.skip_unreadable)
-    kind = MODULES[args.method]
-    check_settings(len(target), kind.scales(args), args.min_samples, args.cluster_k1, args.cluster_k2)
-    cameras = cameras_of(args, target, kind.least_cameras(args))
+    of(kind, "check_images")(args, len(target))
+    cameras = cameras_of(args, target, of(kind, "least_cameras")(args))
     images = target
     if source is not None:
         images = datasets.concatenate_datasets([without_names(source.select_columns(target.column_names)), target])
@@ -270,13 +357,14 @@ def main(args):
             f"the {args.train_batch_size} images of a process and domain (--train_batch_size) cannot be normalised in "
             f"groups of {args.norm_group} (--norm_group): give a divisor"
         )
+    steps = args.steps_per_epoch or max(1, len(target) // batch_size)
     sampler = PseudoBatches(
         batch_size,
         args.images_per_id,
-        args.steps_per_epoch or max(1, len(target) // batch_size),
+        steps,
         list(zip(images["domain"], images["camid"], strict=True)),
         source_labels=source_labels.tolist(),
-        draw=kind.draw,
+        draw=of(kind, "draw"),
         seed=args.seed,
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
@@ -288,6 +376,7 @@ def main(args):
         images,
         script="adapt_reid.py",
         data=[digest_of(target, torch.zeros(0)), digest_of(source, source_labels) if source else None],
+        num_steps=of(kind, "all_steps")(args, steps),
     )
     training.state.setdefault("clusters", [])
     num_source = int(source_labels.max()) + 1 if source else 0
@@ -302,6 +391,8 @@ def main(args):
         args.backbone, num_ids=0, image_size=tuple(args.resolution), resample=args.test_resample
     )
     launch.print_notes(accelerator, encoder.notes)
+    if args.network == "sbs":
+        encoder.backbone = as_sbs(encoder.backbone)
     if args.pooling == "gem" and encoder.backbone.pooling is None:
         add_gem(encoder.backbone)
     if args.gradient_checkpointing:
@@ -314,7 +405,7 @@ def main(args):
     # Of the source the identity counts, of the target the image.
     numbers = torch.cat([source_labels, num_source + torch.arange(len(target))]).to(accelerator.device)
     transform = view_transform(
-        kind.views,
+        of(kind, "views"),
         encoder.image_size,
         encoder.image_mean,
         encoder.image_std,
@@ -337,7 +428,8 @@ def main(args):
     if training.resumed:
         reshape_buffers(bare, training.state["shapes"])
     method, optimizer = accelerator.prepare(bare, optimizer_of(args, [{"params": trained(bare)}]))
-    training.begin(method, optimizer, rates_of(args, optimizer, training.num_steps))
+    schedule = of(kind, "rate")(args, steps) if args.lr_scheduler == flags.MULTISTEP else None
+    training.begin(method, optimizer, rates_of(args, optimizer, training.num_steps, schedule))
     params = trained(method)
 
     def features_of(dataset, words, model=None):
@@ -363,8 +455,14 @@ def main(args):
             epoch,
             target=lambda model=None: features_of(target, "target", model),
             source=features_of_source,
-            cluster=lambda features, rows=None: shared_labels(
-                args, training, bare, features, truth if rows is None or truth is None else truth[rows], epoch - 1
+            cluster=lambda features=None, rows=None, labels=None: shared_labels(
+                args,
+                training,
+                bare,
+                features,
+                truth if rows is None or truth is None else truth[rows],
+                epoch - 1,
+                labels=labels,
             )[0],
         )
         # Not before: extraction may put other tensors in the place of buffers.
@@ -378,7 +476,10 @@ def main(args):
         if not training.in_mid_epoch:
             with torch.no_grad():
                 relabel(epoch)
-        sampler.take(bare.labels_for_batches(bare.pseudo_labels.cpu(), f"{args.seed}/{epoch}"))
+            if of(kind, "fresh_optimizer"):
+                optimizer.state.clear()
+        labels = of(bare, "labels_for_batches")(bare.pseudo_labels.cpu(), f"{args.seed}/{epoch}")
+        sampler.take(labels, of(bare, "epoch_steps")(epoch, steps, batch_size), of(bare, "draw_of_epoch")())
         method.train()
         for batch in training.batches(loader):
             training.log(training_step(training, method, bare, batch, params, numbers))
@@ -414,24 +515,21 @@ def training_step(training, method, bare, batch, params, numbers):
     return {"grad_norm": norm_of(norm, loss.device), **values}
 
 
-def shared_labels(args, training, bare, features, truth, epoch, strict=True):
-    """(labels, Clusters or None) of the target, equal everywhere: one process clusters and tells the others.
+def shared_labels(args, training, bare, features, truth, epoch, strict=True, labels=None):
+    """(labels, Clusters or None) of the target, equal everywhere: all processes cluster, the main one decides.
 
-    `strict`: ValueError where there are too few clusters to train with. `truth` is for the report alone.
+    `strict`: ValueError where there are too few clusters to train with. `truth` is for the report alone. `labels` that
+    a method has moved by itself are only recorded.
     """
     accelerator, state = training.accelerator, training.state
     message, clusters = [None], None
-    if accelerator.is_main_process:
+    if labels is not None:
+        message = [(labels, state.get("independence"))]
+    else:
         try:
-            clusters = cluster(
-                features.to(accelerator.device),
-                eps=bare.scales(args),
-                min_samples=args.min_samples,
-                k1=args.cluster_k1,
-                k2=args.cluster_k2,
-                compat=JACCARD[args.jaccard],
-            )
-            labels, threshold = bare.labels_of(clusters, state.get("independence"))
+            group = launch.group_of(accelerator)
+            clusters = of(bare, "clusterings")(features.to(accelerator.device), args, group)
+            labels, threshold = of(bare, "labels_of")(clusters, state.get("independence"))
             if strict:
                 check_clusters(clusters[0], where=" + ".join(args.target))
             message = [(labels, threshold)]

@@ -296,11 +296,11 @@ from utils.evaluation.targets import open_sets
 from utils.launch import gather_with_gradient
 from utils.modeling.backbones import read_config
 from utils.modeling.folder import IMPORTED_HEADS, card_text, model_kind, training_card
-from utils.modeling.heads import compile_blocks
 from utils.modeling.losses import CentreLoss, circle_logits, hard_triplet, weighted_triplet
 from utils.modeling.networks.semantic_swin import has_controller, set_semantic_weight
 from utils.modeling.norms import add_batch_instance_norms, share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
+from utils.modeling.stages import compile_blocks
 from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained
 from utils.training.parameter_groups import bias_groups
 from utils.training.report import training_report

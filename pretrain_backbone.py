@@ -249,7 +249,7 @@ from utils.modeling.networks.semantic_swin import SemanticSwinBackbone
 from utils.modeling.norms import share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
 from utils.training.loop import Training, optimizer_of, trained
-from utils.training.optimizer import LearningRate, cosine_to
+from utils.training.optimizer import LearningRate
 from utils.training.parameter_groups import parameter_groups
 from utils.training.pretraining_report import draw_batch, pretraining_report
 
@@ -579,6 +579,17 @@ def build_rates(args, optimizer, steps_an_epoch):
     if name == "cosine" and args.lr_end:
         name = cosine_to(args.lr_end / args.learning_rate, warmup, num_steps)
     return LearningRate(optimizer, name, warmup_steps=warmup, num_steps=num_steps)
+
+
+def cosine_to(end, warmup, num_steps):
+    """Factor on the learning rate by epoch and step: a linear rise, then half a cosine to `end`."""
+
+    def factor(epoch, step):
+        if step < warmup:
+            return step / warmup
+        return end + (1 - end) * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup))) / 2
+
+    return factor
 
 
 # Results

@@ -14,10 +14,10 @@ from torch import nn
 from utils.batches.pseudo_batches import of_other_cameras
 from utils.evaluation.groups.clusters import NOISE
 from utils.launch import gather_by_domain, gather_with_gradient
-from utils.modeling.backbones import ClipBackbone, ResNetBackbone, SwinBackbone
 from utils.modeling.domain_norms import split_norms
 from utils.modeling.losses import hard_triplet
 from utils.modeling.memories import class_means
+from utils.modeling.stages import stages_of
 from utils.training.contrast import FeatureQueue
 
 
@@ -154,16 +154,7 @@ class Mixer(nn.Module):
 
     def place(self, backbone):
         """The module whose output is mixed: the embedding before the blocks, or a stage of blocks."""
-        model = backbone.model
-        if isinstance(backbone, ClipBackbone):
-            stages = [backbone.tower.pre_layrnorm, *backbone.tower.encoder.layers]
-        elif isinstance(backbone, ResNetBackbone):
-            stages = [model.embedder, *model.encoder.stages]
-        elif isinstance(backbone, SwinBackbone):
-            stages = [model.embeddings, *model.encoder.layers]
-        else:
-            kind = backbone.config.model_type
-            raise ValueError(f"--method idm mixes stages of CLIP, ResNet or Swin; this backbone is a {kind}")
+        stages = stages_of(backbone, "--method idm mixes")
         if self.stage >= len(stages):
             raise ValueError(f"--mix_stage {self.stage} is past the last stage of the backbone, {len(stages) - 1}")
         return stages[self.stage]

@@ -3,10 +3,13 @@
 import argparse
 import sys
 
-from utils.ranges import above_zero, at_least, fraction, not_negative
+from utils.ranges import above_zero, at_least, below_one, fraction, not_negative
 
 # The first of a setting is its default.
-METHODS = {"unsupervised": ("cluster-contrast", "hhcl", "spcl", "pplr", "ice"), "adaptation": ("spcl", "idm", "cacl")}
+METHODS = {
+    "unsupervised": ("cluster-contrast", "hhcl", "spcl", "pplr", "ice"),
+    "adaptation": ("spcl", "idm", "cacl", "unrn", "glt", "hcd"),
+}
 NAMES = tuple(dict.fromkeys(name for names in METHODS.values() for name in names))
 JACCARD = {"paper": None, "faiss": "faiss"}
 
@@ -87,7 +90,53 @@ ICE = PUBLISHED | {
     "consistency_temperature": 0.4,
 }
 CACL = PUBLISHED | ADAPTATION | {"method": "cacl", "label_smoothing": 0.1}
+SOURCE_FIRST = PUBLISHED | ADAPTATION
+SOURCE_FIRST |= {
+    "network": "sbs",
+    "pooling": "gem",
+    "erasing_value": [0.596, 0.558, 0.497],
+    "source_epochs": 80,
+    "source_steps": 200,
+    "steps_per_epoch": 300,
+    "lr_warmup_epochs": 10,
+    "lr_warmup_factor": 0.01,
+    "lr_milestones": [40, 70],
+    "label_smoothing": 0.1,
+    "teacher_momentum": 0.999,
+    "centre_momentum": 0.2,
+    "centre_weight": 1 / 18,
+    "queue_size": 8192,
+}
+UNRN = SOURCE_FIRST | {"method": "unrn", "num_train_epochs": 280, "cluster_every": 6, "queue_weight": 0.05}
+GLT = SOURCE_FIRST | {
+    "method": "glt",
+    "num_train_epochs": 160,
+    "group_counts": [600, 700, 800],
+    "rounds": 1,
+    "round_epochs": 40,
+    "round_milestones": [41, 71],
+    "dropout": 0.2,
+    "balance_power": 25.0,
+    "queue_weight": 1 / 18,
+}
+HCD = SPCL | ADAPTATION
+HCD |= {
+    "method": "hcd",
+    "pooling": "gem",
+    "cluster_k1": 20,
+    "min_samples": 3,
+    "num_train_epochs": 60,
+    "graph_rows": 64,
+    "point_neighbours": 20,
+    "part_neighbours": 30,
+    "spread": 0.99,
+    "least_similarity": 0.45,
+    "least_score": 0.25,
+    "peak_similarity": [0.4, 0.8],
+    "most_peaks": 8,
+}
 MSMT17 = {"target": ["msmt17"]}
+FROM_MARKET = MSMT17 | {"source": ["market1501"]}
 RECIPES = {
     "cluster-contrast": CLUSTERS | {"method": "cluster-contrast", "pooling": "gem", "steps_per_epoch": 200},
     "hhcl": HHCL,
@@ -100,7 +149,13 @@ RECIPES = {
     "ice-msmt17": ICE | MSMT17,
     "idm": PUBLISHED | ADAPTATION | {"method": "idm", "jaccard": "paper", "earlier_weight": 1.0},
     "cacl": CACL,
-    "cacl-msmt17": CACL | MSMT17 | {"source": ["market1501"]},
+    "cacl-msmt17": CACL | FROM_MARKET,
+    "unrn": UNRN,
+    "unrn-msmt17": UNRN | FROM_MARKET,
+    "glt": GLT,
+    "glt-msmt17": GLT | FROM_MARKET,
+    "hcd": HCD,
+    "hcd-msmt17": HCD | FROM_MARKET | {"steps_per_epoch": 800},
 }
 
 
@@ -141,7 +196,7 @@ class Flags:
 def add_flags(parser, shown=None):
     """The flags of each method; one that several methods have stands once."""
     flags = Flags(parser, shown)
-    group = flags.group("cluster-contrast", "hhcl", "spcl")
+    group = flags.group("cluster-contrast", "hhcl", "spcl", "hcd")
     group.add("--memory_temperature", type=above_zero, default=0.05, help="temperature of the memory's loss")
     group.add("--memory_momentum", type=fraction, default=0.2, help="what a row of the memory keeps in an update")
     group.add(
@@ -165,12 +220,13 @@ def add_flags(parser, shown=None):
         "--probability_floor",
         type=not_negative,
         default=0.0,
-        of=("spcl",),
-        help="of spcl: added to a probability before its logarithm; 1e-6 in the authors' code",
+        of=("spcl", "hcd"),
+        help="of spcl and hcd: added to a probability before its logarithm; 1e-6 in the authors' code",
     )
 
-    group = flags.group("idm", "cacl", "pplr", "ice")
-    group.add("--label_smoothing", type=fraction, default=0.1, help="of the classes")
+    group = flags.group("idm", "cacl", "pplr", "ice", "unrn", "glt")
+    words = "of the classes; of unrn and glt in their source epochs"
+    group.add("--label_smoothing", type=fraction, default=0.1, help=words)
     group = flags.group("idm")
     group.add("--margin", type=not_negative, default=0.3, help="of the triplets")
     group.add("--mix_stage", type=at_least(0), default=0, help="maps after so many stages are mixed")
@@ -201,8 +257,10 @@ def add_flags(parser, shown=None):
     group.add("--smoothing_epochs", type=at_least(0), default=1, help="epochs before agreement smooths parts' labels")
     group.add("--class_rows", type=at_least(2), default=3000, help="rows of the classifiers: the most clusters")
 
-    group = flags.group("ice")
+    group = flags.group("ice", "unrn", "glt")
     group.add("--teacher_momentum", type=fraction, default=0.99, help="what the teacher keeps in a step")
+
+    group = flags.group("ice")
     group.add(
         "--proxy_scale",
         choices=["unit", "columns"],
@@ -216,3 +274,63 @@ def add_flags(parser, shown=None):
 
     group = flags.group("cacl")
     group.add("--stages", type=at_least(0), default=0, help="stages in which cameras are added; default one a camera")
+
+    group = flags.group("unrn", "glt")
+    group.add(
+        "--source_epochs",
+        type=at_least(0),
+        default=1,
+        help="the first ones of --num_train_epochs, which train on the source alone; 0 for a --backbone that has been "
+        "trained on it. The rate's flags are of these epochs, after them the rate is --learning_rate",
+    )
+    group.add("--source_steps", type=at_least(1), help="steps of each of them; default --steps_per_epoch")
+    group.add(
+        "--cluster_every",
+        type=at_least(1),
+        default=2,
+        of=("unrn",),
+        help="of unrn: epochs between clusterings; the queue is used from the second epoch of a clustering on",
+    )
+    group.add("--centre_weight", type=not_negative, default=1 / 18, help="weight of the contrast with source centres")
+    group.add("--centre_momentum", type=fraction, default=0.2, help="what a centre keeps when an image moves it")
+    group.add("--queue_weight", type=not_negative, default=0.05, help="weight of the contrast with the queue")
+    group.add("--queue_size", type=at_least(1), default=512, help="images of earlier batches in the queue")
+
+    group = flags.group("glt")
+    words = "numbers of groups of k-means; the middle one in this list makes batches and triplets"
+    group.add("--group_counts", type=at_least(2), nargs="+", default=[8, 12, 16], help=words)
+    words = "how often the target's training starts again from the source's model, with the groups found so far"
+    group.add("--rounds", type=at_least(1), default=1, help=words)
+    group.add(
+        "--round_epochs", type=at_least(1), default=2, help="epochs of each round but the last, which has the rest"
+    )
+    group.add(
+        "--round_milestones", type=at_least(1), nargs="*", default=[], help="epochs of a round when the rate drops"
+    )
+    group.add(
+        "--dropout", type=below_one, default=0.2, help="share of the features' numbers that classifiers do not see"
+    )
+    group.add("--balance_power", type=above_zero, default=25.0, help="power of probabilities before they are balanced")
+
+    group = flags.group("hcd")
+    group.add("--graph_rows", type=at_least(2), default=64, help="nearest rows of the memory around a moved image")
+    group.add("--point_neighbours", type=at_least(2), default=20, help="mutual neighbours in the graph of images")
+    group.add("--part_neighbours", type=at_least(2), default=30, help="the same of clusters and of parts")
+    group.add("--spread", type=below_one, default=0.99, help="share of a label that spreads on to neighbours")
+    group.add("--least_similarity", type=fraction, default=0.45, help="cosine above which images are neighbours")
+    group.add("--least_score", type=not_negative, default=0.25, help="score above which an image or cluster is joined")
+    words = "cosines to a denser one between which an image or part is a peak, where its cluster is split"
+    group.add("--peak_similarity", type=fraction, nargs=2, default=[0.4, 0.8], help=words)
+    group.add("--most_peaks", type=at_least(2), default=8, help="the most parts of a split")
+
+
+def check_stages(parser, args):
+    """Whether an epoch is left for the target."""
+    if args.method not in ("unrn", "glt"):
+        return
+    before, words = args.source_epochs, f"--source_epochs {args.source_epochs}"
+    if args.method == "glt":
+        before += args.round_epochs * (args.rounds - 1)
+        words += f" and {args.rounds - 1} rounds of --round_epochs {args.round_epochs}"
+    if before >= args.num_train_epochs:
+        parser.error(f"{words} are all of --num_train_epochs {args.num_train_epochs}: give more than {before}")

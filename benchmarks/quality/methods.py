@@ -27,6 +27,8 @@ EPOCHS = 10
 WORDS = f"--resolution {SIZE[0]} {SIZE[1]} --padding 3 --eval_every {EPOCHS} --log_every 16 --learning_rate 5e-4"
 WORDS += f" --num_train_epochs {EPOCHS} --lr_milestones 8 --cluster_k1 15 --target b"
 ADAPT = "--setting adaptation --source a"
+# Their classifiers start at random after the epochs on the source, and need more steps than the 16 of an epoch.
+STAGES = "--source_epochs 4 --source_steps 64 --steps_per_epoch 48"
 RUNS = {
     "cluster contrast": "",
     "+ learned GeM": "--pooling gem",
@@ -43,6 +45,9 @@ RUNS = {
     "IDM, a's labels": f"{ADAPT} --method idm",
     "IDM + XBM, a's labels": f"{ADAPT} --method idm --earlier_weight 1",
     "CaCL, a's labels": f"{ADAPT} --method cacl --jaccard faiss",
+    "UNRN, a's labels": f"{ADAPT} --method unrn --jaccard faiss {STAGES} --cluster_every 3",
+    "GLT, a's labels": f"{ADAPT} --method glt {STAGES} --group_counts 24 32 40",
+    "HCD, a's labels": f"{ADAPT} --method hcd --jaccard faiss",
 }
 COLUMNS = ["start", "method", "mAP % before", "mAP %", "Rank-1 %", "ARI x 100", "CPU s an epoch", "peak GiB", "epochs"]
 USAGE = "usage.json"

@@ -11,8 +11,9 @@ from transformers import CLIPVisionConfig, ResNetConfig, ResNetModel, SwinConfig
 
 from utils.modeling.attention import attention_maps
 from utils.modeling.backbones import backbone_from_config
-from utils.modeling.heads import METHODS, GeM, NonLocal, compile_blocks
+from utils.modeling.heads import METHODS, GeM, NonLocal
 from utils.modeling.reid_model import ReIDModel
+from utils.modeling.stages import compile_blocks
 
 SIZE = (96, 64)
 NUM_IDS = 5

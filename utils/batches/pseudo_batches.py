@@ -1,5 +1,6 @@
 """Batches by pseudo label: P clusters with K images each, and the same number of images of a labelled source."""
 
+import copy
 import itertools
 import random
 
@@ -48,8 +49,9 @@ class PseudoBatches:
         """`done` batches of the epoch have been trained on before."""
         self.epoch, self.done = epoch, done
 
-    def take(self, labels):
-        """Set the labels (N,) of the target's images; those with -1 are left out."""
+    def take(self, labels, steps=None, draw=None):
+        """Set the labels (N,) of the target's images, those with -1 are left out, and an epoch's steps and draw."""
+        self.steps, self.draw = steps or self.steps, draw or self.draw
         self.target = rows_of(labels.tolist(), first=self.num_source)
         if not self.target:
             raise ValueError(f"all {len(labels)} images are in no cluster: there is nothing to make batches of")
@@ -63,7 +65,8 @@ class PseudoBatches:
         """Batches without end, each of P of `owners` (the rows of each). With fewer than P, owners are repeated."""
         rng = random.Random(f"{name}/{self.seed}/{self.epoch}")
         num_owners = self.batch_size // self.images_per_id
-        draw = self.draw if name == "target" else of_other_cameras
+        # A draw that counts begins every pass alike.
+        draw = copy.deepcopy(self.draw) if name == "target" else of_other_cameras
         while True:
             order = rng.sample(owners, len(owners))
             if len(order) < num_owners:
@@ -114,6 +117,32 @@ def of_every_camera(rng, rows, size, camids):
     if not others:
         return rng.choices(chosen, k=size)
     return chosen + (rng.sample(others, missing) if len(others) >= missing else rng.choices(others, k=missing))
+
+
+class LeastDrawn:
+    """A draw that prefers the images that were drawn least often: one row, then others of other cameras.
+
+    Where all rows are of one camera, the others are of other parts of the cluster. Then come the rest, and rows again
+    where they end. From row `first` on, `counts` is how often each row was drawn before, `parts` its part.
+    """
+
+    def __init__(self, counts, parts, first=0):
+        self.counts, self.parts, self.first = list(counts), list(parts), first
+
+    def __call__(self, rng, rows, size, camids):
+        def ordered(some):
+            return sorted(rng.sample(some, len(some)), key=lambda row: self.counts[row - self.first])
+
+        start, *others = ordered(rows)
+        preferred = [row for row in others if camids[row] != camids[start]]
+        if not preferred:
+            preferred = [row for row in others if self.parts[row - self.first] != self.parts[start - self.first]]
+        rest = [row for row in others if row not in preferred]
+        chosen = [start, *ordered(preferred), *ordered(rest)][:size]
+        chosen += rng.choices(rows, k=size - len(chosen))
+        for row in chosen:
+            self.counts[row - self.first] += 1
+        return chosen
 
 
 def rows_of(labels, first=0):

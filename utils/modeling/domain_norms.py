@@ -6,15 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-TARGET = 1
+SOURCE, TARGET = 0, 1
 
 
 class DomainNorm(nn.Module):
-    """Copies of a BatchNorm, one per domain; in eval mode the target's is used."""
+    """Copies of a BatchNorm, one per domain; in eval mode the target's is used.
+
+    While `alone` is the number of a domain, all images in training are of that domain.
+    """
 
     def __init__(self, norm, num_domains):
         super().__init__()
         self.norms = nn.ModuleList(copy.deepcopy(norm) for _ in range(num_domains))
+        self.alone = None
 
     @property
     def weight(self):
@@ -23,6 +27,8 @@ class DomainNorm(nn.Module):
     def forward(self, features):
         if not self.training:
             return self.norms[TARGET](features)
+        if self.alone is not None:
+            return self.norms[self.alone](features)
         parts = features.chunk(len(self.norms))
         if len(parts) != len(self.norms) or len(parts[0]) != len(parts[-1]):
             raise ValueError(f"a batch of {len(features)} has no {len(self.norms)} equal parts, one a domain")
@@ -40,6 +46,21 @@ def join_norms(model):
     """In place: every DomainNorm becomes the target's BatchNorm."""
     for _, owner, attribute, norm in list(places(model, DomainNorm)):
         setattr(owner, attribute, norm.norms[TARGET])
+
+
+def train_alone(model, domain):
+    """In training, all images are of one domain; with None a batch has all domains again."""
+    for module in model.modules():
+        if isinstance(module, DomainNorm):
+            module.alone = domain
+
+
+@torch.no_grad()
+def copy_source_norms(model):
+    """The target's norms become equal to the source's."""
+    for module in model.modules():
+        if isinstance(module, DomainNorm):
+            module.norms[TARGET].load_state_dict(module.norms[SOURCE].state_dict())
 
 
 def places(model, kind):

@@ -109,14 +109,6 @@ class Reduction(nn.Sequential):
         return super().forward(features.to(self[0].weight.dtype))
 
 
-def compile_blocks(model):
-    """Compile the blocks of a model's backbone and head: heads call them one by one, never the backbone as a whole."""
-    inner = getattr(model.backbone.model, "vision_model", model.backbone.model)
-    encoder = getattr(inner, "encoder", inner)
-    for block in (*getattr(encoder, "stages", [encoder]), *(getattr(model.head, "branches", None) or ())):
-        block.compile()
-
-
 def classifier(width, num_ids, bias=False):
     layer = nn.Linear(width, num_ids, bias=bias)
     nn.init.normal_(layer.weight, std=0.001)

@@ -33,7 +33,7 @@ def add_clusters(report, records, clusters=None):
     """
     report.section(
         "Clusters",
-        "Computed anew before every epoch: the point at 0 is of the model before training. True identities, where a "
+        "By epoch, as they were after it; the point at 0 is of the model before training. True identities, where a "
         "data set has them, are used for this report only.",
     )
     epochs = [record["epoch"] for record in records]
@@ -44,7 +44,7 @@ def add_clusters(report, records, clusters=None):
             percent = key == "noise"
             chart = line_chart(series, title=name, x_label="epoch", y_label=name, percent=percent, dots=True)
             charts.append((chart, words))
-    if clusters is not None:
+    if clusters is not None and clusters.reach is not None:
         counts = torch.histc(clusters.reach.float(), BINS, 0, 1).tolist()
         chart = histogram(
             [("images", counts)],

@@ -1,4 +1,4 @@
-"""Pseudo labels from features: DBSCAN on sparse k-reciprocal Jaccard distances.
+"""Pseudo labels from features: DBSCAN on sparse k-reciprocal Jaccard distances, or k-means.
 
     clusters = cluster(features, eps=0.6)      # Clusters: labels (N,) int64, -1 for noise
     check_clusters(clusters)                   # ValueError if they collapsed, with flags to change
@@ -6,11 +6,15 @@
 `features` (N, D) need not be unit length. No N x N matrix is stored: memory is that of the pairs within eps.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from kernels.jaccard_graph import jaccard_graph
+from kernels.ring.graph import whole_graph
+from kernels.ring.processes import shares_of
 from utils.evaluation.groups.clusters import NOISE, as_matrix, dbscan, singled_out
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -21,13 +25,13 @@ class Clusters:
     """Labels 0..num_clusters-1 in the order of their first cores, -1 for noise.
 
     `reach` (N,) is the distance within which a row has `min_samples` rows, itself included: from this eps on, the row
-    is a core of a cluster.
+    is a core of a cluster. Those of k-means have neither noise nor a reach.
     """
 
     labels: torch.Tensor
-    reach: torch.Tensor
-    eps: float
-    min_samples: int
+    reach: torch.Tensor | None = None
+    eps: float | None = None
+    min_samples: int | None = None
 
     @property
     def num_clusters(self):
@@ -39,16 +43,19 @@ class Clusters:
         return float((self.labels == NOISE).double().mean())
 
 
-def cluster(features, *, eps=0.6, min_samples=4, k1=30, k2=6, compat=None, backend="auto"):
+def cluster(features, *, eps=0.6, min_samples=4, k1=30, k2=6, compat=None, backend="auto", group=None):
     """One `Clusters` for a number `eps`, a list for a list of eps; the distances are computed once.
 
-    `compat="faiss"`: the Jaccard distance of `kernels.jaccard` that counts an image among its own k1.
+    `compat="faiss"`: the Jaccard distance of `kernels.jaccard` that counts an image among its own k1. The processes
+    of a `group`, which all have the features, share the work and get the same clusters.
     """
     several = isinstance(eps, (list, tuple))
     scales = list(eps) if several else [eps]
     check_settings(len(features), scales, min_samples, k1, k2)
     settings = {"max_distance": max(scales), "nearest": min_samples, "compat": compat, "backend": backend}
-    graph = jaccard_graph(features, k1=k1, k2=k2, **settings)
+    graph = jaccard_graph(*shares_of(group, features), k1=k1, k2=k2, **settings, group=group)
+    if group is not None:
+        graph = whole_graph(graph, group)
     near, reach = as_matrix(graph.near), graph.reach[:, -1].cpu()
     clusterings = [Clusters(dbscan(near, scale, min_samples), reach, scale, min_samples) for scale in scales]
     return clusterings if several else clusterings[0]
@@ -134,3 +141,75 @@ def renumbered(labels):
     present = labels[labels != NOISE].unique()
     numbers = torch.searchsorted(present, labels) if len(present) else labels
     return torch.where(labels == NOISE, NOISE, numbers)
+
+
+@torch.no_grad()
+def k_means(features, count, *, seed=0, starts=10, most_rounds=300):
+    """`Clusters` of features (N, D): `count` groups by k-means, the best of some starts of k-means++.
+
+    A group that loses all its rows takes the row farthest from its own centre.
+    """
+    different = len(features.unique(dim=0))
+    if different < count:
+        raise ValueError(
+            f"the clusters collapsed: {len(features)} images have {different} different features, too few for {count} "
+            "groups. Lower --group_counts or --learning_rate; or start from a better model"
+        )
+    generator, best, least = torch.Generator().manual_seed(seed), None, torch.inf
+    for _ in range(starts):
+        centres, labels = features[first_rows(features, count, generator)], None
+        for _ in range(most_rounds):
+            distance, nearest = squared_distances(features, centres).min(1)
+            empty = (nearest.bincount(minlength=count) == 0).nonzero().flatten()
+            nearest[distance.topk(len(empty)).indices] = empty
+            if labels is not None and torch.equal(labels, nearest):
+                break
+            labels = nearest
+            sums = torch.zeros_like(centres).index_add_(0, labels, features)
+            counts = labels.bincount(minlength=count)[:, None]
+            centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+        if (spread := float(distance.double().sum())) < least:
+            best, least = labels, spread
+    return Clusters(best.cpu())
+
+
+def first_rows(features, count, generator):
+    """Greedy k-means++: some rows are drawn, in proportion to their squared distance to the nearest of those before;
+    the next is the one that leaves the smallest sum of these distances.
+    """
+    rows = [int(torch.randint(len(features), (1,), generator=generator))]
+    nearest, tries = squared_distances(features, features[rows])[:, 0], 2 + int(math.log(count))
+    # Rounding leaves a row a little away from itself.
+    nearest[rows] = 0
+    for _ in range(count - 1):
+        passed = nearest.double().cumsum(0)
+        draws = torch.rand(tries, generator=generator, dtype=torch.float64).to(passed.device) * passed[-1]
+        drawn = torch.searchsorted(passed, draws, right=True).clamp(max=len(features) - 1)
+        left = torch.minimum(nearest[:, None], squared_distances(features, features[drawn]))
+        best = int(left.double().sum(0).argmin())
+        rows.append(int(drawn[best]))
+        nearest = left[:, best]
+        nearest[rows[-1]] = 0
+    return rows
+
+
+def squared_distances(features, centres):
+    squares = features.square().sum(1)[:, None] + centres.square().sum(1) - 2 * features @ centres.t()
+    return squares.clamp(min=0)
+
+
+def from_main(compute):
+    """What `compute` returns on the main process, on all processes; its ValueError is raised on all."""
+    main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    message = [None]
+    if main:
+        try:
+            message = [(compute(), None)]
+        except ValueError as error:
+            message = [(None, str(error))]
+    if torch.distributed.is_initialized():
+        message = broadcast_object_list(message)
+    answer, problem = message[0]
+    if problem:
+        raise ValueError(problem)
+    return answer

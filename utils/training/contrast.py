@@ -37,6 +37,23 @@ def proxy_contrast(features, proxies, own, positive, hard=50, temperature=0.07):
     return torch.where(count > 0, total - mean, 0.0)
 
 
+def circle_contrast(cosines, positive, scale=128.0, margin=0.25):
+    """The circle form of a contrast, (B,): with s the cosines and m the margin,
+
+        softplus( LSE over positives of -scale [1 + m - s]+ (s - 1 + m)  +  LSE over others of scale [s + m]+ (s - m) )
+
+    The brackets have no gradient. A row without positives, or without others, has 0.
+    """
+    fixed = cosines.detach()
+    near = -scale * (1 + margin - fixed).clamp(min=0) * (cosines - 1 + margin)
+    far = scale * (fixed + margin).clamp(min=0) * (cosines - margin)
+    # A row with 0 keeps all entries, so that its gradient is 0 and not NaN.
+    both = (positive.any(1) & ~positive.all(1))[:, None]
+    near = near.masked_fill(~positive & both, -torch.inf).logsumexp(1)
+    far = far.masked_fill(positive & both, -torch.inf).logsumexp(1)
+    return torch.where(both.squeeze(1), F.softplus(near + far), 0.0)
+
+
 class FeatureQueue(nn.Module):
     """The last `size` features and their labels, as they were when they were added; -1 marks an empty place."""
 
@@ -47,7 +64,17 @@ class FeatureQueue(nn.Module):
         self.register_buffer("place", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
+    def empty(self, seed):
+        """Remove everything; the places hold random directions until they are filled."""
+        vectors = torch.randn(self.features.shape, generator=torch.Generator().manual_seed(seed))
+        self.features.copy_(F.normalize(vectors, dim=1))
+        self.labels.fill_(-1)
+        self.place.zero_()
+
+    @torch.no_grad()
     def add(self, features, labels):
+        # Of more than there are places for, the last.
+        features, labels = features[-len(self.labels) :], labels[-len(self.labels) :]
         places = (self.place + torch.arange(len(labels), device=labels.device)) % len(self.labels)
         self.features[places], self.labels[places] = features.float(), labels
         self.place.copy_((self.place + len(labels)) % len(self.labels))

@@ -34,10 +34,13 @@ class Training:
     """A training and its progress: `state` holds the step, the epoch, the batches done in it, and the measurements.
 
     Create it before the model: a checkpoint that is absent, damaged or has other arguments raises at once. `images` is
-    the data set whose row numbers are the batches' `indices`; `data` identifies it in a checkpoint.
+    the data set whose row numbers are the batches' `indices`; `data` identifies it in a checkpoint. With `num_steps`
+    the training ends after so many steps, however many epochs they are.
     """
 
-    def __init__(self, args, accelerator, sampler, images, *, script, data, free=None, batch_size=None):
+    def __init__(
+        self, args, accelerator, sampler, images, *, script, data, free=None, batch_size=None, num_steps=None
+    ):
         self.args, self.accelerator, self.sampler, self.images = args, accelerator, sampler, images
         self.batch_size = batch_size or sampler.batch_size
         self.path, self.state = open_state(
@@ -49,7 +52,8 @@ class Training:
             precision=accelerator.mixed_precision,
             say=accelerator.print,
         )
-        self.num_steps = sampler.steps_of(args.num_train_epochs)
+        self.ends_by_steps = num_steps is not None
+        self.num_steps = num_steps or sampler.steps_of(args.num_train_epochs)
         self.stopped_at = None
 
     @property
@@ -99,7 +103,7 @@ class Training:
             desc="training",
             disable=None if accelerator.is_main_process else True,
         )
-        while state["epoch"] <= args.num_train_epochs and not self.cut and not self.stopped:
+        while (self.ends_by_steps or state["epoch"] <= args.num_train_epochs) and not self.cut and not self.stopped:
             self.sampler.set_epoch(state["epoch"], done=state["batch"])
             yield state["epoch"]
         if not self.stopped:
@@ -199,7 +203,8 @@ class Training:
     @property
     def cut(self):
         """Whether --max_train_steps ends the training here; the place in the epoch is kept for a run that resumes."""
-        return self.args.max_train_steps is not None and self.step >= self.args.max_train_steps
+        most = self.args.max_train_steps
+        return most is not None and self.step >= most or self.ends_by_steps and self.step >= self.num_steps
 
     @property
     def stopped(self):

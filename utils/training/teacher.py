@@ -26,6 +26,11 @@ def move_teacher(teacher, model, keep):
         weights[name].lerp_(parameter, 1 - keep)
 
 
+def warmed_momentum(momentum, step):
+    """What a teacher keeps in a step, from 0: a plain mean of the weights so far, until that is `momentum`."""
+    return min(1 - 1 / (step + 1), momentum)
+
+
 def buffer_shapes(module):
     """{name: shape} of a module's buffers."""
     return {name: list(buffer.shape) for name, buffer in module.named_buffers()}

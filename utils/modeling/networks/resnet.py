@@ -1,4 +1,6 @@
-"""ResNets of other projects: IBN-a norms, non-local blocks, another last stride or another first pooling."""
+"""ResNets of other projects: IBN-a norms, non-local blocks, another last stride, another beginning."""
+
+import re
 
 import torch
 from torch import nn
@@ -10,13 +12,15 @@ from utils.modeling.heads import NonLocal
 
 class ResNetVariantConfig(ResNetConfig):
     """`ibn`: IBN-a norms; `non_local`: for each stage, the inner widths of the blocks after its last layers;
-    `ceil_pooling`: the first pooling starts at the first pixel and is padded at the end only."""
+    `ceil_pooling`: the first pooling starts at the first pixel and is padded at the end only; `stem_relu`: whether
+    there is a ReLU before that pooling."""
 
     model_type = "resnet_variant"
 
     last_stride: int = 1
     ibn: bool = False
     ceil_pooling: bool = False
+    stem_relu: bool = True
     non_local: list | None = None
 
 
@@ -41,6 +45,8 @@ class ResNetVariant(ResNetModel):
         super().__init__(config)
         if config.ceil_pooling:
             self.embedder.pooler = nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)
+        if not config.stem_relu:
+            self.embedder.embedder.activation = nn.Identity()
         stages = self.encoder.stages
         if config.ibn:
             for stage in stages[:-1]:
@@ -62,3 +68,41 @@ class ResNetVariantBackbone(ResNetBackbone):
             inside = 1 if config.layer_type == "bottleneck" and not config.downsample_in_bottleneck else 0
             for convolution in (first.layer[inside].convolution, first.shortcut.convolution):
                 convolution.stride = (config.last_stride, config.last_stride)
+
+
+def as_sbs(backbone):
+    """The ResNet of SBS with a ResNet's weights: non-local blocks of width one, no ReLU after the first norm.
+
+    The blocks stand after the last two layers of the last stage but two and the last three of the last but one. They
+    change nothing at first.
+    """
+    config = backbone.config
+    if not isinstance(backbone, ResNetBackbone):
+        raise ValueError(
+            f"--network sbs changes a ResNet, and the backbone is a {config.model_type}: give a ResNet, or "
+            "--network plain"
+        )
+    if getattr(config, "non_local", None):
+        return backbone
+    counts = [0, 0, *(0 for _ in config.depths)]
+    counts[-3], counts[-2] = 2, 3
+    counts = [min(*pair) for pair in zip(counts[2:], config.depths, strict=True)]
+    entries = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+    blocks = [[1] * count for count in counts]
+    model = ResNetVariant(ResNetVariantConfig(**entries | {"non_local": blocks, "stem_relu": False}))
+    changed = ResNetVariantBackbone(model, backbone.image_size)
+    weights = {name_in_sbs(name, config.depths, counts): value for name, value in backbone.model.state_dict().items()}
+    added = {name: value for name, value in model.state_dict().items() if name not in weights}
+    model.load_state_dict(weights | added)
+    changed.pooling, changed.preprocessing = backbone.pooling, backbone.preprocessing
+    return changed.train(backbone.training)
+
+
+def name_in_sbs(name, depths, counts):
+    """A layer with a block after it is the first part of a pair."""
+    match = re.match(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.(.*)", name)
+    if match is None:
+        return name
+    stage, layer = int(match[1]), int(match[2])
+    inside = "0." if layer >= depths[stage] - counts[stage] else ""
+    return f"encoder.stages.{stage}.layers.{layer}.{inside}{match[3]}"
