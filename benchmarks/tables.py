@@ -206,6 +206,7 @@ TABLES = {
     "generation-parts": as_stored("generation"),
     "generation-cost": as_stored("generation_cost"),
     "generation-cards": as_stored("generation_memory", words=2),
+    "generation-families": as_stored("family_memory"),
     "gpu-dcac": as_stored("gpu/dcac_step", words=2),
     "gpu-pretraining": as_stored("gpu/pretraining", words=2),
     "gpu-retrieval": as_stored("gpu/retrieval", words=4),
