@@ -511,10 +511,10 @@ def group(args, accelerator):
         accelerator.print(f"Left out: {name} ({reason})")
     model = ReIDModel.open(args.model, args.resolution).to(accelerator.device).eval()
     features, typical_rows = features_of_items(args, accelerator, model, tracklets)
-    metrics = None
+    metrics, moments = None, [item.moments for item in tracklets.items]
+    options = {"backend": args.backend, "processes": all_processes()}
+    groups = grouping.group(features.to(accelerator.device), settings, moments, **options)
     if accelerator.is_main_process:
-        moments = [item.moments for item in tracklets.items]
-        groups = grouping.group(features.to(accelerator.device), settings, moments, backend=args.backend)
         metrics = grouping.group_metrics(tracklets, settings, groups)
         metrics |= {"model": args.model, "data": args.group_dir, "versions": versions()}
         report = group_report(metrics, tracklets, groups, typical_rows)
