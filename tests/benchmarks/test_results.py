@@ -69,6 +69,7 @@ TABLES = {
     "gpu/generation": lambda raw: generation.table_of(raw["parts"]),
     "gpu/pretraining": lambda raw: pretraining.table_of(raw["models"]),
     "gpu/retrieval": lambda raw: (gpu_retrieval.COLUMNS, gpu_retrieval.table_of(raw["rows"])),
+    "family_memory": lambda raw: cards.family_cards(raw["counted"]),
     "generation_cost": lambda raw: cards.identity_costs(raw["identities"]),
     "generation_memory": lambda raw: cards.identity_cards(raw["counted"]),
     "grouping": lambda raw: (grouping.COLUMNS, grouping.rows_of(raw["runs"])),
