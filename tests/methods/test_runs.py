@@ -181,6 +181,13 @@ def test_data_without_cameras_is_refused_before_a_model_loads(command, stored, t
         assert f"--method {kind} needs images of 2 cameras or more" in words and "shows 1" in words
 
 
+def test_more_groups_than_images_are_refused_before_a_model_loads(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(ReIDModel, "for_training", None)
+    words = refused(*command("glt"), "--group_counts", "4", "99", "--output_dir", tmp_path / "out")
+    assert "48 images cannot be divided into 99 groups (--group_counts 4 99)" in words
+
+
+# k-means always gives as many groups as asked for.
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "glt"])
 def test_collapsed_clusters_say_what_to_turn(command, tmp_path, kind):
     words = refused(*command(kind), "--eps", "0.01", "--min_samples", "6", "--output_dir", tmp_path / "out")
