@@ -286,11 +286,11 @@ class Defaults:
         )
 
     @staticmethod
-    def clusterings(features, args):
-        """`Clusters` of the features, one for each of the scales."""
+    def clusterings(features, args, group):
+        """`Clusters` of the features, one for each of the scales; the processes of a group share the work."""
         options = {"min_samples": args.min_samples, "k1": args.cluster_k1, "k2": args.cluster_k2}
         scales = of(MODULES[args.method], "scales")(args)
-        return cluster(features, eps=scales, compat=JACCARD[args.jaccard], **options)
+        return cluster(features, eps=scales, compat=JACCARD[args.jaccard], **options, group=group)
 
     @staticmethod
     def labels_of(clusters, threshold):
@@ -516,7 +516,7 @@ def training_step(training, method, bare, batch, params, numbers):
 
 
 def shared_labels(args, training, bare, features, truth, epoch, strict=True, labels=None):
-    """(labels, Clusters or None) of the target, equal everywhere: one process clusters and tells the others.
+    """(labels, Clusters or None) of the target, equal everywhere: all processes cluster, the main one decides.
 
     `strict`: ValueError where there are too few clusters to train with. `truth` is for the report alone. `labels` that
     a method has moved by itself are only recorded.
@@ -525,9 +525,10 @@ def shared_labels(args, training, bare, features, truth, epoch, strict=True, lab
     message, clusters = [None], None
     if labels is not None:
         message = [(labels, state.get("independence"))]
-    elif accelerator.is_main_process:
+    else:
         try:
-            clusters = of(bare, "clusterings")(features.to(accelerator.device), args)
+            group = launch.group_of(accelerator)
+            clusters = of(bare, "clusterings")(features.to(accelerator.device), args, group)
             labels, threshold = of(bare, "labels_of")(clusters, state.get("independence"))
             if strict:
                 check_clusters(clusters[0], where=" + ".join(args.target))

@@ -11,6 +11,7 @@
 
     python evaluate.py --model output/model --data market1501 --data_root ~/reid --rerank --output_dir output/market
     python evaluate.py --model output/model --query_dir lost --gallery_dir cameras --output_dir output/search
+    python evaluate.py --model output/model --query_dir lost --gallery_dir cameras --gallery_features kept
     python evaluate.py --model output/model --group_dir tracklets --output_dir output/identities
 
 With `--calibrate` the first command also leaves `calibration.json` in the model's folder, and the second then decides
@@ -85,10 +86,24 @@ def build_parser():
         type=at_least(1),
         help="average over splits 0..N-1 of a small set (viper, grid, prid, ilids): mean and deviation",
     )
-    group.add("--query_dir", help="search: folder of the images to look for, or one image; needs --gallery_dir")
+    group.add(
+        "--query_dir", help="search: images to look for, a folder or one; needs --gallery_dir or --gallery_features"
+    )
     group.add(
         "--gallery_dir",
         help="search: folder of the images to look in; labels are read from names like 0001_c2_x.jpg or folders",
+    )
+    group.add(
+        "--gallery_features",
+        metavar="DIR",
+        idle=(lambda args: not args.query_dir, "no --query_dir"),
+        help="search: folder of a gallery whose features stay on disk, larger than memory: made from the images of "
+        "--gallery_dir, and searched again without them",
+    )
+    group.switch(
+        "--append",
+        "search: add the images of --gallery_dir that are new to --gallery_features; only they are extracted",
+        idle=(lambda args: not (args.gallery_features and args.gallery_dir), "no --gallery_dir, --gallery_features"),
     )
     group.add(
         "--features",
@@ -180,8 +195,10 @@ def parse_args(input_args=None):
 
 def check_args(parser, args):
     """Reject wrong combinations of arguments."""
-    if bool(args.query_dir) != bool(args.gallery_dir):
+    if bool(args.query_dir) != bool(args.gallery_dir or args.gallery_features):
         parser.error("--query_dir and --gallery_dir belong together: what to look for, and where")
+    if args.gallery_features and (args.camera_embeddings or args.export):
+        parser.error("--gallery_features keeps features without cameras; leave out --camera_embeddings and --export")
     if args.query_dir and (args.data or args.features):
         parser.error("--query_dir is a search of its own; leave out --data and --features")
     if args.features and (args.model or args.export or args.splits):
@@ -223,7 +240,6 @@ if __name__ == "__main__":
 import datasets
 import torch
 
-from kernels import k_reciprocal_rerank
 from utils import evaluation, launch
 from utils.batches.chunks import image_identities
 from utils.batches.transforms import test_transform
@@ -238,14 +254,15 @@ from utils.evaluation.calibration import CALIBRATION
 from utils.evaluation.cameras import check_cameras, extract_by_camera
 from utils.evaluation.decisions import COLUMNS, DECISIONS, csv_rows, decide, limits, summary, text_lines
 from utils.evaluation.features import extract, extraction_key, forget_chunks
-from utils.evaluation.findings import Findings, combined, nothing_measured
+from utils.evaluation.findings import combined, measured, nothing_measured
 from utils.evaluation.groups import grouping
 from utils.evaluation.groups.report import group_report
+from utils.evaluation.index.search import add_new, open_kept, rows_of, sides_of
+from utils.evaluation.index.store import about_model
 from utils.evaluation.kept_features import features_of_key, load_features, save_features
-from utils.evaluation.metrics import MAX_RANK, RANKS, Side, kept_labels
+from utils.evaluation.metrics import RANKS, Side
 from utils.evaluation.report import ResultPictures, evaluation_report
 from utils.evaluation.self_matches import check_labels, mark, same_files
-from utils.evaluation.thresholds import pair_statistics
 from utils.files import run_record, to_json, versions, write_csv, write_together
 from utils.modeling.export import export_onnx
 from utils.modeling.folder import model_kind
@@ -265,6 +282,9 @@ def main(args):
         model = None
         sides, images, splits, skipped = read_features(args)
         copies = copies_in(args, images, splits)
+    elif args.gallery_features:
+        images, splits = None, []
+        model, calibration, sides, copies, skipped = search_kept(args, accelerator)
     else:
         # A name that is no model shows before images are read.
         model_kind(args.model)
@@ -285,13 +305,12 @@ def main(args):
         calibration = calibration_of(args, accelerator, model) if args.query_dir else None
         sides = extract_or_read(args, accelerator, model, images, splits)
 
-    num_same_files = mark_same_files(args, accelerator, sides, copies)
-    names = {} if images is None else {column: names_of(images, column) for column in ("pid", "camid")}
-    for side in (side for pair in sides for side in pair):
-        side.names = names
-    metrics = None
+    num_same_files = mark(sides, copies, trusts_query=bool(args.query_dir), say=accelerator.print)
+    if images is not None:
+        for side in (side for pair in sides for side in pair):
+            side.names = {column: names_of(images, column) for column in ("pid", "camid")}
+    metrics, results = None, [measure(args, accelerator, *pair) for pair in sides]
     if accelerator.is_main_process:
-        results = [measure(args, *(side.to(accelerator.device) for side in pair)) for pair in sides]
         findings = results[0]
         metrics = nothing_measured(findings)
         if findings.result:
@@ -314,7 +333,7 @@ def main(args):
 
 
 def data_name(args):
-    return args.data or args.features or f"{args.query_dir} in {args.gallery_dir}"
+    return args.data or args.features or f"{args.query_dir} in {args.gallery_features or args.gallery_dir}"
 
 
 # Images and models
@@ -376,9 +395,9 @@ def check_topk(args, splits):
 # Features
 
 
-def extract_images(args, accelerator, model, images, key):
+def extract_images(args, accelerator, model, images, key, keep_in=None):
     transform = test_transform(model.image_size, model.image_mean, model.image_std, model.resample)
-    options = {"keep_in": args.output_dir, "key": key, "batch_size": args.eval_batch_size}
+    options = {"keep_in": keep_in or args.output_dir, "key": key, "batch_size": args.eval_batch_size}
     options |= {"accelerator": accelerator, "num_workers": args.dataloader_num_workers}
     return (extract_by_camera if args.camera_embeddings else extract)(model, images, transform, **options)
 
@@ -447,18 +466,34 @@ def copies_in(args, images, splits):
     return copies
 
 
-def mark_same_files(args, accelerator, sides, copies):
-    """Mark the same files on both sides, and count the pairs; None where none are looked for."""
-    if copies is None:
-        return None
-    total, disputed = mark(sides, copies, trusts_query=bool(args.query_dir))
-    if total:
-        accelerator.print(f"{total} pairs of query and gallery are the same file: dropped, no image finds itself")
-    if disputed:
-        accelerator.print(
-            f"{disputed} of these files have another identity in --gallery_dir; that of --query_dir counts"
-        )
-    return total
+# A gallery that stays on disk
+
+
+def search_kept(args, accelerator):
+    """(model, calibration, sides, copies, unreadable files) of a search in --gallery_features, after additions."""
+    model_kind(args.model)
+    index = open_kept(args.gallery_features, args.gallery_dir, append=args.append)
+    reading = {"skip_unreadable": args.skip_unreadable, "where": data_name(args)}
+    queries, *gallery = read_folders(args.query_dir, args.gallery_dir)
+    queries, skipped = check_images(queries, **reading)
+    if not len(queries):
+        raise ValueError(f"{args.query_dir}: no readable query image is left")
+    model = ReIDModel.open(args.model, args.resolution).to(accelerator.device).eval()
+    launch.print_notes(accelerator, model.notes)
+    index.check_model(about_model(args.model, model, accelerator.mixed_precision))
+    calibration = calibration_of(args, accelerator, model)
+
+    def extract_all(images, folder):
+        key = extraction_key(model, image_identities(images), accelerator, args.eval_batch_size)
+        return extract_images(args, accelerator, model, images, key, keep_in=folder)
+
+    for images in gallery:
+        skipped += add_new(index, images, args.gallery_dir, extract_all, accelerator=accelerator, **reading)
+    features = extract_all(queries, args.output_dir)
+    if accelerator.is_main_process:
+        forget_chunks(args.output_dir)
+    *pair, copies = sides_of(features, rows_of(queries), index)
+    return model, calibration, [pair], [copies], [f"{path}: {reason}" for _, path, reason in skipped]
 
 
 # Identities across cameras
@@ -516,41 +551,17 @@ def features_of_items(args, accelerator, model, tracklets):
 # Numbers
 
 
-def measure(args, queries, gallery):
-    """The `Findings` of one split."""
-    evaluation.check_sides(queries, gallery)
-    if args.topk and args.topk > len(gallery):
-        raise ValueError(f"--topk {args.topk} is more than the gallery's {len(gallery)} images; ask for fewer")
-    has_cameras = bool((queries.camids >= 0).any() and (gallery.camids >= 0).any())
-    protocol = args.protocol or ("market" if has_cameras else "all")
-    options = {"protocol": protocol, "backend": args.backend}
-    k = min(args.topk or MAX_RANK, len(gallery))
-    lists = evaluation.ranked_lists(queries, gallery, k, **options)
-    reranked_lists = reranked = None
-    if args.rerank:
-        reranking = k_reciprocal_rerank(
-            queries.features, gallery.features, **rerank_options(args), backend=args.backend
-        )
-        reranked_lists = evaluation.ranked_lists(queries, gallery, k, reranking=reranking, **options)
-    if args.query_dir and not evaluation.can_match(queries, gallery, protocol):
-        # A search without labels has no metrics; this is no error.
-        return Findings(queries, gallery, protocol, lists, reranked_lists)
-
-    result = evaluation.rank(queries, gallery, **options)
-    if args.rerank:
-        labels, kept_protocol = kept_labels(queries, gallery, protocol)
-        reranked = reranking.metrics(*labels, max_rank=MAX_RANK, protocol=kept_protocol)
-    return Findings(
-        queries,
-        gallery,
-        protocol,
-        lists,
-        reranked_lists,
-        result=result,
-        reranked=reranked,
-        pairs=pair_statistics(queries, gallery, protocol=protocol, rates=calibrations.FALSE_MATCH_RATES),
-        cameras=evaluation.camera_pairs(queries, gallery, **options),
-        confusions=evaluation.confusions(queries, gallery, *lists),
+def measure(args, accelerator, queries, gallery):
+    """The `Findings` of one split: all processes rank, the main one adds the details of the report."""
+    return measured(
+        *(side.to(accelerator.device) for side in (queries, gallery)),
+        protocol=args.protocol,
+        topk=args.topk,
+        rerank=rerank_options(args) if args.rerank else None,
+        may_lack_matches=bool(args.query_dir),
+        backend=args.backend,
+        group=launch.group_of(accelerator),
+        details=accelerator.is_main_process,
     )
 
 

@@ -7,7 +7,7 @@
 #     "transformers>=5.17.0", "triton>=3.6.0",
 # ]
 # ///
-"""Filter generated images: three filters score each image, one of them chooses, and the kept ones form a data set.
+"""Filter generated images: filters score each image, one of them chooses, and the kept ones form a data set.
 
     accelerate launch --config_file accelerate_config.yaml filter_generated.py
     accelerate launch filter_generated.py --recipe diff-person --source market1501 --data_root ~/reid --generated out
@@ -19,14 +19,16 @@ The first is a demo on drawn people with the shipped stand-in models; the second
     CCTF        P(y | x) by an image classifier trained on the source images
     Re-ID CTF   mean of the 3 highest cosines of f(x) with the source images of y, f a Re-ID model of that source;
                 and the nearest of all source images must show y, or be nearer by --match_margin at most
+    attributes  with --captioner, share of equal words in its answers about x (clothes, hair, bag, hat) and in the
+                prompt of x, the mean over attributes; a garment changed on purpose does not count
 
 By default the threshold is that which 95 % of held-out source images reach against their identity's images of other
 cameras, less twice the lead of a nearer stranger in place of the last rule: a new scene is like another camera.
 
 All scores go to scores.parquet. The same command with another --filter, --threshold, --keep_fraction,
---true_match_rate, --false_match_rate, --match_margin, --target_per_id or --near_duplicates chooses again from these
-scores, in seconds and without a model. Images with a changed garment (column `changed`) set no threshold, fill no
---min_per_id, and fewer of them are kept than in the identity's own clothes.
+--true_match_rate, --false_match_rate, --match_margin, --min_agreement, --target_per_id or --near_duplicates chooses
+again from these scores, in seconds and without a model. Images with a changed garment (column `changed`) set no
+threshold, fill no --min_per_id, and fewer of them are kept than in the identity's own clothes.
 """
 
 from utils import flags, ranges
@@ -54,11 +56,11 @@ RECIPES = {
     }
 }
 # The names of utils.generated.choosing.FILTERS.
-FILTERS = ("clip", "cctf", "reid")
+FILTERS = ("clip", "cctf", "reid", "attributes")
 # The flags of the choice among scored images.
 CHOICE = (
     "threshold", "keep_fraction", "true_match_rate", "false_match_rate", "match_margin", "target_per_id",
-    "min_per_id", "near_duplicates", "duplicate_distance",
+    "min_per_id", "near_duplicates", "duplicate_distance", "min_agreement",
 )  # fmt: skip
 # The flags of the models that are trained.
 TRAINED_BY = (
@@ -111,6 +113,11 @@ def build_parser():
         help="Re-ID model folders whose classifier knows the source's identities in order of their numbers, one for "
         "each source; `none` leaves CCTF out; default: trained",
     )
+    group.add(
+        "--captioner_model_name_or_path", "--captioner", dest="captioner", default="none",
+        help="question answerer such as Salesforce/blip-vqa-base, folder or Hub id, that adds the attribute score; "
+        "default none",
+    )  # fmt: skip
     group.size(
         "--clip_resolution", help="what CLIP sees, in any shape; default: its own square, 128 64 for the stand-in"
     )
@@ -151,6 +158,12 @@ def build_parser():
         type=not_negative,
         help="by how much another identity's source image may be nearer, in cosine, than the nearest of the image's "
         "own: more keeps more right images in new scenes, then wrong ones; default 0",
+    )
+    group.add(
+        "--min_agreement",
+        type=fraction,
+        help="least attribute score, whatever the filter; images of which no answer says anything pass. 0.6 removes "
+        "most wrong and broken images and few right ones",
     )
     group.add("--target_per_id", type=at_least(1), help="how many of each identity are kept, the best; default: all")
     group.add("--min_per_id", type=at_least(1), default=1, help="identities with fewer images are left out")
@@ -224,9 +237,13 @@ def check_args(parser, args):
             parser.error(f"--{name} {error}")
     if args.keep_fraction and not all(0 < value <= 1 for value in args.keep_fraction.values()):
         parser.error("--keep_fraction must be above 0 and at most 1")
+    if args.min_agreement is not None and args.captioner == "none":
+        parser.error("--min_agreement compares answers with prompts; give the --captioner that answers")
     skipped = {"clip": args.clip_model == "none", "cctf": (args.classifier_model or [""])[0] == "none"}
+    skipped["attributes"] = args.captioner == "none"
     if skipped.get(args.filter):
-        parser.error(f"--filter {args.filter} cannot choose without its model")
+        flag = {"clip": "clip_model", "cctf": "classifier_model", "attributes": "captioner"}[args.filter]
+        parser.error(f"--filter {args.filter} cannot choose without its model, --{flag} is none")
 
 
 if __name__ == "__main__":
@@ -268,6 +285,7 @@ from utils.generated.scoring import (
     view_of,
 )
 from utils.generated.sources import check_calibration, check_identities, check_sources, open_sources
+from utils.generated.texts.agreement import check_prompts
 from utils.reporting.report import text_table
 
 # The method
@@ -337,6 +355,7 @@ def scores_across_cameras(features, labels, camids, held_out):
 
 def score(args, accelerator, sources, generated, wanted, settings):
     """Write scores.parquet, features.npy and the calibration; resumes an earlier run."""
+    from utils.generated.attribute_scores import add_attribute_scores, load_answerer
     from utils.generated.scorers import load_clip, load_models
 
     folder = Path(args.output_dir)
@@ -349,6 +368,7 @@ def score(args, accelerator, sources, generated, wanted, settings):
     accelerator.wait_for_everyone()
     # CLIP is loaded first, so that its errors show before the other models are trained.
     clip = load_clip(wanted, accelerator.device)
+    answerer = load_answerer(wanted, accelerator.device, args.eval_batch_size)
     models = load_models(wanted, sources, folder / "models", accelerator, batch_size=args.eval_batch_size)
     if accelerator.is_main_process:
         calibration = {}
@@ -358,7 +378,8 @@ def score(args, accelerator, sources, generated, wanted, settings):
             save_file(calibration, part(CALIBRATION))
 
     def work(table, readers):
-        return score_piece(args, accelerator, models, clip, table, readers)
+        columns, features = score_piece(args, accelerator, models, clip, table, readers)
+        return add_attribute_scores(columns, answerer, table, readers), features
 
     score_pieces(folder, generated, work, accelerator=accelerator)
 
@@ -463,7 +484,7 @@ def write_choice(args, sources):
     )
     features = np.load(folder / FEATURES, mmap_mode="r")
     duplicates = choosing.duplicate_finder(scores, args.near_duplicates, args.duplicate_distance, features)
-    limits = {"target_per_id": args.target_per_id, "min_per_id": args.min_per_id}
+    limits = {name: getattr(args, name) for name in ("target_per_id", "min_per_id", "min_agreement")}
     choice = choosing.choose_images(scores, args.filter, thresholds, **limits, duplicates=duplicates)
     with write_together(folder) as part, pq.ParquetFile(folder / SCORES, pre_buffer=False) as file:
         write_scores(part(SCORES), pieces_of(file), choice)
@@ -552,6 +573,8 @@ def open_sets(args):
     thresholds_by_domain(args, sources)
     generated = open_generated(args.generated, args.data_root, list(sources))
     check_identities(generated, sources)
+    if args.captioner != "none":
+        check_prompts(generated)
     for name in RATES:
         if getattr(args, name) is not None:
             check_calibration(generated, sources, f"--{name}")
@@ -575,6 +598,7 @@ def wanted_models(args, sources):
         reid=given(args.reid_model, sources, "--reid_model"),
         classifiers=given(args.classifier_model, sources, "--classifier_model"),
         training=Training(**training, num_workers=args.dataloader_num_workers),
+        captioner=args.captioner,
     )
 
 
@@ -603,6 +627,8 @@ def finish(args, sources, generated):
         part("args.json").write_text(to_json(run_record(args)), encoding="utf-8")
         part("summary.json").write_text(to_json(summary), encoding="utf-8")
         report.write(part("report.html"))
+    if args.captioner != "none" and (count := choosing.without_score(scores, "attributes")):
+        print(f"{count:,} images have no attribute score: no answer says anything, or the prompt names no clothes")
     if summary["against_truth"]:
         print(text_table(*truth_table(summary["against_truth"])))
     print(

@@ -211,7 +211,7 @@ def build_parser():
         idle=scheduled(DELAYED_COSINE, EPOCH_COSINE),
         help="delayed_cosine, epoch_cosine (of META): factor at the end",
     )
-    flags.add_memory(parser)
+    flags.add_memory(parser, compiled="the blocks of the backbone; not of metabin and meta")
     flags.add_evaluation(parser, every=1, resample=True)
     flags.add_output(parser, "output/finetune")
     return parser
@@ -257,6 +257,11 @@ def check_args(parser, args):
             )
     if args.centre_weight and args.method in ("mgn", "bdb"):
         parser.error(f"--centre_weight {args.centre_weight} is for one feature an image; {args.method} has several")
+    if args.torch_compile and args.method in (METABIN, META):
+        parser.error(
+            f"--torch_compile: {args.method} changes its norms from step to step, which would be compiled again and "
+            "again; leave it out"
+        )
     if args.triplet == "weighted" and args.margin != SOFT:
         parser.error(f"--margin {args.margin} is of --triplet hard; the weighted one has none, use --margin soft")
     flags.check_reid_training(parser, args)
@@ -295,6 +300,7 @@ from utils.modeling.losses import CentreLoss, circle_logits, hard_triplet, weigh
 from utils.modeling.networks.semantic_swin import has_controller, set_semantic_weight
 from utils.modeling.norms import add_batch_instance_norms, share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
+from utils.modeling.stages import compile_blocks
 from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained
 from utils.training.parameter_groups import bias_groups
 from utils.training.report import training_report
@@ -549,10 +555,14 @@ def build_model(args, accelerator, num_ids, id_domains):
         add_batch_instance_norms(model.backbone)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    if args.torch_compile:
+        compile_blocks(model)
     # The necks see the gathered batch anyway.
     for part in (model.backbone, *(getattr(model.head, name, None) for name in ("branches", "branch", "bottleneck"))):
         if part is not None:
             share_batch_statistics(part, accelerator.device)
+    if accelerator.device.type == "cuda":
+        model.to(accelerator.device, memory_format=torch.channels_last)
     return model
 
 

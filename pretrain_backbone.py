@@ -136,6 +136,12 @@ def build_parser():
     group.add("--cutmix", type=not_negative, default=0.0, help="alpha of CutMix, 0 for none")
     group.add("--randaugment_ops", type=at_least(0), default=2, help="changes of an image")
     group.add("--randaugment_magnitude", type=magnitude, default=9, help="strength of the changes, 0 to 30")
+    group.add(
+        "--augment_on",
+        choices=["auto", "loader", "device"],
+        default="auto",
+        help="where images are augmented: one by one in the loader, or in batches on the device; auto: on a GPU",
+    )
     group.arguments.add_argument(
         "--ema_decay",
         type=fraction,
@@ -225,6 +231,7 @@ from methods.dino import SelfDistillation
 from methods.solider import Solider, drawn
 from utils import launch
 from utils.batches.augmentation import MultiCrop, RandAugmentTransform
+from utils.batches.device_augmentation import BatchAugmentation, OnDevice
 from utils.batches.mixing import Mixing, mix_images, mixed_loss
 from utils.batches.samplers import ShuffleSampler
 from utils.batches.streaming import StreamedImages, StreamLoader, open_stream
@@ -242,7 +249,7 @@ from utils.modeling.networks.semantic_swin import SemanticSwinBackbone
 from utils.modeling.norms import share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
 from utils.training.loop import Training, optimizer_of, trained
-from utils.training.optimizer import LearningRate, cosine_to
+from utils.training.optimizer import LearningRate
 from utils.training.parameter_groups import parameter_groups
 from utils.training.pretraining_report import draw_batch, pretraining_report
 
@@ -312,7 +319,9 @@ def main(args):
     bare, average = build_model(args, accelerator, num_ids)
     # What is measured and saved: the running mean where there is one.
     result = (bare if average is None else average.module).backbone
-    transform = build_transform(args, bare.backbone)
+    transform = build_transform(args, bare.backbone, accelerator.device)
+    augment = transform if isinstance(transform, BatchAugmentation) else None
+    transform = augment.draw if augment else transform
     workers = {"num_workers": args.dataloader_num_workers, "pin_memory": accelerator.device.type == "cuda"}
     if stream is None:
         images = ReIDImages(train, transform, labels.tolist())
@@ -323,6 +332,7 @@ def main(args):
             stream, train, labels.tolist(), transform, batch_size=batch_size // share[1], seed=args.seed, share=share
         )
         loader = training.sampler = StreamLoader(images, len(sampler), **workers)
+    loader = OnDevice(loader, augment, accelerator.device) if augment else loader
     model, optimizer = accelerator.prepare(bare, build_optimizer(args, bare))
     kept = nn.ModuleDict({"model": bare} if average is None else {"model": bare, "average": average})
     training.begin(model, optimizer, build_rates(args, optimizer, sampler.steps_of(1)), kept=kept)
@@ -526,11 +536,12 @@ def build_model(args, accelerator, num_ids):
     return model, average
 
 
-def build_transform(args, backbone):
+def build_transform(args, backbone, device):
     encoder = ReIDModel(backbone)
     mean, std = encoder.image_mean, encoder.image_std
     if args.objective == "classification":
-        return RandAugmentTransform(
+        on_device = args.augment_on == "device" or args.augment_on == "auto" and device.type == "cuda"
+        return (BatchAugmentation if on_device else RandAugmentTransform)(
             args.resolution,
             mean,
             std,
@@ -568,6 +579,17 @@ def build_rates(args, optimizer, steps_an_epoch):
     if name == "cosine" and args.lr_end:
         name = cosine_to(args.lr_end / args.learning_rate, warmup, num_steps)
     return LearningRate(optimizer, name, warmup_steps=warmup, num_steps=num_steps)
+
+
+def cosine_to(end, warmup, num_steps):
+    """Factor on the learning rate by epoch and step: a linear rise, then half a cosine to `end`."""
+
+    def factor(epoch, step):
+        if step < warmup:
+            return step / warmup
+        return end + (1 - end) * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup))) / 2
+
+    return factor
 
 
 # Results

@@ -54,9 +54,9 @@ LEAN = {"resolution": [512, 256], "finetune": "lora", "learning_rate": 5e-4, "tr
 LEAN |= {"max_train_steps": 400, "num_reference_images": 64, "num_inference_steps": 20, "reference_prompts": "shared"}
 LEAN |= {"use_8bit_adam": False}
 RECIPES = {"paper": PUBLISHED, "lora": PUBLISHED | LEAN}
-# The same as in utils.generated.texts.captions and utils.diffusion.text_to_image.
+# The same as in utils.generated.texts.captions and utils.diffusion.families.solvers.
 CLASS_PROMPT = "a photo of a person"
-SOLVERS = ("dpmsolver++", "unipc", "ddim", "euler", "ddim-trailing", "lcm", "tcd")
+SOLVERS = ("dpmsolver++", "unipc", "ddim", "euler", "ddim-trailing", "lcm", "tcd", "flow-euler")
 # The flags that determine the captions.
 CAPTIONING = ("captioner_model_name_or_path", "captioner_bits", "max_sequence_images")
 # Models for which there are shipped stand-ins.
@@ -150,7 +150,8 @@ def build_parser():
     )
 
     group = parser.group("fine-tuning, of each identity")
-    group.add("--pretrained_model_name_or_path", default=DIFFUSION_DIR, help="Stable Diffusion 1.x or 2.x")
+    words = "Stable Diffusion 1.x, 2.x, XL or 3.x, or Flux; solver and identity token follow it"
+    group.add("--pretrained_model_name_or_path", default=DIFFUSION_DIR, help=words)
     group.add("--revision", help="revision of the diffusion model on the Hub")
     group.add("--finetune", choices=["full", "lora"], default="lora", help="train the whole U-Net, or LoRA")
     whole = (lambda args: args.finetune == "full", "--finetune full")
@@ -299,11 +300,14 @@ from torch import nn
 from utils import launch
 from utils.datasets.identities import chosen_identities, open_identities
 from utils.diffusion import adapters
-from utils.diffusion.checkpoint import check_diffusion, read_config
+from utils.diffusion.checkpoint import read_config
+from utils.diffusion.families import family_of
+from utils.diffusion.families.settings import fitted, said_of_word
+from utils.diffusion.families.texts import load_tokenizer
 from utils.diffusion.fast_lora import read_fast_lora
 from utils.diffusion.latents import encode, image_for_vae
 from utils.diffusion.person_masks import check_mask_model
-from utils.diffusion.text_to_image import check_text_encoder, load_tokenizer, what_saves_memory
+from utils.diffusion.text_to_image import what_saves_memory
 from utils.diffusion.tuning import Batches, open_tunable
 from utils.files import portable, versions
 from utils.generated import made_set
@@ -412,7 +416,7 @@ def fine_tune(args, tunable, identity, record, source, reference, progress, *, t
 
 def build_tuning(args, tunable):
     """A new optimizer and learning rate schedule, without the state of the previous identity."""
-    row = tunable.token.row
+    row = tunable.token and tunable.token.row
     groups = [{"params": [weight for weight in tunable.weights if weight is not row], "lr": args.learning_rate}]
     if is_new(args.identity_token):
         groups.append({"params": [row], "lr": args.token_learning_rate, "weight_decay": 0.0})
@@ -492,7 +496,7 @@ def main(args):
     if not args.merge:
         lists = captions.read_lists(args.attribute_lists) if args.attribute_lists else captions.DIVERSITY
         progress = Progress(work, made_set.IMAGES, "images", args.num_images, main=accelerator.is_main_process)
-        rows, tokenizer = check_inputs(args, everyone, identities)
+        rows, tokenizer = check_inputs(args, everyone, identities, accelerator.print)
         if args.redraw:
             made_set.check_adapters(work, work.pieces, is_new(args.identity_token))
         words = {"class_prompt": args.class_prompt, "identity_token": args.identity_token, "lists": lists}
@@ -512,13 +516,18 @@ def main(args):
     return failures
 
 
-def check_inputs(args, everyone, identities):
+def check_inputs(args, everyone, identities, say):
     """Check all inputs before any model is loaded. Returns (the rows of --prompts or None, the tokenizer)."""
     name, rows = args.pretrained_model_name_or_path, None
-    info = check_diffusion(name, revision=args.revision)
-    check_text_encoder(name, info.condition_width, args.revision)
-    if any(side % info.vae_scale for side in args.resolution):
-        raise ValueError(f"--resolution must be multiples of {info.vae_scale} for this model: {args.resolution}")
+    family = family_of(name, args.revision)
+    multiple = family.check(name, args.revision)
+    given = {flag for flag, origin in args.origin.items() if origin == "flag"}
+    changed, lines = fitted(family, vars(args), given)
+    vars(args).update(changed)
+    for line in lines:
+        say(line)
+    if any(side % multiple for side in args.resolution):
+        raise ValueError(f"--resolution must be multiples of {multiple} for this model: {args.resolution}")
     if args.prompts:
         rows = captions.read_captions(args.prompts)
         captions.check_rows(rows, everyone, identities, args.prompts)
@@ -532,7 +541,10 @@ def check_inputs(args, everyone, identities):
     check_measures(clip_name(args), args.reid_model)
     if args.use_8bit_adam:
         build_optimizer([nn.Parameter(torch.zeros(1))], "adamw", learning_rate=1.0, use_8bit=True)
-    return rows, load_tokenizer(name, args.revision)
+    tokenizers = [load_tokenizer(name, args.revision, part) for part, *_ in family.TEXTS[:2]]
+    if not is_new(args.identity_token) and (words := said_of_word(args.identity_token, tokenizers)):
+        say(words)
+    return rows, tokenizers[0]
 
 
 def write_settings(args, work, lists):

@@ -211,6 +211,7 @@ TABLES = {
     "gpu-retrieval": as_stored("gpu/retrieval", words=4),
     "retrieval": retrieval,
     "loading": as_stored("loading"),
+    "loading-augmentation": as_stored("loading_augmentation"),
     "clustering": as_stored("clustering"),
     "filter-truth": as_stored("filter_truth", words=2),
     "filtering": as_stored("filtering"),

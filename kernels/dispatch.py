@@ -5,19 +5,21 @@ import os
 
 import torch
 
+from kernels.disk.rows import RowsOnDisk
+
 BACKENDS = ("auto", "torch", "triton")
-HALF = (torch.float16, torch.bfloat16)
-# Card name -> operation -> types for which `python -m benchmarks.speed.gpu_retrieval` measured Triton as the faster
-# one at the size of MSMT17. On cards that are not listed `auto` is torch.
-FASTER_ON = {"NVIDIA H200": {"cosine_topk": HALF, "rank_metrics": HALF}}
-TRITON_MAX_K = 64
+TRITON_MAX_K, TRITON_MAX_ROWS = 64, (1 << 31) - 1
+# Names the path for all calls that leave it to `auto`.
+FORCED = "DIFFREID_KERNELS"
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_features(queries, gallery, may_be_empty=False):
     """Raise ValueError unless both are 2-D float tensors of one width on one device, with at least one row each."""
     for name, features in (("queries", queries), ("gallery", gallery)):
-        if not isinstance(features, torch.Tensor):
+        if isinstance(features, RowsOnDisk) and not may_be_empty:
+            check_in_memory(features)
+        if not isinstance(features, (torch.Tensor, RowsOnDisk)):
             raise ValueError(f"{name} must be a torch tensor, got {type(features).__name__}")
         if features.dim() != 2:
             raise ValueError(f"{name} must have shape (rows, dimensions), got {tuple(features.shape)}")
@@ -31,6 +33,11 @@ def check_features(queries, gallery, may_be_empty=False):
         raise ValueError(f"queries and gallery have different widths: {queries.shape[1]} and {gallery.shape[1]}")
     if queries.device != gallery.device:
         raise ValueError(f"queries and gallery lie on different devices: {queries.device} and {gallery.device}")
+
+
+def check_in_memory(*features):
+    if any(isinstance(rows, RowsOnDisk) for rows in features):
+        raise ValueError("features on disk cannot be re-ranked or clustered; read them into memory: features[:]")
 
 
 def check_ids(name, ids, length, device):
@@ -85,27 +92,43 @@ def interpreting(triton):
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def choose_backend(backend, features, operation, k=1):
-    """The backend, `torch` or `triton`, for these features and `k` neighbours.
-
-    Forcing `triton` where it cannot run raises ValueError. `auto` chooses Triton only on a card that FASTER_ON lists
-    for the operation and type, and never its interpreter.
-    """
+def requested(backend):
+    """(backend, what names it): the argument, or in the place of `auto` the environment variable DIFFREID_KERNELS."""
+    source = f"backend={backend!r}"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto" and os.environ.get(FORCED):
+        backend = os.environ[FORCED]
+        source = f"{FORCED}={backend}"
+        if backend not in BACKENDS:
+            raise ValueError(f"{FORCED} must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend, source
+
+
+def choose_backend(backend, features, operation, k=1, num_columns=None):
+    """The backend, `torch` or `triton`, for these features, `k` neighbours and a gallery of `num_columns` rows.
+
+    Forcing `triton` where it cannot run raises ValueError. On a card `auto` takes the path that was measured as the
+    faster one (`kernels.measured`). It is never Triton's interpreter.
+    """
+    backend, source = requested(backend)
     if backend == "torch":
         return "torch"
+    num_columns = len(features) if num_columns is None else num_columns
     obstacle = triton_obstacle(features.device, features.dtype)
     if obstacle is None and k > TRITON_MAX_K:
         obstacle = f"the kernels keep at most {TRITON_MAX_K} neighbours in registers, {k} were asked for"
+    if obstacle is None and num_columns > TRITON_MAX_ROWS:
+        obstacle = f"the kernels number at most {TRITON_MAX_ROWS:,} gallery rows, there are {num_columns:,}"
     if backend == "triton":
         if obstacle:
-            raise ValueError(f"backend='triton' cannot run here: {obstacle}")
+            raise ValueError(f"{source} cannot run here: {obstacle}")
         return "triton"
     if obstacle or features.device.type != "cuda":
         return "torch"
-    faster = FASTER_ON.get(torch.cuda.get_device_name(features.device), {})
-    return "triton" if features.dtype in faster.get(operation, ()) else "torch"
+    from .measured import faster
+
+    return faster(operation, features, num_columns, k)
 
 
 @contextlib.contextmanager

@@ -55,6 +55,13 @@ class SparseRows:
         columns, order = columns.sort(stable=True)
         return SparseRows(offsets_of(columns, num_columns), rows[order], values[order])
 
+    def take(self, rows):
+        """SparseRows of these rows, in the order given."""
+        counts = self.counts[rows]
+        _, places = expand_ranges(self.offsets[rows], counts)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return SparseRows(offsets, self.columns[places], self.values[places])
+
     def to_dense(self, num_columns):
         dense = torch.zeros(self.offsets.shape[0] - 1, num_columns, dtype=self.values.dtype, device=self.values.device)
         rows, columns, values = self.entries(0, dense.shape[0])
@@ -91,9 +98,10 @@ def neighbour_vectors(units, num_rows, k1, k2, compat=None, path="torch"):
     by_faiss = compat == "faiss"
     members = expanded_sets(neighbours.indices, max(k1 - 1, 0) if by_faiss else k1, round(k1 / 2))
     scale = torch.ones_like(inverse) if by_faiss else inverse
-    weights = neighbour_weights(units, members, scale, compat == "torchreid")
+    products = sampled_products(units[:num_rows], units[:num_rows], members)
+    weights = neighbour_weights(products, members, scale, compat == "torchreid")
     if k2 > 1:
-        return mean_rows(weights, neighbours.indices[:, :k2]), inverse
+        return mean_rows(weights, neighbours.indices[:, :k2], num_rows), inverse
     return SparseRows(weights.offsets, weights.columns, fixed_point(weights.values)), inverse
 
 
@@ -107,92 +115,92 @@ def fixed_point(values):
     return (values.double() * ONE).round_().to(torch.int32)
 
 
-def reciprocal_sets(indices, k):
-    """R(i, k) of every row, as sorted keys i * N + j and offsets."""
+def reciprocal_sets(indices, k, rows):
+    """R(i, k) of these rows, as sorted keys p * N + j for the p-th of them, and offsets."""
     num_rows = indices.shape[0]
     near = indices[:, : k + 1].contiguous()
     width = near.shape[1]
     keys = []
-    step = max(1, ENTRY_LIMIT // (width * width))
-    for begin in range(0, num_rows, step):
-        some = near[begin : begin + step]
-        row_numbers = torch.arange(begin, begin + some.shape[0], device=near.device)[:, None]
-        mutual = (near[some] == row_numbers[:, :, None]).any(-1)
-        keys.append((row_numbers * num_rows + some)[mutual].sort().values)
-    keys = torch.cat(keys)
-    return keys, torch.searchsorted(keys, torch.arange(num_rows + 1, device=keys.device) * num_rows)
+    for places in torch.arange(len(rows), device=near.device).split(max(1, ENTRY_LIMIT // (width * width))):
+        some = near[rows[places]]
+        mutual = (near[some] == rows[places][:, None, None]).any(-1)
+        keys.append((places[:, None] * num_rows + some)[mutual].sort().values)
+    keys = torch.cat(keys) if keys else rows
+    return keys, torch.searchsorted(keys, torch.arange(len(rows) + 1, device=keys.device) * num_rows)
 
 
-def expanded_sets(indices, k, half):
-    """R*(i) of every row from R(i, k) and R(c, half): SparseRows without values."""
+def expanded_sets(indices, k, half, rows=None):
+    """R*(i) of these rows, by default all, from R(i, k) and R(c, half): SparseRows without values."""
     num_rows = indices.shape[0]
-    keys, offsets = reciprocal_sets(indices, k)
+    every_row = torch.arange(num_rows, device=indices.device)
+    keys, offsets = reciprocal_sets(indices, k, every_row if rows is None else rows)
+    if rows is None:
+        needed, candidates = every_row, keys % num_rows
+    else:
+        needed, candidates = (keys % num_rows).unique(return_inverse=True)
     # Callers round k / 2 with Python, halves to even, as the definition does.
-    half_keys, half_offsets = reciprocal_sets(indices, half)
+    half_keys, half_offsets = reciprocal_sets(indices, half, needed)
     half_counts = half_offsets[1:] - half_offsets[:-1]
-    candidates = keys % num_rows
     running = torch.cat([half_counts.new_zeros(1), half_counts[candidates].cumsum(0)])[offsets]
-    merged = []
+    merged = [keys[:0]]
     for begin, end in row_groups((running[1:] - running[:-1]).cpu(), ENTRY_LIMIT):
-        row_keys = keys[offsets[begin] : offsets[end]]
-        candidate = row_keys % num_rows
+        row_keys, candidate = (values[offsets[begin] : offsets[end]] for values in (keys, candidates))
         pair, place = expand_ranges(half_offsets[:-1][candidate], half_counts[candidate])
-        member = (row_keys - candidate)[pair] + half_keys[place] % num_rows
+        member = (row_keys - row_keys % num_rows)[pair] + half_keys[place] % num_rows
         inside = row_keys[torch.searchsorted(row_keys, member).clamp(max=row_keys.shape[0] - 1)] == member
         shared = torch.bincount(pair[inside], minlength=row_keys.shape[0])
         accepted = 3 * shared > 2 * half_counts[candidate]
         merged.append(torch.cat([row_keys, member[accepted[pair]]]).unique())
     merged = torch.cat(merged)
-    offsets = torch.searchsorted(merged, torch.arange(num_rows + 1, device=keys.device) * num_rows)
+    offsets = torch.searchsorted(merged, torch.arange(len(offsets), device=keys.device) * num_rows)
     return SparseRows(offsets, merged % num_rows, merged)
 
 
-def neighbour_weights(units, members, scale, fourth_power):
-    """The values of V at the entries of `members`."""
+def neighbour_weights(products, members, scale, fourth_power):
+    """The values of V at the entries of `members`, from the similarities of these pairs."""
     num_rows = scale.shape[0]
-    rows = torch.repeat_interleave(torch.arange(num_rows, device=units.device), members.counts)
-    distance = (2 - 2 * sampled_products(units, members, num_rows)).clamp_(min=0) * scale[rows]
+    rows = torch.repeat_interleave(torch.arange(num_rows, device=products.device), members.counts)
+    distance = (2 - 2 * products).clamp_(min=0) * scale[rows]
     weights = torch.exp(-distance.square() if fourth_power else -distance)
-    totals = torch.zeros(num_rows, dtype=torch.float64, device=units.device).index_add_(0, rows, weights.double())
+    totals = torch.zeros(num_rows, dtype=torch.float64, device=products.device).index_add_(0, rows, weights.double())
     return SparseRows(members.offsets, members.columns, weights / totals[rows])
 
 
-def sampled_products(units, members, num_rows):
-    """<x_i, x_j> for the entries (i, j) of `members`."""
+def sampled_products(units, others, members):
+    """<x_i, y_j> for the entries (i, j) of `members`, with the rows of both sides."""
     if units.device.type == "cpu":
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
             zeros = torch.zeros(members.columns.shape[0], dtype=units.dtype)
             pattern = torch.sparse_csr_tensor(
-                members.offsets, members.columns, zeros, size=(num_rows, num_rows), check_invariants=False
+                members.offsets, members.columns, zeros, size=(len(units), len(others)), check_invariants=False
             )
-        units = units[:num_rows]
-        return torch.sparse.sampled_addmm(pattern, units, units.t(), beta=0.0).values()
+        return torch.sparse.sampled_addmm(pattern, units, others.t(), beta=0.0).values()
     products = torch.empty(members.columns.shape[0], dtype=units.dtype, device=units.device)
     limit = max(1, GATHER_BYTES // (units.shape[1] * units.element_size()))
     for begin, end in row_groups(members.counts.cpu(), limit):
         rows, columns, _ = members.entries(begin, end)
         some = slice(int(members.offsets[begin]), int(members.offsets[end]))
-        products[some] = (units[rows + begin] * units[columns]).sum(1)
+        products[some] = (units[rows + begin] * others[columns]).sum(1)
     return products
 
 
-def mean_rows(weights, neighbours):
+def mean_rows(weights, neighbours, num_columns):
     """Mean of the sparse rows with the numbers in `neighbours` (N, k2), in units of 1 / ONE."""
-    num_rows, width = neighbours.shape
+    width = neighbours.shape[1]
     counts = weights.counts
     costs = counts[neighbours].sum(1).cpu()
-    columns, values, lengths = [], [], []
+    columns, values, lengths = [weights.columns[:0]], [fixed_point(weights.values[:0])], [counts[:0]]
     for begin, end in row_groups(costs, ENTRY_LIMIT):
         source = neighbours[begin:end].flatten()
         owner, place = expand_ranges(weights.offsets[:-1][source], counts[source])
-        keys = torch.div(owner, width, rounding_mode="floor") * num_rows + weights.columns[place]
+        keys = torch.div(owner, width, rounding_mode="floor") * num_columns + weights.columns[place]
         keys, position = keys.unique(return_inverse=True)
         sums = torch.zeros(keys.shape[0], dtype=torch.float64, device=keys.device)
         sums.index_add_(0, position, weights.values[place].double())
-        columns.append(keys % num_rows)
+        columns.append(keys % num_columns)
         values.append(fixed_point(sums / width))
-        lengths.append(torch.bincount(torch.div(keys, num_rows, rounding_mode="floor"), minlength=end - begin))
+        lengths.append(torch.bincount(torch.div(keys, num_columns, rounding_mode="floor"), minlength=end - begin))
     lengths = torch.cat(lengths)
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     return SparseRows(offsets, torch.cat(columns), torch.cat(values))

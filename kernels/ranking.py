@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from .counting import PAIR_LIMIT, match_ranks
-from .dispatch import check_count, check_features, check_ids, choose_backend
+from .disk.rows import RowsOnDisk
+from .dispatch import check_count, check_features, check_ids, choose_backend, requested
 from .tiles import expand_ranges, row_groups, similarity_strips, unit_pair
 
 PROTOCOLS = ("market", "all", "cuhk03")
@@ -58,20 +59,21 @@ def rank_metrics(
     protocol: `market` drops gallery items with the query's pid and camera; `all` drops nothing (cameras may be None);
     `cuhk03` takes CMC from ten repeats of one random image per gallery identity, drawn from `seed`.
     Gallery pid -1 matches nothing. With a `group` of processes each gives its own rows and their labels, any number;
-    the metrics are those of all queries in the gallery of all, the same on every rank.
+    the metrics are those of all queries in the gallery of all, the same on every rank. Queries and gallery may be
+    `kernels.disk.rows.RowsOnDisk`, larger than memory.
     """
-    if group is not None:
+    if group is not None or any(isinstance(features, RowsOnDisk) for features in (queries, gallery)):
         from .ring.ranking import ring_metrics
 
         labels = query_pids, gallery_pids, query_cams, gallery_cams
-        options = {"max_rank": max_rank, "protocol": protocol, "backend": backend}
+        options = {"max_rank": max_rank, "protocol": protocol, "backend": backend, "seed": seed}
         return ring_metrics(queries, gallery, *labels, **options, group=group)
     check_features(queries, gallery)
     labels = Labels(query_pids, gallery_pids, query_cams, gallery_cams, protocol, queries, gallery)
     max_rank = check_count("max_rank", max_rank, 1)
-    path = choose_backend(backend, queries, "rank_metrics")
+    path = choose_backend(backend, queries, "rank_metrics", num_columns=len(gallery))
     if path == "triton" and protocol == "cuhk03":
-        if backend == "triton":
+        if requested(backend)[0] == "triton":
             raise ValueError("protocol='cuhk03' draws images and needs backend='torch'")
         path = "torch"
     if path == "triton":
@@ -222,7 +224,8 @@ def first_rank_curve(first, max_rank):
 class SingleShot:
     """CMC of the cuhk03 protocol: in each repeat one random image of every gallery identity competes."""
 
-    def __init__(self, labels, max_rank, seed):
+    def __init__(self, labels, max_rank, seed, total=None, first=0):
+        """`labels` may be those of a share of `total` queries, from the query `first` on."""
         generator = torch.Generator().manual_seed(seed)
         device = labels.gallery_pids.device
         self.pids, counts = labels.gallery_pids.unique(return_counts=True)
@@ -230,7 +233,8 @@ class SingleShot:
         draws = torch.rand(CUHK03_REPEATS, counts.shape[0], generator=generator, dtype=torch.float64).to(device)
         self.chosen = labels.order[starts + (draws * counts).long()]
         num_queries = labels.query_pids.shape[0]
-        self.own_draws = torch.rand(CUHK03_REPEATS, num_queries, generator=generator, dtype=torch.float64).to(device)
+        own_draws = torch.rand(CUHK03_REPEATS, total or num_queries, generator=generator, dtype=torch.float64)
+        self.own_draws = own_draws[:, first : first + num_queries].to(device)
         self.query_pids, self.max_rank = labels.query_pids, max_rank
         self.curve = torch.zeros(max_rank, dtype=torch.float64, device=device)
 

@@ -9,33 +9,40 @@ import torch
 from .dispatch import full_precision
 
 # BLAS libraries sum in another order at ragged edges and for single rows. With both row counts padded to a multiple
-# of 64, every entry is summed in the same order, so that equal rows get equal similarities.
-ROW_MULTIPLE = 64
+# of 64, in float64 of 192, every entry is summed in the same order, so that equal rows get equal similarities.
+ROW_MULTIPLE, DOUBLE_MULTIPLE = 64, 192
 # More rows bring no gain on the CPU: products reach full speed at 384 rows.
 STRIP_ROWS = 512
 STRIP_BYTES = {"cpu": 160 << 20, "cuda": 256 << 20}
 NORMALISE_ROWS = 4096
 
 
-def padded(count):
-    return -(-count // ROW_MULTIPLE) * ROW_MULTIPLE
+def padded(count, dtype=torch.float32):
+    """The number of rows that a product of this type needs for so many."""
+    multiple = multiple_of(dtype)
+    return -(-count // multiple) * multiple
 
 
-def unit_rows(*named_features, spare=0):
+def multiple_of(dtype):
+    return DOUBLE_MULTIPLE if dtype == torch.float64 else ROW_MULTIPLE
+
+
+def unit_rows(*named_features, spare=False, first=0):
     """Rows of all (name, features) one after the other, divided by their length and padded with zero rows.
 
-    `spare` zero rows are added, so that padded views may start at any row. Zero rows and rows that are not finite
-    raise a ValueError with their numbers.
+    With `spare` more zero rows follow, so that padded views may start at any row. Zero rows and rows that are not
+    finite raise a ValueError with their numbers, counted from `first`.
     """
     total = sum(features.shape[0] for _, features in named_features)
-    first = named_features[0][1]
+    example = named_features[0][1]
     double = any(features.dtype == torch.float64 for _, features in named_features)
     dtype = torch.float64 if double else torch.float32
-    units = torch.empty(padded(total) + spare, first.shape[1], dtype=dtype, device=first.device)
+    num_rows = padded(total, dtype) + (multiple_of(dtype) if spare else 0)
+    units = torch.empty(num_rows, example.shape[1], dtype=dtype, device=example.device)
     units[total:] = 0
     start = 0
     for name, features in named_features:
-        largest = torch.empty(features.shape[0], dtype=dtype, device=first.device)
+        largest = torch.empty(features.shape[0], dtype=dtype, device=example.device)
         for begin in range(0, features.shape[0], NORMALISE_ROWS):
             chunk = units[start + begin : start + min(begin + NORMALISE_ROWS, features.shape[0])]
             chunk.copy_(features[begin : begin + NORMALISE_ROWS])
@@ -44,7 +51,7 @@ def unit_rows(*named_features, spare=0):
             # Divided by the largest entry first: squares of 1e-30 or 1e30 do not fit float32.
             chunk /= peak[:, None]
             chunk /= torch.linalg.vector_norm(chunk, dim=1, keepdim=True)
-        raise_on_bad_rows(name, largest)
+        raise_on_bad_rows(name, largest, first)
         start += features.shape[0]
     return units
 
@@ -66,20 +73,20 @@ def cosine_reference(queries, gallery):
     return cosines
 
 
-def raise_on_bad_rows(name, largest):
+def raise_on_bad_rows(name, largest, first=0):
     """Raise ValueError for rows whose largest magnitude is zero, NaN or infinite."""
     for problem, bad in (("NaN or infinite", ~torch.isfinite(largest)), ("all zero", largest == 0)):
-        rows = bad.nonzero().flatten().tolist()
+        rows = (bad.nonzero().flatten() + first).tolist()
         if rows:
             shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
             raise ValueError(f"{len(rows)} of {largest.shape[0]} rows of {name} are {problem}: rows {shown}")
 
 
-def strip_height(num_columns, device):
-    """Number of rows of a strip: as many as the byte limit allows, a multiple of 64."""
-    limit = STRIP_BYTES.get(device.type, STRIP_BYTES["cpu"])
-    rows = limit // (4 * padded(num_columns)) // ROW_MULTIPLE * ROW_MULTIPLE
-    return min(max(rows, ROW_MULTIPLE), STRIP_ROWS)
+def strip_height(num_columns, device, dtype=torch.float32):
+    """Number of rows of a strip: as many as the byte limit allows, a multiple of 64, in float64 of 192."""
+    limit, multiple = STRIP_BYTES.get(device.type, STRIP_BYTES["cpu"]), multiple_of(dtype)
+    rows = min(limit // (4 * padded(num_columns)), STRIP_ROWS) // multiple * multiple
+    return max(rows, multiple)
 
 
 def similarity_strips(queries, num_queries, gallery, num_gallery):
@@ -87,7 +94,7 @@ def similarity_strips(queries, num_queries, gallery, num_gallery):
 
     The strip is reused by the next step and may be written to.
     """
-    height = min(strip_height(num_gallery, queries.device), queries.shape[0])
+    height = min(strip_height(num_gallery, queries.device, queries.dtype), queries.shape[0])
     buffer = torch.empty(height, gallery.shape[0], dtype=queries.dtype, device=queries.device)
     for start in range(0, num_queries, height):
         block = queries[start : start + height]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .disk.rows import RowsOnDisk
 from .dispatch import check_count, check_features, choose_backend
 from .tiles import cosine_reference, count_set, descending_key, hits, similarity_strips, unit_pair
 
@@ -37,14 +38,15 @@ def cosine_topk(queries, gallery, k, *, backend="auto", group=None):
 
     (Q, D), (G, D) -> TopK with float32 scores (Q, k) and int64 indices (Q, k). Rows need not be normalised.
     With a `group` of processes each gives its own rows, any number; indices count through the gallery of all ranks.
+    Queries and gallery may be `kernels.disk.rows.RowsOnDisk`, larger than memory.
     """
-    if group is not None:
+    if group is not None or any(isinstance(features, RowsOnDisk) for features in (queries, gallery)):
         from .ring.topk import ring_topk
 
         return ring_topk(queries, gallery, k, backend, group)
     check_features(queries, gallery)
     k = check_count("k", k, 1, gallery.shape[0], hint=" (the number of gallery rows)")
-    path = choose_backend(backend, queries, "cosine_topk", k)
+    path = choose_backend(backend, queries, "cosine_topk", k, len(gallery))
     if path == "triton":
         from .topk_triton import launch_topk
 

@@ -71,7 +71,7 @@ class GLT(nn.Module):
             )
 
     @staticmethod
-    def clusterings(features, args):
+    def clusterings(features, args, group):
         return [k_means(features, args.group_counts[middle(args)], seed=args.seed)]
 
     @staticmethod

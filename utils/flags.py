@@ -188,12 +188,8 @@ def add_workers(group, workers=0):
 
 
 def add_single_image_ids(group):
-    group.add(
-        "--single_image_ids",
-        choices=SINGLE_IMAGE_IDS,
-        default="error",
-        help="identities with one image have no second one for a batch: stop, repeat the image, or drop the identity",
-    )
+    words = "identities with one image have no second one for a batch: stop, repeat the image, or drop the identity"
+    group.add("--single_image_ids", choices=SINGLE_IMAGE_IDS, default="error", help=words)
 
 
 def add_holdout(group):
@@ -257,14 +253,8 @@ def add_schedule(parser, *, milestones, own=()):
     )
     group.add("--lr_warmup_epochs", type=at_least(0), default=1, idle=by_step, help="warmup_multistep: epochs of rise")
     group.add("--lr_warmup_factor", type=fraction, default=0.1, idle=by_step, help="warmup_multistep: first factor")
-    group.add(
-        "--lr_milestones",
-        type=int,
-        nargs="*",
-        default=milestones,
-        idle=by_step,
-        help="warmup_multistep: when it drops",
-    )
+    words = "warmup_multistep: when it drops"
+    group.add("--lr_milestones", type=int, nargs="*", default=milestones, idle=by_step, help=words)
     group.add("--lr_gamma", type=fraction, default=0.1, idle=by_step, help="warmup_multistep: factor at a milestone")
     group.add("--lr_warmup_steps", type=at_least(0), default=0, idle=by_epoch, help="other schedules: steps of rise")
     return group

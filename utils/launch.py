@@ -58,9 +58,10 @@ def end_with(main, args, script, *, lean="lower --train_batch_size, or add --gra
     except (OSError, SafetensorError) as error:
         message = f"{error}; {kept}"
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+        name = type(error).__name__
+        if name not in ("OutOfMemoryError", "LostProcess"):
             raise
-        message = f"{error}; {lean}"
+        message = f"{error}; {lean if name == 'OutOfMemoryError' else kept}"
     else:
         # Other values that a main returns are for its callers in Python.
         sys.exit(code if isinstance(code, int) else 0)
@@ -100,6 +101,11 @@ def start_accelerator(mixed_precision=None, *, patient=False, handlers=(), **opt
         slow = f", in {accelerator.mixed_precision}, which few CPUs compute fast" if in_half else ""
         accelerator.print(f"No GPU found, running on the CPU{slow}")
     return accelerator
+
+
+def group_of(accelerator):
+    """The group of all processes for `kernels`; None for a single process."""
+    return torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
 
 
 def start_training(args, *, find_unused_parameters=False, max_zero_stage=2):

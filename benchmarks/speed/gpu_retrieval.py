@@ -5,8 +5,7 @@
 
 Both paths take turns. A time is the median of the rounds, beside its share of the card's GEMM rate, which is measured
 in between; peak memory is that above the features. Without a GPU, Triton interprets the kernels at a small size:
-values are checked, nothing is timed or written. Cards on which Triton is faster belong in FASTER_ON of
-kernels/dispatch.py.
+values are checked, nothing is timed or written. `kernels.measured` chooses between the paths, on a sample.
 """
 
 import argparse

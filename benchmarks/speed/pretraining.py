@@ -4,10 +4,11 @@
     python -m benchmarks.speed.pretraining --size tiny --mixed_precision no   # on a CPU: checks that it runs
     python -m benchmarks.speed.pretraining --recipe                           # the published rates and weight decay
 
-ours: the modules and optimiser of `pretrain_backbone.py`. compiled: the same with --torch_compile. plain: the usual
+ours: the modules and optimiser of `pretrain_backbone.py`. compiled: the same with --torch_compile. augmented: ours of
+images that come as bytes from the CPU and are augmented on the device, as with --augment_on device. plain: the usual
 training loop, with torchvision's model in its default memory layout, torchvision's Mixup and CutMix, and the loss read
-in every step. Both have the same layers (the last stage of a ResNet does not downsample), and train on images that are
-on the device already: `benchmarks.speed.loading` measures loading.
+in every step. All have the same layers (the last stage of a ResNet does not downsample), and but for `augmented` train
+on images that are on the device already: `benchmarks.speed.loading` measures loading.
 """
 
 # isort: off
@@ -17,6 +18,7 @@ import utils  # noqa: F401
 # isort: on
 import argparse
 import gc
+import random
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -25,12 +27,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
+from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 from benchmarks.common import GIB, cell, command_line, step_numbers, step_text, wait, write_result
 from pretrain_backbone import Classification, build_optimizer, build_rates
 from pretrain_backbone import parse_args as training_args
+from utils.batches.device_augmentation import BatchAugmentation
 from utils.batches.mixing import Mixing
 from utils.modeling.names import open_backbone
 from utils.reporting.report import text_table
@@ -40,7 +45,7 @@ SIZES = {"paper": ((256, 128), 512, 5183), "tiny": ((64, 32), 4, 10)}
 TORCHVISION = {"resnet50": "resnet50", "swin-t": "swin_t", "swin-s": "swin_s", "swin-b": "swin_b"}
 # Dense bfloat16 with float32 sums, TFLOPS, from the makers' data sheets.
 DATA_SHEETS = {"H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "A100": 312.0, "L40S": 362.1, "RTX 4090": 165.2}
-WAYS = ("ours", "compiled", "plain")
+WAYS = ("ours", "compiled", "augmented", "plain")
 # Column: key of a way's numbers.
 COLUMNS = {
     "images/s": "images_per_second",
@@ -94,6 +99,15 @@ class Step:
         self.model.to(device, memory_format=torch.channels_last if on_gpu else torch.preserve_format)
         if way == "compiled":
             self.model.backbone.compile()
+        self.augment = None
+        if way == "augmented":
+            options = {"num_ops": args.randaugment_ops, "magnitude": args.randaugment_magnitude}
+            self.augment = BatchAugmentation(size, padding=args.padding, erasing=args.erasing, **options)
+            pictures = [Image.effect_noise(size[::-1], 80).convert("RGB") for _ in range(batch)]
+            drawn = [self.augment.draw(picture, random.Random(number)) for number, picture in enumerate(pictures)]
+            self.bytes = default_collate(drawn)
+            if on_gpu:
+                self.bytes = {name: tensor.pin_memory() for name, tensor in self.bytes.items()}
         self.mixing = Mixing(args.mixup, args.cutmix)
         self.optimizer = build_optimizer(args, self.model)
 
@@ -107,8 +121,9 @@ class Step:
             loss.backward()
             self.optimizer.step()
             return loss.item()
+        images = self.augment(self.bytes, self.device) if self.augment else self.images
         with self.autocast:
-            loss, _ = self.model(self.images, self.labels, self.mixing.draw(self.count, self.size))
+            loss, _ = self.model(images, self.labels, self.mixing.draw(self.count, self.size))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf"))
         self.optimizer.step()
@@ -252,7 +267,9 @@ def parse_args(input_args=None):
     parser.add_argument("--recipe", action="store_true", help="only print the recipe's rates and decays")
     parser.add_argument("--size", choices=SIZES, default="paper", help="default paper")
     parser.add_argument("--models", nargs="+", choices=TORCHVISION, default=["resnet50", "swin-t"])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["ours", "plain"], help="default ours plain")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=["ours", "augmented", "plain"], help="default all but compiled"
+    )
     parser.add_argument("--batch", type=int, help="images a step; default of the size")
     parser.add_argument("--mixed_precision", choices=["bf16", "no"], default="bf16", help="default bf16")
     parser.add_argument("--rounds", type=int, default=3, help="through all ways; default 3")

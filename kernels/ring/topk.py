@@ -1,32 +1,30 @@
-"""The nearest gallery rows of this rank's queries among the gallery rows of all ranks."""
+"""The nearest gallery rows of this rank's queries among the gallery rows of all ranks, in memory or on disk."""
 
 import torch
 
 from kernels.dispatch import check_count
 from kernels.ring.processes import Ring
-from kernels.tiles import similarity_strips, unit_rows
 from kernels.topk import TopK, strip_topk
 
 
-def ring_topk(queries, gallery, k, backend, group):
-    """`cosine_topk` under a group: TopK of this rank's queries, with indices in the order of the ranks."""
+def ring_topk(queries, gallery, k, backend, group=None):
+    """`cosine_topk` under a group or of rows on disk; indices count in the order of the ranks."""
     ring = Ring(group, queries, gallery)
-    k = ring.agree(lambda: check_count("k", k, 1, ring.total, hint=" (the number of gallery rows of all ranks)"))
-    path = ring.backend_for(backend, queries, "cosine_topk", k)
-    best = Best(queries, k, ring.dtype)
-    units = ring.units(queries, gallery)
-    for offset, shard in ring.shards():
-        if not len(queries):
-            continue
-        depth = min(k, len(shard))
+    hint = f" (the number of gallery rows{' of all ranks' * (group is not None)})"
+    k = ring.agree(lambda: check_count("k", k, 1, ring.total, hint=hint))
+    path = ring.backend_for(backend, ring.queries, "cosine_topk", k)
+    best = Best(ring, k)
+    units = ring.units()
+    for offset, rows in ring.shards():
+        depth = min(k, len(rows))
         if path == "triton":
-            from kernels.topk_triton import launch_topk
+            if len(queries):
+                from kernels.topk_triton import launch_topk
 
-            scores, indices = launch_topk(queries, shard, depth)[:2]
-            best.add(slice(None), scores, indices + offset)
+                scores, indices = launch_topk(ring.queries[:], rows, depth)[:2]
+                best.add(slice(None), scores, indices + offset)
             continue
-        rows = unit_rows(("gallery", shard.to(ring.dtype)))
-        for start, strip in similarity_strips(units, len(queries), rows, len(shard)):
+        for start, strip in units.strips(ring.unit("gallery", rows), len(rows)):
             scores, indices = strip_topk(strip, depth)
             best.add(slice(start, start + strip.shape[0]), scores, indices + offset)
     return TopK(best.scores, best.indices, path)
@@ -35,10 +33,11 @@ def ring_topk(queries, gallery, k, backend, group):
 class Best:
     """The k best entries of each query so far, best first, equal scores by lower index."""
 
-    def __init__(self, queries, k, dtype):
+    def __init__(self, ring, k, num_rows=None):
+        num_rows = len(ring.queries) if num_rows is None else num_rows
         self.k = k
-        self.scores = queries.new_full((len(queries), k), -torch.inf, dtype=dtype)
-        self.indices = torch.full((len(queries), k), torch.iinfo(torch.int64).max, device=queries.device)
+        self.scores = torch.full((num_rows, k), -torch.inf, dtype=ring.dtype, device=ring.device)
+        self.indices = torch.full((num_rows, k), torch.iinfo(torch.int64).max, device=ring.device)
 
     def add(self, rows, scores, indices):
         scores = torch.cat([self.scores[rows], scores], dim=1)

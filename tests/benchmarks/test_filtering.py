@@ -45,17 +45,27 @@ def test_a_small_run_against_the_truth(tmp_path):
         "0.5",
     ]
     file = tmp_path / "truth.json"
-    few = ["--seeds", "3", "--num_ids", "3", "--cameras", "one or two"]
+    few = ["--seeds", "3", "--num_ids", "3", "--cameras", "one or two", "--work", str(tmp_path / "work")]
     filter_truth.main([*few, "--json", str(file), "--flags", *quick])
     report = json.loads(file.read_text())
     raw = report["raw"]
-    assert set(raw["auc"]["one or two"]) == {"clip", "cctf", "reid"} and raw["flags"] == quick
+    assert set(raw["auc"]["one or two"]) == {"clip", "cctf", "reid", "attributes"}
+    assert raw["flags"] == quick
     found = raw["cameras"]["one or two"]["3"]
-    # Of 30 images 15 are right, one of them damaged, so every filter keeps 14.
-    sizes = dict(zip(found["clip"]["kept"], (8, 6, 3, 3, 7, 3), strict=True))
+    # Of 36 images 15 are right. The two damaged ones, of the last identity, are near-misses.
+    sizes = dict(zip(found["clip"]["kept"], (9, 6, 3, 3, 8, 3, 4), strict=True))
     for one in found.values():
-        assert sum(share * sizes[kind] for kind, share in one["kept"].items()) == pytest.approx(14)
-    assert len(report["table"]) == 3 and report["table"][0][:2] == ["one or two", "CLIP"]
+        assert sum(share * sizes[kind] for kind, share in one["kept"].items()) == pytest.approx(15)
+        assert 0 <= one["near_auc"] <= 1 and 0 <= one["near_auc_same_scene"] <= 1
+    chosen, agreeing = found["reid"]["chosen"], found["reid"]["agreeing"]
+    assert all(agreeing[kind] <= chosen[kind] for kind in chosen)
+    assert [row[1] for row in report["table"]] == [
+        "CLIP", "CCTF", "Re-ID CTF", "Re-ID CTF, as chosen", "Re-ID CTF, and agreeing", "attributes",
+    ]  # fmt: skip
+    # A finished run is not repeated.
+    (tmp_path / "work" / "one-or-two-3" / "out" / "scores.parquet").unlink()
+    filter_truth.main([*few, "--json", str(file), "--flags", *quick])
+    assert json.loads(file.read_text())["raw"] == raw
 
 
 def test_the_table_is_mean_and_deviation_over_the_seeds():

@@ -77,7 +77,7 @@ def test_a_small_run(tmp_path, capsys):
     )
     found = json.loads((tmp_path / "found.json").read_text())
     rows = found["raw"]["models"]["swin-t"]["ways"]
-    assert set(rows) == {"ours", "plain"}
+    assert set(rows) == {"ours", "augmented", "plain"}
     for row in rows.values():
         assert row["images_per_second"] == pytest.approx(1000 * 4 / row["ms"], rel=1e-2)
         assert row["tflops"] == pytest.approx(row["images_per_second"] * row["gflops_an_image"] / 1000)

@@ -74,6 +74,7 @@ TABLES = {
     "kernel_builds": lambda raw: kernel_builds.table_of(raw["rows"]),
     "labels": lambda raw: (labels.COLUMNS, labels.rows_of(raw)),
     "loading": lambda raw: loading.table_of(raw["rows"]),
+    "loading_augmentation": lambda raw: loading.augmentation_table(raw["rows"]),
     "methods": lambda raw: (methods.COLUMNS, methods.rows_of(raw["runs"])),
     "real_people": lambda raw: (real_people.COLUMNS, real_people.rows_of(raw)),
     "real_people_gt": lambda raw: (real_people.COLUMNS, real_people.rows_of(raw)),

@@ -24,8 +24,13 @@ def runs(monkeypatch, tmp_path):
     def run(script, *command, logs):
         folder = Path(command[command.index("--output_dir") + 1])
         calls.append([script, *command])
+        if script == "pretrain_backbone.py":
+            (folder / "backbone").mkdir(parents=True)
+            (folder / "backbone" / "model.safetensors").touch()
+            return common.Run(0, "", "", 1.0, 1.0, 0.5)
         seed = int(command[command.index("--seed") + 1])
-        better = 0.2 if "new" in command[command.index("--backbone") + 1] else 0.0
+        backbone = command[command.index("--backbone") + 1]
+        better = 0.2 if "new" in backbone or backbone.endswith("out/pretrain/backbone") else 0.0
         history = [
             {"epoch": epoch, "target": SPEC, "mAP": 0.3 + better + 0.1 * epoch + 0.02 * seed, "rank1": 0.5 + better}
             for epoch in range(3)
@@ -66,12 +71,33 @@ def test_every_pair_runs_once_with_the_same_part_and_seed(runs, tmp_path, capsys
     assert content["table"][3] == ["supervised", "Rank-1 %", "50.0 ± 0.0", "70.0 ± 0.0", "+20.0 ± 0.0"]
     assert "few-shot:0.1" in capsys.readouterr().out
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("mAP of both starts") == 2 and "old, 0: 31.0 %" in page.replace("</title>", "")
+    assert page.count("mAP of all starts") == 2 and "old, 0: 31.0 %" in page.replace("</title>", "")
     # Again: nothing is run twice.
     starts.main(arguments(tmp_path))
     assert len(runs) == 8
     with pytest.raises(ValueError, match="holds a run of .* give another --output_dir"):
         starts.main(arguments(tmp_path, "--epochs", "3"))
+
+
+def test_scales_are_pretrained_on_shares_and_give_two_curves(runs, tmp_path):
+    common = ["--settings", "few-shot:0.1@30", "--seeds", "0", "1", "--source", "base/b", "--eval_every", "1"]
+    common += ["--pretrain", "--backbone resnet-small --source people", "--output_dir", str(tmp_path / "out")]
+    common += ["--json", str(tmp_path / "scales.json"), "--scales", "1", "0.25", "0.5"]
+    starts.main(common)
+    shares = [command[command.index("people") + 1 : -4] for command in runs if command[0] == "pretrain_backbone.py"]
+    flags = [["--image_fraction", "0.25"], ["--identity_fraction", "0.25"]]
+    flags += [["--image_fraction", "0.5"], ["--identity_fraction", "0.5"], []]
+    assert shares == flags and len(runs) == 5 + 2 * 5
+    assert all(command[command.index("--eval_every") + 1] == "1" for command in runs[5:])
+    content = json.loads((tmp_path / "scales.json").read_text())
+    assert content["columns"] == ["setting", "number", "share", "of the images", "of the identities"]
+    assert content["table"][0] == ["few-shot:0.1", "mAP %", "25 %", "51.0 ± 1.4", "51.0 ± 1.4"]
+    assert content["table"][2] == ["few-shot:0.1", "mAP %", "100 %", "71.0 ± 1.4", "71.0 ± 1.4"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "share of the images, 25: 51.0 %" in page and "share of the identities, 100: 71.0 %" in page
+    # Again: nothing is run twice.
+    starts.main(common)
+    assert len(runs) == 15
 
 
 def test_a_run_that_fails_stops_the_loop(monkeypatch, tmp_path):
@@ -100,6 +126,9 @@ def test_two_different_names_are_needed(capsys):
     with pytest.raises(SystemExit):
         starts.parse_args(["--starts", "one=a", "one=b"])
     assert "different names" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        starts.parse_args(["--starts", "one=a", "two=b", "--scales", "0.5"])
+    assert "--scales pre-trains its own starts" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -4,14 +4,16 @@ import copy
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
+from tests.families import saved
+from utils.diffusion.families.solvers import solver_of
 from utils.diffusion.fast_lora import read_fast_lora
-from utils.diffusion.text_to_image import TextToImage, solver_of
+from utils.diffusion.text_to_image import TextToImage
 from utils.diffusion.unet import save_unet
 
 
@@ -43,11 +45,13 @@ def few_step_lora(unet, path, *, kohya=False, alpha=3):
     save_file({name: value.contiguous() for name, value in state.items()}, path)
 
 
-@pytest.mark.parametrize("kohya", [False, True])
-def test_a_few_step_lora_beside_the_identitys_draws_as_in_diffusers(models, tmp_path, kohya):
+@pytest.mark.parametrize("family, kohya", [("sd", False), ("sd", True), ("sdxl", True)])
+def test_a_few_step_lora_beside_the_identitys_draws_as_in_diffusers(models, tmp_path, family, kohya):
     folder = models / "stable-diffusion"
+    if family == "sdxl":
+        saved("sdxl", folder := tmp_path / "sdxl")
     model = TextToImage(str(folder), CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"), mode="lora")
-    plain = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    plain = DiffusionPipeline.from_pretrained(folder, **{} if family == "sdxl" else {"safety_checker": None})
     few_step_lora(plain.unet, tmp_path / "lcm" / "fast.safetensors", kohya=kohya)
     generator = torch.Generator().manual_seed(1)
     for weight in model.trained_weights():
@@ -70,7 +74,7 @@ def test_a_few_step_lora_beside_the_identitys_draws_as_in_diffusers(models, tmp_
     pipeline.set_adapters(["identity", "few"])
     pipeline.scheduler = solver_of("lcm", pipeline.scheduler.config)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = torch.stack([torch.randn(4, 8, 4, generator=one) for one in generators])
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=one) for one in generators])
     sizes = {"height": 64, "width": 32, "num_inference_steps": 2, "guidance_scale": 1.0, "generator": generators}
     wanted = pipeline(prompts, latents=noise, output_type="latent", **sizes).images
     torch.testing.assert_close(latents, wanted, rtol=1e-3, atol=1e-3)

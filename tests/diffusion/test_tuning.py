@@ -6,8 +6,9 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 import train_dreambooth_reid as script
+from utils.diffusion.families.solvers import solver_of
 from utils.diffusion.schedule import NoiseSchedule
-from utils.diffusion.text_to_image import TextToImage, solver_of
+from utils.diffusion.text_to_image import TextToImage
 from utils.diffusion.tuning import Batches
 
 OWN = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 4, 8, 4)

@@ -2,14 +2,13 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from kernels import cosine_topk, dispatch, k_reciprocal_rerank, rank_metrics
+from kernels import cosine_topk, k_reciprocal_rerank, measured, rank_metrics
 from kernels.counting import match_ranks, ranks_by_sorting
 from kernels.jaccard import k_reciprocal_vectors
 from kernels.neighbours import self_neighbours_reference, strip_neighbours, symmetric_neighbours
@@ -340,19 +339,28 @@ def test_more_rows_than_int32_products_hold():
         (torch.arange(6), some), torch.tensor(torch.inf, dtype=torch.float64)), found.indices[some], 5)  # fmt: skip
 
 
+def test_the_environment_names_the_path(monkeypatch):
+    eye = torch.eye(4)
+    monkeypatch.setenv("DIFFREID_KERNELS", "torch")
+    assert cosine_topk(eye, eye, 2).backend == "torch"
+    monkeypatch.setenv("DIFFREID_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="DIFFREID_KERNELS must be one of auto, torch, triton, got 'cuda'"):
+        cosine_topk(eye, eye, 2)
+    monkeypatch.setenv("DIFFREID_KERNELS", "triton")
+    with pytest.raises(ValueError, match="DIFFREID_KERNELS=triton cannot run here: "):
+        rank_metrics(eye, eye, [1] * 4, [1] * 4, None, None, protocol="all")
+    # An argument wins.
+    assert cosine_topk(eye, eye, 2, backend="torch").backend == "torch"
+
+
 @pytest.mark.parametrize(
-    "card, dtype, operation, expected",
+    "shape, columns, k, wanted",
     [
-        ("NVIDIA H200", torch.float16, "cosine_topk", "triton"),
-        ("NVIDIA H200", torch.bfloat16, "rank_metrics", "triton"),
-        ("NVIDIA H200", torch.float32, "cosine_topk", "torch"),
-        ("NVIDIA H200", torch.bfloat16, "k_reciprocal_rerank", "torch"),
-        ("NVIDIA GeForce RTX 4090", torch.float16, "cosine_topk", "torch"),
+        ((3_368, 512), 15_913, 50, ["4096", "16384", "512", "64"]),
+        ((11_659, 2048), 82_161, 20, ["4096", "32768", "2048", "32"]),
+        ((1, 7), 1, 1, ["16", "16", "16", "16"]),
+        ((1 << 16, 512), (1 << 31) + 5, 33, ["4096", "32768", "512", "64"]),
     ],
 )
-def test_auto_is_triton_only_where_it_was_measured_faster(monkeypatch, card, dtype, operation, expected):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    features = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
-    assert dispatch.choose_backend("auto", features, operation) == expected
-    assert dispatch.choose_backend("torch", features, operation) == "torch"
+def test_work_of_one_size_shares_a_choice(shape, columns, k, wanted):
+    assert measured.size_class("cosine_topk", shape, columns, k) == wanted

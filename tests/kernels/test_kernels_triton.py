@@ -4,6 +4,7 @@ Whether kernels are interpreted is settled when triton is imported. The interpre
 a process of their own, which `test_kernels_under_the_interpreter` starts.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import cosine_topk, k_reciprocal_rerank, rank_metrics
+from kernels import cosine_topk, k_reciprocal_rerank, measured, rank_metrics
 from kernels.ranking import rank_metrics_reference
 from kernels.reranking import k_reciprocal_rerank_reference
 from kernels.tiles import cosine_reference
@@ -164,3 +165,74 @@ def test_places_beyond_int32():
     inverted = SparseRows(torch.tensor([0, 2]), others, torch.tensor([7, 11], dtype=torch.int32))
     add_overlaps_triton(shared, rows, torch.tensor([0, 0]), torch.tensor([9, 5], dtype=torch.int32), inverted)
     assert shared[rows[:, None], others].tolist() == [[7, 9], [5, 5]]
+
+
+@interpreted
+@pytest.mark.parametrize("operation", ["cosine_topk", "rank_metrics"])
+def test_the_faster_path_is_measured_once(operation, tmp_path, caplog, monkeypatch):
+    """Both paths run; only the clock is not that of the card."""
+    monkeypatch.setattr(measured, "ROUNDS", 1)
+    features, file, calls = torch.zeros(20, 12), tmp_path / "cache" / "kernels.json", []
+
+    def clock(fast):
+        def seconds(call):
+            call()
+            calls.append(fast)
+            return 1.0 if (len(calls) % 2 == 0) == (fast == "triton") else 2.0
+
+        return seconds
+
+    def never(call):
+        raise AssertionError("measured again")
+
+    choose = functools.partial(measured.faster, operation, features, 30, 8, path=file)
+    assert choose(clock=clock("triton")) == "triton" and len(calls) == 2 * measured.ROUNDS
+    assert choose(clock=never) == "triton"
+    # Another process reads the file.
+    measured.KNOWN.clear()
+    assert choose(clock=never) == "triton"
+    ((key, entry),) = json.loads(file.read_text()).items()
+    assert key.split(" | ")[0] == "cpu" and f"torch {torch.__version__}" in key and operation in key
+    assert entry == {"path": "triton", "seconds": {"torch": 2.0, "triton": 1.0}}
+    # Another type, another size, and what was damaged are measured again.
+    half = functools.partial(measured.faster, operation, features.half(), 30, 8, path=file)
+    assert half(clock=clock("torch")) == "torch"
+    assert measured.faster(operation, features, 300, 8, path=file, clock=clock("torch")) == "torch"
+    assert len(json.loads(file.read_text())) == 3 and choose(clock=never) == "triton"
+    file.write_text("{damaged")
+    measured.KNOWN.clear()
+    assert choose(clock=clock("torch")) == "torch"
+    assert not caplog.records and [path.name for path in file.parent.iterdir()] == ["kernels.json"]
+
+
+@interpreted
+def test_both_paths_of_reranking_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(measured, "ROUNDS", 1)
+    features, file, taken = torch.zeros(16, 8), tmp_path / "kernels.json", iter((2.0, 1.0))
+    choice = measured.faster("k_reciprocal_rerank", features, 16, 8, path=file, clock=lambda call: next(taken))
+    assert choice == "triton" and next(taken, None) is None
+
+
+@interpreted
+def test_a_kernel_that_fails_or_disagrees_is_not_taken(tmp_path, caplog, monkeypatch):
+    features, file = torch.zeros(20, 12), tmp_path / "kernels.json"
+    # More neighbours than the kernel has registers for.
+    assert measured.faster("cosine_topk", features, 300, 100, path=file, clock=None) == "torch"
+    monkeypatch.setitem(measured.TOLERANCE, torch.float32, -1.0)
+    assert measured.faster("cosine_topk", features, 30, 8, path=file, clock=None) == "torch"
+    reasons = [entry["reason"] for entry in json.loads(file.read_text()).values()]
+    assert "at most 64 neighbours" in reasons[0] and "results differ by" in reasons[1]
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    # A folder that cannot be written to: the choice is made all the same.
+    (tmp_path / "file").write_text("")
+    monkeypatch.undo()
+    path = tmp_path / "file" / "kernels.json"
+    assert measured.faster("cosine_topk", features, 30, 8, path=path, clock=lambda call: 1.0) == "torch"
+    assert "cannot be remembered" in caplog.text
+
+
+@interpreted
+def test_a_gallery_beyond_int32_is_no_work_for_triton():
+    rows = torch.ones(1, 4).expand((1 << 31) + 1, 4)
+    with pytest.raises(ValueError, match="number at most 2,147,483,647 gallery rows, there are 2,147,483,649"):
+        cosine_topk(torch.ones(1, 4), rows, 2, backend="triton")

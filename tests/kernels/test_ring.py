@@ -1,18 +1,22 @@
 """Retrieval over several processes equals that of one, bit for bit; what is wrong on one rank is said on all."""
 
 import os
-import socket
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from kernels import cosine_topk, rank_metrics
+from kernels import cosine_topk, k_reciprocal_rerank, rank_metrics
+from kernels.jaccard_graph import jaccard_graph
 from kernels.ranking import rank_metrics_reference
-from kernels.ring.processes import LostProcess
+from kernels.reranking import k_reciprocal_rerank_reference
+from kernels.ring.processes import LostProcess, Ring
 from kernels.tiles import cosine_reference
+from tests.runs import launch
+from utils.training.clustering import cluster
 
 
 def a_set(seed):
@@ -54,12 +58,16 @@ def same(one, other):
     )
 
 
-def outcome(queries, gallery, labels, **options):
+def outcome(call, *given, **options):
     """The metrics, or the words of a refusal."""
     try:
-        return rank_metrics(queries, gallery, *labels, **options)
+        return call(*given, **options)
     except ValueError as error:
         return str(error)
+
+
+def agree(one, other):
+    return one == other if isinstance(other, str) else same(one, other)
 
 
 def compare(rank, size, seed):
@@ -69,24 +77,82 @@ def compare(rank, size, seed):
     wanted, found = cosine_topk(queries, gallery, k), cosine_topk(queries[mine], gallery[shard], k, group=world)
     assert torch.equal(found.scores, wanted.scores[mine]) and torch.equal(found.indices, wanted.indices[mine])
     own = [ids[part] for ids, part in zip(labels, (mine, shard, mine, shard), strict=True)]
-    for protocol in ("market", "all"):
-        wanted = outcome(queries, gallery, labels, protocol=protocol)
-        found = outcome(queries[mine], gallery[shard], own, protocol=protocol, group=world)
-        assert same(found, wanted) if not isinstance(wanted, str) else found == wanted
+    for protocol in ("market", "all", "cuhk03"):
+        wanted = outcome(rank_metrics, queries, gallery, *labels, protocol=protocol, seed=seed)
+        found = outcome(rank_metrics, queries[mine], gallery[shard], *own, protocol=protocol, seed=seed, group=world)
+        assert agree(found, wanted)
+
+    draw = torch.Generator().manual_seed(seed)
+    k1, k2 = (int(torch.randint(*ends, (1,), generator=draw)) for ends in ((0, 40), (0, 12)))
+    options = {"k1": k1, "k2": k2, "lambda_value": (0.3, 0.0, 1.0)[seed % 3]}
+    options["compat"] = "torchreid" if seed % 5 == 4 else None
+    wanted = k_reciprocal_rerank(queries, gallery, **options)
+    found = k_reciprocal_rerank(queries[mine], gallery[shard], **options, group=world)
+    assert torch.equal(found.dense(), wanted.dense()[mine])
+    first, nearest = wanted.topk(k), found.topk(k)
+    assert torch.equal(nearest.scores, first.scores[mine]) and torch.equal(nearest.indices, first.indices[mine])
+    for protocol in ("market", "cuhk03"):
+        names = {"protocol": protocol, "seed": seed}
+        assert agree(outcome(found.metrics, *own, **names), outcome(wanted.metrics, *labels, **names))
+
+    options = {"k1": k1, "k2": k2, "max_distance": 0.7, "nearest": 1 + seed % 5}
+    options["compat"] = "faiss" if seed % 2 else None
+    if options["nearest"] <= len(gallery):
+        wanted = jaccard_graph(gallery, **options)
+        found = jaccard_graph(gallery[shard], **options, group=world)
+        rows = wanted.near.take(torch.arange(len(gallery))[shard])
+        assert torch.equal(found.reach, wanted.reach[shard])
+        assert all(torch.equal(getattr(found.near, name), getattr(rows, name)) for name in vars(rows))
+    if len(gallery) > 8:
+        options = {"eps": 0.6, "min_samples": 3, "k1": 8, "k2": 4}
+        wanted, found = cluster(gallery, **options), cluster(gallery, **options, group=world)
+        assert torch.equal(found.labels, wanted.labels) and torch.equal(found.reach, wanted.reach)
     return gallery.dtype
 
 
-def against_the_definition(rank, size):
-    """Ranks of the ring against the dense float64 definition, on features without ties."""
-    queries, gallery, query_pids, gallery_pids, *cams = a_set(4)
-    ranks = rank_metrics_reference(
-        cosine_reference(queries.double(), gallery.double()), query_pids, gallery_pids, *cams, "market"
-    )
-    firsts = torch.tensor([int(found[0]) if len(found) else -1 for found in ranks])
-    mine, shard = share(len(queries), size, rank, 1), share(len(gallery), size, rank, 2)
-    own = query_pids[mine], gallery_pids[shard], cams[0][mine], cams[1][shard]
-    found = rank_metrics(queries[mine], gallery[shard], *own, group=dist.group.WORLD)
-    assert torch.equal(found.first_match, firsts)
+def against_the_definition(rank, size, examples):
+    """Drawn sets against the dense float64 definitions; all ranks draw the same ones, and fail together."""
+
+    @settings(max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=HealthCheck)
+    @given(st.data())
+    def check(data):
+        counts = [data.draw(st.integers(1, most)) for most in (25, 60)]
+        width, num_ids = data.draw(st.integers(2, 12)), data.draw(st.integers(1, 12))
+        draw = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 30)))
+        sides = [torch.randn(count, width, generator=draw, dtype=torch.float64) for count in counts]
+        if data.draw(st.booleans()):
+            sides[1] = sides[1][torch.randint(counts[1], (counts[1],), generator=draw)]
+        labels = [torch.randint(most, (count,), generator=draw) for most in (num_ids, 3) for count in counts]
+        ends = [sorted(data.draw(st.lists(st.integers(0, n), min_size=size - 1, max_size=size - 1))) for n in counts]
+        parts = [slice(([0] + cut)[rank], (cut + [n])[rank]) for cut, n in zip(ends, counts, strict=True)]
+        own = [side[part] for side, part in zip(sides, parts, strict=True)]
+        own_labels = [ids[part] for ids, part in zip(labels, parts * 2, strict=True)]
+        k, k1, k2 = (data.draw(st.integers(low, high)) for low, high in ((1, counts[1]), (0, 20), (0, 8)))
+        world, right = dist.group.WORLD, []
+
+        cosines = cosine_reference(*sides)
+        scores, indices = cosine_topk(*own, k, group=world)
+        want = cosines[parts[0]].sort(dim=1, descending=True, stable=True)
+        right.append(torch.equal(indices, want.indices[:, :k]))
+        right.append(bool((scores - want.values[:, :k]).abs().max() < 1e-12) if len(scores) else True)
+        ranks = rank_metrics_reference(cosines, *labels, "market")
+        found = outcome(rank_metrics, *own, *own_labels, group=world)
+        firsts = [int(of[0]) if len(of) else -1 for of in ranks]
+        if isinstance(found, str):
+            right.append(max(firsts) == -1)
+        else:
+            places = [torch.arange(1, len(of) + 1) / of.double() for of in ranks]
+            aps = torch.tensor([float(of.mean()) if len(of) else 0 for of in places], dtype=torch.float64)
+            right.append(found.first_match.tolist() == firsts)
+            right.append(bool((found.ap.nan_to_num() - aps).abs().max() < 1e-12))
+        final = k_reciprocal_rerank(*own, k1=k1, k2=k2, group=world).dense()
+        want = k_reciprocal_rerank_reference(*sides, k1, k2)[parts[0]]
+        right.append(bool((final - want).abs().max() < 2e-6) if len(final) else True)
+        everywhere = [None] * size
+        dist.all_gather_object(everywhere, right)
+        assert all(map(all, everywhere)), everywhere
+
+    check()
 
 
 def refusals(rank, size):
@@ -107,55 +173,70 @@ def refusals(rank, size):
     with pytest.raises(ValueError, match="gallery of all ranks together is empty"):
         cosine_topk(sound, sound[:0], 1, group=world)
     ids = torch.arange(6)
-    with pytest.raises(ValueError, match="process 0: protocol='cuhk03' draws images of the whole gallery"):
-        rank_metrics(sound, sound, ids, ids, ids, ids, protocol="cuhk03", group=world)
+    with pytest.raises(ValueError, match="process 1: k1 must be at least 0, got -1"):
+        k_reciprocal_rerank(sound, sound, k1=-rank, group=world)
+    with pytest.raises(ValueError, match="process 1: 1 of 6 rows of gallery are NaN or infinite: rows 3"):
+        k_reciprocal_rerank(sound, damaged, group=world)
+    with pytest.raises(ValueError, match="process 0: backend='triton' cannot run under a group"):
+        jaccard_graph(sound, backend="triton", group=world)
+    with pytest.raises(ValueError, match=rf"nearest must be between 1 and {6 * size} \(the number of rows of all"):
+        jaccard_graph(sound, nearest=6 * size + 1, group=world)
     with pytest.raises(ValueError, match="some processes have cameras and others have none"):
         cams = ids if rank else None
         rank_metrics(sound, sound, ids, ids, cams, cams, protocol="all", group=world)
 
 
-def work(rank, size, port, seeds):
-    start(rank, size, port)
+def work(seeds):
+    rank, size = connect()
     kinds = {compare(rank, size, seed) for seed in range(seeds)}
     assert kinds == {torch.float32, torch.float64}
-    against_the_definition(rank, size)
+    against_the_definition(rank, size, 3 * seeds)
     refusals(rank, size)
     dist.destroy_process_group()
 
 
-def start(rank, size, port):
+def connect():
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=size)
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
 
 
 def test_three_processes_equal_one():
-    """A failed assertion of `work` in any process fails `spawn`."""
-    mp.spawn(work, args=(3, free_port(), 6), nprocs=3)
+    launch(work, 3, processes=3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_any_number_of_processes_equals_one(size):
-    mp.spawn(work, args=(size, free_port(), 60), nprocs=size)
+    launch(work, 60, processes=size, timeout=3000)
 
 
-def die(rank, size, port, folder):
-    start(rank, size, port)
+PHASES = {
+    "neighbours": lambda *sides, **group: cosine_topk(*sides, 3, **group),
+    "metrics": lambda *sides, **group: rank_metrics(*sides, *[torch.arange(64) % 8] * 4, protocol="all", **group),
+    "re-ranking": lambda *sides, **group: k_reciprocal_rerank(*sides, k1=5, **group).topk(3),
+    "clustering": lambda side, other, **group: jaccard_graph(side, k1=5, **group),
+}
+
+
+def die(folder, phase):
+    rank, _ = connect()
     sound = torch.randn(64, 4, generator=torch.Generator().manual_seed(rank))
-    cosine_topk(sound, sound, 3, group=dist.group.WORLD)
+    call = PHASES[phase]
+    call(sound, sound, group=dist.group.WORLD)
     if rank == 2:
-        os._exit(0)
+        # In the middle of a ring: at its third exchange.
+        real, sent = Ring.exchange, []
+
+        def exchange(*given):
+            sent.append(given)
+            return real(*given) if len(sent) < 3 else os._exit(0)
+
+        Ring.exchange = exchange
     began = time.monotonic()
     try:
         for _ in range(100):
-            cosine_topk(sound, sound, 3, group=dist.group.WORLD)
+            call(sound, sound, group=dist.group.WORLD)
     except LostProcess as error:
         (folder / str(rank)).write_text(f"{time.monotonic() - began} {error}")
     # Not cleanly: destroying the group would wait for the lost one.
@@ -163,8 +244,9 @@ def die(rank, size, port, folder):
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_others_within_a_minute(tmp_path):
-    mp.spawn(die, args=(4, free_port(), tmp_path), nprocs=4)
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_process_that_dies_ends_the_others_within_a_minute(phase, tmp_path):
+    launch(die, tmp_path, phase, processes=4)
     for rank in (0, 1, 3):
         seconds, words = (tmp_path / str(rank)).read_text().split(" ", 1)
         assert float(seconds) < 60 and words.startswith("process 2 of the group is gone")

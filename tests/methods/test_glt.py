@@ -129,7 +129,7 @@ def test_rounds_and_refinement(standins):
         return F.normalize(unit(12, width).float() + scale * unit(12, width, seed=5).float(), dim=1)
 
     def cluster(features=None, labels=None):
-        return model.clusterings(features, model.args)[0].labels if labels is None else labels
+        return model.clusterings(features, model.args, None)[0].labels if labels is None else labels
 
     def relabel(epoch):
         labels = model.relabel(epoch, target, lambda: unit(3, width).float(), cluster)

@@ -17,14 +17,13 @@ import finetune_reid
 import pretrain_backbone
 from methods.dino import SelfDistillation
 from methods.solider import Solider, drawn, semantic_parts
-from pretrain_backbone import parse_args
+from pretrain_backbone import cosine_to, parse_args
 from tests import runs
 from tests.runs import launch, log_of, same_weights, weights_of
 from utils.launch import start_training
 from utils.modeling.backbones import load_backbone
 from utils.modeling.names import open_backbone
 from utils.modeling.networks.semantic_swin import FILE, SemanticSwinBackbone, folded, set_semantic_weight
-from utils.training.optimizer import cosine_to
 
 SIZE = (64, 32)
 RUN = [

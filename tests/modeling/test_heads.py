@@ -13,6 +13,7 @@ from utils.modeling.attention import attention_maps
 from utils.modeling.backbones import backbone_from_config
 from utils.modeling.heads import METHODS, GeM, NonLocal
 from utils.modeling.reid_model import ReIDModel
+from utils.modeling.stages import compile_blocks
 
 SIZE = (96, 64)
 NUM_IDS = 5
@@ -405,3 +406,24 @@ def test_halved_models_keep_their_direction():
             wanted = model(people(3))
             found = copy.deepcopy(model).to(torch.bfloat16)(people(3).bfloat16())
         assert found.dtype == torch.float32 and (found * wanted).sum(1).min() > 0.99, method
+
+
+@pytest.mark.parametrize("family, method", [("resnet", "bot"), ("resnet", "mgn"), ("clip", "mgn")])
+def test_compiled_blocks_run_in_every_head_and_change_nothing(family, method, monkeypatch):
+    plain, compiled = (tiny(family, method) for _ in range(2))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def compile_as(module):
+        module._compiled_call_impl = torch.compile(module._call_impl, backend=backend)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_as)
+    torch._dynamo.reset()
+    compile_blocks(compiled)
+    images = torch.randn(2, 3, *SIZE)
+    features = [model.eval().pool(images, random.Random(0)) for model in (plain, compiled)]
+    assert graphs and torch.equal(*features)
+    assert list(plain.state_dict()) == list(compiled.state_dict())

@@ -30,8 +30,10 @@ from tests.runs import files_of as files
 from utils.batches.chunks import weights_digest
 from utils.datasets.identities import chosen_identities, identities_of, open_identities
 from utils.datasets.load import load_reid
+from utils.diffusion.families.solvers import FLOW_EULER, WITH_NOISE, solver_of
+from utils.diffusion.families.solvers import NOISE_SOLVERS as SOLVERS
 from utils.diffusion.schedule import NoiseSchedule
-from utils.diffusion.text_to_image import SOLVERS, WITH_NOISE, TextToImage, solver_of
+from utils.diffusion.text_to_image import TextToImage
 from utils.diffusion.tuning import IdentityToken, Tunable
 from utils.generated.measures import diversity, identity_auc
 from utils.generated.texts import captioning, captions
@@ -192,7 +194,7 @@ def test_diversity_and_auc_against_loops():
 
 
 def test_constants_of_the_flags_are_those_of_the_modules():
-    assert captions.CLASS_PROMPT == script.CLASS_PROMPT and tuple(SOLVERS) == script.SOLVERS
+    assert captions.CLASS_PROMPT == script.CLASS_PROMPT and (*SOLVERS, FLOW_EULER) == script.SOLVERS
 
 
 def test_captions_are_shown_whole(models, tmp_path):

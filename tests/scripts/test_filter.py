@@ -21,11 +21,13 @@ from transformers import CLIPModel, CLIPProcessor
 import filter_generated as script
 from tests import runs
 from tests.runs import ROOT, launch
+from utils import synthetic
 from utils.datasets.load import load_reid
-from utils.flags import CLIP_DIR
+from utils.flags import CAPTIONER_DIR, CLIP_DIR
 from utils.generated import choosing
 from utils.generated import images as generated_images
 from utils.generated.drawn_set import BROKEN, World, write_drawn
+from utils.generated.texts.agreement import agreements
 from utils.modeling.reid_model import ReIDModel
 
 SOURCE = "synthetic:domain=a,num_ids=4,images_per_id=6"
@@ -498,6 +500,28 @@ def test_a_generated_folder_without_images_is_named(drawn, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_answers_are_scored_against_prompts(whole, tmp_path):
+    """Scores are those of the answers in the table; the same models without a captioner give the same other scores."""
+    attributes = {pid: synthetic.attributes("a", pid) for pid in (0, 2)}
+    prompts = {pid: synthetic.caption(words) for pid, words in attributes.items()}
+    drawn = write_drawn(tmp_path / "drawn", World(num_ids=2), prompts=prompts, num_damaged=1).parent
+    with pytest.raises(ValueError, match="is a clip model .*, which does not turn images into text"):
+        run(drawn, tmp_path / "other", "--captioner", CLIP_DIR)
+    models = ["--reid_model", whole / "models" / "reid-synthetic-a", "--classifier_model", "none"]
+    models += ["--clip_model", "none", "--captioner", CAPTIONER_DIR]
+    run(drawn, tmp_path / "out", *models, "--filter", "attributes", "--threshold", "0.6")
+    rows = table(tmp_path / "out").to_pylist()
+    assert [row["attribute_score"] is None for row in rows] == [row["error"] is not None for row in rows]
+    for row in rows[:-1]:
+        found = agreements(prompts[row["pid"]], json.loads(row["attribute_answers"]))
+        assert row["attribute_score"] == pytest.approx(np.mean(list(found.values())))
+        assert row["kept"] == (row["attribute_score"] >= 0.6)
+    auc = json.loads((tmp_path / "out" / "summary.json").read_text())["against_truth"]["attributes"]["auc"]
+    assert auc > 0.8
+    run(drawn, tmp_path / "out", *models, "--keep_fraction", "1", "--match_margin", "2", "--min_agreement", "0.6")
+    assert [row["kept"] for row in table(tmp_path / "out").to_pylist()] == [row["kept"] for row in rows]
+
+
 def test_filters_of_the_flags_are_those_of_the_choice():
     assert tuple(choosing.FILTERS) == script.FILTERS
 
@@ -550,6 +574,7 @@ def test_an_upload_leaves_nothing_of_an_earlier_choice(drawn, whole, monkeypatch
         (["--clip_model", "nowhere/at/all"], "--clip_model: no model at 'nowhere/at/all'"),
         (["--reid_model", str(CLIP_DIR)], "is a clip model, expected"),
         (["--classifier_model", "{models}/reid-synthetic-a"], "is a model of method mgn with several classifiers"),
+        (["--captioner", str(CAPTIONER_DIR)], "no prompt of .* names clothes"),
         (["--holdout_fraction", "0"], "--true_match_rate cannot be calibrated on synthetic-a"),
         (["--output_dir", "{drawn}"], "holds generated images; give another --output_dir"),
     ],
@@ -583,6 +608,8 @@ def test_bad_data_and_models(drawn, whole, tmp_path, flags, words):
         (["--min_per_id", "0"], "--min_per_id must be 1 or more"),
         (["--min_per_id", "3", "--target_per_id", "2"], "--target_per_id 2 is below --min_per_id 3"),
         (["--duplicate_distance", "4"], "goes with --near_duplicates"),
+        (["--filter", "attributes", "--threshold", "0.5"], "cannot choose without its model, --captioner is none"),
+        (["--min_agreement", "0.5"], "give the --captioner that answers"),
     ],
 )
 def test_bad_flags(flags, words, capsys):

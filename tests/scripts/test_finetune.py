@@ -107,6 +107,7 @@ def test_delayed_cosine_by_hand():
         (["--method", "pcb"], "invalid choice: 'pcb'"),
         (["--lr_scheduler", "delayed_cosine", "--lr_delay_epochs", "8"], "leaves no epoch of 8"),
         (["--use_8bit_adam", "--optimizer", "sgd"], "not sgd"),
+        (["--method", "meta", "--torch_compile"], "--torch_compile: meta changes its norms from step to step"),
     ],
 )
 def test_arguments_that_cannot_be(arguments, words, capsys):

@@ -185,7 +185,9 @@ def test_prototypes_rest_and_the_centre_follows_the_teacher(distilled):
     model, average = pretrain_backbone.build_model(args, accelerator, 6)
     sampler = ShuffleSampler(len(rows), 8, args.seed)
     sampler.set_epoch(1)
-    images = ReIDImages(rows, pretrain_backbone.build_transform(args, model.backbone), labels.tolist())
+    images = ReIDImages(
+        rows, pretrain_backbone.build_transform(args, model.backbone, accelerator.device), labels.tolist()
+    )
     batch = next(iter(torch.utils.data.DataLoader(images, batch_sampler=sampler)))
     AcceleratorState._reset_state(True)
     with torch.no_grad():
@@ -469,6 +471,21 @@ def test_the_published_batch_is_of_all_processes_together(processes, passes, sha
     uneven = parse_args(["--recipe", "diff-person", "--source", "x"])
     with pytest.raises(ValueError, match="512 images, cannot be shared by 3 processes.*give --train_batch_size"):
         share_batch_of_recipe(uneven, Processes(3))
+
+
+def test_batches_augmented_on_the_device_train_as_those_of_the_loader(tmp_path):
+    """Without RandAugment, which Pillow and torchvision round differently, to the same numbers; with it, elsewhere."""
+    logs = {}
+    for where in ("loader", "device"):
+        for ops in ("0", "2"):
+            out = tmp_path / f"{where}{ops}"
+            plain = [*SMALL, "--cutmix", "1", "--erasing", "0.5", "--max_train_steps", "3", "--randaugment_ops", ops]
+            train(*plain, "--augment_on", where, "--output_dir", out)
+            logs[where, ops] = [line["loss"] for line in log_of(out)]
+    assert logs["loader", "0"] == logs["device", "0"] and logs["loader", "2"] != logs["loader", "0"]
+    assert logs["device", "2"] not in (logs["device", "0"], logs["loader", "2"])
+    assert all(abs(one - other) < 0.5 for one, other in zip(logs["loader", "2"], logs["device", "2"], strict=True))
+    assert (tmp_path / "device2" / "samples" / "batch.png").is_file()
 
 
 @pytest.mark.parametrize("more", [MIXED, DINO], ids=["classification", "dino"])

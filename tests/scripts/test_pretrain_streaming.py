@@ -127,7 +127,7 @@ SMALL = [
 
 
 def test_a_streamed_training_goes_on_to_the_same_numbers(parquet, tmp_path):
-    common = [*SMALL, "--source", parquet, "--image_fraction", "0.8"]
+    common = [*SMALL, "--source", parquet, "--image_fraction", "0.8", "--augment_on", "device"]
     train(*common, "--output_dir", tmp_path / "whole")
     train(*common, "--output_dir", tmp_path / "cut", "--max_train_steps", "1")
     train(*common, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest")

@@ -17,8 +17,8 @@ import evaluate
 import train_dreambooth_reid as script
 from tests.runs import ROOT
 from utils.datasets.load import load_reid
+from utils.diffusion.families.texts import load_text_encoder
 from utils.diffusion.latents import find
-from utils.diffusion.text_to_image import load_text_encoder
 from utils.diffusion.unet import load_unet, load_vae
 from utils.evaluation.kept_features import load_features
 from utils.flags import CAPTIONER_DIR, CLIP_DIR, DIFFUSION_DIR

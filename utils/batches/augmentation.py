@@ -4,13 +4,15 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from torchvision.transforms import v2
 
 from utils.batches.transforms import HALF, TestTransform, TrainTransform, to_tensor
 
 # Range of the shares of the width that noise covers on each side; the person is in the middle.
 SIDES = (0.1, 0.35)
+# The range of the standard deviation of a blur, in pixels.
+BLUR = (0.1, 2.0)
 
 
 @contextmanager
@@ -42,6 +44,16 @@ class RandAugmentTransform:
         return self.usual(image, rng)
 
 
+class Blur:
+    """A Gaussian blur of a share of the pictures, as `after_crop` of `TrainTransform`."""
+
+    def __init__(self, share):
+        self.share = share
+
+    def __call__(self, image, rng):
+        return image.filter(ImageFilter.GaussianBlur(rng.uniform(*BLUR))) if rng.random() < self.share else image
+
+
 class Views:
     """Several transforms of one image: PIL image and `random.Random` -> (transforms, 3, H, W)."""
 
@@ -52,13 +64,13 @@ class Views:
         return torch.stack([transform(image, rng) for transform in self.transforms])
 
 
-def view_transform(views, image_size, mean, std, **options):
+def view_transform(views, image_size, mean, std, blur=0.0, **options):
     """The transform of a training's images: "changed" views, drawn by `options`, and "plain" ones, only resized.
 
-    (3, H, W) for a single view, else (views, 3, H, W).
+    `blur` is the share of the changed views that are blurred. (3, H, W) for a single view, else (views, 3, H, W).
     """
     kinds = {
-        "changed": TrainTransform(image_size, mean, std, **options),
+        "changed": TrainTransform(image_size, mean, std, after_crop=Blur(blur) if blur else None, **options),
         "plain": TestTransform(image_size, mean, std, "bicubic"),
     }
     return kinds[views[0]] if len(views) == 1 else Views([kinds[view] for view in views])

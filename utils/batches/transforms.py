@@ -8,20 +8,22 @@ import random
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 HALF = (0.5, 0.5, 0.5)
-# The range of the standard deviation of a blur, in pixels.
-BLUR = (0.1, 2.0)
 
 
 def to_tensor(image, mean, std):
     """An RGB picture as a float tensor (3, H, W), normalised."""
-    # Channels are moved while values are bytes: a quarter of the memory traffic of floats.
-    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-    return planes.float().div_(255.0).sub_(mean).div_(std)
+    return to_bytes(image).float().div_(255.0).sub_(mean).div_(std)
+
+
+def to_bytes(image):
+    """An RGB picture as bytes (3, H, W)."""
+    # Channels are moved while values are bytes: a quarter of the memory traffic of floats.
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def resized(image, image_size, resample):
@@ -47,9 +49,10 @@ class TestTransform:
 
 
 class TrainTransform:
-    """Resize, mirror, pad and crop, blur, normalise, erase: PIL image and `random.Random` -> (3, H, W).
+    """Resize, mirror, pad and crop, normalise, erase: PIL image and `random.Random` -> (3, H, W).
 
-    `erasing_value` is a number, or one for each channel; `blur` the probability of a Gaussian blur.
+    `erasing_value` is a number, or one for each channel; `after_crop` a change of the cropped picture, such as
+    `augmentation.Blur`: (picture, rng) -> picture.
     """
 
     def __init__(
@@ -64,7 +67,6 @@ class TrainTransform:
         erasing_area=(0.02, 0.4),
         erasing_aspect=(0.3, 3.3),
         erasing_value=0.5,
-        blur=0.0,
         after_crop=None,
     ):
         if resample not in RESAMPLE:
@@ -74,8 +76,6 @@ class TrainTransform:
         self.erasing, self.erasing_area, self.erasing_aspect = erasing, erasing_area, erasing_aspect
         # The value is filled in after normalisation: with mean and std 0.5, a value of 0.5 is a light grey of 0.75.
         self.erasing_value = torch.as_tensor(erasing_value, dtype=torch.float32).view(-1, 1, 1)
-        self.blur = blur
-        # A change of the cropped picture, (picture, rng) -> picture.
         self.after_crop = after_crop
 
     def __call__(self, image, rng):
@@ -90,15 +90,19 @@ class TrainTransform:
             image = moved
         if self.after_crop is not None:
             image = self.after_crop(image, rng)
-        if self.blur and rng.random() < self.blur:
-            image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*BLUR)))
         tensor = to_tensor(image, self.mean, self.std)
         if rng.random() < self.erasing:
             self.erase(tensor, rng)
         return tensor
 
     def erase(self, tensor, rng):
-        """Fills one rectangle in place; a shape that does not fit is drawn again."""
+        """Fills one rectangle in place."""
+        if box := self.rectangle(rng):
+            top, left, tall, wide = box
+            tensor[:, top : top + tall, left : left + wide] = self.erasing_value
+
+    def rectangle(self, rng):
+        """(top, left, height, width), drawn again until it fits; None if a hundred do not."""
         height, width = self.image_size
         for _ in range(100):
             area = rng.uniform(*self.erasing_area) * height * width
@@ -106,8 +110,8 @@ class TrainTransform:
             tall, wide = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
             if 0 < tall < height and 0 < wide < width:
                 top, left = rng.randint(0, height - tall), rng.randint(0, width - wide)
-                tensor[:, top : top + tall, left : left + wide] = self.erasing_value
-                return
+                return top, left, tall, wide
+        return None
 
 
 def train_transform(image_size=(256, 128), mean=HALF, std=HALF, **options):

@@ -6,30 +6,40 @@ from pathlib import Path
 from utils.datasets.schema import ENDINGS, LABELLED, UNKNOWN, Row, camera_in, hidden, rows_to_dataset
 
 
-def read_folders(query_dir, gallery_dir):
+def read_folders(query_dir, gallery_dir=None):
     """Query and gallery data sets of all images below two folders; either may be a single image instead.
 
     Identity and camera are read from names such as 0001_c2_x.jpg; other images have their folder as identity. The same
     name is the same identity in both folders. Cameras count from 0, as in other data sets: c1 becomes 0, unless there
-    is a c0. An unknown identity or camera is -1.
+    is a c0. An unknown identity or camera is -1. Without `gallery_dir` there are only queries.
     """
-    sides = [images_of(place) for place in (query_dir, gallery_dir)]
-    paths = [path for _, side in sides for path in side]
-    names = sorted({identity_of(path) for path in paths} - {None})
-    first = 0 if any(camera_of(path) == 0 for path in paths) else 1
+    sides = [images_of(place) for place in (query_dir, gallery_dir) if place is not None]
+    labels, names = numbered(*(([*map(identity_of, paths)], [*map(camera_of, paths)]) for _, paths in sides))
+    result = []
+    for (folder, paths), (pids, camids), split in zip(sides, labels, ("query", "gallery"), strict=False):
+        rows = [Row(path.as_posix(), *ids) for path, *ids in zip(paths, pids, camids, strict=True)]
+        result.append(rows_to_dataset(rows, str(folder), folder.name, split, pid_names=names))
+    return tuple(result)
+
+
+def numbered(*sides):
+    """([(pids, camids) of each side], names by pid or None where they are numbers) from names of identities, cameras.
+
+    A side is (identity names or None, numbers of cameras in file names or -1).
+    """
+    names = sorted({name for identities, _ in sides for name in identities} - {None})
+    first = 0 if any(camera == 0 for _, cameras in sides for camera in cameras) else 1
     # A longer number, such as a time stamp, does not fit a pid.
     numeric = all(name.isdecimal() and len(name) <= 18 for name in names)
     pids = {name: int(name) if numeric else number for number, name in enumerate(names)}
-    result = []
-    for (folder, paths), split in zip(sides, ("query", "gallery"), strict=True):
-        cameras = [UNKNOWN if camera_of(path) == UNKNOWN else camera_of(path) - first for path in paths]
-        rows = [
-            Row(path.as_posix(), pids.get(identity_of(path), UNKNOWN), camera)
-            for path, camera in zip(paths, cameras, strict=True)
-        ]
-        pid_names = None if numeric else names
-        result.append(rows_to_dataset(rows, str(folder), folder.name, split, pid_names=pid_names))
-    return tuple(result)
+    labels = [
+        (
+            [pids.get(name, UNKNOWN) for name in identities],
+            [UNKNOWN if camera == UNKNOWN else camera - first for camera in cameras],
+        )
+        for identities, cameras in sides
+    ]
+    return labels, None if numeric else names
 
 
 def images_of(place):

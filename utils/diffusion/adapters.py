@@ -8,11 +8,10 @@ adapter.json                                 the digest of the model it was tune
 from pathlib import Path
 
 import torch
-from diffusers.utils import convert_state_dict_to_diffusers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from utils.diffusion.unet import save_unet
+from utils.diffusion.unet import named_as_published, save_unet
 from utils.files import one_line, to_json
 
 LORA, TOKEN, ORIGIN = "unet_lora/pytorch_lora_weights.safetensors", "learned_embeds.safetensors", "adapter.json"
@@ -51,7 +50,7 @@ def load_lora(unet, folder):
     config = unet.peft_config["default"]
     own = {name.replace(".default.", "."): value for name, value in unet.named_parameters() if ".default." in name}
     second = {id(value) for name, value in own.items() if ".lora_B." in name}
-    targets = {f"unet.{key}": value for key, value in convert_state_dict_to_diffusers(own).items()}
+    targets = named_as_published(unet, own)
     wrong = sorted(set(stored) ^ set(targets))
     wrong += [key for key, value in stored.items() if key in targets and value.shape != targets[key].shape]
     if wrong:

@@ -1,6 +1,7 @@
 """Properties of a Stable Diffusion checkpoint, read from its configuration before any weights are loaded."""
 
 import inspect
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,13 +94,18 @@ def check_diffusion(name_or_path, *, resolution=None, revision=None, token=None,
     return info
 
 
+def read_index(name, folder, revision=None, token=None):
+    """model_index.json: {part: [library, class], ...} and what else it says."""
+    path = folder / INDEX if folder else Path(hf_hub_download(str(name), INDEX, revision=revision, token=token))
+    return read_json(path)
+
+
 def refuse_other_families(name, files, folder, revision, token):
     """ValueError that names the family of a whole pipeline whose network is no U-Net, such as Flux or SD3."""
     if "unet/config.json" in files or INDEX not in files:
         return
     try:
-        path = folder / INDEX if folder else Path(hf_hub_download(name, INDEX, revision=revision, token=token))
-        index = read_json(path)
+        index = read_index(name, folder, revision, token)
     except Exception:
         # Without its index, a folder cannot be told from a broken one.
         return
@@ -113,10 +119,8 @@ def refuse_other_families(name, files, folder, revision, token):
         return
     pipeline = str(index.get("_class_name"))
     family = pipeline.replace("Pipeline", "").replace("StableDiffusion3", "Stable Diffusion 3")
-    raise ValueError(
-        f"{name!r} is a whole checkpoint of the family {family} ({pipeline}, its network {parts[network]}), which is "
-        "not supported; use Stable Diffusion 1.x or 2.x"
-    )
+    words = f"{name!r} is a whole checkpoint of the family {family} ({pipeline}, its network {parts[network]})"
+    raise ValueError(f"{words}, which is not supported; use Stable Diffusion 1.x or 2.x")
 
 
 def check_unet(name, config, latent_channels):
@@ -223,26 +227,33 @@ def open_checkpoint(name, revision, token):
             return {file.rfilename for file in repository.siblings}, None
         except Exception as error:
             # The Hub's client raises its own error classes and those of its HTTP library. Offline, use its cache.
-            try:
-                config = hf_hub_download(name, CONFIGS["unet"], revision=revision, local_files_only=True)
-            except Exception:
+            folder = cached_folder(name, revision)
+            if folder is None:
                 raise ValueError(
                     f"no diffusion checkpoint at {name!r}, neither a local folder nor a readable Hub id: "
                     f"{one_line(error)}"
                 ) from error
-            folder = Path(config).parent.parent
     files = {path.relative_to(folder).as_posix() for path in folder.glob("*/*")}
     return files | ({INDEX} if (folder / INDEX).is_file() else set()), folder
 
 
+def cached_folder(name, revision):
+    """The folder of a checkpoint in the Hub's cache, or None."""
+    for file in (CONFIGS["unet"], "transformer/config.json"):
+        with suppress(Exception):
+            return Path(hf_hub_download(name, file, revision=revision, local_files_only=True)).parent.parent
+    return None
+
+
 def read_config(name, part, revision=None, token=None):
+    file = CONFIGS.get(part, f"{part}/config.json")
     if Path(name).is_dir():
-        return read_json(Path(name) / CONFIGS[part])
+        return read_json(Path(name) / file)
     name = str(name)
     try:
-        return read_json(Path(hf_hub_download(name, CONFIGS[part], revision=revision, token=token)))
+        return read_json(Path(hf_hub_download(name, file, revision=revision, token=token)))
     except Exception as error:
-        raise ValueError(f"cannot read {CONFIGS[part]} of {name!r}: {one_line(error)}") from error
+        raise ValueError(f"cannot read {file} of {name!r}: {one_line(error)}") from error
 
 
 def defaults(model_class):

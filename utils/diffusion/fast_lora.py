@@ -4,6 +4,7 @@ import hashlib
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,10 @@ def read_fast_lora(name, unet_config):
     path = find_file(str(name))
     try:
         content = Path(path).read_bytes()
-        weights, alphas = StableDiffusionPipeline.lora_state_dict(load(content))
+        # The blocks of SDXL have other numbers in some trainers' files.
+        is_sdxl = unet_config.get("addition_embed_type") is not None
+        layout = {"unet_config": SimpleNamespace(**unet_config)} if is_sdxl else {}
+        weights, alphas = StableDiffusionPipeline.lora_state_dict(load(content), **layout)
     except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"--fast_lora {name} cannot be read as a LoRA: {one_line(error)}") from error
     weights = {key: value for key, value in weights.items() if key.startswith("unet.")}

@@ -1,5 +1,6 @@
 """The noise schedule of a diffusion model, and the noise loss."""
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -31,6 +32,10 @@ class NoiseSchedule(nn.Module):
         super()._apply(fn, recurse)
         self.alphas_cumprod = exact.to(self.alphas_cumprod.device)
         return self
+
+    def draw(self, count, generator):
+        """Timesteps of a training step, on the CPU."""
+        return torch.randint(self.num_steps, (count,), generator=generator)
 
     def parts(self, latents, timesteps):
         """sqrt(a) and sqrt(1 - a) of each image, float32, shaped to be multiplied with the latents."""

@@ -1,4 +1,4 @@
-"""A whole Stable Diffusion for fine-tuning and sampling: prompts to conditions, seeds to latents, latents to pictures.
+"""A whole diffusion model for fine-tuning and sampling: prompts to conditions, seeds to latents, latents to pictures.
 
 model = TextToImage("CompVis/stable-diffusion-v1-4", tokenizer, mode="lora", device="cuda", dtype=torch.float16)
 latents = model.sample(model.encode(prompts), seeds, resolution=(512, 256), steps=20, guidance=7.5)
@@ -10,64 +10,27 @@ import math
 from contextlib import nullcontext
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    LCMScheduler,
-    TCDScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import DDIMScheduler
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer, CLIPTextModel
 
 from utils.batches.chunks import weights_digest
+from utils.diffusion.checkpoint import read_config
+from utils.diffusion.families import family_of
+from utils.diffusion.families.parts import has_part, load_network
+from utils.diffusion.families.solvers import WITH_NOISE, first_strength, scaled
+from utils.diffusion.families.texts import Text, load_text_encoder, load_tokenizer
 from utils.diffusion.fast_lora import add_fast_lora, drawing_fast
-from utils.diffusion.schedule import NoiseSchedule
-from utils.diffusion.unet import load_unet, load_vae, set_unet_mode
-from utils.files import one_line
+from utils.diffusion.unet import load_vae, set_unet_mode
 
-# An image depends only on its seed: the last two also draw noise in their steps, from the generator of the image.
-SOLVERS = {
-    "dpmsolver++": (DPMSolverMultistepScheduler, {}),
-    "unipc": (UniPCMultistepScheduler, {}),
-    "ddim": (DDIMScheduler, {}),
-    "euler": (EulerDiscreteScheduler, {}),
-    "ddim-trailing": (DDIMScheduler, {"timestep_spacing": "trailing"}),
-    "lcm": (LCMScheduler, {}),
-    "tcd": (TCDScheduler, {}),
-}
-WITH_NOISE = ("lcm", "tcd")
 TEXT_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-
-
-def load_tokenizer(name, revision=None):
-    try:
-        return AutoTokenizer.from_pretrained(name, subfolder="tokenizer", revision=revision, trust_remote_code=False)
-    except Exception as error:
-        raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {one_line(error)}") from error
-
-
-def check_text_encoder(name, width, revision=None):
-    """The tokens of a text; ValueError, from the configuration only, without a text encoder of the U-Net's width."""
-    try:
-        config = AutoConfig.from_pretrained(name, subfolder="text_encoder", revision=revision, trust_remote_code=False)
-    except Exception as error:
-        raise ValueError(f"{name!r} has no text encoder that can be read: {one_line(error)}") from error
-    if config.model_type not in ("clip_text_model", "clip"):
-        raise ValueError(f"the text encoder of {name!r} is a {config.model_type}; only CLIP's is supported")
-    if config.hidden_size != width:
-        raise ValueError(
-            f"the text encoder of {name!r} has width {config.hidden_size}, its U-Net takes conditions of {width}"
-        )
-    return config.max_position_embeddings
 
 
 class TextToImage:
     """All parts of the model, on the device. `mode`, "lora" or "full", says how the U-Net trains.
 
-    The text encoder trains in the same mode if `train_text_encoder`. `digest` identifies the weights as loaded.
+    `unet` is the network that denoises, of some families a transformer. The text encoder of Stable Diffusion 1.x and
+    2.x trains in the same mode if `train_text_encoder`. `digest` identifies the weights as loaded.
     """
 
     def __init__(
@@ -84,16 +47,21 @@ class TextToImage:
         autocast=nullcontext,
         revision=None,
     ):
-        self.tokenizer, self.device, self.dtype, self.autocast = tokenizer, torch.device(device), dtype, autocast
-        self.schedule = NoiseSchedule.from_pretrained(name, revision=revision).to(device)
+        self.device, self.dtype, self.autocast = torch.device(device), dtype, autocast
+        self.family = family = family_of(name, revision)
+        self.schedule = family.schedule_of(name, revision).to(device)
         self.scheduler_config = DDIMScheduler.load_config(name, subfolder="scheduler", revision=revision)
-        self.vae = load_vae(name, dtype=dtype, revision=revision).to(device)
-        self.unet = load_unet(name, "full" if mode == "full" else "frozen", dtype=dtype, revision=revision)
-        self.text_encoder = load_text_encoder(name, torch.float32 if train_text_encoder else dtype, revision)
-        digests = [weights_digest(part) for part in (self.unet, self.vae, self.text_encoder)]
-        self.digest = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+        vae_config = read_config(name, "vae", revision)
+        self.vae = load_vae(name, dtype=family.vae_dtype(vae_config, dtype), revision=revision).to(device)
+        whole = "full" if mode == "full" else "frozen"
+        self.unet = load_network(name, family.PART, family.NETWORK, whole, dtype=dtype, revision=revision)
+        text_dtype = torch.float32 if train_text_encoder else dtype
+        self.texts = load_texts(name, family, tokenizer, text_dtype, revision, self.unet.config)
+        self.text_encoder, self.tokenizer = self.texts[0].encoder, tokenizer
+        parts = [self.unet, self.vae, *(text.encoder for text in self.texts if text.encoder is not None)]
+        self.digest = hashlib.sha256("".join(map(weights_digest, parts)).encode()).hexdigest()[:16]
         if mode == "lora":
-            set_unet_mode(self.unet, "lora", rank=rank, dtype=dtype, seed=seed)
+            set_unet_mode(self.unet, "lora", rank=rank, dtype=dtype, seed=seed, targets=family.LORA_TARGETS)
         if train_text_encoder and mode == "lora":
             with torch.random.fork_rng([]):
                 torch.manual_seed(seed)
@@ -103,11 +71,15 @@ class TextToImage:
         elif train_text_encoder:
             self.text_encoder.requires_grad_(True)
             self.text_encoder.get_input_embeddings().requires_grad_(False)
-        self.unet.to(device)
-        self.text_encoder.to(device)
-        # The module that is called; a compiled one shares the U-Net's weights.
-        self.denoiser = self.unet
+        for part in parts:
+            part.to(device)
+        self.scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.denoiser = family.Denoiser(self.unet, self.scale)
         self.fast = None
+
+    def compile(self):
+        """Compile the network; it shares the weights."""
+        self.denoiser = self.family.Denoiser(torch.compile(self.unet), self.scale)
 
     def add_fast_lora(self, lora):
         """Keep a `FastLora` for `sample(..., fast=True)`."""
@@ -120,10 +92,14 @@ class TextToImage:
         ]
 
     def encode(self, prompts):
-        """Conditions (B, window, width) of prompts."""
-        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        """Conditions (B, tokens, width) of prompts."""
         with self.autocast():
-            return self.text_encoder(tokens.to(self.device))[0]
+            return self.family.encode(self.texts, prompts)
+
+    def without_prompt(self, negative):
+        """The condition that guidance leads away from."""
+        with self.autocast():
+            return self.family.unguided(self.texts, negative)
 
     def encode_all(self, prompts, batch_size=64):
         """Conditions of any number of prompts, without gradient."""
@@ -140,11 +116,11 @@ class TextToImage:
 
         The first `guidance_share` of the steps are guided, away from `negative`. `fast`: with the few-step LoRA.
         """
-        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        shape = (self.vae.config.latent_channels, resolution[0] // scale, resolution[1] // scale)
-        size, num_guided = min(batch_size, len(seeds)), math.ceil(guidance_share * steps) if guidance > 1 else 0
+        shape = (self.vae.config.latent_channels, *(side // self.scale for side in resolution))
+        mixes = guidance > 1 and self.family.GUIDED
+        size, num_guided = min(batch_size, len(seeds)), math.ceil(guidance_share * steps) if mixes else 0
         self.unet.eval()
-        empty = self.encode([negative]) if num_guided else None
+        empty = self.without_prompt(negative) if num_guided else None
         drawn = []
         for start in range(0, len(seeds), size):
             rows = list(range(start, min(start + size, len(seeds))))
@@ -152,18 +128,18 @@ class TextToImage:
             rows += rows[-1:] * (size - len(rows))
             generators = [torch.Generator().manual_seed(seeds[row]) for row in rows]
             noise = [torch.randn(shape, generator=generator) for generator in generators]
-            scheduler = solver_of(solver, self.scheduler_config)
-            scheduler.set_timesteps(steps)
+            scheduler = self.family.solver_of(solver, self.scheduler_config, steps, shape)
             drawing = {"generator": generators} if solver in WITH_NOISE else {}
-            latents = torch.stack(noise).to(self.device) * scheduler.init_noise_sigma
+            latents = torch.stack(noise).to(self.device) * first_strength(scheduler)
             prompted = conditions[rows]
             both = torch.cat([empty.expand_as(prompted), prompted]) if num_guided else None
-            with self.autocast(), drawing_fast(self.unet) if fast else nullcontext():
+            distilled = nullcontext() if self.family.GUIDED else self.denoiser.guided(guidance)
+            with self.autocast(), distilled, drawing_fast(self.unet) if fast else nullcontext():
                 for number, step in enumerate(scheduler.timesteps):
                     guided = number < num_guided
-                    scaled = scheduler.scale_model_input(latents, step).to(self.dtype)
-                    scaled, condition = (torch.cat([scaled, scaled]), both) if guided else (scaled, prompted)
-                    prediction = self.denoiser(scaled, step.to(self.device), encoder_hidden_states=condition).sample
+                    noised = scaled(scheduler, latents, step).to(self.dtype)
+                    noised, condition = (torch.cat([noised, noised]), both) if guided else (noised, prompted)
+                    prediction = self.denoiser(noised, step.to(self.device), encoder_hidden_states=condition).sample
                     prediction = prediction.float()
                     if guided:
                         without, with_prompt = prediction.chunk(2)
@@ -176,9 +152,10 @@ class TextToImage:
     @torch.no_grad()
     def decode(self, latents, batch_size=8):
         """Decode latents to pixels (N, 3, H, W), uint8 on the CPU."""
-        decoded = []
+        decoded, shift = [], self.vae.config.get("shift_factor") or 0.0
         for part in latents.split(batch_size):
-            images = self.vae.decode((part / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
+            part = part / self.vae.config.scaling_factor + shift
+            images = self.vae.decode(part.to(self.vae.dtype)).sample.float()
             check_finite(images)
             decoded.append((images.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).cpu().contiguous())
         return torch.cat(decoded)
@@ -209,46 +186,19 @@ def what_saves_memory(
     return " ".join(words)
 
 
-def solver_of(name, config):
-    """One of SOLVERS for a model, from the configuration of the model's own scheduler."""
-    solver_class, options = SOLVERS[name]
-    return solver_class.from_config(config, **options)
+def load_texts(name, family, tokenizer, dtype, revision, network):
+    """A `Text` for each of the family's encoders, the first with the given tokenizer; `network`: its configuration."""
+    optional, texts = getattr(family, "OPTIONAL", None), []
+    for number, (tokenizer_part, part, model_class) in enumerate(family.TEXTS):
+        if part == optional and not has_part(name, part, revision):
+            texts.append(Text(None, None, network.joint_attention_dim))
+            continue
+        encoder = load_text_encoder(name, dtype, revision, part, model_class)
+        texts.append(Text(load_tokenizer(name, revision, tokenizer_part) if number else tokenizer, encoder))
+    return texts
 
 
 def check_finite(drawn):
     # Values that are not finite would become black pixels.
     if not drawn.isfinite().all():
         raise ValueError("what the model draws is not finite; use --mixed_precision bf16 or no, or lower rates")
-
-
-def load_text_encoder(name, dtype, revision=None):
-    try:
-        text_encoder = CLIPTextModel.from_pretrained(
-            name, subfolder="text_encoder", dtype=dtype, revision=revision, use_safetensors=True
-        )
-    except Exception as error:
-        raise ValueError(f"the text encoder of {name!r} cannot be loaded: {one_line(error)}") from error
-    return text_encoder.requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def encode_texts(name, texts, num_tokens=None, *, device="cpu", revision=None, batch_size=64):
-    """States of a checkpoint's text encoder: (N, width) of end tokens, or (N, num_tokens, width) of the first tokens.
-
-    float32 on the CPU. A text that is too long keeps its end token.
-    """
-    tokenizer = load_tokenizer(name, revision)
-    text_encoder = load_text_encoder(name, torch.float32, revision).to(device)
-    states = []
-    for start in range(0, len(texts), batch_size):
-        tokens = tokenizer(
-            texts[start : start + batch_size],
-            padding="max_length",
-            max_length=num_tokens or tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        state = text_encoder(tokens.input_ids.to(device))[0].float().cpu()
-        ends = tokens.attention_mask.sum(1) - 1
-        states.append(state if num_tokens else state[torch.arange(len(state)), ends])
-    return torch.cat(states)

@@ -36,7 +36,8 @@ class IdentityToken(nn.Module):
 class Tunable:
     """The model, its trained `weights`, with the token's row if the token is new, and their initial values `start`.
 
-    `masks`: the `PersonMasks` of a masked loss, or None.
+    `token`: None where a model has several text encoders, which know no new tokens. `masks`: the `PersonMasks` of a
+    masked loss, or None.
     """
 
     model: TextToImage
@@ -81,9 +82,11 @@ def open_tunable(
         model.unet.enable_gradient_checkpointing()
     if compiled:
         # Weights are restored in place, so the model compiled for the first identity serves all.
-        model.denoiser = torch.compile(model.unet)
-    noun_id = prompts.tokenizer(prompts.noun, add_special_tokens=False).input_ids[0]
-    token = IdentityToken(model.text_encoder, prompts.first_id, noun_id).to(accelerator.device)
+        model.compile()
+    token = None
+    if len(model.texts) == 1:
+        noun_id = prompts.tokenizer(prompts.noun, add_special_tokens=False).input_ids[0]
+        token = IdentityToken(model.text_encoder, prompts.first_id, noun_id).to(accelerator.device)
     masks = PersonMasks(mask_model, accelerator.device) if mask_model else None
     return Tunable.of(model, token, with_token=prompts.has_new_tokens, masks=masks)
 
@@ -111,7 +114,9 @@ class Batches:
         size, generator, device = self.size, self.generator, model.device
         rows = torch.randint(len(self.mean), (size,), generator=generator)
         posterior, noise = torch.randn(2, size, *self.mean.shape[1:], generator=generator).to(device)
-        latents = sample_latents(self.mean[rows], self.std[rows], posterior, model.vae.config.scaling_factor)
+        vae = model.vae.config
+        scale = vae.scaling_factor, vae.get("shift_factor")
+        latents = sample_latents(self.mean[rows], self.std[rows], posterior, *scale)
         texts, weights = self.own_rows[rows], None if self.weights is None else self.weights[rows].to(device)
         if self.dropped[0]:
             texts = texts.where(torch.rand(size, generator=generator) >= self.dropped[0], self.dropped_row)
@@ -124,7 +129,7 @@ class Batches:
         if self.noise_offset:
             whole = torch.randn(*noise.shape[:2], 1, 1, generator=generator).to(device)
             noise = noise + self.noise_offset * whole
-        timesteps = torch.randint(model.schedule.num_steps, (len(latents),), generator=generator).to(device)
+        timesteps = model.schedule.draw(len(latents), generator).to(device)
         return (latents, noise, timesteps), texts, weights
 
     def encoded(self, rows, model):

@@ -120,7 +120,7 @@ def part_file(name, part, file, revision, token):
         return None
 
 
-def set_unet_mode(unet, mode, *, rank=8, dtype=torch.float32, seed=0):
+def set_unet_mode(unet, mode, *, rank=8, dtype=torch.float32, seed=0, targets=LORA_TARGETS):
     """Set which weights of a plain U-Net train; "lora" adds LoRA, "scratch" draws new weights. Returns the U-Net.
 
     Trained weights become float32, frozen ones `dtype`. This works on the meta device too.
@@ -128,7 +128,7 @@ def set_unet_mode(unet, mode, *, rank=8, dtype=torch.float32, seed=0):
     check_mode(mode, rank)
     with seeded(seed, unet.device):
         if mode == "lora":
-            unet.add_adapter(LoraConfig(r=rank, lora_alpha=1, target_modules=LORA_TARGETS))
+            unet.add_adapter(LoraConfig(r=rank, lora_alpha=1, target_modules=targets))
             for module in unet.modules():
                 if isinstance(module, BaseTunerLayer):
                     module.register_forward_pre_hook(cast_where_needed)
@@ -146,7 +146,8 @@ def set_unet_mode(unet, mode, *, rank=8, dtype=torch.float32, seed=0):
         parameter.requires_grad_(trained)
         parameter.data = parameter.data.to(torch.float32 if trained else dtype)
     for module in unet.modules():
-        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and not module.weight.requires_grad:
+        is_norm = isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and module.weight is not None
+        if is_norm and not module.weight.requires_grad:
             module.forward = partial(in_its_own_type, module)
     return unet.train(mode != "frozen")
 
@@ -216,7 +217,7 @@ def save_unet(unet, mode, output_dir):
         state = {
             key: value * (config.lora_alpha / config.r) if ".lora_B." in key else value for key, value in state.items()
         }
-        state = {f"unet.{key}": value for key, value in convert_state_dict_to_diffusers(state).items()}
+        state = named_as_published(unet, state)
         with write_together(Path(output_dir) / "unet_lora") as part:
             save_tensors(state, part("pytorch_lora_weights.safetensors"))
         return
@@ -226,6 +227,13 @@ def save_unet(unet, mode, output_dir):
     with write_together(Path(output_dir) / "unet") as part:
         part("config.json").write_text(to_json(config), encoding="utf-8")
         save_tensors(unet.state_dict(), part(WEIGHTS))
+
+
+def named_as_published(network, state):
+    """LoRA weights with the names by which the network's pipeline loads them."""
+    if isinstance(network, UNet2DConditionModel):
+        return {f"unet.{key}": value for key, value in convert_state_dict_to_diffusers(state).items()}
+    return {f"transformer.{key}": value for key, value in state.items()}
 
 
 def save_prompts(condition, output_dir):

@@ -3,7 +3,8 @@
     python -m utils.evaluation.forget output/evaluate --pid 17
     python -m utils.evaluation.forget output/search --path camera7/0017_c2_0003.jpg --dry_run
 
-In the folder and all folders below it: their rows leave the files of features and every CSV that names the images;
+In the folder and all folders below it: their rows leave the files of features, those of `--gallery_features` too, and
+every CSV that names the images;
 `report.html`, which shows pictures, and unfinished extractions are deleted. `metrics.json` stays: it holds averages
 only. The images themselves and models that were trained on them are not touched.
 """
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from utils.evaluation.index.store import MANIFEST, Index
 from utils.files import write_csv, write_together
 
 # Columns of CSV files that name an image.
@@ -34,6 +36,7 @@ def forget(folder, *, pid=None, paths=(), dry_run=False):
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give the --output_dir of evaluate.py")
     stored = [read(path) for path in sorted(folder.rglob("*.safetensors")) if holds_features(path)]
+    stored += [Index.open(path.parent) for path in sorted(folder.rglob(MANIFEST))]
     images = set(paths)
     for file in stored:
         images |= file.images_of(pid)

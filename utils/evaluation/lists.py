@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels import cosine_topk
+from kernels.ring.processes import joined, shares_of
 from utils.datasets.schema import UNKNOWN
 from utils.evaluation.metrics import can_match, rank
 
@@ -29,21 +30,23 @@ def dropped(queries, gallery, rows, columns, protocol):
     return mask | (same_identity & (queries.camids[rows] == gallery.camids[columns]))
 
 
-def ranked_lists(queries, gallery, k, *, protocol="market", reranking=None, backend="auto"):
+def ranked_lists(queries, gallery, k, *, protocol="market", reranking=None, backend="auto", group=None):
     """The first k kept gallery rows of each query: indices (Q, k), -1 where fewer are kept, and distances (Q, k).
 
     `reranking`: a `kernels.ReRanking` that gives the order and the distances; the default is the cosine distance.
+    With a `group` of processes that all have both sides, each ranks its share of the queries.
     """
     if not 1 <= k <= len(gallery):
         raise ValueError(f"asked for {k} ranked images of a gallery of {len(gallery)}; ask for 1 to {len(gallery)}")
     wanted = min(len(gallery), k + _most_dropped(queries, gallery, protocol))
     if reranking is None:
-        scores, columns = cosine_topk(queries.features, gallery.features, wanted, backend=backend)
+        sides = shares_of(group, queries.features, gallery.features)
+        scores, columns = cosine_topk(*sides, wanted, backend=backend, group=group)
         distances = (2 - 2 * scores).clamp(min=0)
     else:
         scores, columns = reranking.topk(wanted)
         distances = -scores
-    columns, distances = columns.to(queries.pids.device), distances.to(queries.pids.device)
+    columns, distances = (joined(group, values).to(queries.pids.device) for values in (columns, distances))
     rows = torch.arange(len(queries), device=columns.device)[:, None].expand_as(columns)
     is_dropped = dropped(queries, gallery, rows, columns, protocol)
     # A stable sort by "dropped" moves the kept images to the front and preserves their order.

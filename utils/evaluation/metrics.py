@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kernels import rank_metrics
+from kernels.disk.rows import RowsOnDisk
+from kernels.ring.processes import shares_of
 from utils.datasets.schema import UNKNOWN
 
 PROTOCOLS = ("market", "cuhk03", "all")
@@ -71,6 +73,9 @@ def check_sides(queries, gallery):
         for ids, kind in ((side.pids, "identities"), (side.camids, "cameras"), (side.paths, "paths")):
             if len(ids) != len(side):
                 raise ValueError(f"{len(side)} {name} features come with {len(ids)} {kind}; give one for each feature")
+        if isinstance(side.features, RowsOnDisk):
+            # Its rows are checked when they are read.
+            continue
         bad = ~side.features.isfinite().all(1)
         if bad.any():
             raise ValueError(
@@ -115,16 +120,8 @@ def rank(queries, gallery, *, protocol="market", max_rank=MAX_RANK, backend="aut
     With a `group` of processes that all have both sides, each ranks its share: the same result in less time.
     """
     labels, protocol = kept_labels(queries, gallery, protocol)
-    sides = queries.features, gallery.features
-    if group is not None:
-        shares = [torch.distributed.get_rank(group), torch.distributed.get_world_size(group)]
-        sides, labels = ([share_of(values, *shares) for values in both] for both in (sides, labels))
-    options = {"max_rank": max_rank, "protocol": protocol, "backend": backend}
-    return rank_metrics(*sides, *labels, **options, group=group)
-
-
-def share_of(values, number, count):
-    return values[len(values) * number // count : len(values) * (number + 1) // count]
+    sides = shares_of(group, queries.features, gallery.features, *labels)
+    return rank_metrics(*sides, max_rank=max_rank, protocol=protocol, backend=backend, group=group)
 
 
 def summary(result):

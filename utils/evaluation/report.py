@@ -80,9 +80,11 @@ def evaluation_report(metrics, findings, pictures=None, *, num_random=4, seed=0)
             lead += f" Numbers are means over {len(metrics['splits'])} splits; curves and pictures show the first."
         report = Report("Re-identification", subtitle=lead, facts=facts)
         add_numbers(report, metrics, findings.result)
-        add_distances(report, findings.pairs)
+        if findings.pairs:
+            add_distances(report, findings.pairs)
         add_calibration(report, findings.calibration)
-        add_cameras(report, findings.gallery.camera_name, *findings.cameras)
+        if findings.cameras:
+            add_cameras(report, findings.gallery.camera_name, *findings.cameras)
         add_confusions(report, findings, pictures)
         add_queries(report, findings, pictures, num_random, seed)
     if metrics["skipped_images"]:

@@ -69,14 +69,20 @@ def content_of(image):
     return hashlib.sha256(content).digest()
 
 
-def mark(sides, copies, *, trusts_query=False):
-    """Mark the same files on both sides of each split: (pairs, files whose identity was taken from the query)."""
+def mark(sides, copies, *, trusts_query=False, say=print):
+    """Mark the same files on both sides of each split, and count the pairs; None where none are looked for."""
+    if copies is None:
+        return None
     total, disputed = 0, 0
     for (queries, gallery), (query_contents, gallery_contents, num_pairs) in zip(sides, copies, strict=True):
         queries.contents, gallery.contents = query_contents, gallery_contents
         total += num_pairs
         disputed += share_labels(queries, gallery) if trusts_query else 0
-    return total, disputed
+    if total:
+        say(f"{total} pairs of query and gallery are the same file: dropped, no image finds itself")
+    if disputed:
+        say(f"{disputed} of these files have another identity in --gallery_dir; that of --query_dir counts")
+    return total
 
 
 def share_labels(queries, gallery):

@@ -6,6 +6,7 @@ import datasets
 import torch
 
 from kernels import k_reciprocal_rerank
+from kernels.ring.processes import shares_of
 from utils import evaluation
 from utils.datasets import hold_out_of
 from utils.datasets.images import check_images
@@ -13,6 +14,7 @@ from utils.datasets.load import load_reid, open_source, parse_spec
 from utils.datasets.ten_splits import NUM_SPLITS, SMALL_SETS
 from utils.evaluation.features import extract
 from utils.evaluation.metrics import Side
+from utils.launch import group_of
 
 
 class Target(NamedTuple):
@@ -70,7 +72,7 @@ def evaluate_target(model, target, transform, *, accelerator, rerank=None, **opt
     images, rows = distinct(pairs)
     options |= {"accelerator": accelerator, "desc": f"evaluating {target.spec}"}
     features = extract(model, images, transform, **options).to(accelerator.device)
-    group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
+    group = group_of(accelerator)
     results = []
     for pair, pair_rows in zip(pairs, rows, strict=True):
         sides = [side_of(part, features[part_rows]) for part, part_rows in zip(pair, pair_rows, strict=True)]
@@ -118,8 +120,8 @@ def compare(queries, gallery, rerank, group=None):
     protocol = "market" if has_cameras else "all"
     metrics = evaluation.summary(evaluation.rank(queries, gallery, protocol=protocol, group=group))
     if rerank is not None:
-        reranking = k_reciprocal_rerank(queries.features, gallery.features, **rerank)
-        ids = queries.pids, gallery.pids, queries.camids, gallery.camids
+        reranking = k_reciprocal_rerank(*shares_of(group, queries.features, gallery.features), **rerank, group=group)
+        ids = shares_of(group, queries.pids, gallery.pids, queries.camids, gallery.camids)
         reranked = reranking.metrics(*ids, max_rank=evaluation.MAX_RANK, protocol=protocol)
         metrics["reranked"] = evaluation.summary(reranked)
     return metrics

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.parquet as pq
 
-FILTERS = {"clip": "clip_score", "cctf": "cctf_score", "reid": "reid_score"}
+FILTERS = {"clip": "clip_score", "cctf": "cctf_score", "reid": "reid_score", "attributes": "attribute_score"}
 UNREADABLE = "unreadable"
 STRANGER = "nearest source image shows somebody else"
 BELOW = "score below the threshold"
@@ -17,7 +17,8 @@ DOUBLE = "near-duplicate"
 SURPLUS = "more than wanted of its identity"
 FEW = "too few left of its identity"
 CHANGED = "more in changed than in own clothes"
-REASONS = ("", UNREADABLE, STRANGER, BELOW, DOUBLE, SURPLUS, FEW, CHANGED)
+DISAGREES = "answers disagree with the prompt"
+REASONS = ("", UNREADABLE, STRANGER, BELOW, DOUBLE, SURPLUS, FEW, CHANGED, DISAGREES)
 # What a Re-ID score loses for each unit by which another identity's source image is nearer.
 LEAD_WEIGHT = 2.0
 
@@ -51,7 +52,7 @@ class Scores:
         return len(self.person)
 
     def has(self, name):
-        return bool(np.isfinite(self.values[name]).any())
+        return name in self.values and bool(np.isfinite(self.values[name]).any())
 
 
 def read_scores(path, match_margin=None, lead_weight=None):
@@ -61,10 +62,11 @@ def read_scores(path, match_margin=None, lead_weight=None):
     score is less its lead times this weight.
     """
     people, domains, parts = {}, {}, []
-    columns = ["domain", "pid", "error", "reid_match", "reid_lead", "perceptual_hash", *FILTERS.values()]
+    columns = ["domain", "pid", "error", "reid_match", "reid_lead", "perceptual_hash", *FILTERS.values(), "changed"]
     with pq.ParquetFile(path, pre_buffer=False) as file:
-        has_changed = "changed" in file.schema_arrow.names
-        for batch in file.iter_batches(8192, columns=[*columns, "changed"] if has_changed else columns):
+        present = file.schema_arrow.names
+        has_changed = "changed" in present
+        for batch in file.iter_batches(8192, columns=[name for name in columns if name in present]):
             labels = list(zip(batch["domain"].to_pylist(), batch["pid"].to_pylist(), strict=True))
             part = {
                 "person": np.array([people.setdefault(label, len(people)) for label in labels], np.int32),
@@ -77,7 +79,10 @@ def read_scores(path, match_margin=None, lead_weight=None):
             if has_changed:
                 part["changed"] = batch["changed"].is_valid().to_numpy(zero_copy_only=False)
             for name, column in FILTERS.items():
-                part[name] = batch[column].cast("float32").to_numpy(zero_copy_only=False).astype(np.float32)
+                if column in present:
+                    part[name] = batch[column].cast("float32").to_numpy(zero_copy_only=False).astype(np.float32)
+                else:
+                    part[name] = np.full(len(labels), np.nan, np.float32)
             parts.append(part)
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     values = {name: arrays.pop(name) for name in FILTERS}
@@ -170,8 +175,10 @@ def calibration_rows(calibration, rates):
     return rows
 
 
-def choose_images(scores, name, thresholds, *, target_per_id=None, min_per_id=1, duplicates=None):
+def choose_images(scores, name, thresholds, *, target_per_id=None, min_per_id=1, duplicates=None, min_agreement=None):
     """A `Choice`. `duplicates` is a function (rows of one identity, best first) -> mask of those to drop.
+
+    `min_agreement` is the least attribute score, whatever the filter; images without one pass.
 
     Images in an identity's own clothes come before those with a changed garment; these never fill `min_per_id`, and
     fewer of them are kept than of the others.
@@ -188,6 +195,8 @@ def choose_images(scores, name, thresholds, *, target_per_id=None, min_per_id=1,
     floor = np.array([thresholds[domain] for domain in scores.domains], np.float64)[scores.source]
     # A missing score is below every threshold.
     reject(~(values.astype(np.float64) >= floor), BELOW)
+    if min_agreement is not None:
+        reject(scores.values["attributes"] < np.float32(min_agreement), DISAGREES)
     if duplicates is not None or target_per_id or min_per_id > 1 or not own.all():
         left = np.flatnonzero(reason == 0)
         # By identity, own clothes first, best first, first of equals.
@@ -263,6 +272,11 @@ def area_under_curve(values, good):
         return None
     above = np.searchsorted(bad, values[good], side="left") + np.searchsorted(bad, values[good], side="right")
     return float(above.mean() / (2 * len(bad)))
+
+
+def without_score(scores, name):
+    """How many images that decode have no score of this filter."""
+    return int((scores.sound & ~np.isfinite(scores.values[name])).sum())
 
 
 def images_per_person(scores, kept):

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageFilter
+from PIL import Image
 
+from utils.generated.broken import BREAKAGE, OTHER_BREAKAGE, is_seen, near_miss
 from utils.generated.made_set import METADATA, image_path, save_image
 from utils.synthetic.camera import background, draw_image
 from utils.synthetic.domains import DOMAINS
-from utils.synthetic.world import SIZE, appearance, camera_of, file_name, pose_of, render
+from utils.synthetic.world import SIZE, appearance, camera_of, file_name, home, lens_of, pose_of, render
 from utils.worklist import sync
 
 SOURCE, NEW, WRONG_SOURCE, WRONG_NEW, BROKEN, NOBODY = (
@@ -26,14 +27,15 @@ SOURCE, NEW, WRONG_SOURCE, WRONG_NEW, BROKEN, NOBODY = (
     "broken",
     "nobody",
 )
+NEAR = "near-miss"
 TRUTHS = (SOURCE, NEW, WRONG_SOURCE, WRONG_NEW, BROKEN, NOBODY)
-# The truths of an identity's images, repeated in this order.
+# The truths of an identity's images, repeated in this order; the second with `World.near_misses`.
 CYCLE = (NEW, SOURCE, WRONG_SOURCE, WRONG_NEW, BROKEN, NOBODY, NEW, SOURCE, NEW, BROKEN)
+LONG_CYCLE = (*CYCLE, NEAR, NEAR)
 # Domains that serve as sources; the stand-ins are trained on the other domains.
 PLACES = "abcde"
-# Range of piece sizes in pixels: a fixed size could equal the patches of a model.
-PIECES = (5, 14)
 SCHEMA = METADATA.append(pa.field("truth", pa.string()))
+PROMPT = "a photo of a person"
 # Source images have the lower indices.
 FIRST_INDEX = 1000
 
@@ -45,6 +47,9 @@ class World:
     With `few_cameras`, one or two cameras of the domain see an identity, as in CUHK03 and MSMT17; otherwise all do.
     A generator learns scenes from an identity's own source images, so an image drawn "as in the source" is in that
     identity's cameras, even if it shows another.
+
+    `near_misses` adds images as in the source with one attribute of the identity changed. `unseen` takes every new
+    scene from scenery and light of its own, and breaks images in other ways: for results on what nothing was set on.
     """
 
     domain: str = "a"
@@ -53,11 +58,17 @@ class World:
     seed: int = 0
     # Not part of the random seed: worlds with and without it differ in cameras only.
     few_cameras: bool = dataclasses.field(default=False, repr=False)
+    near_misses: bool = dataclasses.field(default=False, repr=False)
+    unseen: bool = dataclasses.field(default=False, repr=False)
+
+    @property
+    def cycle(self):
+        return LONG_CYCLE if self.near_misses else CYCLE
 
 
 def draw(world, pid, number):
     """(picture, truth) of one generated image."""
-    truth = CYCLE[number % len(CYCLE)]
+    truth = world.cycle[number % len(world.cycle)]
     rng = random.Random(f"generated/{world}/{pid}/{number}")
     index = FIRST_INDEX + number
     if truth == NOBODY:
@@ -70,7 +81,11 @@ def draw(world, pid, number):
         picture = in_scene(world, shown, rng.choice(other_places(world)), index)
     else:
         picture = render(world.domain, shown, camid, index, world.seed)
-    return (broken(picture, rng) if truth == BROKEN else picture), truth
+    if truth == NEAR:
+        picture = near_to(picture, world, pid, camid, index, rng)
+    if truth == BROKEN:
+        picture = rng.choice(OTHER_BREAKAGE if world.unseen else BREAKAGE)(picture, rng)
+    return picture, truth
 
 
 def cameras_of(world, pid):
@@ -94,11 +109,22 @@ def in_scene(world, pid, scene, index):
         return render(scene, pid, source_camera(world, pid, index), index, world.seed)
     camid = camera_of(scene, pid, index, world.seed)
     pose, rng = pose_of(scene, pid, camid, index, world.seed)
-    return draw_image(appearance(world.domain, pid, world.seed), pose, DOMAINS[scene]["cameras"][camid], rng, SIZE)
+    lens = home(scene, f"unseen/{pid}/{index}", world.seed) if world.unseen else DOMAINS[scene]["cameras"][camid]
+    return draw_image(appearance(world.domain, pid, world.seed), pose, lens, rng, SIZE)
 
 
 def other_places(world):
     return PLACES.replace(world.domain, "")
+
+
+def near_to(picture, world, pid, camid, index, rng):
+    """The same image with one attribute changed that can be seen in it."""
+    while True:
+        pose, pose_rng = pose_of(world.domain, pid, camid, index, world.seed)
+        person = near_miss(appearance(world.domain, pid, world.seed), rng)
+        other = draw_image(person, pose, lens_of(world.domain, camid, world.seed), pose_rng, SIZE)
+        if is_seen(picture, other):
+            return other
 
 
 def empty_scene(world, rng):
@@ -107,25 +133,6 @@ def empty_scene(world, rng):
     scene = background(camera["style"], camera["variant"], width * 6, height * 2)
     left = rng.randint(0, scene.width - 2 * width)
     return scene.crop((left, 0, left + 2 * width, 2 * height)).resize((width, height), Image.Resampling.BOX)
-
-
-def broken(picture, rng):
-    """The picture with a typical failure of sampling: shuffled pieces, a dissolved person, or noise."""
-    width, height = picture.size
-    kind = rng.choice(("pieces", "dissolved", "noise"))
-    if kind == "noise":
-        noise = Image.frombytes("RGB", picture.size, rng.randbytes(3 * width * height))
-        return Image.blend(picture, noise.filter(ImageFilter.GaussianBlur(1.5)), 0.93)
-    if kind == "dissolved":
-        return picture.resize((2, 3), Image.Resampling.BOX).resize(picture.size, Image.Resampling.BICUBIC)
-    piece = rng.randint(*PIECES)
-    corners = [
-        (left, top) for top in range(0, height - piece + 1, piece) for left in range(0, width - piece + 1, piece)
-    ]
-    mixed = picture.copy()
-    for (left, top), place in zip(rng.sample(corners, len(corners)), corners, strict=True):
-        mixed.paste(picture.crop((left, top, left + piece, top + piece)).rotate(rng.choice((0, 90, 180))), place)
-    return mixed
 
 
 def write_source(folder, world, images_per_id=12):
@@ -149,10 +156,11 @@ def write_source(folder, world, images_per_id=12):
     return folder
 
 
-def write_drawn(folder, world=World(), *, num_damaged=2, size=None):
+def write_drawn(folder, world=World(), *, num_damaged=2, size=None, prompts=None):
     """Write the set to `folder` through a temporary folder, unless it exists. Returns its metadata file.
 
-    The last `num_damaged` files are cut off in the middle. `size` (height, width) resizes the drawn images.
+    The last `num_damaged` files are cut off in the middle. `size` (height, width) resizes the drawn images. `prompts`
+    are those of the identities, {pid: prompt}; default: the same for all.
     """
     folder = Path(folder)
     if (folder / "metadata.parquet").is_file():
@@ -164,6 +172,7 @@ def write_drawn(folder, world=World(), *, num_damaged=2, size=None):
     with pq.ParquetWriter(part / "metadata.parquet", SCHEMA) as writer:
         for person_number in range(world.num_ids):
             pid, rows = 2 * person_number, []
+            prompt = (prompts or {}).get(pid, PROMPT)
             for number in range(world.images_per_id):
                 picture, truth = draw(world, pid, number)
                 if size is not None:
@@ -171,18 +180,18 @@ def write_drawn(folder, world=World(), *, num_damaged=2, size=None):
                 name = image_path(f"synthetic-{world.domain}/{pid:04d}", number, "jpg")
                 path = part / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_image(picture, path, quality=95, prompt="a photo of a person", seed=number, model="drawn")
+                save_image(picture, path, quality=95, prompt=prompt, seed=number, model="drawn")
                 if person_number * world.images_per_id + number >= total - num_damaged:
                     path.write_bytes(path.read_bytes()[:200])
                     truth = BROKEN
-                rows.append(metadata_of(world, pid, number, name, truth))
+                rows.append(metadata_of(world, pid, number, name, truth, prompt))
             writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
     sync(part / "metadata.parquet")
     part.rename(folder)
     return folder / "metadata.parquet"
 
 
-def metadata_of(world, pid, number, name, truth):
-    fixed = {"prompt": "a photo of a person", "steps": 0, "guidance": 0.0, "model": "drawn", "synthetic": True}
+def metadata_of(world, pid, number, name, truth, prompt=PROMPT):
+    fixed = {"prompt": prompt, "steps": 0, "guidance": 0.0, "model": "drawn", "synthetic": True}
     labels = {"pid": pid, "domain": f"synthetic-{world.domain}", "camid": -1, "seed": number, "truth": truth}
     return {"file_name": name, "path": name} | labels | fixed

@@ -29,6 +29,8 @@ SCORED = pa.schema(
         ("error", pa.string()),
     ]
 )
+# Beside these where a question answerer looks at the images.
+ANSWERED = pa.schema([("attribute_score", pa.float32()), ("attribute_answers", pa.string())])
 CHOSEN = [("kept", pa.bool_()), ("rejected", pa.string())]
 WHOLE = {"pid", "camid", "seed", "steps", "index"}
 TEXT = {"path", "file_name", "domain"}
@@ -143,7 +145,7 @@ class TableImages(Generated):
             if len(domains) != 1:
                 raise ValueError(f"{file} has no column domain, and there are {len(domains)} sources; add the column")
             self.domain = domains[0]
-        dropped = {*SCORED.names, "image", "kept", "rejected"}
+        dropped = {*SCORED.names, *ANSWERED.names, "image", "kept", "rejected"}
         fields = [field for field in schema if field.name not in dropped]
         for name, kind in (("path", pa.string()), ("domain", pa.string()), ("camid", pa.int64())):
             if name not in names:

@@ -17,8 +17,8 @@ SHOWN, HALF = 6, 3
 BARS = 40
 TRUE_RATES = (0.99, 0.95, 0.9, 0.8)
 RATES = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0001)
-SHORT = {"clip": "CLIP", "cctf": "CCTF", "reid": "Re-ID"}
-LABELS = {"clip": "CLIP", "cctf": "CCTF", "reid": "Re-ID CTF"}
+SHORT = {"clip": "CLIP", "cctf": "CCTF", "reid": "Re-ID", "attributes": "attributes"}
+LABELS = {"clip": "CLIP", "cctf": "CCTF", "reid": "Re-ID CTF", "attributes": "attributes"}
 MAX_SOURCES = 6
 
 
@@ -33,6 +33,8 @@ def kept_report(generated, name, sources, scores_path, scores, choice, calibrati
     ]
     if summary["choice"]["match_margin"]:
         facts.append(("Margin of the match", number(summary["choice"]["match_margin"])))
+    if summary["choice"].get("min_agreement") is not None:
+        facts.append(("Least agreement with the prompt", number(summary["choice"]["min_agreement"])))
     lead = f"{summary['kept']:,} of {summary['images']:,} generated images are kept; they are {summary['made_by']}."
     report = Report("Filtered people", subtitle=lead, facts=facts)
     add_counts(report, summary)
@@ -175,7 +177,7 @@ def note_of(row):
     # Non-breaking spaces keep each name and its number on one line.
     notes = [f"identity\u00a0{row['pid']}", *([row["error"]] if row["error"] else [])]
     for name, column in choosing.FILTERS.items():
-        if row[column] is not None:
+        if row.get(column) is not None:
             notes.append(f"{SHORT[name]}\u00a0{row[column]:.2f}")
     if row["reid_match"] is False:
         notes.append(f"nearer to another by {row['reid_lead']:.2f}")

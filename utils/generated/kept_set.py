@@ -70,7 +70,7 @@ The people of the source images did not agree to these images one by one: the te
 too. Finding people again across cameras is surveillance: use it only where the law and the people concerned allow
 it."""
 DRAWN, DIFFUSED, GENERATED = "drawn by code", "made by a diffusion model", "generated"
-NAMES = {"clip": "the CLIP filter", "cctf": "CCTF", "reid": "Re-ID CTF"}
+NAMES = {"clip": "the CLIP filter", "cctf": "CCTF", "reid": "Re-ID CTF", "attributes": "the attribute filter"}
 
 
 def write_scores(path, tables, choice=None):

@@ -38,7 +38,8 @@ class Training:
 class Wanted:
     """The models that score. `clip` is a name; `reid` and `classifiers` are {domain: name}, or None to train them.
 
-    The name `none` skips a filter. `clip_size` is (height, width), or None for CLIP's own square.
+    The name `none` skips a filter. `clip_size` is (height, width), or None for CLIP's own square. `captioner` answers
+    questions about the images.
     """
 
     clip: str
@@ -47,6 +48,11 @@ class Wanted:
     reid: dict | None
     classifiers: dict | None
     training: Training
+    captioner: str = "none"
+
+    @property
+    def has_attributes(self):
+        return self.captioner != "none"
 
     @property
     def has_clip(self):
@@ -88,6 +94,18 @@ def check_models(wanted, sources):
             )
     if wanted.reid is None or wanted.classifiers is None:
         model_kind(wanted.training.backbone)
+    if wanted.has_attributes:
+        check_answerer(wanted.captioner)
+
+
+def check_answerer(name):
+    from utils.generated.texts.captioners import CAPTIONS, check_captioner
+
+    if check_captioner(name) == CAPTIONS:
+        raise ValueError(
+            f"--captioner: {name!r} writes captions and answers no questions; give a question answerer such as "
+            "Salesforce/blip-vqa-base"
+        )
 
 
 def check_kind(flag, name, wanted):
@@ -128,6 +146,8 @@ def settings_of(wanted, digest, sources, holdout_fraction, mixed_precision, seed
         settings[flag] = [identity_of_model(name) for name in names] or "trained"
     if "trained" in (settings["reid_model"], settings["classifier_model"]):
         settings["training"] = wanted.training.settings()
+    if wanted.has_attributes:
+        settings["captioner"] = identity_of_model(wanted.captioner)
     return json.loads(to_json(settings))
 
 

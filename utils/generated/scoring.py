@@ -18,7 +18,7 @@ from utils.datasets.images import as_rgb, reason_of
 from utils.files import write_together
 from utils.generated import choosing
 from utils.generated import images as generated_images
-from utils.generated.images import SCORED
+from utils.generated.images import ANSWERED, SCORED
 from utils.generated.kept_set import write_scores
 from utils.worklist import differences
 
@@ -73,7 +73,8 @@ def is_safetensors(path):
 
 
 def score_pieces(folder, generated, score_piece, *, accelerator):
-    """Write scores.parquet and features.npy. `score_piece(table, readers)` gives the columns of `SCORED` and features.
+    """Write scores.parquet and features.npy. `score_piece(table, readers)` gives columns and features; the columns are
+    those of `SCORED`, and of `ANSWERED` where images are asked about.
 
     Each of n processes scores every n-th piece that is missing. All processes must see `folder`.
     """
@@ -97,8 +98,9 @@ def score_pieces(folder, generated, score_piece, *, accelerator):
         if table is None:
             continue
         columns, features = score_piece(table, readers)
-        for name, kind in zip(SCORED.names, SCORED.types, strict=True):
-            table = table.append_column(name, pa.array(columns[name], kind))
+        for field in (*SCORED, *ANSWERED):
+            if field.name in columns:
+                table = table.append_column(field.name, pa.array(columns[field.name], field.type))
         with write_together(pieces) as part:
             # Given a path, np.save would append an ending to the temporary name.
             with open(part(f"{start:08d}.npy"), "wb") as file:

@@ -43,3 +43,11 @@ def widths_of(backbone, need="this method uses"):
     both = summary_and_earlier(backbone.eval(), torch.zeros(1, 3, *backbone.image_size), need)
     backbone.train(was_training)
     return [side.shape[1] for side in both]
+
+
+def compile_blocks(model):
+    """Compile the blocks of a model's backbone and head: heads call them one by one, never the backbone as a whole."""
+    inner = getattr(model.backbone.model, "vision_model", model.backbone.model)
+    encoder = getattr(inner, "encoder", inner)
+    for block in (*getattr(encoder, "stages", [encoder]), *(getattr(model.head, "branches", None) or ())):
+        block.compile()

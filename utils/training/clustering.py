@@ -13,6 +13,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from kernels.jaccard_graph import jaccard_graph
+from kernels.ring.graph import whole_graph
+from kernels.ring.processes import shares_of
 from utils.evaluation.groups.clusters import NOISE, as_matrix, dbscan, singled_out
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -41,16 +43,19 @@ class Clusters:
         return float((self.labels == NOISE).double().mean())
 
 
-def cluster(features, *, eps=0.6, min_samples=4, k1=30, k2=6, compat=None, backend="auto"):
+def cluster(features, *, eps=0.6, min_samples=4, k1=30, k2=6, compat=None, backend="auto", group=None):
     """One `Clusters` for a number `eps`, a list for a list of eps; the distances are computed once.
 
-    `compat="faiss"`: the Jaccard distance of `kernels.jaccard` that counts an image among its own k1.
+    `compat="faiss"`: the Jaccard distance of `kernels.jaccard` that counts an image among its own k1. The processes
+    of a `group`, which all have the features, share the work and get the same clusters.
     """
     several = isinstance(eps, (list, tuple))
     scales = list(eps) if several else [eps]
     check_settings(len(features), scales, min_samples, k1, k2)
     settings = {"max_distance": max(scales), "nearest": min_samples, "compat": compat, "backend": backend}
-    graph = jaccard_graph(features, k1=k1, k2=k2, **settings)
+    graph = jaccard_graph(*shares_of(group, features), k1=k1, k2=k2, **settings, group=group)
+    if group is not None:
+        graph = whole_graph(graph, group)
     near, reach = as_matrix(graph.near), graph.reach[:, -1].cpu()
     clusterings = [Clusters(dbscan(near, scale, min_samples), reach, scale, min_samples) for scale in scales]
     return clusterings if several else clusterings[0]

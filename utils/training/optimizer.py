@@ -1,7 +1,5 @@
 """The optimizer and its learning rate."""
 
-import math
-
 import torch
 from diffusers.optimization import get_scheduler
 
@@ -42,17 +40,6 @@ def warmup_multistep(epoch, warmup_epochs, warmup_factor, milestones, gamma):
     if epoch < warmup_epochs:
         return warmup_factor + (1 - warmup_factor) * epoch / warmup_epochs
     return gamma ** sum(epoch >= milestone for milestone in milestones)
-
-
-def cosine_to(end, warmup, num_steps):
-    """Factor on the learning rate by epoch and step: a linear rise, then half a cosine to `end`."""
-
-    def factor(epoch, step):
-        if step < warmup:
-            return step / warmup
-        return end + (1 - end) * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup))) / 2
-
-    return factor
 
 
 class LearningRate:

@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 
 from utils.datasets.identities import identities_of
 from utils.datasets.load import load_reid
-from utils.diffusion.text_to_image import check_text_encoder, encode_texts, load_tokenizer
+from utils.diffusion.families.texts import check_text_encoder, encode_texts, load_tokenizer
 from utils.files import write_together
 from utils.generated.made_set import CAPTIONS
 from utils.generated.texts import captions

@@ -1,0 +1,1 @@
+"""Features on disk, read in blocks: `RowsOnDisk` for galleries larger than memory."""

@@ -1,0 +1,53 @@
+"""Settings of generation that depend on the family of the model."""
+
+from utils.diffusion.families import sdxl, stable_diffusion
+from utils.diffusion.families.solvers import FLOW_EULER
+
+RARE_WORD = "sks"
+
+
+def fitted(family, settings, given):
+    """({name: value} of the settings that become others, lines that say so); ValueError for a flag that cannot be.
+
+    settings: identity_token, solver, guidance_scale, snr_gamma, train_text_encoder, fast_lora. given: names of those
+    that a flag gave.
+    """
+    changed, lines = {}, []
+    of_flow = FLOW_EULER in family.SOLVERS
+    is_new = settings["identity_token"].startswith("<")
+    if len(family.TEXTS) > 1 and is_new:
+        if "identity_token" in given:
+            raise ValueError(
+                f"--identity_token {settings['identity_token']}: {family.TITLE} has {len(family.TEXTS)} text "
+                f"encoders, and a new token is one encoder's; give a rare word without brackets, such as {RARE_WORD}"
+            )
+        changed["identity_token"] = RARE_WORD
+        lines.append(f"{family.TITLE} has several text encoders: --identity_token {RARE_WORD}, a word they know")
+    if settings["solver"] not in family.SOLVERS:
+        if "solver" in given:
+            raise ValueError(
+                f"--solver {settings['solver']} does not fit {family.TITLE}; it takes {', '.join(family.SOLVERS)}"
+            )
+        changed["solver"] = family.SOLVERS[0]
+        lines.append(f"{family.TITLE} learned by flow matching: --solver {family.SOLVERS[0]}")
+    if settings["train_text_encoder"] and len(family.TEXTS) > 1:
+        raise ValueError(
+            f"--train_text_encoder trains the one text encoder of {stable_diffusion.TITLE}; {family.TITLE} has "
+            f"{len(family.TEXTS)}; leave it out"
+        )
+    if settings["snr_gamma"] is not None and of_flow:
+        raise ValueError(f"--snr_gamma weighs steps of a noise schedule; {family.TITLE} has none; leave it out")
+    if settings["fast_lora"] and family not in (stable_diffusion, sdxl):
+        raise ValueError(
+            f"--fast_lora is a LoRA of a U-Net, of {stable_diffusion.TITLE} or XL; {family.TITLE} has a transformer; "
+            "leave it out"
+        )
+    return changed, lines
+
+
+def said_of_word(word, tokenizers):
+    """A line if the rare word is several tokens of a tokenizer, else None."""
+    counts = [len(tokenizer(word, add_special_tokens=False).input_ids) for tokenizer in tokenizers]
+    if max(counts) == 1:
+        return None
+    return f"--identity_token {word} is {max(counts)} tokens: a word of one token is learned more easily"

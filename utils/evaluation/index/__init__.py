@@ -1,0 +1,1 @@
+"""A gallery whose features stay on disk: searched without reading it into memory, and added to."""

@@ -1,0 +1,181 @@
+"""The files of a kept gallery: `manifest.json`, and a safetensors file for each addition.
+
+    index = Index.open(folder)                            # None where there is no manifest
+    index = Index(folder)
+    index.check_model(about_model(name, model, "no"))     # ValueError for another one; that of an empty gallery
+    index.add(features, rows)                             # a new file, then the manifest
+    index.features()                                      # RowsOnDisk, nothing is read yet
+
+The manifest names the model (`about`) and the files with their rows and bytes. It is replaced last: what a killed
+addition leaves behind is in no manifest and belongs to no gallery.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from kernels.disk.rows import RowsOnDisk, mapped
+from utils.batches.chunks import weights_digest
+from utils.files import to_json, write_together
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is known of the images, each a list: names below their folder, identities as names or None, cameras as
+    numbers in file names or -1, sizes, times of change, SHA-256 of the contents."""
+
+    paths: list
+    identities: list
+    cameras: list
+    sizes: list
+    times: list
+    digests: list
+
+    def __len__(self):
+        return len(self.paths)
+
+    def take(self, places):
+        return Rows(**{name: [values[place] for place in places] for name, values in vars(self).items()})
+
+    def __add__(self, other):
+        return Rows(**{name: values + getattr(other, name) for name, values in vars(self).items()})
+
+
+NO_ROWS = Rows([], [], [], [], [], [])
+
+
+def about_model(name, model, precision):
+    """What the features depend on, for the manifest."""
+    transform = [list(model.image_size), list(model.image_mean), list(model.image_std), model.resample, precision]
+    return {"model": str(name), "weights": weights_digest(model), "transform": transform, "width": model.num_features}
+
+
+class Index:
+    """The kept gallery in a folder; `about` is that of `about_model`, `files` are the manifest's records."""
+
+    def __init__(self, folder, about=None, files=()):
+        self.folder, self.about, self.files = Path(folder), about, list(files)
+
+    @classmethod
+    def open(cls, folder):
+        """The gallery of a folder, or None where there is none; ValueError for a damaged one."""
+        path = Path(folder) / MANIFEST
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                raise ValueError(f"it has format {content['format']}, this version reads {FORMAT}")
+            index = cls(folder, content["about"], content["files"])
+            index.check_files()
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no manifest of a gallery: {error!r}; extract the gallery again") from None
+        return index
+
+    def check_files(self):
+        for record in self.files:
+            path = self.folder / record["file"]
+            size = path.stat().st_size if path.is_file() else None
+            if size != record["bytes"]:
+                found = "is missing" if size is None else f"has {size:,} bytes"
+                raise ValueError(
+                    f"{path} {found}, the manifest says {record['bytes']:,} bytes: it was cut short or replaced; "
+                    "restore it, or extract the gallery again"
+                )
+
+    def check_model(self, about):
+        """ValueError unless the features are of this model and transform; a gallery without any takes them."""
+        kept = self.about = self.about or about
+        # The size changes a model's weights for positions, too.
+        if kept["transform"] != about["transform"]:
+            raise ValueError(
+                f"{self.folder} was extracted with size, mean, deviation, filter and precision {kept['transform']}, "
+                f"this run has {about['transform']}; use the same, or another folder by --gallery_features"
+            )
+        if kept["weights"] != about["weights"]:
+            raise ValueError(
+                f"{self.folder} holds features of {kept['model']}, {about['model']} has other weights; give its model "
+                "by --model, or another folder by --gallery_features"
+            )
+
+    def __len__(self):
+        return sum(record["rows"] for record in self.files)
+
+    def paths(self):
+        return [self.folder / record["file"] for record in self.files]
+
+    def features(self):
+        return RowsOnDisk.open(self.paths())
+
+    def rows(self):
+        """The `Rows` of all images."""
+        rows = NO_ROWS
+        for path in self.paths():
+            rows += Rows(**json.loads(bytes(mapped(path, "rows").numpy())))
+        return rows
+
+    def add(self, features, rows):
+        """Write these rows as a new file, then the manifest that names it."""
+        self.replace({None: (features, rows)})
+
+    def replace(self, parts):
+        """Write (features, Rows) for each of the files in `parts`, None for a new one, then the manifest.
+
+        A file that is replaced gets a new name, and the old one is removed after the manifest is written.
+        """
+        numbers = [int(Path(record["file"]).stem) for record in self.files]
+        number, old = max(numbers, default=-1) + 1, [name for name in parts if name]
+        files = [record for record in self.files if record["file"] not in parts]
+        with write_together(self.folder) as part:
+            for features, rows in parts.values():
+                if not len(rows):
+                    continue
+                name = f"{number:05d}.safetensors"
+                number += 1
+                text = torch.frombuffer(bytearray(json.dumps(asdict(rows)).encode()), dtype=torch.uint8)
+                save_file({"features": features.contiguous(), "rows": text}, part(name))
+                size = os.path.getsize(self.folder / f"{name}.part")
+                files.append({"file": name, "rows": len(rows), "bytes": size})
+            content = {"format": FORMAT, "about": self.about, "files": files}
+            part(MANIFEST).write_text(to_json(content), encoding="utf-8")
+        self.files = files
+        for name in old:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def pids(self):
+        """The identities that are numbers."""
+        return {int(name) for name in self.rows().identities if name is not None and name.isdecimal()}
+
+    def images_of(self, pid):
+        rows = self.rows()
+        return {path for path, name in zip(rows.paths, rows.identities, strict=True) if is_pid(name, pid)}
+
+    def without(self, pid, images, dry_run):
+        """Remove the identity and these images: one line that says so, or none."""
+        parts, removed = {}, 0
+        for record, path in zip(self.files, self.paths(), strict=True):
+            rows = Rows(**json.loads(bytes(mapped(path, "rows").numpy())))
+            names = enumerate(zip(rows.paths, rows.identities, strict=True))
+            kept = [place for place, (name, identity) in names if not (name in images or is_pid(identity, pid))]
+            if len(kept) < len(rows):
+                removed += len(rows) - len(kept)
+                parts[record["file"]] = (
+                    mapped(path, "features")[torch.tensor(kept, dtype=torch.int64)],
+                    rows.take(kept),
+                )
+        if not removed:
+            return []
+        if not dry_run:
+            self.replace(parts)
+        return [f"{self.folder / MANIFEST}: {removed} row{'s' if removed > 1 else ''} removed"]
+
+
+def is_pid(name, pid):
+    return pid is not None and name == str(pid)
