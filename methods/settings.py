@@ -318,7 +318,7 @@ def add_flags(parser, shown=None):
     group.add("--part_neighbours", type=at_least(2), default=8, help="the same of clusters and of parts")
     group.add("--spread", type=below_one, default=0.5, help="share of a label that spreads on to neighbours")
     group.add("--least_similarity", type=fraction, default=0.75, help="cosine above which images are neighbours")
-    group.add("--least_score", type=not_negative, default=0.1, help="score above which an image or cluster is joined")
+    group.add("--least_score", type=not_negative, default=0.15, help="score above which an image or cluster is joined")
     words = "cosines to a denser one between which an image or part is a peak, where its cluster is split"
     group.add("--peak_similarity", type=fraction, nargs=2, default=[0.4, 0.8], help=words)
     group.add("--most_peaks", type=at_least(2), default=8, help="the most parts of a split")
