@@ -212,6 +212,7 @@ import datasets
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 
+from kernels.ring.processes import all_processes
 from methods.cacl import CaCL
 from methods.cluster_contrast import ClusterContrast
 from methods.glt import GLT
@@ -527,7 +528,7 @@ def shared_labels(args, training, bare, features, truth, epoch, strict=True, lab
         message = [(labels, state.get("independence"))]
     else:
         try:
-            group = launch.group_of(accelerator)
+            group = all_processes()
             clusters = of(bare, "clusterings")(features.to(accelerator.device), args, group)
             labels, threshold = of(bare, "labels_of")(clusters, state.get("independence"))
             if strict:

@@ -34,6 +34,7 @@ from benchmarks.speed import (
     loading,
     pretraining,
     retrieval,
+    ring,
 )
 
 FILES = {
@@ -80,6 +81,7 @@ TABLES = {
     "real_people_gt": lambda raw: (real_people.COLUMNS, real_people.rows_of(raw)),
     "retrieval": lambda raw: (retrieval.COLUMNS, retrieval.rows_of(raw["rows"])),
     "retrieval_peers": lambda raw: (retrieval.COLUMNS, retrieval.rows_of(raw["rows"])),
+    "ring": lambda raw: ring.table_of(raw),
     "standins": lambda raw: standins.table_of(raw["question_answerer"]),
     "thresholds": lambda raw: (thresholds.COLUMNS, thresholds.rows_of(raw["runs"])),
     "starts": lambda raw: (["setting", "number", starts.SCRATCH, starts.PRETRAINED, "gain"], start_rows(raw)),
