@@ -1,4 +1,4 @@
-"""Boxes of the parts of a person from an open-vocabulary detector of `transformers`: OWLv2, Grounding DINO and more."""
+"""Boxes of the parts of a person from an open-vocabulary detector of `transformers`, such as OWLv2, Grounding DINO."""
 
 import torch
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor

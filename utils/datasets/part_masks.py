@@ -212,7 +212,9 @@ def main(input_args=None):
     parser.add_argument("source", nargs="+", metavar="SPEC", help="data sets, as in --source of the training scripts")
     parser.add_argument("--out", required=True, help="file to write")
     parser.add_argument("--root", help="folder of the set, or the one it lies in")
-    words = "an open-vocabulary detector of transformers, such as google/owlv2-base-patch16; `rows`: the same rows for "
+    words = (
+        "an open-vocabulary detector of transformers, such as google/owlv2-base-patch16; `rows`: the same rows for "
+    )
     words += "all images; default: the true boxes, which drawn people have"
     parser.add_argument("--detector", help=words)
     parser.add_argument("--threshold", type=fraction, default=0.05, help="least score of a box; default 0.05")

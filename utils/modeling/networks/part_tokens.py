@@ -101,7 +101,9 @@ class PartTokenBackbone(ClipBackbone):
         made = cls(model, backbone.image_size)
         model.load_state_dict(backbone.model.state_dict(), strict=False)
         with torch.no_grad():
-            model.part_positions.copy_(made.tower.embeddings.position_embedding.weight[:1].expand_as(model.part_tokens))
+            model.part_positions.copy_(
+                made.tower.embeddings.position_embedding.weight[:1].expand_as(model.part_tokens)
+            )
         return made
 
     def embedded(self, images):
