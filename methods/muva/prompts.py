@@ -2,23 +2,27 @@
 
 import json
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, logging
 
-from utils.files import one_line
+from utils.files import one_line, write_together
 from utils.modeling.networks.part_tokens import PARTS
 
-PROMPTS, LOG = "muva_prompts.safetensors", "muva_log.jsonl"
+PROMPTS, LOG, BEGUN = "muva_prompts.safetensors", "muva_log.jsonl", "muva_begun.safetensors"
 FORMAT = "diffreid muva prompts 1"
 # In the words of the texts: the whole person and the parts.
 GRAINS = ("person", *(f"{part} of a person" for part in PARTS))
 BEFORE = "A photo of a"
 NUM_WORDS = 4
+# Epochs between two writes of what is learned; of it: the words and their moments in Adam.
+KEPT_EVERY, STATE = 5, ("words", "exp_avg", "exp_avg_sq")
 # The rate of the words rises in so many epochs from FIRST_RATE, then falls to LAST_RATE.
 RISE, FIRST_RATE, LAST_RATE, DECAY = 5, 1e-5, 1e-6, 1e-4
 
@@ -84,10 +88,51 @@ def text_loss(texts, centres, labels):
     return F.cross_entropy(F.normalize(texts, dim=1) @ centres.t(), labels)
 
 
-def learn_words(texts, centres, labels, sampler, *, epochs, rate):
-    """Learn `texts.words`; yields a line of the log after each step. `sampler` yields batches of image numbers."""
-    optimizer, step = torch.optim.Adam([texts.words], lr=rate, weight_decay=DECAY), 0
-    for epoch in tqdm(range(1, epochs + 1), desc="prompts", unit="epoch"):
+class Begun:
+    """What a first stage has learned so far, in the folder of the run, so that a killed one goes on.
+
+    `settings` are all that it depends on; a file of others is not looked at.
+    """
+
+    def __init__(self, folder, settings, *, resume, writes):
+        self.folder, self.settings, self.writes = Path(folder), json.dumps(settings, sort_keys=True), writes
+        self.lines, self.tensors = [], None
+        try:
+            with safe_open(self.folder / BEGUN, "pt") as file:
+                if resume and file.metadata()["settings"] == self.settings:
+                    self.tensors = {name: file.get_tensor(name) for name in STATE}
+                    self.lines = json.loads(file.metadata()["lines"])
+        except (OSError, SafetensorError, KeyError, ValueError):
+            self.tensors, self.lines = None, []
+
+    @torch.no_grad()
+    def restore(self, words, optimizer):
+        """The epochs and steps that are done."""
+        if self.tensors is None:
+            return 0
+        words.copy_(self.tensors["words"])
+        moments = {name: self.tensors[name].to(words.device) for name in STATE[1:]}
+        optimizer.state[words] = moments | {"step": torch.tensor(float(len(self.lines)))}
+        return self.lines[-1]["epoch"]
+
+    def keep(self, words, optimizer):
+        if self.writes:
+            tensors = {"words": words.detach()} | {name: optimizer.state[words][name] for name in STATE[1:]}
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            with write_together(self.folder) as part:
+                save_file(tensors, part(BEGUN), metadata={"settings": self.settings, "lines": json.dumps(self.lines)})
+
+    def end(self):
+        if self.writes:
+            (self.folder / BEGUN).unlink(missing_ok=True)
+
+
+def learn_words(texts, centres, labels, sampler, *, epochs, rate, begun):
+    """Learn `texts.words`; returns the lines of the log. `sampler` gives batches of image numbers."""
+    words, lines = texts.words, begun.lines
+    optimizer = torch.optim.Adam([words], lr=rate, weight_decay=DECAY)
+    first = 1 + begun.restore(words, optimizer)
+    for epoch in tqdm(range(first, epochs + 1), desc="prompts", unit="epoch"):
         optimizer.param_groups[0]["lr"] = now = rate_of(epoch, epochs, rate)
         for numbers in sampler.global_batches(epoch):
             # Several images of an identity have one text.
@@ -96,8 +141,10 @@ def learn_words(texts, centres, labels, sampler, *, epochs, rate):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            step += 1
-            yield {"step": step, "epoch": epoch, "lr": now, "loss": loss.item()}
+            lines.append({"step": len(lines) + 1, "epoch": epoch, "lr": now, "loss": loss.item()})
+        if epoch % KEPT_EVERY == 0:
+            begun.keep(words, optimizer)
+    return lines
 
 
 def read_prompts(path):

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 from methods.muva.losses import extract_under, with_parts
-from methods.muva.prompts import FORMAT, LOG, PROMPTS, Texts, check_prompts, learn_words, read_prompts
+from methods.muva.prompts import FORMAT, LOG, PROMPTS, Begun, Texts, check_prompts, learn_words, read_prompts
 from utils.batches.part_images import loader_with_masks
 from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import test_transform
@@ -143,7 +143,14 @@ class Parts:
         if texts(labels[:1].to(accelerator.device)).shape[1] != encoder.num_features:
             raise ValueError(f"the text encoder of {args.backbone} is of another width than its image encoder")
         sampler = IdentitySampler(labels.tolist(), batch_size, args.images_per_id, args.seed)
-        lines = list(learn_words(texts, centres, labels, sampler, epochs=args.muva_epochs, rate=args.muva_rate))
+        names = "backbone", "seed", "images_per_id", "muva_epochs", "muva_rate", "part_masks", "memory_resample"
+        settings = {name: getattr(args, name) for name in names} | {"data": self.data, "batch": batch_size}
+        resume, main = bool(args.resume_from_checkpoint), accelerator.is_main_process
+        begun = Begun(folder, settings, resume=resume, writes=main)
+        # All have read it before one of them writes.
+        accelerator.wait_for_everyone()
+        options = {"epochs": args.muva_epochs, "rate": args.muva_rate, "begun": begun}
+        lines = learn_words(texts, centres, labels, sampler, **options)
         tensors = {"words": texts.words.detach(), "text_features": texts.of_all()}
         # Every process has learned the same words; machines may round differently.
         tensors = {name: broadcast(tensor.contiguous()).cpu() for name, tensor in tensors.items()}
@@ -155,6 +162,8 @@ class Parts:
             with write_together(folder) as part:
                 part(LOG).write_text("".join(json.dumps(line) + "\n" for line in lines))
                 save_file(tensors, part(PROMPTS), metadata={"format": FORMAT, "data": json.dumps(self.data)})
+            begun.end()
+            print(f"Prompts and part tokens: {folder / PROMPTS}")
         return tensors
 
     # Results

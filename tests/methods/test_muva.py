@@ -4,26 +4,30 @@ import functools
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
 
 import train_dcac
-from methods.muva import settings
+from methods.muva import prompts, settings
 from methods.muva.losses import extract_under, with_parts
 from methods.muva.prompts import BEFORE, NUM_WORDS, Texts, rate_of, text_loss
 from tests import runs
 from tests.runs import launch, log_of, same_weights, weights_of
 from train_dcac import DCAC, Condition
 from utils.batches.part_images import WithMasks
+from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import ReIDImages, test_transform, train_transform
 from utils.datasets import part_masks
 from utils.datasets.load import load_reid
 from utils.datasets.part_masks import PARTS, PartMasks, fixed_rows, masks_of, patches_in
+from utils.modeling.attention import attention_maps
 from utils.modeling.backbones import backbone_from_config
 from utils.modeling.memories import PrototypeMemory
 from utils.modeling.networks.part_tokens import PartTokenBackbone
@@ -152,16 +156,45 @@ def test_no_token_is_nan_where_masks_are_empty(clip, dtype):
     assert model.to(dtype).backbone(images.to(dtype), empty).isfinite().all()
 
 
-def test_parameters_of_the_page():
+def test_parameters_and_operations_of_the_page():
     sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     with torch.device("meta"):
         clip = backbone_from_config(CLIPVisionConfig(**sizes, image_size=224, patch_size=16, projection_dim=512))
         model = ReIDModel(PartTokenBackbone.on(clip, 2), 751)
-    millions = lambda module: sum(one.numel() for one in module.parameters() if one.requires_grad) / 1e6
+    def millions(module):
+        return sum(one.numel() for one in module.parameters() if one.requires_grad) / 1e6
     assert millions(model) == pytest.approx(116.9, abs=0.05)
     assert millions(model.backbone) == pytest.approx(115.3, abs=0.05)
     assert millions(model.backbone.model.predictors) == pytest.approx(29.76, abs=0.005)
+    # Of 64 images, in 10^12: a multiplication and an addition are two.
+    images, masks = (
+        torch.zeros(64, 3, 256, 128, device="meta"),
+        torch.zeros(64, 3, 128, dtype=torch.bool, device="meta"),
+    )
+    counts = []
+    for call in (lambda: clip(images), lambda: model.backbone(images, masks), lambda: model.backbone(images)):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        counts.append(counter.get_total_flops() / 1e12)
+    assert counts[0] == pytest.approx(1.45, abs=0.005) and counts[2] - counts[0] == pytest.approx(0.27, abs=0.005)
+    assert counts[2] - counts[1] == pytest.approx(0.24, abs=0.005)
     assert model.num_features == 2048
+
+
+@pytest.mark.slow
+def test_an_exported_encoder_takes_any_batch(clip):
+    model = part_model(clip).eval()
+    model.backbone.set_attention("eager")
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(model, (torch.randn(3, 3, 32, 24),), dynamic_shapes=shapes)
+    for count in (1, 2, 5):
+        images = torch.randn(count, 3, 32, 24)
+        torch.testing.assert_close(program.module()(images), model(images))
+
+
+def test_where_it_looks(clip):
+    maps = attention_maps(part_model(clip), torch.randn(2, 3, 32, 24))
+    assert maps.shape == (2, 4, 3) and maps.amax((1, 2)).tolist() == pytest.approx([1, 1])
 
 
 def test_a_folder_keeps_part_tokens_and_predictors(clip, tmp_path):
@@ -180,7 +213,9 @@ def module(clip, probabilities="classifier", **options):
     encoder = part_model(clip).train()
     memory = PrototypeMemory(torch.randn(NUM_IDS, encoder.num_features), 0.05)
     sizes = {"num_ids": NUM_IDS, "num_features": encoder.num_features, "width": 8, "tau": 0.6}
-    condition = Condition("correlation", probabilities, "none", **sizes, num_tokens=4 if probabilities == "parts" else 1)
+    condition = Condition(
+        "correlation", probabilities, "none", **sizes, num_tokens=4 if probabilities == "parts" else 1
+    )
     more = {"ldm_weight": 0.7, "label_smoothing": 0.1, "pass_size": BATCH, "text_tau": 0.3, "tau": 0.6}
     more |= {"probabilities": probabilities, "text_weight": 1.0, "mask_weight": 1.0, "mask_lr_multiplier": 10.0}
     model = with_parts(DCAC)(encoder, memory, condition, None, None, **more | options)
@@ -240,7 +275,7 @@ def test_conditions_of_texts_and_parts(clip, probabilities):
     features, labels = torch.randn(BATCH, 64), torch.arange(BATCH) % NUM_IDS
     bn_features, logits = model.encoder.neck(features)
     found = model.condition(*model.scored(features, logits, bn_features), labels, model.memory)
-    prompts = model.condition.prompts
+    rows = model.condition.prompts
     by_text, by_classifier = (features @ model.texts.t() / 0.3).softmax(1), (logits / 0.6).softmax(1)
     if probabilities == "parts":
         weight = model.encoder.classifier.weight
@@ -248,11 +283,11 @@ def test_conditions_of_texts_and_parts(clip, probabilities):
         for grain in range(4):
             columns = slice(16 * grain, 16 * (grain + 1))
             p = (bn_features[:, columns] @ weight[:, columns].t() / 0.6).softmax(1)
-            wanted.append(p @ prompts[:, grain])
+            wanted.append(p @ rows[:, grain])
         wanted = torch.stack(wanted, 1)
     else:
         p = by_text if probabilities == "text" else (by_text + by_classifier) / 2
-        wanted = (p @ prompts)[:, None]
+        wanted = (p @ rows)[:, None]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -294,6 +329,40 @@ def test_rates_of_the_prompts():
     for epoch in range(1, 121):
         wanted = 1e-5 + 6.8e-5 * epoch if epoch < 5 else 1e-6 + 1.745e-4 * (1 + math.cos(math.pi * epoch / 120))
         assert rate_of(epoch, 120, 3.5e-4) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_killed_first_stage_goes_on(standins, tmp_path, monkeypatch, resume):
+    monkeypatch.setattr(prompts, "KEPT_EVERY", 2)
+    labels = torch.arange(12) // 4
+    sampler = IdentitySampler(labels.tolist(), 8, 4, 0)
+
+    def learn(folder, stop=None, **begun):
+        torch.manual_seed(0)
+        texts = Texts(standins / "clip", 3)
+        centres = F.normalize(torch.randn(3, texts(labels[:1]).shape[1]), dim=1)
+        begun = prompts.Begun(folder, {"epochs": 5}, writes=True, **begun)
+        batches, done = sampler.global_batches, []
+
+        def until(epoch):
+            done.append(epoch)
+            if epoch == stop:
+                raise KeyboardInterrupt
+            return batches(epoch)
+
+        numbers = SimpleNamespace(global_batches=until)
+        try:
+            lines = prompts.learn_words(texts, centres, labels, numbers, epochs=5, rate=0.01, begun=begun)
+        except KeyboardInterrupt:
+            return None
+        return lines, texts.words.detach(), done
+
+    lines, words, _ = learn(tmp_path / "one", resume=False)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert learn(tmp_path / "killed", stop=4, resume=False) is None
+    again, found, done = learn(tmp_path / "killed", resume=resume)
+    assert done == ([3, 4, 5] if resume else [1, 2, 3, 4, 5])
+    assert again == lines and torch.equal(found, words)
 
 
 # Masks
@@ -401,7 +470,17 @@ def test_features_under_given_masks(clip, accelerator):
 
 
 SMALL = ["--source", "synthetic:domain=a,num_ids=6,images_per_id=4", "--target", "synthetic:domain=b,num_ids=3"]
-SMALL += ["--train_batch_size", "8", "--num_train_epochs", "2", "--eval_every", "9", "--diffusion_resolution", "64", "64"]
+SMALL += [
+    "--train_batch_size",
+    "8",
+    "--num_train_epochs",
+    "2",
+    "--eval_every",
+    "9",
+    "--diffusion_resolution",
+    "64",
+    "64",
+]
 SMALL += ["--encoder", "muva", "--muva_epochs", "2", "--validation_ids", "2"]
 
 
@@ -422,9 +501,11 @@ def finished(small, tmp_path_factory):
 def test_what_a_run_leaves(finished, small, tmp_path):
     out = finished / "out"
     lines, words = log_of(out), [json.loads(line) for line in (out / "muva_log.jsonl").read_text().splitlines()]
-    assert len(lines) == 6 and len(words) == 6 and all(line["loss_text"] > 0 and line["loss_ldm"] > 0 for line in lines)
-    prompts = load_file(out / "muva_prompts.safetensors")
-    assert prompts["words"].shape[:3] == (6, 4, NUM_WORDS) and prompts["part_tokens"].shape[0] == 3
+    assert (
+        len(lines) == 6 and len(words) == 6 and all(line["loss_text"] > 0 and line["loss_ldm"] > 0 for line in lines)
+    )
+    learned = load_file(out / "muva_prompts.safetensors")
+    assert learned["words"].shape[:3] == (6, 4, NUM_WORDS) and learned["part_tokens"].shape[0] == 3
     notes = json.loads((out / "metrics.json").read_text())["masks"]
     assert [note["epoch"] for note in notes] == [0, 2] and notes[1]["dice source"] > notes[0]["dice source"]
     assert "Part masks" in (out / "report.html").read_text()
@@ -433,7 +514,7 @@ def test_what_a_run_leaves(finished, small, tmp_path):
     common = [*small, "--probabilities", "text", "--cache_dir", finished / "cache"]
     train(*common, "--muva_stage", "prompts", "--output_dir", tmp_path / "alone")
     file = tmp_path / "alone" / "muva_prompts.safetensors"
-    assert same_weights(load_file(file), prompts) and not (tmp_path / "alone" / "log.jsonl").exists()
+    assert same_weights(load_file(file), learned) and not (tmp_path / "alone" / "log.jsonl").exists()
     train(*common, "--muva_prompts", file, "--output_dir", tmp_path / "given")
     assert (tmp_path / "given" / "log.jsonl").read_text() == (out / "log.jsonl").read_text()
 
@@ -525,8 +606,12 @@ def test_a_detector_by_name(kind, standins, tmp_path):
     masks, _ = PartMasks.read([file]).of(data)
     for row, boxes in enumerate(detector([image["image"] for image in data])):
         for part, mask in zip(PARTS, masks[row].numpy(), strict=True):
-            assert np.array_equal(mask, patches_in(boxes[part], (16, 8)))
+            # Where it sees no part, that is the whole image.
+            assert np.array_equal(mask, patches_in(boxes[part] or (0, 0, 1, 1), (16, 8)))
     # Nothing is sure enough: every part is the whole image.
     part_masks.main([spec, "--out", str(file), "--detector", str(tmp_path / kind), "--threshold", "1"])
     assert PartMasks.read([file]).of(data)[0].all()
-    assert all(value is None for value in PartDetector(str(tmp_path / kind), threshold=1.0)([render("a", 0, 0, 0)])[0].values())
+    assert all(
+        value is None
+        for value in PartDetector(str(tmp_path / kind), threshold=1.0)([render("a", 0, 0, 0)])[0].values()
+    )

@@ -113,7 +113,7 @@ class PartTokenBackbone(ClipBackbone):
                 f"this model takes images of {self.image_size} (height, width) and got {tuple(images.shape)}; "
                 "resize the images"
             )
-        embeddings, count = self.tower.embeddings, len(images)
+        embeddings, count = self.tower.embeddings, images.shape[0]
         patches = embeddings.patch_embedding(images.to(embeddings.patch_embedding.weight.dtype))
         positions = embeddings.position_embedding.weight
         parts = (self.model.part_tokens + self.model.part_positions).expand(count, -1, -1)
@@ -180,4 +180,5 @@ def additive(masks, dtype):
 def mask_dtype(hidden):
     """The type that attention computes in: autocast does not convert its mask."""
     kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    in_half = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if in_half else hidden.dtype
