@@ -18,8 +18,8 @@
 The first is a demo on drawn people with the shipped stand-in CLIP, about a minute on two CPU cores; the second
 takes a folder of images without labels. Each method stands in a file of `methods/`.
 
-Before every epoch the target's training images are clustered: DBSCAN on k-reciprocal Jaccard distances. Then, with
-u the unit-length BNNeck feature of an image,
+Before every epoch the target's training images are clustered: DBSCAN on k-reciprocal Jaccard distances, if a method
+says nothing else. Then, with u the unit-length BNNeck feature of an image,
 
     cluster-contrast  CE(u M^T / temperature, cluster)         M: a prototype a cluster, moved after every step; noise
                                                                is left out
@@ -35,10 +35,10 @@ u the unit-length BNNeck feature of an image,
     cacl              classes of both domains, one camera of the target after the other; a reconstruction
     unrn              after a training on the source, classes of both domains by a student, weighed by how far its
                       mean teacher agrees; contrast with the source's centres and with a queue of target images
-    hcd               spcl with labels that move after every step, of clusters and of their parts; no clustering after
-                      the first
     glt               after a training on the source, k-means groups of several numbers, shared out evenly among the
                       images after every epoch
+    hcd               spcl with labels that move after every step, of clusters and of their parts; no clustering after
+                      the first
 
 Of the source, `--source`, labels are used; those of `--target`, where it has any, only for numbers in the report. A
 batch has K images of each cluster, as different cameras saw it where the data say which camera an image is of.
@@ -126,7 +126,7 @@ def build_parser(shown=None):
         "domain in a batch",
     )
 
-    group = parser.group("clustering")
+    group = parser.group("clustering", idle=(lambda args: args.method == "glt", "--method glt groups by k-means"))
     group.add("--eps", type=float, default=0.4, help="distance of neighbours in DBSCAN, 0 to 1")
     group.add("--min_samples", type=at_least(2), default=4, help="neighbours that make a core")
     group.add("--cluster_k1", type=at_least(1), default=15, help="reciprocal neighbours of an image")
@@ -212,6 +212,7 @@ import datasets
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 
+from kernels.ring.processes import all_processes
 from methods.cacl import CaCL
 from methods.cluster_contrast import ClusterContrast
 from methods.glt import GLT
@@ -527,7 +528,7 @@ def shared_labels(args, training, bare, features, truth, epoch, strict=True, lab
         message = [(labels, state.get("independence"))]
     else:
         try:
-            group = launch.group_of(accelerator)
+            group = all_processes()
             clusters = of(bare, "clusterings")(features.to(accelerator.device), args, group)
             labels, threshold = of(bare, "labels_of")(clusters, state.get("independence"))
             if strict:

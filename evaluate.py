@@ -196,7 +196,7 @@ def parse_args(input_args=None):
 def check_args(parser, args):
     """Reject wrong combinations of arguments."""
     if bool(args.query_dir) != bool(args.gallery_dir or args.gallery_features):
-        parser.error("--query_dir and --gallery_dir belong together: what to look for, and where")
+        parser.error("--query_dir and --gallery_dir (or --gallery_features) belong together: what to look for, where")
     if args.gallery_features and (args.camera_embeddings or args.export):
         parser.error("--gallery_features keeps features without cameras; leave out --camera_embeddings and --export")
     if args.query_dir and (args.data or args.features):
@@ -240,6 +240,7 @@ if __name__ == "__main__":
 import datasets
 import torch
 
+from kernels.ring.processes import all_processes
 from utils import evaluation, launch
 from utils.batches.chunks import image_identities
 from utils.batches.transforms import test_transform
@@ -490,8 +491,7 @@ def search_kept(args, accelerator):
     for images in gallery:
         skipped += add_new(index, images, args.gallery_dir, extract_all, accelerator=accelerator, **reading)
     features = extract_all(queries, args.output_dir)
-    if accelerator.is_main_process:
-        forget_chunks(args.output_dir)
+    forget_chunks(args.output_dir)
     *pair, copies = sides_of(features, rows_of(queries), index)
     return model, calibration, [pair], [copies], [f"{path}: {reason}" for _, path, reason in skipped]
 
@@ -511,10 +511,10 @@ def group(args, accelerator):
         accelerator.print(f"Left out: {name} ({reason})")
     model = ReIDModel.open(args.model, args.resolution).to(accelerator.device).eval()
     features, typical_rows = features_of_items(args, accelerator, model, tracklets)
-    metrics = None
+    metrics, moments = None, [item.moments for item in tracklets.items]
+    options = {"backend": args.backend, "processes": all_processes()}
+    groups = grouping.group(features.to(accelerator.device), settings, moments, **options)
     if accelerator.is_main_process:
-        moments = [item.moments for item in tracklets.items]
-        groups = grouping.group(features.to(accelerator.device), settings, moments, backend=args.backend)
         metrics = grouping.group_metrics(tracklets, settings, groups)
         metrics |= {"model": args.model, "data": args.group_dir, "versions": versions()}
         report = group_report(metrics, tracklets, groups, typical_rows)
@@ -560,7 +560,7 @@ def measure(args, accelerator, queries, gallery):
         rerank=rerank_options(args) if args.rerank else None,
         may_lack_matches=bool(args.query_dir),
         backend=args.backend,
-        group=launch.group_of(accelerator),
+        group=all_processes(),
         details=accelerator.is_main_process,
     )
 

@@ -168,8 +168,8 @@ def gain_row():
 def filter_row():
     auc = {row[1]: row[2] for row in read("filter_truth")["table"] if row[0] == "one or two"}
     return [
-        "AUC of right against other generated images, drawn people seen by one or two cameras",
-        f"Re-ID filter {auc['Re-ID CTF']}",
+        "AUC of right generated images against wrong, broken and near-missed ones, unseen drawn people",
+        f"answers about attributes {auc['attributes']}, Re-ID filter {auc['Re-ID CTF']}",
         f"image classifier {auc['CCTF']}, CLIP {auc['CLIP']}",
     ]
 
@@ -206,10 +206,12 @@ TABLES = {
     "generation-parts": as_stored("generation"),
     "generation-cost": as_stored("generation_cost"),
     "generation-cards": as_stored("generation_memory", words=2),
+    "generation-families": as_stored("family_memory"),
     "gpu-dcac": as_stored("gpu/dcac_step", words=2),
     "gpu-pretraining": as_stored("gpu/pretraining", words=2),
     "gpu-retrieval": as_stored("gpu/retrieval", words=4),
     "retrieval": retrieval,
+    "ring": as_stored("ring", words=2),
     "loading": as_stored("loading"),
     "loading-augmentation": as_stored("loading_augmentation"),
     "clustering": as_stored("clustering"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .dispatch import full_precision
-from .tiles import cosine_reference, descending_key, hits, similarity_strips
+from .tiles import cosine_reference, descending_key, hits, padded, similarity_strips
 from .topk import strip_topk
 
 # Rows and columns of a tile: 4 MiB, so that the steps after the product read it from the cache.
@@ -65,44 +65,92 @@ def strip_neighbours(units, num_rows, k):
 
 def symmetric_neighbours(units, num_rows, k, tile_rows=TILE_ROWS, tile_columns=TILE_COLUMNS):
     """Neighbours from the tiles on and above the diagonal only; `tile_columns` is a multiple of `tile_rows`."""
-    best = RunningBest(num_rows, k, tile_columns)
-    lowest = torch.full((num_rows,), torch.inf)
-    buffer = torch.empty(tile_rows * tile_columns)
-    mask_buffer = torch.empty(tile_rows * tile_columns, dtype=torch.bool)
-    for top in range(0, num_rows, tile_rows):
-        bottom = min(top + tile_rows, num_rows)
-        block = units[top : top + tile_rows]
-        best.settle(top)
+    rows = BestOfRows(units, num_rows, k, 0, tile_columns)
+    add_triangle(Tiles(tile_rows, tile_columns), rows)
+    return rows.neighbours()
+
+
+def add_triangle(tiles, rows):
+    """Use the tiles on and above the diagonal of `BestOfRows` with themselves."""
+    num_rows = rows.num_rows
+    for top in range(0, num_rows, tiles.num_rows):
+        bottom = min(top + tiles.num_rows, num_rows)
+        block = rows.units[top : top + padded(bottom - top)]
+        rows.best.settle(top)
         left = top
         while left < num_rows:
             # First the rest of the chunk of columns that contains the diagonal, then whole chunks.
-            right = min((left // tile_columns + 1) * tile_columns, num_rows)
-            others = units[left : left + (right - left + 63) // 64 * 64]
-            shape = block.shape[0], others.shape[0]
-            tile = buffer[: shape[0] * shape[1]].view(shape)
-            mask = mask_buffer[: tile.numel()].view(shape)
-            with full_precision():
-                torch.mm(block, others.t(), out=tile)
-            used = tile[: bottom - top, : right - left]
-            lowest[top:bottom] = torch.minimum(lowest[top:bottom], used.amin(1))
-            lowest[left:right] = torch.minimum(lowest[left:right], used.amin(0))
-            tile[bottom - top :] = -torch.inf
-            tile[:, right - left :] = -torch.inf
-            if left == top:
-                tile.diagonal().fill_(torch.inf)
-            best.add_rows(tile, mask, top, left)
-            # `add_rows` has handled the pairs within the diagonal block in both directions.
+            right = min((left // tiles.num_columns + 1) * tiles.num_columns, num_rows)
+            tile, mask = tiles.product(block, rows.units[left : left + padded(right - left)])
+            # Within the diagonal block, the pairs are handled in both directions as rows.
             inner = bottom - left if left < bottom else 0
-            best.add_columns(tile, mask, top, left, inner)
+            rows.add_both(rows, tile, mask, (top, bottom), (left, right), inner)
             left = right
-    return Neighbours(best.indices(), lowest)
+
+
+def add_rectangle(tiles, rows, others, begin=0, end=None, left=0):
+    """Use the tiles of the rows begin:end of a `BestOfRows` and the rows of another one from `left` on."""
+    end = rows.num_rows if end is None else end
+    for top in range(begin, end, tiles.num_rows):
+        bottom = min(top + tiles.num_rows, end)
+        block = rows.units[top : top + padded(bottom - top)]
+        start = left
+        while start < others.num_rows:
+            stop = min((start // tiles.num_columns + 1) * tiles.num_columns, others.num_rows)
+            tile, mask = tiles.product(block, others.units[start : start + padded(stop - start)])
+            rows.add_both(others, tile, mask, (top, bottom), (start, stop))
+            start = stop
+
+
+class Tiles:
+    """Buffers for the tiles of a product, which are reused."""
+
+    def __init__(self, num_rows=TILE_ROWS, num_columns=TILE_COLUMNS):
+        self.num_rows, self.num_columns = num_rows, num_columns
+        self.buffer = torch.empty(num_rows * num_columns)
+        self.mask = torch.empty(num_rows * num_columns, dtype=torch.bool)
+
+    def product(self, block, others):
+        shape = block.shape[0], others.shape[0]
+        tile, mask = (memory[: shape[0] * shape[1]].view(shape) for memory in (self.buffer, self.mask))
+        with full_precision():
+            torch.mm(block, others.t(), out=tile)
+        return tile, mask
+
+
+class BestOfRows:
+    """The nearest rows so far, and the lowest similarity, of rows whose numbers in the data set start at `first`."""
+
+    def __init__(self, units, num_rows, k, first, chunk=TILE_COLUMNS, ascending=True):
+        self.units, self.num_rows, self.first = units, num_rows, first
+        self.best, self.lowest = RunningBest(num_rows, k, chunk, ascending), torch.full((num_rows,), torch.inf)
+
+    def neighbours(self):
+        return Neighbours(self.best.indices(), self.lowest)
+
+    def add_both(self, others, tile, mask, rows, columns, skip=0):
+        """Use a tile of these rows (begin, end) and columns of `others` (begin, end) as neighbours of both.
+
+        The first `skip` columns are the rows themselves, in a block on the diagonal.
+        """
+        (top, bottom), (left, right) = rows, columns
+        used = tile[: bottom - top, : right - left]
+        self.lowest[top:bottom] = torch.minimum(self.lowest[top:bottom], used.amin(1))
+        others.lowest[left:right] = torch.minimum(others.lowest[left:right], used.amin(0))
+        tile[bottom - top :] = -torch.inf
+        tile[:, right - left :] = -torch.inf
+        if skip:
+            tile.diagonal().fill_(torch.inf)
+        self.best.add_rows(tile, mask, top, others.first + left)
+        others.best.add_columns(tile, mask, self.first + top, left, skip)
 
 
 class RunningBest:
     """The k best (similarity, lower index) of every row so far, and entries that still have to be merged."""
 
-    def __init__(self, num_rows, k, chunk):
-        self.k, self.chunk = k, chunk
+    def __init__(self, num_rows, k, chunk, ascending=True):
+        """`ascending`: of two entries that are equal to a row's worst one, the lower index is always added first."""
+        self.k, self.chunk, self.ascending = k, chunk, ascending
         # Keys in ascending order: the reversed similarity is in the upper half, the index in the lower half.
         self.keys = torch.full((num_rows, k), NOTHING)
         self.floor = torch.full((num_rows,), -torch.inf)
@@ -111,12 +159,21 @@ class RunningBest:
     def indices(self):
         return self.keys & 0xFFFFFFFF
 
+    def finish(self):
+        """Merge all waiting entries."""
+        for number in list(self.waiting):
+            self._merge_chunk(number)
+
+    def join(self, keys):
+        """Merge the keys of other neighbours of the same rows."""
+        self.keys = torch.cat([self.keys, keys], dim=1).sort(dim=1).values[:, : self.k].contiguous()
+
     def settle(self, row):
         """Merge all waiting entries of the chunk of this row."""
         self._merge_chunk(row // self.chunk)
 
     def add_rows(self, tile, mask, top, left):
-        """Add the tile's columns (numbered from `left`) as neighbours of its rows (numbered from `top`)."""
+        """Add the tile's columns, which have numbers from `left` on, as neighbours of its rows from `top` on."""
         num_rows = min(tile.shape[0], self.keys.shape[0] - top)
         floor = tile.new_full((tile.shape[0], 1), torch.inf)
         floor[:num_rows, 0] = self.floor[top : top + num_rows]
@@ -127,7 +184,10 @@ class RunningBest:
         self._merge(top, rows, columns + left, tile.view(-1)[places], num_rows)
 
     def add_columns(self, tile, mask, top, left, skip):
-        """Add the tile's rows as neighbours of its columns, except the first `skip` columns."""
+        """Add the tile's rows, which have numbers from `top` on, as neighbours of its columns from `left` on.
+
+        The first `skip` columns are left out.
+        """
         num_columns = min(tile.shape[1], self.keys.shape[0] - left)
         if skip >= num_columns:
             return
@@ -182,7 +242,8 @@ class RunningBest:
             self.keys[top + touched] = merged
         worst = self.keys[top : top + num_rows, -1]
         is_full = worst != NOTHING
-        self.floor[top : top + num_rows][is_full] = value_of_key(worst[is_full])
+        floor = value_of_key(worst[is_full])
+        self.floor[top : top + num_rows][is_full] = floor if self.ascending else just_below(floor)
 
 
 def places_in_rows(rows, counts):

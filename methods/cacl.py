@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.batches.pseudo_batches import of_other_cameras
 from utils.evaluation.groups.clusters import NOISE
 from utils.launch import gather_by_domain
 from utils.modeling.memories import class_means
@@ -34,10 +33,6 @@ class CaCL(nn.Module):
     domain after the other, so that norms see the whole batch, as in a run with one process.
     """
 
-    under_deepspeed = False
-    views = ("changed",)
-    draw = staticmethod(of_other_cameras)
-
     def __init__(self, encoder, args, num_source, cameras, source_size=0):
         super().__init__()
         self.encoder, self.args, self.num_source, self.source_size = encoder, args, num_source, source_size
@@ -48,21 +43,8 @@ class CaCL(nn.Module):
         self.register_buffer("weights", torch.ones(1))
 
     @staticmethod
-    def scales(args):
-        """The values of eps to cluster with."""
-        return [args.eps]
-
-    @staticmethod
     def least_cameras(args):
         return max(2, args.stages)
-
-    @staticmethod
-    def labels_of(clusters, threshold):
-        return clusters[0].labels, threshold
-
-    @staticmethod
-    def labels_for_batches(labels, key):
-        return labels
 
     def tested(self):
         """The model that is clustered with, measured and saved."""

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.batches.pseudo_batches import of_other_cameras
 from utils.evaluation.groups.clusters import NOISE
 from utils.launch import gather_by_domain
 from utils.modeling.memories import PrototypeMemory, class_means, move_in_turn
@@ -32,8 +31,6 @@ class ClusterContrast(nn.Module):
     """
 
     under_deepspeed = True
-    views = ("changed",)
-    draw = staticmethod(of_other_cameras)
 
     def __init__(self, encoder, args, num_source, cameras, source_size=0):
         super().__init__()
@@ -46,23 +43,6 @@ class ClusterContrast(nn.Module):
             self.memory = InstanceMemory(*options, args.images_per_id, args.hard_weight, args.seed)
         else:
             self.memory = ClusterMemory(torch.zeros(1, options[0]), *options[1:], args.memory_update)
-
-    @staticmethod
-    def scales(args):
-        """The values of eps to cluster with."""
-        return [args.eps]
-
-    @staticmethod
-    def least_cameras(args):
-        return 1
-
-    @staticmethod
-    def labels_of(clusters, threshold):
-        return clusters[0].labels, threshold
-
-    @staticmethod
-    def labels_for_batches(labels, key):
-        return labels
 
     def tested(self):
         """The model that is clustered with, measured and saved."""

@@ -116,23 +116,24 @@ class GLT(nn.Module):
             for copy in (self.teacher, self.start):
                 if copy is not None:
                     copy.load_state_dict(self.student.state_dict())
-        features = target()
+        device = self.pseudo_labels.device
+        features = target().to(device)
         if place > 1:
-            weights = [layer.weight.cpu() for layer in self.teacher.classifiers]
-            self.group_labels.copy_(from_main(lambda: refined(features, weights, args.balance_power)))
+            weights = [layer.weight for layer in self.teacher.classifiers]
+            self.group_labels.copy_(from_main(lambda: refined(features, weights, args.balance_power).cpu()))
             return cluster(labels=self.group_labels[middle(args)].cpu())
         for which, count in enumerate(args.group_counts):
             if which != middle(args):
                 labels = from_main(lambda count=count: k_means(features, count, seed=args.seed).labels)
-                self.group_labels[which] = labels.to(self.group_labels.device)
+                self.group_labels[which] = labels.to(device)
         labels = cluster(features)
-        self.group_labels[middle(args)] = labels.to(self.group_labels.device)
+        self.group_labels[middle(args)] = labels.to(device)
         if number:
             self.student.load_state_dict(self.start.state_dict())
             self.teacher.load_state_dict(self.start.state_dict())
-            features = target()
+            features = target().to(device)
         for network in (self.student, self.teacher):
-            for layer, groups in zip(network.classifiers, self.group_labels.cpu(), strict=True):
+            for layer, groups in zip(network.classifiers, self.group_labels, strict=True):
                 layer.weight.copy_(class_means(features, groups, len(layer.weight)))
         self.centres.copy_(source())
         self.queue.empty(args.seed * 2**31 + epoch)

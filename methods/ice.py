@@ -36,7 +36,6 @@ class ICE(nn.Module):
     that norms and losses see the whole batch, as in a run with one process.
     """
 
-    under_deepspeed = False
     views = ("changed", "changed", "plain")
     draw = staticmethod(of_every_camera)
 
@@ -53,21 +52,8 @@ class ICE(nn.Module):
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
 
     @staticmethod
-    def scales(args):
-        """The values of eps to cluster with."""
-        return [args.eps]
-
-    @staticmethod
     def least_cameras(args):
         return 2 if args.camera_weight else 1
-
-    @staticmethod
-    def labels_of(clusters, threshold):
-        return clusters[0].labels, threshold
-
-    @staticmethod
-    def labels_for_batches(labels, key):
-        return labels
 
     def tested(self):
         """The model that is clustered with, measured and saved."""

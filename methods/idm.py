@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.batches.pseudo_batches import of_other_cameras
 from utils.evaluation.groups.clusters import NOISE
 from utils.launch import gather_by_domain, gather_with_gradient
 from utils.modeling.domain_norms import split_norms
@@ -28,10 +27,6 @@ class IDM(nn.Module):
     domain after the other, so that BatchNorm and triplets see the whole batch, as in a run with one process.
     """
 
-    under_deepspeed = False
-    views = ("changed",)
-    draw = staticmethod(of_other_cameras)
-
     def __init__(self, encoder, args, num_source, cameras, source_size=0):
         super().__init__()
         self.encoder, self.args, self.num_source = encoder, args, num_source
@@ -45,23 +40,6 @@ class IDM(nn.Module):
         before = self.mixer.norms_before(encoder.backbone)
         split_norms(encoder, lambda name: 2 if name in before else 3)
         self.mixer.attach(encoder.backbone)
-
-    @staticmethod
-    def scales(args):
-        """The values of eps to cluster with."""
-        return [args.eps]
-
-    @staticmethod
-    def least_cameras(args):
-        return 1
-
-    @staticmethod
-    def labels_of(clusters, threshold):
-        return clusters[0].labels, threshold
-
-    @staticmethod
-    def labels_for_batches(labels, key):
-        return labels
 
     def tested(self):
         """The model that is clustered with, measured and saved."""

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.batches.pseudo_batches import of_other_cameras
 from utils.evaluation.groups.clusters import NOISE
 from utils.launch import gather_by_domain
 from utils.modeling.domain_norms import group_batch_statistics
@@ -32,10 +31,6 @@ class PPLR(nn.Module):
     With several processes, each passes its share of the images through the backbone. The features are gathered, so
     that norms and losses see the whole batch, as in a run with one process.
     """
-
-    under_deepspeed = False
-    views = ("changed",)
-    draw = staticmethod(of_other_cameras)
 
     def __init__(self, encoder, args, num_source, cameras, source_size=0):
         super().__init__()
@@ -56,22 +51,9 @@ class PPLR(nn.Module):
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
 
     @staticmethod
-    def scales(args):
-        """The values of eps to cluster with."""
-        return [args.eps]
-
-    @staticmethod
     def least_cameras(args):
         """The proxies are of cameras; without their weight one camera is enough."""
         return 2 if args.camera_weight else 1
-
-    @staticmethod
-    def labels_of(clusters, threshold):
-        return clusters[0].labels, threshold
-
-    @staticmethod
-    def labels_for_batches(labels, key):
-        return labels
 
     def tested(self):
         """The model that is clustered with, measured and saved: of the whole body only."""

@@ -313,12 +313,12 @@ def add_flags(parser, shown=None):
     group.add("--balance_power", type=above_zero, default=25.0, help="power of probabilities before they are balanced")
 
     group = flags.group("hcd")
-    group.add("--graph_rows", type=at_least(2), default=64, help="nearest rows of the memory around a moved image")
-    group.add("--point_neighbours", type=at_least(2), default=20, help="mutual neighbours in the graph of images")
-    group.add("--part_neighbours", type=at_least(2), default=30, help="the same of clusters and of parts")
-    group.add("--spread", type=below_one, default=0.99, help="share of a label that spreads on to neighbours")
-    group.add("--least_similarity", type=fraction, default=0.45, help="cosine above which images are neighbours")
-    group.add("--least_score", type=not_negative, default=0.25, help="score above which an image or cluster is joined")
+    group.add("--graph_rows", type=at_least(2), default=16, help="nearest rows of the memory around a moved image")
+    group.add("--point_neighbours", type=at_least(2), default=6, help="mutual neighbours in the graph of images")
+    group.add("--part_neighbours", type=at_least(2), default=8, help="the same of clusters and of parts")
+    group.add("--spread", type=below_one, default=0.5, help="share of a label that spreads on to neighbours")
+    group.add("--least_similarity", type=fraction, default=0.75, help="cosine above which images are neighbours")
+    group.add("--least_score", type=not_negative, default=0.15, help="score above which an image or cluster is joined")
     words = "cosines to a denser one between which an image or part is a peak, where its cluster is split"
     group.add("--peak_similarity", type=fraction, nargs=2, default=[0.4, 0.8], help=words)
     group.add("--most_peaks", type=at_least(2), default=8, help="the most parts of a split")

@@ -8,7 +8,7 @@ Clusters that change too much at a looser or a tighter scale are dissolved. Each
 import torch
 from torch import nn
 
-from utils.batches.pseudo_batches import in_groups, of_other_cameras
+from utils.batches.pseudo_batches import in_groups
 from utils.evaluation.groups.clusters import NOISE, singled_out
 from utils.launch import gather_by_domain
 from utils.modeling.domain_norms import split_norms
@@ -24,8 +24,6 @@ class SpCL(nn.Module):
     """
 
     under_deepspeed = True
-    views = ("changed",)
-    draw = staticmethod(of_other_cameras)
 
     def __init__(self, encoder, args, num_source, cameras, source_size=0):
         super().__init__()
@@ -46,10 +44,6 @@ class SpCL(nn.Module):
     def scales(args):
         """The values of eps to cluster with: --eps, a tighter and a looser one."""
         return [args.eps + gap for gap in (0, -args.eps_gap, args.eps_gap)]
-
-    @staticmethod
-    def least_cameras(args):
-        return 1
 
     @staticmethod
     def labels_of(clusters, threshold):

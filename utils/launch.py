@@ -103,11 +103,6 @@ def start_accelerator(mixed_precision=None, *, patient=False, handlers=(), **opt
     return accelerator
 
 
-def group_of(accelerator):
-    """The group of all processes for `kernels`; None for a single process."""
-    return torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
-
-
 def start_training(args, *, find_unused_parameters=False, max_zero_stage=2):
     """The Accelerator of a training script: one process, DDP, or DeepSpeed; ZeRO-3 needs `whole_weights` there."""
     from accelerate import DistributedDataParallelKwargs, PartialState

@@ -1,6 +1,7 @@
 """Which graphics card holds what was counted: the tensors alive at the peak, and what CUDA itself takes."""
 
 CARDS = (8, 12, 16, 24)
+LARGE_CARDS = (32, 48, 80)
 # GiB of a card that CUDA's context, workspaces and gaps between tensors take.
 CUDA_GIB = 1.5
 # What a large card of the consumer kind does in half precision.
@@ -29,6 +30,16 @@ def identity_cards(counted):
             parts = [f"{gib[part]:.1f}" for part in ("fine_tuning", "drawing")]
             rows.append([way, size, *parts, f"{card} GB" if card else "-"])
     return ["what trains", "pixels", "GiB fine-tuning", "GiB drawing", "smallest card"], rows
+
+
+def family_cards(counted):
+    """(columns, rows) of {model: {part: GiB}}: GiB of each part, and the smallest card that holds all of them."""
+    parts, rows = ("network", "text encoders", "encoding", "tuning", "drawing"), []
+    for name, gib in counted.items():
+        most = max(gib[part] for part in ("encoding", "tuning", "drawing"))
+        card = min((card for card in (*CARDS, *LARGE_CARDS) if most + CUDA_GIB <= card), default=None)
+        rows.append([name, *(f"{gib[part]:.1f}" for part in parts), f"{card} GB" if card else "-"])
+    return ["model", "GiB network", "GiB text encoders", *(f"GiB {part}" for part in parts[2:]), "smallest card"], rows
 
 
 def identity_costs(identities):

@@ -4,9 +4,9 @@ import torch
 
 from kernels.dispatch import check_count, check_in_memory
 from kernels.jaccard import ONE, SparseRows, check_compat, offsets_of
-from kernels.jaccard_graph import JaccardGraph, distance_of, overlap_strips
+from kernels.jaccard_graph import JaccardGraph, distance_of, jaccard_graph, overlap_strips
 from kernels.ring.neighbours import AllRows, Overlaps, ring_vectors
-from kernels.ring.processes import Processes, Ring
+from kernels.ring.processes import Processes, Ring, shares_of
 from kernels.ring.ranking import refuse_triton
 from kernels.tiles import hits
 
@@ -52,6 +52,15 @@ def ring_graph(features, *, k1, k2, max_distance, nearest, compat, backend, grou
     order = (rows * ring.total + columns).argsort()
     near = SparseRows(offsets_of(rows[order], num_rows), columns[order], distances[order])
     return JaccardGraph(near, distance_of(reach), "torch")
+
+
+def shared_graph(features, *, group, **options):
+    """`jaccard_graph` of features that all processes of a `group` have, or this one alone if it is None.
+
+    Each computes its share of the rows, and all get the whole graph.
+    """
+    graph = jaccard_graph(*shares_of(group, features), **options, group=group)
+    return graph if group is None else whole_graph(graph, group)
 
 
 def whole_graph(graph, group):

@@ -13,6 +13,7 @@ from kernels.jaccard import (
     sampled_products,
 )
 from kernels.neighbours import Neighbours
+from kernels.ring import symmetric
 from kernels.ring.topk import Best
 from kernels.tiles import similarity_strips
 from kernels.topk import strip_topk
@@ -89,6 +90,8 @@ class AllRows:
 def ring_neighbours(rows, k):
     """`Neighbours` of the own rows among all of X; indices are numbers in X."""
     k = min(k, rows.total)
+    if symmetric.is_worth_it(rows, k):
+        return symmetric.ring_symmetric(rows, k)
     best = Best(rows.ring, k, len(rows.own))
     lowest = torch.full((len(rows.own),), torch.inf, dtype=rows.ring.dtype, device=rows.device)
     for offset, count, shard in rows.shards():

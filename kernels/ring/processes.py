@@ -108,7 +108,9 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            raise LostProcess(self.lost(), str(error).splitlines()[0][:200]) from error
+            # Libraries begin with the place in their own source.
+            reason = str(error).splitlines()[0].rpartition("] ")[2] if "[/" in str(error) else str(error)
+            raise LostProcess(self.lost(), reason.splitlines()[0].partition(". ")[0][:200]) from error
 
     def lost(self):
         """The rank that ended first: seen on its machine, and told to the others through the store."""
@@ -184,8 +186,10 @@ class Ring(Processes):
                 if len(rows):
                     yield self.offsets[rank] + start, rows
 
-    def rounds(self, *tensors):
+    def rounds(self, *tensors, steps=None):
         """Yield (rank, tensors) of every rank, this rank's own first; the numbers of rows may differ between ranks.
+
+        `steps` ends it after so many ranks: r, r - 1, r - 2 and so on.
 
         What is yielded is overwritten two steps later.
         """
@@ -200,9 +204,10 @@ class Ring(Processes):
             for _ in range(min(2, self.size - 1))
         ]
         after, before, holder = (self.rank + 1) % self.size, (self.rank - 1) % self.size, self.rank
-        for step in range(self.size):
+        steps = steps or self.size
+        for step in range(steps):
             coming, sending, arriving = (holder - 1) % self.size, [], None
-            if step + 1 < self.size:
+            if step + 1 < steps:
                 spaces = buffers[step % len(buffers)]
                 arriving = [space[:count] for space, count in zip(spaces, counts[coming], strict=True)]
                 sending = self.exchange(tensors, after, arriving, before)
@@ -220,11 +225,11 @@ class Ring(Processes):
             self.finish(self.exchange([parts[after].contiguous()], after, [arrived[before]], before))
         return arrived
 
-    def exchange(self, tensors, after, arriving, before):
+    def exchange(self, tensors, after, arriving, before, first_tag=0):
         """Send tensors to one rank while those of another arrive; empty ones are not sent."""
         work = []
         with self.watched():
-            for tag, (rows, target) in enumerate(zip(tensors, arriving, strict=True)):
+            for tag, (rows, target) in enumerate(zip(tensors, arriving, strict=True), first_tag):
                 if len(rows):
                     work.append(dist.P2POp(dist.isend, rows, self.global_rank(after), self.group, tag))
                 if len(target):
@@ -268,6 +273,12 @@ class Units:
             block = units[first : first + padded(last - first, self.dtype)]
             for place, strip in similarity_strips(block, last - first, rows, count):
                 yield start + first + place, strip
+
+
+def all_processes():
+    """The group of all processes of this run; None for a single one."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.group.WORLD if several else None
 
 
 def shares_of(group, *values):

@@ -34,6 +34,7 @@ from benchmarks.speed import (
     loading,
     pretraining,
     retrieval,
+    ring,
 )
 
 FILES = {
@@ -68,6 +69,7 @@ TABLES = {
     "gpu/generation": lambda raw: generation.table_of(raw["parts"]),
     "gpu/pretraining": lambda raw: pretraining.table_of(raw["models"]),
     "gpu/retrieval": lambda raw: (gpu_retrieval.COLUMNS, gpu_retrieval.table_of(raw["rows"])),
+    "family_memory": lambda raw: cards.family_cards(raw["counted"]),
     "generation_cost": lambda raw: cards.identity_costs(raw["identities"]),
     "generation_memory": lambda raw: cards.identity_cards(raw["counted"]),
     "grouping": lambda raw: (grouping.COLUMNS, grouping.rows_of(raw["runs"])),
@@ -80,6 +82,7 @@ TABLES = {
     "real_people_gt": lambda raw: (real_people.COLUMNS, real_people.rows_of(raw)),
     "retrieval": lambda raw: (retrieval.COLUMNS, retrieval.rows_of(raw["rows"])),
     "retrieval_peers": lambda raw: (retrieval.COLUMNS, retrieval.rows_of(raw["rows"])),
+    "ring": lambda raw: ring.table_of(raw),
     "standins": lambda raw: standins.table_of(raw["question_answerer"]),
     "thresholds": lambda raw: (thresholds.COLUMNS, thresholds.rows_of(raw["runs"])),
     "starts": lambda raw: (["setting", "number", starts.SCRATCH, starts.PRETRAINED, "gain"], start_rows(raw)),

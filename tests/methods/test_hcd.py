@@ -212,7 +212,9 @@ def test_labels_move_by_formulas(standins):
     for seed in range(6):
         model = module(standins, "--memory_momentum", "1")
         width = model.encoder.num_features
-        rows = torch.cat([unit(3, width, seed=50), people(8, 5, width, 0.4 + 0.25 * seed, seed=seed)])
+        targets = people(8, 5, width, 0.4 + 0.25 * seed, seed=seed)
+        # The source has rows among the target's.
+        rows = torch.cat([targets[[1, 12, 30]] + 0.1 * unit(3, width, seed=50), targets])
         model.memory.prototypes.copy_(rows)
         rng = np.random.default_rng(seed)
         clusters = np.concatenate(

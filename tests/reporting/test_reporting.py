@@ -219,6 +219,19 @@ def test_ticks_of_an_axis_are_written_alike():
     assert ">2e-6<" in small and ">5e-6<" in small
 
 
+@pytest.mark.parametrize(
+    "values", [[2.77215, 2.77225], [3.0e-5, 3.01e-5], [1e6, 1e6 + 3000], [-41.0, -41.01], [5, 90]]
+)
+def test_ticks_are_told_apart_and_fit(values):
+    """No two labels of an axis are equal, each is its value, and no label reaches the axis title."""
+    chart = charts.line_chart([("loss", [0, 10], values)], title="l", x_label="step", y_label="loss")
+    labels = re.findall(r'text-anchor="end">([^<]+)<', chart)
+    ticks = charts.Scale(values, None, False, 0, 1, least=charts.LEAST_RANGE).ticks
+    assert len(set(labels)) == len(labels) == len(ticks) > 1 and max(map(len, labels)) <= 8
+    step = ticks[1] - ticks[0]
+    assert all(abs(float(label) - tick) < 0.01 * step for label, tick in zip(labels, ticks, strict=True))
+
+
 @pytest.mark.parametrize("count, lines", [(2, 1), (3, 2), (6, 3)])
 def test_a_long_legend_takes_as_many_lines_as_it_needs(count, lines):
     names = [f"synthetic:domain={letter}" for letter in "abcdef"[:count]]

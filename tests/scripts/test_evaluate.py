@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import evaluate
+from kernels.ring.processes import Ring
 from tests import runs
 from tests.evaluation.test_evaluation import average_precision, dense, people
 from tests.modeling import references
@@ -215,6 +216,22 @@ def test_two_processes_give_the_same_bits(tmp_path):
     for name in ("metrics.json", "rankings.csv", "rankings_reranked.csv", "calibration.json"):
         first, second = ((tmp_path / folder / name).read_text() for folder in ("one", "two"))
         assert first == second and len(first) > 400
+
+
+def evaluate_until_lost(arguments):
+    """evaluate.py in a process that ends in the middle of the ranking if it is the second."""
+    if os.environ["RANK"] == "1":
+        Ring.exchange = lambda *given: os._exit(1)
+    evaluate.run_script(evaluate.parse_args(arguments))
+
+
+@pytest.mark.slow
+def test_a_process_lost_while_ranking_is_named(clip, tmp_path):
+    arguments = ["--model", str(clip), "--resolution", "64", "32", "--data", DATA, "--output_dir", str(tmp_path)]
+    done = launch(evaluate_until_lost, arguments, processes=2, check=False)
+    assert done.returncode
+    (line,) = [line for line in done.stderr.splitlines() if "is gone" in line]
+    assert line.startswith("evaluate.py: process 1 of the group is gone") and "Traceback" not in done.stderr
 
 
 def test_killed_extraction_goes_on_to_the_same_numbers(clip, tmp_path):

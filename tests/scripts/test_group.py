@@ -13,6 +13,7 @@ from tests import runs
 from tests.datasets.test_tracklets import put, sequence
 from tests.evaluation.test_grouping import parts
 from tests.reporting.test_reporting import Page
+from tests.runs import launch
 from utils.datasets.load import load_reid
 from utils.evaluation.forget import forget
 from utils.evaluation.groups import report as group_report
@@ -68,6 +69,13 @@ def test_every_tracklet_has_an_identity_and_the_numbers_are_of_the_file(grouped,
     assert {path.name for path in folder.iterdir()} == {
         "args.json", "group_features.safetensors", "groups.json", "identities.csv", "report.html",
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_group_as_one(grouped, world, tmp_path):
+    launch("evaluate.py", "--group_dir", world, "--output_dir", tmp_path, processes=2)
+    for name in ("identities.csv", "groups.json"):
+        assert (tmp_path / name).read_text() == (grouped[0] / name).read_text()
 
 
 def test_the_report_shows_doubtful_groups_first_with_names(grouped):

@@ -18,9 +18,13 @@ BLUR = (0.1, 2.0)
 @contextmanager
 def drawn_by(rng):
     """Seed torch's generator from `rng` inside the context, and restore it afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.getrandbits(63))
+    # torch.manual_seed would seed every other device too, which takes longer than some of the changes.
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(rng.getrandbits(63))
+    try:
         yield
+    finally:
+        torch.set_rng_state(state)
 
 
 def as_bytes(mean):

@@ -1,1 +1,1 @@
-"""Stable Diffusion: checks of a checkpoint, its U-Net, the noise schedule and loss, latents, prompts to pictures."""
+"""Diffusion models: checks of a checkpoint, their families, U-Net, noise schedule and loss, latents, pictures."""

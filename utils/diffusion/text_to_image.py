@@ -7,7 +7,7 @@ pictures = model.pictures(latents)
 
 import hashlib
 import math
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from diffusers import DDIMScheduler
@@ -71,7 +71,7 @@ class TextToImage:
         elif train_text_encoder:
             self.text_encoder.requires_grad_(True)
             self.text_encoder.get_input_embeddings().requires_grad_(False)
-        for part in parts:
+        for part in (self.unet, self.vae) if self.texts_rest else parts:
             part.to(device)
         self.scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.denoiser = family.Denoiser(self.unet, self.scale)
@@ -93,13 +93,29 @@ class TextToImage:
 
     def encode(self, prompts):
         """Conditions (B, tokens, width) of prompts."""
-        with self.autocast():
+        with self.autocast(), self.texts_here():
             return self.family.encode(self.texts, prompts)
 
     def without_prompt(self, negative):
         """The condition that guidance leads away from."""
-        with self.autocast():
+        with self.autocast(), self.texts_here():
             return self.family.unguided(self.texts, negative)
+
+    @property
+    def texts_rest(self):
+        """Several text encoders may be larger than the network: they are on the device only while they encode."""
+        return len(self.texts) > 1
+
+    @contextmanager
+    def texts_here(self):
+        encoders = [text.encoder for text in self.texts if self.texts_rest and text.encoder is not None]
+        for encoder in encoders:
+            encoder.to(self.device)
+        try:
+            yield
+        finally:
+            for encoder in encoders:
+                encoder.to("cpu")
 
     def encode_all(self, prompts, batch_size=64):
         """Conditions of any number of prompts, without gradient."""

@@ -6,7 +6,7 @@ import datasets
 import torch
 
 from kernels import k_reciprocal_rerank
-from kernels.ring.processes import shares_of
+from kernels.ring.processes import all_processes, shares_of
 from utils import evaluation
 from utils.datasets import hold_out_of
 from utils.datasets.images import check_images
@@ -14,7 +14,6 @@ from utils.datasets.load import load_reid, open_source, parse_spec
 from utils.datasets.ten_splits import NUM_SPLITS, SMALL_SETS
 from utils.evaluation.features import extract
 from utils.evaluation.metrics import Side
-from utils.launch import group_of
 
 
 class Target(NamedTuple):
@@ -72,11 +71,10 @@ def evaluate_target(model, target, transform, *, accelerator, rerank=None, **opt
     images, rows = distinct(pairs)
     options |= {"accelerator": accelerator, "desc": f"evaluating {target.spec}"}
     features = extract(model, images, transform, **options).to(accelerator.device)
-    group = group_of(accelerator)
     results = []
     for pair, pair_rows in zip(pairs, rows, strict=True):
         sides = [side_of(part, features[part_rows]) for part, part_rows in zip(pair, pair_rows, strict=True)]
-        results.append(compare(*sides, rerank, group))
+        results.append(compare(*sides, rerank, all_processes()))
     if len(results) == 1:
         return results[0]
     metrics = averaged([{key: result[key] for key in result if key != "reranked"} for result in results])

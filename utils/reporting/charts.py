@@ -12,6 +12,8 @@ WIDTH, HEIGHT = 460, 280
 LEFT, RIGHT, TOP, BOTTOM = 66, 16, 34, 44
 LEGEND_LINE = 18
 MAX_POINTS = 400
+# Of a vertical axis, as a share of its largest value: a narrower one would magnify rounding.
+LEAST_RANGE = 2e-3
 
 
 def line_chart(
@@ -26,7 +28,7 @@ def line_chart(
     if not finite:
         return empty_chart(title)
     x_scale = Scale([x for x, _ in finite], x_range, x_log, LEFT, WIDTH - RIGHT)
-    y_scale = Scale([y for _, y in finite], y_range, y_log, HEIGHT - BOTTOM, TOP)
+    y_scale = Scale([y for _, y in finite], y_range, y_log, HEIGHT - BOTTOM, TOP, least=LEAST_RANGE)
 
     parts = [axes_of(x_scale, y_scale, x_label, y_label, percent)]
     for number, (name, points) in enumerate(drawable):
@@ -34,11 +36,8 @@ def line_chart(
         parts.append(Markup('<path class="line s{}" d="{}"/>').format(number % 6, path))
         for x, y in (point for point in points if dots and point is not None):
             value = f"{100 * y:.1f} %" if percent else _number(y)
-            parts.append(
-                Markup(
-                    '<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="2.6"><title>{}: {}</title></circle>'
-                ).format(number % 6, x_scale(x), y_scale(y), f"{name}, {_number(x)}", value)
-            )
+            dot = Markup('<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="2.6"><title>{}: {}</title></circle>')
+            parts.append(dot.format(number % 6, x_scale(x), y_scale(y), f"{name}, {_number(x)}", value))
     legend, lines = legend_of([name for name, _ in drawable])
     return svg_of(title, [*parts, legend], lines)
 
@@ -46,11 +45,13 @@ def line_chart(
 class Scale:
     """Maps values to coordinates, on a linear or logarithmic axis with round ticks."""
 
-    def __init__(self, values, limits, log, start, end):
+    def __init__(self, values, limits, log, start, end, least=0.0):
         low, high = limits or (min(values), max(values))
         # Means of equal values may differ in their last digits.
         if high - low <= 1e-9 * max(abs(low), abs(high)):
             low, high = around(low, log)
+        more = 0.0 if limits or log else max(0.0, least * max(abs(low), abs(high)) - (high - low)) / 2
+        low, high = low - more, high + more
         self.low, self.high, self.log, self.start, self.end = low, high, log, start, end
         self.ticks = _log_ticks(low, high) if log else _ticks(low, high)
 
@@ -83,15 +84,16 @@ def _log_ticks(low, high):
     return decades if len(decades) > 1 else sorted({low, high})
 
 
-def _number(value, largest=None):
-    """A value as short text; `largest`, the largest tick, gives all ticks of an axis the same format."""
+def _number(value, ticks=()):
+    """A value as short text; all `ticks` of a linear axis have one format, and the digits that tell them apart."""
     if value == 0:
         return "0"
-    size = abs(value if largest is None else largest)
+    size = max(map(abs, ticks or [value]))
+    apart = math.ceil(math.log10(size / (ticks[1] - ticks[0]))) if len(ticks) > 1 else 0
     if size >= 1e5 or size < 1e-3:
-        mantissa, power = f"{value:.0e}".split("e")
-        return f"{mantissa}e{int(power)}"
-    return f"{value:.4g}"
+        mantissa, power = f"{value:.{max(0, apart - 1)}e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
+    return f"{value:.{max(4, apart + 1)}g}"
 
 
 def _points(xs, ys, x_log, y_log):
@@ -120,9 +122,9 @@ def path_of(points, x_scale, y_scale):
 
 def axes_of(x_scale, y_scale, x_label, y_label, percent):
     parts = []
-    largest = {scale: None if scale.log else max(map(abs, scale.ticks), default=None) for scale in (x_scale, y_scale)}
+    linear = {scale: () if scale.log else scale.ticks for scale in (x_scale, y_scale)}
     for tick in y_scale.ticks:
-        label = f"{100 * tick:.4g} %" if percent else _number(tick, largest[y_scale])
+        label = f"{100 * tick:.4g} %" if percent else _number(tick, linear[y_scale])
         parts.append(
             Markup(
                 '<line class="grid" x1="{}" x2="{}" y1="{y:.1f}" y2="{y:.1f}"/>'
@@ -130,11 +132,8 @@ def axes_of(x_scale, y_scale, x_label, y_label, percent):
             ).format(LEFT, WIDTH - RIGHT, LEFT - 7, label, y=y_scale(tick), ty=y_scale(tick) + 4)
         )
     for tick in x_scale.ticks:
-        parts.append(
-            Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
-                x_scale(tick), HEIGHT - BOTTOM + 17, _number(tick, largest[x_scale])
-            )
-        )
+        label = Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>')
+        parts.append(label.format(x_scale(tick), HEIGHT - BOTTOM + 17, _number(tick, linear[x_scale])))
     parts.append(
         Markup(
             '<line class="axis" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/>'

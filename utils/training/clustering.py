@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import torch
 from accelerate.utils import broadcast_object_list
 
-from kernels.jaccard_graph import jaccard_graph
-from kernels.ring.graph import whole_graph
-from kernels.ring.processes import shares_of
+from kernels.ring.graph import shared_graph
 from utils.evaluation.groups.clusters import NOISE, as_matrix, dbscan, singled_out
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -53,9 +51,7 @@ def cluster(features, *, eps=0.6, min_samples=4, k1=30, k2=6, compat=None, backe
     scales = list(eps) if several else [eps]
     check_settings(len(features), scales, min_samples, k1, k2)
     settings = {"max_distance": max(scales), "nearest": min_samples, "compat": compat, "backend": backend}
-    graph = jaccard_graph(*shares_of(group, features), k1=k1, k2=k2, **settings, group=group)
-    if group is not None:
-        graph = whole_graph(graph, group)
+    graph = shared_graph(features, k1=k1, k2=k2, **settings, group=group)
     near, reach = as_matrix(graph.near), graph.reach[:, -1].cpu()
     clusterings = [Clusters(dbscan(near, scale, min_samples), reach, scale, min_samples) for scale in scales]
     return clusterings if several else clusterings[0]

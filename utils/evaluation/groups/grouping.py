@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from kernels.jaccard_graph import jaccard_graph
+from kernels.ring.graph import shared_graph
 from utils.datasets.schema import UNKNOWN
 from utils.evaluation.groups.clusters import NOISE, agreement, as_matrix, bcubed, dbscan, pair_scores, singled_out
 
@@ -70,9 +70,13 @@ def settings_for(count, *, eps, min_samples=2, k1=None, k2=None):
     return Settings(eps, min_samples, k1, k2 or min(MOST_AVERAGED, k1))
 
 
-def group(features, settings, moments=None, *, backend="auto"):
-    """`Groups` of (N, D) features; `moments[row]` lists (clock, first, last): when a camera saw the row."""
-    graph = jaccard_graph(features, k1=settings.k1, k2=settings.k2, max_distance=settings.eps, backend=backend)
+def group(features, settings, moments=None, *, backend="auto", processes=None):
+    """`Groups` of (N, D) features; `moments[row]` lists (clock, first, last): when a camera saw the row.
+
+    `processes`: the group of those that all have the features and share the work.
+    """
+    options = {"k1": settings.k1, "k2": settings.k2, "max_distance": settings.eps, "backend": backend}
+    graph = shared_graph(features, **options, group=processes)
     near = as_matrix(graph.near)
     clusters = dbscan(near, settings.eps, settings.min_samples).numpy()
     pairs = scipy.sparse.triu(near, k=1).tocoo()
