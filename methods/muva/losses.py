@@ -49,9 +49,8 @@ def with_parts(base):
             return [{"params": params, "lr": self.mask_lr_multiplier * rate, "weight_decay": 0.0}]
 
         def rows_of(self, images, masks):
-            backbone = self.encoder.backbone
-            tokens, logits = backbone.blocks(images)
-            return torch.cat([backbone.features_of(tokens).float(), mask_losses(torch.stack(logits), masks)], dim=1)
+            features, logits = self.encoder.backbone(images, with_logits=True)
+            return torch.cat([features.float(), mask_losses(logits, masks)], dim=1)
 
         def identity_losses(self, features, bn_features, logits, labels):
             loss = F.cross_entropy(self.text_logits(features), labels, label_smoothing=self.label_smoothing)

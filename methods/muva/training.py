@@ -31,7 +31,7 @@ from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import test_transform
 from utils.datasets.part_masks import PartMasks, is_drawn
 from utils.files import write_together
-from utils.modeling.backbones import read_config
+from utils.modeling.backbones import read_config, tower_config
 from utils.modeling.folder import model_kind
 from utils.modeling.networks.part_tokens import PARTS, PartTokenBackbone
 from utils.modeling.reid_model import ReIDModel
@@ -45,7 +45,7 @@ class Parts:
     """Masks, texts and encoder of a training; what cannot be is a ValueError, before any weights are loaded."""
 
     def __init__(self, args):
-        self.args, self.given, self.masks = args, None, None
+        self.args, self.given, self.grid = args, None, None
         kind = model_kind(args.backbone)
         if kind == "backbone":
             config = read_config(args.backbone)
@@ -54,6 +54,8 @@ class Parts:
                     f"--encoder muva puts part tokens in a CLIP ViT, and --backbone {args.backbone} is a "
                     f"{config.model_type}: give a CLIP, or --encoder clip"
                 )
+            patch = tower_config(config).patch_size
+            self.grid = tuple(size // patch for size in args.resolution)
         if not args.muva_prompts and (kind != "backbone" or config.model_type != "clip"):
             raise ValueError(
                 f"--backbone {args.backbone} has no text encoder to learn prompts with: give a whole CLIP, or "
@@ -73,6 +75,8 @@ class Parts:
                 f"--part_masks FILE of python -m utils.datasets.part_masks {' '.join(args.source)}, or rows"
             )
         self.train, self.say = train, say
+        if self.grid is not None:
+            self.find_masks()
         if self.given is not None:
             found = self.given["data"]
             if found != data or len(self.given["text_features"]) != num_ids:
@@ -87,13 +91,17 @@ class Parts:
         options = {name: getattr(encoder, name) for name in ("image_mean", "image_std", "resample")}
         model = ReIDModel(backbone, encoder.num_ids, **options).eval()
         model.notes = encoder.notes
-        self.grid = backbone.grid
-        self.masks, missing = self.masks_of(self.train)
-        if missing:
-            self.say(f"{missing} of {len(self.train)} images have no part masks: every part is the whole image there")
+        if self.grid is None:
+            self.grid = backbone.grid
+            self.find_masks()
         if self.given is not None:
             check_prompts(self.args.muva_prompts, self.given, backbone)
         return model
+
+    def find_masks(self):
+        self.masks, missing = self.masks_of(self.train)
+        if missing:
+            self.say(f"{missing} of {len(self.train)} images have no part masks: every part is the whole image there")
 
     def masks_of(self, dataset):
         if self.args.part_masks is None:

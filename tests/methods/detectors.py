@@ -24,7 +24,8 @@ def owlv2(clip, folder):
 
 
 def grounding_dino(clip, folder):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"the head of person upper body legs .".split()]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "head", "of", "person", "upper", "body"]
+    words += ["legs", "."]
     tokenizer = transformers.BertTokenizerFast(vocab={word: number for number, word in enumerate(words)})
     backbone = transformers.SwinConfig(
         embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=4, out_indices=[2, 3, 4], image_size=64

@@ -161,8 +161,10 @@ def test_parameters_and_operations_of_the_page():
     with torch.device("meta"):
         clip = backbone_from_config(CLIPVisionConfig(**sizes, image_size=224, patch_size=16, projection_dim=512))
         model = ReIDModel(PartTokenBackbone.on(clip, 2), 751)
+
     def millions(module):
         return sum(one.numel() for one in module.parameters() if one.requires_grad) / 1e6
+
     assert millions(model) == pytest.approx(116.9, abs=0.05)
     assert millions(model.backbone) == pytest.approx(115.3, abs=0.05)
     assert millions(model.backbone.model.predictors) == pytest.approx(29.76, abs=0.005)

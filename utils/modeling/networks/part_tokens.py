@@ -144,8 +144,11 @@ class PartTokenBackbone(ClipBackbone):
     def features_of(self, tokens):
         return self.project(tokens[:, : self.num_grains]).flatten(1)
 
-    def forward(self, images, masks=None):
-        return self.features_of(self.tokens(images, masks))
+    def forward(self, images, masks=None, with_logits=False):
+        """Features; with the logits of the predicted masks (blocks, B, parts, patches) beside them where asked for."""
+        tokens, logits = self.blocks(images, masks)
+        features = self.features_of(tokens)
+        return (features, torch.stack(logits)) if with_logits else features
 
     def map_of(self, tokens):
         return self.project(tokens[:, self.num_grains :]).transpose(1, 2).unflatten(2, self.grid)
