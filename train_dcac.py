@@ -112,7 +112,9 @@ def build_parser():
     group.arguments.add_argument("--diffusion", choices=["ldm", "none"], default="ldm", help=words)
     words = "condition of the U-Net: probabilities x prompts, the label's prompt, or feature x prompts"
     group.add("--condition", choices=CONDITIONS, default=CONDITIONS[0], help=words)
-    words = "of --condition correlation: from the classifier, from the prototypes, or the mean of both"
+    words = (
+        "of --condition correlation: from classifier, prototypes, or both; of muva texts, both, or one of each part"
+    )
     group.add("--probabilities", choices=PROBABILITIES, default=PROBABILITIES[0], help=words)
     words = "layers between the condition and the U-Net"
     group.add("--bottleneck", choices=BOTTLENECKS, default=BOTTLENECKS[0], help=words)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
 
@@ -27,6 +28,7 @@ from utils.batches.transforms import ReIDImages, test_transform, train_transform
 from utils.datasets import part_masks
 from utils.datasets.load import load_reid
 from utils.datasets.part_masks import PARTS, PartMasks, fixed_rows, masks_of, patches_in
+from utils.flags import RESNET_DIR
 from utils.modeling.attention import attention_maps
 from utils.modeling.backbones import backbone_from_config
 from utils.modeling.memories import PrototypeMemory
@@ -554,7 +556,7 @@ def test_controls_and_conditions(finished, small, tmp_path, more):
 
 
 @pytest.mark.slow
-def test_bad_input(small, standins, finished, tmp_path):
+def test_bad_input(small, standins, finished, tmp_path, capsys):
     out, file = ["--output_dir", tmp_path / "out"], tmp_path / "masks.safetensors"
     part_masks.main(["synthetic:domain=b,num_ids=4", "--out", str(file)])
     assert "of another set" in refused(*small, *out, "--part_masks", file)
@@ -563,9 +565,21 @@ def test_bad_input(small, standins, finished, tmp_path):
     words = finished / "out" / "muva_prompts.safetensors"
     other = ["--source", "synthetic:domain=a,num_ids=7,images_per_id=4"]
     assert "of 6 identities of other images" in refused(*small, *other, *out, "--muva_prompts", words)
-    from utils.flags import RESNET_DIR
+    tensors, changed = load_file(words), tmp_path / "changed.safetensors"
+    with safe_open(words, "pt") as opened:
+        about = opened.metadata()
+    save_file(tensors | {"part_tokens": torch.zeros(2, 8)}, changed, metadata=about)
+    assert "has part tokens of 2 x 8, and the encoder's are of" in refused(*small, *out, "--muva_prompts", changed)
+    changed.write_bytes(file.read_bytes())
+    assert "has another format" in refused(*small, *out, "--muva_prompts", changed)
 
     assert "puts part tokens in a CLIP ViT" in refused(*small, *out, "--backbone", RESNET_DIR)
+    tower = tmp_path / "tower"
+    ReIDModel.from_backbone(standins / "clip", image_size=(128, 64)).backbone.save_pretrained(tower)
+    assert "has no text encoder to learn prompts with" in refused(*small, *out, "--backbone", tower)
+    part_masks.main(["synthetic:domain=a,num_ids=3,images_per_id=4", "--out", str(file)])
+    train(*small, *out, "--part_masks", file, "--muva_stage", "prompts")
+    assert "12 of 24 images have no part masks: every part is the whole image there" in capsys.readouterr().out
     assert not (tmp_path / "out" / "log.jsonl").exists()
 
 
