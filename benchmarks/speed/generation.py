@@ -68,7 +68,7 @@ def open_tuning(model, finetune, resolution, folder, flags):
     accelerator = start_accelerator(args.mixed_precision)
     args.mixed_precision = accelerator.mixed_precision
     identities = script.open_identities(args.source)
-    _, tokenizer = script.check_inputs(args, identities, identities)
+    _, tokenizer = script.check_inputs(args, identities, identities, accelerator.print)
     progress = Progress(
         Worklist(folder, [identity.name for identity in identities]), "images", "images", 1, main=False
     )

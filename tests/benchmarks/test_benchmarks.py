@@ -253,6 +253,7 @@ def test_msmt17_loads_in_seconds_and_validation_trains(tree):
     assert not halves["train"] & halves["test"]
 
 
+@pytest.mark.slow
 def test_msmt17_version_2_is_detected(tree):
     parent, folder = tree("msmt17")
     one = load_reid("msmt17", parent)

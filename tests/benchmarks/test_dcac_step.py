@@ -74,6 +74,7 @@ def test_memory_falls_as_more_is_computed_twice():
     assert 1.5 * smaller < gib["ours"] < 2 * smaller
 
 
+@pytest.mark.slow
 def test_timing_writes_ratios_to_the_baseline_and_to_the_papers_way(tmp_path, capsys):
     file = tmp_path / "step.json"
     words = "--size tiny --modes frozen --batches 4 --rounds 2 --steps 1 --warmup 0"

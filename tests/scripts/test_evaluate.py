@@ -584,6 +584,7 @@ def test_bad_input_stops_before_a_model_loads(arguments, message, clip, tmp_path
         run(*arguments, "--output_dir", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_hub_out_of_reach_is_said_at_once():
     """Without the retries of transformers, which take half a minute; nothing listens at this port."""
     code = "import sys, time, evaluate; start = time.monotonic()\n"

@@ -7,6 +7,7 @@ import torch
 from kernels import RankMetrics, k_reciprocal_rerank
 from kernels.disk.rows import RowsOnDisk
 from kernels.ring.processes import shares_of
+from utils.evaluation import calibration
 from utils.evaluation.lists import camera_pairs, confusions, ranked_lists
 from utils.evaluation.metrics import (
     MAX_RANK,
@@ -70,7 +71,8 @@ def measured(
         reranked = reranked_metrics(queries, gallery, reranking, protocol, group)
     findings = Findings(queries, gallery, protocol, lists, reranked_lists, result=result, reranked=reranked)
     if details and not isinstance(gallery.features, RowsOnDisk):
-        findings.pairs = pair_statistics(queries, gallery, protocol=protocol, rates=FALSE_MATCH_RATES)
+        # More rates than metrics.json shows: those of a calibration.
+        findings.pairs = pair_statistics(queries, gallery, protocol=protocol, rates=calibration.FALSE_MATCH_RATES)
         findings.cameras = camera_pairs(queries, gallery, **options)
     if details:
         findings.confusions = confusions(queries, gallery, *lists)
