@@ -45,9 +45,9 @@ class Texts(nn.Module):
         return torch.cat([self.grain(labels, grain) for grain in range(self.words.shape[1])], dim=1)
 
     def grain(self, labels, grain):
-        before, after = self.before, getattr(self, f"after_{grain}")
-        around = (part.expand(len(labels), -1, -1) for part in (before, after))
-        tokens = torch.cat([next(around), self.words[labels, grain], next(around)], dim=1)
+        around = self.before, getattr(self, f"after_{grain}")
+        before, after = (part.expand(len(labels), -1, -1) for part in around)
+        tokens = torch.cat([before, self.words[labels, grain], after], dim=1)
         text, length = self.encoder.text_model, tokens.shape[1]
         hidden = tokens + text.embeddings.position_embedding.weight[:length]
         later = torch.full((1, 1, length, length), -torch.inf, device=tokens.device).triu(1)

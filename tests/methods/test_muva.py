@@ -28,6 +28,7 @@ from utils.batches.transforms import ReIDImages, test_transform, train_transform
 from utils.datasets import part_masks
 from utils.datasets.load import load_reid
 from utils.datasets.part_masks import PARTS, PartMasks, fixed_rows, masks_of, patches_in
+from utils.datasets.portable import save
 from utils.flags import RESNET_DIR
 from utils.modeling.attention import attention_maps
 from utils.modeling.backbones import backbone_from_config
@@ -441,6 +442,38 @@ def test_a_file_of_masks(tmp_path, monkeypatch, capsys):
         PartMasks.read([tmp_path / "broken"])
 
 
+def test_people_who_are_not_drawn(tmp_path, capsys):
+    """A copy with its images inside has no true boxes; fixed rows and files of the drawn ones fit it."""
+    spec, copy, file = (
+        "synthetic:domain=a,num_ids=3,images_per_id=4",
+        tmp_path / "copy",
+        tmp_path / "masks.safetensors",
+    )
+    save(load_reid(spec), copy)
+    with pytest.raises(SystemExit) as stop:
+        part_masks.main([str(copy), "--out", str(file)])
+    assert "only drawn people have true boxes" in str(stop.value) and "--detector rows" in str(stop.value)
+    with pytest.raises(SystemExit) as stop:
+        part_masks.main([str(copy), "--out", str(file), "--detector", str(tmp_path / "none")])
+    assert "cannot be loaded" in str(stop.value) and "\n" not in str(stop.value)
+    with pytest.raises(SystemExit) as stop:
+        part_masks.main([str(copy), "--out", str(file), "--splits", "dev"])
+    assert "has no split dev" in str(stop.value) and not file.exists()
+    data = load_reid(str(copy))["train"]
+    part_masks.main([str(copy), "--out", str(file), "--detector", "rows", "--grid", "16", "8"])
+    masks, missing = PartMasks.read([file]).of(data)
+    assert missing == 0 and all(np.array_equal(one.numpy(), fixed_rows((16, 8))) for one in masks)
+    part_masks.main([spec, "--out", str(file)])
+    assert torch.equal(
+        PartMasks.read([file]).of(data)[0], PartMasks.true(load_reid(spec)["train"], (16, 8)).of(data)[0]
+    )
+    # Two files of different patches.
+    part_masks.main([spec, "--out", str(tmp_path / "other"), "--grid", "8", "4"])
+    with pytest.raises(ValueError, match="different patches: .* on 16 x 8, .* on 8 x 4"):
+        PartMasks.read([file, tmp_path / "other"])
+    capsys.readouterr()
+
+
 def test_masks_are_mirrored_with_their_images():
     data = load_reid("synthetic:domain=a,num_ids=2,images_per_id=3")["train"]
     # Left and right halves of an image as its masks.
@@ -606,6 +639,9 @@ def test_recipes_and_controls():
     args = train_dcac.parse_args([])
     assert (args.padding, args.erasing, args.memory_resample) == (5, 0.5, "bicubic")
     assert set(settings.recipes(train_dcac.RECIPES)) <= set(train_dcac.RECIPES)
+    # The demo's captions are no prompts of parts.
+    args = train_dcac.parse_args(["--encoder", "muva", "--probabilities", "parts"])
+    assert (args.demo, args.prompt_init, args.prompt_tokens) == (True, "random", "end")
 
 
 @pytest.mark.slow
