@@ -1,12 +1,12 @@
 """Which patches of each image belong to the head, the upper body and the legs of its person.
 
-    python -m utils.datasets.part_masks market1501 --root DATA --detector google/owlv2-base-patch16 --out masks.safetensors
-    python -m utils.datasets.part_masks synthetic:domain=a --out masks.safetensors
+    python -m utils.datasets.part_masks market1501 --root DATA --detector google/owlv2-base-patch16 --out FILE
+    python -m utils.datasets.part_masks synthetic:domain=a --out FILE
 
 The first asks an open-vocabulary detector of transformers, the second has the true boxes of drawn people. One bit for
 each part and patch: 48 bytes an image on 16 x 8 patches, and 8 bytes of its name's digest. A killed run goes on where
 it was.
-"""  # noqa: E501
+"""
 
 import argparse
 import hashlib
