@@ -1,7 +1,5 @@
 """Stable Diffusion 3 and 3.5: two CLIP text encoders, a T5 that may be left out, a transformer, flow matching."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
@@ -75,10 +73,6 @@ def solver_of(name, config, steps, shape):
 
 def vae_dtype(vae_config, dtype):
     return dtype
-
-
-class Prediction(NamedTuple):
-    sample: torch.Tensor
 
 
 class Denoiser:

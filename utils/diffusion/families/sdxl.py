@@ -1,7 +1,5 @@
 """Stable Diffusion XL: two CLIP text encoders, a pooled vector and the image's size as further conditions."""
 
-from typing import NamedTuple
-
 import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -59,10 +57,6 @@ def schedule_of(name, revision=None):
 def vae_dtype(vae_config, dtype):
     """The VAE that was released overflows in float16, and its configuration says so."""
     return torch.float32 if dtype == torch.float16 and vae_config.get("force_upcast", True) else dtype
-
-
-class Prediction(NamedTuple):
-    sample: torch.Tensor
 
 
 class Denoiser:
