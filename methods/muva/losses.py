@@ -27,12 +27,21 @@ def with_parts(base):
 
     class PartDCAC(base):
         def __init__(
-            self, *parts, probabilities, tau, text_tau, text_weight, mask_weight, mask_lr_multiplier, **options
+            self,
+            *parts,
+            probabilities,
+            tau,
+            text_tau,
+            text_weight,
+            text_temperature,
+            mask_weight,
+            mask_lr_multiplier,
+            **options,
         ):
             super().__init__(*parts, **options)
             self.probabilities, self.tau, self.text_tau = probabilities, tau, text_tau
             self.text_weight, self.mask_weight = text_weight, mask_weight
-            self.mask_lr_multiplier = mask_lr_multiplier
+            self.mask_lr_multiplier, self.text_temperature = mask_lr_multiplier, text_temperature
             # Of all identities; a checkpoint holds them.
             self.register_buffer("texts", torch.zeros(self.encoder.num_ids, self.encoder.num_features))
 
@@ -58,7 +67,7 @@ def with_parts(base):
             return losses | {"loss_text": self.text_weight * loss}
 
         def text_logits(self, features):
-            return features.float() @ self.texts.t()
+            return features.float() @ self.texts.t() / self.text_temperature
 
         def condition_inputs(self, features, bn_features, logits, warmup):
             if warmup:

@@ -26,7 +26,13 @@ def recipes(published):
         "muva-c3-ma": ("c3-ma", 2),
     }
     names["muva-multi"] = ("multi", 2)
-    more = {"encoder": MUVA, "diffusion": "none", "test_resample": "bilinear", "muva_epochs": 120} | USUAL
+    more = {
+        "encoder": MUVA,
+        "diffusion": "none",
+        "test_resample": "bilinear",
+        "muva_epochs": 120,
+        "text_temperature": 1.0,
+    } | USUAL
     return {name: published[base] | more | {"mask_heads": heads} for name, (base, heads) in names.items()}
 
 
@@ -49,6 +55,8 @@ def add_flags(parser):
     words = "masks of the images that prototypes are made of: those given, or those predicted"
     group.add("--memory_masks", choices=["given", "predicted"], default="given", help=words)
     group.add("--mask_weight", type=not_negative, default=1.0, help="weight of the losses of the masks")
+    words = "of features times texts; the default suits the stand-ins, whose features are long, the published 1 CLIP"
+    group.add("--text_temperature", type=above_zero, default=50.0, help=words)
     group.add("--text_weight", type=not_negative, default=1.0, help="weight of the loss of the texts")
     group.add("--mask_lr_multiplier", type=above_zero, default=10.0, help="factor on the rate of the predictors")
     words = "prompts, learned for the texts before the encoder, or only they: then the training ends"

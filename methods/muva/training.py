@@ -8,11 +8,11 @@ the words X of "A photo of a X X X X head of a person" are learned, for each ide
 
 Then the encoder learns under masks that it predicts, with T = t of all identities fixed:
 
-    L = L_id + L_pcl + cross-entropy(f T^T, y), labels smoothed + L_bce + L_dice
+    L = L_id + L_pcl + cross-entropy(f T^T / temperature, y), labels smoothed + L_bce + L_dice
     L_bce = mean BCE(m, g)      L_dice = 1 - mean Dice(sigmoid(m), g)   m: logits of the masks of each block
 
 With diffusion, DCAC's L_ldm comes on top. Its condition is made of the classifier's probabilities as before, of those
-of the texts, softmax(f T^T / tau), of the mean of both, or it has one token for each of the four.
+of the texts, softmax(f T^T / temperature / tau), of the mean of both, or it has one token for each of the four.
 """
 
 import json
@@ -114,7 +114,15 @@ class Parts:
         return {"num_tokens": 1 + len(PARTS)} if self.args.probabilities == "parts" else {}
 
     def module(self, model_class, *modules, **options):
-        names = "probabilities", "tau", "text_tau", "text_weight", "mask_weight", "mask_lr_multiplier"
+        names = (
+            "probabilities",
+            "tau",
+            "text_tau",
+            "text_weight",
+            "text_temperature",
+            "mask_weight",
+            "mask_lr_multiplier",
+        )
         own = {name: getattr(self.args, name) for name in names}
         return with_parts(model_class)(*modules, **own, **options)
 

@@ -222,7 +222,13 @@ def module(clip, probabilities="classifier", **options):
         "correlation", probabilities, "none", **sizes, num_tokens=4 if probabilities == "parts" else 1
     )
     more = {"ldm_weight": 0.7, "label_smoothing": 0.1, "pass_size": BATCH, "text_tau": 0.3, "tau": 0.6}
-    more |= {"probabilities": probabilities, "text_weight": 1.0, "mask_weight": 1.0, "mask_lr_multiplier": 10.0}
+    more |= {
+        "probabilities": probabilities,
+        "text_weight": 1.0,
+        "mask_weight": 1.0,
+        "mask_lr_multiplier": 10.0,
+        "text_temperature": 2.0,
+    }
     model = with_parts(DCAC)(encoder, memory, condition, None, None, **more | options)
     model.texts.normal_(std=0.3)
     return model
@@ -253,7 +259,7 @@ def test_a_step_in_float64(clip):
     wanted = {
         "loss_id": smoothed(b @ twin.classifier.weight.t(), labels),
         "loss_pcl": F.cross_entropy(unit @ model.memory.prototypes.double().t() / 0.05, labels),
-        "loss_text": smoothed(feature @ model.texts.double().t(), labels),
+        "loss_text": smoothed(feature @ model.texts.double().t() / 2, labels),
         "loss_bce": -(g * s.log() + (1 - g) * (1 - s).log()).mean(),
         "loss_dice": 1 - dice.mean(),
     }
@@ -281,7 +287,7 @@ def test_conditions_of_texts_and_parts(clip, probabilities):
     bn_features, logits = model.encoder.neck(features)
     found = model.condition(*model.scored(features, logits, bn_features), labels, model.memory)
     rows = model.condition.prompts
-    by_text, by_classifier = (features @ model.texts.t() / 0.3).softmax(1), (logits / 0.6).softmax(1)
+    by_text, by_classifier = (features @ model.texts.t() / 2 / 0.3).softmax(1), (logits / 0.6).softmax(1)
     if probabilities == "parts":
         weight = model.encoder.classifier.weight
         wanted = []
@@ -634,6 +640,12 @@ def test_recipes_and_controls():
     args = train_dcac.parse_args(["--recipe", "muva-ms-ma", "--data_root", "/data"])
     assert (args.encoder, args.mask_heads, args.muva_epochs, args.diffusion) == ("muva", 8, 120, "none")
     assert (args.padding, args.erasing, args.memory_resample, args.test_resample) == (0, 0.0, "bilinear", "bilinear")
+    assert (args.text_temperature, args.text_weight, args.mask_weight, args.mask_lr_multiplier) == (
+        1.0,
+        1.0,
+        1.0,
+        10.0,
+    )
     args = train_dcac.parse_args(["--encoder", "muva", "--padding", "10"])
     assert (args.padding, args.erasing) == (10, 0.0)
     args = train_dcac.parse_args([])
