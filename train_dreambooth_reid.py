@@ -156,6 +156,7 @@ def build_parser():
     group.add("--finetune", choices=["full", "lora"], default="lora", help="train the whole U-Net, or LoRA")
     whole = (lambda args: args.finetune == "full", "--finetune full")
     group.add("--rank", type=at_least(1), default=8, idle=whole, help="rank of LoRA")
+    group.add("--base_bits", type=int, choices=[4, 8], idle=whole, help="of the frozen weights below LoRA; default 16")
     group.switch("--train_text_encoder", "train the text encoder with the U-Net, in the same way")
     group.size("--resolution", [128, 64], help="size of the drawn images in pixels, multiples of 8")
     group.add("--max_train_steps", type=at_least(1), default=150, help="steps of each identity")
@@ -539,6 +540,8 @@ def check_inputs(args, everyone, identities, say):
     if args.mask_model:
         check_mask_model(args.mask_model)
     check_measures(clip_name(args), args.reid_model)
+    if args.base_bits:
+        launch.bitsandbytes_module("--base_bits")
     if args.use_8bit_adam:
         build_optimizer([nn.Parameter(torch.zeros(1))], "adamw", learning_rate=1.0, use_8bit=True)
     tokenizers = [load_tokenizer(name, args.revision, part) for part, *_ in family.TEXTS[:2]]
@@ -626,6 +629,7 @@ def open_model(args, accelerator, prompts):
         xformers=args.enable_xformers_memory_efficient_attention,
         checkpointing=args.gradient_checkpointing,
         compiled=args.torch_compile,
+        bits=args.base_bits,
     )
 
 

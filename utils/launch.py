@@ -232,11 +232,11 @@ def check_trackers(names):
     return names
 
 
-def bitsandbytes_module():
+def bitsandbytes_module(flag="--use_8bit_adam"):
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ValueError(f"--use_8bit_adam needs bitsandbytes ({error}); pip install bitsandbytes") from None
+        raise ValueError(f"{flag} needs bitsandbytes ({error}); pip install bitsandbytes") from None
     return bitsandbytes
 
 

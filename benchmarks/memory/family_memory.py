@@ -4,7 +4,8 @@
 
 Counted on fake tensors in bfloat16, 1024 x 512 pixels: a step of one own and one reference image (the second, when the
 optimiser has its state), drawing two images and decoding them, and encoding prompts, when the text encoders, which
-otherwise rest in the host's memory, are beside the network. A card needs 1 to 1.5 GiB more for CUDA itself.
+otherwise rest in the host's memory, are beside the network. A card needs 1 to 1.5 GiB more for CUDA itself. The rows
+of 4 bits take off what `--base_bits 4` saves of the linear layers in blocks, and add the largest one in bfloat16.
 """
 
 import argparse
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, T5Config, T5EncoderModel
 
@@ -23,6 +26,7 @@ from benchmarks.models import SCHEDULE, TEXT, VAE
 from train_dreambooth_reid import denoising_errors
 from utils.diffusion.families import flux, sd3, sdxl
 from utils.diffusion.families.flow import FlowSchedule
+from utils.diffusion.families.quantized import in_a_block
 from utils.diffusion.schedule import NoiseSchedule
 from utils.diffusion.unet import set_unet_mode
 from utils.reporting.report import text_table
@@ -90,7 +94,7 @@ def text_encoder(model_class, config):
 
 
 def count(name):
-    """{part: GiB at its peak}, and the weights of network and text encoders."""
+    """{part: GiB at its peak}, with those of the network's and the text encoders' weights; sizes of linear layers."""
     family, network_config, vae_config, texts, condition, schedule = MODELS[name]
     with torch.device("meta"):
         network = family.NETWORK(**network_config)
@@ -102,7 +106,7 @@ def count(name):
     set_unet_mode(network, "lora", rank=RANK, dtype=HALF, targets=family.LORA_TARGETS)
     network.enable_gradient_checkpointing()
     size = vae.config.latent_channels, *(side // 8 for side in PIXELS)
-    weights = {"network": network, "text encoders": torch.nn.ModuleList(encoders)}
+    weights = {"network": network, "text encoders": nn.ModuleList(encoders)}
     gib = {part: sum(weight.nbytes for weight in module.parameters()) / GIB for part, module in weights.items()}
     for part in ("tuning", "drawing", "encoding"):
         with FakeTensorMode(), contextlib.ExitStack() as stack:
@@ -117,7 +121,26 @@ def count(name):
             elif part == "drawing":
                 draw(network, denoiser, vae, size, condition, family.GUIDED)
         gib[part] = alive.peak / GIB
-    return {part: round(value, 2) for part, value in gib.items()}
+    return gib, [layer.weight.numel() for layer in linear_layers(network)]
+
+
+def linear_layers(network):
+    """The layers that `--base_bits` takes, below LoRA's own."""
+    return [
+        getattr(module, "base_layer", module)
+        for name, module in network.named_modules()
+        if in_a_block(name)
+        and ".lora_" not in name
+        and isinstance(module, (nn.Linear, LoraLinear))
+        and not name.endswith("base_layer")
+    ]
+
+
+def in_four_bits(gib, sizes):
+    """Half a byte a weight, and a float32 for each 64 of them."""
+    saved, largest = sum(sizes) * (2 - 0.5 - 4 / 64) / GIB, 2 * max(sizes) / GIB
+    less = {"network": saved, "encoding": saved, "tuning": saved - largest, "drawing": saved - largest}
+    return {part: value - less.get(part, 0.0) for part, value in gib.items()}
 
 
 def tune(network, denoiser, schedule, size, condition, alive):
@@ -150,8 +173,10 @@ def main(input_args=None):
     args = parser.parse_args(input_args)
     counted = {}
     for name in MODELS:
-        counted[name] = count(name)
-        print(name, counted[name], flush=True)
+        gib, sizes = count(name)
+        for words, numbers in ((name, gib), (f"{name}, 4 bits", in_four_bits(gib, sizes))):
+            counted[words] = {part: round(value, 2) for part, value in numbers.items()}
+            print(words, counted[words], flush=True)
     columns, rows = family_cards(counted)
     print(text_table(columns, rows))
     if args.json:

@@ -245,6 +245,33 @@ def test_from_captions_to_more_images(pipelines, kind, tmp_path, monkeypatch):
     assert set(load_file(adapter)) and next(iter(load_file(adapter))).startswith(FILES[kind].PART)
 
 
+@pytest.mark.parametrize("kind, bits", [("flux", 4), ("sdxl", 8), ("sd3", 4)])
+def test_frozen_weights_of_few_bits(pipelines, kind, bits):
+    """Images stay near those of whole weights, LoRA trains beside them, and its gradient is near the whole one's."""
+    whole = opened(pipelines(kind)[1])
+    model = TextToImage(pipelines(kind)[1], whole.tokenizer, mode="lora", bits=bits)
+    layers = [layer for layer in model.unet.modules() if type(layer).__name__ in ("Linear4bit", "Linear8bitLt")]
+    assert layers and all(layer.weight.dtype in (torch.uint8, torch.int8) for layer in layers)
+    assert model.digest != whole.digest and len(model.trained_weights()) == len(whole.trained_weights())
+    latents, noise = torch.randn(2, 2, 4, 16, 8, generator=torch.Generator().manual_seed(1))
+    timesteps, errors = torch.tensor([300, 600]), []
+    settings = {"solver": FILES[kind].SOLVERS[0], "resolution": (32, 16), "steps": 2, "guidance": 2.0}
+    drawn = [one.decode(one.sample(one.encode_all(PROMPTS), [1, 2], **settings)).int() for one in (whole, model)]
+    assert (drawn[0] - drawn[1]).abs().float().mean() < 5
+    for one in (whole, model):
+        one.unet.train()
+        for weight in one.trained_weights():
+            weight.data = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel()))
+        condition = one.encode_all(PROMPTS)
+        errors.append(script.denoising_errors(one.denoiser, one.schedule, latents, noise, timesteps, condition))
+        errors[-1].mean().backward()
+    gradients = [torch.cat([weight.grad.flatten() for weight in one.trained_weights()]) for one in (whole, model)]
+    near = torch.cosine_similarity(*gradients, dim=0)
+    apart = float((errors[0] - errors[1]).abs().max())
+    print(f"{kind}, {bits} bits: error {errors[0][0]:.4f}, apart by {apart:.4f}, cosine of gradients {near:.4f}")
+    assert 0 < apart < 0.1 and near > 0.9
+
+
 def test_several_text_encoders_rest_on_the_cpu(pipelines, monkeypatch):
     """They come to the device to encode, and leave it again; the one of Stable Diffusion stays."""
     places = []

@@ -18,6 +18,7 @@ from utils.batches.chunks import weights_digest
 from utils.diffusion.checkpoint import read_config
 from utils.diffusion.families import family_of
 from utils.diffusion.families.parts import has_part, load_network
+from utils.diffusion.families.quantized import quantize
 from utils.diffusion.families.solvers import WITH_NOISE, first_strength, scaled
 from utils.diffusion.families.texts import Text, load_text_encoder, load_tokenizer
 from utils.diffusion.fast_lora import add_fast_lora, drawing_fast
@@ -29,6 +30,7 @@ TEXT_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 class TextToImage:
     """All parts of the model, on the device. `mode`, "lora" or "full", says how the U-Net trains.
 
+    `bits`: 4 or 8, of the weights that LoRA leaves frozen.
     `unet` is the network that denoises, of some families a transformer. The text encoder of Stable Diffusion 1.x and
     2.x trains in the same mode if `train_text_encoder`. `digest` identifies the weights as loaded.
     """
@@ -46,6 +48,7 @@ class TextToImage:
         device="cpu",
         autocast=nullcontext,
         revision=None,
+        bits=None,
     ):
         self.device, self.dtype, self.autocast = torch.device(device), dtype, autocast
         self.family = family = family_of(name, revision)
@@ -59,7 +62,10 @@ class TextToImage:
         self.texts = load_texts(name, family, tokenizer, text_dtype, revision, self.unet.config)
         self.text_encoder, self.tokenizer = self.texts[0].encoder, tokenizer
         parts = [self.unet, self.vae, *(text.encoder for text in self.texts if text.encoder is not None)]
-        self.digest = hashlib.sha256("".join(map(weights_digest, parts)).encode()).hexdigest()[:16]
+        digests = [*map(weights_digest, parts), *([f"{bits} bits"] if bits else [])]
+        self.digest = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+        if bits:
+            quantize(self.unet, bits, dtype, self.device)
         if mode == "lora":
             set_unet_mode(self.unet, "lora", rank=rank, dtype=dtype, seed=seed, targets=family.LORA_TARGETS)
         if train_text_encoder and mode == "lora":

@@ -60,7 +60,7 @@ class Tunable:
 
 def open_tunable(
     name, prompts, accelerator, *, mode, rank=8, train_text_encoder=False, seed=0, revision=None, fast_lora=None,
-    mask_model=None, xformers=False, checkpointing=False, compiled=False,
+    mask_model=None, xformers=False, checkpointing=False, compiled=False, bits=None,
 ):  # fmt: skip
     """The `Tunable` of a checkpoint on the accelerator's device. prompts: `Prompts` with the tokens of the identities.
 
@@ -69,7 +69,7 @@ def open_tunable(
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     running = {"dtype": dtype, "device": accelerator.device, "autocast": accelerator.autocast}
     trained = {"mode": mode, "rank": rank, "train_text_encoder": train_text_encoder, "seed": seed}
-    model = TextToImage(name, prompts.tokenizer, **trained, **running, revision=revision)
+    model = TextToImage(name, prompts.tokenizer, **trained, **running, revision=revision, bits=bits)
     if accelerator.device.type == "cuda":
         # What cuDNN likes best; on a CPU it makes no difference.
         model.unet.to(memory_format=torch.channels_last)

@@ -144,7 +144,8 @@ def set_unet_mode(unet, mode, *, rank=8, dtype=torch.float32, seed=0, targets=LO
     for name, parameter in unet.named_parameters():
         trained = ".lora_" in name or name.startswith(TRAINED[mode])
         parameter.requires_grad_(trained)
-        parameter.data = parameter.data.to(torch.float32 if trained else dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if trained else dtype)
     for module in unet.modules():
         is_norm = isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and module.weight is not None
         if is_norm and not module.weight.requires_grad:
