@@ -30,6 +30,7 @@ One step, on a batch of images x with identities y:
 Through c the diffusion model tells classifier, neck and encoder which identities look alike.
 """
 
+from methods.muva import settings as muva
 from utils import flags
 from utils.flags import CAPTIONER_DIR, CLIP_DIR, DIFFUSION_DIR
 from utils.ranges import above_zero, at_least, fraction, not_negative
@@ -67,39 +68,35 @@ RECIPES = {
     "multi": published(["market1501", "dukemtmcreid", "cuhk03np"], ["msmt17"], 32, 1.0, test_resample="bicubic"),
     "supervised": published(["market1501"], ["market1501"], 8, 0.6),
 }
+RECIPES |= muva.recipes(RECIPES)
 # Identities that each evaluation looks at the condition with.
 EXAMINED = 32
-CONDITIONS, PROBABILITIES = ("correlation", "class", "instance"), ("classifier", "prototype", "mean")
+CONDITIONS = ("correlation", "class", "instance")
+PROBABILITIES = ("classifier", "prototype", "mean", *muva.PROBABILITIES)
 BOTTLENECKS = ("none", "silu", "bn", "bn-silu", "condition-net")
 UNET_MODES = ("lora", "frozen", "partial-1", "partial-2", "full", "scratch")
 
 
 def build_parser():
     parser = flags.Parser(__doc__, recipes=RECIPES)
-    flags.add_recipe(
-        parser,
-        "published values and real models (ma: Market-1501, d: DukeMTMC-reID, ms: MSMT17, c3: CUHK03-NP; the source "
-        "comes first); multi and supervised take other sets by --source and --target",
-    )
-    data = flags.add_data(
-        parser,
-        source=f"training sets; default {DEMO_SOURCE}",
-        target=f"sets with query and gallery to measure on; default {' '.join(DEMO_TARGETS)} in the demo, else the "
-        "sources' own, or see --holdout",
-    )
+    words = "published values and real models (ma: Market-1501, d: DukeMTMC-reID, ms: MSMT17, c3: CUHK03-NP; the "
+    words += "source comes first); multi and supervised take other sets by --source and --target"
+    flags.add_recipe(parser, words)
+    words = f"sets with query and gallery to measure on; default {' '.join(DEMO_TARGETS)} in the demo, else the "
+    words += "sources' own, or see --holdout"
+    data = flags.add_data(parser, source=f"training sets; default {DEMO_SOURCE}", target=words)
     flags.add_single_image_ids(data)
     flags.add_holdout(data)
     images = flags.add_images(parser, resolution=[128, 64], padding=5, erasing=0.5)
     baseline = (lambda args: args.diffusion == "none", "--diffusion none")
     images.size("--diffusion_resolution", [128, 64], idle=baseline, help="input of the VAE; images are stretched")
 
+    muva.add_flags(parser)
     group = parser.group("models")
-    group.add(
-        "--backbone", default=CLIP_DIR, help="encoder to start from: backbone or ReIDModel; folder, Hub id, name, file"
-    )
-    group.add(
-        "--pretrained_model_name_or_path", default=DIFFUSION_DIR, idle=baseline, help="Stable Diffusion 1.x or 2.x"
-    )
+    words = "encoder to start from: backbone or ReIDModel; folder, Hub id, name, file"
+    group.add("--backbone", default=CLIP_DIR, help=words)
+    words = "Stable Diffusion 1.x or 2.x"
+    group.add("--pretrained_model_name_or_path", default=DIFFUSION_DIR, idle=baseline, help=words)
     group.add("--revision", idle=baseline, help="revision of the diffusion model on the Hub")
     group.add("--variant", idle=baseline, help="variant of the U-Net's files, such as non_ema; default: those without")
     words = "folder that keeps the latents of the training images; `none` runs the VAE in every step"
@@ -115,7 +112,9 @@ def build_parser():
     group.arguments.add_argument("--diffusion", choices=["ldm", "none"], default="ldm", help=words)
     words = "condition of the U-Net: probabilities x prompts, the label's prompt, or feature x prompts"
     group.add("--condition", choices=CONDITIONS, default=CONDITIONS[0], help=words)
-    words = "of --condition correlation: from the classifier, from the prototypes, or the mean of both"
+    words = (
+        "of --condition correlation: from classifier, prototypes, or both; of muva texts, both, or one of each part"
+    )
     group.add("--probabilities", choices=PROBABILITIES, default=PROBABILITIES[0], help=words)
     words = "layers between the condition and the U-Net"
     group.add("--bottleneck", choices=BOTTLENECKS, default=BOTTLENECKS[0], help=words)
@@ -124,14 +123,12 @@ def build_parser():
     group.add("--rank", type=at_least(1), default=8, idle=without_lora, help="rank of LoRA")
     group.add("--tau", type=above_zero, default=0.6, idle=(without_tau, tau_replaced_by), help="of the probabilities")
     group.add("--ldm_weight", type=not_negative, default=1.0, help="lambda, the weight of L_ldm")
-    group.add(
-        "--ldm_balance", type=above_zero, help="share of L_ldm in the gradient at the features; default: as it is"
-    )
+    words = "share of L_ldm in the gradient at the features; default: as it is"
+    group.add("--ldm_balance", type=above_zero, help=words)
     group.add("--ldm_start_epoch", type=at_least(1), default=1, help="first epoch with L_ldm")
     group.add("--ldm_warmup_epochs", type=at_least(0), default=0, help="epochs before L_ldm reaches the encoder")
-    group.add(
-        "--prompt_init", default="random", help="`random`, N(0, 1); `captions`, of a captioner; or a file of them"
-    )
+    words = "`random`, N(0, 1); `captions`, of a captioner; or a file of them"
+    group.add("--prompt_init", default="random", help=words)
     group.add("--prompt_tokens", type=prompt_tokens, default="end", help="of a prompt: `end`, `all`, or the first N")
     group.switch("--freeze_prompts", "leave the prompts as they start")
     idle = (lambda args: args.prompt_init != "captions", "no --prompt_init captions")
@@ -140,14 +137,10 @@ def build_parser():
     group.add("--lr_multiplier", type=above_zero, default=1.0, help="factor on the rate of LoRA and prompts")
     group.add("--validation_ids", type=at_least(0), default=4, help="identities in the report's pictures, 0 for none")
 
-    flags.add_training(
-        parser,
-        batch=32,
-        epochs=5,
-        batch_help="images of each process and forward pass",
-        accumulation="forward passes of a step: together one batch for BatchNorm, memory and losses, and each "
-        "pass is computed a second time in the backward pass",
-    )
+    words = "forward passes of a step: together one batch for BatchNorm, memory and losses, and each pass is computed "
+    words += "a second time in the backward pass"
+    options = {"batch_help": "images of each process and forward pass", "accumulation": words}
+    flags.add_training(parser, batch=32, epochs=5, **options)
     parser.free.add("gradient_accumulation_steps")
     flags.add_optimizer(parser, learning_rate=1e-3, weight_decay=1e-4)
     flags.add_schedule(parser, milestones=[4])
@@ -187,6 +180,7 @@ def parse_args(input_args=None):
             args.dataloader_num_workers = 1
         if all(args.origin[name] == "default" for name in (*DEMO_CONDITION, "ldm_weight", "diffusion", "condition")):
             vars(args).update(DEMO_CONDITION)
+    muva.settle(args)
     check_args(parser, args)
     args.notes = parser.notes(args)
     return args
@@ -197,6 +191,7 @@ def check_args(parser, args):
     if args.probabilities != "classifier" and args.condition != "correlation":
         parser.error(f"--probabilities {args.probabilities} belongs to --condition correlation, not {args.condition}")
     flags.check_optimizer(parser, args)
+    muva.check_args(parser, args)
     if args.diffusion == "none" and args.enable_xformers_memory_efficient_attention:
         parser.error("--enable_xformers_memory_efficient_attention is of the U-Net, and --diffusion none has none")
     if args.diffusion == "ldm":
@@ -279,9 +274,7 @@ class Condition(nn.Module):
         else:
             self.prompts = nn.Parameter(prompts)
         layers = {
-            "none": [],
-            "silu": [nn.SiLU()],
-            "bn": [nn.BatchNorm1d(width)],
+            "none": [], "silu": [nn.SiLU()], "bn": [nn.BatchNorm1d(width)],
             "bn-silu": [nn.BatchNorm1d(width), nn.SiLU()],
             "condition-net": [
                 nn.BatchNorm1d(width), nn.SiLU(), nn.Linear(width, width // 8, bias=False),
@@ -294,19 +287,22 @@ class Condition(nn.Module):
         self.bottleneck = nn.Sequential(*layers)
 
     def forward(self, logits, bn_features, labels, memory):
+        prompts = self.prompts
         if self.kind == "class":
-            tokens = self.prompts[labels]
+            tokens = prompts[labels]
         else:
             weights = F.normalize(bn_features, dim=1)
             if self.kind == "correlation":
                 weights = self.identity_probabilities(logits, bn_features, memory)
-            tokens = weights @ self.prompts.flatten(1)
-        width = self.prompts.shape[-1]
+            tokens = (
+                weights @ prompts.flatten(1) if weights.ndim == 2 else torch.einsum("btn,ntw->btw", weights, prompts)
+            )
+        width = prompts.shape[-1]
         return self.bottleneck(tokens.reshape(-1, width)).view(len(labels), -1, width)
 
     def identity_probabilities(self, logits, bn_features, memory):
-        by_classifier = (logits / self.tau).softmax(1)
-        if self.probabilities == "classifier":
+        by_classifier = (logits / self.tau).softmax(-1)
+        if self.probabilities not in ("prototype", "mean"):
             return by_classifier
         by_prototype = (memory.similarities(bn_features) / memory.temperature).softmax(1)
         return by_prototype if self.probabilities == "prototype" else (by_classifier + by_prototype) / 2
@@ -328,27 +324,31 @@ class DCAC(nn.Module):
         self.ldm_weight, self.label_smoothing, self.pass_size = ldm_weight, label_smoothing, pass_size
         self.balance = balance
 
-    def forward(self, images, labels, latents=None, noise=None, timesteps=None, warmup=False):
-        features = gather_with_gradient(self.in_passes(self.encoder.backbone, images))
+    def forward(self, images, labels, masks=None, latents=None, noise=None, timesteps=None, warmup=False):
+        features, losses = self.encode(images, masks)
         share, labels = own_rows(features, len(images)), gather_with_gradient(labels)
         with torch.autocast(images.device.type, enabled=False):
             features = features.float()
             bn_features, logits = self.encoder.neck(features)
-            loss_id, loss_pcl = self.identity_losses(bn_features, logits, labels)
+            losses = self.identity_losses(features, bn_features, logits, labels) | losses
             if latents is not None:
                 inputs = self.condition_inputs(features, bn_features, logits, warmup)
                 condition = self.condition(*inputs, labels, self.memory)[share]
-        loss, loss_ldm = loss_id + loss_pcl, torch.zeros_like(loss_id)
+        loss = sum(losses.values())
+        loss_ldm = torch.zeros_like(loss)
         if latents is not None:
-            losses = self.in_passes(self.denoise, latents, noise, timesteps, condition)
-            loss_ldm = losses.mean()
+            loss_ldm = self.in_passes(self.denoise, latents, noise, timesteps, condition).mean()
             loss = loss + self.ldm_weight * loss_ldm
-        values = {"loss": loss, "loss_id": loss_id, "loss_pcl": loss_pcl, "loss_ldm": loss_ldm}
+        values = {"loss": loss} | losses | {"loss_ldm": loss_ldm}
         return loss, {name: value.detach() for name, value in values.items()}, bn_features.detach(), labels
 
-    def identity_losses(self, bn_features, logits, labels):
+    def encode(self, images, masks):
+        """Features of the whole batch, and losses of the encoder itself."""
+        return gather_with_gradient(self.in_passes(self.encoder.backbone, images)), {}
+
+    def identity_losses(self, features, bn_features, logits, labels):
         loss_id = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        return loss_id, self.memory(bn_features, labels)
+        return {"loss_id": loss_id, "loss_pcl": self.memory(bn_features, labels)}
 
     def condition_inputs(self, features, bn_features, logits, warmup):
         """The logits and features that the condition is made of, with the way that the gradient of L_ldm takes."""
@@ -357,6 +357,10 @@ class DCAC(nn.Module):
         if self.balance is None:
             return logits, bn_features
         return self.neck_again(self.balance(features))
+
+    def scored(self, features, logits, bn_features):
+        """The logits and features that the condition is made of."""
+        return logits, bn_features
 
     def neck_again(self, features):
         """Logits and features after BatchNorm, as in training; running statistics stay as they are."""
@@ -393,7 +397,7 @@ def main(args):
         diffusion = check_diffusion(name, resolution=args.diffusion_resolution, **options)
         if args.variant != diffusion.variant:
             accelerator.print(f"{name} has no U-Net of variant {args.variant}: training starts from the default one")
-    captions = caption_prompts(args, diffusion)
+    captions, parts = caption_prompts(args, diffusion), muva.parts_of(args)
     batch_size = launch.global_batch_size(args, accelerator)
     reading = {"root": args.data_root, "skip_unreadable": args.skip_unreadable}
     options = {"holdout": args.holdout, "single_image_ids": args.single_image_ids, "say": accelerator.print} | reading
@@ -403,19 +407,22 @@ def main(args):
         raise ValueError("a batch of one image has no statistics for BatchNorm; raise --train_batch_size")
     share = accelerator.process_index, accelerator.num_processes
     sampler = IdentitySampler(labels.tolist(), batch_size, args.images_per_id, args.seed, *share)
-    training = Training(args, accelerator, sampler, train, script="train_dcac.py", data=digest_of(train, labels))
-    num_ids = int(labels.max()) + 1
+    data, num_ids = digest_of(train, labels), int(labels.max()) + 1
+    training = Training(args, accelerator, sampler, train, script="train_dcac.py", data=data)
+    parts.open(train, num_ids, data, accelerator.print)
     accelerator.print(
         f"{' + '.join(args.source)}: {len(train)} images of {num_ids} identities; "
         f"measured on {', '.join(target.spec for target in targets) or 'nothing, as there is no --target'}"
     )
 
-    prompts = {"num_tokens": captions.num_tokens or 1} if captions else {}
+    prompts = {"num_tokens": captions.num_tokens or 1} if captions else parts.prompts()
     # A checkpoint holds the prompts.
     if captions and args.prompt_init != "random" and not training.resumed:
         prompts["prompts"] = captions.make(args.source, train, labels, accelerator, args.output_dir, **reading)
-    bare, vae = build_model(args, accelerator, num_ids, diffusion, prompts)
-    loader = build_loader(args, accelerator, bare.encoder, train, labels, sampler, vae)
+    bare, vae = build_model(args, accelerator, num_ids, diffusion, prompts, parts)
+    if not training.resumed and parts.start(bare, labels, accelerator, batch_size):
+        return accelerator.end_training()
+    loader = parts.loader(build_loader(args, accelerator, bare.encoder, train, labels, sampler, vae))
     model, optimizer = accelerator.prepare(bare, optimizer_of(args, parameter_groups(args, bare)))
     training.begin(model, optimizer, rates_of(args, optimizer, training.num_steps))
     params, encoder = trained(model), bare.encoder
@@ -425,12 +432,13 @@ def main(args):
             transform = test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, args.test_resample)
             # Published numbers are of float32.
             training.measure(epoch, encoder, targets, transform, in_float32=True)
+            parts.note(training, epoch, encoder, targets)
             if vae is not None and accelerator.is_main_process:
                 training.note(epoch, **examine(args, accelerator, bare, vae, train, labels, epoch))
 
     def rebuild():
         with whole_weights(model, accelerator):
-            rebuild_prototypes(args, accelerator, bare, train, labels)
+            rebuild_prototypes(args, accelerator, bare, train, labels, parts)
 
     if not training.resumed:
         rebuild()
@@ -447,7 +455,7 @@ def main(args):
         with whole_weights(model, accelerator):
             save(args, accelerator, training, bare)
     return training.end(
-        lambda: report_of(args, training, num_ids),
+        lambda: parts.illustrate(report_of(args, training, num_ids), encoder, targets),
         upload=lambda repo_id: bare.encoder.push_to_hub(repo_id, card=card_of(args, training, bare.encoder)),
     )
 
@@ -456,9 +464,9 @@ def training_step(training, model, bare, vae, batch, params):
     """Losses, gradients, the optimizer's step, then the prototypes."""
     args, accelerator, optimizer = training.args, training.accelerator, training.optimizer
     batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-    feedback = {}
+    feedback = {"masks": batch["masks"]} if "masks" in batch else {}
     if vae is not None and training.epoch >= args.ldm_start_epoch:
-        feedback = feedback_inputs(args, accelerator, bare, vae, batch, training.step)
+        feedback |= feedback_inputs(args, accelerator, bare, vae, batch, training.step)
         feedback["warmup"] = training.epoch < args.ldm_start_epoch + args.ldm_warmup_epochs
     # Only DeepSpeed does not do so by itself.
     with accelerator.autocast():
@@ -486,12 +494,12 @@ def feedback_inputs(args, accelerator, bare, vae, batch, step):
     return {"latents": latents, "noise": noise, "timesteps": timesteps}
 
 
-def rebuild_prototypes(args, accelerator, bare, train, labels):
+def rebuild_prototypes(args, accelerator, bare, train, labels, parts):
     """Every prototype anew, from the test features of all training images."""
     encoder = bare.encoder
-    transform = test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, "bicubic")
+    transform = test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, args.memory_resample)
     options = {"batch_size": args.eval_batch_size, "num_workers": args.dataloader_num_workers, "desc": "prototypes"}
-    features = extract(encoder, train, transform, accelerator=accelerator, **options)
+    features = parts.extract(extract, encoder, train, transform, accelerator=accelerator, **options)
     bare.memory.rebuild(features, labels)
 
 
@@ -515,11 +523,12 @@ def caption_prompts(args, diffusion):
     return CaptionPrompts(args.prompt_init, args.prompt_tokens, diffusion.condition_width, *models, args.revision)
 
 
-def build_model(args, accelerator, num_ids, diffusion, prompts):
+def build_model(args, accelerator, num_ids, diffusion, prompts, parts):
     """The DCAC module and the VAE (None for the baseline)."""
     set_seed(args.seed)
     encoder = ReIDModel.for_training(args.backbone, num_ids=num_ids, image_size=tuple(args.resolution))
     launch.print_notes(accelerator, encoder.notes)
+    encoder = parts.encoder(encoder)
     inner_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.backbone.modules())
     if args.gradient_accumulation_steps > 1 and inner_norm:
         raise ValueError(
@@ -550,8 +559,8 @@ def build_model(args, accelerator, num_ids, diffusion, prompts):
             unet.compile()
     weights = {"ldm_weight": args.ldm_weight, "label_smoothing": args.label_smoothing}
     balance = None if args.ldm_balance is None else GradientBalance(args.ldm_balance)
-    parts = encoder, memory, condition, unet, schedule
-    return DCAC(*parts, **weights, pass_size=args.train_batch_size, balance=balance), vae
+    weights |= {"pass_size": args.train_batch_size, "balance": balance}
+    return parts.module(DCAC, encoder, memory, condition, unet, schedule, **weights), vae
 
 
 def build_loader(args, accelerator, encoder, train, labels, sampler, vae):
@@ -568,10 +577,11 @@ def parameter_groups(args, model):
     """Prompts and LoRA at a multiple of the learning rate, all else at the learning rate."""
     groups = {1.0: [], args.lr_multiplier: []}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and ".predictors." not in name:
             multiplied = name == "condition.prompts" or ".lora_" in name
             groups[args.lr_multiplier if multiplied else 1.0].append(parameter)
-    return [{"params": params, "lr": factor * args.learning_rate} for factor, params in groups.items() if params]
+    sets = [{"params": params, "lr": factor * args.learning_rate} for factor, params in groups.items() if params]
+    return sets + getattr(model, "predictor_groups", lambda rate: [])(args.learning_rate)
 
 
 # Results
@@ -604,14 +614,10 @@ def save(args, accelerator, training, bare):
 
 
 def card_of(args, training, encoder):
-    return training_card(
-        f"{'Baseline' if args.diffusion == 'none' else 'DCAC'} trained on {' + '.join(portable(args.source))}",
-        card_text(encoder),
-        "train_dcac.py",
-        args,
-        metrics=training.results["targets"],
-        details={"images": len(training.images), "identities": encoder.num_ids},
-    )
+    title = f"{muva.name_of(args)} trained on {' + '.join(portable(args.source))}"
+    details = {"images": len(training.images), "identities": encoder.num_ids}
+    results = training.results["targets"]
+    return training_card(title, card_text(encoder), "train_dcac.py", args, metrics=results, details=details)
 
 
 def report_of(args, training, num_ids):
@@ -620,19 +626,15 @@ def report_of(args, training, num_ids):
     # Without --validation_ids, pictures there are an earlier run's.
     samples = zip(samples_of(args.output_dir, history) if args.validation_ids else (), notes, strict=False)
     seen = set(args.target or args.source) & set(args.source)
+    facts = [("Source", " + ".join(args.source)), ("Images", f"{len(training.images):,} of {num_ids:,} identities")]
+    facts += [("Encoder", Path(args.backbone).name), ("Diffusion", method), *training.facts]
     report = training_report(
-        "Baseline" if args.diffusion == "none" else "DCAC",
+        muva.name_of(args),
         args.output_dir,
         history,
         lead="A Re-ID encoder, measured before and after training"
         + ("." if seen else ", on people and cameras it was not trained on."),
-        facts=[
-            ("Source", " + ".join(args.source)),
-            ("Images", f"{len(training.images):,} of {num_ids:,} identities"),
-            ("Encoder", Path(args.backbone).name),
-            ("Diffusion", method),
-            *training.facts,
-        ],
+        facts=facts,
         samples=[(f"{name}, timestep {note['matters_at']}", path) for (name, path), note in samples],
         sample_words="In each row: an image; the same, noised up to the timestep where the condition matters most and "
         "denoised under its own condition; and under that of the row above.",

@@ -1,1 +1,1 @@
-"""Published downstream methods, one file each, to copy and change."""
+"""Published downstream methods, one file or folder each, to copy and change."""

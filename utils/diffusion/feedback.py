@@ -98,12 +98,12 @@ def examined(model, features, labels, draws):
     are of these images, as in training.
     """
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-        outputs = logits, bn_features = model.neck_again(features.float())
-        own = model.condition(*outputs, labels, model.memory)
+        inputs = model.scored(features.float(), *model.neck_again(features.float()))
+        own = model.condition(*inputs, labels, model.memory)
         numbers = {"effective_rank": effective_rank(model.condition.prompts)}
         if model.condition.kind == "correlation":
-            p = model.condition.identity_probabilities(logits, bn_features, model.memory)
-            numbers |= {"entropy": float(torch.special.entr(p).sum(1).mean()), "top": float(p.max(1).values.mean())}
+            p = model.condition.identity_probabilities(*inputs, model.memory)
+            numbers |= {"entropy": float(torch.special.entr(p).sum(-1).mean()), "top": float(p.max(-1).values.mean())}
     conditions = own, own.roll(1, 0), torch.zeros_like(own)
     errors = partial(noise_loss, model.unet, model.schedule, reduction="none")
     with torch.no_grad():
@@ -131,8 +131,8 @@ def gradients_at_features(model, features, labels, latents, noise, timesteps):
     with torch.autocast(features.device.type, enabled=False):
         features = features.detach().float().requires_grad_()
         outputs = logits, bn_features = model.neck_again(features)
-        losses = [sum(model.identity_losses(bn_features, logits, labels))]
-        condition = model.condition(*outputs, labels, model.memory)
+        losses = [sum(model.identity_losses(features, bn_features, logits, labels).values())]
+        condition = model.condition(*model.scored(features, *outputs), labels, model.memory)
     losses.append(model.in_passes(model.denoise, latents, noise, timesteps, condition).mean())
     others, of_noise = (
         torch.autograd.grad(loss, features, retain_graph=True, materialize_grads=True)[0].double() for loss in losses

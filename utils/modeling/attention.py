@@ -55,4 +55,5 @@ def attention_rollout(backbone, images):
         mixed = 0.5 * weight.float().mean(dim=1)
         mixed = mixed + 0.5 * torch.eye(mixed.shape[-1], device=mixed.device)
         rollout = mixed if rollout is None else mixed @ rollout
-    return rollout[:, 0, 1:].unflatten(1, backbone.grid)
+    # Part tokens may stand between the class token and the patches.
+    return rollout[:, 0, -backbone.grid[0] * backbone.grid[1] :].unflatten(1, backbone.grid)

@@ -248,6 +248,14 @@ def draw_occluder(image, rng, kind):
         ink.line((0, y, width, y), fill=(60, 60, 60), width=3)
 
 
+def place_of(person, pose, camera, size):
+    """Where a person stands in a picture of (width, height): centre, ground, height in pixels, and the tilt."""
+    width, height = size
+    tall = height * camera["size"] * person["height"] * pose["zoom"]
+    centre, ground = width * (0.5 + pose["shift"]), height * camera["ground"] + pose["drop"] * height
+    return centre, ground, tall, camera["tilt"]
+
+
 def draw_image(person, pose, camera, rng, size):
     """The finished picture: background, person, occlusion, weather, then the effects of lens and sensor."""
     height, width = size[0] * SCALE, size[1] * SCALE
@@ -255,9 +263,8 @@ def draw_image(person, pose, camera, rng, size):
     x = rng.randint(0, width * 2)
     image = scene.crop((x, 0, x + width, height))
 
-    tall = height * camera["size"] * person["height"] * pose["zoom"]
-    centre, ground = width * (0.5 + pose["shift"]), height * camera["ground"] + pose["drop"] * height
-    figure = Figure((width, height), centre, ground, tall, camera["tilt"])
+    place = place_of(person, pose, camera, (width, height))
+    figure, centre, ground, tall = Figure((width, height), *place), *place[:3]
     draw_person(figure, person, pose)
     shadow = Image.new("L", (32, 8))
     ImageDraw.Draw(shadow).ellipse((2, 1, 29, 6), fill=110)

@@ -46,6 +46,8 @@ class Figure:
         self.ink = ImageDraw.Draw(self.image)
         self.stencil = ImageDraw.Draw(self.mask)
         self.centre, self.ground, self.height, self.tilt = centre, ground, height, tilt
+        # What is being drawn: head, upper body or legs.
+        self.part = None
 
     def at(self, x, u):
         # Seen from above (tilt > 0) the head comes closer: the upper body grows, the legs shrink.
@@ -115,7 +117,9 @@ def draw_person(figure, person, pose):
     wide = person["build"] * (0.66 if side else 1.0)
     stride = pose["stride"]
     skin = SKIN[person["skin"]]
+    figure.part = "legs"
     draw_legs(figure, person, side, facing, wide, stride, phase, skin)
+    figure.part = "upper body"
 
     carried, back = person["carried_kind"], view == "back"
     bag = person["carried_rgb"]
@@ -153,7 +157,9 @@ def draw_person(figure, person, pose):
         figure.polygon([(-0.035, 0.848), (0.035, 0.848), (0.0, 0.76)], person["inner_rgb"])
     if person["upper_kind"] == "hoodie":
         figure.ellipse(0.0, 0.842, 0.062 * wide, 0.022, shade(upper, 0.7))
+    figure.part = "head"
     draw_head(figure, person, view, side, facing, skin)
+    figure.part = "upper body"
     draw_arm(figure, person, near, arm_near, skin, 1.0)
 
     if carried == "backpack" and back:

@@ -12,6 +12,7 @@ KINDS = {
     "osnet": ("osnet", "OSNetConfig", "OSNet", "OSNetBackbone"),
     "solider_swin": ("solider", "SoliderSwinConfig", "SoliderSwin", "SoliderSwinBackbone"),
     "plain_vit": ("plain_vit", "PlainViTConfig", "PlainViT", "PlainViTBackbone"),
+    "part_token_clip": ("part_tokens", "PartTokenConfig", "PartTokenCLIP", "PartTokenBackbone"),
     "vit": ("tokens", "ViTConfig", "ViTModel", "TokenBackbone"),
     "dinov2": ("tokens", "Dinov2Config", "Dinov2Model", "TokenBackbone"),
     "dinov2_with_registers": ("tokens", "Dinov2WithRegistersConfig", "Dinov2WithRegistersModel", "TokenBackbone"),
@@ -19,7 +20,7 @@ KINDS = {
     "siglip_vision_model": ("tokens", "SiglipVisionConfig", "SiglipVisionModel", "TokenBackbone"),
 }
 # Those that `transformers` does not have; the rest it opens by itself.
-OURS = ("resnet_variant", "osnet", "solider_swin", "plain_vit")
+OURS = ("resnet_variant", "osnet", "solider_swin", "plain_vit", "part_token_clip")
 
 SHORT_NAMES = {
     "resnet50": "microsoft/resnet-50",
