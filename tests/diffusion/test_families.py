@@ -153,7 +153,7 @@ def test_ten_steps_of_the_published_loss(pipelines, kind):
         losses.append((loss.item(), wanted.item()))
     apart = max(abs(left - right) / right for left, right in losses)
     weights = zip(model.trained_weights(), network.parameters(), strict=True)
-    moved = max(float((left - right).abs().max()) for left, right in weights)
+    moved = max(float((left - right).detach().abs().max()) for left, right in weights)
     print(f"{kind}: losses {apart:.1e}, weights {moved:.1e}, first loss {losses[0][0]:.3f}, last {losses[-1][0]:.3f}")
     assert apart < 1e-5 and moved < 1e-5
     assert model.schedule.num_steps == 1000

@@ -271,7 +271,7 @@ def test_what_a_condition_says(standins):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     centred = features - features.mean(0)
     bn = centred / (features.var(0, correction=0) + 1e-5).sqrt() * model.encoder.bnneck.weight
-    p = (bn @ model.encoder.classifier.weight.t() / 0.6).softmax(1)
+    p = (bn @ model.encoder.classifier.weight.t() / 0.6).softmax(1).detach()
     torch.testing.assert_close(
         condition, torch.einsum("bn,ntw->btw", p, model.condition.prompts), rtol=1e-3, atol=1e-4
     )
