@@ -54,8 +54,9 @@ class TextToImage:
         self.family = family = family_of(name, revision)
         self.schedule = family.schedule_of(name, revision).to(device)
         self.scheduler_config = DDIMScheduler.load_config(name, subfolder="scheduler", revision=revision)
-        vae_config = read_config(name, "vae", revision)
-        self.vae = load_vae(name, dtype=family.vae_dtype(vae_config, dtype), revision=revision).to(device)
+        overflows = family.VAE_OVERFLOWS_IN_FLOAT16 and read_config(name, "vae", revision).get("force_upcast", True)
+        vae_dtype = torch.float32 if overflows and dtype == torch.float16 else dtype
+        self.vae = load_vae(name, dtype=vae_dtype, revision=revision).to(device)
         whole = "full" if mode == "full" else "frozen"
         self.unet = load_network(name, family.PART, family.NETWORK, whole, dtype=dtype, revision=revision)
         text_dtype = torch.float32 if train_text_encoder else dtype
@@ -150,7 +151,7 @@ class TextToImage:
             rows += rows[-1:] * (size - len(rows))
             generators = [torch.Generator().manual_seed(seeds[row]) for row in rows]
             noise = [torch.randn(shape, generator=generator) for generator in generators]
-            scheduler = self.family.solver_of(solver, self.scheduler_config, steps, shape)
+            scheduler = self.family.prepared_solver(solver, self.scheduler_config, steps, shape)
             drawing = {"generator": generators} if solver in WITH_NOISE else {}
             latents = torch.stack(noise).to(self.device) * first_strength(scheduler)
             prompted = conditions[rows]

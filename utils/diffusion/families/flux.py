@@ -26,6 +26,7 @@ LORA_TARGETS = [
     "ff_context.net.2",
 ]  # fmt: skip
 SOLVERS, GUIDED = (FLOW_EULER,), False
+VAE_OVERFLOWS_IN_FLOAT16 = False
 T5_TOKENS = 512
 # The guidance under which it is tuned, as the model without guidance.
 TUNED_WITH = 1.0
@@ -57,12 +58,8 @@ def schedule_of(name, revision=None):
     return FlowSchedule(read_config(name, "scheduler", revision), "uniform")
 
 
-def solver_of(name, config, steps, shape):
+def prepared_solver(name, config, steps, shape):
     return flow_solver(config, steps, shape[1] * shape[2] // 4, sigmas=np.linspace(1.0, 1 / steps, steps))
-
-
-def vae_dtype(vae_config, dtype):
-    return dtype
 
 
 class Prediction(NamedTuple):

@@ -30,6 +30,7 @@ OPTIONAL = "text_encoder_3"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 LORA_TARGETS = [f"attn.{layer}" for layer in ATTENTION]
 SOLVERS, GUIDED = (FLOW_EULER,), True
+VAE_OVERFLOWS_IN_FLOAT16 = False
 T5_TOKENS = 256
 
 
@@ -66,13 +67,9 @@ def schedule_of(name, revision=None):
     return FlowSchedule(read_config(name, "scheduler", revision), "logit_normal")
 
 
-def solver_of(name, config, steps, shape):
+def prepared_solver(name, config, steps, shape):
     # Only a checkpoint whose shift depends on the size looks at the number of patches, of 2 x 2 latents.
     return flow_solver(config, steps, shape[1] * shape[2] // 4)
-
-
-def vae_dtype(vae_config, dtype):
-    return dtype
 
 
 class Denoiser:

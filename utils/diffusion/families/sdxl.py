@@ -19,7 +19,9 @@ TEXTS = (
 )
 LORA_TARGETS = TARGETS
 SOLVERS, GUIDED = tuple(NOISE_SOLVERS), True
-solver_of = noise_solver
+# The VAE that was released, unless its configuration says otherwise.
+VAE_OVERFLOWS_IN_FLOAT16 = True
+prepared_solver = noise_solver
 # Height and width of the original, place of the crop in it, height and width of the image.
 NUM_SIZES = 6
 
@@ -52,11 +54,6 @@ def unguided(texts, negative):
 
 def schedule_of(name, revision=None):
     return NoiseSchedule.from_pretrained(name, revision=revision)
-
-
-def vae_dtype(vae_config, dtype):
-    """The VAE that was released overflows in float16, and its configuration says so."""
-    return torch.float32 if dtype == torch.float16 and vae_config.get("force_upcast", True) else dtype
 
 
 class Denoiser:

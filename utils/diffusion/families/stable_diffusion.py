@@ -14,7 +14,8 @@ PART, NETWORK = "unet", UNet2DConditionModel
 TEXTS = (("tokenizer", "text_encoder", CLIPTextModel),)
 LORA_TARGETS = TARGETS
 SOLVERS, GUIDED = tuple(NOISE_SOLVERS), True
-solver_of = noise_solver
+VAE_OVERFLOWS_IN_FLOAT16 = False
+prepared_solver = noise_solver
 
 
 def check(name, revision=None):
@@ -36,10 +37,6 @@ def unguided(texts, negative):
 
 def schedule_of(name, revision=None):
     return NoiseSchedule.from_pretrained(name, revision=revision)
-
-
-def vae_dtype(vae_config, dtype):
-    return dtype
 
 
 def Denoiser(network, scale):
