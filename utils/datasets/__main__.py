@@ -13,6 +13,7 @@ import sys
 from utils.datasets.images import check_images
 from utils.datasets.load import load_reid, read_options
 from utils.datasets.portable import count_table, push, save
+from utils.files import one_line
 
 
 def main(input_args=None):
@@ -45,7 +46,7 @@ def main(input_args=None):
             push(data, args.push_to_hub, private=not args.public)
             print(f"pushed to {args.push_to_hub}")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error)}")
 
 
 if __name__ == "__main__":

@@ -155,8 +155,9 @@ def read_lines(path):
         try:
             values = [float(word) for word in text.replace(",", " ").split()]
             frame, track, *box = values[:6]
-            fits = len(box) == 4 and all(map(math.isfinite, values[:6])) and frame % 1 == track % 1 == 0
-        except ValueError:
+            sums = box[0] + box[2], box[1] + box[3]
+            fits = all(map(math.isfinite, (frame, track, *box, *sums))) and frame % 1 == track % 1 == 0
+        except (ValueError, IndexError):
             fits = False
         if not fits:
             raise ValueError(f"{path}, line {line}: expected frame,id,left,top,width,height,conf, got {text[:60]!r}")

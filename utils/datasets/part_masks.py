@@ -95,19 +95,13 @@ class PartMasks:
         masks, grids = {}, {}
         for path in paths:
             try:
-                with safe_open(path, "np") as file:
-                    about = file.metadata() or {}
-                    if about.get("format") != FORMAT:
-                        raise ValueError("it has another format")
-                    if json.loads(about["parts"]) != list(PARTS):
-                        raise ValueError(f"its parts are {', '.join(json.loads(about['parts']))}")
-                    keys, packed = file.get_tensor("keys"), file.get_tensor("masks")
-            except (OSError, SafetensorError, ValueError, KeyError) as error:
+                grid, keys, packed = read_tensors(path)
+            except (OSError, SafetensorError, ValueError) as error:
                 raise ValueError(
                     f"--part_masks {path} cannot be read: {one_line(error)}; make it with python -m "
                     "utils.datasets.part_masks"
                 ) from None
-            grids[tuple(json.loads(about["grid"]))] = path
+            grids[grid] = path
             masks |= {key.tobytes(): row for key, row in zip(keys, packed, strict=True)}
         if len(grids) > 1:
             listed = ", ".join(f"{path} on {rows} x {columns}" for (rows, columns), path in grids.items())
@@ -144,6 +138,28 @@ class PartMasks:
             )
         bits = np.unpackbits(np.stack([whole if row is None else row for row in rows]), axis=1, count=size)
         return torch.from_numpy(bits.astype(bool).reshape(len(rows), len(PARTS), -1)), missing
+
+
+def read_tensors(path):
+    """(grid, keys (N, 8) uint8, packed masks (N, bytes) uint8) of a file; ValueError for other content."""
+    with safe_open(path, "np") as file:
+        about = file.metadata() or {}
+        if about.get("format") != FORMAT:
+            raise ValueError("it has another format")
+        parts, grid = (json.loads(about.get(name, "null")) for name in ("parts", "grid"))
+        if parts != list(PARTS):
+            raise ValueError(f"its parts are {parts}, not {', '.join(PARTS)}")
+        if not (isinstance(grid, list) and len(grid) == 2 and all(type(size) is int and size > 0 for size in grid)):
+            raise ValueError(f"its grid is {grid}, not two numbers of patches")
+        tensors = [file.get_tensor(name) for name in ("keys", "masks")]
+    sizes = KEY_BYTES, (len(PARTS) * grid[0] * grid[1] + 7) // 8
+    rows = tensors[0].shape[:1]
+    for name, tensor, size in zip(("keys", "masks"), tensors, sizes, strict=True):
+        if tensor.dtype != np.uint8 or tensor.shape != (*rows, size):
+            raise ValueError(
+                f"its {name} are {tensor.dtype} of shape {tensor.shape}, expected uint8 in {size} columns"
+            )
+    return tuple(grid), *tensors
 
 
 def write(path, packed, keys, *, grid, rule, made_by):

@@ -93,7 +93,7 @@ def occludedduke(root, *, all_for_training=False):
 
 def msmt17(root, *, version=None, all_for_training=False):
     """`version` is V1, V2 or converted; default: the first one present. Validation images are training images."""
-    check_option("version", version, tuple(MSMT_FOLDERS), allow_none=True)
+    check_option("msmt17: version", version, tuple(MSMT_FOLDERS), allow_none=True)
     present = [key for key, names in MSMT_FOLDERS.items() if os.path.isdir(os.path.join(root, names[0]))]
     if version is None and not present:
         layouts = "; ".join(f"{key}: {', '.join(names)}" for key, names in MSMT_FOLDERS.items())
@@ -116,7 +116,7 @@ def read_msmt_list(root, split, folder):
     if not file.is_file():
         raise ValueError(f"{file} is missing; MSMT17's four lists lie beside its image folders")
     rows = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(lines_of(file), 1):
         if not line.strip():
             continue
         name, *label = line.split()
@@ -131,9 +131,16 @@ def read_msmt_list(root, split, folder):
     return sorted(rows)
 
 
+def lines_of(file):
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as a list of images: {error}") from None
+
+
 def cuhk03np(root, *, variant="detected", all_for_training=False):
     """`variant` is detected or labeled. With the original file names, pair and number together are the identity."""
-    check_option("variant", variant, ("detected", "labeled"))
+    check_option("cuhk03np: variant", variant, ("detected", "labeled"))
     splits = read_market_folders(root, CUHK03, label_cuhk03, prefix=f"{variant}/")
     return for_training(splits) if all_for_training else splits
 
@@ -164,7 +171,7 @@ def cuhksysu(root, *, version=None, all_for_training=True):
 
     A scene of cropped_image is a camera. The other two have no cameras: all their images get one camera.
     """
-    check_option("version", version, tuple(SYSU), allow_none=True)
+    check_option("cuhksysu: version", version, tuple(SYSU), allow_none=True)
     base = "cuhksysu4reid/" if os.path.isdir(os.path.join(root, "cuhksysu4reid")) else ""
     parts = [base + name for name in ("combine", "train", "query", "gallery")]
     folders = {"cropped_images": ["cropped_images"], "cropped_image": ["cropped_image"], "cuhksysu4reid": parts}
@@ -206,7 +213,7 @@ def airport(root, *, all_for_training=True):
     file = Path(root) / "filepath.txt"
     example = r"1\11001\0001.jpg"
     rows = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(lines_of(file), 1):
         fields = line.strip().replace("\\", "/").split("/")
         if fields == [""]:
             continue

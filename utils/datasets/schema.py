@@ -110,16 +110,15 @@ def rows_to_dataset(rows, root, domain, split, note="", pid_names=None):
     except UnicodeEncodeError:
         odd = next(path for path in paths if not readable(prefix + path))
         raise ValueError(f"{ascii(prefix + odd)} is no UTF-8, as names unpacked elsewhere may be: rename it") from None
-    table = pa.table(
-        {
-            "image": as_images(files),
-            "pid": pa.array([row.pid for row in rows], pa.int64()),
-            "camid": pa.array([row.camid for row in rows], pa.int64()),
-            "domain": pa.repeat(pa.scalar(domain), len(rows)),
-            "path": pa.array(paths, pa.string()),
-        }
-    )
-    schema = features(pid_names)
+    try:
+        pids, camids = (pa.array([getattr(row, name) for row in rows], pa.int64()) for name in ("pid", "camid"))
+    except OverflowError:
+        odd = next(row for row in rows if max(abs(row.pid), abs(row.camid)) >= 2**63)
+        raise ValueError(
+            f"{prefix + odd.path}: identity {odd.pid}, camera {odd.camid} is too large a number"
+        ) from None
+    schema, domains = features(pid_names), pa.repeat(pa.scalar(domain), len(rows))
+    table = pa.table([as_images(files), pids, camids, domains, pa.array(paths, pa.string())], names=list(schema))
     info = datasets.DatasetInfo(description=note, features=schema)
     return datasets.Dataset(table.cast(schema.arrow_schema), info=info, split=datasets.NamedSplit(split))
 

@@ -34,7 +34,7 @@ def identities_to_test(name, identities, number, split, split_file, form):
             )
         return chosen, f"{name}: split {split} of {split_file}"
     if isinstance(split, bool) or split not in range(NUM_SPLITS):
-        raise ValueError(f"split must be 0 to {NUM_SPLITS - 1}, not {split!r}")
+        raise ValueError(f"{name}: split must be 0 to {NUM_SPLITS - 1}, not {split!r}")
     note = f"{name}: split {split} of {NUM_SPLITS}, drawn from the seed '{name} split {split}'"
     return set(in_drawn_order(identities, f"{name} split {split}")[:number]), note
 
@@ -52,7 +52,7 @@ def read_split_file(file, split, form):
     try:
         text = Path(str(file)).read_text()
         content = json.loads(text) if str(file).endswith(".json") else [int(word) for word in text.split()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"split_file {file} cannot be read as identities: {error}") from error
     try:
         if isinstance(content, list) and content and not isinstance(content[0], int):
@@ -65,7 +65,7 @@ def read_split_file(file, split, form):
             else:
                 content = [int(form.pattern.fullmatch(os.path.basename(entry[0]))[1]) for entry in content["query"]]
         return {int(pid) for pid in content}
-    except (IndexError, KeyError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"split_file {file} has no split {split} in a form this set knows") from error
 
 

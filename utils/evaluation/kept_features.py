@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from utils.evaluation.metrics import Side
+from utils.files import one_line
 
 NAMES = {
     "qf": ("qf", "query_features"),
@@ -70,7 +71,8 @@ def load_features(path):
         else:
             with safe_open(path, "pt") as file:
                 arrays, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
+    # zipfile raises a NotImplementedError for versions and a RuntimeError for passwords.
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read as features: {error}") from None
     header = {name: _from_json(value) for name, value in header.items()}
     numbers = sorted({int(name.split(".")[0]) for name in arrays if name.split(".")[0].isdigit()})
@@ -89,12 +91,14 @@ def features_of_key(path, key):
 
 def _side(path, arrays, header, prefix, letter):
     def find(kind):
-        values = (arrays.get(prefix + name, header.get(prefix + name)) for name in NAMES[letter + kind])
+        # Only names of files are in the header.
+        more = header if kind == "_path" else {}
+        values = (arrays.get(prefix + name, more.get(prefix + name)) for name in NAMES[letter + kind])
         return next((value for value in values if value is not None), None)
 
     features = find("f")
     if features is None and prefix and f"{prefix}{letter}_row" in arrays:
-        features = arrays["features"][arrays[f"{prefix}{letter}_row"]]
+        features = rows_of_all(path, arrays, f"{prefix}{letter}_row")
     if features is None:
         raise ValueError(
             f"{path} has no {' or '.join(NAMES[letter + 'f'])}, only {', '.join(sorted(arrays)) or 'nothing'}"
@@ -102,6 +106,8 @@ def _side(path, arrays, header, prefix, letter):
     features = _tensor(path, letter + "f", features)
     if not features.is_floating_point():
         raise ValueError(f"{letter}f in {path} holds {features.dtype}; features must be floating-point numbers")
+    if features.ndim != 2:
+        raise ValueError(f"{letter}f in {path} has shape {tuple(features.shape)}; expected (rows, width)")
     ids = []
     for kind in ("_pid", "_cam"):
         values = find(kind)
@@ -117,6 +123,15 @@ def _side(path, arrays, header, prefix, letter):
         [f"{side} {row}" for row in range(len(features))] if paths is None else [str(file_name) for file_name in paths]
     )
     return Side(features.float(), *ids, paths)
+
+
+def rows_of_all(path, arrays, name):
+    """The features of a split among those of all splits."""
+    try:
+        return arrays["features"][arrays[name]]
+    # numpy and torch raise errors of several classes for numbers of rows that are none.
+    except (KeyError, IndexError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: {name} does not give rows of features: {one_line(error)}") from None
 
 
 def _tensor(path, name, values):

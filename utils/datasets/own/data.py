@@ -10,10 +10,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
 from huggingface_hub import HfApi, constants
 
 from utils.datasets.images import PersonImage, storage_of
@@ -72,7 +69,11 @@ def conform(splits, columns, domain, where):
             # A saved data set keeps its writer's format, in which columns may be tensors or missing.
             dataset, image = dataset.with_format(None), columns.image or "image"
         else:
-            dataset, image = datasets.Dataset(dataset, split=datasets.NamedSplit(split)), "image"
+            try:
+                dataset, image = datasets.Dataset(dataset, split=datasets.NamedSplit(split)), "image"
+            # A name that no data set can have, such as one with a null byte.
+            except ValueError as error:
+                raise ValueError(f"{where} has columns that cannot be read: {dataset.column_names}") from error
         if image not in dataset.column_names:
             raise ValueError(f"{where} has no column {image!r} for the images; its columns are {dataset.column_names}")
         opened[split] = dataset, image
@@ -123,9 +124,13 @@ def read_local(path, columns, domain=None):
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         try:
             stored = datasets.load_from_disk(str(path))
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            stored = stored if isinstance(stored, datasets.DatasetDict) else {"train": stored}
+            for part in stored.values():
+                # Texts that joining sets would stumble over much later.
+                "".join((part.info.description, part.info.citation, part.info.homepage, part.info.license))
+        # Files that are not as datasets wrote them raise errors of many classes.
+        except Exception as error:
             raise ValueError(f"{path} is a damaged save_to_disk folder: {error}") from error
-        stored = stored if isinstance(stored, datasets.DatasetDict) else {"train": stored}
         return conform(known_splits(stored, columns, path), columns, domain, path)
     if not listing(path):
         raise ValueError(

@@ -64,6 +64,9 @@ def cleaned(dataset, column, meaning, where):
         )
     values = storage_of(dataset, column).combine_chunks()
     is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+    if pa.types.is_float16(values.type):
+        # Arrow cannot round it.
+        values = values.cast(pa.float32())
     if is_text:
         values = values.cast(pa.string())
         empty = pc.is_in(pc.utf8_trim_whitespace(values), pa.array(MISSING))
@@ -79,13 +82,24 @@ def cleaned(dataset, column, meaning, where):
         )
     if pa.types.is_floating(values.type) and bool(pc.all(pc.equal(values, pc.floor(values))).as_py()):
         # Numbers that pandas had to keep as floats.
-        return values.cast(pa.int64())
+        return as_int64(values, column, where)
     if not is_text and not pa.types.is_integer(values.type):
         example = values[0].as_py() if len(values) else None
         raise ValueError(
             f"{where}: column {column!r} must hold integers, it is {values.type} ({example!r}); text works too"
         )
-    return values if is_text else values.cast(pa.int64())
+    return values if is_text else as_int64(values, column, where)
+
+
+def as_int64(values, column, where):
+    try:
+        return values.cast(pa.int64())
+    except pa.ArrowInvalid:
+        largest = pc.max(pc.abs(values.cast(pa.float64(), safe=False))).as_py()
+        raise ValueError(
+            f"{where}: column {column!r} holds numbers as large as {largest:g}; labels are whole numbers below 2^63, "
+            "or text"
+        ) from None
 
 
 def numbers(values):

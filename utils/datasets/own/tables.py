@@ -52,15 +52,20 @@ def read_table(file):
             table = pyarrow.json.read_json(file)
         else:
             table = pq.read_table(file)
-    except (pa.ArrowException, OSError) as error:
+        names = table.column_names
+    # The names of columns are decoded when they are asked for.
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read as a table: {error}") from error
-    twice = [name for name in table.column_names if table.column_names.count(name) > 1]
+    twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise ValueError(f"{file} has more than one column {twice[0]!r}; its columns are {table.column_names}")
+        raise ValueError(f"{file} has more than one column {twice[0]!r}; its columns are {names}")
     for number, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type):
             # Categories of pandas.
             table = table.set_column(number, field.name, table[field.name].cast(field.type.value_type))
+        if pa.types.is_string_view(field.type):
+            # Arrow cannot filter it.
+            table = table.set_column(number, field.name, table[field.name].cast(pa.string()))
     return table
 
 
@@ -72,7 +77,15 @@ def delimiter_of(file):
 
 
 def is_image_struct(kind):
-    return pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
+    if not (pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}):
+        return False
+    content, path = kind.field("bytes").type, kind.field("path").type
+    # A column without a single value has the type null.
+    return content in (pa.binary(), pa.large_binary(), pa.null()) and path in (
+        pa.string(),
+        pa.large_string(),
+        pa.null(),
+    )
 
 
 def image_column_of(table, file, asked_for=None):
@@ -166,8 +179,9 @@ def cut(table, columns, source):
         # The paths of images inside the table come from another place and say nothing about splits.
         return {"train": table}
     else:
-        words = [path.split("/")[0] for path in table["path"].to_pylist()] if "path" in table.column_names else []
-        if not set(words) & set(SPLITS):
+        paths = table["path"].to_pylist() if "path" in table.column_names else []
+        words = [path.split("/")[0] for path in paths if isinstance(path, str)]
+        if len(words) < len(table) or not set(words) & set(SPLITS):
             return {"train": table}
     check_words(words, source)
     words = pa.array(words)

@@ -12,6 +12,7 @@ addition leaves behind is in no manifest and belongs to no gallery.
 
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 
 from kernels.disk.rows import RowsOnDisk, mapped
 from utils.batches.chunks import weights_digest
-from utils.files import to_json, write_together
+from utils.files import one_line, to_json, write_together
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -51,6 +52,50 @@ class Rows:
 NO_ROWS = Rows([], [], [], [], [], [])
 
 
+# The types of the values of each list.
+KINDS = Rows({str}, {str, type(None)}, {int}, {int}, {int}, {str})
+
+
+def read_rows(path, count):
+    """The `Rows` of a file; ValueError unless they are whole and as many as the manifest says."""
+    content = mapped(path, "rows")
+    try:
+        rows = Rows(**json.loads(bytes(content.numpy())))
+        columns = list(zip(vars(rows).values(), vars(KINDS).values(), strict=True))
+        whole = all(
+            isinstance(values, list) and len(values) == count and {*map(type, values)} <= kinds
+            for values, kinds in columns
+        )
+        whole = whole and max(map(abs, rows.cameras)) < 2**63
+    except (TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} does not tell the names of {count} images; extract the gallery again")
+    return rows
+
+
+def damage_of(content):
+    """What is wrong with the content of a manifest, or None."""
+    if not isinstance(content, dict) or not {"format", "about", "files"} <= set(content):
+        return "format, about or files is missing"
+    if content["format"] != FORMAT:
+        return f"it has format {content['format']}, this version reads {FORMAT}"
+    about, files = content["about"], content["files"]
+    kinds = {"model": str, "weights": str, "transform": list, "width": int}
+    if not (isinstance(about, dict) and all(isinstance(about.get(name), kind) for name, kind in kinds.items())):
+        return f"it does not name the model of its features: {about}"
+    kinds = {"file": str, "rows": int, "bytes": int}
+    if not isinstance(files, list):
+        return f"its files are {files}"
+    for record in files:
+        whole = isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
+        if not (
+            whole and re.fullmatch(r"[0-9]{1,9}\.safetensors", record["file"]) and 0 < record["rows"] < record["bytes"]
+        ):
+            return f"it has the record {record}"
+    return None
+
+
 def about_model(name, model, precision):
     """What the features depend on, for the manifest."""
     transform = [list(model.image_size), list(model.image_mean), list(model.image_std), model.resample, precision]
@@ -71,12 +116,13 @@ class Index:
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if content["format"] != FORMAT:
-                raise ValueError(f"it has format {content['format']}, this version reads {FORMAT}")
-            index = cls(folder, content["about"], content["files"])
-            index.check_files()
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no manifest of a gallery: {error!r}; extract the gallery again") from None
+            problem = damage_of(content)
+        except (OSError, ValueError) as error:
+            problem = one_line(error)
+        if problem:
+            raise ValueError(f"{path} is no manifest of a gallery: {problem}; extract the gallery again")
+        index = cls(folder, content["about"], content["files"])
+        index.check_files()
         return index
 
     def check_files(self):
@@ -112,13 +158,21 @@ class Index:
         return [self.folder / record["file"] for record in self.files]
 
     def features(self):
-        return RowsOnDisk.open(self.paths())
+        tensors = [mapped(path, "features") for path in self.paths()]
+        for record, path, tensor in zip(self.files, self.paths(), tensors, strict=True):
+            size = record["rows"], (self.about or {}).get("width", tensor.shape[-1])
+            if tuple(tensor.shape) != size or tensor.dtype != torch.float32:
+                raise ValueError(
+                    f"{path} holds {tensor.dtype} of shape {tuple(tensor.shape)}, the manifest says float32 of "
+                    f"{size}; extract the gallery again"
+                )
+        return RowsOnDisk(tensors)
 
     def rows(self):
         """The `Rows` of all images."""
         rows = NO_ROWS
-        for path in self.paths():
-            rows += Rows(**json.loads(bytes(mapped(path, "rows").numpy())))
+        for record, path in zip(self.files, self.paths(), strict=True):
+            rows += read_rows(path, record["rows"])
         return rows
 
     def add(self, features, rows):
@@ -161,7 +215,7 @@ class Index:
         """Remove the identity and these images: one line that says so, or none."""
         parts, removed = {}, 0
         for record, path in zip(self.files, self.paths(), strict=True):
-            rows = Rows(**json.loads(bytes(mapped(path, "rows").numpy())))
+            rows = read_rows(path, record["rows"])
             names = enumerate(zip(rows.paths, rows.identities, strict=True))
             kept = [place for place, (name, identity) in names if not (name in images or is_pid(identity, pid))]
             if len(kept) < len(rows):

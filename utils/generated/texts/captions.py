@@ -220,6 +220,8 @@ def read_captions(path):
             key = (row.get("domain") or None, whole(row["pid"]))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise ValueError(f"{path}: row {number} has no whole number as `pid`") from None
+        if not isinstance(key[0], str | None):
+            raise ValueError(f"{path}: `domain` of identity {key[1]} must be text, got {key[0]!r}")
         words = {name: row.get(name) or "" for name in ("prompt", "caption", *QUESTIONS)}
         if bad := [name for name, value in words.items() if not isinstance(value, str)]:
             raise ValueError(f"{path}: `{bad[0]}` of identity {key[1]} must be text, got {row[bad[0]]!r}")
