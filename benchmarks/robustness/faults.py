@@ -12,7 +12,6 @@ there.
 import argparse
 import json
 import random
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -35,7 +34,7 @@ def killed_often(runner, job, kills, seed=0, signs=(signal.SIGKILL, signal.SIGTE
     draw, out = random.Random(f"{seed}/{job}"), runner.folder / "killed" / job
     happened = {"kills": 0, **{sign.name: 0 for sign in signs}, "saved": 0, "ends": 0}
     out.parent.mkdir(exist_ok=True)
-    shutil.rmtree(out, ignore_errors=True)
+    runner.start(job, out)
     reached, turn = 0, 0
     while happened["kills"] < kills or not happened["ends"]:
         more = happened["kills"] < kills
@@ -52,7 +51,7 @@ def killed_often(runner, job, kills, seed=0, signs=(signal.SIGKILL, signal.SIGTE
         if code == 0 or (JOBS[job].once and out.exists()):
             assert digests(job, out) == wanted, f"{job}, turn {turn}: another result than in one piece"
             happened["ends"] += 1
-            shutil.rmtree(out)
+            runner.start(job, out)
             reached = 0
             continue
         now = progress(job, out)
@@ -67,7 +66,7 @@ def full_disk(runner, job, limits):
     wanted, _ = runner.one_piece(job)
     out = runner.folder / "full" / job
     out.parent.mkdir(exist_ok=True)
-    shutil.rmtree(out, ignore_errors=True)
+    runner.start(job, out)
     refused = 0
     for limit in limits:
         code, _, said = runner.run(runner.words(job, out), limit=limit)

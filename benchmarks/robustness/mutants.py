@@ -5,8 +5,8 @@
 
 A change replaces a comparison, an operator, a number or a truth value, or swaps two arguments. It is made in a copy of
 the tree, and the tests of its file run until one fails: those in the mirror folder of `tests` that import the file,
-else those that name it, else all. A test that fails must pass without the change. What survives is either equivalent,
-and `raw.notes` of the result says why, or wants a test.
+else any that do, else those that name it. A test that fails must pass without the change. What survives is either
+equivalent, and `raw.notes` of the result says why, or wants a test.
 
 Every run is a fork of this process, which has imported the libraries. Finished changes stay in the result and are not
 run again; those of code that is no longer there leave it.
@@ -180,10 +180,15 @@ def tests_of(root, file):
     parts = file.removeprefix("utils/").split("/")
     folder = root / "tests" / parts[0]
     imported = re.compile(rf"\b{re.escape(module)}\b|from {re.escape(package)} import .*\b{name}\b")
-    tests = sorted(folder.glob("test_*.py"), key=lambda path: path.stat().st_size)
-    tests = [path for path in tests if "fuzz" not in path.name]
-    texts = {path: path.read_text(encoding="utf-8") for path in tests}
+    # Whole runs of scripts take too long for every change.
+    everywhere = [
+        path for path in (root / "tests").rglob("test_*.py") if not {"scripts", "benchmarks"} & {*path.parts}
+    ]
+    everywhere = sorted((path for path in everywhere if "fuzz" not in path.name), key=lambda path: path.stat().st_size)
+    tests = [path for path in everywhere if path.parent == folder]
+    texts = {path: path.read_text(encoding="utf-8") for path in everywhere}
     near = [path for path in tests if imported.search(texts[path])]
+    near = near or [path for path in everywhere if imported.search(texts[path])]
     near = near or [path for path in tests if re.search(rf"\b{name}\b", texts[path])]
     near = near or [path for path in tests if any(f"_{part}" in path.stem for part in parts[1:-1])]
     return [path.relative_to(root).as_posix() for path in near or tests]

@@ -71,7 +71,10 @@ def entry(words):
         # The latent cache has no script of its own.
         return lambda: end_with(build_latents, argparse.Namespace(output_dir=arguments[-1]), "latents")
     script = importlib.import_module("utils.datasets.__main__" if name == "utils.datasets" else name)
-    if name == "utils.datasets":
+    if name == "utils.datasets.part_masks":
+        # So few images still make several chunks.
+        script.CHUNK = 8
+    if name.startswith("utils."):
         return lambda: script.main(arguments)
     args = script.parse_args(arguments)
     if name == "filter_generated":
@@ -127,7 +130,19 @@ class Runner:
 
     def words(self, job, out, more=()):
         words = JOBS[job].command.format(inputs=self.inputs, out=out).split()
-        return [*words, *(["--num_train_epochs", str(self.epochs)] if JOBS[job].trains else []), *more]
+        epochs = max(self.epochs, JOBS[job].epochs)
+        return [*words, *(["--num_train_epochs", str(epochs)] if JOBS[job].trains else []), *more]
+
+    def start(self, job, out):
+        """The folder as it is before the job: absent, or as the command before left it, which runs once."""
+        shutil.rmtree(out, ignore_errors=True)
+        if not JOBS[job].before:
+            return
+        made = self.folder / "before" / job
+        if not made.exists():
+            code, _, said = self.run(JOBS[job].before.format(inputs=self.inputs, out=made).split())
+            assert code == 0, f"what comes before {job} ended with {code}: {said[-2000:]}"
+        shutil.copytree(made, out)
 
     def run(self, words, *, kill=None, sign=signal.SIGKILL, limit=None):
         """(exit code, processor seconds, output); `kill` is after how many processor seconds."""
@@ -149,6 +164,7 @@ class Runner:
         if job not in self.pieces:
             out = self.folder / "whole" / job
             out.parent.mkdir(exist_ok=True)
+            self.start(job, out)
             code, used, said = self.run(self.words(job, out))
             assert code == 0, f"{job} ended with {code} undisturbed: {said[-2000:]}"
             self.pieces[job] = digests(job, out), used
@@ -156,11 +172,21 @@ class Runner:
 
 
 def prepare(inputs):
+    from utils.datasets.load import load_reid
     from utils.flags import CLIP_DIR
     from utils.generated.drawn_set import World, write_drawn
 
     shutil.copytree(CLIP_DIR, inputs / "clip")
     write_drawn(inputs / "drawn", World(num_ids=4))
+    data = load_reid("synthetic", domain="b", num_ids=4)
+    for split in ("query", "gallery"):
+        for number, row in enumerate(data[split]):
+            # A part of the gallery comes first.
+            places = [split, "part"] if split == "gallery" and number % 2 else [split]
+            for place in places:
+                path = inputs / "people" / place / f"{row['pid']:04d}_c{row['camid'] + 1}_{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                row["image"].save(path)
 
 
 def cpu_seconds(pid):

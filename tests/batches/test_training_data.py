@@ -1,10 +1,13 @@
 """The training side of a data set: identities with one image, labels, batches that resume within an epoch."""
 
+import math
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from tests.tables import paint, red, write_table
+from utils.batches import augmentation
 from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import ReIDImages
 from utils.batches.transforms import test_transform as make_transform
@@ -152,3 +155,27 @@ def test_steps_of_epochs_of_different_length():
     remaining.set_epoch(2, done=1)
     remaining.steps_of(6)
     assert len(list(remaining)) == counted[1] - 1
+
+
+def test_another_place_replaces_margins_and_keeps_the_middle(monkeypatch):
+    """Image i has the value i everywhere, so that each pixel says whose it is."""
+    monkeypatch.setattr(augmentation, "other_light", lambda images, generator: images)
+    count, height, width = 40, 50, 25
+    images = torch.arange(count).float().view(-1, 1, 1, 1).expand(-1, 3, height, width)
+    moved = augmentation.other_place(images, torch.Generator().manual_seed(0))
+    assert moved.shape == images.shape
+    is_own = moved == images
+    side, top, bottom = (
+        math.ceil(share * size)
+        for share, size in ((augmentation.SIDE, width), (augmentation.TOP, height), (augmentation.BOTTOM, height))
+    )
+    assert is_own[:, :, top : height - bottom, side : width - side].all()
+    changed = ~is_own.flatten(1).all(1)
+    assert 0.4 * count < changed.sum() < 0.8 * count
+    for image, own in zip(moved, is_own, strict=True):
+        # One other image, around a rectangle.
+        assert len(image[~own].unique()) <= 1
+        across, down = own[0].any(0), own[0].any(1)
+        assert own.equal((down[:, None] & across[None]).expand_as(own))
+    left, right = (~is_own[changed])[:, 0, height // 2, : width // 2], (~is_own[changed])[:, 0, height // 2, -side:]
+    assert left.any() and right.any()

@@ -101,6 +101,8 @@ CACHES = {
     "images": "references/*.safetensors",
     "evaluate": "features.safetensors",
     "latents": "latents/*/*.safetensors",
+    "part-masks": "masks.safetensors",
+    "group": "group_features.safetensors",
 }
 
 
@@ -119,6 +121,22 @@ def test_a_truncated_cache_is_made_again(runner, job):
     code, _, said = runner.run(runner.words(job, out))
     assert code == 0, said[-2000:]
     assert digests(job, out) == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+def test_a_damaged_gallery_is_refused_or_found_out(runner, how):
+    """An addition to a gallery that was cut short says so; nothing but the damage differs afterwards."""
+    runner.one_piece("append")
+    out = runner.folder / "damaged" / f"append-{how}"
+    shutil.copytree(runner.folder / "whole" / "append", out)
+    newest = max((out / "index").glob("*.safetensors"))
+    # A flip in the header: one in a feature is another number, as any is.
+    content = newest.read_bytes()
+    newest.write_bytes(content[: len(content) // 2] if how == "truncated" else flipped(content, 9))
+    before = newest.read_bytes()
+    code, _, said = runner.run(runner.words("append", out))
+    assert code and newest.name in check_words("append", said) and newest.read_bytes() == before
 
 
 # Files of others

@@ -1,6 +1,7 @@
 """The same file on both sides is no match: against dense rankings with those pairs taken out."""
 
 import functools
+import re
 import shutil
 
 import datasets
@@ -17,7 +18,7 @@ from utils.datasets.search_folders import read_folders
 from utils.evaluation.kept_features import load_features
 from utils.evaluation.lists import ranked_lists
 from utils.evaluation.metrics import Side, can_match, kept_labels, rank
-from utils.evaluation.self_matches import same_files, share_labels
+from utils.evaluation.self_matches import check_labels, same_files, share_labels
 from utils.evaluation.thresholds import pair_statistics
 
 run = functools.partial(runs.run, evaluate)
@@ -173,3 +174,14 @@ def test_an_own_folder_without_cameras_holds_copies(clip, tmp_path):
         shutil.copy(tmp_path / "people" / query, tmp_path / "people" / other / f"wrong{number}.png")
     with pytest.raises(ValueError, match=rf"same file as a query of another identity, such as .*{other}.*correct"):
         run(*options, "--protocol", "all")
+
+
+@pytest.mark.parametrize(
+    "names, shown", [(None, "(3) and q/1.png (2)"), (["a", "b", "c", "d"], "(d) and q/1.png (c)")]
+)
+def test_a_file_with_two_identities_is_named_on_both_sides(names, shown):
+    images = {"path": ["q/0.png", "q/1.png", "g/0.png", "g/1.png", "g/2.png"]}
+    split = ([0, 1], [1, 2], [0, 0]), ([2, 3, 4], [2, 1, 3], [1, 1, 1])
+    query, gallery = torch.tensor([-1, 7]), torch.tensor([7, -1, 7])
+    with pytest.raises(ValueError, match=r"set: 1 gallery images .* such as g/2.png " + re.escape(shown)):
+        check_labels(query, gallery, split, images, names, "set")

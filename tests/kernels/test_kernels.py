@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from kernels import cosine_topk, k_reciprocal_rerank, measured, rank_metrics
@@ -158,6 +158,8 @@ def test_metrics_of_random_sets(seed, q, g, d, coarse):
     weight=st.sampled_from([0.0, 0.3, 1.0]),
     compat=st.sampled_from([None, "torchreid"]),
 )
+@example(seed=0, q=3, g=20, k1=0, k2=3, weight=0.3, compat=None)
+@example(seed=0, q=3, g=20, k1=0, k2=0, weight=0.0, compat="torchreid")
 def test_reranking_of_random_sets(seed, q, g, k1, k2, weight, compat):
     queries, gallery, _ = people(q, g, 12, seed)
     everything = torch.cat([queries, gallery])
@@ -239,6 +241,17 @@ def test_cuhk03_draws_one_image_of_each_identity():
     alone = rank_metrics(queries[:6], gallery[:6], single, single, [0] * 6, [1] * 6, protocol="cuhk03")
     plain = rank_metrics(queries[:6], gallery[:6], single, single, [0] * 6, [1] * 6)
     torch.testing.assert_close(alone.cmc, plain.cmc, rtol=0, atol=1e-12)
+
+
+def test_cuhk03_draws_each_image_from_its_own_identity():
+    """All images of B are nearer than any of A, and all of C farther: in every draw A is second."""
+    cosines = torch.tensor([0.5, 0.9, 0.1, 0.5, 0.9, 0.5, 0.9, 0.1, 0.9, 0.1])
+    gallery = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=1)
+    pids = torch.tensor([1, 2, 3, 1, 2, 1, 2, 3, 2, 3])
+    ids = torch.tensor([1]), pids, torch.tensor([0]), torch.ones(10, dtype=torch.int64)
+    for seed in range(20):
+        result = rank_metrics(torch.tensor([[1.0, 0.0]]), gallery, *ids, protocol="cuhk03", max_rank=3, seed=seed)
+        assert result.cmc.tolist() == pytest.approx([0, 1, 1])
 
 
 def test_float64_is_computed_in_float64():

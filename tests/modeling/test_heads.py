@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, ResNetConfig, ResNetModel, SwinConfig
 
 from utils.modeling.attention import attention_maps
 from utils.modeling.backbones import backbone_from_config
-from utils.modeling.heads import METHODS, GeM, NonLocal
+from utils.modeling.heads import METHODS, GeM, NonLocal, check_rows
 from utils.modeling.reid_model import ReIDModel
 from utils.modeling.stages import compile_blocks
 
@@ -385,6 +385,14 @@ def test_starts_of_a_method(tmp_path):
     for method in ("bot", "sbs"):
         with pytest.raises(ValueError, match="is a model of method agw"):
             ReIDModel.for_training(tmp_path / "agw", method=method, **options)
+
+
+def test_a_map_of_exactly_as_many_rows_as_are_needed():
+    backbone = tiny("resnet", "bot").backbone
+    rows = backbone.feature_map(torch.zeros(1, 3, *backbone.image_size)).shape[2]
+    check_rows("mgn", backbone, rows)
+    with pytest.raises(ValueError, match=f"needs a map of {rows + 1} rows or more, .* this backbone's {rows}:"):
+        check_rows("mgn", backbone, rows + 1)
 
 
 def test_what_cannot_be_is_refused():

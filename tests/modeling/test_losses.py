@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from utils.modeling.losses import CentreLoss, circle_logits, distances, hard_triplet, weighted_triplet
-from utils.modeling.memories import PrototypeMemory, class_means
+from utils.modeling.memories import PrototypeMemory, class_means, move_in_turn
 
 SIZES = [(1, 1, 3), (8, 5, 16), (16, 40, 33), (64, 16, 128)]
 
@@ -428,3 +428,15 @@ def test_centres_follow_as_by_gradient_descent():
         descent.step()
         assert_close(loss.centres, centres.detach())
     assert not list(loss.parameters()) and list(loss.state_dict()) == ["centres"]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.2, 1.0])
+def test_rows_of_a_memory_move_one_image_after_the_other(momentum):
+    memory, images = F.normalize(rows(5, 6, 1), dim=1), F.normalize(rows(7, 6, 2), dim=1)
+    places = [3, 0, 3, 3, 1, 0, 4]
+    wanted = memory.double().tolist()
+    for place, image in zip(places, images.double().tolist(), strict=True):
+        moved = [momentum * old + (1 - momentum) * new for old, new in zip(wanted[place], image, strict=True)]
+        wanted[place] = unit(moved)
+    move_in_turn(memory, torch.tensor(places), images, momentum)
+    torch.testing.assert_close(memory.double(), torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-6)

@@ -244,7 +244,8 @@ def main(input_args=None):
     args = parser.parse_args(input_args)
     try:
         run(args)
-    except (ValueError, OSError) as error:
+    # A full disk is an error of safetensors.
+    except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"error: {one_line(error)}")
 
 
