@@ -117,8 +117,10 @@ def git_revision():
     """Commit of this file's checkout, with `-dirty` if tracked files were changed; None outside of git."""
 
     def git(*command):
+        # Without its lock: a status that is killed would leave the repository locked.
+        words = ("git", "--no-optional-locks", *command)
         return subprocess.run(
-            ("git", *command), cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            words, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:

@@ -245,6 +245,7 @@ def child(root, tests, log, limit):
         said = os.open(log, os.O_WRONLY | os.O_CREAT)
         for stream in (1, 2):
             os.dup2(said, stream)
+        sys.stdout = sys.stderr = os.fdopen(said, "w", buffering=1)
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
         os.chdir(root)
         for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
@@ -263,7 +264,7 @@ def result_of(code, printed):
     """(killed, survived or timeout; the test that failed)."""
     if code is None:
         return TIMEOUT, ""
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", printed, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (tests/.*?)(?: - .*)?$", printed, re.MULTILINE)
     return (SURVIVED if code == 0 else KILLED), failed[1] if failed else ""
 
 
