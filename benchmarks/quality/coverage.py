@@ -20,17 +20,16 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import RESULTS, command_line, write_result
-from utils.evaluation import calibration
-from utils.evaluation.calibration import (
+from utils.evaluation.calibration.identity_counts import Grid
+from utils.evaluation.calibration.rates import (
     FALSE_ALARM_RATES,
     FALSE_MATCH_RATES,
     IDENTITIES_WITHIN,
     PAIRS_WITHIN,
     calibrate,
 )
-from utils.evaluation.identity_counts import Grid
+from utils.evaluation.calibration.resampling import at_places, crossings, interval
 from utils.evaluation.metrics import Side
-from utils.evaluation.resampling import at_places, crossings, interval
 from utils.evaluation.thresholds import pair_statistics
 from utils.reporting.report import text_table
 
@@ -112,7 +111,7 @@ def is_measurable(kind, rate, num_ids):
     return num_ids * rate >= IDENTITIES_WITHIN
 
 
-@mock.patch.multiple(calibration, PAIRS_WITHIN=1, IDENTITIES_WITHIN=1)
+@mock.patch.multiple("utils.evaluation.calibration.rates", PAIRS_WITHIN=1, IDENTITIES_WITHIN=1)
 def covered(num_ids, world, draws, *, replicates=300, seed=0, with_pairs=True):
     """{"KIND RATE NUMBER METHOD": [draws with an interval, those that hold the truth, truth below, truth above]}."""
     true, found = truth(num_ids, world), {}
