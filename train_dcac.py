@@ -245,13 +245,13 @@ from utils.evaluation.features import extract
 from utils.evaluation.targets import open_sets
 from utils.files import portable, write_together
 from utils.launch import gather_with_gradient, own_rows, whole_weights
-from utils.modeling.folder import card_text, model_kind, training_card
+from utils.modeling.folder import card_text, model_kind
 from utils.modeling.memories import PrototypeMemory
 from utils.modeling.norms import share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
 from utils.reporting.report import sheet
 from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained
-from utils.training.report import add_notes, sample_name, samples_of, spread, training_report
+from utils.training.report import add_notes, sample_name, samples_of, spread
 
 # The method
 
@@ -615,27 +615,26 @@ def save(args, accelerator, training, bare):
 
 def card_of(args, training, encoder):
     title = f"{muva.name_of(args)} trained on {' + '.join(portable(args.source))}"
-    details = {"images": len(training.images), "identities": encoder.num_ids}
-    results = training.results["targets"]
-    return training_card(title, card_text(encoder), "train_dcac.py", args, metrics=results, details=details)
+    return training.card(title, card_text(encoder), identities=encoder.num_ids)
 
 
 def report_of(args, training, num_ids):
     method = "baseline, no diffusion model" if args.diffusion == "none" else f"{args.condition}, {args.unet_mode}"
-    history, notes = training.state["history"], training.results.get("feedback", [])
+    notes = training.results.get("feedback", [])
     # Without --validation_ids, pictures there are an earlier run's.
-    samples = zip(samples_of(args.output_dir, history) if args.validation_ids else (), notes, strict=False)
+    pictures = samples_of(args.output_dir, training.state["history"]) if args.validation_ids else ()
     seen = set(args.target or args.source) & set(args.source)
     facts = [("Source", " + ".join(args.source)), ("Images", f"{len(training.images):,} of {num_ids:,} identities")]
-    facts += [("Encoder", Path(args.backbone).name), ("Diffusion", method), *training.facts]
-    report = training_report(
+    facts += [("Encoder", Path(args.backbone).name), ("Diffusion", method)]
+    lead = "A Re-ID encoder, measured before and after training"
+    report = training.report(
         muva.name_of(args),
-        args.output_dir,
-        history,
-        lead="A Re-ID encoder, measured before and after training"
-        + ("." if seen else ", on people and cameras it was not trained on."),
-        facts=facts,
-        samples=[(f"{name}, timestep {note['matters_at']}", path) for (name, path), note in samples],
+        lead + ("." if seen else ", on people and cameras it was not trained on."),
+        facts,
+        samples=[
+            (f"{name}, timestep {note['matters_at']}", path)
+            for (name, path), note in zip(pictures, notes, strict=False)
+        ],
         sample_words="In each row: an image; the same, noised up to the timestep where the condition matters most and "
         "denoised under its own condition; and under that of the row above.",
     )

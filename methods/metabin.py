@@ -63,6 +63,30 @@ def distances(features):
 # The meta-step
 
 
+def balance(training, model, batch, domains):
+    """The second half of a step: every norm's mixture moves, and nothing else. Its losses.
+
+    The images of the meta-step come after those of the batch; `domains` is that of each training image.
+    """
+    args, accelerator = training.args, training.accelerator
+    number = training.step + 1 - args.meta_first_steps
+    if number < 0:
+        return no_meta_step(model.backbone)
+    images, labels, rows = (batch[name][args.train_batch_size :] for name in ("images", "labels", "indices"))
+    period = max(2, round(args.meta_period * training.sampler.steps_of(1)))
+    return meta_step(
+        model.backbone,
+        images.to(accelerator.device, non_blocking=True),
+        labels.to(accelerator.device, non_blocking=True),
+        domains[rows].to(accelerator.device),
+        domains_held_in(int(domains.max()) + 1, f"{args.seed}/{training.step}"),
+        inner_factor=inner_factor(number, period, *args.meta_inner_rates),
+        rate=args.meta_rate,
+        first_order=args.meta_first_order,
+        reduce=lambda slopes: accelerator.reduce(slopes, reduction="mean"),
+    )
+
+
 def meta_step(backbone, images, labels, domains, held_in, *, inner_factor, rate, first_order=False, reduce=None):
     """Updates every rho once; returns the losses and the mean of rho, as tensors without gradient.
 

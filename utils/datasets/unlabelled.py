@@ -1,12 +1,13 @@
-"""Training images whose identities are not used: of any data set that `load_reid` opens, or of a folder of images."""
+"""Training images whose identities are not used, or not needed: of any set of `load_reid`, or a folder of images."""
 
 import os
 
 import datasets
 import numpy as np
+import torch
 
 from utils.datasets.images import check_images
-from utils.datasets.load import known_names, labels_of, load_reid, parse_spec
+from utils.datasets.load import known_names, labels_of, load_reid, open_source, parse_spec
 from utils.datasets.own.labels import MissingColumn
 from utils.datasets.own.tables import is_table
 from utils.datasets.schema import ENDINGS, SPLITS, Row, features, hidden, listing, rows_to_dataset, without_names
@@ -38,6 +39,25 @@ def open_unlabelled(specs, root=None, *, skip_unreadable=False):
     truth = np.concatenate(truths)
     labelled = all(len(set(labels.tolist())) > 1 for labels in truths)
     return train, truth if labelled else None, measurable
+
+
+def open_either(specs, root=None, *, skip_unreadable=False, needs_labels=False):
+    """(training rows, labels) of data sets with identities, or, unless labels are needed, without."""
+    plain = [spec for spec in specs if folder_of_images(spec, root)]
+    if plain and needs_labels:
+        raise ValueError(
+            f"--source {plain[0]} is a folder of images without identities: classification needs one folder an "
+            "identity, or a table; --objective dino takes the images as they are"
+        )
+    if not plain:
+        try:
+            # A single image of an identity is a class too.
+            return open_source(specs, root, single_image_ids="repeat", skip_unreadable=skip_unreadable)[:2]
+        except MissingColumn:
+            if needs_labels:
+                raise
+    train, _, _ = open_unlabelled(specs, root, skip_unreadable=skip_unreadable)
+    return train, torch.from_numpy(labels_of(train))
 
 
 def read_set(spec, root, skip_unreadable):
