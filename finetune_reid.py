@@ -168,7 +168,8 @@ def build_parser():
         help="of a backbone/ of pretrain_backbone.py --objective solider: another weight than that of the folder",
     )
     group.add("--triplet", choices=["hard", "weighted"], help="triplet loss; default by the method, see above")
-    group.add("--margin", type=margin, help="of hard triplets, a number or `soft`; default by the method")
+    words = "of hard triplets, a number or `soft`; default by the method"
+    group.add("--margin", type=ranges.or_word(not_negative, SOFT), help=words)
     group.add("--label_smoothing", type=fraction, help="of the class loss; default 0.1, of mgn 0")
     group.add(
         "--groups", choices=["sum", "mean"], help="of a method with several features: their losses' sum, or mean (mgn)"
@@ -215,10 +216,6 @@ def build_parser():
     flags.add_evaluation(parser, every=1, resample=True)
     flags.add_output(parser, "output/finetune")
     return parser
-
-
-def margin(text):
-    return text if text == SOFT else ranges.not_negative(text)
 
 
 def parse_args(input_args=None):

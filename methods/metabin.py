@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from utils.modeling.norms import BatchInstanceNorm, balances
+from utils.modeling.norms import BatchInstanceNorm
 
 # Margin of the triplet losses in both halves of the meta-step.
 MARGIN = 0.3
@@ -130,6 +130,13 @@ def no_meta_step(backbone):
     """What `meta_step` returns, for a step without it: losses of 0."""
     rho = mean_balance(backbone)
     return dict.fromkeys(LOSSES, torch.zeros_like(rho)) | {"rho": rho}
+
+
+def balances(backbone):
+    """{name: rho} of every batch-instance norm."""
+    return {
+        f"{name}.rho": module.rho for name, module in backbone.named_modules() if isinstance(module, BatchInstanceNorm)
+    }
 
 
 def mean_balance(backbone):

@@ -202,15 +202,6 @@ def own_rows(whole, count):
     return slice(start, start + count)
 
 
-def sum_over_processes(count, device):
-    """(sum of a number over all processes, number of processes)."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return count, 1
-    total = torch.tensor(count, device=device)
-    torch.distributed.all_reduce(total)
-    return total.item(), torch.distributed.get_world_size()
-
-
 def gather_by_domain(tensor, num_domains):
     """The whole batch from all processes' shares of [domain, domain, ...], one domain after the other."""
     size = len(tensor)

@@ -8,12 +8,11 @@ from kernels import RankMetrics, k_reciprocal_rerank
 from kernels.disk.rows import RowsOnDisk
 from kernels.ring.processes import shares_of
 from utils.evaluation.calibration.rates import FALSE_MATCH_RATES as CALIBRATED_RATES
-from utils.evaluation.lists import camera_pairs, confusions, ranked_lists
+from utils.evaluation.lists import camera_pairs, can_match, confusions, ranked_lists
 from utils.evaluation.metrics import (
     MAX_RANK,
     RANKS,
     Side,
-    can_match,
     check_sides,
     kept_labels,
     mean_and_deviation,
