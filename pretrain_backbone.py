@@ -110,7 +110,8 @@ def build_parser():
     group.add("--mixup", type=not_negative, default=0.0, help="alpha of Mixup, 0 for none")
     group.add("--cutmix", type=not_negative, default=0.0, help="alpha of CutMix, 0 for none")
     group.add("--randaugment_ops", type=at_least(0), default=2, help="changes of an image")
-    group.add("--randaugment_magnitude", type=magnitude, default=9, help="strength of the changes, 0 to 30")
+    words = "strength of the changes, 0 to 30"
+    group.add("--randaugment_magnitude", type=ranges.between(0, 30), default=9, help=words)
     group.add(
         "--augment_on",
         choices=["auto", "loader", "device"],
@@ -146,10 +147,6 @@ def build_parser():
     flags.add_evaluation(parser, every=3, resample=True, rerank=False)
     flags.add_output(parser, "output/pretrain", uploaded="the backbone")
     return parser
-
-
-def magnitude(text):
-    return ranges.number(text, int, lambda value: 0 <= value <= 30, "0 to 30")
 
 
 def parse_args(input_args=None):

@@ -154,12 +154,16 @@ def start_training(args, *, find_unused_parameters=False, max_zero_stage=2):
     if getattr(args, "use_8bit_adam", False):
         bitsandbytes_module()
     if args.push_to_hub:
-        try:
-            HfApi().whoami()
-        except Exception as error:
-            raise ValueError(f"--push_to_hub needs a login that works: {error}; run `hf auth login`") from None
+        check_login()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
+
+
+def check_login():
+    try:
+        HfApi().whoami()
+    except Exception as error:
+        raise ValueError(f"--push_to_hub needs a login that works: {error}; run `hf auth login`") from None
 
 
 @contextmanager
