@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.quality import coverage
+from benchmarks.evaluation import coverage
 from tests.evaluation.test_evaluation import dense, people
 from utils.evaluation import calibration, decisions, thresholds
 from utils.evaluation.calibration import identity_counts, resampling

@@ -1,6 +1,6 @@
 """How often the 95 % intervals of thresholds hold the truth when other identities are drawn, beside resampled pairs.
 
-    python -m benchmarks.quality.coverage
+    python -m benchmarks.evaluation.coverage
 
 Features come from a model whose truth is known: identities differ in how much they look like everybody (the features
 of some lie near a common direction) and in how much their images differ from each other. Each draw takes new
@@ -178,7 +178,7 @@ def main(input_args=None):
             print(f"{world}, {num_ids} identities", flush=True)
     rows = rows_of(worlds)
     print(text_table(COLUMNS, rows))
-    write_result(args.json, command_line("benchmarks.quality.coverage"), COLUMNS, rows, {"worlds": worlds})
+    write_result(args.json, command_line("benchmarks.evaluation.coverage"), COLUMNS, rows, {"worlds": worlds})
 
 
 if __name__ == "__main__":
