@@ -207,7 +207,7 @@ from utils.batches.device_augmentation import BatchAugmentation, OnDevice
 from utils.batches.mixing import Mixing, mix_images, mixed_loss
 from utils.batches.samplers import ShuffleSampler
 from utils.batches.streaming import StreamedImages, StreamLoader, open_stream
-from utils.batches.transforms import ReIDImages, test_transform
+from utils.batches.transforms import ReIDImages
 from utils.datasets.load import digest_of, labels_of, subset
 from utils.datasets.unlabelled import open_either
 from utils.evaluation.targets import open_targets
@@ -311,9 +311,8 @@ def main(args):
 
     def measure(epoch):
         """By the plain features of the backbone: what `evaluate.py` finds with `backbone/`."""
-        encoder = ReIDModel(result).to(accelerator.device)
-        size, mean, std = encoder.image_size, encoder.image_mean, encoder.image_std
-        training.measure(epoch, encoder, targets, test_transform(size, mean, std, args.test_resample))
+        encoder = ReIDModel(result, resample=args.test_resample).to(accelerator.device)
+        training.measure(epoch, encoder, targets)
 
     if not training.resumed:
         measure(0)

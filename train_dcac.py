@@ -423,23 +423,18 @@ def main(args):
 
     def measure(epoch):
         with whole_weights(model, accelerator):
-            transform = test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, args.test_resample)
             # Published numbers are of float32.
-            training.measure(epoch, encoder, targets, transform, in_float32=True)
+            training.measure(epoch, encoder, targets, in_float32=True)
             parts.note(training, epoch, encoder, targets)
             if vae is not None and accelerator.is_main_process:
                 training.note(epoch, **examine(args, accelerator, bare, vae, train, labels, epoch))
 
-    def rebuild():
-        with whole_weights(model, accelerator):
-            rebuild_prototypes(args, accelerator, bare, train, labels, parts)
-
     if not training.resumed:
-        rebuild()
+        rebuild_prototypes(training, model, bare, train, labels, parts)
         measure(0)
     for epoch in training.epochs():
         if epoch > 1 and not training.in_mid_epoch:
-            rebuild()
+            rebuild_prototypes(training, model, bare, train, labels, parts)
         model.train()
         for batch in training.batches(loader):
             training.log(training_step(training, model, bare, vae, batch, params))
@@ -477,13 +472,14 @@ def training_step(training, model, bare, vae, batch, params):
     return {"grad_norm": norm_of(norm, loss.device), **values}
 
 
-def rebuild_prototypes(args, accelerator, bare, train, labels, parts):
+def rebuild_prototypes(training, model, bare, train, labels, parts):
     """Every prototype anew, from the test features of all training images."""
-    encoder = bare.encoder
+    args, accelerator, encoder = training.args, training.accelerator, bare.encoder
     transform = test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, args.memory_resample)
     options = {"batch_size": args.eval_batch_size, "num_workers": args.dataloader_num_workers, "desc": "prototypes"}
-    features = parts.extract(extract, encoder, train, transform, accelerator=accelerator, **options)
-    bare.memory.rebuild(features, labels)
+    with whole_weights(model, accelerator):
+        features = parts.extract(extract, encoder, train, transform, accelerator=accelerator, **options)
+        bare.memory.rebuild(features, labels)
 
 
 # What the training is made of
@@ -509,7 +505,8 @@ def caption_prompts(args, diffusion):
 def build_model(args, accelerator, num_ids, diffusion, prompts, parts):
     """The DCAC module and the VAE (None for the baseline)."""
     set_seed(args.seed)
-    encoder = ReIDModel.for_training(args.backbone, num_ids=num_ids, image_size=tuple(args.resolution))
+    sizes = {"num_ids": num_ids, "image_size": tuple(args.resolution)}
+    encoder = ReIDModel.for_training(args.backbone, **sizes, resample=args.test_resample)
     launch.print_notes(accelerator, encoder.notes)
     encoder = parts.encoder(encoder)
     check_passes(encoder.backbone, args.backbone, args.gradient_accumulation_steps)
@@ -535,9 +532,9 @@ def build_model(args, accelerator, num_ids, diffusion, prompts, parts):
         encoder.backbone.compile()
         if unet is not None:
             unet.compile()
-    weights = {"ldm_weight": args.ldm_weight, "label_smoothing": args.label_smoothing}
-    balance = None if args.ldm_balance is None else GradientBalance(args.ldm_balance)
-    weights |= {"pass_size": args.train_batch_size, "balance": balance}
+    balance = args.ldm_balance and GradientBalance(args.ldm_balance)
+    weights = {"ldm_weight": args.ldm_weight, "label_smoothing": args.label_smoothing, "balance": balance}
+    weights["pass_size"] = args.train_batch_size
     return parts.module(DCAC, encoder, memory, condition, unet, schedule, **weights), vae
 
 
@@ -579,7 +576,6 @@ def examine(args, accelerator, model, vae, train, labels, epoch):
 
 def save(args, training, bare):
     """The trained model with its card, and what the diffusion side learned."""
-    bare.encoder.resample = args.test_resample
     bare.encoder.save_pretrained(Path(args.output_dir) / "model", card=card_of(args, training, bare.encoder))
     if bare.unet is not None:
         save_feedback(bare.unet, args.unet_mode, bare.condition, args.output_dir)

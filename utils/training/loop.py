@@ -149,14 +149,14 @@ class Training:
         self.lines.flush()
         return epoch % self.args.eval_every == 0 or epoch == self.args.num_train_epochs or self.cut
 
-    def measure(self, epoch, model, targets, transform=None, *, in_float32=False):
+    def measure(self, epoch, model, targets, *, in_float32=False):
         """Measure each target; write the numbers to the history, metrics.json, the console and the trackers."""
         args, accelerator, state = self.args, self.accelerator, self.state
         for target in targets:
             metrics = evaluate_target(
                 model,
                 target,
-                transform or transform_of(model),
+                transform_of(model),
                 accelerator=accelerator,
                 batch_size=args.eval_batch_size,
                 num_workers=args.dataloader_num_workers,
