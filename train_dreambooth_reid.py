@@ -553,10 +553,11 @@ def work_on(args, accelerator, identities, work, progress, prompts, rows):
         made_with={name: portable(getattr(args, name)) for name in CAPTIONING},
         load_captioner=lambda: load_captioner(args, accelerator.device),
     )
+    wanted = {"num_images": args.num_images, "adds": args.redraw}
     missing = [
         identity
         for identity in own_share
-        if identity.name in records and is_missing(args, work, identity, records[identity.name])
+        if identity.name in records and made_set.is_missing(work, records[identity.name], **wanted)
     ]
     if args.captions_only or not missing:
         return
@@ -572,12 +573,6 @@ def work_on(args, accelerator, identities, work, progress, prompts, rows):
         inputs = (args, identity, records[identity.name], work, progress, prompts, tunable, measures)
         if made_set.attempt(work, progress, identity.name, lean, make, *inputs):
             progress.finished(identity.name)
-
-
-def is_missing(args, work, identity, record):
-    if args.redraw:
-        return made_set.images_to_add(work.read(identity.name, made_set.IMAGES), record, args.num_images) > 0
-    return not made_set.is_made(work, record, args.num_images)
 
 
 def load_captioner(args, device):

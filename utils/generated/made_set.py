@@ -166,15 +166,17 @@ def attempt(work, progress, name, lean, function, *arguments):
     return None
 
 
-def is_made(work, record, num_images=1):
-    """Whether the identity has all images of the current prompts, and none of the files is missing."""
+def is_missing(work, record, num_images=1, *, adds=False):
+    """Whether the identity lacks images of the current prompts, or their files; with `adds` only the former counts."""
     made = work.read(f"{record['domain']}/{record['pid']:04d}", IMAGES)
+    if adds:
+        return images_to_add(made, record, num_images) > 0
     if made is None or any(made[name] != record[name] for name in ("prompt", "identity_prompt")):
-        return False
+        return True
     if images_to_add(made, record, num_images):
-        return False
+        return True
     paths = {work.folder / image["path"] for image in made["images"]}
-    return paths <= {path for folder in {path.parent for path in paths} for path in folder.glob("*")}
+    return not paths <= {path for folder in {path.parent for path in paths} for path in folder.glob("*")}
 
 
 def images_to_add(made, record, num_images):
