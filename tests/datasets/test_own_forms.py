@@ -15,6 +15,7 @@ from utils.batches.chunks import image_identities
 from utils.datasets.load import load_reid, load_sources
 from utils.datasets.portable import save
 from utils.datasets.schema import camera_in, names_of, warn_once
+from utils.datasets.search_folders import read_folders
 from utils.datasets.unlabelled import open_unlabelled
 
 # (file, identity, camera)
@@ -245,6 +246,28 @@ def test_folders_of_cameras(tmp_path, names, camera_first):
     # It has labels, so it is no folder of images without them; cameras can be left out here too.
     assert sorted(open_unlabelled([str(tmp_path / "own")])[0]["camid"][:]) == [0, 1, 1, 2]
     assert set(load_reid(f"{tmp_path / 'own'}:camid_column=none")["train"]["camid"][:]) == {0}
+
+
+def test_searched_folders_with_folders_of_cameras(tmp_path):
+    for path in (
+        "gallery/anna/cam1/x.png",
+        "gallery/cam2/bert/x_c9.png",
+        "gallery/cam_c/y.png",
+        "gallery/0007_c4.png",
+    ):
+        paint(tmp_path / path)
+    paint(tmp_path / "query/bert/x_c2.png")
+    query, gallery = read_folders(tmp_path / "query", tmp_path / "gallery")
+    names = names_of(gallery, "pid")
+    found = [
+        (path, None if pid < 0 else names[pid], camid)
+        for path, pid, camid in zip(gallery["path"], gallery["pid"], gallery["camid"], strict=True)
+    ]
+    assert found == [
+        ("0007_c4.png", "7", 3), ("anna/cam1/x.png", "anna", 0), ("cam2/bert/x_c9.png", "bert", 1),
+        ("cam_c/y.png", None, 2),
+    ]  # fmt: skip
+    assert query["pid"][:] == [names.index("bert")] and query["camid"][:] == [1]
 
 
 @pytest.mark.parametrize("name", ["labels.json", "metadata.json"])

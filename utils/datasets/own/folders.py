@@ -120,12 +120,12 @@ def image_names(entries):
 
 
 def camera_of_folder(name):
-    """The camera that the name of a folder says, in lower case, or None."""
+    """The number of the camera that the name of a folder says, a letter's place in the alphabet, or None."""
     match = CAMERA_FOLDER.fullmatch(name)
     if match is None:
         return None
-    word = (match[1] or match[2]).lower()
-    return word.lstrip("0") or "0"
+    word = match[1] or match[2]
+    return int(word) if word.isdecimal() else ord(word.lower()) - ord("a") + 1
 
 
 def is_labelled(name):
@@ -154,7 +154,4 @@ def cameras_of(images, folder):
             f"{folder}: {os.path.join(split, path)} has no camera in its name, others do; expected ..._c2_... or "
             f"..._cam2_...; if the names tell no cameras at all: {folder}:camid_column=none"
         )
-    cameras = {camera for *_, camera in images}
-    if with_camera and all(str(camera).isdigit() for camera in cameras):
-        return {camera: number for number, camera in enumerate(sorted(cameras, key=int))}
-    return dense(cameras) if with_camera else {}
+    return dense(camera for *_, camera in images) if with_camera else {}
