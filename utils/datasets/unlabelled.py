@@ -8,6 +8,7 @@ import torch
 
 from utils.datasets.images import check_images
 from utils.datasets.load import known_names, labels_of, load_reid, open_source, parse_spec
+from utils.datasets.own.folders import camera_of_folder
 from utils.datasets.own.labels import MissingColumn
 from utils.datasets.own.tables import is_table
 from utils.datasets.schema import ENDINGS, SPLITS, Row, features, hidden, listing, rows_to_dataset, without_names
@@ -77,7 +78,8 @@ def read_set(spec, root, skip_unreadable):
 def folder_of_images(spec, root):
     """The folder that holds unlabelled images, or None for any other data set.
 
-    Its images lie directly in it (or in its `train`), or deeper than in one folder per identity.
+    Its images lie directly in it (or in its `train`), or deeper than in one folder per identity without folders of
+    cameras.
     """
     name, options = parse_spec(spec)
     if options or name in known_names():
@@ -101,7 +103,8 @@ def is_plain(folder):
     for entry in entries:
         inner = listing(entry.path)
         if inner:
-            return all(one.is_dir() for one in inner) and any(list_images(entry.path))
+            deep = all(one.is_dir() for one in inner) and any(list_images(entry.path))
+            return deep and not (all(map(camera_of_folder, names)) or all(camera_of_folder(one.name) for one in inner))
     return False
 
 
