@@ -118,10 +118,8 @@ def git_revision():
 
     def git(*command):
         # Without its lock: a status that is killed would leave the repository locked.
-        words = ("git", "--no-optional-locks", *command)
-        return subprocess.run(
-            words, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        words, place = ("git", "--no-optional-locks", *command), Path(__file__).parent
+        return subprocess.run(words, cwd=place, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -308,7 +308,12 @@ def main(input_args=None):
                 if code != 0:
                     sys.exit(f"{by} fails without any change, or exceeds --limit: {printed[-1500:]}")
                 whole.add(by)
-            rows[name] = [*name, result, by.rpartition("/")[2], round(seconds, 1)]
+            rows[name] = [
+                *name,
+                result,
+                by.partition("::")[0].rpartition("/")[2] + by[by.find("::") :] if "::" in by else by,
+                round(seconds, 1),
+            ]
             print(*rows[name], flush=True)
             kept = [rows[one] for one in names if one in rows]
             raw = {"seed": args.seed, "counts": Counter(row[3] for row in kept), "notes": notes}

@@ -149,7 +149,6 @@ def check_files(data, where):
             try:
                 if os.stat(path).st_size == 0:
                     bad.append((path, "empty file"))
-            # A ValueError for a name with a null byte.
             except (OSError, ValueError) as error:
                 bad.append((path, reason_of(error)))
         total += len(dataset)

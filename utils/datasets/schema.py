@@ -17,8 +17,8 @@ SPLITS = ("train", "query", "gallery")
 # The identity or camera of an image where it is unknown.
 UNKNOWN = -1
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-# `_c2`, `-cam10`, `c3s1`, `c4f0012`; after the number a word ends.
-CAMERA = re.compile(r"(?:^|[_.-])c(?:am)?_?(\d{1,9})(?=$|[^0-9a-z]|[sf]\d)", re.IGNORECASE)
+# `_c2`, `-cam10`, `c3s1`, `c4f0012`, after the number a word ends; or, as in MARS, `0001C1T0002F003`.
+CAMERA = re.compile(r"(?:(?:^|[_.-])c(?:am)?_?|^[\d-]+C(?=\d+T\d+F\d))(\d{1,9})(?=$|[^0-9a-z]|[sft]\d)", re.IGNORECASE)
 # A UUID, or a checksum in hexadecimal digits: the `c2` inside one is no camera.
 RANDOM_NAME = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{16,}", re.IGNORECASE)
 LABELLED = re.compile(r"(-?\d+)_c(\d+)")
@@ -107,16 +107,13 @@ def rows_to_dataset(rows, root, domain, split, note="", pid_names=None):
     prefix = os.path.join(root, "")
     try:
         files = pa.array([prefix + path for path in paths], pa.string())
+        pids, camids = (pa.array([getattr(row, name) for row in rows], pa.int64()) for name in ("pid", "camid"))
     except UnicodeEncodeError:
         odd = next(path for path in paths if not readable(prefix + path))
         raise ValueError(f"{ascii(prefix + odd)} is no UTF-8, as names unpacked elsewhere may be: rename it") from None
-    try:
-        pids, camids = (pa.array([getattr(row, name) for row in rows], pa.int64()) for name in ("pid", "camid"))
     except OverflowError:
         odd = next(row for row in rows if max(abs(row.pid), abs(row.camid)) >= 2**63)
-        raise ValueError(
-            f"{prefix + odd.path}: identity {odd.pid}, camera {odd.camid} is too large a number"
-        ) from None
+        raise ValueError(f"{prefix + odd.path}: {odd.pid} or {odd.camid} is too large a number") from None
     schema, domains = features(pid_names), pa.repeat(pa.scalar(domain), len(rows))
     table = pa.table([as_images(files), pids, camids, domains, pa.array(paths, pa.string())], names=list(schema))
     info = datasets.DatasetInfo(description=note, features=schema)
