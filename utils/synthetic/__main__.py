@@ -32,9 +32,13 @@ def contact_sheet(domain, num_ids=8, images_per_id=8, seed=0):
 
 
 def main(input_args=None):
-    parser = argparse.ArgumentParser(description="Draw the synthetic world: a contact sheet, or plain folders of images.")
+    parser = argparse.ArgumentParser(
+        description="Draw the synthetic world: a contact sheet, or plain folders of images."
+    )
     parser.add_argument("--domain", default="a", choices=sorted(DOMAINS), help="which domain")
-    parser.add_argument("--num_ids", type=int, default=8, help="identities, one a row; of --folders, those to train on")
+    parser.add_argument(
+        "--num_ids", type=int, default=8, help="identities, one a row; of --folders, those to train on"
+    )
     parser.add_argument("--images_per_id", type=int, default=8, help="pictures of each, sorted by camera")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other people")
     parser.add_argument("--out", default="sheet.png", help="sheet to write")
