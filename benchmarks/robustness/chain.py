@@ -126,7 +126,7 @@ CHAINS = {
     "own-folder": [
         Step(
             "draw",
-            "-m utils.synthetic --domain d --num_ids 200",
+            "-m utils.synthetic --domain d --num_ids 160",
             "--num_ids 16 --images_per_id 6",
             outcomes.own_folders,
             folder="own",

@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 
 from utils.batches.transforms import test_transform
 from utils.evaluation.targets import evaluate_target, results
-from utils.files import run_record, to_json, write_together
+from utils.files import portable, run_record, to_json, write_together
 from utils.launch import EXIT_SIGTERM, tracked
 from utils.reporting.report import text_table
 from utils.training.checkpoints import find_checkpoint, load_checkpoint, open_state, save_checkpoint
 from utils.training.log import StepLog, StopSignal
 from utils.training.optimizer import LearningRate, build_optimizer
-from utils.training.report import before_and_after
+from utils.training.report import add_next_steps, before_and_after, next_steps
 
 SHOWN_IMAGES = 64
 
@@ -241,11 +241,18 @@ class Training:
             accelerator.print(f"SIGTERM: {self.stopped_at} is written; resume with --resume_from_checkpoint latest")
         elif accelerator.is_main_process:
             output_dir, history = Path(args.output_dir), self.state["history"]
+            page, measured = report(), history[-1]["target"] if history else "SPEC"
+            # Reports are shared: they hold no absolute path.
+            shown = output_dir.name if output_dir.is_absolute() else output_dir
+            add_next_steps(page, next_steps(output_dir, portable(measured), shown=shown))
             with write_together(output_dir) as part:
-                report().write(part("report.html"))
+                page.write(part("report.html"))
             if history:
                 print(text_table(["target", "number", "before", "after", "points"], before_and_after(history)))
             print(f"Results: {output_dir}; open {output_dir / 'report.html'}")
+            root = f" --data_root {args.data_root}" if getattr(args, "data_root", None) else ""
+            for words, command in next_steps(output_dir, f"{measured}{root}"):
+                print(f"To {words}: {command}")
             if args.push_to_hub:
                 print(f"Uploaded: {upload(args.hub_model_id or output_dir.resolve().name)}")
         accelerator.end_training()

@@ -89,6 +89,26 @@ def training_report(title, output_dir, history, *, lead="", facts=(), samples=()
     return report
 
 
+def next_steps(folder, data, *, shown=None):
+    """[(what to do with what a training left in `folder`, command)]; `shown` is the folder's name in the commands."""
+    folder, shown = Path(folder), Path(shown or folder)
+    if (folder / "model").is_dir():
+        model = f"python evaluate.py --model {shown / 'model'}"
+        return [
+            ("search in your own images", f"{model} --query_dir DIR --gallery_dir DIR"),
+            ("measure it, and let searches decide", f"{model} --data {data} --calibrate"),
+        ]
+    if (folder / "backbone").is_dir():
+        return [("fine-tune it", f"python finetune_reid.py --backbone {shown / 'backbone'} --source SPEC")]
+    return []
+
+
+def add_next_steps(report, steps):
+    if steps:
+        report.section("What to do next")
+        report.table(["to", "type"], steps, text_columns=2)
+
+
 def add_notes(report, notes, title, words):
     """A table of a method's numbers by epoch, as `Training.note` keeps them."""
     if notes:
