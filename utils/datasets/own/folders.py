@@ -62,7 +62,8 @@ def images_of(place):
             if entry.is_dir():
                 raise ValueError(
                     f"{entry.path} is a folder; expected images directly in {identity.path}, the folder of one "
-                    "identity. Describe images in deeper folders by a table with file_name, pid and camid"
+                    f"identity. If {identity.path} itself holds a folder for each identity, give that; describe "
+                    "other images in deeper folders by a table with file_name, pid and camid"
                 )
             if not entry.name.lower().endswith(ENDINGS) or not entry.is_file():
                 left_out(entry.path, f"{entry.path} is no image; expected files ending in {', '.join(ENDINGS)}")
