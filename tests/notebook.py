@@ -73,8 +73,8 @@ def outputs_of(printed, value, number):
         data = {"text/plain": [repr(value)]}
         if hasattr(value, "_repr_png_"):
             buffer = io.BytesIO()
-            # A fifth of the bytes of a PNG.
-            value.convert("RGB").save(buffer, "JPEG", quality=80, optimize=True)
+            # A tenth of the bytes of a PNG.
+            value.convert("RGB").save(buffer, "JPEG", quality=65, optimize=True)
             data = {"image/jpeg": base64.b64encode(buffer.getvalue()).decode() + "\n", "text/plain": ["<picture>"]}
         outputs.append({"data": data, "execution_count": number, "metadata": {}, "output_type": "execute_result"})
     return outputs
