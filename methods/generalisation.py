@@ -80,6 +80,26 @@ def only(method):
     return lambda args: args.method != method, lambda args: f"--method {args.method}"
 
 
+def check_start(method, name, family, *, under_deepspeed=False):
+    """ValueError if the method cannot train a backbone, `name`, of this family, or not under DeepSpeed."""
+    if method == META and family != "resnet":
+        raise ValueError(
+            f"--backbone {name} is a {family}; --method {META} gives a plain ResNet norms of each domain: "
+            "give a ResNet, such as backbone/ of pretrain_backbone.py --backbone resnet50"
+        )
+    if method == METABIN and not family.startswith(("resnet", "osnet")):
+        raise ValueError(
+            f"--backbone {name} is a {family}: it has no BatchNorm, which --method {METABIN} mixes with "
+            "InstanceNorm; give a ResNet, such as backbone/ of pretrain_backbone.py --backbone resnet50"
+        )
+    if method == METABIN and under_deepspeed:
+        raise ValueError(f"--method {METABIN} moves norms behind DeepSpeed's back; start it without DeepSpeed")
+    if method == META and under_deepspeed:
+        raise ValueError(
+            f"--method {META} trains other norms in every step, DeepSpeed all; start it without DeepSpeed"
+        )
+
+
 def check_args(parser, args):
     """What the arguments alone show to be wrong."""
     if args.recipe in PUBLISHED and args.method != args.recipe:

@@ -154,12 +154,16 @@ def start_training(args, *, find_unused_parameters=False, max_zero_stage=2):
     if getattr(args, "use_8bit_adam", False):
         bitsandbytes_module()
     if args.push_to_hub:
-        try:
-            HfApi().whoami()
-        except Exception as error:
-            raise ValueError(f"--push_to_hub needs a login that works: {error}; run `hf auth login`") from None
+        check_login()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
+
+
+def check_login():
+    try:
+        HfApi().whoami()
+    except Exception as error:
+        raise ValueError(f"--push_to_hub needs a login that works: {error}; run `hf auth login`") from None
 
 
 @contextmanager
@@ -200,15 +204,6 @@ def own_rows(whole, count):
     """The rows of a gathered batch that are this process's, as a slice; `count` is the size of its share."""
     start = torch.distributed.get_rank() * count if len(whole) > count else 0
     return slice(start, start + count)
-
-
-def sum_over_processes(count, device):
-    """(sum of a number over all processes, number of processes)."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return count, 1
-    total = torch.tensor(count, device=device)
-    torch.distributed.all_reduce(total)
-    return total.item(), torch.distributed.get_world_size()
 
 
 def gather_by_domain(tensor, num_domains):

@@ -23,8 +23,10 @@ SMALLER = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_is_understood(command, tmp_path, capsys):
-    (tmp_path / "trained" / "model").mkdir(parents=True)
-    program, *words = shlex.split(command.replace("{trained}", str(tmp_path / "trained")))
+    options = "--false_alarm_rate 0.1 --output_dir {search}"
+    assert f'options = f"{options}"' in "".join(CELLS)
+    command = command.replace("{options}", options).replace("{weights}", str(tmp_path))
+    program, *words = shlex.split(command)
     assert program == "{python}"
     if words[0] == "-m":
         module = importlib.import_module(f"{words[1]}.__main__")

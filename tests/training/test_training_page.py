@@ -3,17 +3,14 @@
 import base64
 import io
 import json
-import shlex
 
 import pytest
 import torch
 from PIL import Image
 
-import evaluate
-import finetune_reid
 from tests.reporting.test_reporting import NASTY, Page
 from utils.reporting.report import text_table
-from utils.training.report import add_next_steps, before_and_after, next_steps, read_log, training_report
+from utils.training.report import before_and_after, read_log, training_report
 
 BRACES = "own/{0}/{x}/{}"
 
@@ -174,23 +171,3 @@ def test_a_long_training_is_drawn_in_few_points(tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     html = training_report("x", tmp_path, []).html()
     assert "5,000 steps" in html and len(html) < 60_000
-
-
-def test_a_training_says_what_its_model_is_for(tmp_path):
-    """The commands that a reader can type next; of the folder only the shown name."""
-    assert next_steps(tmp_path, "own:holdout=0.3") == []
-    (tmp_path / "backbone").mkdir()
-    ((_, command),) = next_steps(tmp_path, "SPEC", shown="out")
-    assert finetune_reid.parse_args(shlex.split(command)[2:]).backbone == "out/backbone"
-    (tmp_path / "model").mkdir()
-    (_, search), (_, calibrate) = next_steps(tmp_path, "own:holdout=0.3")
-    args = evaluate.parse_args(shlex.split(search)[2:])
-    assert args.model == str(tmp_path / "model") and args.query_dir == args.gallery_dir == "DIR"
-    args = evaluate.parse_args(shlex.split(calibrate)[2:])
-    assert args.calibrate and args.data == "own:holdout=0.3"
-    log(tmp_path)
-    report = training_report("A", tmp_path, [])
-    add_next_steps(report, next_steps(tmp_path, "SPEC", shown="out"))
-    page = Page(report.html())
-    assert "What to do next" in page.text and "python evaluate.py --model out/model --query_dir DIR" in page.text
-    assert str(tmp_path) not in page.text
