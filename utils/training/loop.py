@@ -254,6 +254,8 @@ class Training:
             if history:
                 print(text_table(["target", "number", "before", "after", "points"], before_and_after(history)))
             print(f"Results: {output_dir}; open {output_dir / 'report.html'}")
+            if (output_dir / "model").is_dir():
+                print(f"Search: python evaluate.py --model {output_dir / 'model'} --query_dir DIR --gallery_dir DIR")
             if args.push_to_hub:
                 print(f"Uploaded: {upload(args.hub_model_id or output_dir.resolve().name)}")
         accelerator.end_training()
