@@ -210,8 +210,7 @@ def personx(root, *, all_for_training=False):
 
 def airport(root, *, all_for_training=True):
     """Lines of filepath.txt are camera\\pid\\file; pids below 11001 are not identities. Training only."""
-    file, rows = Path(root) / "filepath.txt", []
-    example = r"1\11001\0001.jpg"
+    file, rows, example = Path(root) / "filepath.txt", [], r"1\11001\0001.jpg"
     for number, line in enumerate(lines_of(file), 1):
         fields = line.strip().replace("\\", "/").split("/")
         if fields == [""]:
