@@ -189,9 +189,7 @@ def build_parser():
     group.size("--resize", help="of the images kept; default: as they are")
     group.add("--title", default="Filtered generated people", help="of the data card")
     group.add("--license", default="other", help="of the data card; default other: the sources' terms hold")
-    group.switch("--push_to_hub", "upload dataset/, to a private repository where it is new")
-    idle = (lambda args: not args.push_to_hub, "no --push_to_hub")
-    group.add("--hub_dataset_id", idle=idle, help="repository; default: the name of --output_dir")
+    flags.add_upload(group, "dataset/, to a private repository where it is new", "--hub_dataset_id")
     group.add("--eval_batch_size", type=at_least(1), default=64, help="images of each process")
     group.add("--seed", type=ranges.seed, default=0, help="of training and of what is held out")
     return parser
@@ -259,12 +257,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
 # transformers, diffusers and accelerate are imported where they are needed, so that choosing again starts at once.
 from kernels import cosine_topk
 from utils import launch
+from utils.datasets.portable import push_folder
 from utils.datasets.schema import ENDINGS
 from utils.files import portable, run_record, to_json, write_together
 from utils.generated import choosing
@@ -578,11 +576,7 @@ def open_sets(args):
     for name in RATES:
         if getattr(args, name) is not None:
             check_calibration(generated, sources, f"--{name}")
-    if args.push_to_hub:
-        try:
-            HfApi().whoami()
-        except Exception as error:
-            raise ValueError(f"--push_to_hub needs a login that works: {error}; run `hf auth login`") from None
+    launch.check_login(args)
     return sources, generated
 
 
@@ -636,12 +630,10 @@ def finish(args, sources, generated):
         f"{folder / 'dataset'}; open {folder / 'report.html'}"
     )
     if args.push_to_hub:
-        api, name = HfApi(), args.hub_dataset_id or folder.resolve().name
-        name = api.create_repo(name, repo_type="dataset", private=True, exist_ok=True).repo_id
         # Files of an earlier choice would be loaded together with the new ones.
         old_files = ["*.parquet", *(f"*{ending}" for ending in ENDINGS)]
-        options = {"repo_type": "dataset", "folder_path": folder / "dataset", "delete_patterns": old_files}
-        print(f"Uploaded: {api.upload_folder(repo_id=name, **options)}")
+        name = args.hub_dataset_id or folder.resolve().name
+        print(f"Uploaded: {push_folder(folder / 'dataset', name, old_files)}")
 
 
 def run_script(args):

@@ -556,11 +556,13 @@ def test_an_upload_leaves_nothing_of_an_earlier_choice(drawn, whole, monkeypatch
             assert options == {"repo_type": "dataset", "private": True, "exist_ok": True}
             return type("Repo", (), {"repo_id": f"someone/{name}"})
 
-        def upload_folder(self, *, repo_id, repo_type, folder_path, delete_patterns):
+        def upload_folder(self, *, repo_id, repo_type, folder_path, allow_patterns, delete_patterns):
+            assert allow_patterns is None
             gone = set(filter_repo_objects(before, allow_patterns=delete_patterns))
             pushed.append((repo_id, repo_type, folder_path, sorted(gone)))
 
-    monkeypatch.setattr(script, "HfApi", Hub)
+    for module in ("utils.launch", "utils.datasets.portable"):
+        monkeypatch.setattr(f"{module}.HfApi", Hub)
     run(drawn, whole, "--keep_fraction", "0.5", "--push_to_hub", "--hub_dataset_id", "people")
     assert pushed == [("someone/people", "dataset", whole / "dataset", sorted(before[2:]))]
 

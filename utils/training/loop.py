@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from utils.batches.transforms import test_transform
 from utils.evaluation.targets import evaluate_target, results
 from utils.files import run_record, to_json, write_together
-from utils.launch import EXIT_SIGTERM, tracked
+from utils.launch import EXIT_SIGTERM, tracked, whole_weights
 from utils.reporting.report import text_table
 from utils.training.checkpoints import find_checkpoint, load_checkpoint, open_state, save_checkpoint
 from utils.training.log import StepLog, StopSignal
@@ -43,15 +43,9 @@ class Training:
     ):
         self.args, self.accelerator, self.sampler, self.images = args, accelerator, sampler, images
         self.batch_size = batch_size or sampler.batch_size
-        self.path, self.state = open_state(
-            args,
-            script,
-            effective_batch_size=self.batch_size,
-            data=data,
-            free=args.free_on_resume if free is None else free,
-            precision=accelerator.mixed_precision,
-            say=accelerator.print,
-        )
+        known = {"effective_batch_size": self.batch_size, "data": data, "precision": accelerator.mixed_precision}
+        free = args.free_on_resume if free is None else free
+        self.path, self.state = open_state(args, script, **known, free=free, say=accelerator.print)
         self.ends_by_steps = num_steps is not None
         self.num_steps = num_steps or sampler.steps_of(args.num_train_epochs)
         self.stopped_at = None
@@ -79,7 +73,7 @@ class Training:
 
         `kept` is the module whose tensors a checkpoint holds, if it is not `model`.
         """
-        self.kept, self.optimizer, self.rates = kept or model, optimizer, rates
+        self.model, self.kept, self.optimizer, self.rates = model, kept or model, optimizer, rates
         if self.resumed:
             load_checkpoint(self.path, self.kept, optimizer, accelerator=self.accelerator)
         if self.accelerator.is_main_process:
@@ -150,17 +144,11 @@ class Training:
     def measure(self, epoch, model, targets, transform=None, *, in_float32=False):
         """Measure each target; write the numbers to the history, metrics.json, the console and the trackers."""
         args, accelerator, state = self.args, self.accelerator, self.state
+        options = {"batch_size": args.eval_batch_size, "num_workers": args.dataloader_num_workers}
+        options |= {"accelerator": accelerator, "rerank": reranking_of(args), "in_float32": in_float32}
         for target in targets:
-            metrics = evaluate_target(
-                model,
-                target,
-                transform or transform_of(model),
-                accelerator=accelerator,
-                batch_size=args.eval_batch_size,
-                num_workers=args.dataloader_num_workers,
-                rerank=reranking_of(args),
-                in_float32=in_float32,
-            )
+            with whole_weights(self.model, accelerator):
+                metrics = evaluate_target(model, target, transform or transform_of(model), **options)
             place = {"epoch": epoch, "target": target.spec}
             # A run that resumes in the middle of an epoch measures that epoch again, at its end.
             others = [entry for entry in state["history"] if {key: entry[key] for key in place} != place]
@@ -214,15 +202,8 @@ class Training:
     def save(self):
         self.lines.flush()
         self.saved = self.step
-        return save_checkpoint(
-            self.args.output_dir,
-            self.step,
-            self.state,
-            self.kept,
-            self.optimizer,
-            accelerator=self.accelerator,
-            limit=self.args.checkpoints_total_limit,
-        )
+        options = {"accelerator": self.accelerator, "limit": self.args.checkpoints_total_limit}
+        return save_checkpoint(self.args.output_dir, self.step, self.state, self.kept, self.optimizer, **options)
 
     def name_images(self, rows):
         """The names of a batch's images on all processes, for an error; only the first ones of a large batch."""
@@ -288,18 +269,12 @@ def optimizer_of(args, groups):
 
 def rates_of(args, optimizer, num_steps, schedule=None):
     """The learning rates of --lr_scheduler, or of `schedule`, a function of epoch and step."""
-    return LearningRate(
-        optimizer,
-        schedule or args.lr_scheduler,
-        warmup_epochs=args.lr_warmup_epochs,
-        warmup_factor=args.lr_warmup_factor,
-        milestones=args.lr_milestones,
-        gamma=args.lr_gamma,
-        warmup_steps=args.lr_warmup_steps,
-        num_steps=num_steps,
-    )
+    options = {"warmup_epochs": args.lr_warmup_epochs, "warmup_factor": args.lr_warmup_factor}
+    options |= {"milestones": args.lr_milestones, "gamma": args.lr_gamma, "warmup_steps": args.lr_warmup_steps}
+    return LearningRate(optimizer, schedule or args.lr_scheduler, **options, num_steps=num_steps)
 
 
 def norm_of(norm, device):
-    """The gradient norm as a tensor; DeepSpeed returns None before its first step."""
-    return torch.as_tensor(0.0 if norm is None else norm, device=device)
+    """The gradient norm as a tensor; DeepSpeed returns None before its first step, FSDP2 a share of a sum."""
+    whole = getattr(norm, "full_tensor", lambda: 0.0 if norm is None else norm)()
+    return torch.as_tensor(whole, device=device)
