@@ -234,7 +234,7 @@ from utils.evaluation.groups.clusters import NOISE, agreement
 from utils.evaluation.targets import open_targets
 from utils.files import to_json, write_together
 from utils.modeling.domain_norms import group_batch_statistics, join_norms
-from utils.modeling.folder import card_text, training_card
+from utils.modeling.folder import card_text
 from utils.modeling.heads import add_gem
 from utils.modeling.memories import class_means
 from utils.modeling.networks.resnet import as_sbs
@@ -243,7 +243,6 @@ from utils.modeling.reid_model import ReIDModel
 from utils.training.cluster_report import add_clusters, add_contact_sheet, describe_clusters
 from utils.training.clustering import check_clusters, check_settings, cluster
 from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained, transform_of
-from utils.training.report import training_report
 from utils.training.teacher import buffer_shapes, reshape_buffers
 
 MODULES = {
@@ -575,33 +574,19 @@ def cameras_of(args, target, least):
 def card_of(args, training, encoder, num_images):
     title = f"{args.method} trained on {' + '.join(args.target)}"
     title += f" from {' + '.join(args.source)}" if args.source else ""
-    return training_card(
-        title,
-        card_text(encoder),
-        "adapt_reid.py",
-        args,
-        metrics=training.results["targets"],
-        details={"images": num_images},
-    )
+    return training.card(title, card_text(encoder), images=num_images)
 
 
 def report_of(args, training, source, target, truth, clusters, labels, features):
-    facts = [
+    facts = [("Source", f"{' + '.join(args.source)}, {len(source):,} images")] if source is not None else []
+    facts += [
         ("Target", " + ".join(args.target)),
         ("Images", f"{len(target):,}"),
         ("Start", Path(args.backbone).name),
         ("Clusters", describe_clusters(training.state["clusters"][-1])),
-        *training.facts,
     ]
-    if source is not None:
-        facts.insert(0, ("Source", f"{' + '.join(args.source)}, {len(source):,} images"))
-    report = training_report(
-        f"{args.setting.capitalize()}: {args.method}",
-        args.output_dir,
-        training.state["history"],
-        lead="A Re-ID model, measured before and after it was trained on pseudo labels.",
-        facts=facts,
-    )
+    lead = "A Re-ID model, measured before and after it was trained on pseudo labels."
+    report = training.report(f"{args.setting.capitalize()}: {args.method}", lead, facts)
     add_clusters(report, training.state["clusters"], clusters)
     add_contact_sheet(report, target, labels, features, truth)
     return report

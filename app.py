@@ -11,6 +11,7 @@
 
     python app.py --model output/people/model --gallery_dir cameras
     python app.py --features output/evaluate/features.safetensors --image_root cameras
+    python app.py --gallery_features kept --image_root cameras
 
 Without arguments it is a demo: the shipped stand-in CLIP and people drawn by code. The page runs on this computer only
 and needs no network. An uploaded image is kept in memory until the page is closed, and never written to disk. Gallery
@@ -45,7 +46,7 @@ def build_parser():
     group.add(
         "--model",
         help="a ReIDModel folder or Hub id, a plain backbone (CLIP, ResNet, Swin, ViT, ...), or a file of weights, "
-        "see the README; default: the model named in --features, else the shipped stand-in CLIP",
+        "see the README; default: the model that kept features name, else the shipped stand-in CLIP",
     )
     group.size(
         "--resolution",
@@ -63,14 +64,19 @@ def build_parser():
         help="features kept by evaluate.py or by this script, instead of --gallery_dir; their gallery is searched",
     )
     group.add(
+        "--gallery_features",
+        metavar="DIR",
+        help="a gallery that evaluate.py --gallery_features keeps, also one larger than memory",
+    )
+    group.add(
         "--image_root",
-        idle=(lambda args: not args.features, "no --features"),
-        help="folder below which the images of --features lie; without it the page shows their names only",
+        idle=(lambda args: not args.features and not args.gallery_features, "no --features or --gallery_features"),
+        help="folder below which the images of kept features lie; without it the page shows their names only",
     )
     group.switch(
         "--skip_unreadable",
         "leave out images that do not decode, and list them",
-        idle=(lambda args: args.features, "--features"),
+        idle=(lambda args: args.features or args.gallery_features, "kept features"),
     )
 
     group = parser.group("ranking")
@@ -94,10 +100,13 @@ def build_parser():
 def parse_args(input_args=None):
     parser = build_parser()
     args = parser.parse(input_args)
-    if args.features and args.gallery_dir:
+    kept = [flag for flag in ("--features", "--gallery_features") if getattr(args, flag[2:])]
+    if kept and args.gallery_dir:
         parser.error(
-            "--features has a gallery of its own; leave out --gallery_dir, and name its folder by --image_root"
+            f"{kept[0]} has a gallery of its own; leave out --gallery_dir, and name its folder by --image_root"
         )
+    if len(kept) > 1:
+        parser.error("--features and --gallery_features are two galleries; give one")
     if args.topk > MOST_RESULTS:
         parser.error(f"--topk {args.topk} is more than the page shows; give at most {MOST_RESULTS}")
     if args.server_name not in THIS_COMPUTER:
@@ -105,7 +114,7 @@ def parse_args(input_args=None):
             f"--server_name {args.server_name} is refused: the page shows people and has no login, so it listens on "
             f"127.0.0.1 only; from another computer use ssh -L {args.server_port}:127.0.0.1:{args.server_port}"
         )
-    args.demo = not (args.model or args.gallery_dir or args.features)
+    args.demo = not (args.model or args.gallery_dir or kept)
     args.notes = parser.notes(args)
     return args
 
@@ -139,6 +148,8 @@ from utils.evaluation.gallery_search import (
     transform_of,
     uploaded_query,
 )
+from utils.evaluation.index.search import open_kept, side_of
+from utils.evaluation.index.store import about_model
 from utils.evaluation.kept_features import features_of_key, load_features, save_features
 from utils.evaluation.metrics import Side
 from utils.files import run_record, to_json, write_together
@@ -152,14 +163,15 @@ def main(args):
     accelerator = launch.start_accelerator(args.mixed_precision)
     if accelerator.num_processes > 1:
         raise ValueError(f"app.py is one process, not {accelerator.num_processes}; start it with python")
-    stand_in = not (args.model or args.features) and "No --model given: using the shipped stand-in CLIP"
+    named = args.model or args.features or args.gallery_features
+    stand_in = not named and "No --model given: using the shipped stand-in CLIP"
     launch.introduce(args, accelerator, demo=DEMO, stand_ins=stand_in)
     gallery = open_gallery(args, accelerator)
     with write_together(args.output_dir) as part:
         part("args.json").write_text(to_json(run_record(args)))
     page = Page(gallery, args)
-    # The first search would otherwise take much longer than the others.
-    gallery.features_of([Image.new("RGB", (64, 128))])
+    # The first search would otherwise take much longer than the others, and kept features could turn out damaged.
+    gallery.cosines(gallery.features_of([Image.new("RGB", (64, 128))])[0])
     serve(gradio, build_page(gradio, page), args)
 
 
@@ -178,7 +190,9 @@ def gradio_module():
 
 
 def open_gallery(args, accelerator):
-    """The `Gallery` of --features or of --gallery_dir; features that are not stored yet are extracted."""
+    """The `Gallery` that is kept, or that of --gallery_dir; features that are not stored yet are extracted."""
+    if args.gallery_features:
+        return kept_gallery(args, accelerator)
     if args.features:
         return read_gallery(args, accelerator)
     name = args.model or CLIP_DIR
@@ -242,17 +256,7 @@ def read_gallery(args, accelerator):
     if not name:
         raise ValueError(f"{args.features} does not say which model its features are of; give it by --model")
     evaluation.check_sides(side, side)
-    images = folder = None
-    if args.image_root:
-        folder = Path(args.image_root)
-        check_listed(folder, side.paths, args.features)
-        rows = [Row(*row) for row in zip(side.paths, side.pids.tolist(), side.camids.tolist(), strict=True)]
-        images = rows_to_dataset(rows, str(folder), folder.name, "gallery")
-        there = [row for row, path in enumerate(side.paths) if (folder / path).is_file()]
-        if not there:
-            raise ValueError(f"--image_root {folder} has no image of {args.features}, such as {side.paths[0]}")
-        if len(there) < len(side):
-            print(f"{len(side) - len(there):,} of {len(side):,} images are not in {folder}: their names are shown")
+    images, folder, there = images_of(args.image_root, side, args.features)
     model = open_model(name, args.resolution, accelerator)
     width = side.features.shape[1]
     if model.num_features != width:
@@ -261,18 +265,44 @@ def read_gallery(args, accelerator):
             "by --model"
         )
     gallery = Gallery(side, images, folder, model, name, args.features, accelerator)
-    if folder is not None:
-        shown = {row: image for row in there[:2] if (image := gallery.image_of(row)) is not None}
-        features = gallery.features_of(list(shown.values())) if shown else []
-        for row, feature in zip(shown, features, strict=True):
-            cosine = float(feature @ gallery.side.features[row])
-            if cosine < SAME_MODEL:
-                raise ValueError(
-                    f"{args.features} holds other features of {side.paths[row]} than {name} gives at "
-                    f"{model.image_size[0]} x {model.image_size[1]} (cosine {cosine:.3f}); give the right --model, "
-                    "--resolution and --image_root"
-                )
+    shown = {row: image for row in there[:2] if (image := gallery.image_of(row)) is not None}
+    features = gallery.features_of(list(shown.values())) if shown else []
+    for row, feature in zip(shown, features, strict=True):
+        cosine = float(feature @ gallery.side.features[row])
+        if cosine < SAME_MODEL:
+            raise ValueError(
+                f"{args.features} holds other features of {side.paths[row]} than {name} gives at "
+                f"{model.image_size[0]} x {model.image_size[1]} (cosine {cosine:.3f}); give the right --model, "
+                "--resolution and --image_root"
+            )
     return gallery
+
+
+def kept_gallery(args, accelerator):
+    """The gallery of --gallery_features, whose features stay on disk; its manifest says of which model they are."""
+    index = open_kept(args.gallery_features, None, append=False)
+    name = args.model or index.about["model"]
+    model_kind(name)
+    model = open_model(name, args.resolution, accelerator)
+    index.check_model(about_model(name, model, accelerator.mixed_precision))
+    side, digests = side_of(index)
+    images, folder, _ = images_of(args.image_root, side, args.gallery_features)
+    return Gallery(side, images, folder, model, name, args.gallery_features, accelerator, digests)
+
+
+def images_of(folder, side, source):
+    """(images of a side as a data set, their folder, the rows whose files are there), or nothing without a folder."""
+    if not folder:
+        return None, None, []
+    folder = Path(folder)
+    check_listed(folder, side.paths, source)
+    rows = [Row(*row) for row in zip(side.paths, side.pids.tolist(), side.camids.tolist(), strict=True)]
+    there = [row for row, path in enumerate(side.paths) if (folder / path).is_file()]
+    if not there:
+        raise ValueError(f"--image_root {folder} has no image of {source}, such as {side.paths[0]}")
+    if len(there) < len(side):
+        print(f"{len(side) - len(there):,} of {len(side):,} images are not in {folder}: their names are shown")
+    return rows_to_dataset(rows, str(folder), folder.name, "gallery"), folder, there
 
 
 # The decision

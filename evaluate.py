@@ -38,7 +38,6 @@ DEMO = (
 )
 # The protocols of utils.evaluation.metrics.
 PROTOCOLS = ("market", "cuhk03", "all")
-FEATURES = "features.safetensors"
 
 
 def build_parser():
@@ -237,8 +236,6 @@ if __name__ == "__main__":
     # Parse before torch and transformers are imported, so that --help and a mistyped flag answer at once.
     args = parse_args()
 
-import datasets
-import torch
 
 from kernels.ring.processes import all_processes
 from utils import evaluation, launch
@@ -246,29 +243,28 @@ from utils.batches.chunks import image_identities
 from utils.batches.transforms import test_transform
 from utils.datasets.holdout import hold_out
 from utils.datasets.images import check_files, check_images
-from utils.datasets.load import known_names, open_spec, parse_spec
+from utils.datasets.load import open_spec
 from utils.datasets.schema import names_of
 from utils.datasets.search_folders import read_folders
 from utils.datasets.tracklets import read_tracklets
-from utils.evaluation import calibration as calibrations
-from utils.evaluation.calibration import CALIBRATION
+from utils.evaluation.calibration import CALIBRATION, calibrate, calibration_of, fingerprint, write_calibration
 from utils.evaluation.cameras import check_cameras, extract_by_camera
-from utils.evaluation.decisions import COLUMNS, DECISIONS, csv_rows, decide, limits, summary, text_lines
+from utils.evaluation.decisions import decide, summary
 from utils.evaluation.features import extract, extraction_key, forget_chunks
 from utils.evaluation.findings import combined, measured, nothing_measured
 from utils.evaluation.groups import grouping
 from utils.evaluation.groups.report import group_report
 from utils.evaluation.index.search import add_new, open_kept, rows_of, sides_of
 from utils.evaluation.index.store import about_model
-from utils.evaluation.kept_features import features_of_key, load_features, save_features
-from utils.evaluation.metrics import RANKS, Side
+from utils.evaluation.kept_features import FEATURES, features_of_key, keep_features, load_features, sides_of_splits
 from utils.evaluation.report import ResultPictures, evaluation_report
-from utils.evaluation.self_matches import check_labels, mark, same_files
+from utils.evaluation.results import answer_lines, summary_lines, write_results
+from utils.evaluation.self_matches import copies_in, mark
+from utils.evaluation.splits import SIDES, readable_splits
 from utils.files import run_record, to_json, versions, write_csv, write_together
 from utils.modeling.export import export_onnx
 from utils.modeling.folder import model_kind
 from utils.modeling.reid_model import ReIDModel
-from utils.reporting.report import percent
 
 
 def main(args):
@@ -279,10 +275,11 @@ def main(args):
     )
     if args.group_dir:
         return group(args, accelerator)
+    calibration = None
     if args.features:
         model = None
         sides, images, splits, skipped = read_features(args)
-        copies = copies_in(args, images, splits)
+        copies = find_copies(args, images, splits)
     elif args.gallery_features:
         images, splits = None, []
         model, calibration, sides, copies, skipped = search_kept(args, accelerator)
@@ -291,7 +288,7 @@ def main(args):
         model_kind(args.model)
         images, splits, skipped = open_images(args) if not args.export_only else (None, [], [])
         check_topk(args, splits)
-        copies = copies_in(args, images, splits)
+        copies = find_copies(args, images, splits)
         if images is not None and images.info.description:
             # The test identities of a drawn split.
             accelerator.print(images.info.description)
@@ -303,7 +300,7 @@ def main(args):
             accelerator.print(export_onnx(model, Path(args.export[1])))
         if args.export_only:
             return None
-        calibration = calibration_of(args, accelerator, model) if args.query_dir else None
+        calibration = open_calibration(args, accelerator, model) if args.query_dir else None
         sides = extract_or_read(args, accelerator, model, images, splits)
 
     num_same_files = mark(sides, copies, trusts_query=bool(args.query_dir), say=accelerator.print)
@@ -326,9 +323,12 @@ def main(args):
             metrics["decisions"] = summary(findings.decisions, findings.queries, findings.gallery)
         pictures = ResultPictures(images, *(rows for rows, *_ in splits[0]), model) if images is not None else None
         report = evaluation_report(metrics, findings, pictures, num_random=args.report_queries, seed=args.seed)
-        write_results(args, metrics, findings, report)
-        print_answers(args, findings, calibration if args.query_dir else None)
-        print_summary(metrics, args.output_dir)
+        write_results(args.output_dir, metrics, findings, report, run_record(args))
+        lines = answer_lines(findings, calibration, args.false_alarm_rate)
+        if args.calibrate:
+            write_calibration(findings.calibration, args.model)
+            lines.append(f"Calibrated: {Path(args.model) / CALIBRATION}")
+        print(*lines, *summary_lines(metrics, args.output_dir), sep="\n")
     accelerator.end_training()
     return metrics
 
@@ -341,35 +341,13 @@ def data_name(args):
 
 
 def open_images(args):
-    """(images, splits, unreadable files). A split is ((query rows, pids, camids), (gallery rows, pids, camids)).
-
-    The splits of a small set choose from the same images, so each image is opened and extracted once.
-    """
+    """(images, splits, unreadable files). A split is ((query rows, pids, camids), (gallery rows, pids, camids))."""
     if args.query_dir:
         pairs = [read_folders(args.query_dir, args.gallery_dir)]
     else:
         choices = [{"split": number} for number in range(args.splits)] if args.splits else [{}]
         pairs = [query_and_gallery(args, choice) for choice in choices]
-    images = datasets.concatenate_datasets([side for pair in pairs for side in pair])
-    rows = list(range(len(images)))
-    if len(pairs) > 1:
-        first_row = {}
-        rows = [first_row.setdefault(path, row) for row, path in enumerate(images["path"])]
-
-    images = images.add_column("row", list(range(len(images)))).select(sorted(set(rows)))
-    images, skipped = check_images(images, skip_unreadable=args.skip_unreadable, where=data_name(args))
-    readable = {row: number for number, row in enumerate(images["row"])}
-    splits, start = [], 0
-    for pair in pairs:
-        splits.append([])
-        for side, name in zip(pair, ("query", "gallery"), strict=True):
-            labelled = zip(rows[start : start + len(side)], side["pid"], side["camid"], strict=True)
-            columns = [(readable[row], pid, camid) for row, pid, camid in labelled if row in readable]
-            if not columns:
-                raise ValueError(f"{data_name(args)}: no readable {name} image is left")
-            splits[-1].append(tuple(map(list, zip(*columns, strict=True))))
-            start += len(side)
-    return images.remove_columns("row"), splits, [f"{path}: {reason}" for _, path, reason in skipped]
+    return readable_splits(pairs, skip_unreadable=args.skip_unreadable, where=data_name(args))
 
 
 def query_and_gallery(args, choice):
@@ -383,7 +361,7 @@ def query_and_gallery(args, choice):
     # It may stand in the spec.
     args.skip_unreadable = common["skip_unreadable"]
     if not args.skip_unreadable:
-        check_files({split: data[split] for split in ("query", "gallery")}, name)
+        check_files({side: data[side] for side in SIDES}, name)
     return data["query"], data["gallery"]
 
 
@@ -405,7 +383,6 @@ def extract_images(args, accelerator, model, images, key, keep_in=None):
 
 def extract_or_read(args, accelerator, model, images, splits):
     """Pairs of (queries, gallery): read from the output folder if it has exactly these features, else extracted."""
-    paths = list(images["path"])
     more = {"rows": splits} | ({"cameras": images["camid"][:]} if args.camera_embeddings else {})
     key = extraction_key(model, image_identities(images), accelerator, args.eval_batch_size, **more)
     stored = Path(args.output_dir) / FEATURES
@@ -413,20 +390,9 @@ def extract_or_read(args, accelerator, model, images, splits):
         accelerator.print(f"Features: {stored}, extracted before")
         return known
     features = extract_images(args, accelerator, model, images, key)
-    sides = [
-        tuple(
-            Side(features[rows], torch.tensor(pids), torch.tensor(camids), [paths[row] for row in rows])
-            for rows, pids, camids in split
-        )
-        for split in splits
-    ]
+    sides = sides_of_splits(features, splits, list(images["path"]))
     if accelerator.is_main_process:
-        split_rows = [
-            (split[0][0], queries, split[1][0], gallery)
-            for split, (queries, gallery) in zip(splits, sides, strict=True)
-        ]
-        with write_together(args.output_dir) as part:
-            save_features(part(FEATURES), features, split_rows, key=key, model=args.model, data=data_name(args))
+        keep_features(args.output_dir, features, splits, sides, key=key, model=args.model, data=data_name(args))
         forget_chunks(args.output_dir)
     return sides
 
@@ -439,7 +405,7 @@ def read_features(args):
     if not args.data:
         return sides, None, [], []
     images, splits, skipped = open_images(args)
-    for side, (rows, *_), name in zip(sides[0], splits[0], ("query", "gallery"), strict=True):
+    for side, (rows, *_), name in zip(sides[0], splits[0], SIDES, strict=True):
         if len(side) != len(rows):
             raise ValueError(
                 f"{args.features} has {len(side)} {name} rows, {args.data} {len(rows)}; give the data they are from"
@@ -448,23 +414,8 @@ def read_features(args):
     return sides, images, splits, skipped
 
 
-def copies_in(args, images, splits):
-    """For each split what `same_files` says, or None where the data's protocol counts copies as it does all images.
-
-    In a search, under `all`, and in own images where no camera is on both sides, no image may find itself.
-    """
-    if images is None:
-        return None
-    own = args.data and parse_spec(args.data)[0] not in known_names()
-    cameras = [set(camids) for split in splits for *_, camids in split]
-    apart = own and not set().union(*cameras[::2]) & set().union(*cameras[1::2])
-    if not (args.query_dir or args.protocol == "all" or apart):
-        return None
-    copies = [same_files(images, split) for split in splits]
-    if not args.query_dir:
-        for split, (query, gallery, _) in zip(splits, copies, strict=True):
-            check_labels(query, gallery, split, images, names_of(images, "pid"), args.data)
-    return copies
+def find_copies(args, images, splits):
+    return copies_in(images, splits, is_search=bool(args.query_dir), protocol=args.protocol, spec=args.data)
 
 
 # A gallery that stays on disk
@@ -482,7 +433,7 @@ def search_kept(args, accelerator):
     model = ReIDModel.open(args.model, args.resolution).to(accelerator.device).eval()
     launch.print_notes(accelerator, model.notes)
     index.check_model(about_model(args.model, model, accelerator.mixed_precision))
-    calibration = calibration_of(args, accelerator, model)
+    calibration = open_calibration(args, accelerator, model)
 
     def extract_all(images, folder):
         key = extraction_key(model, image_identities(images), accelerator, args.eval_batch_size)
@@ -569,82 +520,19 @@ def rerank_options(args):
     return {"k1": args.k1, "k2": args.k2, "lambda_value": args.lambda_value, "compat": args.rerank_compat}
 
 
-# Thresholds and decisions
+def open_calibration(args, accelerator, model):
+    """The calibration for a search, or None."""
+    options = {"with_cameras": args.camera_embeddings, "say": accelerator.print}
+    return calibration_of(args.model, model, args.calibration, **options)
 
 
 def calibrated(args, model, findings):
     """The content of calibration.json: that of the first split, if there are several."""
-    content = calibrations.calibrate(
-        findings.queries, findings.gallery, findings.pairs, protocol=findings.protocol, seed=args.seed
-    )
-    key = model and calibrations.fingerprint(model, args.camera_embeddings)
+    sides = findings.queries, findings.gallery
+    content = calibrate(*sides, findings.pairs, protocol=findings.protocol, seed=args.seed)
+    key = model and fingerprint(model, args.camera_embeddings)
     about = {"model": args.model, "fingerprint": key, "data": data_name(args)}
     return about | content | {"versions": versions()}
-
-
-def calibration_of(args, accelerator, model):
-    """The calibration for a search, or None; says why there is none, and how to get one."""
-    path = args.calibration or calibrations.calibration_path(args.model)
-    content, problem = calibrations.read_calibration(path, calibrations.fingerprint(model, args.camera_embeddings))
-    if problem:
-        how = "--camera_embeddings " if args.camera_embeddings else ""
-        # The folder of a Hub model is the Hub's cache.
-        is_folder = os.path.isdir(args.model)
-        how += "--calibrate" if is_folder else f"--output_dir DIR, then search with --calibration DIR/{CALIBRATION}"
-        accelerator.print(
-            f"No decisions: {problem}. To get them, calibrate with labelled images of such cameras: "
-            f"python evaluate.py --model {args.model} --data SPEC {how}"
-        )
-    return content
-
-
-def print_answers(args, findings, calibration):
-    lines = []
-    if findings.calibration:
-        lines = calibrations.calibration_lines(findings.calibration)
-        if args.calibrate:
-            calibrations.write_calibration(findings.calibration, args.model)
-            lines.append(f"Calibrated: {Path(args.model) / CALIBRATION}")
-    elif calibration:
-        lines = [*text_lines(findings.decisions, findings.queries, findings.gallery)]
-        lines.append(limits(calibration, len(findings.gallery), args.false_alarm_rate))
-    print(*filter(None, lines), sep="\n", end="\n" if any(lines) else "")
-
-
-# Results
-
-
-def write_results(args, metrics, findings, report):
-    lists = {"rankings.csv": findings.lists, "rankings_reranked.csv": findings.reranked_lists}
-    with write_together(args.output_dir) as part:
-        part("metrics.json").write_text(to_json(metrics))
-        part("args.json").write_text(to_json(run_record(args)))
-        for name, ranked in lists.items():
-            if ranked is not None:
-                rows = evaluation.ranking_rows(findings.queries, findings.gallery, *ranked)
-                write_csv(part(name), ("query", "rank", "gallery", "distance", "match"), rows)
-        if findings.calibration:
-            part(CALIBRATION).write_text(to_json(findings.calibration))
-        if findings.decisions:
-            write_csv(part(DECISIONS), COLUMNS, csv_rows(findings.decisions, findings.queries, findings.gallery))
-        report.write(part("report.html"))
-    if findings.reranked_lists is None:
-        # A file of an earlier run would not belong to these metrics.
-        (Path(args.output_dir) / "rankings_reranked.csv").unlink(missing_ok=True)
-    if not findings.decisions:
-        (Path(args.output_dir) / DECISIONS).unlink(missing_ok=True)
-
-
-def print_summary(metrics, output_dir):
-    for name, numbers in (("", metrics), ("re-ranked: ", metrics.get("reranked"))):
-        if numbers and numbers["mAP"] is not None:
-            shown = {"mAP": numbers["mAP"], "mINP": numbers["mINP"]} | {
-                f"Rank-{k}": numbers[f"rank{k}"] for k in RANKS
-            }
-            print(name + ", ".join(f"{key} {percent(value)}" for key, value in shown.items()))
-    if metrics["mAP"] is None:
-        print("No query has a label that the gallery has too: ranked lists, no metrics")
-    print(f"Results: {output_dir}; open {Path(output_dir) / 'report.html'}")
 
 
 def run_script(args):

@@ -69,8 +69,6 @@ TRAINED_BY = (
 )  # fmt: skip
 # Thresholds that are calibrated on held-out source images.
 RATES = ("true_match_rate", "false_match_rate")
-BEST = 3
-MAX_CALIBRATION_QUERIES = 2000
 
 
 def build_parser():
@@ -249,7 +247,6 @@ if __name__ == "__main__":
     args = parse_args()
 
 import os
-import random
 import shlex
 import sys
 from pathlib import Path
@@ -262,13 +259,12 @@ from safetensors.torch import load_file, save_file
 # transformers, diffusers and accelerate are imported where they are needed, so that choosing again starts at once.
 from kernels import cosine_topk
 from utils import launch
-from utils.datasets.portable import push_folder
-from utils.datasets.schema import ENDINGS
 from utils.files import portable, run_record, to_json, write_together
 from utils.generated import choosing
+from utils.generated.calibration import BEST, calibrate
 from utils.generated.images import METADATA, SCORED, check_generated, open_generated, sources_named_by
 from utils.generated.kept_report import against_truth, kept_report, truth_table
-from utils.generated.kept_set import pieces_of, summary_of, write_scores, write_set
+from utils.generated.kept_set import pieces_of, summary_of, upload_set, write_scores, write_set
 from utils.generated.score_models import Training, Wanted, check_models, given, settings_of
 from utils.generated.scoring import (
     CALIBRATION,
@@ -312,40 +308,6 @@ def reid_scores(features, labels, gallery, gallery_labels):
         scores[rows], lead[rows] = best.mean(1), top.scores[rows, 0] - best[:, 0]
     # The two searches may round differently, so the lead of a match is set to 0.
     return scores, nearest, match, lead.clamp(min=0).masked_fill(match, 0)
-
-
-def calibration_scores(features, labels, held_out):
-    """Scores of held-out source images against the others: genuine (own identity) and impostor (any other)."""
-    gallery, gallery_labels = features[~held_out], labels[~held_out]
-    queries, query_labels = features[held_out], labels[held_out]
-    genuine, impostor = [], []
-    for label in gallery_labels.unique():
-        own_gallery = gallery[gallery_labels == label]
-        scores = cosine_topk(queries, own_gallery, min(BEST, len(own_gallery))).scores.mean(1)
-        genuine.append(scores[query_labels == label])
-        impostor.append(scores[query_labels != label])
-    return torch.cat(genuine).cpu(), torch.cat(impostor).cpu()
-
-
-def scores_across_cameras(features, labels, camids, held_out):
-    """(scores, leads) of held-out source images against those of other cameras, as `reid_scores` has them.
-
-    Images of identities that no other camera has seen are left out. Without any other, all cameras count.
-    """
-    gallery, gallery_labels, gallery_cameras = features[~held_out], labels[~held_out], camids[~held_out]
-    for across in (True, False):
-        scores, leads = [], []
-        for row in held_out.nonzero().flatten().tolist():
-            seen = gallery_cameras != camids[row] if across else torch.ones_like(gallery_cameras, dtype=torch.bool)
-            own = seen & (gallery_labels == labels[row])
-            if own.any():
-                best = cosine_topk(features[row : row + 1], gallery[own], min(BEST, int(own.sum()))).scores[0]
-                nearest = cosine_topk(features[row : row + 1], gallery[seen], 1).scores[0, 0]
-                scores.append(best.mean())
-                leads.append((nearest - best[0]).clamp(min=0))
-        if scores:
-            return torch.stack(scores).cpu(), torch.stack(leads).cpu()
-    return torch.zeros(0), torch.zeros(0)
 
 
 # Scoring
@@ -433,24 +395,6 @@ def score_batch(scorers, clip, images, labels):
     columns |= {"reid_score": scores.tolist(), "reid_match": match.tolist(), "reid_lead": lead.tolist()}
     columns["nearest"] = [scorers.paths[row] for row in nearest.tolist()]
     return columns, features.cpu().numpy()
-
-
-def calibrate(source, features, labels, seed):
-    """Genuine and impostor scores, and scores and leads across cameras, of at most `MAX_CALIBRATION_QUERIES` held-out
-    images; empty without any."""
-    rows = source.held_out.nonzero().flatten().tolist()
-    is_query = torch.zeros(len(labels), dtype=torch.bool)
-    is_query[sorted(random.Random(f"calibration/{seed}").sample(rows, min(len(rows), MAX_CALIBRATION_QUERIES)))] = True
-    # Held-out images that are no queries are not in the gallery either.
-    is_used = (is_query | ~source.held_out).to(features.device)
-    names = ("genuine", "impostor", "across", "across_lead")
-    values = [torch.zeros(0)] * 4
-    if rows:
-        used = features[is_used], labels[is_used]
-        camids = torch.tensor(source.train["camid"][:], device=features.device)[is_used]
-        is_query = is_query.to(features.device)[is_used]
-        values = [*calibration_scores(*used, is_query), *scores_across_cameras(*used, camids, is_query)]
-    return {f"{source.domain}/{name}": value.contiguous() for name, value in zip(names, values, strict=True)}
 
 
 # The choice
@@ -576,7 +520,8 @@ def open_sets(args):
     for name in RATES:
         if getattr(args, name) is not None:
             check_calibration(generated, sources, f"--{name}")
-    launch.check_login(args)
+    if args.push_to_hub:
+        launch.check_login()
     return sources, generated
 
 
@@ -630,10 +575,7 @@ def finish(args, sources, generated):
         f"{folder / 'dataset'}; open {folder / 'report.html'}"
     )
     if args.push_to_hub:
-        # Files of an earlier choice would be loaded together with the new ones.
-        old_files = ["*.parquet", *(f"*{ending}" for ending in ENDINGS)]
-        name = args.hub_dataset_id or folder.resolve().name
-        print(f"Uploaded: {push_folder(folder / 'dataset', name, old_files)}")
+        print(f"Uploaded: {upload_set(folder / 'dataset', args.hub_dataset_id or folder.resolve().name)}")
 
 
 def run_script(args):

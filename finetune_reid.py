@@ -168,7 +168,8 @@ def build_parser():
         help="of a backbone/ of pretrain_backbone.py --objective solider: another weight than that of the folder",
     )
     group.add("--triplet", choices=["hard", "weighted"], help="triplet loss; default by the method, see above")
-    group.add("--margin", type=margin, help="of hard triplets, a number or `soft`; default by the method")
+    words = "of hard triplets, a number or `soft`; default by the method"
+    group.add("--margin", type=ranges.or_word(not_negative, SOFT), help=words)
     group.add("--label_smoothing", type=fraction, help="of the class loss; default 0.1, of mgn 0")
     group.add(
         "--groups", choices=["sum", "mean"], help="of a method with several features: their losses' sum, or mean (mgn)"
@@ -215,10 +216,6 @@ def build_parser():
     flags.add_evaluation(parser, every=1, resample=True)
     flags.add_output(parser, "output/finetune")
     return parser
-
-
-def margin(text):
-    return text if text == SOFT else ranges.not_negative(text)
 
 
 def parse_args(input_args=None):
@@ -283,10 +280,9 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 from torch import nn
-from transformers import PreTrainedConfig
 
 from methods.meta import DomainBatches, Meta, cosine_after_warmup
-from methods.metabin import BIAS_RATE, MetaBatches, domains_held_in, inner_factor, meta_step, no_meta_step
+from methods.metabin import BIAS_RATE, MetaBatches, balance
 from utils import launch
 from utils.batches.augmentation import AutoAugmentTransform
 from utils.batches.samplers import IdentitySampler
@@ -294,52 +290,15 @@ from utils.batches.transforms import training_loader
 from utils.datasets.load import digest_of, labels_of, subset
 from utils.evaluation.targets import open_sets
 from utils.launch import gather_with_gradient, splitter, whole_weights
-from utils.modeling.backbones import read_config
-from utils.modeling.folder import IMPORTED_HEADS, card_text, model_kind, training_card
+from utils.modeling.folder import card_text
 from utils.modeling.losses import CentreLoss, circle_logits, hard_triplet, weighted_triplet
-from utils.modeling.networks.semantic_swin import has_controller, set_semantic_weight
+from utils.modeling.names import check_start
+from utils.modeling.networks.semantic_swin import set_semantic_weight
 from utils.modeling.norms import add_batch_instance_norms, share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
 from utils.modeling.stages import compile_blocks
 from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained
 from utils.training.parameter_groups import bias_groups
-from utils.training.report import training_report
-
-
-def check_start(args):
-    """Whether --backbone can start the method, by its configuration."""
-    # A file of weights shows its family only when it is opened; what has no BatchNorm is refused then.
-    family, kind = "resnet", model_kind(args.backbone)
-    if kind == "reid":
-        method = PreTrainedConfig.get_config_dict(args.backbone)[0].get("method", "bot")
-        if method == META:
-            raise ValueError(f"--backbone {args.backbone} has experts of its sources, which no other training can use")
-        if method not in ("bot", args.method, *IMPORTED_HEADS):
-            raise ValueError(
-                f"--backbone {args.backbone} is a model of method {method}; it can start --method {method} only"
-            )
-        family = PreTrainedConfig.get_config_dict(args.backbone)[0]["backbone"]["model_type"]
-    elif kind == "backbone":
-        config = read_config(args.backbone, revision=None, token=None)
-        family = config.model_type
-        if args.method == "mgn" and config.model_type == "resnet" and len(config.hidden_sizes) < 2:
-            raise ValueError(f"--backbone {args.backbone} has one stage; mgn parts in the last stage but one")
-    if args.semantic_weight is not None and not has_controller(args.backbone):
-        raise ValueError(
-            f"--semantic_weight {args.semantic_weight}: --backbone {args.backbone} has no controller beside it, as a "
-            "folder of pretrain_backbone.py --objective solider has; leave it out"
-        )
-    if args.method == META and family != "resnet":
-        raise ValueError(
-            f"--backbone {args.backbone} is a {family}; --method {META} gives a plain ResNet norms of each domain: "
-            "give a ResNet, such as backbone/ of pretrain_backbone.py --backbone resnet50"
-        )
-    if args.method == METABIN and not family.startswith(("resnet", "osnet")):
-        raise ValueError(
-            f"--backbone {args.backbone} is a {family}: it has no BatchNorm, which --method {METABIN} mixes with "
-            "InstanceNorm; give a ResNet, such as backbone/ of pretrain_backbone.py --backbone resnet50"
-        )
-
 
 # The method
 
@@ -422,9 +381,8 @@ def main(args):
     words = {"demo": DEMO_WORDS.format(args.method, standin or Path(args.backbone).name)}
     launch.introduce(args, accelerator, **words, stand_ins=standin and STAND_IN.format(standin))
     # What can be wrong with data and configuration shows before a model is loaded.
-    check_start(args)
-    if (owner := splitter(accelerator)) and args.method in (METABIN, META):
-        raise ValueError(f"--method {args.method} changes norms behind {owner}'s back; start it without {owner}")
+    family = check_start(args.backbone, args.method, args.semantic_weight)
+    generalisation.check_start(args.method, args.backbone, family, owner=splitter(accelerator))
     batch_size = launch.global_batch_size(args, accelerator)
     options = {"root": args.data_root, "skip_unreadable": args.skip_unreadable, "say": accelerator.print}
     options |= {"holdout": args.holdout, "single_image_ids": args.single_image_ids}
@@ -453,7 +411,6 @@ def main(args):
     schedule = own_schedule(args, sampler.steps_of(1))
     training.begin(method, optimizer, rates_of(args, optimizer, training.num_steps, schedule))
     params = trained(method)
-    period = max(2, round(args.meta_period * sampler.steps_of(1)))
 
     if not training.resumed:
         training.measure(0, model, targets)
@@ -462,7 +419,7 @@ def main(args):
         for batch in training.batches(loader):
             values = training_step(training, method, bare, batch, params)
             if args.method == METABIN:
-                values |= balance(training, model, batch, domains, period)
+                values |= balance(training, model, batch, domains)
             training.log(values)
         if training.measures(epoch):
             training.measure(epoch, model, targets)
@@ -501,26 +458,6 @@ def training_step(training, method, bare, batch, params):
     if args.method == META:
         bare.learn_all()
     return {"grad_norm": norm_of(norm, loss.device), **values}
-
-
-def balance(training, model, batch, domains, period):
-    """MetaBIN's second half of a step: every norm's mixture moves, and nothing else. Its losses."""
-    args, accelerator = training.args, training.accelerator
-    number = training.step + 1 - args.meta_first_steps
-    if number < 0:
-        return no_meta_step(model.backbone)
-    images, labels, rows = (batch[name][args.train_batch_size :] for name in ("images", "labels", "indices"))
-    return meta_step(
-        model.backbone,
-        images.to(accelerator.device, non_blocking=True),
-        labels.to(accelerator.device, non_blocking=True),
-        domains[rows].to(accelerator.device),
-        domains_held_in(int(domains.max()) + 1, f"{args.seed}/{training.step}"),
-        inner_factor=inner_factor(number, period, *args.meta_inner_rates),
-        rate=args.meta_rate,
-        first_order=args.meta_first_order,
-        reduce=lambda slopes: accelerator.reduce(slopes, reduction="mean"),
-    )
 
 
 # What the training is made of
@@ -620,29 +557,20 @@ def domains_of(args, train):
 
 
 def card_of(args, training, model):
-    return training_card(
-        f"{args.method.upper()} fine-tuned on {' + '.join(args.source)}",
-        card_text(model),
-        "finetune_reid.py",
-        args,
-        metrics=training.results["targets"],
-        details={"images": len(training.images), "identities": model.num_ids},
-    )
+    title = f"{args.method.upper()} fine-tuned on {' + '.join(args.source)}"
+    return training.card(title, card_text(model), identities=model.num_ids)
 
 
 def report_of(args, training, num_ids):
     setting = args.setting if args.fraction is None else f"{args.setting}, {100 * args.fraction:g} %"
-    return training_report(
+    return training.report(
         f"Fine-tuning: {args.method.upper()}",
-        args.output_dir,
-        training.state["history"],
-        lead="A Re-ID model, measured before and after it was trained with labels.",
-        facts=[
+        "A Re-ID model, measured before and after it was trained with labels.",
+        [
             ("Source", " + ".join(args.source)),
             ("Setting", setting),
             ("Images", f"{len(training.images):,} of {num_ids:,} identities"),
             ("Start", Path(args.backbone).name),
-            *training.facts,
         ],
     )
 

@@ -45,31 +45,6 @@ from utils.ranges import at_least, fraction, not_negative
 
 DEMO_SOURCE = [f"synthetic:domain={domain},num_ids=64" for domain in "acde"]
 DEMO_TARGET = "synthetic:domain=b"
-PUBLISHED = {
-    "backbone": "resnet50",
-    "from_scratch": True,
-    "resolution": [256, 128],
-    "train_batch_size": 512,
-    "num_train_epochs": 300,
-    "learning_rate": 4e-3,
-    "adam_weight_decay": 0.05,
-    "lr_warmup_epochs": 20,
-    "mixup": 0.8,
-    "cutmix": 1.0,
-    "randaugment_ops": 2,
-    "randaugment_magnitude": 9,
-    "erasing": 0.25,
-    "padding": 10,
-    "eval_every": 10,
-    "log_every": 10,
-    "checkpointing_steps": 1000,
-    "dataloader_num_workers": 8,
-    "mixed_precision": "bf16",
-}
-RECIPES = {
-    "diff-person": PUBLISHED,
-    **{name: PUBLISHED | values for name, values in pretraining.RECIPES.items()},
-}
 CARD = (
     "A backbone pre-trained on images of people, a start for person re-identification; `backbone/` is a plain "
     "`transformers` folder. Finding people again across cameras is surveillance: use it only where the law and the "
@@ -93,7 +68,7 @@ SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 
 
 def build_parser():
-    parser = flags.Parser(__doc__, recipes=RECIPES)
+    parser = flags.Parser(__doc__, recipes=pretraining.RECIPES)
     flags.add_recipe(
         parser,
         "published values: diff-person, identity classification of a ResNet-50 for 300 epochs; diff-person-dino, "
@@ -135,7 +110,8 @@ def build_parser():
     group.add("--mixup", type=not_negative, default=0.0, help="alpha of Mixup, 0 for none")
     group.add("--cutmix", type=not_negative, default=0.0, help="alpha of CutMix, 0 for none")
     group.add("--randaugment_ops", type=at_least(0), default=2, help="changes of an image")
-    group.add("--randaugment_magnitude", type=magnitude, default=9, help="strength of the changes, 0 to 30")
+    words = "strength of the changes, 0 to 30"
+    group.add("--randaugment_magnitude", type=ranges.between(0, 30), default=9, help=words)
     group.add(
         "--augment_on",
         choices=["auto", "loader", "device"],
@@ -171,10 +147,6 @@ def build_parser():
     flags.add_evaluation(parser, every=3, resample=True, rerank=False)
     flags.add_output(parser, "output/pretrain", uploaded="the backbone")
     return parser
-
-
-def magnitude(text):
-    return ranges.number(text, int, lambda value: 0 <= value <= 30, "0 to 30")
 
 
 def parse_args(input_args=None):
@@ -224,7 +196,7 @@ import torch.nn.functional as F
 from accelerate.utils import DistributedType, send_to_device, set_seed
 from huggingface_hub import HfApi
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from methods.dino import SelfDistillation
@@ -235,15 +207,13 @@ from utils.batches.device_augmentation import BatchAugmentation, OnDevice
 from utils.batches.mixing import Mixing, mix_images, mixed_loss
 from utils.batches.samplers import ShuffleSampler
 from utils.batches.streaming import StreamedImages, StreamLoader, open_stream
-from utils.batches.transforms import ReIDImages, test_transform
-from utils.datasets.load import digest_of, labels_of, open_source, subset
-from utils.datasets.own.labels import MissingColumn
-from utils.datasets.unlabelled import folder_of_images, open_unlabelled
+from utils.batches.transforms import ReIDImages
+from utils.datasets.load import digest_of, labels_of, subset
+from utils.datasets.unlabelled import open_either
 from utils.evaluation.targets import open_targets
 from utils.files import portable
 from utils.modeling.backbones import ClipBackbone
 from utils.modeling.export import write_backbone_folder
-from utils.modeling.folder import training_card
 from utils.modeling.names import check_backbone, check_swin, open_backbone
 from utils.modeling.networks.semantic_swin import SemanticSwinBackbone
 from utils.modeling.norms import share_batch_statistics
@@ -251,7 +221,8 @@ from utils.modeling.reid_model import ReIDModel
 from utils.training.loop import Training, optimizer_of, trained
 from utils.training.optimizer import LearningRate
 from utils.training.parameter_groups import parameter_groups
-from utils.training.pretraining_report import draw_batch, pretraining_report
+from utils.training.pretraining_report import draw_batch, first_batch
+from utils.training.teacher import running_mean
 
 # The objectives
 
@@ -340,9 +311,8 @@ def main(args):
 
     def measure(epoch):
         """By the plain features of the backbone: what `evaluate.py` finds with `backbone/`."""
-        encoder = ReIDModel(result).to(accelerator.device)
-        size, mean, std = encoder.image_size, encoder.image_mean, encoder.image_std
-        training.measure(epoch, encoder, targets, test_transform(size, mean, std, args.test_resample))
+        encoder = ReIDModel(result, resample=args.test_resample).to(accelerator.device)
+        training.measure(epoch, encoder, targets)
 
     if not training.resumed:
         measure(0)
@@ -424,20 +394,6 @@ def taught(training, teacher, whole, rows):
     return scores, (weights, blank, *parts)
 
 
-def running_mean(keep):
-    """For `AveragedModel`. Whole numbers are copied: means of Swin's table of places would be cut off, one too low."""
-    mean = get_ema_multi_avg_fn(keep)
-
-    def update(averages, values, count):
-        if averages[0].is_floating_point():
-            mean(averages, values, count)
-        else:
-            for average, value in zip(averages, values, strict=True):
-                average.copy_(value)
-
-    return update
-
-
 def mix_of(args, step):
     return Mixing(args.mixup, args.cutmix, args.seed).draw(step, args.resolution)
 
@@ -473,13 +429,9 @@ def open_train(args):
         train, stream = open_stream(args.source[0])
         labels = torch.from_numpy(labels_of(train))
     else:
-        plain = [spec for spec in args.source if folder_of_images(spec, args.data_root)]
-        if plain and args.objective == "classification":
-            raise ValueError(
-                f"--source {plain[0]} is a folder of images without identities: classification needs one folder an "
-                "identity, or a table; --objective dino takes the images as they are"
-            )
-        train, labels = open_labelled(args) if not plain else open_images(args)
+        needs_labels = args.objective == "classification"
+        reading = {"skip_unreadable": args.skip_unreadable, "needs_labels": needs_labels}
+        train, labels = open_either(args.source, args.data_root, **reading)
     fractions = {"image_fraction": args.image_fraction, "identity_fraction": args.identity_fraction}
     if any(value is not None for value in fractions.values()):
         train = subset(train, **fractions, seed=args.fraction_seed)
@@ -489,23 +441,6 @@ def open_train(args):
             f"--source {' + '.join(args.source)}: classification needs two identities or more, there is one; give more"
         )
     return train, labels, stream
-
-
-def open_labelled(args):
-    try:
-        # A single image of an identity is a class too.
-        return open_source(
-            args.source, args.data_root, single_image_ids="repeat", skip_unreadable=args.skip_unreadable
-        )[:2]
-    except MissingColumn:
-        if args.objective == "classification":
-            raise
-        return open_images(args)
-
-
-def open_images(args):
-    train, _, _ = open_unlabelled(args.source, args.data_root, skip_unreadable=args.skip_unreadable)
-    return train, torch.from_numpy(labels_of(train))
 
 
 def build_model(args, accelerator, num_ids):
@@ -597,15 +532,8 @@ def cosine_to(end, warmup, num_steps):
 
 def save(args, training, backbone, num_ids):
     """The backbone and its card."""
-    card = training_card(
-        f"{Path(args.backbone).name} pre-trained on {' + '.join(portable(args.source))}",
-        CARD,
-        "pretrain_backbone.py",
-        args,
-        metrics=training.results["targets"],
-        details={"images": len(training.images), "identities": num_ids},
-        library_name="transformers",
-    )
+    title = f"{Path(args.backbone).name} pre-trained on {' + '.join(portable(args.source))}"
+    card = training.card(title, CARD, identities=num_ids, library_name="transformers")
     write_backbone_folder(backbone, Path(args.output_dir) / "backbone", ReIDModel(backbone).preprocessing(), card)
 
 
@@ -621,9 +549,9 @@ def report_of(args, training, num_ids):
         ("Images", f"{len(training.images):,} of {num_ids:,} identities"),
         ("Backbone", Path(args.backbone).name + (", from scratch" if args.from_scratch else "")),
         ("Objective", OBJECTIVES[args.objective]),
-        *training.facts,
     ]
-    return pretraining_report(Path(args.output_dir), training.state["history"], facts)
+    lead = "A backbone, its plain features measured before and after on people it was not trained on."
+    return training.report("Pre-training", lead, facts, **first_batch(args.output_dir))
 
 
 def run_script(args):

@@ -33,7 +33,7 @@ Through c the diffusion model tells classifier, neck and encoder which identitie
 from methods.muva import settings as muva
 from utils import flags
 from utils.flags import CAPTIONER_DIR, CLIP_DIR, DIFFUSION_DIR
-from utils.ranges import above_zero, at_least, fraction, not_negative
+from utils.ranges import above_zero, at_least, fraction, not_negative, or_word
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=112"
 DEMO_TARGETS = ["synthetic:domain=b", "synthetic:domain=c"]
@@ -128,7 +128,8 @@ def build_parser():
     group.add("--ldm_warmup_epochs", type=at_least(0), default=0, help="epochs before L_ldm reaches the encoder")
     words = "`random`, N(0, 1); `captions`, of a captioner; or a file of them"
     group.add("--prompt_init", default="random", help=words)
-    group.add("--prompt_tokens", type=prompt_tokens, default="end", help="of a prompt: `end`, `all`, or the first N")
+    words = "of a prompt: `end`, `all`, or the first N"
+    group.add("--prompt_tokens", type=or_word(at_least(1), "end", "all"), default="end", help=words)
     group.switch("--freeze_prompts", "leave the prompts as they start")
     idle = (lambda args: args.prompt_init != "captions", "no --prompt_init captions")
     words = "image-to-text model of --prompt_init captions"
@@ -143,20 +144,15 @@ def build_parser():
     parser.free.add("gradient_accumulation_steps")
     flags.add_optimizer(parser, learning_rate=1e-3, weight_decay=1e-4)
     flags.add_schedule(parser, milestones=[4])
-    group = flags.add_memory(parser, checkpointing=False, compiled="encoder and U-Net")
+    group = flags.add_memory(parser, checkpointing=False, compiled="encoder and U-Net", xformers=True)
     idle = (lambda args: args.diffusion == "none" and args.gradient_checkpointing == "outer", "--diffusion none")
     words = "recompute activations, less memory for more time: all of encoder and U-Net, or only the U-Net's outer "
     words += "blocks, which hold most; without a word all"
     options = {"nargs": "?", "choices": ["all", "outer"], "const": "all", "free": True, "idle": idle, "help": words}
     group.add("--gradient_checkpointing", **options)
-    group.switch("--enable_xformers_memory_efficient_attention", "xformers in the U-Net; default torch's SDPA")
     flags.add_evaluation(parser, every=5, resample=True)
     flags.add_output(parser, "output/dcac")
     return parser
-
-
-def prompt_tokens(text):
-    return text if text in ("end", "all") else at_least(1)(text)
 
 
 def without_tau(args):
@@ -222,7 +218,6 @@ if __name__ == "__main__":
     # Before torch and diffusers are imported, so that --help and a mistyped flag answer at once.
     args = parse_args()
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -237,20 +232,19 @@ from utils.batches.transforms import test_transform, train_transform
 from utils.datasets.load import digest_of
 from utils.diffusion.checkpoint import check_diffusion
 from utils.diffusion.feedback import FEEDBACK_WORDS, GradientBalance, examined_images
-from utils.diffusion.latents import draw_noise, encode, feedback_loader, sample_latents
+from utils.diffusion.latents import feedback_loader, inputs_of_step
 from utils.diffusion.schedule import noise_loss
-from utils.diffusion.unet import load_diffusion, recompute_activations, save_prompts, save_unet
+from utils.diffusion.unet import load_diffusion, recompute_activations, save_feedback
 from utils.evaluation.features import extract
 from utils.evaluation.targets import open_sets
-from utils.files import portable, write_together
+from utils.files import portable
 from utils.launch import gather_with_gradient, own_rows, prepare, splitter, whole_weights
-from utils.modeling.folder import card_text, model_kind, training_card
+from utils.modeling.folder import card_text, model_kind
 from utils.modeling.memories import PrototypeMemory
-from utils.modeling.norms import share_batch_statistics
+from utils.modeling.norms import check_passes, share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
-from utils.reporting.report import sheet
 from utils.training.loop import Training, norm_of, optimizer_of, rates_of, trained
-from utils.training.report import add_notes, sample_name, samples_of, spread, training_report
+from utils.training.report import add_notes, samples_of, spread, write_sample
 
 # The method
 
@@ -428,24 +422,19 @@ def main(args):
     params, encoder = trained(model), bare.encoder
 
     def measure(epoch):
-        transform = test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, args.test_resample)
         # Published numbers are of float32.
-        training.measure(epoch, encoder, targets, transform, in_float32=True)
+        training.measure(epoch, encoder, targets, in_float32=True)
         with whole_weights(model, accelerator):
             parts.note(training, epoch, encoder, targets)
             if vae is not None and accelerator.is_main_process:
                 training.note(epoch, **examine(args, accelerator, bare, vae, train, labels, epoch))
 
-    def rebuild():
-        with whole_weights(model, accelerator):
-            rebuild_prototypes(args, accelerator, bare, train, labels, parts)
-
     if not training.resumed:
-        rebuild()
+        rebuild_prototypes(training, model, bare, train, labels, parts)
         measure(0)
     for epoch in training.epochs():
         if epoch > 1 and not training.in_mid_epoch:
-            rebuild()
+            rebuild_prototypes(training, model, bare, train, labels, parts)
         model.train()
         for batch in training.batches(loader):
             training.log(training_step(training, model, bare, vae, batch, params))
@@ -453,7 +442,8 @@ def main(args):
             measure(epoch)
     if not training.stopped:
         with whole_weights(model, accelerator):
-            save(args, accelerator, training, bare)
+            if accelerator.is_main_process:
+                save(args, training, bare)
     return training.end(
         lambda: parts.illustrate(report_of(args, training, num_ids), encoder, targets),
         upload=lambda repo_id: bare.encoder.push_to_hub(repo_id, card=card_of(args, training, bare.encoder)),
@@ -466,14 +456,15 @@ def training_step(training, model, bare, vae, batch, params):
     batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
     feedback = {"masks": batch["masks"]} if "masks" in batch else {}
     if vae is not None and training.epoch >= args.ldm_start_epoch:
-        feedback |= feedback_inputs(args, accelerator, bare, vae, batch, training.step)
+        share = accelerator.process_index, accelerator.num_processes
+        feedback |= inputs_of_step(vae, batch, args.seed, training.step, bare.schedule.num_steps, *share)
         feedback["warmup"] = training.epoch < args.ldm_start_epoch + args.ldm_warmup_epochs
     # DeepSpeed and FSDP2 do not do so by themselves.
     with accelerator.autocast():
         loss, values, bn_features, labels = model(batch["images"], batch["labels"], **feedback)
     accelerator.backward(loss)
     if bare.balance is not None:
-        values |= bare.balance.update(partial(accelerator.reduce, reduction="mean"))
+        values |= bare.balance.update(lambda gradients: accelerator.reduce(gradients, reduction="mean"))
     norm = accelerator.clip_grad_norm_(params, args.max_grad_norm or float("inf"))
     optimizer.step()
     optimizer.zero_grad()
@@ -481,26 +472,14 @@ def training_step(training, model, bare, vae, batch, params):
     return {"grad_norm": norm_of(norm, loss.device), **values}
 
 
-def feedback_inputs(args, accelerator, bare, vae, batch, step):
-    """Latents of the images, and the noise and timesteps of this step."""
-    mean, std = (batch["means"], batch["stds"]) if "means" in batch else encode(vae, batch["vae_images"])
-    first = accelerator.process_index * len(mean)
-    shape = (accelerator.num_processes * len(mean), *mean.shape[1:])
-    posterior, noise, timesteps = (
-        drawn[first : first + len(mean)].to(accelerator.device, non_blocking=True)
-        for drawn in draw_noise(args.seed, step, shape, bare.schedule.num_steps)
-    )
-    latents = sample_latents(mean, std, posterior, vae.config.scaling_factor)
-    return {"latents": latents, "noise": noise, "timesteps": timesteps}
-
-
-def rebuild_prototypes(args, accelerator, bare, train, labels, parts):
+def rebuild_prototypes(training, model, bare, train, labels, parts):
     """Every prototype anew, from the test features of all training images."""
-    encoder = bare.encoder
+    args, accelerator, encoder = training.args, training.accelerator, bare.encoder
     transform = test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, args.memory_resample)
     options = {"batch_size": args.eval_batch_size, "num_workers": args.dataloader_num_workers, "desc": "prototypes"}
-    features = parts.extract(extract, encoder, train, transform, accelerator=accelerator, **options)
-    bare.memory.rebuild(features, labels)
+    with whole_weights(model, accelerator):
+        features = parts.extract(extract, encoder, train, transform, accelerator=accelerator, **options)
+        bare.memory.rebuild(features, labels)
 
 
 # What the training is made of
@@ -526,15 +505,11 @@ def caption_prompts(args, diffusion):
 def build_model(args, accelerator, num_ids, diffusion, prompts, parts):
     """The DCAC module and the VAE (None for the baseline)."""
     set_seed(args.seed)
-    encoder = ReIDModel.for_training(args.backbone, num_ids=num_ids, image_size=tuple(args.resolution))
+    sizes = {"num_ids": num_ids, "image_size": tuple(args.resolution)}
+    encoder = ReIDModel.for_training(args.backbone, **sizes, resample=args.test_resample)
     launch.print_notes(accelerator, encoder.notes)
     encoder = parts.encoder(encoder)
-    inner_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.backbone.modules())
-    if args.gradient_accumulation_steps > 1 and inner_norm:
-        raise ValueError(
-            f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: the BatchNorm inside {args.backbone} "
-            "cannot see the whole batch in several passes; use 1, or a backbone without BatchNorm"
-        )
+    check_passes(encoder.backbone, args.backbone, args.gradient_accumulation_steps)
     # The neck sees the gathered batch anyway.
     share_batch_statistics(encoder.backbone, accelerator.device)
     memory = PrototypeMemory(torch.zeros(num_ids, encoder.num_features), args.memory_temperature, args.memory_momentum)
@@ -556,9 +531,9 @@ def build_model(args, accelerator, num_ids, diffusion, prompts, parts):
         encoder.backbone.compile()
         if unet is not None:
             unet.compile()
-    weights = {"ldm_weight": args.ldm_weight, "label_smoothing": args.label_smoothing}
-    balance = None if args.ldm_balance is None else GradientBalance(args.ldm_balance)
-    weights |= {"pass_size": args.train_batch_size, "balance": balance}
+    balance = args.ldm_balance and GradientBalance(args.ldm_balance)
+    weights = {"ldm_weight": args.ldm_weight, "label_smoothing": args.label_smoothing, "balance": balance}
+    weights["pass_size"] = args.train_batch_size
     return parts.module(DCAC, encoder, memory, condition, unet, schedule, **weights), vae
 
 
@@ -594,47 +569,37 @@ def examine(args, accelerator, model, vae, train, labels, epoch):
     options = {"autocast": accelerator.autocast, "seed": args.seed, "pictured": pictured}
     numbers, pictures = examined_images(model, vae, images, labels, tuple(args.diffusion_resolution), **options)
     if pictures:
-        with write_together(Path(args.output_dir) / "samples") as part:
-            sheet(pictures).save(part(sample_name(epoch)), "PNG")
+        write_sample(args.output_dir, epoch, pictures)
     return {"feedback": numbers}
 
 
-def save(args, accelerator, training, bare):
+def save(args, training, bare):
     """The trained model with its card, and what the diffusion side learned."""
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return
-    output_dir = Path(args.output_dir)
-    bare.encoder.resample = args.test_resample
-    bare.encoder.save_pretrained(output_dir / "model", card=card_of(args, training, bare.encoder))
+    bare.encoder.save_pretrained(Path(args.output_dir) / "model", card=card_of(args, training, bare.encoder))
     if bare.unet is not None:
-        save_unet(bare.unet, args.unet_mode, output_dir)
-        save_prompts(bare.condition, output_dir)
+        save_feedback(bare.unet, args.unet_mode, bare.condition, args.output_dir)
 
 
 def card_of(args, training, encoder):
     title = f"{muva.name_of(args)} trained on {' + '.join(portable(args.source))}"
-    details = {"images": len(training.images), "identities": encoder.num_ids}
-    results = training.results["targets"]
-    return training_card(title, card_text(encoder), "train_dcac.py", args, metrics=results, details=details)
+    return training.card(title, card_text(encoder), identities=encoder.num_ids)
 
 
 def report_of(args, training, num_ids):
     method = "baseline, no diffusion model" if args.diffusion == "none" else f"{args.condition}, {args.unet_mode}"
-    history, notes = training.state["history"], training.results.get("feedback", [])
+    notes = training.results.get("feedback", [])
     # Without --validation_ids, pictures there are an earlier run's.
-    samples = zip(samples_of(args.output_dir, history) if args.validation_ids else (), notes, strict=False)
+    pictured = {note["epoch"]: f"epoch {note['epoch']}, timestep {note['matters_at']}" for note in notes}
+    samples = samples_of(args.output_dir, pictured) if args.validation_ids else []
     seen = set(args.target or args.source) & set(args.source)
     facts = [("Source", " + ".join(args.source)), ("Images", f"{len(training.images):,} of {num_ids:,} identities")]
-    facts += [("Encoder", Path(args.backbone).name), ("Diffusion", method), *training.facts]
-    report = training_report(
+    facts += [("Encoder", Path(args.backbone).name), ("Diffusion", method)]
+    lead = "A Re-ID encoder, measured before and after training"
+    report = training.report(
         muva.name_of(args),
-        args.output_dir,
-        history,
-        lead="A Re-ID encoder, measured before and after training"
-        + ("." if seen else ", on people and cameras it was not trained on."),
-        facts=facts,
-        samples=[(f"{name}, timestep {note['matters_at']}", path) for (name, path), note in samples],
+        lead + ("." if seen else ", on people and cameras it was not trained on."),
+        facts,
+        samples=samples,
         sample_words="In each row: an image; the same, noised up to the timestep where the condition matters most and "
         "denoised under its own condition; and under that of the row above.",
     )

@@ -30,6 +30,7 @@ With --save_adapters, the same command with --redraw and a larger --num_images, 
 import re
 
 from utils import flags, ranges
+from utils.diffusion.few_steps import usual_drawing
 from utils.flags import CAPTIONER_DIR, CLIP_DIR, DIFFUSION_DIR
 from utils.ranges import above_zero, at_least, not_negative
 
@@ -192,8 +193,7 @@ def build_parser():
     group.add("--adam_weight_decay", type=not_negative, default=1e-2, help="weight decay")
     group.add("--max_grad_norm", type=not_negative, default=1.0, help="clip gradients to this norm, 0 for never")
     flags.add_8bit(group)
-    group = flags.add_memory(parser, compiled="the U-Net, once for all identities")
-    group.switch("--enable_xformers_memory_efficient_attention", "xformers in the U-Net; default torch's SDPA")
+    flags.add_memory(parser, compiled="the U-Net, once for all identities", xformers=True)
 
     group = parser.group("generated images")
     group.add("--num_images", type=at_least(1), default=8, help="images of each identity")
@@ -250,12 +250,7 @@ def draw_fast(args):
     """Solver, steps and guidance of a few-step LoRA, where no flag gives others; references stay as without it."""
     names = ("solver", "num_inference_steps", "guidance_scale", "guidance_share")
     args.reference_drawing = {name: getattr(args, name) for name in names}
-    # As published LoRAs are named: lcm-lora-sdv1-5, Hyper-SD15-8steps-lora, Hyper-SD15-8steps-CFG-lora.
-    name = args.fast_lora.lower()
-    steps = re.search(r"(\d+)[-_ ]?steps?(?![a-z])", name)
-    usual = {"solver": "ddim-trailing" if "hyper" in name else "tcd" if "tcd" in name else "lcm"}
-    usual["num_inference_steps"] = int(steps[1]) if steps else 4
-    usual |= {} if "cfg" in name else {"guidance_scale": 1.0}
+    usual = usual_drawing(args.fast_lora)
     usual = {name: value for name, value in usual.items() if args.origin[name] != "flag"}
     vars(args).update(usual)
     words = ", ".join(f"--{name} {value}" for name, value in usual.items())
@@ -301,19 +296,17 @@ from torch import nn
 
 from utils import launch
 from utils.datasets.identities import chosen_identities, open_identities
-from utils.diffusion import adapters
 from utils.diffusion.checkpoint import read_config
 from utils.diffusion.families import family_of
 from utils.diffusion.families.settings import fitted, said_of_word
 from utils.diffusion.families.texts import load_tokenizer
 from utils.diffusion.fast_lora import read_fast_lora
-from utils.diffusion.latents import encode, image_for_vae
 from utils.diffusion.person_masks import check_mask_model
 from utils.diffusion.text_to_image import what_saves_memory
-from utils.diffusion.tuning import Batches, open_tunable
-from utils.files import portable, versions
+from utils.diffusion.tuning import Batches, open_tunable, posteriors_of
+from utils.files import portable
 from utils.generated import made_set
-from utils.generated.drawing import Drawing, token_of
+from utils.generated.drawing import Drawing
 from utils.generated.measures import Measures, check_measures
 from utils.generated.texts import captions
 from utils.generated.texts.captioners import Captioner, check_captioner, quantization
@@ -339,13 +332,9 @@ def sampling(args, *, of_references=False):
 
 
 def reference_set(args, model, work, prompt):
-    """(latents that the untouched model draws from P_R, key). All identities with the same prompt share them."""
-    if not args.num_reference_images:
-        return None, None
-    count, settings = args.num_reference_images, {"seed": args.seed, "precision": args.mixed_precision}
-    return made_set.open_references(
-        model, work, prompt, count, sampling=sampling(args, of_references=True), **settings
-    )
+    """(latents that the untouched model draws from P_R, key), (None, None) without; equal prompts share them."""
+    drawing = {"sampling": sampling(args, of_references=True), "precision": args.mixed_precision}
+    return made_set.open_references(model, work, prompt, args.num_reference_images, seed=args.seed, **drawing)
 
 
 def denoising_errors(unet, schedule, latents, noise, timesteps, condition, snr_gamma=None, weights=None):
@@ -438,35 +427,19 @@ def make_identity(args, identity, record, work, progress, prompts, tunable, meas
     progress.stage(identity.name, "reference set")
     reference, key = reference_set(args, model, work, record["reference_prompt"])
     images = identity.images()
-    pixels = torch.stack([image_for_vae(image, tuple(args.resolution)) for image in images])
-    posteriors = [encode(model.vae, part) for part in pixels.split(args.sample_batch_size)]
-    source = [torch.cat(values) for values in zip(*posteriors, strict=True)]
+    source = posteriors_of(model.vae, images, tuple(args.resolution), args.sample_batch_size)
     own = {"texts": prompts.of_sequence(record, identity)} if args.image_captions else {}
     own |= {"alone": prompts.alone(identity), "weights": None}
     if tunable.masks is not None:
-        cells, empty = tunable.masks.of(images, source[0].shape[-2:])
-        own["weights"] = cells * (1 - args.mask_background) + args.mask_background
+        own["weights"], empty = tunable.masks.weights(images, source[0].shape[-2:], args.mask_background)
         if empty:
             words = f"{args.mask_model} finds nobody in {empty} of {len(images)} images of {identity.name}: used whole"
             progress.once(f"nobody in {identity.name}", words)
     losses = fine_tune(args, tunable, identity, record, source, reference, progress, **own)
     progress.stage(identity.name, "images")
-    with work.scratch() as part:
-        drawing, numbers = drawing_of(args), range(args.num_images)
-        _, rows, pictures, plain = drawing.draw(model, identity, record, prompts, numbers, part / "images")
-        own = [row["changed"] is None for row in rows]
-        values, features = measures.of(images, pictures, plain, own)
-        folders = {part / "images": f"images/{identity.name}"}
-        if args.save_adapters:
-            adapters.save_adapter(model, part / "adapter", *token_of(tunable, prompts, identity))
-            folders[part / "adapter"] = f"adapters/{identity.name}"
-        result = {name: record[name] for name in ("domain", "pid", "prompt", "identity_prompt")}
-        result |= {"reference": key, "model": model.digest, "loss": made_set.in_tenths(losses)}
-        result |= drawing.settings(model)
-        result |= {"measures": values, "features": features, "images": rows}
-        work.commit(identity.name, made_set.IMAGES, result, folders)
-    work.forget(identity.name, made_set.FAILED)
-    return True
+    tuned = {"reference": key, "model": model.digest, "loss": made_set.in_tenths(losses)}
+    rest = (identity, record, work, prompts, tunable, measures)
+    return drawing_of(args).draw_tuned(*rest, args.num_images, keeps_adapter=args.save_adapters, **tuned)
 
 
 def redraw_identity(args, identity, record, work, progress, prompts, tunable, measures):
@@ -490,7 +463,8 @@ def main(args):
     args.mixed_precision = accelerator.mixed_precision
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     launch.introduce(args, accelerator, demo=DEMO, stand_ins=launch.stand_ins_among(args, STAND_INS, PUBLISHED))
-    launch.check_login(args)
+    if args.push_to_hub:
+        launch.check_login()
     everyone = open_identities(
         args.source, args.data_root, max_images=args.max_sequence_images, skip_unreadable=args.skip_unreadable
     )
@@ -562,7 +536,6 @@ def write_settings(args, work, lists):
         work,
         arguments | {"attribute_lists": lists},
         made_set.command_of({name: getattr(args, name) for name in given}),
-        {name: version for name, version in versions().items() if name != "device"},
         REDRAWN if args.redraw else (),
     )
 
@@ -582,10 +555,11 @@ def work_on(args, accelerator, identities, work, progress, prompts, rows):
         made_with={name: portable(getattr(args, name)) for name in CAPTIONING},
         load_captioner=lambda: load_captioner(args, accelerator.device),
     )
+    wanted = {"num_images": args.num_images, "adds": args.redraw}
     missing = [
         identity
         for identity in own_share
-        if identity.name in records and is_missing(args, work, identity, records[identity.name])
+        if identity.name in records and made_set.is_missing(work, records[identity.name], **wanted)
     ]
     if args.captions_only or not missing:
         return
@@ -603,35 +577,18 @@ def work_on(args, accelerator, identities, work, progress, prompts, rows):
             progress.finished(identity.name)
 
 
-def is_missing(args, work, identity, record):
-    if args.redraw:
-        return made_set.images_to_add(work.read(identity.name, made_set.IMAGES), record, args.num_images) > 0
-    return not made_set.is_made(work, record, args.num_images)
-
-
 def load_captioner(args, device):
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
     size = {"bits": args.captioner_bits, "batch_size": args.captioner_batch_size}
-    return Captioner.from_pretrained(args.captioner_model_name_or_path, device=device, dtype=dtype, **size)
+    return Captioner.from_pretrained(args.captioner_model_name_or_path, device=device, **size)
 
 
 def open_model(args, accelerator, prompts):
     """The `Tunable` of the flags."""
-    trained = {"mode": args.finetune, "rank": args.rank, "train_text_encoder": args.train_text_encoder}
-    return open_tunable(
-        args.pretrained_model_name_or_path,
-        prompts,
-        accelerator,
-        **trained,
-        seed=args.seed,
-        revision=args.revision,
-        fast_lora=args.fast_lora,
-        mask_model=None if args.redraw else args.mask_model,
-        xformers=args.enable_xformers_memory_efficient_attention,
-        checkpointing=args.gradient_checkpointing,
-        compiled=args.torch_compile,
-        bits=args.base_bits,
-    )
+    options = {"mode": args.finetune, "bits": args.base_bits, "compiled": args.torch_compile}
+    options |= {"checkpointing": args.gradient_checkpointing, "mask_model": None if args.redraw else args.mask_model}
+    options["xformers"] = args.enable_xformers_memory_efficient_attention
+    options |= {name: getattr(args, name) for name in ("rank", "train_text_encoder", "seed", "revision", "fast_lora")}
+    return open_tunable(args.pretrained_model_name_or_path, prompts, accelerator, **options)
 
 
 def clip_name(args):

@@ -17,7 +17,7 @@ from benchmarks.quality import dcac_feedback
 from benchmarks.speed.reid_features import SIZES
 from utils.files import write_together
 
-ROOMS = ("speed", "memory", "quality", "robustness")
+ROOMS = ("speed", "memory", "quality", "evaluation", "generated", "robustness")
 
 
 def read(name):

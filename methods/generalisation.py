@@ -80,6 +80,22 @@ def only(method):
     return lambda args: args.method != method, lambda args: f"--method {args.method}"
 
 
+def check_start(method, name, family, *, owner=None):
+    """ValueError if the method cannot train a backbone, `name`, of this family, or under `owner`, of its weights."""
+    if method == META and family != "resnet":
+        raise ValueError(
+            f"--backbone {name} is a {family}; --method {META} gives a plain ResNet norms of each domain: "
+            "give a ResNet, such as backbone/ of pretrain_backbone.py --backbone resnet50"
+        )
+    if method == METABIN and not family.startswith(("resnet", "osnet")):
+        raise ValueError(
+            f"--backbone {name} is a {family}: it has no BatchNorm, which --method {METABIN} mixes with "
+            "InstanceNorm; give a ResNet, such as backbone/ of pretrain_backbone.py --backbone resnet50"
+        )
+    if method in PUBLISHED and owner:
+        raise ValueError(f"--method {method} changes norms behind {owner}'s back; start it without {owner}")
+
+
 def check_args(parser, args):
     """What the arguments alone show to be wrong."""
     if args.recipe in PUBLISHED and args.method != args.recipe:

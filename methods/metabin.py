@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from utils.modeling.norms import BatchInstanceNorm, balances
+from utils.modeling.norms import BatchInstanceNorm
 
 # Margin of the triplet losses in both halves of the meta-step.
 MARGIN = 0.3
@@ -61,6 +61,30 @@ def distances(features):
 
 
 # The meta-step
+
+
+def balance(training, model, batch, domains):
+    """The second half of a step: every norm's mixture moves, and nothing else. Its losses.
+
+    The images of the meta-step come after those of the batch; `domains` is that of each training image.
+    """
+    args, accelerator = training.args, training.accelerator
+    number = training.step + 1 - args.meta_first_steps
+    if number < 0:
+        return no_meta_step(model.backbone)
+    images, labels, rows = (batch[name][args.train_batch_size :] for name in ("images", "labels", "indices"))
+    period = max(2, round(args.meta_period * training.sampler.steps_of(1)))
+    return meta_step(
+        model.backbone,
+        images.to(accelerator.device, non_blocking=True),
+        labels.to(accelerator.device, non_blocking=True),
+        domains[rows].to(accelerator.device),
+        domains_held_in(int(domains.max()) + 1, f"{args.seed}/{training.step}"),
+        inner_factor=inner_factor(number, period, *args.meta_inner_rates),
+        rate=args.meta_rate,
+        first_order=args.meta_first_order,
+        reduce=lambda slopes: accelerator.reduce(slopes, reduction="mean"),
+    )
 
 
 def meta_step(backbone, images, labels, domains, held_in, *, inner_factor, rate, first_order=False, reduce=None):
@@ -106,6 +130,13 @@ def no_meta_step(backbone):
     """What `meta_step` returns, for a step without it: losses of 0."""
     rho = mean_balance(backbone)
     return dict.fromkeys(LOSSES, torch.zeros_like(rho)) | {"rho": rho}
+
+
+def balances(backbone):
+    """{name: rho} of every batch-instance norm."""
+    return {
+        f"{name}.rho": module.rho for name, module in backbone.named_modules() if isinstance(module, BatchInstanceNorm)
+    }
 
 
 def mean_balance(backbone):

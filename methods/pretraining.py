@@ -1,4 +1,4 @@
-"""Flags and published values of pretraining without labels, and how a recipe's batch is shared; imports nothing large.
+"""Flags and published values of pretraining, and how a recipe's batch is shared; imports nothing large.
 
 `pretrain_backbone.py` reads them before torch is imported.
 """
@@ -38,11 +38,35 @@ SOLIDER_VALUES = DINO_VALUES | {
     "local_area": [0.05, 0.8],
     "crop_aspects": [0.4, 0.6],
 }
+# Identity classification; the other recipes change what they name.
+PUBLISHED = {
+    "backbone": "resnet50",
+    "from_scratch": True,
+    "resolution": [256, 128],
+    "train_batch_size": 512,
+    "num_train_epochs": 300,
+    "learning_rate": 4e-3,
+    "adam_weight_decay": 0.05,
+    "lr_warmup_epochs": 20,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "randaugment_ops": 2,
+    "randaugment_magnitude": 9,
+    "erasing": 0.25,
+    "padding": 10,
+    "eval_every": 10,
+    "log_every": 10,
+    "checkpointing_steps": 1000,
+    "dataloader_num_workers": 8,
+    "mixed_precision": "bf16",
+}
 RECIPES = {
-    "diff-person-dino": DINO_VALUES,
-    "solider": SOLIDER_VALUES,
+    "diff-person": PUBLISHED,
+    "diff-person-dino": PUBLISHED | DINO_VALUES,
+    "solider": PUBLISHED | SOLIDER_VALUES,
     # After as many epochs of --objective dino, whose backbone --backbone names.
-    "solider-after-dino": SOLIDER_VALUES
+    "solider-after-dino": PUBLISHED
+    | SOLIDER_VALUES
     | {"from_scratch": False, "num_train_epochs": 10, "learning_rate": 7.5e-5, "lr_warmup_epochs": 1},
 }
 

@@ -21,8 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.launch import sum_over_processes
-
 NUM_PARTS = 3
 RESTARTS, ROUNDS = 10, 100
 
@@ -121,6 +119,15 @@ class Draws(NamedTuple):
 
     weights: torch.Tensor
     blank: int
+
+
+def sum_over_processes(count, device):
+    """(sum of a number over all processes, number of processes)."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return count, 1
+    total = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(total)
+    return total.item(), torch.distributed.get_world_size()
 
 
 def drawn(seed, step, batch_size, share, device):

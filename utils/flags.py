@@ -272,7 +272,7 @@ def add_schedule(parser, *, milestones, own=()):
     return group
 
 
-def add_memory(parser, *, checkpointing=True, compiled=None):
+def add_memory(parser, *, checkpointing=True, compiled=None, xformers=False):
     """Speed and memory of a card; `compiled`: what --torch_compile compiles."""
     group = parser.group("speed and memory")
     group.add("--mixed_precision", choices=PRECISIONS, help="precision; default: accelerate's setting")
@@ -281,6 +281,8 @@ def add_memory(parser, *, checkpointing=True, compiled=None):
         group.switch("--gradient_checkpointing", "recompute activations: less memory, more time", free=True)
     if compiled:
         group.switch("--torch_compile", f"compile {compiled}")
+    if xformers:
+        group.switch("--enable_xformers_memory_efficient_attention", "xformers in the U-Net; default torch's SDPA")
     return group
 
 

@@ -141,18 +141,17 @@ def start_training(args, *, find_unused_parameters=False, max_zero_stage=2, fsdp
         raise ValueError(f"distributed training by {kind.value} is not known here; use DDP, FSDP2 or DeepSpeed")
     if getattr(args, "use_8bit_adam", False):
         eight_bit_optimizers(args.use_8bit_adam)
-    check_login(args)
+    if args.push_to_hub:
+        check_login()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
 
 
-def check_login(args):
-    """ValueError where something is to be uploaded and nobody is logged in."""
-    if args.push_to_hub:
-        try:
-            HfApi().whoami()
-        except Exception as error:
-            raise ValueError(f"--push_to_hub needs a login that works: {error}; run `hf auth login`") from None
+def check_login():
+    try:
+        HfApi().whoami()
+    except Exception as error:
+        raise ValueError(f"--push_to_hub needs a login that works: {error}; run `hf auth login`") from None
 
 
 def asked(name):
@@ -218,15 +217,6 @@ def own_rows(whole, count):
     """The rows of a gathered batch that are this process's, as a slice; `count` is the size of its share."""
     start = torch.distributed.get_rank() * count if len(whole) > count else 0
     return slice(start, start + count)
-
-
-def sum_over_processes(count, device):
-    """(sum of a number over all processes, number of processes)."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return count, 1
-    total = torch.tensor(count, device=device)
-    torch.distributed.all_reduce(total)
-    return total.item(), torch.distributed.get_world_size()
 
 
 def gather_by_domain(tensor, num_domains):

@@ -30,6 +30,11 @@ def between(least, most):
     return lambda text: number(text, int, lambda value: least <= value <= most, f"{least} to {most}")
 
 
+def or_word(kind, *words):
+    """Values of another range, or one of these words."""
+    return lambda text: text if text in words else kind(text)
+
+
 def one_or_more(text):
     return number(text, float, lambda value: 1 <= value < math.inf, "1 or more")
 

@@ -1,1 +1,1 @@
-"""mAP, Rank-1, AUC and accuracy on the built-in world, over several seeds: whether the methods learn."""
+"""mAP and Rank-1 of the trainings on the built-in world, over several seeds: whether the methods learn."""

@@ -5,7 +5,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.quality import filter_truth
+from benchmarks.generated import filter_truth
 from benchmarks.speed import filtering
 from utils.generated.drawn_set import World, write_drawn
 

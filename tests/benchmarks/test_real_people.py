@@ -11,11 +11,11 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.common import ROOT
-from benchmarks.quality import real_clip, real_people, real_sources
+from benchmarks.evaluation import real_clip, real_people, real_sources
 
 CACHE = os.environ.get("DIFFREID_REAL_PEOPLE")
 HOW = (
-    "python -m benchmarks.quality.real_people && "
+    "python -m benchmarks.evaluation.real_people && "
     "DIFFREID_REAL_PEOPLE=~/.cache/diffreid/real_people pytest -m slow tests/benchmarks/test_real_people.py"
 )
 

@@ -7,21 +7,10 @@ import shlex
 import pytest
 
 from benchmarks.common import RESULTS
+from benchmarks.evaluation import coverage, grouping, real_people, thresholds
+from benchmarks.generated import filter_truth, standins
 from benchmarks.memory import cards, dcac_overhead
-from benchmarks.quality import (
-    adaptation,
-    coverage,
-    dcac_curves,
-    dcac_feedback,
-    dcac_synthetic,
-    filter_truth,
-    grouping,
-    methods,
-    real_people,
-    standins,
-    starts,
-    thresholds,
-)
+from benchmarks.quality import adaptation, dcac_curves, dcac_feedback, dcac_synthetic, methods, starts
 from benchmarks.robustness import chain
 from benchmarks.speed import (
     clustering,

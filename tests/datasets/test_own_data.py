@@ -232,6 +232,10 @@ def test_folder_an_identity_by_name_and_without_cameras(tmp_path):
     [
         (["a/1.jpg", "a/notes.txt"], r"notes.txt is no image; expected files ending in .jpg"),
         (["a/1.jpg", "2.jpg"], r"2.jpg: expected one folder an identity"),
+        (["a/x/1.jpg", "b/1.jpg"], r"a/x is a folder; expected images directly in .*a, the .*cam1/anna/1.jpg"),
+        (["cam1/cam2/1.jpg", "c1/c2/1.jpg"], r"is a folder; expected images directly in"),
+        (["a/cam1/1.jpg", "a/2.jpg"], r"a/2.jpg lies beside folders"),
+        (["a/cam1/x/1.jpg"], r"a/cam1/x is a folder; expected images there"),
         (["train/a/1.jpg", "test/a/1.jpg"], r"has test beside train"),
         (["bounding_box_train/0001_c1s1_000001_00.jpg"], r"name it, as in load_reid\('market1501'"),
         (["train/a/1.jpg", "query/a/1.jpg"], "query and gallery go together"),

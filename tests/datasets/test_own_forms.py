@@ -15,6 +15,7 @@ from utils.batches.chunks import image_identities
 from utils.datasets.load import load_reid, load_sources
 from utils.datasets.portable import save
 from utils.datasets.schema import camera_in, names_of, warn_once
+from utils.datasets.search_folders import read_folders
 from utils.datasets.unlabelled import open_unlabelled
 
 # (file, identity, camera)
@@ -211,7 +212,8 @@ def test_archive_that_is_none(tmp_path):
         ("0001_c2_x.jpg", 2), ("a-cam10.PNG", 10), ("0002_c1s1_000451_03.jpg", 1), ("0001_c3_f0046182.jpg", 3),
         ("0001_C4f0012.jpg", 4), ("c5.png", 5), ("3f2c1a9e-0c12-c123-8a41-0123456789ab.jpg", None),
         ("3f2c1a9e-0c12-c123-8a41-0123456789ab_c2.jpg", 2), ("x_c4ca4238a0b923820dcc509a6f75849b.jpg", None),
-        ("c4ca4238.jpg", None), ("cat_1.jpg", None),
+        ("c4ca4238.jpg", None), ("cat_1.jpg", None), ("0001C2T0003F004.jpg", 2), ("00-1C6T0003F004.jpg", 6),
+        ("abC2T1F1.jpg", None),
     ],
 )  # fmt: skip
 def test_cameras_in_file_names(name, camera):
@@ -226,6 +228,81 @@ def test_folders_without_their_cameras(tmp_path):
     paint(tmp_path / "own/gallery/1/x.png")
     with pytest.raises(ValueError, match=r"1/x.png has no camera.*camid_column=none"):
         load_reid(tmp_path / "own")
+
+
+@pytest.mark.parametrize("names", [("cam1", "cam02", "cam10"), ("cam_a", "cam_b", "cam_c"), ("C1", "C2", "Camera 10")])
+@pytest.mark.parametrize("camera_first", [True, False])
+def test_folders_of_cameras(tmp_path, names, camera_first):
+    """Cameras are numbered as people count: 2 before 10."""
+    rows = [("anna", 0, "x.png"), ("anna", 1, "x.png"), ("bert", 1, "y.png"), ("bert", 2, "z_c9.png")]
+    paths = []
+    for identity, camera, file in rows:
+        folders = (names[camera], identity) if camera_first else (identity, names[camera])
+        paths.append("/".join((*folders, file)))
+        paint(tmp_path / "own" / paths[-1])
+    wanted = [(int(row[0] == "bert"), row[1], path) for row, path in zip(rows, paths, strict=True)]
+    data = load_reid(tmp_path / "own")
+    assert sorted(contents(data)["train"], key=str) == sorted(wanted, key=str)
+    # It has labels, so it is no folder of images without them; cameras can be left out here too.
+    assert sorted(open_unlabelled([str(tmp_path / "own")])[0]["camid"][:]) == [0, 1, 1, 2]
+    assert set(load_reid(f"{tmp_path / 'own'}:camid_column=none")["train"]["camid"][:]) == {0}
+
+
+def test_searched_folders_with_folders_of_cameras(tmp_path):
+    for path in (
+        "gallery/anna/cam1/x.png",
+        "gallery/cam2/bert/x_c9.png",
+        "gallery/cam_c/y.png",
+        "gallery/0007_c4.png",
+    ):
+        paint(tmp_path / path)
+    paint(tmp_path / "query/bert/x_c2.png")
+    query, gallery = read_folders(tmp_path / "query", tmp_path / "gallery")
+    names = names_of(gallery, "pid")
+    found = [
+        (path, None if pid < 0 else names[pid], camid)
+        for path, pid, camid in zip(gallery["path"], gallery["pid"], gallery["camid"], strict=True)
+    ]
+    assert found == [
+        ("0007_c4.png", "7", 3), ("anna/cam1/x.png", "anna", 0), ("cam2/bert/x_c9.png", "bert", 1),
+        ("cam_c/y.png", None, 2),
+    ]  # fmt: skip
+    assert query["pid"][:] == [names.index("bert")] and query["camid"][:] == [1]
+
+
+@pytest.mark.parametrize("name", ["labels.json", "metadata.json"])
+def test_a_list_of_objects(tmp_path, name):
+    for number, (file, *_) in enumerate(PEOPLE):
+        paint(tmp_path / "own" / file, red(number))
+    rows = [dict(zip(("file_name", "pid", "camid"), row, strict=True)) for row in PEOPLE]
+    rows[1]["note"] = "x"
+    (tmp_path / "own" / name).write_text(json.dumps(rows), encoding="utf-8")
+    assert contents(load_reid(tmp_path / "own")) == contents(load_reid(tmp_path / "own" / name)) == {"train": NUMBERED}
+    # Beside a table of another kind it says nothing.
+    write(tmp_path / "own")
+    (tmp_path / "own" / name).write_text("{}")
+    assert contents(load_reid(tmp_path / "own")) == {"train": NUMBERED}
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [("{]", "labels.json is no JSON"), ('{"images": []}', "is no table; expected a list"), ("[]", "no table"),
+     ('[{"file_name": "a.png", "pid": 1, "camid": 0}, 3]', "no table"),
+     ('[{"file_name": "a.png", "pid": 1, "camid": 0}, {"file_name": 3}]', "cannot be read as a table")],
+)  # fmt: skip
+def test_json_that_is_no_table(tmp_path, text, words):
+    paint(tmp_path / "own/a.png")
+    (tmp_path / "own/labels.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        load_reid(tmp_path / "own")
+
+
+def test_folders_of_tables_that_are_no_splits(tmp_path, caplog):
+    for split in ("train", "test"):
+        write(tmp_path / "own" / split, name="metadata.csv")
+    with caplog.at_level(logging.WARNING):
+        assert len(load_reid(tmp_path / "own")["train"]) == 3
+    assert "own: test is left out, only train, query, gallery are read" in caplog.text
 
 
 def test_a_folder_of_labelled_files(tmp_path):
@@ -287,8 +364,9 @@ def test_a_table_from_windows(tmp_path):
 def test_compressed_archives(tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "own/a.tar.gz").write_bytes(b"x")
-    with pytest.raises(ValueError, match="a.tar.gz is compressed; unpack it to a plain .tar"):
-        load_reid(tmp_path / "own")
+    for name in ("own", "own/a.tar.gz"):
+        with pytest.raises(ValueError, match="a.tar.gz is compressed; unpack it to a plain .tar"):
+            load_reid(tmp_path / name)
 
 
 def test_several_tables_and_none_of_them_named(tmp_path):

@@ -6,11 +6,14 @@ import math
 import pytest
 import torch
 
-from benchmarks.quality import coverage
+from benchmarks.evaluation import coverage
 from tests.evaluation.test_evaluation import dense, people
-from utils.evaluation import calibration, decisions, identity_counts, resampling, thresholds
-from utils.evaluation.identity_counts import IdentityCounts
+from utils.evaluation import calibration, decisions, thresholds
+from utils.evaluation.calibration import identity_counts, resampling
+from utils.evaluation.calibration.identity_counts import IdentityCounts
+from utils.evaluation.calibration.rates import PairRates, needed_identities
 from utils.evaluation.thresholds import pair_statistics
+from utils.files import to_json
 
 
 def scores_of(queries, gallery, protocol):
@@ -90,7 +93,7 @@ def test_a_replicate_weighs_pairs_by_their_identities():
     counts, _ = counted(queries, gallery)
     draws = resampling.Resampling(counts.num_ids, replicates=6, seed=3)
     scores, same, kept = scores_of(queries, gallery, "market")
-    rates = calibration.PairRates(counts.total, counts.grid, draws)
+    rates = PairRates(counts.total, counts.grid, draws)
     numbers = torch.unique(torch.cat([queries.pids, gallery.pids]), return_inverse=True)[1]
     edges = list(range(0, counts.grid.num_steps + 1, 50))
     for replicate, weights in enumerate(draws.weights):
@@ -115,7 +118,7 @@ def made():
     sides = coverage.draw(80, "weak", torch.Generator().manual_seed(5))
     pairs = pair_statistics(*sides, rates=calibration.FALSE_MATCH_RATES)
     content = calibration.calibrate(*sides, pairs, replicates=200)
-    return json.loads(calibration.to_json({"model": "m", "fingerprint": "f"} | content)), sides
+    return json.loads(to_json({"model": "m", "fingerprint": "f"} | content)), sides
 
 
 def test_numbers_are_those_of_the_definitions(made):
@@ -152,7 +155,7 @@ def test_what_the_identities_cannot_show_is_not_measurable(made):
         (content["open_set"]["rates"]["0.01"], "not measurable with 80 identities: 500 are needed"),
     ):
         assert entry["threshold"] is None and entry["reason"].startswith(words)
-    assert calibration.needed_identities(0.001) == 246 and 246 * 245 / 2 >= 30_000 > 245 * 244 / 2
+    assert needed_identities(0.001) == 246 and 246 * 245 / 2 >= 30_000 > 245 * 244 / 2
     for num_ids in (1, 2, 5):
         queries, gallery = people(9, 20, num_ids=num_ids, seed=2)
         pairs = pair_statistics(queries, gallery, rates=calibration.FALSE_MATCH_RATES)

@@ -15,8 +15,8 @@ from tests.tables import paint
 from utils.datasets.load import load_reid
 from utils.datasets.search_folders import read_folders
 from utils.evaluation.kept_features import load_features
-from utils.evaluation.lists import ranked_lists
-from utils.evaluation.metrics import Side, can_match, kept_labels, rank
+from utils.evaluation.lists import can_match, ranked_lists
+from utils.evaluation.metrics import Side, kept_labels, rank
 from utils.evaluation.self_matches import same_files, share_labels
 from utils.evaluation.thresholds import pair_statistics
 

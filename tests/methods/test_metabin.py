@@ -12,7 +12,7 @@ from transformers import ResNetModel
 import evaluate
 from finetune_reid import FineTuning, domains_of, parse_args
 from methods import metabin
-from methods.metabin import MetaBatches, meta_step
+from methods.metabin import MetaBatches, balances, meta_step
 from tests import runs
 from tests.modeling.test_heads import TINY, people, tiny
 from tests.runs import launch, log_of, same_weights, weights_of
@@ -20,7 +20,7 @@ from tests.scripts.test_finetune import SMALL, refused, train
 from utils.batches.samplers import IdentitySampler
 from utils.datasets.load import load_reid, load_sources
 from utils.flags import CLIP_DIR
-from utils.modeling.norms import BatchInstanceNorm, add_batch_instance_norms, balances
+from utils.modeling.norms import BatchInstanceNorm, add_batch_instance_norms
 from utils.modeling.reid_model import ReIDModel
 from utils.training.parameter_groups import bias_groups
 

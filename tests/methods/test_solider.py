@@ -349,7 +349,7 @@ def test_fine_tuning_asks_for_another_weight(tmp_path):
         ["--backbone", str(tmp_path), "--resolution", "64", "32", "--semantic_weight", "0.2"]
     )
     AcceleratorState._reset_state(True)
-    finetune_reid.check_start(args)
+    finetune_reid.check_start(args.backbone, args.method, args.semantic_weight)
     model = finetune_reid.build_model(args, start_training(args), 3, torch.zeros(3, dtype=torch.int64))
     AcceleratorState._reset_state(True)
     images = people(2)

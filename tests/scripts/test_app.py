@@ -16,15 +16,19 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import app
+from kernels.disk.rows import RowsOnDisk
 from kernels.reranking import k_reciprocal_rerank_reference
 from tests.runs import refused
 from utils.batches.transforms import test_transform as make_transform
 from utils.datasets.load import load_reid
+from utils.datasets.search_folders import read_folders
 from utils.evaluation import gallery_search
 from utils.evaluation.calibration import calibrate, fingerprint, write_calibration
 from utils.evaluation.features import extract
 from utils.evaluation.forget import forget
 from utils.evaluation.gallery_search import Query, picked_query, search, uploaded_query
+from utils.evaluation.index.search import rows_of
+from utils.evaluation.index.store import Index, about_model
 from utils.evaluation.metrics import Side
 from utils.evaluation.thresholds import pair_statistics
 from utils.flags import CLIP_DIR
@@ -122,6 +126,62 @@ def test_kept_features_open_with_their_images_and_their_model(gallery, accelerat
     words = ["--features", str(tmp_path / "leaving.safetensors"), "--model", clip, "--image_root", str(cameras)]
     with pytest.raises(ValueError, match="leaves"):
         app.open_gallery(app.parse_args(words), accelerator)
+
+
+@pytest.fixture
+def kept(gallery, cameras, clip, tmp_path):
+    """A gallery as `evaluate.py --gallery_features` keeps it, in two files."""
+    index = Index(tmp_path / "kept")
+    index.check_model(about_model(clip, gallery.model, "no"))
+    images = read_folders(cameras, cameras)[1]
+    for rows in (range(15), range(15, 24)):
+        index.add(3 * gallery.side.features[list(rows)], rows_of(images.select(rows)))
+    return tmp_path / "kept"
+
+
+def test_a_gallery_on_disk_is_searched_as_one_in_memory(gallery, kept, accelerator, cameras, wanted, monkeypatch):
+    words = ["--gallery_features", str(kept), "--resolution", "64", "32", "--output_dir", str(kept.parent)]
+    # Blocks that end inside a file.
+    monkeypatch.setattr(gallery_search, "BLOCK_ROWS", 7)
+    named = app.open_gallery(app.parse_args(words), accelerator)
+    assert isinstance(named.side.features, RowsOnDisk) and named.image_of(0) is None
+    pictured = app.open_gallery(app.parse_args([*words, "--image_root", str(cameras)]), accelerator)
+    assert pictured.image_of(20).size == (64, 128) and pictured.cameras() == gallery.cameras()
+    assert pictured.side.paths == gallery.side.paths and pictured.side.pids.tolist() == gallery.side.pids.tolist()
+    copy = (cameras / gallery.side.paths[17]).read_bytes()
+    for content in (wanted, copy):
+        for options in ({}, {"cameras": [1, 3]}, {"rerank": True, "k1": 4, "k2": 2}):
+            expected, *found = (
+                search(place, uploaded_query(place, "x.png", content), count=9, **options)
+                for place in (gallery, named, pictured)
+            )
+            for results in found:
+                assert (results.rows, results.same, results.searched) == (
+                    expected.rows, expected.same, expected.searched
+                )  # fmt: skip
+                assert results.scores == pytest.approx(expected.scores, abs=1e-6)
+    assert search(pictured, picked_query(pictured, 17), count=9).same == [gallery.side.paths[17]]
+
+
+def test_a_gallery_on_disk_that_does_not_fit(gallery, kept, accelerator, clip, tmp_path):
+    words = ["--gallery_features", str(kept), "--output_dir", str(tmp_path / "out")]
+    for changed, problem in (
+        (["--resolution", "32", "32"], "was extracted with size"),
+        (["--model", CLIP_DIR, "--resolution", "64", "32"], "holds features of .*, .* has other weights"),
+        (["--resolution", "64", "32", "--image_root", str(tmp_path / "kept")], "has no image of"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            app.open_gallery(app.parse_args([*words, *changed]), accelerator)
+    with pytest.raises(ValueError, match="holds no gallery; give its images"):
+        app.open_gallery(app.parse_args(["--gallery_features", str(tmp_path / "none")]), accelerator)
+    index = Index.open(kept)
+    index.add(torch.full((1, 16), torch.nan), index.rows().take([0]))
+    damaged = app.open_gallery(app.parse_args([*words, "--resolution", "64", "32"]), accelerator)
+    with pytest.raises(ValueError, match="kept holds features that are NaN, infinite or zero"):
+        damaged.cosines(torch.ones(16))
+    for more in (["--gallery_dir", "x"], ["--features", "y"]):
+        with pytest.raises(SystemExit):
+            app.parse_args(["--gallery_features", "kept", *more])
 
 
 def test_an_identity_can_be_taken_out_of_the_kept_features(gallery, tmp_path):

@@ -26,6 +26,7 @@ from utils.datasets.load import load_reid
 from utils.flags import CAPTIONER_DIR, CLIP_DIR
 from utils.generated import choosing
 from utils.generated import images as generated_images
+from utils.generated.calibration import calibration_scores, scores_across_cameras
 from utils.generated.drawn_set import BROKEN, World, write_drawn
 from utils.generated.texts.agreement import agreements
 from utils.modeling.reid_model import ReIDModel
@@ -144,7 +145,7 @@ def test_calibration_scores_of_made_up_features():
     generator = torch.Generator().manual_seed(1)
     features = F.normalize(torch.randn(12, 8, generator=generator), dim=1)
     labels, held_out = torch.arange(12) % 3, torch.arange(12) >= 9
-    genuine, impostor = script.calibration_scores(features, labels, held_out)
+    genuine, impostor = calibration_scores(features, labels, held_out)
     want = {True: [], False: []}
     for query in range(9, 12):
         for label in range(3):
@@ -162,7 +163,7 @@ def test_scores_across_cameras_of_made_up_features(cameras):
     labels, held_out = torch.arange(12) % 3, torch.arange(12) >= 9
     camids = torch.arange(12) // 3 % cameras
     camids[labels == 0] = 0
-    scores, leads = script.scores_across_cameras(features, labels, camids, held_out)
+    scores, leads = scores_across_cameras(features, labels, camids, held_out)
     wanted = []
     for query in range(9, 12):
         seen = [row for row in range(9) if cameras == 1 or camids[row] != camids[query]]

@@ -14,7 +14,7 @@ ROOMS = [
     "files", "ranges", "flags", "sharding", "launch", "worklist", "reporting", "synthetic", "datasets", "batches",
     "modeling", "losses", "diffusion", "evaluation", "training", "generated", "standins",
 ]  # fmt: skip
-MOST_FILES, MOST_LINES, MOST_SCRIPT_LINES = 16, 380, 655
+MOST_FILES, MOST_LINES, MOST_SCRIPT_LINES = 16, 380, 620
 ALONG_FILES, ALONG_LINES = 32, 6500
 # Of train_dcac.py: imported inside a function, where prompts are made from captions, for an encoder with parts, and
 # where weights are split among processes.
@@ -125,7 +125,7 @@ def test_promised_imports():
 
 
 def test_sizes():
-    for folder in {path.parent for floor in FLOORS[:3] for path in code(ROOT / floor)}:
+    for folder in {path.parent for floor in (*FLOORS[:3], "benchmarks") for path in code(ROOT / floor)}:
         files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
         assert len(files) <= MOST_FILES, f"{folder.relative_to(ROOT)} holds {len(files)} files"
     for path in [path for floor in FLOORS[:3] for path in code(ROOT / floor)]:

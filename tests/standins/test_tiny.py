@@ -20,7 +20,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from benchmarks.quality import standins as benchmark
+from benchmarks.generated import standins as benchmark
 from utils import synthetic
 from utils.flags import CLIP_DIR, DIFFUSION_DIR, STANDINS
 from utils.generated.texts.captions import QUESTIONS

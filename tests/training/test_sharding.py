@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import runs
-from tests.runs import ROOT, launch, log_of, weights_of
+from tests.runs import ROOT, launch, log_of, same_weights, weights_of
 from utils.flags import RESNET_DIR
 
 # What `accelerate launch` sets of accelerate_configs/fsdp2.yaml.
@@ -31,8 +31,12 @@ def watched(script, *arguments):
     from torch.distributed.tensor import DTensor
 
     import utils.diffusion.unet
+    from utils import launch
+    from utils.modeling.reid_model import ReIDModel
     from utils.training.loop import Training
 
+    launch.check_login = lambda: None
+    ReIDModel.push_to_hub = lambda model, name, card: model.save_pretrained(name)
     begin, load = Training.begin, utils.diffusion.unet.load_diffusion
 
     def looked_at(training, model, *rest, **options):
@@ -89,8 +93,11 @@ def test_a_resnet_trains_bit_for_bit_as_by_ddp_and_goes_on(tmp_path):
     """BatchNorm over both processes, centres, and a checkpoint that the two kinds of runs exchange."""
     command = [*FINETUNE, "--backbone", RESNET_DIR]
     plain = train(tmp_path / "plain", command)
-    whole = train(tmp_path / "whole", command, **FSDP)
+    upload = ["--push_to_hub", "--hub_model_id", tmp_path / "uploaded"]
+    whole = train(tmp_path / "whole", command, *upload, **FSDP)
     check_shares(tmp_path / "whole", units=5)
+    uploaded = load_file(tmp_path / "uploaded" / "model.safetensors")
+    assert same_weights(uploaded, weights_of(tmp_path / "whole"))
     check_same(whole, plain, rel=1e-6)
     check_weights(tmp_path / "whole", tmp_path / "plain", atol=0)
     last = f"checkpoint-{len(plain)}"
@@ -139,6 +146,7 @@ def test_methods_train_as_by_ddp(tmp_path, method, more, env):
         (["--ldm_balance", "0.1", "--gradient_checkpointing", "outer"], FSDP),
         (["--diffusion", "none", "--backbone", RESNET_DIR], FSDP),
         (["--ldm_start_epoch", "2", "--train_batch_size", "2", "--gradient_accumulation_steps", "2"], FSDP),
+        (["--encoder", "muva"], FSDP),
     ],
 )
 def test_dcac_trains_as_by_ddp_and_goes_on(tmp_path, more, env):

@@ -169,10 +169,10 @@ def training_loader(
     transform = transform or train_transform(
         model.image_size, model.image_mean, model.image_std, padding=padding, erasing=erasing
     )
-    return torch.utils.data.DataLoader(
-        ReIDImages(dataset, transform, labels),
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-    )
+    return loader_of(ReIDImages(dataset, transform, labels), sampler, num_workers, pin_memory)
+
+
+def loader_of(images, sampler, num_workers=0, pin_memory=False, **options):
+    """A loader whose processes stay from epoch to epoch."""
+    options |= {"num_workers": num_workers, "pin_memory": pin_memory, "persistent_workers": num_workers > 0}
+    return torch.utils.data.DataLoader(images, batch_sampler=sampler, **options)

@@ -3,15 +3,17 @@
 import os
 from pathlib import Path
 
+from utils.datasets.own.folders import camera_of_folder
 from utils.datasets.schema import ENDINGS, LABELLED, UNKNOWN, Row, camera_in, hidden, rows_to_dataset
 
 
 def read_folders(query_dir, gallery_dir=None):
     """Query and gallery data sets of all images below two folders; either may be a single image instead.
 
-    Identity and camera are read from names such as 0001_c2_x.jpg; other images have their folder as identity. The same
-    name is the same identity in both folders. Cameras count from 0, as in other data sets: c1 becomes 0, unless there
-    is a c0. An unknown identity or camera is -1. Without `gallery_dir` there are only queries.
+    Identity and camera are read from names such as 0001_c2_x.jpg; other images have their folder as identity, and a
+    folder like cam1 as camera. The same name is the same identity in both folders. Cameras count from 0, as in other
+    data sets: c1 becomes 0, unless there is a c0. An unknown identity or camera is -1. Without `gallery_dir` there are
+    only queries.
     """
     sides = [images_of(place) for place in (query_dir, gallery_dir) if place is not None]
     labels, names = numbered(*(([*map(identity_of, paths)], [*map(camera_of, paths)]) for _, paths in sides))
@@ -75,7 +77,8 @@ def levels_of(folder):
 def identity_of(path):
     """The identity's name, a number without leading zeros, or None."""
     match = LABELLED.match(path.name)
-    name = match[1] if match else path.parent.name
+    folders = [name for name in path.parent.parts if camera_of_folder(name) is None]
+    name = match[1] if match else folders[-1] if folders else ""
     if name.isdecimal():
         return str(int(name))
     return name if name and name != str(UNKNOWN) else None
@@ -85,5 +88,5 @@ def camera_of(path):
     match = LABELLED.match(path.name)
     if match:
         return int(match[2])
-    camera = camera_in(path.name)
-    return UNKNOWN if camera is None else camera
+    named = [*map(camera_of_folder, reversed(path.parent.parts)), camera_in(path.name)]
+    return next((camera for camera in named if camera is not None), UNKNOWN)

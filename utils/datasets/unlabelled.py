@@ -1,12 +1,14 @@
-"""Training images whose identities are not used: of any data set that `load_reid` opens, or of a folder of images."""
+"""Training images whose identities are not used, or not needed: of any set of `load_reid`, or a folder of images."""
 
 import os
 
 import datasets
 import numpy as np
+import torch
 
 from utils.datasets.images import check_images
-from utils.datasets.load import known_names, labels_of, load_reid, parse_spec
+from utils.datasets.load import known_names, labels_of, load_reid, open_source, parse_spec
+from utils.datasets.own.folders import camera_of_folder
 from utils.datasets.own.labels import MissingColumn
 from utils.datasets.own.tables import is_table
 from utils.datasets.schema import ENDINGS, SPLITS, Row, features, hidden, listing, rows_to_dataset, without_names
@@ -40,6 +42,25 @@ def open_unlabelled(specs, root=None, *, skip_unreadable=False):
     return train, truth if labelled else None, measurable
 
 
+def open_either(specs, root=None, *, skip_unreadable=False, needs_labels=False):
+    """(training rows, labels) of data sets with identities, or, unless labels are needed, without."""
+    plain = [spec for spec in specs if folder_of_images(spec, root)]
+    if plain and needs_labels:
+        raise ValueError(
+            f"--source {plain[0]} is a folder of images without identities: classification needs one folder an "
+            "identity, or a table; --objective dino takes the images as they are"
+        )
+    if not plain:
+        try:
+            # A single image of an identity is a class too.
+            return open_source(specs, root, single_image_ids="repeat", skip_unreadable=skip_unreadable)[:2]
+        except MissingColumn:
+            if needs_labels:
+                raise
+    train, _, _ = open_unlabelled(specs, root, skip_unreadable=skip_unreadable)
+    return train, torch.from_numpy(labels_of(train))
+
+
 def read_set(spec, root, skip_unreadable):
     """The data set from `load_reid`; a table may have no pids, or no pids and no cameras."""
     absent = {}
@@ -57,7 +78,8 @@ def read_set(spec, root, skip_unreadable):
 def folder_of_images(spec, root):
     """The folder that holds unlabelled images, or None for any other data set.
 
-    Its images lie directly in it (or in its `train`), or deeper than in one folder per identity.
+    Its images lie directly in it (or in its `train`), or deeper than in one folder per identity without folders of
+    cameras.
     """
     name, options = parse_spec(spec)
     if options or name in known_names():
@@ -81,7 +103,8 @@ def is_plain(folder):
     for entry in entries:
         inner = listing(entry.path)
         if inner:
-            return all(one.is_dir() for one in inner) and any(list_images(entry.path))
+            deep = all(one.is_dir() for one in inner) and any(list_images(entry.path))
+            return deep and not (all(map(camera_of_folder, names)) or all(camera_of_folder(one.name) for one in inner))
     return False
 
 

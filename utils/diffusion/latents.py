@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from utils.batches.chunks import CHUNK_BATCHES, computed_in_chunks, image_identities, weights_digest
-from utils.batches.transforms import HALF, ReIDImages, TransformedImages, resized, to_tensor
+from utils.batches.transforms import HALF, ReIDImages, TransformedImages, loader_of, resized, to_tensor
 
 logger = logging.getLogger(__name__)
 # Parts of a VAE and entries of its configuration that do not affect the posterior.
@@ -67,6 +67,16 @@ def draw_noise(seed, step, shape, num_steps):
     generator = torch.Generator().manual_seed(number)
     posterior, noise = torch.randn(2, *shape, generator=generator)
     return posterior, noise, torch.randint(num_steps, shape[:1], generator=generator)
+
+
+def inputs_of_step(vae, batch, seed, step, num_steps, process=0, num_processes=1):
+    """Latents, noise and timesteps for one process's share of a batch, whose posteriors may be in it."""
+    mean, std = (batch["means"], batch["stds"]) if "means" in batch else encode(vae, batch["vae_images"])
+    own = slice(process * len(mean), (process + 1) * len(mean))
+    drawn = draw_noise(seed, step, (num_processes * len(mean), *mean.shape[1:]), num_steps)
+    posterior, noise, timesteps = (tensor[own].to(mean.device, non_blocking=True) for tensor in drawn)
+    latents = sample_latents(mean, std, posterior, vae.config.scaling_factor)
+    return {"latents": latents, "noise": noise, "timesteps": timesteps}
 
 
 def fixed_draws(vae, images, seed, count, num_steps):
@@ -333,22 +343,9 @@ def feedback_loader(dataset, labels, transform, sampler, vae, size, *, accelerat
         if cache_dir is None:
             vae_size = size
         else:
-            cache = build_latent_cache(
-                dataset,
-                vae,
-                size,
-                accelerator=accelerator,
-                cache_dir=cache_dir,
-                vae_name=vae_name,
-                num_workers=num_workers,
-            )
+            options = {"cache_dir": cache_dir, "vae_name": vae_name, "num_workers": num_workers}
+            cache = build_latent_cache(dataset, vae, size, accelerator=accelerator, **options)
             vae.to("cpu")
     images = FeedbackImages(dataset, labels, transform, cache, vae_size)
-    return torch.utils.data.DataLoader(
-        images,
-        batch_sampler=sampler,
-        collate_fn=images.collate,
-        num_workers=num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        persistent_workers=num_workers > 0,
-    )
+    pin_memory = accelerator.device.type == "cuda"
+    return loader_of(images, sampler, num_workers, pin_memory, collate_fn=images.collate)

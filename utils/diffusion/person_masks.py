@@ -46,6 +46,11 @@ class PersonMasks:
         except Exception as error:
             raise ValueError(f"--mask_model {name} cannot be loaded: {one_line(error)}") from error
 
+    def weights(self, images, size, background):
+        """Weights of cells in a loss, (N, 1, h, w), `background` where nobody is; how many images show nobody."""
+        cells, empty = self.of(images, size)
+        return cells * (1 - background) + background, empty
+
     @torch.inference_mode()
     def of(self, images, size):
         """An image that shows nobody counts whole: its mask is all ones."""

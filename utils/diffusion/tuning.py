@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from utils.diffusion.fast_lora import read_fast_lora
-from utils.diffusion.latents import sample_latents
+from utils.diffusion.latents import encode, image_for_vae, sample_latents
 from utils.diffusion.person_masks import PersonMasks
 from utils.diffusion.text_to_image import TextToImage
 from utils.diffusion.unet import enable_memory_efficient_attention
@@ -89,6 +89,13 @@ def open_tunable(
         token = IdentityToken(model.text_encoder, prompts.first_id, noun_id).to(accelerator.device)
     masks = PersonMasks(mask_model, accelerator.device) if mask_model else None
     return Tunable.of(model, token, with_token=prompts.has_new_tokens, masks=masks)
+
+
+def posteriors_of(vae, images, size, batch_size):
+    """Mean and std of the VAE's posterior of pictures, stretched to `size`."""
+    pixels = torch.stack([image_for_vae(image, size) for image in images])
+    parts = [encode(vae, part) for part in pixels.split(batch_size)]
+    return [torch.cat(values) for values in zip(*parts, strict=True)]
 
 
 class Batches:

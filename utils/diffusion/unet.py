@@ -237,7 +237,9 @@ def named_as_published(network, state):
     return {f"transformer.{key}": value for key, value in state.items()}
 
 
-def save_prompts(condition, output_dir):
+def save_feedback(unet, mode, condition, output_dir):
+    """Write what the diffusion side learned: weights of the U-Net, and prompts.safetensors with the bottleneck."""
+    save_unet(unet, mode, output_dir)
     with write_together(output_dir) as part:
         save_tensors(condition.state_dict(), part("prompts.safetensors"))
 

@@ -9,7 +9,7 @@ __getattr__ = opened_when_used(
     __name__,
     {
         "features": "extract",
-        "metrics": "MAX_RANK RANKS Side can_match check_sides mean_and_deviation rank summary",
-        "lists": "camera_pairs confusions is_match ranked_lists ranking_rows",
+        "metrics": "MAX_RANK RANKS Side check_sides mean_and_deviation rank summary",
+        "lists": "camera_pairs can_match confusions is_match ranked_lists ranking_rows",
     },
 )

@@ -7,13 +7,12 @@ import torch
 from kernels import RankMetrics, k_reciprocal_rerank
 from kernels.disk.rows import RowsOnDisk
 from kernels.ring.processes import shares_of
-from utils.evaluation import calibration
-from utils.evaluation.lists import camera_pairs, confusions, ranked_lists
+from utils.evaluation.calibration.rates import FALSE_MATCH_RATES as CALIBRATED_RATES
+from utils.evaluation.lists import camera_pairs, can_match, confusions, ranked_lists
 from utils.evaluation.metrics import (
     MAX_RANK,
     RANKS,
     Side,
-    can_match,
     check_sides,
     kept_labels,
     mean_and_deviation,
@@ -72,7 +71,7 @@ def measured(
     findings = Findings(queries, gallery, protocol, lists, reranked_lists, result=result, reranked=reranked)
     if details and not isinstance(gallery.features, RowsOnDisk):
         # More rates than metrics.json shows: those of a calibration.
-        findings.pairs = pair_statistics(queries, gallery, protocol=protocol, rates=calibration.FALSE_MATCH_RATES)
+        findings.pairs = pair_statistics(queries, gallery, protocol=protocol, rates=CALIBRATED_RATES)
         findings.cameras = camera_pairs(queries, gallery, **options)
     if details:
         findings.confusions = confusions(queries, gallery, *lists)

@@ -9,13 +9,14 @@ Scores are cosines. The query's own file is never a result.
 
 import functools
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from kernels import cosine_topk, k_reciprocal_rerank
+from kernels.disk.rows import BLOCK_ROWS, RowsOnDisk
 from utils.batches.transforms import test_transform
 from utils.datasets.images import PersonImage
 from utils.datasets.schema import UNKNOWN
@@ -34,10 +35,11 @@ MARGIN = 1e-4
 
 @dataclass(eq=False)
 class Gallery:
-    """The images to look in, with features and labels, and the model of both sides; features become unit rows.
+    """The images to look in, with features and labels, and the model of both sides.
 
-    `images` is a data set in the order of `side`, or None where there are no pictures; `folder`, or None, is the one
-    that the names in `side` start from. `model_name` and `source` say where model and images are from.
+    Features in memory become unit rows; `RowsOnDisk` stay on the disk. `images` is a data set in the order of `side`,
+    or None where there are no pictures; `folder`, or None, is the one that the names in `side` start from.
+    `model_name` and `source` say where model and images are from. `digests`, where given, are those of the files.
     """
 
     side: Side
@@ -47,10 +49,12 @@ class Gallery:
     model_name: str
     source: str
     accelerator: object = field(repr=False)
+    digests: list | None = None
 
     def __post_init__(self):
-        features = F.normalize(self.side.features.to(self.accelerator.device), dim=1)
-        self.side = Side(features, self.side.pids, self.side.camids, self.side.paths)
+        features = self.side.features.to(self.accelerator.device)
+        self.on_disk = isinstance(features, RowsOnDisk)
+        self.side = replace(self.side, features=features if self.on_disk else F.normalize(features, dim=1))
 
     def __len__(self):
         return len(self.side)
@@ -67,6 +71,20 @@ class Gallery:
         batch = torch.stack([transform(image) for image in images]).to(self.accelerator.device)
         with self.accelerator.autocast():
             return F.normalize(self.model(batch).float(), dim=1).to(self.side.features.device)
+
+    def cosines(self, feature):
+        """(N,) cosines of a unit feature with all rows; ValueError for rows that have no direction."""
+        features, cosines = self.side.features, []
+        for begin in range(0, len(features), BLOCK_ROWS):
+            block = features[begin : begin + BLOCK_ROWS]
+            cosines.append((F.normalize(block.float(), dim=1) if self.on_disk else block) @ feature)
+            if self.on_disk and not (cosines[-1].isfinite() & (block != 0).any(1)).all():
+                raise ValueError(f"{self.source} holds features that are NaN, infinite or zero; extract it again")
+        return torch.cat(cosines)
+
+    def unit_rows(self, rows):
+        features = self.side.features[rows]
+        return F.normalize(features.float(), dim=1) if self.on_disk else features
 
     def file_of(self, row):
         return None if self.folder is None else self.folder / self.side.paths[row]
@@ -134,10 +152,12 @@ def picked_query(gallery, row):
     """The Query of a gallery row, with its stored feature."""
     if not (isinstance(row, int) and 0 <= row < len(gallery)):
         raise ValueError(f"the gallery has rows 0 to {len(gallery) - 1}, {row!r} is none of them")
-    query = Query(gallery.side.features[[row]], gallery.side.paths[row], gallery.picture_of(row), row=row)
+    query = Query(gallery.unit_rows([row]), gallery.side.paths[row], gallery.picture_of(row), row=row)
     query.pid = int(gallery.side.pids[row])
     file = gallery.file_of(row)
-    if file is not None and file.is_file():
+    if gallery.digests:
+        query.digest = gallery.digests[row]
+    elif file is not None and file.is_file():
         content = file.read_bytes()
         query.size, query.digest = len(content), hashlib.sha256(content).hexdigest()
     return query
@@ -147,6 +167,8 @@ def is_same_file(gallery, row, query):
     """Whether a gallery row is the query itself, or a file with the same content."""
     if row == query.row:
         return True
+    if gallery.digests:
+        return gallery.digests[row] == query.digest
     file = gallery.file_of(row)
     try:
         if file is None or file.stat().st_size != query.size:
@@ -163,8 +185,7 @@ def search(gallery, query, *, cameras=(), count=20, rerank=False, **options):
     RERANKED nearest images, and so against all images where there are no more. Cameras are chosen before both.
     """
     kept = camera_mask(gallery, cameras).to(query.feature.device)
-    features = gallery.side.features
-    scores = features @ query.feature[0]
+    scores = gallery.cosines(query.feature[0])
     near = (kept & (scores > SAME_SCORE)).nonzero().flatten().tolist()
     same = [row for row in near if is_same_file(gallery, row, query)]
     kept[same] = False
@@ -176,13 +197,13 @@ def search(gallery, query, *, cameras=(), count=20, rerank=False, **options):
     wanted = min(searched, RERANKED if rerank else count)
     limit = scores[kept].topk(wanted).values[-1] - MARGIN
     near = (kept & (scores >= limit)).nonzero().flatten()
-    cosines, places = cosine_topk(query.feature, features[near], wanted)
+    cosines, places = cosine_topk(query.feature, gallery.unit_rows(near), wanted)
     rows, cosines = near[places[0]], cosines[0]
     distances = None
     if rerank:
         # In the gallery's order, so that equal distances are ranked as in the whole gallery.
         rows, order = rows.sort()
-        final, places = k_reciprocal_rerank(query.feature, features[rows], **options).topk(min(count, wanted))
+        final, places = k_reciprocal_rerank(query.feature, gallery.unit_rows(rows), **options).topk(min(count, wanted))
         rows, cosines, distances = rows[places[0]], cosines[order][places[0]], (-final[0]).tolist()
     rows, cosines = rows[:count].tolist(), cosines[:count].tolist()
     return Results(rows, cosines, distances, searched, wanted if rerank else 0, names)

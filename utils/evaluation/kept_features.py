@@ -11,6 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from utils.evaluation.metrics import Side
+from utils.files import write_together
+
+FEATURES = "features.safetensors"
 
 NAMES = {
     "qf": ("qf", "query_features"),
@@ -44,6 +47,29 @@ def save_features(path, features, splits, **metadata):
     if len(splits) > 1:
         tensors["features"] = features
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=header)
+
+
+def sides_of_splits(features, splits, paths):
+    """Pairs of (queries, gallery) of features (N, D) and their paths.
+
+    A split is ((query rows, pids, camids), (gallery rows, pids, camids)).
+    """
+    return [
+        tuple(
+            Side(features[rows], torch.tensor(pids), torch.tensor(camids), [paths[row] for row in rows])
+            for rows, pids, camids in split
+        )
+        for split in splits
+    ]
+
+
+def keep_features(folder, features, splits, sides, **metadata):
+    """Write the features of these splits and their sides to FEATURES in a folder."""
+    split_rows = [
+        (split[0][0], queries, split[1][0], gallery) for split, (queries, gallery) in zip(splits, sides, strict=True)
+    ]
+    with write_together(folder) as part:
+        save_features(part(FEATURES), features, split_rows, **metadata)
 
 
 def load_features(path):

@@ -7,7 +7,7 @@ import torch
 from kernels import cosine_topk
 from kernels.ring.processes import joined, shares_of
 from utils.datasets.schema import UNKNOWN
-from utils.evaluation.metrics import can_match, rank
+from utils.evaluation.metrics import kept_labels, rank
 
 
 def is_match(queries, gallery, row, column):
@@ -28,6 +28,17 @@ def dropped(queries, gallery, rows, columns, protocol):
         return mask
     same_identity = (queries.pids[rows] == gallery.pids[columns]) & (queries.pids[rows] != UNKNOWN)
     return mask | (same_identity & (queries.camids[rows] == gallery.camids[columns]))
+
+
+def can_match(queries, gallery, protocol):
+    """Whether any query has a match that the protocol keeps."""
+    (query_pids, gallery_pids, query_cameras, gallery_cameras), protocol = kept_labels(queries, gallery, protocol)
+    cameras = {}
+    for pid, camid in torch.stack([gallery_pids, gallery_cameras], 1).unique(dim=0).tolist():
+        cameras.setdefault(pid, set()).add(camid)
+    query_labels = torch.stack([query_pids, query_cameras], 1).unique(dim=0).tolist()
+    excluded = (lambda camid: set()) if protocol == "all" else (lambda camid: {camid})
+    return any(pid != UNKNOWN and cameras.get(pid, set()) - excluded(camid) for pid, camid in query_labels)
 
 
 def ranked_lists(queries, gallery, k, *, protocol="market", reranking=None, backend="auto", group=None):

@@ -13,7 +13,6 @@ import torch
 from kernels import rank_metrics
 from kernels.disk.rows import RowsOnDisk
 from kernels.ring.processes import shares_of
-from utils.datasets.schema import UNKNOWN
 
 PROTOCOLS = ("market", "cuhk03", "all")
 RANKS = (1, 5, 10, 20)
@@ -144,14 +143,3 @@ def mean_and_deviation(summaries):
         mean[key] = statistics.fmean(values) if values else None
         deviation[key] = statistics.stdev(values) if len(values) > 1 else 0.0
     return mean, deviation
-
-
-def can_match(queries, gallery, protocol):
-    """Whether any query has a match that the protocol keeps."""
-    (query_pids, gallery_pids, query_cameras, gallery_cameras), protocol = kept_labels(queries, gallery, protocol)
-    cameras = {}
-    for pid, camid in torch.stack([gallery_pids, gallery_cameras], 1).unique(dim=0).tolist():
-        cameras.setdefault(pid, set()).add(camid)
-    query_labels = torch.stack([query_pids, query_cameras], 1).unique(dim=0).tolist()
-    excluded = (lambda camid: set()) if protocol == "all" else (lambda camid: {camid})
-    return any(pid != UNKNOWN and cameras.get(pid, set()) - excluded(camid) for pid, camid in query_labels)

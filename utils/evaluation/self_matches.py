@@ -9,7 +9,28 @@ import os
 import torch
 
 from utils.datasets.images import DRAWN, read_bytes, storage_of
-from utils.datasets.schema import UNKNOWN
+from utils.datasets.load import known_names, parse_spec
+from utils.datasets.schema import UNKNOWN, names_of
+
+
+def copies_in(images, splits, *, is_search, protocol, spec=None):
+    """For each split what `same_files` says, or None where the data's protocol counts copies as it does all images.
+
+    In a search, under `all`, and in one's own images (`spec`) where no camera is on both sides, no image may find
+    itself.
+    """
+    if images is None:
+        return None
+    own = spec and parse_spec(spec)[0] not in known_names()
+    cameras = [set(camids) for split in splits for *_, camids in split]
+    apart = own and not set().union(*cameras[::2]) & set().union(*cameras[1::2])
+    if not (is_search or protocol == "all" or apart):
+        return None
+    copies = [same_files(images, split) for split in splits]
+    if not is_search:
+        for split, (query, gallery, _) in zip(splits, copies, strict=True):
+            check_labels(query, gallery, split, images, names_of(images, "pid"), spec)
+    return copies
 
 
 def same_files(images, split):

@@ -5,8 +5,6 @@ Only what the prompt names is asked, and action, view and place are not: they do
 
 import json
 
-import torch
-
 from utils.datasets.images import as_rgb
 from utils.generated.scoring import open_image
 from utils.generated.texts.agreement import WORN, agreements, attributes_of
@@ -18,8 +16,7 @@ def load_answerer(wanted, device, batch_size):
     """The question answerer, or None if the filter is skipped."""
     if not wanted.has_attributes:
         return None
-    dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-    return Captioner.from_pretrained(wanted.captioner, device=device, dtype=dtype, batch_size=batch_size)
+    return Captioner.from_pretrained(wanted.captioner, device=device, batch_size=batch_size)
 
 
 def add_attribute_scores(columns, answerer, table, readers):

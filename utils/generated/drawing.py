@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from utils.diffusion.adapters import load_adapter
+from utils.diffusion.adapters import load_adapter, save_adapter
 from utils.generated import made_set
 from utils.worklist import seed_of
 
@@ -41,6 +41,27 @@ class Drawing:
         """What the table says of each image."""
         fast = model.fast and model.fast.digest
         return {"steps": self.sampling["steps"], "guidance": self.sampling["guidance"], "fast_lora": fast}
+
+    def draw_tuned(self, identity, record, work, prompts, tunable, measures, count, *, keeps_adapter=False, **tuned):
+        """Draw and measure the images of the identity that the model was just tuned to, and commit them.
+
+        `tuned` goes into the record: what the tuning was.
+        """
+        model = tunable.model
+        with work.scratch() as part:
+            _, rows, pictures, plain = self.draw(model, identity, record, prompts, range(count), part / "images")
+            own = [row["changed"] is None for row in rows]
+            values, features = measures.of(identity.images(), pictures, plain, own)
+            folders = {part / "images": f"images/{identity.name}"}
+            if keeps_adapter:
+                save_adapter(model, part / "adapter", *token_of(tunable, prompts, identity))
+                folders[part / "adapter"] = f"adapters/{identity.name}"
+            result = {name: record[name] for name in ("domain", "pid", "prompt", "identity_prompt")}
+            result |= tuned | self.settings(model)
+            result |= {"measures": values, "features": features, "images": rows}
+            work.commit(identity.name, made_set.IMAGES, result, folders)
+        work.forget(identity.name, made_set.FAILED)
+        return True
 
     def redraw(self, identity, record, work, progress, prompts, tunable, measures, num_images):
         """Add the images that are missing by the identity's adapter. The record comes last and holds all images."""

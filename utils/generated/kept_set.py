@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from utils.datasets.images import as_rgb
+from utils.datasets.portable import push_folder
 from utils.datasets.schema import ENDINGS, check_listed
 from utils.generated import choosing
 from utils.generated.images import CHOSEN
@@ -163,6 +164,12 @@ def write_set(folder, generated, scores_path, summary, *, kind, size, title, lic
         os.replace(folder, old)
     os.replace(part, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def upload_set(folder, name):
+    """Upload the data set to a repository, a private one where it is new; returns an address."""
+    # Files of an earlier choice would be loaded together with the new ones.
+    return push_folder(folder, name, ["*.parquet", *(f"*{ending}" for ending in ENDINGS)])
 
 
 class Origin:

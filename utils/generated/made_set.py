@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from utils.datasets.portable import push_folder
 from utils.diffusion.adapters import LORA, ORIGIN, TOKEN
-from utils.files import one_line, portable, to_json, write_csv
+from utils.files import one_line, portable, to_json, versions, write_csv
 from utils.generated.made_report import REFERENCES, SHOWN, made_report
 from utils.generated.texts.captions import captions_table
 from utils.reporting.report import data_card
@@ -119,7 +119,7 @@ def read_settings(work):
     return settings
 
 
-def keep_settings(work, arguments, command, versions, may_change=()):
+def keep_settings(work, arguments, command, may_change=()):
     """Write args.json; ValueError if the folder has images made with other settings than those that may change."""
     arguments = json.loads(to_json(arguments))
     before = (read_settings(work) or {}).get("arguments")
@@ -136,7 +136,8 @@ def keep_settings(work, arguments, command, versions, may_change=()):
             f"{work.folder} holds images of a run with other settings: {changed}. Give the same settings, or another "
             f"--output_dir{allowed}"
         )
-    work.write(SETTINGS, to_json({"command": command, "arguments": arguments, "versions": versions}))
+    made_by = {name: version for name, version in versions().items() if name != "device"}
+    work.write(SETTINGS, to_json({"command": command, "arguments": arguments, "versions": made_by}))
 
 
 def command_of(given):
@@ -166,15 +167,17 @@ def attempt(work, progress, name, lean, function, *arguments):
     return None
 
 
-def is_made(work, record, num_images=1):
-    """Whether the identity has all images of the current prompts, and none of the files is missing."""
+def is_missing(work, record, num_images=1, *, adds=False):
+    """Whether the identity lacks images of the current prompts, or their files; with `adds` only the former counts."""
     made = work.read(f"{record['domain']}/{record['pid']:04d}", IMAGES)
+    if adds:
+        return images_to_add(made, record, num_images) > 0
     if made is None or any(made[name] != record[name] for name in ("prompt", "identity_prompt")):
-        return False
+        return True
     if images_to_add(made, record, num_images):
-        return False
+        return True
     paths = {work.folder / image["path"] for image in made["images"]}
-    return paths <= {path for folder in {path.parent for path in paths} for path in folder.glob("*")}
+    return not paths <= {path for folder in {path.parent for path in paths} for path in folder.glob("*")}
 
 
 def images_to_add(made, record, num_images):
@@ -231,7 +234,12 @@ def check_origin(work, names, digest):
 
 
 def open_references(model, work, prompt, count, *, seed, precision, sampling):
-    """(`count` latents, key) of a prompt; drawn unless they are in `work`. `sampling`: arguments of `model.sample`."""
+    """(`count` latents, key) of a prompt; drawn unless they are in `work`. `sampling`: arguments of `model.sample`.
+
+    With a count of 0 both are None.
+    """
+    if not count:
+        return None, None
     settings = [count, *(sampling[name] for name in ("resolution", "solver", "steps", "guidance"))]
     settings += [
         sampling[name] for name, usual in (("guidance_share", 1), ("negative", "")) if sampling[name] != usual

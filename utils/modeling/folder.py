@@ -172,9 +172,9 @@ def plain_card(model):
     )
 
 
-def training_card(title, text, script, args, *, metrics, details, library_name="diffreid"):
+def training_card(title, text, script, settings, *, metrics, details, library_name="diffreid"):
     """The card of a model that `script` trained: `text`, command, numbers, settings, but no paths of this machine."""
-    settings = {name: portable(value) for name, value in vars(args).items() if name not in NOT_ON_CARD}
+    settings = {name: portable(value) for name, value in settings.items() if name not in NOT_ON_CARD}
     settings = {name: value for name, value in settings.items() if value is not None and value is not False}
     return model_card(
         title,

@@ -5,8 +5,9 @@ from typing import NamedTuple
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig, ResNetConfig, SwinConfig
 
 from utils.modeling.backbones import ClipBackbone, backbone_from_config, load_backbone, read_config
-from utils.modeling.folder import model_kind, read_model_folder
+from utils.modeling.folder import IMPORTED_HEADS, model_kind, read_model_folder
 from utils.modeling.networks import SHORT_NAMES
+from utils.modeling.networks.semantic_swin import has_controller
 from utils.modeling.reid_model import ReIDModel
 
 
@@ -96,6 +97,34 @@ def check_swin(name):
     kind = "swin" if name not in NAMED and model_kind(name) == "file" else configuration(name).model_type
     if kind != "swin":
         raise ValueError(f"--backbone {name} is a {kind}, and SOLIDER controls a Swin: give swin-t or another Swin")
+
+
+def check_start(name, method, semantic_weight=None):
+    """The family of the backbone in `name`, by its configuration; ValueError if it cannot start `method`.
+
+    `method` is that of a Re-ID model's head. `semantic_weight`: of a backbone with SOLIDER's controller beside it.
+    """
+    # A file of weights shows its family only when it is opened; what has no BatchNorm is refused then.
+    family, kind = "resnet", model_kind(name)
+    if kind == "reid":
+        config = PreTrainedConfig.get_config_dict(name)[0]
+        start = config.get("method", "bot")
+        if start == "meta":
+            raise ValueError(f"--backbone {name} has experts of its sources, which no other training can use")
+        if start not in ("bot", method, *IMPORTED_HEADS):
+            raise ValueError(f"--backbone {name} is a model of method {start}; it can start --method {start} only")
+        family = config["backbone"]["model_type"]
+    elif kind == "backbone":
+        config = read_config(name, revision=None, token=None)
+        family = config.model_type
+        if method == "mgn" and family == "resnet" and len(config.hidden_sizes) < 2:
+            raise ValueError(f"--backbone {name} has one stage; mgn parts in the last stage but one")
+    if semantic_weight is not None and not has_controller(name):
+        raise ValueError(
+            f"--semantic_weight {semantic_weight}: --backbone {name} has no controller beside it, as a folder of "
+            "pretrain_backbone.py --objective solider has; leave it out"
+        )
+    return family
 
 
 def not_plain(config):

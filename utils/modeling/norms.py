@@ -50,6 +50,15 @@ def share_batch_statistics(model, device):
     return model
 
 
+def check_passes(model, name, passes):
+    """ValueError if a BatchNorm inside the model `name` would see a batch in several passes."""
+    if passes > 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise ValueError(
+            f"--gradient_accumulation_steps {passes}: the BatchNorm inside {name} cannot see the whole batch in "
+            "several passes; use 1, or a backbone without BatchNorm"
+        )
+
+
 class BatchInstanceNorm(nn.Module):
     """Batch and instance norm of a map, each with its own weights, mixed by `rho`: 1, the start, is batch norm only.
 
@@ -89,13 +98,6 @@ def add_batch_instance_norms(backbone):
 
 def has_batch_instance_norms(backbone):
     return any(isinstance(module, BatchInstanceNorm) for module in backbone.modules())
-
-
-def balances(backbone):
-    """{name: rho} of every batch-instance norm."""
-    return {
-        f"{name}.rho": module.rho for name, module in backbone.named_modules() if isinstance(module, BatchInstanceNorm)
-    }
 
 
 def recompute(module):

@@ -21,11 +21,12 @@ from utils.batches.transforms import test_transform
 from utils.evaluation.targets import evaluate_target, results
 from utils.files import run_record, to_json, write_together
 from utils.launch import EXIT_SIGTERM, tracked, whole_weights
+from utils.modeling.folder import training_card
 from utils.reporting.report import text_table
 from utils.training.checkpoints import find_checkpoint, load_checkpoint, open_state, save_checkpoint
 from utils.training.log import StepLog, StopSignal
 from utils.training.optimizer import LearningRate, build_optimizer
-from utils.training.report import before_and_after
+from utils.training.report import before_and_after, training_report
 
 SHOWN_IMAGES = 64
 
@@ -42,6 +43,7 @@ class Training:
         self, args, accelerator, sampler, images, *, script, data, free=None, batch_size=None, num_steps=None
     ):
         self.args, self.accelerator, self.sampler, self.images = args, accelerator, sampler, images
+        self.script = script
         self.batch_size = batch_size or sampler.batch_size
         known = {"effective_batch_size": self.batch_size, "data": data, "precision": accelerator.mixed_precision}
         free = args.free_on_resume if free is None else free
@@ -79,7 +81,7 @@ class Training:
         if self.accelerator.is_main_process:
             with write_together(self.args.output_dir) as part:
                 part("args.json").write_text(to_json(run_record(self.args)))
-        name = Path(self.state["script"]).stem.removeprefix("train_").split("_")[0]
+        name = Path(self.script).stem.removeprefix("train_").split("_")[0]
         self.accelerator.init_trackers(f"diffreid-{name}", config=tracked(self.args))
 
     def epochs(self):
@@ -141,14 +143,14 @@ class Training:
         self.lines.flush()
         return epoch % self.args.eval_every == 0 or epoch == self.args.num_train_epochs or self.cut
 
-    def measure(self, epoch, model, targets, transform=None, *, in_float32=False):
+    def measure(self, epoch, model, targets, *, in_float32=False):
         """Measure each target; write the numbers to the history, metrics.json, the console and the trackers."""
         args, accelerator, state = self.args, self.accelerator, self.state
         options = {"batch_size": args.eval_batch_size, "num_workers": args.dataloader_num_workers}
         options |= {"accelerator": accelerator, "rerank": reranking_of(args), "in_float32": in_float32}
         for target in targets:
             with whole_weights(self.model, accelerator):
-                metrics = evaluate_target(model, target, transform or transform_of(model), **options)
+                metrics = evaluate_target(model, target, transform_of(model), **options)
             place = {"epoch": epoch, "target": target.spec}
             # A run that resumes in the middle of an epoch measures that epoch again, at its end.
             others = [entry for entry in state["history"] if {key: entry[key] for key in place} != place]
@@ -183,10 +185,16 @@ class Training:
         """The content of metrics.json."""
         return results(self.state["history"]) | self.state.get("notes", {})
 
-    @property
-    def facts(self):
-        """The facts about a training at the top of every report."""
-        return [("Steps", f"{self.step:,}"), ("Batch", self.batch_size), ("Seed", self.args.seed)]
+    def card(self, title, text, *, library_name="diffreid", **details):
+        """The model card: `text` says what the model is, `details` are facts beside the number of training images."""
+        details = {"images": len(self.images)} | details
+        more = {"metrics": self.results["targets"], "details": details, "library_name": library_name}
+        return training_card(title, text, self.script, vars(self.args), **more)
+
+    def report(self, title, lead, facts, **samples):
+        """The `Report` of the training; `facts` come before those that every training has."""
+        facts = [*facts, ("Steps", f"{self.step:,}"), ("Batch", self.batch_size), ("Seed", self.args.seed)]
+        return training_report(title, self.args.output_dir, self.state["history"], lead=lead, facts=facts, **samples)
 
     @property
     def cut(self):
@@ -218,17 +226,20 @@ class Training:
         """
         args, accelerator = self.args, self.accelerator
         accelerator.wait_for_everyone()
-        if self.stopped:
-            accelerator.print(f"SIGTERM: {self.stopped_at} is written; resume with --resume_from_checkpoint latest")
-        elif accelerator.is_main_process:
-            output_dir, history = Path(args.output_dir), self.state["history"]
-            with write_together(output_dir) as part:
-                report().write(part("report.html"))
-            if history:
-                print(text_table(["target", "number", "before", "after", "points"], before_and_after(history)))
-            print(f"Results: {output_dir}; open {output_dir / 'report.html'}")
-            if args.push_to_hub:
-                print(f"Uploaded: {upload(args.hub_model_id or output_dir.resolve().name)}")
+        with whole_weights(self.model, accelerator):
+            if self.stopped:
+                accelerator.print(
+                    f"SIGTERM: {self.stopped_at} is written; resume with --resume_from_checkpoint latest"
+                )
+            elif accelerator.is_main_process:
+                output_dir, history = Path(args.output_dir), self.state["history"]
+                with write_together(output_dir) as part:
+                    report().write(part("report.html"))
+                if history:
+                    print(text_table(["target", "number", "before", "after", "points"], before_and_after(history)))
+                print(f"Results: {output_dir}; open {output_dir / 'report.html'}")
+                if args.push_to_hub:
+                    print(f"Uploaded: {upload(args.hub_model_id or output_dir.resolve().name)}")
         accelerator.end_training()
         return EXIT_SIGTERM if self.stopped else 0
 

@@ -1,4 +1,4 @@
-"""The report of a pre-training, and the picture of its first batch."""
+"""The picture of a pre-training's first batch, drawn and in the report."""
 
 from pathlib import Path
 
@@ -9,7 +9,6 @@ from utils.batches.augmentation import to_picture
 from utils.batches.mixing import mix_images
 from utils.files import write_together
 from utils.reporting.report import sheet
-from utils.training.report import training_report
 
 BATCH = Path("samples", "batch.png")
 
@@ -28,13 +27,8 @@ def draw_batch(output_dir, images, mix, mean, std):
         sheet(pictures).save(part(BATCH.name), "PNG")
 
 
-def pretraining_report(output_dir, history, facts):
-    return training_report(
-        "Pre-training",
-        output_dir,
-        history,
-        lead="A backbone, its plain features measured before and after on people it was not trained on.",
-        facts=facts,
-        samples=[("first batch", output_dir / BATCH)] if (output_dir / BATCH).exists() else [],
-        sample_words="Images as the network sees them: augmented and mixed, or each with its crops.",
-    )
+def first_batch(output_dir):
+    """That picture as samples of a report."""
+    path = Path(output_dir) / BATCH
+    words = "Images as the network sees them: augmented and mixed, or each with its crops."
+    return {"samples": [("first batch", path)] if path.exists() else [], "sample_words": words}

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from utils.files import write_together
 from utils.reporting.charts import line_chart
-from utils.reporting.report import Report, data_uri, percent
+from utils.reporting.report import Report, data_uri, percent, sheet
 
 SHEETS = 3
 SHEET_WIDTH = 400
@@ -100,15 +101,21 @@ def add_notes(report, notes, title, words):
         )
 
 
-def sample_name(epoch):
-    return f"epoch-{epoch:04d}.png"
+def write_sample(output_dir, epoch, rows):
+    """Rows of pictures as a file of `samples/`."""
+    path = sample_path(output_dir, epoch)
+    with write_together(path.parent) as part:
+        sheet(rows).save(part(path.name), "PNG")
 
 
-def samples_of(output_dir, history):
-    """(name, file) of the pictures that a training wrote at its measurements."""
-    epochs = dict.fromkeys(entry["epoch"] for entry in history)
-    paths = [(f"epoch {epoch}", Path(output_dir) / "samples" / sample_name(epoch)) for epoch in epochs]
+def samples_of(output_dir, names):
+    """(name, file) of the pictures that a training wrote, of {epoch: name}."""
+    paths = [(name, sample_path(output_dir, epoch)) for epoch, name in names.items()]
     return [(name, path) for name, path in paths if path.exists()]
+
+
+def sample_path(output_dir, epoch):
+    return Path(output_dir, "samples", f"epoch-{epoch:04d}.png")
 
 
 def spread(items, limit):

@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def teacher_of(model):
@@ -24,6 +25,20 @@ def move_teacher(teacher, model, keep):
     weights = dict(teacher.named_buffers())
     for name, parameter in model.named_parameters():
         weights[name].lerp_(parameter, 1 - keep)
+
+
+def running_mean(keep):
+    """For `AveragedModel`. Whole numbers are copied: means of Swin's table of places would be cut off, one too low."""
+    mean = get_ema_multi_avg_fn(keep)
+
+    def update(averages, values, count):
+        if averages[0].is_floating_point():
+            mean(averages, values, count)
+        else:
+            for average, value in zip(averages, values, strict=True):
+                average.copy_(value)
+
+    return update
 
 
 def warmed_momentum(momentum, step):

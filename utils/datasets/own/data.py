@@ -114,6 +114,8 @@ def read_local(path, columns, domain=None):
     if path.is_file():
         if path.suffix == ".tar":
             return conform(*read_tars(path, columns), domain or path.stem, path)
+        if path.name.lower().endswith(COMPRESSED):
+            raise ValueError(unpack(path))
         if not is_table(path.name):
             raise ValueError(f"{path} is neither a folder, a parquet file, a table ({', '.join(TABLES)}) nor a .tar")
         table = locate_images(read_table(path), path, columns.image)
@@ -140,11 +142,15 @@ def read_local(path, columns, domain=None):
         raise ValueError(f"{path} looks like a benchmark; name it, as in load_reid('market1501', root={str(path)!r})")
     packed = next((entry.path for entry in listing(path) if entry.name.lower().endswith(COMPRESSED)), None)
     if packed:
-        raise ValueError(f"{packed} is compressed; unpack it to a plain .tar, or to a folder of images")
+        raise ValueError(unpack(packed))
     rows, names = read_identity_folders(path, columns)
     return datasets.DatasetDict(
         {split: rows_to_dataset(rows[split], path, domain, split, pid_names=names) for split in rows}
     )
+
+
+def unpack(path):
+    return f"{path} is compressed; unpack it to a plain .tar, or to a folder of images"
 
 
 def splits_of(folder):

@@ -1,4 +1,4 @@
-"""Your own folders: one folder per identity, or files whose names tell identity and camera."""
+"""Your own folders: one folder per identity, with or without folders of cameras, or files named by both."""
 
 import os
 import re
@@ -6,15 +6,19 @@ import re
 from utils.datasets.own.labels import warn_of_spellings
 from utils.datasets.schema import ENDINGS, LABELLED, SPLITS, Row, camera_in, dense, left_out, listing
 
+# `cam1`, `camera_b`, `C3`: a folder of one camera.
+CAMERA_FOLDER = re.compile(r"(?:cam(?:era)?[ _-]?([0-9]{1,9}|[a-z])|c([0-9]{1,9}))", re.IGNORECASE)
+
 
 def read_identity_folders(folder, columns):
     """(rows by split, names of the identities or None): one folder per identity, directly or below its split.
 
     The splits are train, query and gallery. Folders whose names are numbers keep them as pid; other folders are
     numbered in order of name. A folder, or a split, of files that are all named like 0001_c2_x.jpg needs no folders
-    of identities. The camera is the number after `c` or `cam` in the file name (0001_c2_05.jpg). If no name has a
-    camera, or with camid_column=none, all images get one camera, except that queries and gallery get two different
-    ones: removing a query's own camera then never empties its ranking.
+    of identities. The camera is the number after `c` or `cam` in the file name (0001_c2_05.jpg), or a folder of
+    its own (cam1, camera_b) below the identities or above them. If nothing names cameras, or with camid_column=none,
+    all images get one camera, except that queries and gallery get two different ones: removing a query's own camera
+    then never empties its ranking.
     """
     for kind, value in columns._asdict().items():
         if value != columns._field_defaults[kind] and (kind, value) != ("camid", "none"):
@@ -53,22 +57,75 @@ def images_of(place):
     entries = listing(place)
     if entries and not any(entry.is_dir() for entry in entries) and any(is_labelled(entry.name) for entry in entries):
         return images_by_name(place, entries)
-    images = []
-    for identity in entries:
-        if not identity.is_dir():
-            left_out(identity.path, f"{identity.path}: expected one folder an identity in {place}, or a metadata file")
+    folders = []
+    for entry in entries:
+        if entry.is_dir():
+            folders.append(entry)
             continue
-        for entry in listing(identity.path):
-            if entry.is_dir():
-                raise ValueError(
-                    f"{entry.path} is a folder; expected images directly in {identity.path}, the folder of one "
-                    "identity. Describe images in deeper folders by a table with file_name, pid and camid"
+        left_out(
+            entry.path,
+            f"{entry.path}: expected one folder an identity in {place}, files that are all named like 0001_c2_x.jpg, "
+            "or a metadata file",
+        )
+    inside = {folder.name: listing(folder.path) for folder in folders}
+    below = [entry for entries in inside.values() for entry in entries if entry.is_dir()]
+    if below:
+        return images_of_cameras(place, inside, below)
+    return [
+        (identity, f"{identity}/{name}", camera_in(name))
+        for identity, entries in inside.items()
+        for name in image_names(entries)
+    ]
+
+
+def images_of_cameras(place, inside, below):
+    """Images two folders deep: anna/cam1/1.jpg or cam1/anna/1.jpg, whichever of the two levels names cameras."""
+    cameras_first = all(camera_of_folder(name) is not None for name in inside)
+    cameras_last = all(camera_of_folder(entry.name) is not None for entry in below)
+    if cameras_first == cameras_last:
+        raise ValueError(
+            f"{below[0].path} is a folder; expected images directly in {os.path.dirname(below[0].path)}, the folder "
+            "of one identity, or folders of cameras named like cam1 (anna/cam1/1.jpg or cam1/anna/1.jpg). Describe "
+            "images in other folders by a table with file_name, pid and camid"
+        )
+    images = []
+    for outer, entries in inside.items():
+        for entry in entries:
+            if not entry.is_dir():
+                left_out(
+                    entry.path, f"{entry.path} lies beside folders; expected all images of {place} in such folders"
                 )
-            if not entry.name.lower().endswith(ENDINGS) or not entry.is_file():
-                left_out(entry.path, f"{entry.path} is no image; expected files ending in {', '.join(ENDINGS)}")
                 continue
-            images.append((identity.name, f"{identity.name}/{entry.name}", camera_in(entry.name)))
+            identity, camera = (entry.name, outer) if cameras_first else (outer, entry.name)
+            camera = camera_of_folder(camera)
+            names = image_names(listing(entry.path))
+            images += [(identity, f"{outer}/{entry.name}/{name}", camera) for name in names]
     return images
+
+
+def image_names(entries):
+    """The names of image files; other entries are left out, or end it."""
+    names = []
+    for entry in entries:
+        if entry.name.lower().endswith(ENDINGS) and entry.is_file():
+            names.append(entry.name)
+        elif entry.is_dir():
+            raise ValueError(
+                f"{entry.path} is a folder; expected images there. Describe images in deeper folders by a table with "
+                "file_name, pid and camid"
+            )
+        else:
+            left_out(entry.path, f"{entry.path} is no image; expected files ending in {', '.join(ENDINGS)}")
+    return names
+
+
+def camera_of_folder(name):
+    """The number of the camera that the name of a folder says, a letter's place in the alphabet, or None."""
+    match = CAMERA_FOLDER.fullmatch(name)
+    if match is None:
+        return None
+    word = match[1] or match[2]
+    return int(word) if word.isdecimal() else ord(word.lower()) - ord("a") + 1
 
 
 def is_labelled(name):

@@ -4,6 +4,7 @@ In a folder with several tables, metadata.csv, .jsonl or .parquet is the one tha
 and that of generated data sets).
 """
 
+import json
 import os
 import re
 from pathlib import Path
@@ -16,10 +17,10 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from utils.datasets.images import IMAGE_TYPE
-from utils.datasets.schema import SPLITS, check_listed, listing
+from utils.datasets.schema import SPLITS, check_listed, listing, warn_once
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".json")
 IMAGE_COLUMNS = ("image", "file_name", "path")
 
 
@@ -38,7 +39,7 @@ def is_table(name):
 
 
 def read_table(file):
-    """A table from csv, jsonl or parquet; file names, domains and splits stay text even if they look like numbers."""
+    """A table from any of `TABLES`; file names, domains and splits stay text even if they look like numbers."""
     words = {name: pa.string() for name in ("file_name", "path", "domain", "split")}
     kind = file.suffix.lower()
     try:
@@ -50,6 +51,8 @@ def read_table(file):
             )
         elif kind == ".jsonl":
             table = pyarrow.json.read_json(file)
+        elif kind == ".json":
+            table = rows_of_json(file)
         else:
             table = pq.read_table(file)
     except (pa.ArrowException, OSError) as error:
@@ -62,6 +65,22 @@ def read_table(file):
             # Categories of pandas.
             table = table.set_column(number, field.name, table[field.name].cast(field.type.value_type))
     return table
+
+
+def rows_of_json(file):
+    """The table of a list of objects; ValueError for other JSON, such as the annotations of a labelling tool."""
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(
+            f"{file} is no table; expected a list with an object an image, "
+            'such as [{"file_name": "1.jpg", "pid": "anna", "camid": 1}]'
+        )
+    return pa.table(
+        {name: [row.get(name) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)}
+    )
 
 
 def delimiter_of(file):
@@ -196,6 +215,7 @@ def read_folder_tables(folder, columns):
         raise ValueError(f"{folder / missing[0]} has no {' or '.join(METADATA)}, {', '.join(splits)} have one")
     if splits:
         refuse_split_column(columns, folder)
+        warn_of_others(folder)
         return splits
     files = tables_in(folder) or (tables_in(folder / "data") if (folder / "data").is_dir() else [])
     if not files:
@@ -224,10 +244,19 @@ def read_folder_tables(folder, columns):
     return cut(table, columns, folder)
 
 
+def warn_of_others(folder):
+    """A warning for folders with a metadata file that are no splits, such as `test`."""
+    others = [entry.name for entry in listing(folder) if entry.is_dir() and entry.name not in SPLITS]
+    others = [name for name in others if any((folder / name / table).is_file() for table in METADATA)]
+    if others:
+        warn_once(f"{folder}: {', '.join(others)} is left out, only {', '.join(SPLITS)} are read")
+
+
 def tables_in(folder):
-    """The tables of a folder: all of its parquet files, or else those of other kinds."""
+    """The tables of a folder: all of its parquet files, or else those of other kinds; .json only without others."""
     files = [Path(entry.path) for entry in listing(folder) if is_table(entry.name) and entry.is_file()]
-    return [file for file in files if file.suffix.lower() == ".parquet"] or files
+    plain = [file for file in files if file.suffix.lower() != ".json"]
+    return [file for file in plain if file.suffix.lower() == ".parquet"] or plain or files
 
 
 def tables_of_split(folder):

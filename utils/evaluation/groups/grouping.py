@@ -162,8 +162,8 @@ def doubts(groups):
     """The sum of J over the pairs of each group, J above eps as 1: (G,) float64, how many pairs are probably wrong.
 
     It grows with the pairs of a group and falls with their cohesion. On drawn people it tells groups of several
-    identities better than cohesion, and about as well as size or better (`benchmarks.quality.grouping`): a group grows
-    by wrong pairs, and cohesion alone puts pairs of two items before large groups.
+    identities better than cohesion, and about as well as size or better (`benchmarks.evaluation.grouping`): a group
+    grows by wrong pairs, and cohesion alone puts pairs of two items before large groups.
     """
     grouped = (groups.identities <= groups.num_groups).nonzero().flatten()
     numbers = groups.identities[grouped] - 1

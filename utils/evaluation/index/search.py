@@ -103,6 +103,14 @@ def sides_of(query_features, query_rows, index):
     return queries, gallery, same_contents(query_rows.digests, gallery_rows.digests)
 
 
+def side_of(index):
+    """(the gallery alone, its features on disk; digests of its files)."""
+    rows = index.rows()
+    ((pids, camids),), names = numbered((rows.identities, rows.cameras))
+    side = Side(index.features(), torch.tensor(pids), torch.tensor(camids), rows.paths, names={"pid": names})
+    return side, rows.digests
+
+
 def same_contents(query_digests, gallery_digests):
     numbers = {digest: number for number, digest in enumerate(sorted({*query_digests} & {*gallery_digests}))}
     query, gallery = (

@@ -75,8 +75,9 @@ class Captioner:
         self.tokenizer = getattr(processor, "tokenizer", processor)
 
     @classmethod
-    def from_pretrained(cls, name, *, device="cpu", dtype=torch.float32, bits=None, batch_size=16):
-        """Load a model by name; `bits` 8 or 4 quantizes it with bitsandbytes."""
+    def from_pretrained(cls, name, *, device="cpu", dtype=None, bits=None, batch_size=16):
+        """Load a model by name, on a GPU in float16; `bits` 8 or 4 quantizes it with bitsandbytes."""
+        dtype = dtype or (torch.float16 if torch.device(device).type == "cuda" else torch.float32)
         kind = check_captioner(name)
         auto = AutoModelForVisualQuestionAnswering if kind == ANSWERS else AutoModelForImageTextToText
         settings = {"quantization_config": quantization(bits), "device_map": {"": device}} if bits in (4, 8) else {}

@@ -1,7 +1,6 @@
 """A text of each training identity, from a captioner or from captions that exist, for prompts of a diffusion model."""
 
 import pyarrow.parquet as pq
-import torch
 from accelerate.utils import broadcast
 from tqdm.auto import tqdm
 
@@ -136,8 +135,7 @@ def captioned(identities, name, folder, accelerator):
     for identity in tqdm(share(identities, **processes), desc="captions", disable=None):
         record = work.read(identity.name, CAPTIONS)
         if record is None or record["made_with"] != made_with:
-            dtype = torch.float16 if accelerator.device.type == "cuda" else torch.float32
-            captioner = captioner or Captioner.from_pretrained(name, device=accelerator.device, dtype=dtype)
+            captioner = captioner or Captioner.from_pretrained(name, device=accelerator.device)
             record = caption_identity(captioner, identity, made_with)
             record |= {"prompt": captions.composed(record), "identity_prompt": ""}
             work.commit(identity.name, CAPTIONS, record)

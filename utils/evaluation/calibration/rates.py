@@ -1,4 +1,4 @@
-"""What a score says, measured on labelled data: thresholds, right matches, open-set numbers; `calibration.json`.
+"""What a score says, measured on labelled data: thresholds, right matches, open-set numbers.
 
 A score is the cosine of two features, larger for more alike ones. Images match at a threshold t if their score is at
 least t. The protocol decides which pairs count, as in the metrics.
@@ -17,25 +17,19 @@ In the gallery without its identity there is nobody to be found.
 FPIR grows with the gallery; `gallery_images` is how many images a search went through, on average.
 
 Every number has a 95 % interval for other identities of the same kind, photographed by the same cameras
-(`utils.evaluation.resampling`); the interval of a TAR or TPIR includes that of the threshold. Two identities that look
-alike make many false matches at once, so what a false-match rate needs is pairs of identities: 30 of them within the
-rate. A rate of false alarms needs 5 identities within it. For fewer the number is "not measurable".
+(`resampling`); the interval of a TAR or TPIR includes that of the threshold. Two identities that look alike make many
+false matches at once, so what a false-match rate needs is pairs of identities: 30 of them within the rate. A rate of
+false alarms needs 5 identities within it. For fewer the number is "not measurable".
 """
 
-import hashlib
-import json
 import math
-from pathlib import Path
 
 import torch
 
-from utils.batches.chunks import weights_digest
-from utils.evaluation.identity_counts import IdentityCounts
-from utils.evaluation.resampling import LEVEL, REPLICATES, Resampling, at_places, crossings, interval
-from utils.files import to_json, write_together
-from utils.modeling.folder import CALIBRATION, model_folder, model_kind
+from utils.evaluation.calibration.identity_counts import IdentityCounts
+from utils.evaluation.calibration.resampling import LEVEL, REPLICATES, Resampling, at_places, crossings, interval
+from utils.evaluation.calibration.stored import VERSION
 
-VERSION = 1
 FALSE_MATCH_RATES = (1e-1, 1e-2, 1e-3, 1e-4)
 FALSE_ALARM_RATES = (1e-1, 1e-2)
 PAIRS_WITHIN, IDENTITIES_WITHIN, FEWEST_MATCHED = 30, 5, 10
@@ -303,75 +297,3 @@ def calibration_lines(calibration):
             line += f", {entry[name]:.1%} ({low:.1%} to {high:.1%}) {right}"
         lines.append(line)
     return lines
-
-
-# The file
-
-
-def fingerprint(model, with_cameras=False):
-    """Changes with the weights of a model and with how it takes images, and whether it is given their cameras."""
-    settings = [list(model.image_size), list(model.image_mean), list(model.image_std), model.resample]
-    settings += ["cameras"] * with_cameras
-    return hashlib.sha256(json.dumps([weights_digest(model), settings]).encode()).hexdigest()
-
-
-def calibration_path(name_or_path):
-    """Where the calibration of a model is, if it has one: beside its weights, on the Hub in the same revision."""
-    place = Path(name_or_path)
-    if place.exists() or model_kind(name_or_path) != "reid":
-        return place / CALIBRATION
-    # The weights were downloaded just now: another request could find a newer revision.
-    return model_folder(name_or_path, local_files_only=True) / CALIBRATION
-
-
-def write_calibration(calibration, *folders):
-    for folder in folders:
-        with write_together(folder) as part:
-            part(CALIBRATION).write_text(to_json(calibration), encoding="utf-8")
-
-
-def read_calibration(path, model_fingerprint):
-    """(calibration, None), or (None, why it cannot be used).
-
-    A calibration that is damaged or of other weights is ignored and said to be so: the ranking does not need it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        return None, f"{path} does not exist"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        problem = damage_of(content)
-    except (OSError, ValueError) as error:
-        problem = " ".join(str(error).split())
-    if problem:
-        return None, f"{path} is damaged ({problem})"
-    if content["fingerprint"] != model_fingerprint:
-        return None, f"{path} is of another model: its weights, image size or --camera_embeddings differ"
-    return content, None
-
-
-CURVES = ("score", "false_match_rate", "right_match_rate", "false_alarm_rate", "TPIR")
-
-
-def damage_of(content):
-    """What is wrong with the content of a calibration, or None."""
-    if not isinstance(content, dict) or content.get("version") != VERSION:
-        return f"it is no calibration of version {VERSION}"
-    curve, open_set = content.get("curve"), content.get("open_set")
-    if (
-        not isinstance(curve, dict)
-        or not isinstance(open_set, dict)
-        or not isinstance(content.get("fingerprint"), str)
-    ):
-        return "curve, open_set or fingerprint is missing"
-    columns = [curve.get(name) for name in CURVES]
-    if not all(isinstance(values, list) and len(values) == len(columns[0]) > 1 for values in columns):
-        return "the columns of its curve differ in length"
-    numbers = [value for values in columns for value in values]
-    numbers += [open_set.get("gallery_images"), open_set.get("num_identities")]
-    numbers += [curve.get("least_false_match_rate"), curve.get("least_false_alarm_rate")]
-    if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers):
-        return "its curve holds something else than numbers"
-    if sorted(columns[0]) != columns[0] or open_set["gallery_images"] < 0 or min(numbers) < -1:
-        return "its numbers are out of range"
-    return None

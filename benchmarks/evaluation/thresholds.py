@@ -1,6 +1,6 @@
 """Thresholds fixed on one domain of the built-in world and used on another, with a quarter of the people not there.
 
-    python -m benchmarks.quality.thresholds
+    python -m benchmarks.evaluation.thresholds
 
 The shipped stand-in CLIP, without training. In each set every fourth identity is taken out of the gallery, so that a
 search for it should end with nobody. `utils.evaluation.calibration` fixes thresholds on people of domain a; they are
@@ -141,7 +141,7 @@ def main(input_args=None):
     print(text_table(COLUMNS, rows))
     settings = {"num_ids": args.num_ids, "images_per_id": args.images_per_id, "absent": f"1 in {ABSENT}"}
     raw = {"settings": settings, "runs": runs}
-    write_result(args.json, command_line("benchmarks.quality.thresholds"), COLUMNS, rows, raw)
+    write_result(args.json, command_line("benchmarks.evaluation.thresholds"), COLUMNS, rows, raw)
 
 
 if __name__ == "__main__":

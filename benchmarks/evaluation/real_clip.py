@@ -1,6 +1,6 @@
 """Frames and rough tracks of a clip, with OpenCV, in an environment that has nothing else of this repository.
 
-    venv/bin/python benchmarks/quality/real_clip.py vtest.avi FOLDER
+    venv/bin/python benchmarks/evaluation/real_clip.py vtest.avi FOLDER
 
 It writes FOLDER/img1/000001.jpg and so on, and FOLDER/rough.txt with a line `frame,track,left,top,width,height` for
 each box. A box is a blob of moving pixels that is as large as a person and taller than wide; the background is

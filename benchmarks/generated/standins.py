@@ -1,8 +1,8 @@
 """Accuracy of the shipped question answerer on domain a, which it was not trained on.
 
-    python -m benchmarks.quality.standins
-    python -m benchmarks.quality.standins --domain h --first_pid 2000 --json FILE
-    python -m benchmarks.quality.standins --samples samples.png        # ten captions drawn, below the true people
+    python -m benchmarks.generated.standins
+    python -m benchmarks.generated.standins --domain h --first_pid 2000 --json FILE
+    python -m benchmarks.generated.standins --samples samples.png        # ten captions drawn, below the true people
 
 An answer is right if it equals the synthetic world's own, word by word. Beside it stands the accuracy of always giving
 the commonest true answer. Colours, patterns and kinds of clothes are also counted alone. Some pictures do not show the

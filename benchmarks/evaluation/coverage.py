@@ -1,6 +1,6 @@
 """How often the 95 % intervals of thresholds hold the truth when other identities are drawn, beside resampled pairs.
 
-    python -m benchmarks.quality.coverage
+    python -m benchmarks.evaluation.coverage
 
 Features come from a model whose truth is known: identities differ in how much they look like everybody (the features
 of some lie near a common direction) and in how much their images differ from each other. Each draw takes new
@@ -20,17 +20,16 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import RESULTS, command_line, write_result
-from utils.evaluation import calibration
-from utils.evaluation.calibration import (
+from utils.evaluation.calibration.identity_counts import Grid
+from utils.evaluation.calibration.rates import (
     FALSE_ALARM_RATES,
     FALSE_MATCH_RATES,
     IDENTITIES_WITHIN,
     PAIRS_WITHIN,
     calibrate,
 )
-from utils.evaluation.identity_counts import Grid
+from utils.evaluation.calibration.resampling import at_places, crossings, interval
 from utils.evaluation.metrics import Side
-from utils.evaluation.resampling import at_places, crossings, interval
 from utils.evaluation.thresholds import pair_statistics
 from utils.reporting.report import text_table
 
@@ -112,7 +111,7 @@ def is_measurable(kind, rate, num_ids):
     return num_ids * rate >= IDENTITIES_WITHIN
 
 
-@mock.patch.multiple(calibration, PAIRS_WITHIN=1, IDENTITIES_WITHIN=1)
+@mock.patch.multiple("utils.evaluation.calibration.rates", PAIRS_WITHIN=1, IDENTITIES_WITHIN=1)
 def covered(num_ids, world, draws, *, replicates=300, seed=0, with_pairs=True):
     """{"KIND RATE NUMBER METHOD": [draws with an interval, those that hold the truth, truth below, truth above]}."""
     true, found = truth(num_ids, world), {}
@@ -179,7 +178,7 @@ def main(input_args=None):
             print(f"{world}, {num_ids} identities", flush=True)
     rows = rows_of(worlds)
     print(text_table(COLUMNS, rows))
-    write_result(args.json, command_line("benchmarks.quality.coverage"), COLUMNS, rows, {"worlds": worlds})
+    write_result(args.json, command_line("benchmarks.evaluation.coverage"), COLUMNS, rows, {"worlds": worlds})
 
 
 if __name__ == "__main__":

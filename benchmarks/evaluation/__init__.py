@@ -1,0 +1,1 @@
+"""What the numbers of evaluate.py are worth: thresholds, their intervals, groups, and photographs of real people."""

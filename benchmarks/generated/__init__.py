@@ -1,0 +1,1 @@
+"""How often captions and filters are right, on drawn people whose truth is known."""
