@@ -147,6 +147,8 @@ def test_methods_train_as_by_ddp(tmp_path, method, more, env):
         (["--diffusion", "none", "--backbone", RESNET_DIR], FSDP),
         (["--ldm_start_epoch", "2", "--train_batch_size", "2", "--gradient_accumulation_steps", "2"], FSDP),
         (["--encoder", "muva"], FSDP),
+        # Frozen weights are in half precision then, LoRA beside them is not.
+        (["--mixed_precision", "bf16"], FSDP),
     ],
 )
 def test_dcac_trains_as_by_ddp_and_goes_on(tmp_path, more, env):

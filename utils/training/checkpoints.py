@@ -165,7 +165,7 @@ def write_share(part, model, optimizer, accelerator):
 
         tensors, state = put_together(tensors, state, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
-        save_file({name: on_cpu(tensor) for name, tensor in tensors.items()}, part / MODEL)
+        save_file({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, part / MODEL)
         states = {"optimizer": state}
         if accelerator.scaler is not None:
             states["scaler"] = accelerator.scaler.state_dict()
@@ -238,10 +238,6 @@ def changing_tensors(model):
     """The tensors of a model that training changes: trained parameters and all buffers."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     return {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in frozen}
-
-
-def on_cpu(tensor):
-    return tensor.to("cpu", copy=True).contiguous()
 
 
 def _shape(tensors, name):
