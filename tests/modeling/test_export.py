@@ -49,7 +49,7 @@ HEADS += [("resnet", "embedding"), ("resnet", "granular"), ("plain_vit", "jigsaw
 
 def model_of(family, method="bot"):
     torch.manual_seed(0)
-    options = {"domains": [2, 2], "gate": "norm"} if method == "meta" else {}
+    options = {"domains": [2, 2], "gate": "learned"} if method == "meta" else {}
     backbone = backbone_from_config(FAMILIES[family](), SIZE)
     return ReIDModel(backbone, num_ids=4, method=method, head_options=options).eval()
 
@@ -77,10 +77,14 @@ def test_a_file_for_one_size_of_batches_is_refused(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
     pytest.importorskip("onnxscript", reason="pip install onnx onnxscript onnxruntime")
     model = model_of("clip_vision_model")
-    embeddings = type(model.backbone.tower.embeddings)
-    forward = embeddings.forward
-    # `len` of a tensor is a plain number for the exporter.
-    monkeypatch.setattr(embeddings, "forward", lambda self, images: forward(self, images).expand(len(images), -1, -1))
+    plain = type(model.backbone).forward
+
+    def fixed(backbone, images):
+        features = plain(backbone, images)
+        # For the exporter `len` of a tensor is a plain number.
+        return features.expand(len(features), -1)
+
+    monkeypatch.setattr(type(model.backbone), "forward", fixed)
     with pytest.raises(ValueError, match="torch's exporter fixed the batch at 3 images; nothing was written"):
         export.export_onnx(model, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir()) and model.backbone.config._attn_implementation != "eager"

@@ -5,6 +5,7 @@ import json
 import os
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,9 +49,10 @@ def watched(script, *arguments):
         share = {"whole": sum(parameter.numel() for parameter in parameters)}
         share["own"] = sum(parameter.to_local().numel() for parameter in parameters)
         share["units"] = sum(isinstance(module, FSDPModule) for module in model.modules())
-        number = training.accelerator.process_index
-        with open(f"{training.args.output_dir}/share-{number}.json", "w") as file:
-            json.dump(share, file)
+        # The main process may come later.
+        folder = Path(training.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"share-{training.accelerator.process_index}.json").write_text(json.dumps(share))
 
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         Training.begin = looked_at
@@ -160,8 +162,9 @@ def test_dcac_trains_as_by_ddp_and_goes_on(tmp_path, more, env):
     shares = json.loads((tmp_path / "whole" / "share-0.json").read_text())
     check_shares(tmp_path / "whole", units=shares["units"])
     assert shares["units"] > 4
-    check_same(whole, plain, rel=1e-4)
-    check_weights(tmp_path / "whole", tmp_path / "plain", atol=1e-5)
+    half = "bf16" in more
+    check_same(whole, plain, rel=1e-2 if half else 1e-4)
+    check_weights(tmp_path / "whole", tmp_path / "plain", atol=1e-3 if half else 1e-5)
     train(tmp_path / "cut", command, "--max_train_steps", "2", **env)
     resume = ["--resume_from_checkpoint", "latest"]
     assert train(tmp_path / "cut", command, *resume, **env) == whole
@@ -170,7 +173,7 @@ def test_dcac_trains_as_by_ddp_and_goes_on(tmp_path, more, env):
         if (tmp_path / "plain" / name).exists():
             one, two = load_file(tmp_path / "cut" / name), load_file(tmp_path / "plain" / name)
             assert one.keys() == two.keys() and all(
-                torch.allclose(one[key], two[key], rtol=0, atol=1e-4) for key in one
+                torch.allclose(one[key], two[key], rtol=0, atol=1e-2 if half else 1e-4) for key in one
             )
     results = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "plain")]
     (target,) = results[0]["targets"]
