@@ -5,9 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from utils.batches.chunks import computed_in_chunks
 from utils.batches.transforms import TransformedImages
-from utils.evaluation.features import gathered
+from utils.evaluation.features import extract
 from utils.launch import gather_with_gradient
 
 
@@ -95,36 +94,19 @@ def with_parts(base):
     return PartDCAC
 
 
-@torch.no_grad()
-def extract_under(masks, encoder, dataset, transform, *, accelerator, batch_size, num_workers, desc, neck=True):
-    """Features (N, D) float32 on the CPU under given masks (N, parts, patches), equal on every process, in eval mode.
-
-    After BatchNorm, or before it without `neck`.
-    """
-    was_training, shape, size = encoder.training, (3, *encoder.image_size), masks.shape[1:]
-    encoder.to(accelerator.device).eval()
-    batch_size = min(batch_size, len(dataset))
+def extract_under(masks, encoder, dataset, transform, *, neck=True, **options):
+    """Features as by `extract`, under given masks (N, parts, patches); without `neck` before BatchNorm."""
+    shape, size = (3, *encoder.image_size), masks.shape[1:]
 
     def compute(rows):
         images, seen = rows.split([math.prod(shape), math.prod(size)], dim=1)
-        with accelerator.autocast():
-            features = encoder.backbone(images.unflatten(1, shape), seen.unflatten(1, size) > 0.5)
-            return encoder.bnneck(features) if neck else features
+        features = encoder.backbone(images.unflatten(1, shape), seen.unflatten(1, size) > 0.5)
+        return encoder.bnneck(features) if neck else features
 
-    parts = computed_in_chunks(
-        MaskedPictures(dataset, transform, masks),
-        [range(start, min(start + batch_size, len(dataset))) for start in range(0, len(dataset), batch_size)],
-        compute,
-        accelerator=accelerator,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        total=len(dataset),
-        desc=desc,
-        leave=False,
-    )
-    features = gathered([part for _, part in parts], len(dataset), batch_size, encoder.num_features, accelerator)
-    encoder.train(was_training)
-    return features
+    def pictures(dataset, transform):
+        return MaskedPictures(dataset, transform, masks)
+
+    return extract(encoder, dataset, transform, pictures=pictures, compute=compute, **options)
 
 
 class MaskedPictures(TransformedImages):

@@ -32,12 +32,13 @@ def extraction_key(model, identities, accelerator, batch_size, **settings):
 @torch.no_grad()
 def extract(
     model, dataset, transform, *, accelerator, batch_size=64, num_workers=0, desc="extracting", keep_in=None, key=None,
-    in_float32=False,
+    in_float32=False, pictures=TransformedImages, compute=None,
 ):  # fmt: skip
     """Features (N, D) float32 on the CPU, equal on every process, extracted in eval mode.
 
-    `in_float32` ignores the accelerator's precision. With a folder `keep_in`, finished chunks are stored in
-    `keep_in/chunks-KEY`, and a run with the same key resumes from them; all processes must see the folder.
+    `pictures` gives the rows of a batch from data set and transform, `compute` their features; default: the images
+    and the model. `in_float32` ignores the accelerator's precision. With a folder `keep_in`, finished chunks are
+    stored in `keep_in/chunks-KEY`, and a run with the same key resumes from them; all processes must see the folder.
     """
     was_training = model.training
     model.to(accelerator.device).eval()
@@ -46,15 +47,15 @@ def extract(
     chunks = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
     folder = keep_in and Path(keep_in) / f"chunks-{key}"
 
-    def compute(images):
+    def computed(batch):
         with nullcontext() if in_float32 else accelerator.autocast():
-            return model(images)
+            return (compute or model)(batch)
 
     parts = []
     for rows, features in computed_in_chunks(
-        TransformedImages(dataset, transform),
+        pictures(dataset, transform),
         missing_chunks(folder, chunks) if keep_in else chunks,
-        compute,
+        computed,
         accelerator=accelerator,
         batch_size=batch_size,
         num_workers=num_workers,
