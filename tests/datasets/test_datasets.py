@@ -115,6 +115,17 @@ def test_spec_that_is_wrong(spec):
         parse_spec(spec)
 
 
+def test_an_option_that_is_misspelt_is_named(tmp_path):
+    """Where only the part before the colon exists."""
+    (tmp_path / "people" / "anna").mkdir(parents=True)
+    spec = f"{tmp_path / 'people'}:pid=label"
+    assert parse_spec(spec) == (str(tmp_path / "people"), {"pid": "label"})
+    with pytest.raises(ValueError, match="people does not know the option 'pid'; it accepts image_column, pid_column"):
+        load_reid(spec)
+    (tmp_path / "people:pid=label").mkdir()
+    assert parse_spec(spec) == (spec, {})
+
+
 def test_synthetic():
     data = load_reid("synthetic:num_ids=4", images_per_id=6, domain="b")
     assert data["train"].column_names == COLUMNS

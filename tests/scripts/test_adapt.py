@@ -1,4 +1,4 @@
-"""adapt_reid.py: the losses against their definitions, whole runs against interruptions, labels against being read."""
+"""adapt_reid.py: the losses against their definitions, whole runs against interruptions, data without labels."""
 
 import functools
 import json
@@ -7,7 +7,6 @@ import signal
 import subprocess
 
 import datasets
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,6 @@ from methods.idm import IDM, Mixer
 from tests import runs
 from tests.runs import ROOT, environment, launch, lines_written, log_of, same_weights, start, stopped, weights_of
 from utils.datasets.load import load_reid
-from utils.datasets.portable import save
-from utils.datasets.schema import put
 from utils.datasets.unlabelled import open_unlabelled
 from utils.launch import gather_by_domain
 from utils.modeling.domain_norms import DomainNorm
@@ -331,33 +328,6 @@ def test_kill_and_go_on(small, finished, tmp_path):
     assert killed.returncode == -signal.SIGKILL
     launch(SCRIPT, *common, "--resume_from_checkpoint", "latest")
     assert (tmp_path / "log.jsonl").read_text() == (finished / "spcl-adaptation" / "log.jsonl").read_text()
-
-
-@pytest.fixture(scope="session")
-def two_copies(tmp_path_factory):
-    """The target as it is, and with the labels of its training images drawn anew."""
-    folder = tmp_path_factory.mktemp("copies")
-    data = load_reid(TARGET)
-    save(data, folder / "true" / "set")
-    labels = np.random.default_rng(0).integers(0, 50, len(data["train"]))
-    data["train"] = put(data["train"], "pid", labels)
-    save(data, folder / "random" / "set")
-    return folder
-
-
-@kinds("idm")
-def test_labels_of_the_target_are_never_read(small, two_copies, tmp_path, kind):
-    """With other labels every number of the training stays, to the last digit; only what a report says differs."""
-    for name in ("true", "random"):
-        more = ["--target", two_copies / name / "set", "--output_dir", tmp_path / name]
-        train(*small, *KINDS[kind], *more)
-    first, second = tmp_path / "true", tmp_path / "random"
-    assert (first / "log.jsonl").read_bytes() == (second / "log.jsonl").read_bytes()
-    assert same_weights(weights_of(first), weights_of(second))
-    records = [json.loads((folder / "clusters.json").read_text()) for folder in (first, second)]
-    for one, other in zip(*records, strict=True):
-        assert one["ari"] != other["ari"]
-        assert (one["clusters"], one["noise"]) == (other["clusters"], other["noise"])
 
 
 @pytest.mark.slow

@@ -51,7 +51,12 @@ def test_a_labelled_run_writes_its_calibration_twice(calibrated):
     # What was there before stays as it was.
     assert set(read(out / "metrics.json")["thresholds"]) == {"0.01", "0.001", "0.0001"}
     page = Page((out / "report.html").read_text())
-    assert "Same person or not" in page.text and "not measurable with 26 identities" in page.text
+    # The reasons stand below the table, which they would widen beyond the page.
+    text = page.text[page.text.index("A score is the cosine of two images") :]
+    assert "false-match rate 0.001not measurable–" in text
+    assert text.index("Right results:") < text.index(
+        "Two images: false-match rate 0.001: not measurable with 26 identi"
+    )
 
 
 def decided(calibrated, out, *more):
@@ -75,6 +80,14 @@ def test_a_search_with_a_calibrated_model_decides(calibrated, tmp_path, capsys):
         assert f"{name}: " in said
     page = Page((tmp_path / "report.html").read_text())
     assert "same person: yes" in page.text or "nobody: no gallery image passes" in page.text
+    right = counts["right"]
+    counted = [
+        f"{answer} ({right[answer]} right)".replace(answer, f"{answer} {counts[answer]}", 1) for answer in right
+    ]
+    assert f"Decisions of {len(rows)} queries: {', '.join(counted)}" in said
+    text = " ".join(page.text.split())
+    assert text.index("Decisions Is the nearest") < text.index("queries have a match to find")
+    assert f"yesthe same person, within the accepted rate of false alarms{counts['yes']}{right['yes']} " in text
 
 
 def test_a_gallery_without_the_person_asked_for(calibrated, tmp_path, capsys):

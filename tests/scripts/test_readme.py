@@ -49,7 +49,7 @@ def test_flags_in_the_text_are_flags_of_a_script(capsys):
         with pytest.raises(SystemExit):
             importlib.import_module(path.stem).parse_args(["--help"])
         known |= set(re.findall(r"--\w+", capsys.readouterr().out))
-    other = {"--config_file", "--root", "--save_to", "--check", "--pid"}
+    other = {"--config_file", "--root", "--save_to", "--check", "--pid", "--folders"}
     assert set(re.findall(r"`[^`\n]*?(--\w+)", README)) - known <= other
 
 

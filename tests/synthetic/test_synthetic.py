@@ -4,6 +4,7 @@ import hashlib
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from PIL import Image
 from tests.runs import ROOT
 from utils import synthetic
 from utils.datasets.load import load_reid
+from utils.datasets.search_folders import read_folders
+from utils.datasets.tracklets import read_tracklets
+from utils.synthetic import folders
 from utils.synthetic.world import rows
 
 PIXELS = """
@@ -216,3 +220,38 @@ def test_contact_sheet_command(tmp_path):
     for arguments in (["--num_ids", "0", "--out", str(out)], ["--out", str(tmp_path / "no" / "folder.png")]):
         with pytest.raises(SystemExit):
             synthetic.main(["--num_ids", "1", *arguments])
+
+
+def test_plain_folders_as_people_have_them(tmp_path, capsys):
+    words = ["--domain", "d", "--num_ids", "28", "--images_per_id", "4", "--seed", "3", "--folders"]
+    synthetic.main([*words, str(tmp_path / "own")])
+    root = tmp_path / "own"
+    assert capsys.readouterr().out.startswith(f"wrote 112 images in {root}/people, 7 images in {root}/wanted, ")
+    names = sorted(path.name for path in (root / "people").iterdir())
+    assert len(names) == 28 and {"anna", "bert", "zoe", "anna2", "bert2"} <= set(names)
+    data = load_reid(f"{root / 'people'}")["train"]
+    assert len(set(data["pid"][:])) == 28 and len(data) == 112
+    for row in data.select(range(8)):
+        index, camera = Path(row["path"]).stem.split("_c")
+        pid = {"anna": 0, "anna2": 26}[Path(row["path"]).parent.name]
+        assert int(camera) == row["camid"] + 1 == synthetic.camera_of("d", pid, int(index), 3) + 1
+        assert row["image"].tobytes() == synthetic.render("d", pid, row["camid"], int(index), 3).tobytes()
+    query, gallery = read_folders(root / "wanted", root / "camera2")
+    wanted, there = set(query["pid"]), set(gallery["pid"])
+    # Nobody who is searched for was trained on; each third is not there, and others are.
+    assert min(wanted | there) == 28 and len(wanted) == 7 and wanted - there == {30, 33} and len(there) == 12
+    assert set(query["camid"]) == {0} and set(gallery["camid"]) == {1}
+    tracklets = read_tracklets(root / "tracklets")
+    assert set(tracklets.pids) == there and set(tracklets.camids) == {0, 1, 2, 3}
+    assert len(tracklets.items) == 48 and {len(item.rows) for item in tracklets.items} == {3}
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+    with pytest.raises(SystemExit):
+        synthetic.main([*words, str(root)])
+    assert "is not empty; give a new folder" in capsys.readouterr().err
+
+
+def test_a_stopped_run_leaves_no_half_of_the_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "render", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        folders.write_folders(tmp_path / "own", "a", 2, 4)
+    assert list(tmp_path.iterdir()) == []

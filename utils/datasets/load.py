@@ -42,16 +42,15 @@ def known_names():
 def parse_spec(spec):
     """`viper:split=3` -> ("viper", {"split": 3}), and so `./people:pid_column=label` for a path or Hub id.
 
-    If the words after the colon are not options of the source, the whole text is a path.
+    If the words after the colon are no options, the whole text is a path, unless only the part before it exists.
     """
     name, colon, text = spec.partition(":")
     if colon and name in known_names():
         return name, read_options(text.split(","), spec)
     path, _, text = spec.rpartition(":")
     words = {item.partition("=")[0].strip() for item in text.split(",")}
-    if path and words <= {*COLUMN_OPTIONS, *COMMON_OPTIONS, "domain", "revision"} and not os.path.exists(spec):
-        return path, read_options(text.split(","), spec)
-    return spec, {}
+    known = words <= {*COLUMN_OPTIONS, *COMMON_OPTIONS, "domain", "revision"} or "=" in text and os.path.exists(path)
+    return (path, read_options(text.split(","), spec)) if path and known and not os.path.exists(spec) else (spec, {})
 
 
 def read_options(items, where):

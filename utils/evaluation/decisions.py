@@ -27,6 +27,11 @@ UNSURE_TIMES, MOST_UNSURE = 10, 0.5
 DECISIONS = "decisions.csv"
 COLUMNS = ("query", "same_person", "gallery", "score", "false_match_rate", "false_alarm_rate", "miss_rate")
 SHOWN = 20
+MEANINGS = {
+    YES: "the same person, within the accepted rate of false alarms",
+    UNSURE: "perhaps the same person: look at the image",
+    NOBODY: "no image of the gallery is alike enough",
+}
 
 
 @dataclass
@@ -50,8 +55,8 @@ class Decision:
     def describe(self):
         if self.answer == NOBODY:
             return (
-                f"nobody: no gallery image passes, the nearest has score {self.score:.3f}; of the people who are in "
-                f"the gallery {self.miss_rate:.0%} are missed so"
+                f"nobody: no gallery image passes, the nearest has score {self.score:.3f}; this limit misses "
+                f"{self.miss_rate:.0%} of the people who are in a gallery"
             )
         return (
             f"same person: {self.answer}, score {self.score:.3f}, "
@@ -165,3 +170,26 @@ def text_lines(decisions, queries, gallery):
         yield f"{name}: {nearest}{one.describe()}"
     if len(decisions) > SHOWN:
         yield f"{len(decisions) - SHOWN} more queries: {DECISIONS}"
+    counts = summary(decisions, queries, gallery)
+    answers = [f"{answer} {counts[answer]}{share_right(counts, answer)}" for answer in MEANINGS]
+    yield f"Decisions of {len(decisions)} queries: {', '.join(answers)}"
+
+
+def share_right(counts, answer):
+    return f" ({counts['right'][answer]} right)" if counts.get("right") else ""
+
+
+def add_decisions(report, counts):
+    """The answers of a search, counted, before its lists: `counts` is the `summary`."""
+    words = f"Is the nearest image of the same person? The answers by the calibration; {DECISIONS} has them by query."
+    report.section("Decisions", words)
+    right = counts.get("right")
+    columns = ["answer", "meaning", "queries", *(["right"] if right else [])]
+    rows = [[one, MEANINGS[one], counts[one], *([right[one]] if right else [])] for one in MEANINGS]
+    caption = ""
+    if right:
+        caption = (
+            f"Right: the nearest image shows the person, or the person is not there; of {counts['num_labelled']:,} "
+        )
+        caption += "queries with a known identity."
+    report.table(columns, rows, text_columns=2, caption=caption)

@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 
 from utils.batches.transforms import test_transform
 from utils.datasets.schema import UNKNOWN
+from utils.evaluation.decisions import add_decisions
 from utils.evaluation.lists import is_match
 from utils.evaluation.metrics import RANKS
 from utils.modeling.attention import attention_maps
@@ -73,12 +74,16 @@ def evaluation_report(metrics, findings, pictures=None, *, num_random=4, seed=0)
         facts.append(("The same file", f"{metrics['num_same_files']:,} pairs of query and gallery, dropped"))
     if is_search:
         report = Report("Search", subtitle="The nearest gallery images of each query, closest first.", facts=facts)
+        if findings.decisions:
+            add_decisions(report, metrics["decisions"])
         add_searches(report, findings, pictures)
     else:
         lead = f"For {percent(metrics['rank1'])} of the queries the nearest image shows the right person."
         if "splits" in metrics:
             lead += f" Numbers are means over {len(metrics['splits'])} splits; curves and pictures show the first."
         report = Report("Re-identification", subtitle=lead, facts=facts)
+        if findings.decisions:
+            add_decisions(report, metrics["decisions"])
         add_numbers(report, metrics, findings.result)
         if findings.pairs:
             add_distances(report, findings.pairs)
@@ -194,28 +199,28 @@ def add_calibration(report, calibration):
         "identities photographed by the same cameras. calibration.json has the numbers of each pair of cameras too."
     )
     report.section("Same person or not", text)
-    rows = [
-        [f"two images: false-match rate {rate}", *calibrated_cells(entry, "right_match_rate")]
-        for rate, entry in calibration["rates"].items()
-    ]
-    rows += [
-        [f"search for somebody not there: false alarms {rate}", *calibrated_cells(entry, "TPIR")]
-        for rate, entry in calibration["open_set"]["rates"].items()
-    ]
+    limits = [(f"two images: false-match rate {rate}", one) for rate, one in calibration["rates"].items()]
+    searches = calibration["open_set"]["rates"].items()
+    limits += [(f"search for somebody not there: false alarms {rate}", one) for rate, one in searches]
+    rows = [[name, *calibrated_cells(one, "TPIR" if "TPIR" in one else "right_match_rate")] for name, one in limits]
     caption = (
         "Right results: pairs of one identity that match, or searches for somebody who is there that end with the "
         f"right identity. A search goes through {calibration['open_set']['gallery_images']:,.0f} gallery images."
     )
     report.table(["accepted", "threshold", "right results"], rows, caption=caption)
+    # In a cell they would be wider than the page.
+    for name, one in limits:
+        if one.get("reason"):
+            report.text(f"{name[0].upper()}{name[1:]}: {one['reason']}.")
 
 
 def calibrated_cells(entry, name):
     if entry["threshold"] is None:
-        return entry["reason"], "–"
+        return "not measurable", "–"
     low, high = map(float, entry["threshold_interval"])
     cells = [f"{entry['threshold']:.4f} ({low:.4f} to {high:.4f})"]
     if entry[name] is None:
-        return *cells, entry["reason"]
+        return *cells, "not measurable"
     low, high = map(float, entry[f"{name}_interval"])
     return *cells, f"{percent(entry[name])} ({percent(low)} to {percent(high)})"
 

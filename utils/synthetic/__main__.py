@@ -1,8 +1,10 @@
-"""Draw a contact sheet of the synthetic world.
+"""Draw a contact sheet of the synthetic world, or plain folders of images to try the scripts with.
 
     python -m utils.synthetic --domain a --num_ids 8 --out sheet.png
+    python -m utils.synthetic --domain d --num_ids 64 --folders own
 
-Each row shows the pictures of one identity, sorted by camera.
+Each row of the sheet shows the pictures of one identity, sorted by camera. `own` is a folder like one's own data:
+`people` to train on, `wanted` and `camera2` to search, `tracklets` to group; see `utils/synthetic/folders.py`.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import argparse
 from PIL import Image, ImageDraw
 
 from utils.synthetic.domains import DOMAINS
+from utils.synthetic.folders import write_folders
 from utils.synthetic.world import SIZE, camera_of, check_request, render
 
 
@@ -29,18 +32,30 @@ def contact_sheet(domain, num_ids=8, images_per_id=8, seed=0):
 
 
 def main(input_args=None):
-    parser = argparse.ArgumentParser(description="Draw a contact sheet of the synthetic world: identities x cameras.")
+    parser = argparse.ArgumentParser(
+        description="Draw the synthetic world: a contact sheet, or plain folders of images."
+    )
     parser.add_argument("--domain", default="a", choices=sorted(DOMAINS), help="which domain")
-    parser.add_argument("--num_ids", type=int, default=8, help="identities, one a row")
+    parser.add_argument(
+        "--num_ids", type=int, default=8, help="identities, one a row; of --folders, those to train on"
+    )
     parser.add_argument("--images_per_id", type=int, default=8, help="pictures of each, sorted by camera")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other people")
-    parser.add_argument("--out", default="sheet.png", help="file to write")
+    parser.add_argument("--out", default="sheet.png", help="sheet to write")
+    parser.add_argument("--folders", help="write no sheet, but images into this new folder, like data of your own")
     args = parser.parse_args(input_args)
+    wanted = args.domain, args.num_ids, args.images_per_id, args.seed
     try:
-        contact_sheet(args.domain, args.num_ids, args.images_per_id, args.seed).save(args.out)
+        if args.folders:
+            counts = write_folders(args.folders, *wanted)
+        else:
+            contact_sheet(*wanted).save(args.out)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(f"wrote {args.out}")
+    if args.folders:
+        print(f"wrote {', '.join(f'{count} images in {args.folders}/{name}' for name, count in counts.items())}")
+    else:
+        print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

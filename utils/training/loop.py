@@ -228,9 +228,8 @@ class Training:
         accelerator.wait_for_everyone()
         with whole_weights(self.model, accelerator):
             if self.stopped:
-                accelerator.print(
-                    f"SIGTERM: {self.stopped_at} is written; resume with --resume_from_checkpoint latest"
-                )
+                words = f"SIGTERM: {self.stopped_at} is written; resume with --resume_from_checkpoint latest"
+                accelerator.print(words)
             elif accelerator.is_main_process:
                 output_dir, history = Path(args.output_dir), self.state["history"]
                 with write_together(output_dir) as part:
@@ -238,6 +237,8 @@ class Training:
                 if history:
                     print(text_table(["target", "number", "before", "after", "points"], before_and_after(history)))
                 print(f"Results: {output_dir}; open {output_dir / 'report.html'}")
+                if (model := output_dir / "model").is_dir():
+                    print(f"Search: python evaluate.py --model {model} --query_dir DIR --gallery_dir DIR")
                 if args.push_to_hub:
                     print(f"Uploaded: {upload(args.hub_model_id or output_dir.resolve().name)}")
         accelerator.end_training()
