@@ -19,7 +19,7 @@ for each query whether the nearest image shows the same person.
 
 Without arguments it is a demo: the shipped stand-in CLIP on people drawn by code. Features are stored in the
 output folder: the same command with `--rerank` or another `--protocol` does not extract them again. `--features FILE`
-ranks features of any other tool.
+ranks features of any other tool; `--model DIR --export onnx FILE.onnx` writes a model for onnxruntime.
 """
 
 import os

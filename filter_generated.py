@@ -187,9 +187,7 @@ def build_parser():
     group.size("--resize", help="of the images kept; default: as they are")
     group.add("--title", default="Filtered generated people", help="of the data card")
     group.add("--license", default="other", help="of the data card; default other: the sources' terms hold")
-    group.switch("--push_to_hub", "upload dataset/, to a private repository where it is new")
-    idle = (lambda args: not args.push_to_hub, "no --push_to_hub")
-    group.add("--hub_dataset_id", idle=idle, help="repository; default: the name of --output_dir")
+    flags.add_upload(group, "dataset/, to a private repository where it is new", "--hub_dataset_id")
     group.add("--eval_batch_size", type=at_least(1), default=64, help="images of each process")
     group.add("--seed", type=ranges.seed, default=0, help="of training and of what is held out")
     return parser

@@ -278,7 +278,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 
 from methods.meta import DomainBatches, Meta, cosine_after_warmup
@@ -289,7 +289,7 @@ from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import training_loader
 from utils.datasets.load import digest_of, labels_of, subset
 from utils.evaluation.targets import open_sets
-from utils.launch import gather_with_gradient
+from utils.launch import gather_with_gradient, splitter, whole_weights
 from utils.modeling.folder import card_text
 from utils.modeling.losses import CentreLoss, circle_logits, hard_triplet, weighted_triplet
 from utils.modeling.names import check_start
@@ -376,14 +376,13 @@ def delayed_cosine(epoch, step, args):
 def main(args):
     # Of meta, a step leaves the experts of other domains out.
     unused = args.freeze_steps > 0 or args.method == META
-    accelerator = launch.start_training(args, find_unused_parameters=unused)
+    accelerator = launch.start_training(args, find_unused_parameters=unused, fsdp=True)
     standin = STANDINS.get(args.backbone)
     words = {"demo": DEMO_WORDS.format(args.method, standin or Path(args.backbone).name)}
     launch.introduce(args, accelerator, **words, stand_ins=standin and STAND_IN.format(standin))
     # What can be wrong with data and configuration shows before a model is loaded.
     family = check_start(args.backbone, args.method, args.semantic_weight)
-    under_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    generalisation.check_start(args.method, args.backbone, family, under_deepspeed=under_deepspeed)
+    generalisation.check_start(args.method, args.backbone, family, owner=splitter(accelerator))
     batch_size = launch.global_batch_size(args, accelerator)
     options = {"root": args.data_root, "skip_unreadable": args.skip_unreadable, "say": accelerator.print}
     options |= {"holdout": args.holdout, "single_image_ids": args.single_image_ids}
@@ -406,7 +405,9 @@ def main(args):
     changes = {"padding": args.padding, "erasing": args.erasing, "transform": transform_of(args, model)}
     loader = training_loader(model, train, labels.tolist(), sampler, **changes, **workers)
     bare = Meta(model, args, id_domains) if args.method == META else FineTuning(model, args)
-    method, optimizer = accelerator.prepare(bare, optimizer_of(args, groups_of(args, model)))
+    # MGN calls layers inside a block.
+    networks = [] if args.method == "mgn" else [model.backbone]
+    method, optimizer = launch.prepare(accelerator, bare, networks, lambda: optimizer_of(args, groups_of(args, model)))
     schedule = own_schedule(args, sampler.steps_of(1))
     training.begin(method, optimizer, rates_of(args, optimizer, training.num_steps, schedule))
     params = trained(method)
@@ -422,8 +423,10 @@ def main(args):
             training.log(values)
         if training.measures(epoch):
             training.measure(epoch, model, targets)
-    if not training.stopped and accelerator.is_main_process:
-        model.save_pretrained(Path(args.output_dir) / "model", card=card_of(args, training, model))
+    if not training.stopped:
+        with whole_weights(method, accelerator):
+            if accelerator.is_main_process:
+                model.save_pretrained(Path(args.output_dir) / "model", card=card_of(args, training, model))
     return training.end(
         lambda: report_of(args, training, num_ids),
         upload=lambda repo_id: model.push_to_hub(repo_id, card=card_of(args, training, model)),
@@ -439,8 +442,14 @@ def training_step(training, method, bare, batch, params):
     )
     # The same draw on every process, and again after a resume.
     rng = random.Random(f"step/{args.seed}/{training.step}")
-    loss, values, compared, labels = method(images, labels, rng=rng, frozen=training.step < args.freeze_steps)
+    frozen = training.step < args.freeze_steps
+    # Neither DeepSpeed nor FSDP2 does so by itself.
+    with accelerator.autocast():
+        loss, values, compared, labels = method(images, labels, rng=rng, frozen=frozen)
     accelerator.backward(loss)
+    if frozen and splitter(accelerator) == "FSDP":
+        # Its gradients belong to other tensors than those that rested in the forward pass.
+        bare.model.backbone.zero_grad()
     norm = accelerator.clip_grad_norm_(params, args.max_grad_norm or float("inf"))
     optimizer.step()
     optimizer.zero_grad()

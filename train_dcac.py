@@ -108,8 +108,7 @@ def build_parser():
     group.add("--memory_momentum", type=fraction, default=0.2, help="what a prototype keeps in an update")
 
     group = parser.group("diffusion feedback", idle=baseline)
-    words = "none trains the baseline"
-    group.arguments.add_argument("--diffusion", choices=["ldm", "none"], default="ldm", help=words)
+    group.arguments.add_argument("--diffusion", choices=["ldm", "none"], default="ldm", help="none: the baseline")
     words = "condition of the U-Net: probabilities x prompts, the label's prompt, or feature x prompts"
     group.add("--condition", choices=CONDITIONS, default=CONDITIONS[0], help=words)
     words = (
@@ -223,7 +222,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -239,7 +238,7 @@ from utils.diffusion.unet import load_diffusion, recompute_activations, save_fee
 from utils.evaluation.features import extract
 from utils.evaluation.targets import open_sets
 from utils.files import portable
-from utils.launch import gather_with_gradient, own_rows, whole_weights
+from utils.launch import gather_with_gradient, own_rows, prepare, splitter, whole_weights
 from utils.modeling.folder import card_text, model_kind
 from utils.modeling.memories import PrototypeMemory
 from utils.modeling.norms import check_passes, share_batch_statistics
@@ -380,7 +379,7 @@ def main(args):
     late = args.diffusion == "ldm" and args.ldm_start_epoch > 1
     # The balance looks at the neck's weights by themselves, which ZeRO-3 splits.
     stage = 2 if args.ldm_balance else 3
-    accelerator = launch.start_training(args, find_unused_parameters=late, max_zero_stage=stage)
+    accelerator = launch.start_training(args, find_unused_parameters=late, max_zero_stage=stage, fsdp=True)
     launch.introduce(args, accelerator, demo=DEMO, stand_ins=stand_ins_of(args))
     # What can be wrong with data and configuration shows before a model is loaded.
     model_kind(args.backbone)
@@ -417,14 +416,15 @@ def main(args):
     if not training.resumed and parts.start(bare, labels, accelerator, batch_size):
         return accelerator.end_training()
     loader = parts.loader(build_loader(args, accelerator, bare.encoder, train, labels, sampler, vae))
-    model, optimizer = accelerator.prepare(bare, optimizer_of(args, parameter_groups(args, bare)))
+    networks = bare.encoder.backbone, bare.unet
+    model, optimizer = prepare(accelerator, bare, networks, lambda: optimizer_of(args, parameter_groups(args, bare)))
     training.begin(model, optimizer, rates_of(args, optimizer, training.num_steps))
     params, encoder = trained(model), bare.encoder
 
     def measure(epoch):
+        # Published numbers are of float32.
+        training.measure(epoch, encoder, targets, in_float32=True)
         with whole_weights(model, accelerator):
-            # Published numbers are of float32.
-            training.measure(epoch, encoder, targets, in_float32=True)
             parts.note(training, epoch, encoder, targets)
             if vae is not None and accelerator.is_main_process:
                 training.note(epoch, **examine(args, accelerator, bare, vae, train, labels, epoch))
@@ -459,7 +459,7 @@ def training_step(training, model, bare, vae, batch, params):
         share = accelerator.process_index, accelerator.num_processes
         feedback |= inputs_of_step(vae, batch, args.seed, training.step, bare.schedule.num_steps, *share)
         feedback["warmup"] = training.epoch < args.ldm_start_epoch + args.ldm_warmup_epochs
-    # Only DeepSpeed does not do so by itself.
+    # DeepSpeed and FSDP2 do not do so by themselves.
     with accelerator.autocast():
         loss, values, bn_features, labels = model(batch["images"], batch["labels"], **feedback)
     accelerator.backward(loss)
@@ -520,9 +520,8 @@ def build_model(args, accelerator, num_ids, diffusion, prompts, parts):
         condition = Condition(args.condition, args.probabilities, args.bottleneck, **sizes, **more)
         options = {"seed": args.seed, "revision": args.revision, "variant": diffusion.variant}
         options["memory_efficient"] = args.enable_xformers_memory_efficient_attention
-        # DeepSpeed sends weights around as they lie in memory.
-        options["channels_last"] = accelerator.distributed_type != DistributedType.DEEPSPEED
-        options["mixed_precision"] = accelerator.mixed_precision
+        # What splits weights sends them around as they lie in memory.
+        options |= {"channels_last": not splitter(accelerator), "mixed_precision": accelerator.mixed_precision}
         unet, schedule, vae = load_diffusion(args.pretrained_model_name_or_path, args.unet_mode, args.rank, **options)
     if args.gradient_checkpointing == "all":
         encoder.enable_gradient_checkpointing()

@@ -192,7 +192,7 @@ def build_parser():
     group.add("--lr_warmup_steps", type=at_least(0), default=0, idle=constant, help="steps in which the rate rises")
     group.add("--adam_weight_decay", type=not_negative, default=1e-2, help="weight decay")
     group.add("--max_grad_norm", type=not_negative, default=1.0, help="clip gradients to this norm, 0 for never")
-    group.switch("--use_8bit_adam", "8-bit optimizer of bitsandbytes")
+    flags.add_8bit(group)
     flags.add_memory(parser, compiled="the U-Net, once for all identities", xformers=True)
 
     group = parser.group("generated images")
@@ -223,6 +223,7 @@ def build_parser():
         "--redraw", "add images by the adapters that are kept, up to --num_images of each prompt, untuned", free=True
     )
     group.add("--output_dir", default="output/generated", free=True, help="folder of the results")
+    flags.add_upload(group, "the images made, to a private repository where it is new", "--hub_dataset_id", free=True)
     group.add("--num_shards", type=at_least(1), default=1, free=True, help="jobs that share the identities")
     group.add("--shard", type=at_least(0), default=0, free=True, help="number of this job, from 0")
     group.switch("--merge", "only write the tables and the report of what --output_dir holds", free=True)
@@ -462,6 +463,8 @@ def main(args):
     args.mixed_precision = accelerator.mixed_precision
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     launch.introduce(args, accelerator, demo=DEMO, stand_ins=launch.stand_ins_among(args, STAND_INS, PUBLISHED))
+    if args.push_to_hub:
+        launch.check_login()
     everyone = open_identities(
         args.source, args.data_root, max_images=args.max_sequence_images, skip_unreadable=args.skip_unreadable
     )
@@ -483,9 +486,8 @@ def main(args):
     accelerator.wait_for_everyone()
     failures = {}
     if accelerator.is_main_process:
-        failures = made_set.finish(
-            work, identities, args.validation_ids, captions_only=args.captions_only, unfinished=args.merge
-        )
+        options = {"captions_only": args.captions_only, "unfinished": args.merge, "push": args.push_to_hub}
+        failures = made_set.finish(work, identities, args.validation_ids, **options, repository=args.hub_dataset_id)
     accelerator.end_training()
     return failures
 
@@ -516,7 +518,7 @@ def check_inputs(args, everyone, identities, say):
     if args.base_bits:
         launch.bitsandbytes_module("--base_bits")
     if args.use_8bit_adam:
-        build_optimizer([nn.Parameter(torch.zeros(1))], "adamw", learning_rate=1.0, use_8bit=True)
+        build_optimizer([nn.Parameter(torch.zeros(1))], "adamw", learning_rate=1.0, use_8bit=args.use_8bit_adam)
     tokenizers = [load_tokenizer(name, args.revision, part) for part, *_ in family.TEXTS[:2]]
     if not is_new(args.identity_token) and (words := said_of_word(args.identity_token, tokenizers)):
         say(words)

@@ -80,8 +80,8 @@ def only(method):
     return lambda args: args.method != method, lambda args: f"--method {args.method}"
 
 
-def check_start(method, name, family, *, under_deepspeed=False):
-    """ValueError if the method cannot train a backbone, `name`, of this family, or not under DeepSpeed."""
+def check_start(method, name, family, *, owner=None):
+    """ValueError if the method cannot train a backbone, `name`, of this family, or under `owner`, of its weights."""
     if method == META and family != "resnet":
         raise ValueError(
             f"--backbone {name} is a {family}; --method {META} gives a plain ResNet norms of each domain: "
@@ -92,12 +92,8 @@ def check_start(method, name, family, *, under_deepspeed=False):
             f"--backbone {name} is a {family}: it has no BatchNorm, which --method {METABIN} mixes with "
             "InstanceNorm; give a ResNet, such as backbone/ of pretrain_backbone.py --backbone resnet50"
         )
-    if method == METABIN and under_deepspeed:
-        raise ValueError(f"--method {METABIN} moves norms behind DeepSpeed's back; start it without DeepSpeed")
-    if method == META and under_deepspeed:
-        raise ValueError(
-            f"--method {META} trains other norms in every step, DeepSpeed all; start it without DeepSpeed"
-        )
+    if method in PUBLISHED and owner:
+        raise ValueError(f"--method {method} changes norms behind {owner}'s back; start it without {owner}")
 
 
 def check_args(parser, args):

@@ -237,8 +237,20 @@ def add_optimizer(parser, *, learning_rate, weight_decay, optimizers=OPTIMIZERS)
     group.add("--adam_epsilon", type=above_zero, default=1e-8, idle=sgd, help="added to their root")
     group.add("--adam_weight_decay", type=not_negative, default=weight_decay, help="weight decay")
     group.add("--max_grad_norm", type=not_negative, default=0.0, help="clip gradients to this norm; default 0, never")
-    group.switch("--use_8bit_adam", "8-bit optimizer of bitsandbytes")
+    add_8bit(group)
     return group
+
+
+def add_8bit(group):
+    words = "8-bit optimizer of bitsandbytes; with the word torchao that of torchao, which compiles its steps"
+    group.add("--use_8bit_adam", nargs="?", const=True, default=False, type=eight_bit, metavar="torchao", help=words)
+
+
+def eight_bit(text):
+    """A bare flag is bitsandbytes too."""
+    if text not in ("bitsandbytes", "torchao"):
+        raise argparse.ArgumentTypeError(f"must be bitsandbytes or torchao, got {text}")
+    return text == "bitsandbytes" or text
 
 
 def add_schedule(parser, *, milestones, own=()):
@@ -303,10 +315,14 @@ def add_output(parser, folder, *, uploaded="the model"):
     )
     group.add("--log_every", type=at_least(1), default=1, help="steps between writes of log.jsonl")
     group.add("--report_to", nargs="+", default=["none"], help="trackers: tensorboard, wandb, trackio and others")
-    group.switch("--push_to_hub", f"upload {uploaded} at the end")
-    idle = (lambda args: not args.push_to_hub, "no --push_to_hub")
-    group.add("--hub_model_id", idle=idle, help="repository; default: the name of --output_dir")
+    add_upload(group, f"{uploaded} at the end")
     return group
+
+
+def add_upload(group, uploaded, repository="--hub_model_id", **options):
+    group.switch("--push_to_hub", f"upload {uploaded}", **options)
+    idle = (lambda args: not args.push_to_hub, "no --push_to_hub")
+    group.add(repository, idle=idle, help="repository; default: the name of --output_dir", **options)
 
 
 def check_optimizer(parser, args):

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -103,13 +103,20 @@ def start_accelerator(mixed_precision=None, *, patient=False, handlers=(), **opt
     return accelerator
 
 
-def start_training(args, *, find_unused_parameters=False, max_zero_stage=2):
-    """The Accelerator of a training script: one process, DDP, or DeepSpeed; ZeRO-3 needs `whole_weights` there."""
+def start_training(args, *, find_unused_parameters=False, max_zero_stage=2, fsdp=False):
+    """The Accelerator of a training script: one process, DDP, DeepSpeed, or FSDP2 where it uses `prepare` below.
+
+    What it does with a model under ZeRO-3 and FSDP2, apart from training it, stands in `whole_weights`.
+    """
     from accelerate import DistributedDataParallelKwargs, PartialState
     from accelerate.utils import DistributedType
 
-    cpu = not torch.accelerator.is_available()
-    if cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    cpu, settings = not torch.accelerator.is_available(), None
+    if asked("ACCELERATE_USE_FSDP"):
+        from utils.sharding import fsdp_settings
+
+        settings = fsdp_settings(args, cpu, fsdp)
+    elif cpu and asked("ACCELERATE_USE_DEEPSPEED"):
         # With `cpu`, accelerate ignores DeepSpeed: the processes are connected first, and then the setting is removed.
         PartialState(cpu=True)
         os.environ["ACCELERATE_USE_CPU"] = "false"
@@ -124,35 +131,16 @@ def start_training(args, *, find_unused_parameters=False, max_zero_stage=2):
             DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=find_unused_parameters)
         ],
     )
+    accelerator.fsdp_settings = settings
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
-        plugin = accelerator.state.deepspeed_plugin
-        if plugin.zero_stage > max_zero_stage:
-            raise ValueError(
-                f"ZeRO-{plugin.zero_stage} splits weights that evaluation needs whole; use ZeRO-{max_zero_stage}"
-            )
-        if accelerator.mixed_precision == "fp16":
-            raise ValueError("DeepSpeed in fp16 would cast all weights and buffers; use --mixed_precision bf16 or no")
-        if accelerator.mixed_precision == "bf16":
-            # DeepSpeed's bf16 would cast them too. This way `accelerator.autocast` uses bf16, as without DeepSpeed.
-            plugin.deepspeed_config["bf16"] = {"enabled": False}
-            accelerator.native_amp = True
-            torch.set_autocast_dtype(accelerator.device.type, torch.bfloat16)
-        if plugin.zero_stage == 3:
-            # Otherwise transformers splits weights while it loads them, before our model is built from them.
-            from transformers.integrations import unset_hf_deepspeed_config
+        from utils.sharding import set_up_deepspeed
 
-            unset_hf_deepspeed_config()
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
-        plugin.deepspeed_config["gradient_accumulation_steps"] = 1
-        # Our optimiser works with offloading too; DeepSpeed's own would have to be compiled first.
-        plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
-        if args.max_grad_norm:
-            plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm
+        set_up_deepspeed(accelerator, args, max_zero_stage)
     elif kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ValueError(f"distributed training by {kind.value} is not known here; use DDP or DeepSpeed")
+        raise ValueError(f"distributed training by {kind.value} is not known here; use DDP, FSDP2 or DeepSpeed")
     if getattr(args, "use_8bit_adam", False):
-        bitsandbytes_module()
+        eight_bit_optimizers(args.use_8bit_adam)
     if args.push_to_hub:
         check_login()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
@@ -166,18 +154,43 @@ def check_login():
         raise ValueError(f"--push_to_hub needs a login that works: {error}; run `hf auth login`") from None
 
 
-@contextmanager
+def asked(name):
+    """Whether `accelerate launch` asks for one of its ways to train, by the environment."""
+    return os.environ.get(name, "false").lower() == "true"
+
+
+def splitter(accelerator):
+    """What splits the training among the processes and owns the weights for that: FSDP, DeepSpeed or None."""
+    if getattr(accelerator, "fsdp_settings", None) is not None:
+        return "FSDP"
+    return "DeepSpeed" if accelerator.distributed_type.value == "DEEPSPEED" else None
+
+
+def prepare(accelerator, model, networks, build_optimizer):
+    """(model, optimizer) ready for training. FSDP2 splits the blocks of `networks` one by one, then the rest.
+
+    `build_optimizer()` is called when the model has the parameters that will be trained.
+    """
+    if splitter(accelerator) != "FSDP":
+        return accelerator.prepare(model, build_optimizer())
+    from utils.sharding import split
+
+    split(model, networks, accelerator.fsdp_settings, accelerator.device)
+    return model, accelerator.prepare(build_optimizer())
+
+
 def whole_weights(model, accelerator):
-    """Inside this context every process holds all weights whole; under ZeRO-3 each holds only a part of them."""
-    from accelerate.utils import DistributedType
+    """A context in which every process holds all weights whole; under ZeRO-3 and FSDP2 each holds a part of them."""
+    owner = splitter(accelerator)
+    if owner == "FSDP":
+        from utils.sharding import all_whole
 
-    if accelerator.distributed_type != DistributedType.DEEPSPEED or model.zero_optimization_stage() < 3:
-        yield
-        return
-    from deepspeed.runtime.zero import unwrap_model_for_generation
+        return all_whole(model, accelerator.device)
+    if owner == "DeepSpeed" and model.zero_optimization_stage() == 3:
+        from deepspeed.runtime.zero import unwrap_model_for_generation
 
-    with unwrap_model_for_generation(model):
-        yield
+        return unwrap_model_for_generation(model)
+    return nullcontext()
 
 
 def print_notes(accelerator, notes):
@@ -233,6 +246,17 @@ def bitsandbytes_module(flag="--use_8bit_adam"):
     except ImportError as error:
         raise ValueError(f"{flag} needs bitsandbytes ({error}); pip install bitsandbytes") from None
     return bitsandbytes
+
+
+def eight_bit_optimizers(name):
+    """The module with Adam8bit and AdamW8bit that --use_8bit_adam names; True is bitsandbytes."""
+    if name != "torchao":
+        return bitsandbytes_module().optim
+    try:
+        import torchao.optim
+    except ImportError as error:
+        raise ValueError(f"--use_8bit_adam torchao needs torchao ({error}); pip install torchao") from None
+    return torchao.optim
 
 
 def tracked(args):

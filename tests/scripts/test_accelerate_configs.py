@@ -19,6 +19,8 @@ MEANT = {
     "deepspeed_zero2": ("DEEPSPEED", 4, 1, "bf16", 2, "none"),
     "deepspeed_zero2_offload": ("DEEPSPEED", 1, 1, "bf16", 2, "cpu"),
     "deepspeed_zero3": ("DEEPSPEED", 4, 1, "bf16", 3, "none"),
+    "fsdp2": ("FSDP", 4, 1, "bf16", None, None),
+    "fsdp2_offload": ("FSDP", 1, 1, "bf16", None, None),
     "multi_gpu": ("MULTI_GPU", 4, 1, "bf16", None, None),
     "multi_host": ("MULTI_GPU", 8, 2, "bf16", None, None),
     "single_gpu": ("NO", 1, 1, "bf16", None, None),
@@ -31,15 +33,20 @@ TRAINING = [
 # What a process says of itself once a script's own start-up is through.
 ASKED = """
 import argparse, sys, torch
-from utils.launch import start_training
+from utils.launch import prepare, start_training
 names = dict(mixed_precision=None, report_to=[], output_dir=sys.argv[1], push_to_hub=False, train_batch_size=4)
-accelerator = start_training(argparse.Namespace(**names, max_grad_norm=0, allow_tf32=False), max_zero_stage=3)
-model, optimizer = torch.nn.Linear(8, 4), None
-model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+args = argparse.Namespace(**names, max_grad_norm=0, allow_tf32=False)
+accelerator = start_training(args, max_zero_stage=3, fsdp=True)
+model = torch.nn.Linear(8, 4)
+model, optimizer = prepare(accelerator, model, [], lambda: torch.optim.SGD(model.parameters(), lr=0.1))
+# FSDP2 leaves weights outside of blocks whole between the forward and the backward pass.
+weight = accelerator.unwrap_model(model).weight
+share = [weight.device.type, *weight.to_local().shape] if hasattr(weight, "to_local") else []
 with accelerator.autocast():
     computed = model(torch.ones(4, 8)).dtype
 model = accelerator.unwrap_model(model)
 said = [accelerator.distributed_type.value, accelerator.num_processes, str(computed), str(model.weight.dtype)]
+said += share
 with open(f"{sys.argv[1]}/{accelerator.process_index}", "w") as file:
     file.write(" ".join(map(str, said)))
 accelerator.end_training()
@@ -85,6 +92,10 @@ def test_accelerate_reads_what_is_meant(name, monkeypatch):
     args, read, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "x.py"]))
     assert read.distributed_type == config.distributed_type and args.num_processes == processes
     assert args.use_deepspeed == (launcher == "DEEPSPEED") and args.multi_gpu == (launcher == "MULTI_GPU")
+    assert args.use_fsdp == (launcher == "FSDP")
+    if launcher == "FSDP":
+        found = args.fsdp_version, args.fsdp_offload_params, args.fsdp_reshard_after_forward
+        assert [str(value).lower() for value in found] == ["2", str("offload" in name).lower(), "true"]
     if stage:
         assert (args.zero_stage, args.offload_optimizer_device) == (stage, offload)
         # Weights split as they are loaded could not be put into a model of ours.
@@ -112,6 +123,11 @@ def test_multi_gpu_starts_two_processes(tmp_path):
     assert said == dict.fromkeys("01", "MULTI_CPU 2 torch.float32 torch.float32")
 
 
+def test_fsdp_starts_two_processes_with_half_of_the_weights_each(tmp_path):
+    said = asked("fsdp2", tmp_path, "--num_processes", "2")
+    assert said == dict.fromkeys("01", "MULTI_CPU 2 torch.bfloat16 torch.float32 cpu 2 8")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, words", [("cpu", "NO 1 torch.float32"), ("single_gpu", "NO 1 torch.float32")])
 def test_one_process(tmp_path, name, words):
@@ -134,10 +150,13 @@ def test_deepspeed_computes_in_bf16_with_weights_in_float32(tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["deepspeed_zero2", "deepspeed_zero2_offload", "deepspeed_zero3"])
-def test_deepspeed_trains_as_two_processes_do_and_goes_on(tmp_path, name):
+@pytest.mark.parametrize(
+    "name", ["deepspeed_zero2", "deepspeed_zero2_offload", "deepspeed_zero3", "fsdp2", "fsdp2_offload"]
+)
+def test_split_weights_train_as_two_processes_do_and_go_on(tmp_path, name):
     """The whole U-Net by a shipped file in float32: losses of plain data parallelism, and those of an unbroken run."""
-    pytest.importorskip("deepspeed")
+    if name.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
     common = [*TRAINING, "--unet_mode", "full", "--train_batch_size", "4", "--mixed_precision", "no"]
     common += ["--cache_dir", tmp_path / "cache"]
 

@@ -2,11 +2,13 @@
 
 import copy
 import functools
+import importlib.util
 import json
 import math
 import re
 import shutil
 import signal
+import sqlite3
 import sys
 from types import SimpleNamespace
 
@@ -766,6 +768,26 @@ def test_a_tracker_gets_losses_rates_numbers_and_settings(small, cache, tmp_path
     numbers = [tag for tag in found.Tags()["scalars"] if tag.endswith("mAP")]
     assert len(numbers) == 1 and target in numbers[0]
     assert found.Scalars(numbers[0])[-1].value == pytest.approx(metrics["targets"][target]["mAP"], rel=1e-6)
+
+
+def test_trackio_gets_the_same_numbers(small, cache, tmp_path):
+    """Read back from its database on this machine."""
+    if importlib.util.find_spec("trackio") is None:
+        pytest.skip("pip install trackio")
+    words = ["--report_to", "trackio", "--output_dir", tmp_path / "out"]
+    launch(SCRIPT, *plain(small, cache), *words, TRACKIO_DIR=str(tmp_path / "trackio"))
+    (file,) = (tmp_path / "trackio").glob("diffreid-dcac*.db")
+    with sqlite3.connect(file) as database:
+        rows = [(step, json.loads(text)) for step, text in database.execute("select step, metrics from metrics")]
+        ((settings,),) = database.execute("select config from configs")
+    assert json.loads(settings)["learning_rate"] == 3e-4
+    told = {step: numbers for step, numbers in rows if "loss" in numbers}
+    lines = log_of(tmp_path / "out")
+    assert told == {line.pop("step"): {name: line[name] for name in line if name != "epoch"} for line in lines}
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    (target,) = metrics["targets"]
+    measured = [numbers[f"{target}/mAP"] for _, numbers in rows if f"{target}/mAP" in numbers]
+    assert measured == [entry["mAP"] for entry in metrics["history"]]
 
 
 # Prompts from captions

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -853,6 +854,46 @@ def test_captions_that_failed_once_are_no_failure_for_ever(models, tmp_path, mon
             NAMES[0]: "ZeroDivisionError: division by zero"
         }
     assert run(models, tmp_path / "out", "--captions_only", "--ids", "0") == {}
+
+
+def test_an_upload_sends_what_was_made_and_nothing_of_the_people(whole, models, tmp_path, monkeypatch):
+    """The repository then opens by itself, its card says what it is, and images of an earlier upload go."""
+    out, repository = tmp_path / "out", tmp_path / "repository"
+    shutil.copytree(whole[0], out)
+    for name in ("images/a/9/0000.jpg", "LICENSE"):
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_bytes(b"earlier")
+
+    class Hub:
+        def whoami(self):
+            return {}
+
+        def create_repo(self, name, **options):
+            assert options == {"repo_type": "dataset", "private": True, "exist_ok": True}
+            return type("Repo", (), {"repo_id": f"someone/{name}"})
+
+        def upload_folder(self, *, repo_id, repo_type, folder_path, allow_patterns, delete_patterns):
+            assert (repo_id, repo_type) == ("someone/people", "dataset")
+            for name in filter_repo_objects(files(repository), allow_patterns=delete_patterns):
+                (repository / name).unlink()
+            for name in filter_repo_objects(files(folder_path), allow_patterns=allow_patterns):
+                (repository / name).parent.mkdir(parents=True, exist_ok=True)
+                (repository / name).write_bytes((folder_path / name).read_bytes())
+            return "address"
+
+    for module in ("utils.launch", "utils.datasets.portable"):
+        monkeypatch.setattr(f"{module}.HfApi", Hub)
+    assert run(models, out, "--push_to_hub", "--hub_dataset_id", "people") == {}
+    images = {f"images/{name}/{index:04d}.jpg" for name in NAMES for index in range(3)}
+    assert files(repository).keys() == {*images, "README.md", "metadata.parquet", "LICENSE"}
+    assert files(out) == files(whole[0])
+    card = (repository / "README.md").read_text()
+    assert "- synthetic" in card and "none is a photograph" in card
+    assert len(load_reid(str(repository))["train"]) == 9
+    monkeypatch.setattr(Hub, "whoami", lambda hub: 1 / 0)
+    with pytest.raises(ValueError, match="--push_to_hub needs a login that works: .* `hf auth login`"):
+        run(models, tmp_path / "no", "--push_to_hub")
+    assert not (tmp_path / "no").exists()
 
 
 def test_images_that_somebody_took_away_are_made_again(whole, models, tmp_path):

@@ -452,8 +452,8 @@ def test_unreadable_images_are_listed_and_left_out(clip, tmp_path):
 
 @pytest.mark.parametrize("family", ["clip", "resnet", "swin"])
 def test_onnx_export_takes_any_batch(family, clip, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
+    pytest.importorskip("onnxscript", reason="pip install onnx onnxscript onnxruntime")
     backbone = {"clip": lambda folder: clip, "resnet": resnet, "swin": swin}[family](tmp_path / "backbone")
     run("--model", backbone, "--resolution", 64, 32, "--export", "onnx", tmp_path / "onnx" / "model.onnx")
     assert [path.name for path in (tmp_path / "onnx").iterdir()] == ["model.onnx"]

@@ -24,7 +24,7 @@ from tests.runs import ROOT, launch
 from utils import synthetic
 from utils.datasets.load import load_reid
 from utils.flags import CAPTIONER_DIR, CLIP_DIR
-from utils.generated import choosing, kept_set
+from utils.generated import choosing
 from utils.generated import images as generated_images
 from utils.generated.calibration import calibration_scores, scores_across_cameras
 from utils.generated.drawn_set import BROKEN, World, write_drawn
@@ -557,12 +557,13 @@ def test_an_upload_leaves_nothing_of_an_earlier_choice(drawn, whole, monkeypatch
             assert options == {"repo_type": "dataset", "private": True, "exist_ok": True}
             return type("Repo", (), {"repo_id": f"someone/{name}"})
 
-        def upload_folder(self, *, repo_id, repo_type, folder_path, delete_patterns):
+        def upload_folder(self, *, repo_id, repo_type, folder_path, allow_patterns, delete_patterns):
+            assert allow_patterns is None
             gone = set(filter_repo_objects(before, allow_patterns=delete_patterns))
             pushed.append((repo_id, repo_type, folder_path, sorted(gone)))
 
-    monkeypatch.setattr("utils.launch.HfApi", Hub)
-    monkeypatch.setattr(kept_set, "HfApi", Hub)
+    for module in ("utils.launch", "utils.datasets.portable"):
+        monkeypatch.setattr(f"{module}.HfApi", Hub)
     run(drawn, whole, "--keep_fraction", "0.5", "--push_to_hub", "--hub_dataset_id", "people")
     assert pushed == [("someone/people", "dataset", whole / "dataset", sorted(before[2:]))]
 

@@ -11,13 +11,15 @@ ROOT = next(folder for folder in Path(__file__).parents if (folder / "train_dcac
 SCRIPTS = sorted(ROOT.glob("*.py"))
 FLOORS = ["kernels", "utils", "methods", "scripts"]
 ROOMS = [
-    "files", "ranges", "flags", "launch", "worklist", "reporting", "synthetic", "datasets", "batches", "modeling",
-    "losses", "diffusion", "evaluation", "training", "generated", "standins",
+    "files", "ranges", "flags", "sharding", "launch", "worklist", "reporting", "synthetic", "datasets", "batches",
+    "modeling", "losses", "diffusion", "evaluation", "training", "generated", "standins",
 ]  # fmt: skip
 MOST_FILES, MOST_LINES, MOST_SCRIPT_LINES = 16, 380, 620
 ALONG_FILES, ALONG_LINES = 32, 6500
-# Of train_dcac.py: imported inside a function, where prompts are made from captions, and for an encoder with parts.
+# Of train_dcac.py: imported inside a function, where prompts are made from captions, for an encoder with parts, and
+# where weights are split among processes.
 ONLY_FOR_CAPTIONS, ONLY_FOR_PARTS = "utils.generated.texts.identity_texts", "methods.muva"
+ONLY_FOR_SHARES = "utils.sharding"
 
 
 def code(folder):
@@ -135,7 +137,7 @@ def test_sizes():
 def test_what_a_copy_of_train_dcac_takes_along():
     along = [
         path
-        for path in closure(ROOT / "train_dcac.py", without=(ONLY_FOR_CAPTIONS, ONLY_FOR_PARTS))
+        for path in closure(ROOT / "train_dcac.py", without=(ONLY_FOR_CAPTIONS, ONLY_FOR_PARTS, ONLY_FOR_SHARES))
         if path.name != "__init__.py" and "kernels" not in path.parts
     ]
     lines = sum(len(path.read_text().splitlines()) for path in along)
@@ -145,7 +147,8 @@ def test_what_a_copy_of_train_dcac_takes_along():
 def test_train_dcac_opens_captions_only_where_they_are_asked_for():
     script = (
         "import sys\nimport train_dcac\n"
-        "print(*(name for name in sys.modules if name.startswith(('utils.generated', 'methods.muva.'))))"
+        "unasked = 'utils.generated', 'methods.muva.', 'utils.sharding'\n"
+        "print(*(name for name in sys.modules if name.startswith(unasked)))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["methods.muva.settings"] and ONLY_FOR_CAPTIONS in imported(ROOT / "train_dcac.py")

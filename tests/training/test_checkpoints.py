@@ -87,8 +87,10 @@ def names_in(folder):
 # Going on
 
 
-@pytest.mark.parametrize("name, use_8bit", [("adam", False), ("sgd", False), ("adamw", True)])
+@pytest.mark.parametrize("name, use_8bit", [("adam", False), ("sgd", False), ("adamw", True), ("adamw", "torchao")])
 def test_a_resumed_training_goes_on_to_the_same_numbers(tmp_path, accelerator, name, use_8bit):
+    if use_8bit == "torchao":
+        pytest.importorskip("torchao", reason="pip install torchao, and a C++ compiler")
     options = {"name": name, "use_8bit": use_8bit, "weight_decay": 0.01}
     for draw in (random.seed, np.random.seed, torch.manual_seed):
         draw(3)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -260,6 +261,40 @@ def test_8_bit_steps_like_adamw_and_keeps_bytes(name):
     moved = (weights[1] - start).norm()
     assert (weights[0] - weights[1]).norm() < 0.1 * moved
     assert small.state[weights[0]]["state1"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_8_bit_of_torchao_steps_like_torch_at_the_rates_of_a_schedule(name):
+    pytest.importorskip("torchao", reason="pip install torchao, and a C++ compiler")
+    # The bias is too small for blocks of 256.
+    starts = [torch.randn(*shape, generator=torch.Generator().manual_seed(0)) for shape in ((64, 128), (128,))]
+    sets = [[torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2)]
+    options = {"learning_rate": 1e-2, "weight_decay": 0.1}
+    optimizers = [
+        build_optimizer([{"params": [weight]}, {"params": [bias], "lr": 1e-3}], name, use_8bit=use_8bit, **options)
+        for (weight, bias), use_8bit in zip(sets, ("torchao", False), strict=True)
+    ]
+    rates = [LearningRate(optimizer, milestones=[3], gamma=0.1) for optimizer in optimizers]
+    for step in range(5):
+        wanted = 1e-2 if step < 3 else 1e-3
+        # torchao's are float32.
+        assert [rate.set(step, step) for rate in rates] == pytest.approx([wanted] * 2, rel=1e-6)
+        for parameters, optimizer in zip(sets, optimizers, strict=True):
+            for parameter in parameters:
+                generator = torch.Generator().manual_seed(step + 1)
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+    for start, ours, exact in zip(starts, *sets, strict=True):
+        assert (ours - exact).norm() < 0.1 * (exact - start).norm()
+    torch.testing.assert_close(sets[0][1], sets[1][1], rtol=1e-5, atol=1e-6)
+    first, second = (optimizers[0].state[parameter]["exp_avg"] for parameter in sets[0])
+    assert first.codes.dtype == torch.uint8 and type(second) is torch.Tensor
+
+
+def test_8_bit_optimizers_that_are_not_there(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(ValueError, match="--use_8bit_adam torchao needs torchao .*; pip install torchao"):
+        build_optimizer([torch.nn.Parameter(torch.zeros(1))], learning_rate=0.1, use_8bit="torchao")
 
 
 def test_8_bit_sgd_is_refused():

@@ -70,6 +70,16 @@ def push(data, name, private=True):
         raise ValueError(f"the Hub did not take {name}: {reason}") from error
 
 
+def push_folder(folder, name, old_files, files=None):
+    """Upload a folder, or its `files`, to the Hub, to a private repository where it is new. Returns the address.
+
+    What is there of `old_files` and not in the folder goes; both are lists of patterns.
+    """
+    api, options = HfApi(), {"folder_path": folder, "allow_patterns": files, "delete_patterns": old_files}
+    name = api.create_repo(name, repo_type="dataset", private=True, exist_ok=True).repo_id
+    return api.upload_folder(repo_id=name, repo_type="dataset", **options)
+
+
 def count_table(data):
     """A text table of the images, identities and cameras of each split."""
     lines = [f"{'split':<8} {'images':>9} {'ids':>7} {'cameras':>8}"]

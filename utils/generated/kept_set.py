@@ -15,11 +15,11 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub import HfApi
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from utils.datasets.images import as_rgb
+from utils.datasets.portable import push_folder
 from utils.datasets.schema import ENDINGS, check_listed
 from utils.generated import choosing
 from utils.generated.images import CHOSEN
@@ -168,11 +168,8 @@ def write_set(folder, generated, scores_path, summary, *, kind, size, title, lic
 
 def upload_set(folder, name):
     """Upload the data set to a repository, a private one where it is new; returns an address."""
-    api = HfApi()
-    name = api.create_repo(name, repo_type="dataset", private=True, exist_ok=True).repo_id
     # Files of an earlier choice would be loaded together with the new ones.
-    old_files = ["*.parquet", *(f"*{ending}" for ending in ENDINGS)]
-    return api.upload_folder(repo_id=name, repo_type="dataset", folder_path=folder, delete_patterns=old_files)
+    return push_folder(folder, name, ["*.parquet", *(f"*{ending}" for ending in ENDINGS)])
 
 
 class Origin:

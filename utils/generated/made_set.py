@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from utils.datasets.portable import push_folder
 from utils.diffusion.adapters import LORA, ORIGIN, TOKEN
 from utils.files import one_line, portable, to_json, versions, write_csv
 from utils.generated.made_report import REFERENCES, SHOWN, made_report
@@ -285,10 +286,10 @@ def in_tenths(losses):
     }
 
 
-def finish(work, identities, validation_ids, *, captions_only, unfinished):
+def finish(work, identities, validation_ids, *, captions_only, unfinished, push=False, repository=None):
     """Merge and report, if all identities are done or `unfinished` is set. Returns the failures.
 
-    The last process to finish sees all identities done.
+    The last process to finish sees all identities done. With `push` it uploads the set, where no identity failed.
     """
     kind = CAPTIONS if captions_only else IMAGES
     missing = [name for name in work.pieces if not (work.has(name, kind) or work.has(name, FAILED))]
@@ -302,6 +303,11 @@ def finish(work, identities, validation_ids, *, captions_only, unfinished):
     if captions_only:
         summary = f"Captions of {len(work.pieces)} identities: {work.folder / 'captions.parquet'}"
     print(f"{summary}; open {work.folder / 'report.html'}")
+    if push and images and not failures:
+        # The report and the records show photographs of people: only what was made leaves this machine.
+        files = [*CARD_FILES, "README.md"]
+        address = push_folder(work.folder, repository or work.folder.resolve().name, CARD_FILES, files)
+        print(f"Uploaded: {address}")
     return failures
 
 

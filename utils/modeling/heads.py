@@ -224,7 +224,7 @@ class MgnHead(Head):
         parts = [
             part
             for feature_map, stripes in zip(maps[1:], self.STRIPES[1:], strict=True)
-            for part in F.adaptive_max_pool2d(feature_map, (stripes, 1)).flatten(2).unbind(2)
+            for part in stripe_maxima(feature_map, stripes)
         ]
         return torch.stack(whole + parts, dim=1)
 
@@ -241,6 +241,16 @@ class MgnHead(Head):
         reduced = [reduce(part) for reduce, part in zip(self.reductions, pooled.unbind(1), strict=True)]
         whole = [part.to(reduced[0].dtype) for part in pooled[:, :3].unbind(1)]
         return HeadOutput(reduced[:3], self.scores(whole + reduced[3:]), torch.cat(reduced, dim=1))
+
+
+def stripe_maxima(feature_map, count):
+    """The maximum of each channel in `count` stripes, which share a row where they do not divide the rows."""
+    if not torch.compiler.is_exporting():
+        return F.adaptive_max_pool2d(feature_map, (count, 1)).flatten(2).unbind(2)
+    # ONNX has no such pooling. In training `amax` would share the gradient of equal maxima.
+    rows = feature_map.shape[2]
+    places = [(rows * number // count, -(-rows * (number + 1) // count)) for number in range(count)]
+    return [feature_map[:, :, start:end].amax(dim=(2, 3)) for start, end in places]
 
 
 def tail(backbone):

@@ -6,8 +6,9 @@
         optimizer.pt, rng-0.pt, ...
         files.json            SHA-256 of all other files: a folder without it, or that differs from it, is damaged
 
-With DeepSpeed the model and optimizer files are DeepSpeed's own, in `deepspeed/`. A killed run leaves hidden folders
-(`.checkpoint-120.part`, `.checkpoint-80.old`), which the next checkpoint removes.
+With DeepSpeed the model and optimizer files are DeepSpeed's own, in `deepspeed/`; FSDP2 has the same as DDP, and each
+resumes the other's. A killed run leaves hidden folders (`.checkpoint-120.part`, `.checkpoint-80.old`), which the next
+checkpoint removes.
 """
 
 import json
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from utils.files import sha256, to_json
+from utils.launch import splitter
 
 NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST, STATE, MODEL, OPTIMIZER = "files.json", "state.json", "model.safetensors", "optimizer.pt"
@@ -156,9 +158,15 @@ def write_share(part, model, optimizer, accelerator):
     torch.save(random_states(), part / f"rng-{accelerator.process_index}.pt")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         model.save_checkpoint(str(part / "deepspeed"), "state", exclude_frozen_parameters=True)
-    elif accelerator.is_main_process:
-        save_file(changing_tensors(accelerator.unwrap_model(model)), part / MODEL)
-        states = {"optimizer": optimizer.state_dict()}
+        return
+    tensors, state = changing_tensors(accelerator.unwrap_model(model)), optimizer.state_dict()
+    if splitter(accelerator) == "FSDP":
+        from utils.sharding import put_together
+
+        tensors, state = put_together(tensors, state, keep=accelerator.is_main_process)
+    if accelerator.is_main_process:
+        save_file({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, part / MODEL)
+        states = {"optimizer": state}
         if accelerator.scaler is not None:
             states["scaler"] = accelerator.scaler.state_dict()
         torch.save(states, part / OPTIMIZER)
@@ -187,7 +195,9 @@ def load_checkpoint(path, model, optimizer, *, accelerator):
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if not (path / "deepspeed").is_dir():
             raise ValueError(f"{path} was written without DeepSpeed; continue without it")
-        load_deepspeed(path / "deepspeed", model)
+        from utils.sharding import load_deepspeed
+
+        load_deepspeed(path / "deepspeed", model, load_plain)
     else:
         if not (path / MODEL).is_file():
             raise ValueError(f"{path} was written with DeepSpeed; continue with it")
@@ -197,8 +207,12 @@ def load_checkpoint(path, model, optimizer, *, accelerator):
             name for name in {**tensors, **expected} if _shape(tensors, name) != _shape(expected, name)
         ):
             raise ValueError(f"{path} holds another model: {', '.join(unlike[:3])} differ in shape or are missing")
-        bare.load_state_dict(tensors, strict=False)
         saved = load_plain(path / OPTIMIZER)
+        if splitter(accelerator) == "FSDP":
+            from utils.sharding import shares_of
+
+            tensors, saved["optimizer"] = shares_of(tensors, expected, saved["optimizer"], optimizer)
+        bare.load_state_dict(tensors, strict=False)
         optimizer.load_state_dict(saved["optimizer"])
         if (accelerator.scaler is None) != ("scaler" not in saved):
             raise ValueError(f"{path} was written with another --mixed_precision")
@@ -208,22 +222,6 @@ def load_checkpoint(path, model, optimizer, *, accelerator):
     # With more processes than before, the new ones find no state in the checkpoint and keep their current one.
     if states.is_file():
         set_random_states(load_plain(states))
-
-
-def load_deepspeed(folder, model):
-    """Load with DeepSpeed, but unpickle only the classes that DeepSpeed writes; it would unpickle anything."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    usual = model.checkpoint_engine.load
-    model.checkpoint_engine.load = load_plain
-    try:
-        with torch.serialization.safe_globals(classes):
-            model.load_checkpoint(str(folder), "state", load_module_strict=False)
-    finally:
-        model.checkpoint_engine.load = usual
 
 
 def load_plain(path, map_location="cpu"):
@@ -237,13 +235,9 @@ def load_plain(path, map_location="cpu"):
 
 
 def changing_tensors(model):
-    """The tensors of a model that training changes, on the CPU: trained parameters and all buffers."""
+    """The tensors of a model that training changes: trained parameters and all buffers."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    return {
-        name: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in frozen
-    }
+    return {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in frozen}
 
 
 def _shape(tensors, name):

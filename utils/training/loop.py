@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from utils.batches.transforms import test_transform
 from utils.evaluation.targets import evaluate_target, results
 from utils.files import run_record, to_json, write_together
-from utils.launch import EXIT_SIGTERM, tracked
+from utils.launch import EXIT_SIGTERM, tracked, whole_weights
 from utils.modeling.folder import training_card
 from utils.reporting.report import text_table
 from utils.training.checkpoints import find_checkpoint, load_checkpoint, open_state, save_checkpoint
@@ -45,15 +45,9 @@ class Training:
         self.args, self.accelerator, self.sampler, self.images = args, accelerator, sampler, images
         self.script = script
         self.batch_size = batch_size or sampler.batch_size
-        self.path, self.state = open_state(
-            args,
-            script,
-            effective_batch_size=self.batch_size,
-            data=data,
-            free=args.free_on_resume if free is None else free,
-            precision=accelerator.mixed_precision,
-            say=accelerator.print,
-        )
+        known = {"effective_batch_size": self.batch_size, "data": data, "precision": accelerator.mixed_precision}
+        free = args.free_on_resume if free is None else free
+        self.path, self.state = open_state(args, script, **known, free=free, say=accelerator.print)
         self.ends_by_steps = num_steps is not None
         self.num_steps = num_steps or sampler.steps_of(args.num_train_epochs)
         self.stopped_at = None
@@ -81,7 +75,7 @@ class Training:
 
         `kept` is the module whose tensors a checkpoint holds, if it is not `model`.
         """
-        self.kept, self.optimizer, self.rates = kept or model, optimizer, rates
+        self.model, self.kept, self.optimizer, self.rates = model, kept or model, optimizer, rates
         if self.resumed:
             load_checkpoint(self.path, self.kept, optimizer, accelerator=self.accelerator)
         if self.accelerator.is_main_process:
@@ -152,17 +146,11 @@ class Training:
     def measure(self, epoch, model, targets, *, in_float32=False):
         """Measure each target; write the numbers to the history, metrics.json, the console and the trackers."""
         args, accelerator, state = self.args, self.accelerator, self.state
+        options = {"batch_size": args.eval_batch_size, "num_workers": args.dataloader_num_workers}
+        options |= {"accelerator": accelerator, "rerank": reranking_of(args), "in_float32": in_float32}
         for target in targets:
-            metrics = evaluate_target(
-                model,
-                target,
-                transform_of(model),
-                accelerator=accelerator,
-                batch_size=args.eval_batch_size,
-                num_workers=args.dataloader_num_workers,
-                rerank=reranking_of(args),
-                in_float32=in_float32,
-            )
+            with whole_weights(self.model, accelerator):
+                metrics = evaluate_target(model, target, transform_of(model), **options)
             place = {"epoch": epoch, "target": target.spec}
             # A run that resumes in the middle of an epoch measures that epoch again, at its end.
             others = [entry for entry in state["history"] if {key: entry[key] for key in place} != place]
@@ -222,15 +210,8 @@ class Training:
     def save(self):
         self.lines.flush()
         self.saved = self.step
-        return save_checkpoint(
-            self.args.output_dir,
-            self.step,
-            self.state,
-            self.kept,
-            self.optimizer,
-            accelerator=self.accelerator,
-            limit=self.args.checkpoints_total_limit,
-        )
+        options = {"accelerator": self.accelerator, "limit": self.args.checkpoints_total_limit}
+        return save_checkpoint(self.args.output_dir, self.step, self.state, self.kept, self.optimizer, **options)
 
     def name_images(self, rows):
         """The names of a batch's images on all processes, for an error; only the first ones of a large batch."""
@@ -245,19 +226,21 @@ class Training:
         """
         args, accelerator = self.args, self.accelerator
         accelerator.wait_for_everyone()
-        if self.stopped:
-            accelerator.print(f"SIGTERM: {self.stopped_at} is written; resume with --resume_from_checkpoint latest")
-        elif accelerator.is_main_process:
-            output_dir, history = Path(args.output_dir), self.state["history"]
-            with write_together(output_dir) as part:
-                report().write(part("report.html"))
-            if history:
-                print(text_table(["target", "number", "before", "after", "points"], before_and_after(history)))
-            print(f"Results: {output_dir}; open {output_dir / 'report.html'}")
-            if (output_dir / "model").is_dir():
-                print(f"Search: python evaluate.py --model {output_dir / 'model'} --query_dir DIR --gallery_dir DIR")
-            if args.push_to_hub:
-                print(f"Uploaded: {upload(args.hub_model_id or output_dir.resolve().name)}")
+        with whole_weights(self.model, accelerator):
+            if self.stopped:
+                words = f"SIGTERM: {self.stopped_at} is written; resume with --resume_from_checkpoint latest"
+                accelerator.print(words)
+            elif accelerator.is_main_process:
+                output_dir, history = Path(args.output_dir), self.state["history"]
+                with write_together(output_dir) as part:
+                    report().write(part("report.html"))
+                if history:
+                    print(text_table(["target", "number", "before", "after", "points"], before_and_after(history)))
+                print(f"Results: {output_dir}; open {output_dir / 'report.html'}")
+                if (model := output_dir / "model").is_dir():
+                    print(f"Search: python evaluate.py --model {model} --query_dir DIR --gallery_dir DIR")
+                if args.push_to_hub:
+                    print(f"Uploaded: {upload(args.hub_model_id or output_dir.resolve().name)}")
         accelerator.end_training()
         return EXIT_SIGTERM if self.stopped else 0
 
@@ -298,18 +281,12 @@ def optimizer_of(args, groups):
 
 def rates_of(args, optimizer, num_steps, schedule=None):
     """The learning rates of --lr_scheduler, or of `schedule`, a function of epoch and step."""
-    return LearningRate(
-        optimizer,
-        schedule or args.lr_scheduler,
-        warmup_epochs=args.lr_warmup_epochs,
-        warmup_factor=args.lr_warmup_factor,
-        milestones=args.lr_milestones,
-        gamma=args.lr_gamma,
-        warmup_steps=args.lr_warmup_steps,
-        num_steps=num_steps,
-    )
+    options = {"warmup_epochs": args.lr_warmup_epochs, "warmup_factor": args.lr_warmup_factor}
+    options |= {"milestones": args.lr_milestones, "gamma": args.lr_gamma, "warmup_steps": args.lr_warmup_steps}
+    return LearningRate(optimizer, schedule or args.lr_scheduler, **options, num_steps=num_steps)
 
 
 def norm_of(norm, device):
-    """The gradient norm as a tensor; DeepSpeed returns None before its first step."""
-    return torch.as_tensor(0.0 if norm is None else norm, device=device)
+    """The gradient norm as a tensor; DeepSpeed returns None before its first step, FSDP2 a share of a sum."""
+    whole = getattr(norm, "full_tensor", lambda: 0.0 if norm is None else norm)()
+    return torch.as_tensor(whole, device=device)

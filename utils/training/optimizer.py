@@ -4,28 +4,21 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from utils.flags import MULTISTEP
-from utils.launch import bitsandbytes_module
+from utils.launch import eight_bit_optimizers
 
 
 def build_optimizer(
-    groups,
-    name="adam",
-    *,
-    learning_rate,
-    weight_decay=0.0,
-    betas=(0.9, 0.999),
-    epsilon=1e-8,
-    use_8bit=False,
+    groups, name="adam", *, learning_rate, weight_decay=0.0, betas=(0.9, 0.999), epsilon=1e-8, use_8bit=False,
     nesterov=False,
-):
+):  # fmt: skip
     """adam (weight decay as L2), adamw (decoupled) or sgd (momentum betas[0]) over parameter groups.
 
-    In 8 bit, both Adam and AdamW of bitsandbytes decouple the decay.
+    `use_8bit`: True for bitsandbytes, whose Adam decouples the decay too, or "torchao".
     """
     if use_8bit:
         if name == "sgd":
             raise ValueError("--use_8bit_adam goes with --optimizer adam or adamw, not sgd")
-        optim = bitsandbytes_module().optim
+        optim = eight_bit_optimizers(use_8bit)
         kind = optim.Adam8bit if name == "adam" else optim.AdamW8bit
         return kind(groups, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay)
     if name == "sgd":
@@ -50,21 +43,13 @@ class LearningRate:
     """
 
     def __init__(
-        self,
-        optimizer,
-        name=MULTISTEP,
-        *,
-        warmup_epochs=0,
-        warmup_factor=0.1,
-        milestones=(),
-        gamma=0.1,
-        warmup_steps=0,
-        num_steps=None,
-    ):
+        self, optimizer, name=MULTISTEP, *, warmup_epochs=0, warmup_factor=0.1, milestones=(), gamma=0.1,
+        warmup_steps=0, num_steps=None,
+    ):  # fmt: skip
         # Not the groups themselves: loading a state replaces them.
         self.optimizer = optimizer
         for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
+            group.setdefault("initial_lr", float(group["lr"]))
         if callable(name):
             self.factor = name
         elif name == MULTISTEP:
@@ -80,6 +65,8 @@ class LearningRate:
     def set(self, epoch, step):
         """Set the rates for the next step: `epoch` from 1, `step` from 0. Returns the first group's rate."""
         factor = self.factor(epoch, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        return self.optimizer.param_groups[0]["lr"]
+        rates = [group["initial_lr"] * factor for group in self.optimizer.param_groups]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            # torchao holds its rates in tensors.
+            group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
+        return rates[0]

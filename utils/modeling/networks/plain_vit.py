@@ -89,7 +89,7 @@ class PlainViT(PreTrainedModel):
 
     def embed(self, images, cameras=None):
         tokens = self.patches(images.to(self.patches.weight.dtype)).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1) + self.position_embedding
+        tokens = torch.cat([self.class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1) + self.position_embedding
         if self.camera_embedding is None:
             return tokens
         table = self.camera_embedding

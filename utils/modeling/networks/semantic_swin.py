@@ -71,7 +71,7 @@ class SemanticSwinBackbone(SwinBackbone):
 
     def feature_map(self, images, weights=None):
         if weights is None:
-            weights = torch.full((len(images),), self.weight, device=images.device)
+            weights = torch.full((images.shape[0],), self.weight, device=images.device)
         projection = self.model.embeddings.patch_embeddings.projection
         hidden, grid = self.model.embeddings(images.to(projection.weight.dtype))
         for number, stage in enumerate(self.model.encoder.layers):

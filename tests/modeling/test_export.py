@@ -1,0 +1,90 @@
+"""ONNX: every architecture and head in onnxruntime, at any batch size; the exporter's refusals in words."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests.modeling.test_heads import TINY
+from utils.modeling import export, networks
+from utils.modeling.backbones import backbone_from_config
+from utils.modeling.heads import METHODS
+from utils.modeling.reid_model import ReIDModel
+
+SIZE = (64, 32)
+LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+VIT = LAYERS | {"intermediate_size": 48, "image_size": 32}
+WITHOUT_MLP = LAYERS | {"image_size": 32}
+
+
+def ours(kind, **sizes):
+    return lambda: networks.classes(kind)[0](**sizes)
+
+
+# {model type: configuration}
+FAMILIES = {
+    "clip_vision_model": lambda: copy.deepcopy(TINY["clip"]),
+    "resnet": lambda: copy.deepcopy(TINY["resnet"]),
+    "swin": lambda: copy.deepcopy(TINY["swin"]),
+    "resnet_variant": ours("resnet_variant", embedding_size=8, hidden_sizes=[16, 24, 32], depths=[1, 2, 2]),
+    "osnet": ours("osnet"),
+    "solider_swin": ours(
+        "solider_swin", image_size=32, patch_size=4, embed_dim=12, depths=[2, 2], num_heads=[2, 3], window_size=4
+    ),
+    # TransReID's, with overlapping patches and cameras.
+    "plain_vit": ours("plain_vit", **VIT | {"image_size": list(SIZE), "stride": 6, "num_cameras": 3}),
+    # MUVA's, which predicts its masks.
+    "part_token_clip": ours("part_token_clip", **VIT, projection_dim=20, grid=[8, 4]),
+    "vit": lambda: transformers.ViTConfig(**VIT),
+    "dinov2": lambda: transformers.Dinov2Config(**WITHOUT_MLP),
+    "dinov2_with_registers": lambda: transformers.Dinov2WithRegistersConfig(**WITHOUT_MLP, num_register_tokens=3),
+    "dinov3_vit": lambda: transformers.DINOv3ViTConfig(**VIT, num_register_tokens=2),
+    "siglip_vision_model": lambda: transformers.SiglipVisionConfig(**VIT),
+}
+HEADS = [(family, method) for method in METHODS[1:] for family in ("resnet", "swin", "clip_vision_model")]
+HEADS += [("resnet", "embedding"), ("resnet", "granular"), ("plain_vit", "jigsaw"), ("resnet", "meta")]
+
+
+def model_of(family, method="bot"):
+    torch.manual_seed(0)
+    options = {"domains": [2, 2], "gate": "learned"} if method == "meta" else {}
+    backbone = backbone_from_config(FAMILIES[family](), SIZE)
+    return ReIDModel(backbone, num_ids=4, method=method, head_options=options).eval()
+
+
+def test_every_architecture_is_tried():
+    assert FAMILIES.keys() == {"clip_vision_model", "resnet", "swin", *networks.KINDS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, method", [*((family, "bot") for family in FAMILIES), *HEADS])
+def test_onnxruntime_gives_the_same_features(tmp_path, family, method):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
+    pytest.importorskip("onnxscript", reason="pip install onnx onnxscript onnxruntime")
+    model = model_of(family, method)
+    export.export_onnx(model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    for batch in (1, 4):
+        images = torch.randn(batch, 3, *SIZE, generator=torch.Generator().manual_seed(batch))
+        with torch.no_grad():
+            expected = model(images).numpy()
+        np.testing.assert_allclose(session.run(None, {"images": images.numpy()})[0], expected, atol=1e-4)
+
+
+def test_a_file_for_one_size_of_batches_is_refused(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
+    pytest.importorskip("onnxscript", reason="pip install onnx onnxscript onnxruntime")
+    model = model_of("clip_vision_model")
+    plain = type(model.backbone).forward
+
+    def fixed(backbone, images):
+        features = plain(backbone, images)
+        # For the exporter `len` of a tensor is a plain number.
+        return features.expand(len(features), -1)
+
+    monkeypatch.setattr(type(model.backbone), "forward", fixed)
+    with pytest.raises(ValueError, match="torch's exporter fixed the batch at 3 images; nothing was written"):
+        export.export_onnx(model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir()) and model.backbone.config._attn_implementation != "eager"
