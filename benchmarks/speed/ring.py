@@ -2,12 +2,10 @@
 
     python -m benchmarks.speed.ring
     python -m benchmarks.speed.ring --on_disk 1000000 10000
-    python -m benchmarks.speed.ring --beside 11659 82161 512
 
 The first command counts bytes, products and the peak memory of 1, 2 and 4 processes here, beside the model's, and
 prints the model up to 100 million rows on 64 GPUs. The second ranks so many gallery rows, from a memory-mapped file,
-for so many queries, and adds time and peak memory; it writes the file first. The third compares one process of two
-threads with two processes of one thread: medians of three runs each, in turns.
+for so many queries, and adds time and peak memory; it writes the file first.
 
 The model, for each of P processes with N / P rows of D numbers of 4 bytes, Q queries, G gallery rows, k neighbours:
 
@@ -26,7 +24,6 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import sys
 import tempfile
 import time
@@ -49,8 +46,6 @@ PAPER = [
     (100_000, 10_000_000, 512, 16), (1_000_000, 100_000_000, 512, 64),
 ]  # fmt: skip
 K, K1, K2 = 50, 20, 6
-# Of the comparison of processes with threads.
-THREADS, RUNS = 2, 3
 # Entries of a row of V and V' at the size of MSMT17, and the bytes of an entry: column and value.
 ENTRIES, MEAN_ENTRIES = 14, 44
 WEIGHT_BYTES, VECTOR_BYTES = 16, 12
@@ -147,21 +142,6 @@ def count_here(work, sizes, processes, threads=1):
             if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
                 raise ValueError(f"a process of {work} with {processes} processes failed; see above")
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(processes)]
-
-
-def beside_threads(work, sizes, processes):
-    """{one, several: medians of seconds and memory of a process} of one process of so many threads, and of several."""
-    runs = {"one": [], "several": []}
-    for _ in range(RUNS):
-        runs["one"].append(count_here(work, sizes, 1, threads=processes))
-        runs["several"].append(count_here(work, sizes, processes))
-    return {
-        name: {
-            key: statistics.median(max(process[key] for process in run) for run in found)
-            for key in ("seconds", "memory")
-        }
-        for name, found in runs.items()
-    }
 
 
 def free_port():
@@ -269,24 +249,12 @@ def table_of(raw):
         counted = f"- / - / {entry['memory'] / GIB:.2f}, {entry['seconds']:.1f} s"
         size = f"a file of {entry['file'] / GIB:.1f} GiB"
         rows.append([f"{entry['work']}, on disk", *sizes, "1", "0", "", "", counted, size])
-    for entry in raw["beside"]:
-        sizes, (one, several) = [f"{size:,}" for size in entry["sizes"]], (entry[key] for key in ("one", "several"))
-        counted = f"- / - / {several['memory'] / GIB:.2f}, {several['seconds']:.1f} s"
-        share = several["seconds"] / one["seconds"]
-        beside = f"{share:.2f} x one process of {entry['processes']} threads: {one['memory'] / GIB:.2f} GiB, "
-        beside += f"{one['seconds']:.1f} s"
-        rows.append(
-            [f"{entry['work']}, one thread each", *sizes, str(entry["processes"]), "", "", "", counted, beside]
-        )
     return COLUMNS, rows
 
 
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--on_disk", nargs=2, type=int, metavar=("GALLERY", "QUERIES"), help="rank from the disk too")
-    parser.add_argument(
-        "--beside", nargs=3, type=int, metavar=("QUERIES", "GALLERY", "WIDTH"), help="compare processes with threads"
-    )
     parser.add_argument("--sizes", nargs=3, type=int, default=COUNTED, help="queries, gallery, width counted here")
     parser.add_argument("--processes", nargs="+", type=int, default=COUNTED_PROCESSES)
     parser.add_argument("--json", type=Path, default=RESULTS / "ring.json", help="default: benchmarks/results")
@@ -300,7 +268,7 @@ def main(input_args=None):
     if args.worker:
         return worker(args.worker[0], list(map(int, args.worker[1:])), args.folder)
     torch.set_num_threads(1)
-    raw = {"rows": [], "on_disk": [], "beside": []}
+    raw = {"rows": [], "on_disk": []}
     for work in WORKS:
         for processes in args.processes:
             sizes = list(args.sizes)
@@ -316,9 +284,6 @@ def main(input_args=None):
             rows = on_disk(*args.on_disk, 512, folder)
         sizes = [args.on_disk[1], args.on_disk[0], 512]
         raw["on_disk"] = [row | {"sizes": sizes} for row in rows]
-    for work in WORKS if args.beside else ():
-        found = beside_threads(work, args.beside, THREADS)
-        raw["beside"].append({"work": work, "sizes": args.beside, "processes": THREADS} | found)
     columns, table = table_of(raw)
     print(text_table(columns, table))
     write_result(args.json, command_line(__spec__.name, input_args), columns, table, raw)
