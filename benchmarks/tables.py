@@ -229,6 +229,7 @@ TABLES = {
     "answerer": as_stored("standins"),
     "starts": starts,
     "adaptation": as_stored("adaptation", words=3),
+    "methods": as_stored("methods", words=2),
     "thresholds": as_stored("thresholds", words=3),
     "coverage": as_stored("coverage", words=4),
     "grouping": as_stored("grouping", words=2),
