@@ -504,7 +504,7 @@ def put(value):
         (change("g_cam", lambda array: array[:2]), "20 gallery features come with 2 cameras"),
         (change("q_pid", lambda array: array + 0.5), "fractions"),
         (change("q_pid", lambda array: array + 100), "pids"),
-        (change("qf", lambda array: array[0]), "query features have shape"),
+        (change("qf", lambda array: array[0]), r"qf in .* has shape \(16,\)"),
         (change("qf", lambda array: array[:0]), "at least one row"),
         (change("qf", lambda array: array.astype(object)), "cannot be read"),
         (change("q_pid", lambda array: np.array([f"p{one}" for one in array])), "q_pid in .* expected numbers"),
