@@ -216,7 +216,7 @@ def test_history_and_the_file_follow_the_epochs(tmp_path, model, accelerator, ca
     flags.add_output(parser, "output/x")
     args = parser.parse(words)
     training = Training(args, accelerator, ShuffleSampler(9, 4), targets[0].query, script="x.py", data="x")
-    state = training.state
+    training.model, state = model, training.state
 
     def measure(epoch):
         training.measure(epoch, model, targets)
