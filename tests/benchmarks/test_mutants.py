@@ -55,6 +55,7 @@ def test_tests_of_a_file():
     assert mutants.tests_of(mutants.ROOT, "utils/batches/part_images.py") == ["tests/methods/test_muva.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code, result",
     [

@@ -123,6 +123,7 @@ def test_multi_gpu_starts_two_processes(tmp_path):
     assert said == dict.fromkeys("01", "MULTI_CPU 2 torch.float32 torch.float32")
 
 
+@pytest.mark.slow
 def test_fsdp_starts_two_processes_with_half_of_the_weights_each(tmp_path):
     said = asked("fsdp2", tmp_path, "--num_processes", "2")
     assert said == dict.fromkeys("01", "MULTI_CPU 2 torch.bfloat16 torch.float32 cpu 2 8")
