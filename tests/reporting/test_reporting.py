@@ -205,6 +205,14 @@ def test_line_chart_leaves_gaps_and_averages_long_series():
     assert "nothing to draw" in histogram([("a", [0, 0])], [0, 1, 2], title="t", x_label="x")
 
 
+@pytest.mark.parametrize(
+    "xs, ticks", [([1, 2], ["1", "2"]), ([0, 1.5], ["0", "0.5", "1", "1.5"]), ([0, 4], list("01234"))]
+)
+def test_there_is_no_tick_between_two_epochs(xs, ticks):
+    chart = line_chart([("a", xs, [0, 1])], title="t", x_label="epoch", y_label="y")
+    assert re.findall(r'text-anchor="middle">([^<]+)</text>', chart)[: len(ticks)] == ticks
+
+
 def test_ticks_of_an_axis_are_written_alike():
     chart = charts.line_chart([("lr", [0, 10], [0.0002, 0.0012])], title="lr", x_label="step", y_label="lr")
     assert re.findall(r'text-anchor="end">([^<]+)<', chart) == [

@@ -29,7 +29,9 @@ def line_chart(
         return empty_chart(title)
     x_scale = Scale([x for x, _ in finite], x_range, x_log, LEFT, WIDTH - RIGHT)
     y_scale = Scale([y for _, y in finite], y_range, y_log, HEIGHT - BOTTOM, TOP, least=LEAST_RANGE)
-
+    if all(x == int(x) for x, _ in finite):
+        # There is no epoch 1.2.
+        x_scale.ticks = [tick for tick in x_scale.ticks if abs(tick - round(tick)) < 1e-9]
     parts = [axes_of(x_scale, y_scale, x_label, y_label, percent)]
     for number, (name, points) in enumerate(drawable):
         path = path_of(points, x_scale, y_scale)
