@@ -78,7 +78,8 @@ def evaluation_report(metrics, findings, pictures=None, *, num_random=4, seed=0)
             add_decisions(report, metrics["decisions"])
         add_searches(report, findings, pictures)
     else:
-        lead = f"For {percent(metrics['rank1'])} of the queries the nearest image shows the right person."
+        asked = "the queries that have a match" if metrics["num_skipped"] else "the queries"
+        lead = f"For {percent(metrics['rank1'])} of {asked} the nearest image shows the right person."
         if "splits" in metrics:
             lead += f" Numbers are means over {len(metrics['splits'])} splits; curves and pictures show the first."
         report = Report("Re-identification", subtitle=lead, facts=facts)
