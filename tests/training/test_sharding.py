@@ -78,11 +78,11 @@ def check_same(lines, others, rel):
         assert line == pytest.approx(other, rel=rel)
 
 
-def check_weights(folder, other, atol):
+def check_weights(folder, other, atol, rtol=0):
     one, two = weights_of(folder), weights_of(other)
     assert one.keys() == two.keys()
     for name, tensor in one.items():
-        torch.testing.assert_close(tensor, two[name], rtol=0, atol=atol, msg=name)
+        torch.testing.assert_close(tensor, two[name], rtol=rtol, atol=atol, msg=name)
 
 
 def steps_of(checkpoint):
@@ -167,7 +167,8 @@ def test_dcac_trains_as_by_ddp_and_goes_on(tmp_path, more, env):
     assert shares["units"] > 4
     half = "bf16" in more
     check_same(whole, plain, rel=1e-2 if half else 1e-4)
-    check_weights(tmp_path / "whole", tmp_path / "plain", atol=1e-3 if half else 1e-5)
+    # The variances of features are not near 1.
+    check_weights(tmp_path / "whole", tmp_path / "plain", **({"atol": 1e-3, "rtol": 1e-2} if half else {"atol": 1e-5}))
     train(tmp_path / "cut", command, "--max_train_steps", "2", **env)
     resume = ["--resume_from_checkpoint", "latest"]
     assert train(tmp_path / "cut", command, *resume, **env) == whole
