@@ -148,9 +148,9 @@ class Training:
         args, accelerator, state = self.args, self.accelerator, self.state
         options = {"batch_size": args.eval_batch_size, "num_workers": args.dataloader_num_workers}
         options |= {"accelerator": accelerator, "rerank": reranking_of(args), "in_float32": in_float32}
-        for target in targets:
-            with whole_weights(self.model, accelerator):
-                metrics = evaluate_target(model, target, transform_of(model), **options)
+        with whole_weights(self.model, accelerator):
+            found = [(target, evaluate_target(model, target, transform_of(model), **options)) for target in targets]
+        for target, metrics in found:
             place = {"epoch": epoch, "target": target.spec}
             # A run that resumes in the middle of an epoch measures that epoch again, at its end.
             others = [entry for entry in state["history"] if {key: entry[key] for key in place} != place]
