@@ -585,7 +585,7 @@ def report_of(args, training, source, target, truth, clusters, labels, features)
         ("Start", Path(args.backbone).name),
         ("Clusters", describe_clusters(training.state["clusters"][-1])),
     ]
-    lead = "A Re-ID model, measured before and after it was trained on pseudo labels."
+    lead = "A Re-ID model, trained on pseudo labels"
     report = training.report(f"{args.setting.capitalize()}: {args.method}", lead, facts)
     add_clusters(report, training.state["clusters"], clusters)
     add_contact_sheet(report, target, labels, features, truth)

@@ -249,7 +249,7 @@ from utils.datasets.search_folders import read_folders
 from utils.datasets.tracklets import read_tracklets
 from utils.evaluation.calibration import CALIBRATION, calibrate, calibration_of, fingerprint, write_calibration
 from utils.evaluation.cameras import check_cameras, extract_by_camera
-from utils.evaluation.decisions import decide, summary
+from utils.evaluation.decisions import decide, limits, summary
 from utils.evaluation.features import extract, extraction_key, forget_chunks
 from utils.evaluation.findings import combined, measured, nothing_measured
 from utils.evaluation.groups import grouping
@@ -327,7 +327,8 @@ def main(args):
         lines = answer_lines(findings, calibration, args.false_alarm_rate)
         if args.calibrate:
             write_calibration(findings.calibration, args.model)
-            lines.append(f"Calibrated: {Path(args.model) / CALIBRATION}")
+            too_few = limits(findings.calibration, len(findings.gallery), args.false_alarm_rate)
+            lines += [f"Calibrated: {Path(args.model) / CALIBRATION}", *filter(None, [too_few])]
         print(*lines, *summary_lines(metrics, args.output_dir), sep="\n")
     accelerator.end_training()
     return metrics

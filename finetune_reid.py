@@ -565,7 +565,7 @@ def report_of(args, training, num_ids):
     setting = args.setting if args.fraction is None else f"{args.setting}, {100 * args.fraction:g} %"
     return training.report(
         f"Fine-tuning: {args.method.upper()}",
-        "A Re-ID model, measured before and after it was trained with labels.",
+        "A Re-ID model, trained with labels",
         [
             ("Source", " + ".join(args.source)),
             ("Setting", setting),

@@ -550,8 +550,8 @@ def report_of(args, training, num_ids):
         ("Backbone", Path(args.backbone).name + (", from scratch" if args.from_scratch else "")),
         ("Objective", OBJECTIVES[args.objective]),
     ]
-    lead = "A backbone, its plain features measured before and after on people it was not trained on."
-    return training.report("Pre-training", lead, facts, **first_batch(args.output_dir))
+    more = first_batch(args.output_dir) | {"whom": "people it was not trained on, by its plain features"}
+    return training.report("Pre-training", "A backbone", facts, **more)
 
 
 def run_script(args):

@@ -594,11 +594,11 @@ def report_of(args, training, num_ids):
     seen = set(args.target or args.source) & set(args.source)
     facts = [("Source", " + ".join(args.source)), ("Images", f"{len(training.images):,} of {num_ids:,} identities")]
     facts += [("Encoder", Path(args.backbone).name), ("Diffusion", method)]
-    lead = "A Re-ID encoder, measured before and after training"
     report = training.report(
         muva.name_of(args),
-        lead + ("." if seen else ", on people and cameras it was not trained on."),
+        "A Re-ID encoder",
         facts,
+        whom="" if seen else "people and cameras it was not trained on",
         samples=samples,
         sample_words="In each row: an image; the same, noised up to the timestep where the condition matters most and "
         "denoised under its own condition; and under that of the row above.",

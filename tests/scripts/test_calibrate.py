@@ -191,6 +191,8 @@ def test_a_model_of_the_hub_brings_its_calibration_in_the_same_revision(tmp_path
     assert "--data SPEC --output_dir DIR, then search with --calibration DIR/calibration.json" in said
 
     run("--model", model, "--data", DRAWN, "--calibrate", "--output_dir", tmp_path / "made", "--report_queries", 0)
+    said = capsys.readouterr().out
+    assert f"Calibrated: {model}" in said and "the best answer is 'unsure'; calibrate with more identities" in said
     on_the_hub(tmp_path / "hub", model, "4567def")
     found = run(*search, "--output_dir", tmp_path / "after")
     assert sum(found["decisions"][answer] for answer in ("yes", "unsure", "nobody")) == len(list(people.iterdir()))

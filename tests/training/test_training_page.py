@@ -77,14 +77,15 @@ def test_a_page_has_numbers_curves_and_samples(tmp_path):
         "DCAC",
         tmp_path,
         history("a", "b"),
-        lead="A lead.",
+        lead="A lead",
+        whom="other people",
         facts=[("Seed", 3)],
         samples=samples,
         sample_words="What samples show.",
     ).html()
     page = Page(html)
     for text in (
-        "A lead.",
+        "A lead, measured before and after training, on other people.",
         "Seed",
         "Before and after",
         "Training",
@@ -118,7 +119,8 @@ def test_of_many_samples_the_first_the_last_and_some_between_are_shown_large(tmp
 
 
 def test_a_page_without_numbers_log_or_samples_still_reads(tmp_path):
-    page = Page(training_report("Empty", tmp_path, []).html())
+    page = Page(training_report("Empty", tmp_path, [], lead="A lead", whom="other people").html())
+    assert "A lead; nothing was measured." in page.text
     assert "Empty" in page.text and "svg" not in page.tags and "Before and after" not in page.text
     log(tmp_path, steps=1)
     page = Page(training_report("One step", tmp_path, [measured(0, "a", 0.5)]).html())

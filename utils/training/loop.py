@@ -191,10 +191,10 @@ class Training:
         more = {"metrics": self.results["targets"], "details": details, "library_name": library_name}
         return training_card(title, text, self.script, vars(self.args), **more)
 
-    def report(self, title, lead, facts, **samples):
+    def report(self, title, lead, facts, **more):
         """The `Report` of the training; `facts` come before those that every training has."""
         facts = [*facts, ("Steps", f"{self.step:,}"), ("Batch", self.batch_size), ("Seed", self.args.seed)]
-        return training_report(title, self.args.output_dir, self.state["history"], lead=lead, facts=facts, **samples)
+        return training_report(title, self.args.output_dir, self.state["history"], lead=lead, facts=facts, **more)
 
     @property
     def cut(self):

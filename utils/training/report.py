@@ -58,10 +58,8 @@ def before_and_after(history):
             kinds.append((" (re-ranked)", first["reranked"], last["reranked"]))
         for word, old, new in kinds:
             for key in ("mAP", "rank1"):
-                difference = f"{100 * (new[key] - old[key]):+.1f}"
-                rows.append(
-                    [spec + word, NUMBERS[key], with_deviation(old, key), with_deviation(new, key), difference]
-                )
+                shown = [with_deviation(numbers, key) for numbers in (old, new)]
+                rows.append([spec + word, NUMBERS[key], *shown, f"{100 * (new[key] - old[key]):+.1f}"])
     return rows
 
 
@@ -72,9 +70,10 @@ def with_deviation(numbers, key):
     return f"{100 * numbers[key]:.1f} ± {100 * numbers['std'][key]:.1f} %"
 
 
-def training_report(title, output_dir, history, *, lead="", facts=(), samples=(), sample_words=""):
-    """A `Report` made from the history of measurements, log.jsonl, and pictures (name, file) of samples."""
-    report = Report(title, subtitle=lead, facts=facts)
+def training_report(title, output_dir, history, *, lead="", whom="", facts=(), samples=(), sample_words=""):
+    """A `Report` made from the history of measurements of `whom`, log.jsonl, and pictures (name, file) of samples."""
+    measured = f", measured before and after training{whom and ', on '}{whom}" if history else "; nothing was measured"
+    report = Report(title, subtitle=f"{lead}{measured}." if lead else "", facts=facts)
     if history:
         add_numbers(report, history)
     add_losses(report, read_log(Path(output_dir) / "log.jsonl"))

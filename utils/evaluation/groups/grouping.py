@@ -242,9 +242,7 @@ def group_metrics(tracklets, settings, groups):
 
 def described(metrics):
     """The result in one line of text."""
-    parts = [
-        f"{metrics['num_items']:,} items: {metrics['num_groups']:,} groups, {metrics['num_singles']:,} single items"
-    ]
+    parts = [f"{metrics['num_items']:,} items: {metrics['num_groups']:,} groups, {metrics['num_singles']:,} alone"]
     truth = metrics["truth"]
     if truth:
         f1 = truth["pairwise"]["f1"]
