@@ -86,6 +86,25 @@ def test_own_folders(cases):
     fuzz(check, layouts(), options, st.sampled_from([False, False, True]), cases=cases)
 
 
+PATTERN_PARTS = ["{pid}"] * 4 + ["{camid}", "{split}", "*", "*", "/", "/", "_", "_c", "-", "{", "}", "{who}", ".png"]
+
+
+@pytest.mark.parametrize("cases", CASES)
+def test_names_by_patterns(cases):
+    def check(layout, parts, skip):
+        with case_folder() as folder:
+            root = write_tree(Path(folder) / "people", layout)
+            before = snapshot(folder)
+            data, _ = outcome(lambda: load_reid(f"{root}:names={''.join(parts)}", skip_unreadable=skip), root)
+            if data is not None and not skip:
+                assert sum(map(len, data.values())) == sum(name.lower().endswith(ENDINGS) for name in visible(root))
+            assert snapshot(folder) == before
+
+    patterns = st.lists(st.sampled_from(PATTERN_PARTS), min_size=1, max_size=6)
+    orderly = st.sampled_from([["*/{pid}/*"], ["*_c{camid}_{pid}"], ["{split}/{pid}/*"], ["{pid}_c{camid}*"]])
+    fuzz(check, layouts(), patterns | orderly, st.sampled_from([False, True, True]), cases=cases)
+
+
 @pytest.mark.parametrize("cases", CASES)
 def test_search_folders(cases):
     def check(layout, gallery):

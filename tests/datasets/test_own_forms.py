@@ -332,6 +332,75 @@ def test_files_whose_names_do_not_parse(tmp_path, caplog):
     assert "left out 2 files" in caplog.text and "IMG_1.jpg" in caplog.text and "notes.txt" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "pattern, paths, train",
+    [
+        ("person_{pid}_camera_{camid}_*", ["person_007_camera_2_x.png"], [(7, 2, "person_007_camera_2_x.png")]),
+        ("{camid}/{pid}/*.png", ["A/9/a.png", "B/9/a.png"], [(9, 0, "A/9/a.png"), (9, 1, "B/9/a.png")]),
+        ("./*/{pid}.{camid}", ["x/3.1.png", "y/3.2.png"], [(3, 1, "x/3.1.png"), (3, 2, "y/3.2.png")]),
+        ("{pid}/{pid}-{camid}-*", ["4/4-1-2.png"], [(4, 1, "4/4-1-2.png")]),
+        ("*/{pid}_*", ["query/a b_1.png", "train/c_1.png"], [(0, 0, "query/a b_1.png"), (1, 0, "train/c_1.png")]),
+    ],
+)
+def test_names_by_a_pattern(tmp_path, pattern, paths, train):
+    for number, path in enumerate(paths):
+        paint(tmp_path / "own" / path, red(number))
+    data = load_reid(f"{tmp_path / 'own'}:names={pattern}")
+    assert contents(data) == {"train": train} and data["train"][0]["image"].size
+    # A pattern of other files leaves none.
+    with pytest.raises(ValueError, match=r"has no image that is named like z/\{pid\}"):
+        load_reid(f"{tmp_path / 'own'}:names=z/{{pid}}", skip_unreadable=True)
+
+
+def test_splits_by_a_pattern(tmp_path, caplog):
+    for name in ("train-1-1", "query-2-1", "gallery-2-2", "gallery-2", "test-3-1"):
+        paint(tmp_path / f"{name}.png")
+    spec = f"{tmp_path}:names={{split}}-{{pid}}-{{camid}}"
+    with pytest.raises(ValueError, match=r"gallery-2.png is not named like \{split\}-\{pid\}-\{camid\}; skip_unread"):
+        load_reid(spec)
+    with pytest.raises(ValueError, match=r"knows \['test'\] as splits"):
+        load_reid(spec, skip_unreadable=True)
+    (tmp_path / "test-3-1.png").unlink()
+    found = contents(load_reid(spec, skip_unreadable=True))
+    assert {split: rows[0][:2] for split, rows in found.items()} == {
+        "train": (1, 1),
+        "query": (2, 1),
+        "gallery": (2, 2),
+    }
+    without = contents(load_reid(f"{spec},camid_column=none,skip_unreadable=true"))
+    assert {rows[0][1] for rows in without.values()} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("names={person}_*", r"has \{person\}; expected \{pid\}, \{camid\}, \{split\} and \*"),
+        ("names={pid_*", r"has \{; expected"),
+        ("names={pid}{camid}_*", r"has nothing between \{pid\} and \{camid\}"),
+        ("names={camid}_*", r"has no \{pid\}"),
+        ("names={pid}_*,pid_column=who", r"pid_column=who has no effect beside names"),
+    ],
+)
+def test_patterns_that_are_wrong(tmp_path, options, words):
+    paint(tmp_path / "own/1_2.png")
+    with pytest.raises(ValueError, match=words):
+        load_reid(f"{tmp_path / 'own'}:{options}")
+
+
+def test_a_pattern_is_for_folders(tmp_path):
+    write(tmp_path / "own")
+    with pytest.raises(ValueError, match=r"labels.csv: names=\{pid\}_\* has no effect, it is no folder"):
+        load_reid(f"{tmp_path / 'own/labels.csv'}:names={{pid}}_*")
+    with pytest.raises(ValueError, match=r"somebody/people does not know the option 'names'"):
+        load_reid("somebody/people:names={pid}_*")
+
+
+def test_addresses_are_no_files(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,pid,camid\nhttps://example.org/1.jpg,1,1\n")
+    with pytest.raises(ValueError, match=r"has the address https://example.org/1.jpg; download the images"):
+        load_reid(tmp_path)
+
+
 def test_options_without_effect_are_refused(tmp_path):
     folder = tmp_path / "folders"
     for path in ("anna/1.png", "bert/1.png"):

@@ -49,7 +49,8 @@ def parse_spec(spec):
         return name, read_options(text.split(","), spec)
     path, _, text = spec.rpartition(":")
     words = {item.partition("=")[0].strip() for item in text.split(",")}
-    known = words <= {*COLUMN_OPTIONS, *COMMON_OPTIONS, "domain", "revision"} or "=" in text and os.path.exists(path)
+    own = {*COLUMN_OPTIONS, *COMMON_OPTIONS, "domain", "names", "revision"}
+    known = words <= own or "=" in text and os.path.exists(path)
     return (path, read_options(text.split(","), spec)) if path and known and not os.path.exists(spec) else (spec, {})
 
 
@@ -95,7 +96,7 @@ def load_reid(
     dropped and listed in the log, and so are files whose names do not parse. Other options belong to the source: see
     the readers in `utils.datasets.published`, `utils.synthetic.world.rows`, and for your own tables `image_column`,
     `pid_column` ("none" if identities are unknown), `camid_column` ("none" if there are no cameras, in folders too),
-    `domain_column`, `split_column` and `domain`. Options in a spec override those given here.
+    `domain_column`, `split_column` and `domain`, or `names`, see `read_named`. Options in a spec override these here.
     """
     common = {
         "image_fraction": image_fraction,
@@ -171,7 +172,7 @@ def read_own(name, root, options):
     path = next((place for place in places if os.path.exists(place)), None)
     if path is None and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise ValueError(unknown_name(name))
-    accepted = [*COLUMN_OPTIONS, "domain"] + ([] if path else ["revision"])
+    accepted = [*COLUMN_OPTIONS, "domain", "names" if path else "revision"]
     unknown = sorted(set(options) - set(accepted))
     if unknown:
         raise ValueError(f"{name} does not know the option {unknown[0]!r}; it accepts {', '.join(accepted)}")

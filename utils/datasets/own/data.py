@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, constants
 from utils.datasets.images import PersonImage, storage_of
 from utils.datasets.own.folders import read_identity_folders
 from utils.datasets.own.labels import labels_in
+from utils.datasets.own.patterns import read_named
 from utils.datasets.own.tables import (
     METADATA,
     TABLES,
@@ -109,9 +110,11 @@ def conform(splits, columns, domain, where):
     return datasets.DatasetDict(result)
 
 
-def read_local(path, columns, domain=None):
-    """Your own folder or file, in any of the forms this module knows."""
+def read_local(path, columns, domain=None, names=None):
+    """Your own folder or file, in any of the forms this module knows, or by a pattern of names (`read_named`)."""
     path = Path(path)
+    if names is not None and not path.is_dir():
+        raise ValueError(f"{path}: names={names} has no effect, it is no folder; leave it out")
     if path.is_file():
         if path.suffix == ".tar":
             return conform(*read_tars(path, columns), domain or path.stem, path)
@@ -134,6 +137,8 @@ def read_local(path, columns, domain=None):
         except Exception as error:
             raise ValueError(f"{path} is a damaged save_to_disk folder: {error}") from error
         return conform(known_splits(stored, columns, path), columns, domain, path)
+    if names is not None:
+        return conform(*read_named(path, names, columns), domain, path)
     if not listing(path):
         raise ValueError(
             f"{path} is empty; expected images in one folder an identity, a metadata file or parquet files"

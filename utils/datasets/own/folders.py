@@ -65,7 +65,7 @@ def images_of(place):
         left_out(
             entry.path,
             f"{entry.path}: expected one folder an identity in {place}, files that are all named like 0001_c2_x.jpg, "
-            "or a metadata file",
+            f"a metadata file, or a pattern of names: {place}:names={{pid}}_cam{{camid}}_*",
         )
     inside = {folder.name: listing(folder.path) for folder in folders}
     below = [entry for entries in inside.values() for entry in entries if entry.is_dir()]
@@ -86,7 +86,8 @@ def images_of_cameras(place, inside, below):
         raise ValueError(
             f"{below[0].path} is a folder; expected images directly in {os.path.dirname(below[0].path)}, the folder "
             "of one identity, or folders of cameras named like cam1 (anna/cam1/1.jpg or cam1/anna/1.jpg). Describe "
-            "images in other folders by a table with file_name, pid and camid"
+            f"other folders by a pattern, such as {place}:names=*/{{camid}}/{{pid}}/*, or by a table with file_name, "
+            "pid and camid"
         )
     images = []
     for outer, entries in inside.items():
@@ -111,8 +112,8 @@ def image_names(entries):
             names.append(entry.name)
         elif entry.is_dir():
             raise ValueError(
-                f"{entry.path} is a folder; expected images there. Describe images in deeper folders by a table with "
-                "file_name, pid and camid"
+                f"{entry.path} is a folder; expected images there. Describe deeper folders by a pattern, such as "
+                "names=*/{camid}/{pid}/*, or by a table with file_name, pid and camid"
             )
         else:
             left_out(entry.path, f"{entry.path} is no image; expected files ending in {', '.join(ENDINGS)}")

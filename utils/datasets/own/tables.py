@@ -146,6 +146,10 @@ def locate_images(table, file, image_column):
         for row, (out, name) in enumerate(zip(outside, names, strict=True), len(paths)):
             if out and not name:
                 raise ValueError(f"{file}: column {column!r} is empty in row {row}")
+            if out and "://" in name:
+                raise ValueError(
+                    f"{file}: column {column!r} has the address {name}; download the images and name the files"
+                )
         names = [below(file.parent, name) if out else name for out, name in zip(outside, names, strict=True)]
         paths += [os.path.normpath(name) if out else None for out, name in zip(outside, names, strict=True)]
         check_listed(file.parent, [name for out, name in zip(outside, names, strict=True) if out], file)
