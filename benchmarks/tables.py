@@ -228,7 +228,7 @@ TABLES = {
     "filtering": as_stored("filtering"),
     "answerer": as_stored("standins"),
     "starts": starts,
-    "adaptation": as_stored("adaptation", words=3),
+    "generalisation": as_stored("generalisation", words=3),
     "methods": as_stored("methods", words=2),
     "thresholds": as_stored("thresholds", words=3),
     "coverage": as_stored("coverage", words=4),

@@ -19,7 +19,7 @@ import datasets
 import torch
 
 from benchmarks.common import RESULTS, command_line, finished, in_percent, run_once, write_result
-from benchmarks.quality.adaptation import COLLAPSED, DOMAINS, PRETRAINED, SCRATCH, SIZE, start_of, stored
+from benchmarks.quality.generalisation import DOMAINS, PRETRAINED, SCRATCH, SIZE, start_of, stored
 from utils.files import to_json, write_together
 from utils.reporting.report import text_table
 
@@ -53,6 +53,7 @@ RUNS = {
 }
 COLUMNS = ["start", "method", "mAP % before", "mAP %", "Rank-1 %", "ARI x 100", "CPU s an epoch", "peak GiB", "epochs"]
 USAGE = "usage.json"
+COLLAPSED = "collapsed.txt"
 
 
 def run(folder, words):

@@ -77,3 +77,20 @@ def test_every_run_can_be_parsed():
         args = adapt_reid.parse_args(f"{methods.WORDS} {words}".split())
         given = words.split()
         assert "--method" not in given or args.method == given[given.index("--method") + 1]
+
+
+@pytest.mark.slow
+def test_clusters_that_collapse_are_a_result(tmp_path, capsys):
+    """A run of its own that ends with the script's one line; anything else that goes wrong stops the whole."""
+    target = ["--target", "synthetic:domain=b,num_ids=4,images_per_id=4", "--cluster_k1", "6", "--eps", "0.001"]
+    small = ["--resolution", "32", "16", "--train_batch_size", "4", "--images_per_id", "2", "--min_samples", "6"]
+    for _ in range(2):
+        methods.run(tmp_path / "x", [*target, *small])
+    said = (tmp_path / "x" / "collapsed.txt").read_text()
+    assert "are in no cluster" in said and capsys.readouterr().out.count("adapt_reid.py x") == 1
+    found = methods.found_in(tmp_path / "x", "pre-trained", "b, SpCL", 0)
+    assert found["collapsed"] == said and len(found["history"]) == 1
+    with pytest.raises(
+        ValueError, match="adapt_reid.py stopped: .*cannot be clustered by their --cluster_k1 16 nearest"
+    ):
+        methods.run(tmp_path / "y", [*target, *small, "--cluster_k1", "16"])

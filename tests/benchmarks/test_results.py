@@ -10,7 +10,7 @@ from benchmarks.common import RESULTS
 from benchmarks.evaluation import coverage, grouping, real_people, thresholds
 from benchmarks.generated import filter_truth, standins
 from benchmarks.memory import cards, dcac_overhead
-from benchmarks.quality import adaptation, dcac_curves, dcac_feedback, dcac_synthetic, methods, starts
+from benchmarks.quality import dcac_curves, dcac_feedback, dcac_synthetic, generalisation, methods, starts
 from benchmarks.robustness import chain
 from benchmarks.speed import (
     clustering,
@@ -38,7 +38,7 @@ def start_rows(raw):
 
 # Name: (columns, rows) of the raw numbers.
 TABLES = {
-    "adaptation": lambda raw: (adaptation.COLUMNS, adaptation.rows_of(raw["runs"])),
+    "generalisation": lambda raw: (generalisation.COLUMNS, generalisation.rows_of(raw["runs"])),
     "chain": lambda raw: (chain.COLUMNS, chain.rows_of(raw["chains"])),
     "chain_small": lambda raw: (chain.COLUMNS, chain.rows_of(raw["chains"])),
     "clustering": lambda raw: clustering.table_of(raw["rows"]),

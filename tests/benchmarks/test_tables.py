@@ -55,16 +55,16 @@ def test_a_mark_nobody_knows():
         tables.with_tables("<!-- table: nothing -->\n<!-- end -->")
 
 
-def test_adaptation_is_the_table_of_its_file(monkeypatch, tmp_path):
+def test_a_table_is_that_of_its_file(monkeypatch, tmp_path):
     columns = ["start", "training", "measured on", "mAP %"]
-    content = {"columns": columns, "table": [["pre-trained", "b, SpCL", "b", "33.2 ± 1.0"]]}
-    (tmp_path / "adaptation.json").write_text(json.dumps(content))
+    content = {"columns": columns, "table": [["pre-trained", "labels of b", "b", "33.2 ± 1.0"]]}
+    (tmp_path / "generalisation.json").write_text(json.dumps(content))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    made = tables.with_tables("<!-- table: adaptation -->\n<!-- end -->").splitlines()
+    made = tables.with_tables("<!-- table: generalisation -->\n<!-- end -->").splitlines()
     assert made[1:4] == [
         "| start | training | measured on | mAP % |",
         "| --- | --- | --- | ---: |",
-        "| pre-trained | b, SpCL | b | 33.2 ± 1.0 |",
+        "| pre-trained | labels of b | b | 33.2 ± 1.0 |",
     ]
 
 
