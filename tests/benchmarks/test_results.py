@@ -10,7 +10,15 @@ from benchmarks.common import RESULTS
 from benchmarks.evaluation import coverage, grouping, real_people, thresholds
 from benchmarks.generated import filter_truth, standins
 from benchmarks.memory import cards, dcac_overhead
-from benchmarks.quality import dcac_curves, dcac_feedback, dcac_synthetic, generalisation, methods, starts
+from benchmarks.quality import (
+    dcac_curves,
+    dcac_feedback,
+    dcac_synthetic,
+    generalisation,
+    methods,
+    pretraining_objectives,
+    starts,
+)
 from benchmarks.robustness import chain
 from benchmarks.speed import (
     clustering,
@@ -38,7 +46,6 @@ def start_rows(raw):
 
 # Name: (columns, rows) of the raw numbers.
 TABLES = {
-    "generalisation": lambda raw: (generalisation.COLUMNS, generalisation.rows_of(raw["runs"])),
     "chain": lambda raw: (chain.COLUMNS, chain.rows_of(raw["chains"])),
     "chain_small": lambda raw: (chain.COLUMNS, chain.rows_of(raw["chains"])),
     "clustering": lambda raw: clustering.table_of(raw["rows"]),
@@ -54,6 +61,7 @@ TABLES = {
     "filter_truth": lambda raw: filter_truth.table_of(raw["cameras"]),
     "filtering": lambda raw: filtering.table_of(raw["rows"]),
     "generation": lambda raw: generation.table_of(raw["parts"]),
+    "generalisation": lambda raw: (generalisation.COLUMNS, generalisation.rows_of(raw["runs"])),
     "gpu/dcac_step": lambda raw: dcac_step.table_of(raw["batches"]),
     "gpu/generation": lambda raw: generation.table_of(raw["parts"]),
     "gpu/pretraining": lambda raw: pretraining.table_of(raw["models"]),
@@ -67,6 +75,10 @@ TABLES = {
     "loading": lambda raw: loading.table_of(raw["rows"]),
     "loading_augmentation": lambda raw: loading.augmentation_table(raw["rows"]),
     "methods": lambda raw: (methods.COLUMNS, methods.rows_of(raw["runs"])),
+    "pretraining_objectives": lambda raw: (
+        pretraining_objectives.COLUMNS,
+        pretraining_objectives.rows_of(raw["runs"], dict.fromkeys(run["start"] for run in raw["runs"])),
+    ),
     "real_people": lambda raw: (real_people.COLUMNS, real_people.rows_of(raw)),
     "real_people_gt": lambda raw: (real_people.COLUMNS, real_people.rows_of(raw)),
     "retrieval": lambda raw: (retrieval.COLUMNS, retrieval.rows_of(raw["rows"])),
