@@ -11,50 +11,52 @@ memory is the peak above that of the process with its features. `N x N` is what 
 import argparse
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import ResNetConfig, ResNetModel
 
 from benchmarks.common import GIB, RESULTS, command_line, run_worker, write_result
 from benchmarks.speed.reid_features import DEPTH, reid_features
 from benchmarks.speed.retrieval import status
 from methods.settings import NAMES
+from utils.modeling.reid_model import ReIDModel
 from utils.reporting.report import text_table
 
 # MSMT17's: images, identities, cameras.
 IMAGES, IDENTITIES, CAMERAS = 32621, 1041, 15
 SOURCE = (751, 12936)
+# GLT's published ones.
+GROUPS = (600, 700, 800)
+SETTINGS = "--eps 0.5 --min_samples 4 --cluster_k1 30 --cluster_k2 6 --jaccard faiss"
 COLUMNS = ["method", "images", "seconds", "of these clustering", "peak GiB", "N x N GiB"]
 
 
-class Encoder(nn.Module):
-    """What a method's labels need of a model: its width, its classifier, its neck."""
-
-    def __init__(self):
-        super().__init__()
-        self.num_features, self.backbone, self.bnneck = DEPTH, nn.Identity(), nn.BatchNorm1d(DEPTH)
-
-    def reset_classifier(self, rows):
-        self.classifier = nn.Linear(DEPTH, rows, bias=False)
+def small_encoder():
+    """A small ResNet whose features are as wide as those that are labelled."""
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[32, DEPTH], depths=[1, 1], layer_type="basic")
+    with tempfile.TemporaryDirectory() as folder:
+        ResNetModel(config).save_pretrained(folder)
+        return ReIDModel.for_training(folder, num_ids=0, image_size=(64, 32))
 
 
 def measure(name, images):
     """{seconds, clustering, peak_gib} of one epoch's labels."""
     import adapt_reid
-    from utils.training.clustering import cluster
 
     torch.set_num_threads(1)
     identities = max(8, IDENTITIES * images // IMAGES)
     sets = reid_features((1, images, identities, CAMERAS, 0.0))
     features, cameras = (torch.from_numpy(sets[key]) for key in ("gallery", "gallery_cams"))
     adaptation = name in adapt_reid.METHODS["adaptation"] and name not in adapt_reid.METHODS["unsupervised"]
-    words = ["--target", "x", "--method", name, "--eps", "0.5", "--jaccard", "faiss"]
+    words = ["--target", "x", "--method", name, *SETTINGS.split()]
+    words += ["--group_counts", *map(str, GROUPS)] if name == "glt" else []
     args = adapt_reid.parse_args([*words, *(["--setting", "adaptation", "--source", "y"] if adaptation else [])])
     num_source, source_size = SOURCE if adaptation else (0, 0)
-    # IDM takes a backbone apart, which has nothing to do with its labels: those of CaCL with all cameras.
-    method = adapt_reid.MODULES[name](Encoder(), args, num_source, cameras, source_size=source_size)
+    method = adapt_reid.MODULES[name](small_encoder(), args, num_source, cameras, source_size=source_size)
     generator, seconds = torch.Generator().manual_seed(0), []
 
     def target(model=None):
@@ -69,12 +71,12 @@ def measure(name, images):
 
     def clustered(rows_of, rows=None):
         start = time.perf_counter()
-        found = cluster(rows_of, eps=method.scales(args), min_samples=4, k1=30, k2=6, compat="faiss")
+        found = adapt_reid.of(method, "clusterings")(rows_of, args, None)
         seconds.append(time.perf_counter() - start)
-        return method.labels_of(found, None)[0]
+        return adapt_reid.of(method, "labels_of")(found, None)[0]
 
-    # The last epoch: CaCL has all cameras then.
-    epoch = args.num_train_epochs if name == "cacl" else 1
+    # The last epoch: CaCL has all cameras then; UNRN and GLT first train on the source.
+    epoch = {"cacl": args.num_train_epochs, "unrn": args.source_epochs + 1, "glt": args.source_epochs + 1}.get(name, 1)
     whole = target(method) if name == "pplr" else features
     Path("/proc/self/clear_refs").write_text("5")
     before, start = status("VmRSS"), time.perf_counter()
@@ -87,8 +89,7 @@ def measure(name, images):
 
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [name for name in NAMES if name != "idm"]
-    parser.add_argument("--methods", nargs="+", choices=names, default=names, help="default all but idm: as cacl's")
+    parser.add_argument("--methods", nargs="+", choices=NAMES, default=NAMES, help="default all")
     parser.add_argument("--images", type=int, default=IMAGES, help=f"default {IMAGES}, MSMT17's training images")
     parser.add_argument("--json", type=Path, default=RESULTS / "labels.json", help="default benchmarks/results")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
