@@ -224,6 +224,7 @@ TABLES = {
     "loading": as_stored("loading"),
     "loading-augmentation": as_stored("loading_augmentation"),
     "clustering": as_stored("clustering"),
+    "labels": as_stored("labels"),
     "filter-truth": as_stored("filter_truth", words=2),
     "filtering": as_stored("filtering"),
     "answerer": as_stored("standins"),
