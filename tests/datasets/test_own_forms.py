@@ -377,6 +377,8 @@ def test_splits_by_a_pattern(tmp_path, caplog):
         ("names={person}_*", r"has \{person\}; expected \{pid\}, \{camid\}, \{split\} and \*"),
         ("names={pid_*", r"has \{; expected"),
         ("names={pid}{camid}_*", r"has nothing between \{pid\} and \{camid\}"),
+        ("names={pid}*", r"has nothing between \{pid\} and \*"),
+        ("names=*{pid}_*", r"has nothing between \* and \{pid\}"),
         ("names={camid}_*", r"has no \{pid\}"),
         ("names={pid}_*,pid_column=who", r"pid_column=who has no effect beside names"),
     ],

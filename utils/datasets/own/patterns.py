@@ -42,17 +42,19 @@ def read_named(folder, pattern, columns):
 
 def compiled(pattern, folder):
     """The regular expression of a pattern."""
-    parts, seen = [], []
+    parts, seen, before = [], [], None
     for match in PART.finditer(pattern):
         field, star, text = match.groups()
+        # Where a label ended, or began, would be a guess.
+        if before and not text and (field or before != "*"):
+            raise ValueError(f"{folder}: names={pattern} has nothing between {before} and {match[0]}")
+        before = None if text else match[0]
         if text:
             parts.append(re.escape(text))
         elif star:
             parts.append("[^/]*")
         elif field not in FIELDS:
             raise ValueError(f"{folder}: names={pattern} has {match[0]}; expected {{pid}}, {{camid}}, {{split}} and *")
-        elif parts and parts[-1].startswith("(?P"):
-            raise ValueError(f"{folder}: names={pattern} has nothing between {{{seen[-1]}}} and {match[0]}")
         else:
             parts.append(f"(?P={field})" if field in seen else f"(?P<{field}>[^/]+?)")
             seen.append(field)
