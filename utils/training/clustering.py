@@ -151,47 +151,60 @@ def k_means(features, count, *, seed=0, starts=10, most_rounds=300):
             f"the clusters collapsed: {len(features)} images have {different} different features, too few for {count} "
             "groups. Lower --group_counts or --learning_rate; or start from a better model"
         )
-    generator, best, least = torch.Generator().manual_seed(seed), None, torch.inf
-    for _ in range(starts):
-        centres, labels = features[first_rows(features, count, generator)], None
+    squares, best, least = features.square().sum(1), None, torch.inf
+    for rows in first_rows(features, squares, count, starts, torch.Generator().manual_seed(seed)):
+        centres, labels = features[rows], rows.new_full((len(features),), NOISE)
+        distances = squared_distances(centres, features, squares)
         for _ in range(most_rounds):
-            distance, nearest = squared_distances(features, centres).min(1)
+            distance, nearest = distances.min(0)
             empty = (nearest.bincount(minlength=count) == 0).nonzero().flatten()
             nearest[distance.topk(len(empty)).indices] = empty
-            if labels is not None and torch.equal(labels, nearest):
+            changed = nearest != labels
+            if not changed.any():
                 break
+            # The centres of the other groups stay, and in later rounds these are most.
+            moved = torch.cat([labels[changed], nearest[changed]]).unique()
+            moved = moved[moved != NOISE]
             labels = nearest
             sums = torch.zeros_like(centres).index_add_(0, labels, features)
             counts = labels.bincount(minlength=count)[:, None]
             centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+            distances[moved] = squared_distances(centres[moved], features, squares)
         if (spread := float(distance.double().sum())) < least:
             best, least = labels, spread
     return Clusters(best.cpu())
 
 
-def first_rows(features, count, generator):
-    """Greedy k-means++: some rows are drawn, in proportion to their squared distance to the nearest of those before;
-    the next is the one that leaves the smallest sum of these distances.
+def first_rows(features, squares, count, starts, generator):
+    """(starts, count) rows by greedy k-means++: some rows are drawn, in proportion to their squared distance to the
+    nearest of those before; the next is the one that leaves the smallest sum of these distances.
+
+    All starts go side by side, so that each step is one large product.
     """
-    rows = [int(torch.randint(len(features), (1,), generator=generator))]
-    nearest, tries = squared_distances(features, features[rows])[:, 0], 2 + int(math.log(count))
+    tries, rows, draws = 2 + int(math.log(count)), [], []
+    for _ in range(starts):
+        rows.append(torch.randint(len(features), (1,), generator=generator))
+        draws.append([torch.rand(tries, generator=generator, dtype=torch.float64) for _ in range(count - 1)])
+    rows, each = torch.stack(rows).to(features.device), torch.arange(starts, device=features.device)
+    nearest = squared_distances(features[rows[:, 0]], features, squares)
     # Rounding leaves a row a little away from itself.
-    nearest[rows] = 0
-    for _ in range(count - 1):
-        passed = nearest.double().cumsum(0)
-        draws = torch.rand(tries, generator=generator, dtype=torch.float64).to(passed.device) * passed[-1]
-        drawn = torch.searchsorted(passed, draws, right=True).clamp(max=len(features) - 1)
-        left = torch.minimum(nearest[:, None], squared_distances(features, features[drawn]))
-        best = int(left.double().sum(0).argmin())
-        rows.append(int(drawn[best]))
-        nearest = left[:, best]
-        nearest[rows[-1]] = 0
+    nearest[each, rows[:, 0]] = 0
+    for step in range(count - 1):
+        passed = nearest.double().cumsum(1)
+        places = torch.stack([draw[step] for draw in draws]).to(features.device) * passed[:, -1:]
+        drawn = torch.searchsorted(passed, places, right=True).clamp(max=len(features) - 1)
+        left = squared_distances(features[drawn.flatten()], features, squares).unflatten(0, drawn.shape)
+        left = torch.minimum(nearest[:, None], left)
+        best = left.double().sum(2).argmin(1)
+        rows = torch.cat([rows, drawn[each, best, None]], dim=1)
+        nearest = left[each, best]
+        nearest[each, rows[:, -1]] = 0
     return rows
 
 
-def squared_distances(features, centres):
-    squares = features.square().sum(1)[:, None] + centres.square().sum(1) - 2 * features @ centres.t()
-    return squares.clamp(min=0)
+def squared_distances(centres, features, squares):
+    """(K, N), with `squares` of the features."""
+    return (centres.square().sum(1)[:, None] + squares - 2 * centres @ features.t()).clamp(min=0)
 
 
 def from_main(compute):
