@@ -39,7 +39,7 @@ import argparse
 import math
 
 from methods import pretraining
-from methods.pretraining import DISTILLED, SOLIDER
+from methods.pretraining import DINO_VALUES, DISTILLED, SOLIDER
 from utils import flags, ranges
 from utils.ranges import at_least, fraction, not_negative
 
@@ -63,6 +63,7 @@ OBJECTIVES = {"classification": "identity classification"}
 OBJECTIVES |= {name: f"self-distillation ({name.upper()})" for name in DISTILLED}
 # Short names of backbones, see utils/modeling/names.py.
 SMALL = ("resnet-small", "swin-mini")
+CLIP = DINO_VALUES["max_grad_norm"]
 NAMED = (*SMALL, "resnet50", "swin-t", "swin-s", "swin-b", "clip-b16")
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 
@@ -136,7 +137,10 @@ def build_parser():
     )
     # Here BatchNorm and Mixup see each pass by itself, so that both change the training.
     parser.free -= {"train_batch_size"}
-    group = flags.add_optimizer(parser, learning_rate=2e-3, weight_decay=0.05, optimizers=None)
+    clip_default = f"{CLIP} of dino and solider, else 0, never"
+    group = flags.add_optimizer(
+        parser, learning_rate=2e-3, weight_decay=0.05, optimizers=None, clip=None, clip_default=clip_default
+    )
     group.add("--weight_decay_end", type=not_negative, help="weight decay at the end of a cosine; default constant")
     group.add("--layer_decay", type=ranges.share, default=1.0, help="factor on the rate from block to block")
     group.add("--lr_scheduler", choices=SCHEDULES, default="cosine", help="how the rate changes")
@@ -160,6 +164,9 @@ def parse_args(input_args=None):
     args.backbone = args.backbone or ("swin-mini" if args.objective == SOLIDER else "resnet-small")
     if args.from_scratch is None:
         args.from_scratch = args.backbone in SMALL
+    if args.max_grad_norm is None:
+        # Of random weights their first gradients are enormous, and Adam would remember them for long.
+        args.max_grad_norm = CLIP if args.objective in DISTILLED else 0.0
     check_args(parser, args)
     args.notes = parser.notes(args)
     return args

@@ -225,8 +225,8 @@ def add_training(parser, *, batch, epochs, accumulation, images_per_id=4, batch_
     return group
 
 
-def add_optimizer(parser, *, learning_rate, weight_decay, optimizers=OPTIMIZERS):
-    """Adam and its like; without a choice of `optimizers` it is AdamW."""
+def add_optimizer(parser, *, learning_rate, weight_decay, optimizers=OPTIMIZERS, clip=0.0, clip_default="0, never"):
+    """Adam and its like; without a choice of `optimizers` it is AdamW. `clip` is the default of --max_grad_norm."""
     group = parser.group("optimizer")
     sgd = (lambda args: getattr(args, "optimizer", None) == "sgd", "--optimizer sgd")
     if optimizers:
@@ -236,7 +236,8 @@ def add_optimizer(parser, *, learning_rate, weight_decay, optimizers=OPTIMIZERS)
     group.add("--adam_beta2", type=below_one, default=0.999, idle=sgd, help="decay of the squared gradients")
     group.add("--adam_epsilon", type=above_zero, default=1e-8, idle=sgd, help="added to their root")
     group.add("--adam_weight_decay", type=not_negative, default=weight_decay, help="weight decay")
-    group.add("--max_grad_norm", type=not_negative, default=0.0, help="clip gradients to this norm; default 0, never")
+    words = f"clip gradients to this norm; default {clip_default}"
+    group.add("--max_grad_norm", type=not_negative, default=clip, help=words)
     add_8bit(group)
     return group
 

@@ -2,11 +2,14 @@
 
     python -m benchmarks.quality.pretraining_objectives
 
-The network is pre-trained on the same people of domains a, c, d and e, by each objective with its own seed, then
-fine-tuned on a tenth of each identity's images of domain b and measured on other people of b. SOLIDER's backbone is
-also fine-tuned with other semantic weights, and random weights are beside them. All images are drawn once, at the size
-of training. Every run has a process and a folder of its own: after a stop, the same command continues and repeats
-nothing.
+Pre-training starts where ImageNet's weights would be: from that Swin, trained once by the identities of domains f, g
+and h. It goes on with the same images of domains a, c, d and e by each objective, and is then fine-tuned on a tenth of
+each identity's images of domain b and measured on other people of b. SOLIDER's backbone is also fine-tuned with other
+semantic weights; random weights, and the start without more pre-training, are beside them. All images are drawn once,
+at the size of training. Every run has a process and a folder of its own: after a stop, the same command continues and
+repeats nothing.
+
+From random weights this Swin learns the 256 people of a, c, d and e by heart and tells no others apart.
 """
 
 import argparse
@@ -25,23 +28,26 @@ from utils.reporting.report import text_table
 
 SIZE = (64, 32)
 BACKBONE = "swin-mini"
-RANDOM, IDENTITIES, DINO, SOLIDER = "random weights", "identities", "DINO", "SOLIDER"
+RANDOM, NO_MORE, IDENTITIES, DINO, SOLIDER = "random weights", "the start", "identities", "DINO", "SOLIDER"
 WORDS = f"--resolution {SIZE[0]} {SIZE[1]} --log_every 16"
-# Of pretrain_backbone.py; each objective sees every image as often.
-PRETRAIN = f"{WORDS} --backbone {BACKBONE} --from_scratch --train_batch_size 64 --num_train_epochs 24 --eval_every 24"
+# Of pretrain_backbone.py.
+BATCHES = f"{WORDS} --train_batch_size 64 --randaugment_ops 0 --eval_every 24 --num_train_epochs 24"
+START = f"{BATCHES} --backbone {BACKBONE} --from_scratch --learning_rate 2e-3 --max_grad_norm 1 --seed 0"
+# Each objective sees every image as often.
+PRETRAIN = f"{BATCHES} --max_grad_norm 3"
 OBJECTIVES = {
     IDENTITIES: "--objective classification --learning_rate 1e-3",
     DINO: "--objective dino --local_crops 4 --learning_rate 1e-3",
     SOLIDER: "--objective solider --local_crops 4 --learning_rate 1e-3",
 }
 WEIGHTS = {f"{SOLIDER}, weight {weight}": weight for weight in ("0.0", "1.0")}
-STARTS = [RANDOM, *OBJECTIVES, *WEIGHTS]
+STARTS = [RANDOM, NO_MORE, *OBJECTIVES, *WEIGHTS]
 FINETUNE = (
     f"{WORDS} --setting few-shot --fraction 0.1 --padding 3 --train_batch_size 24 --learning_rate 5e-4 "
     "--lr_scheduler cosine --num_train_epochs 40 --eval_every 10"
 )
 # Identities and images of each; b is fine-tuned on.
-DOMAINS = {"a": (64, 8), "c": (64, 8), "d": (64, 8), "e": (64, 8), "b": (64, 20)}
+DOMAINS = dict.fromkeys("fgh", (512, 8)) | dict.fromkeys("acde", (64, 8)) | {"b": (64, 20)}
 COLUMNS = ["start", "mAP % before", "mAP %", "Rank-1 %"]
 
 
@@ -66,12 +72,17 @@ def start_of(folder, start, seed):
             torch.manual_seed(seed)
             open_backbone(BACKBONE, SIZE, from_scratch=True).save_pretrained(place)
         return str(place)
+    if start == NO_MORE:
+        return pretrained(folder, "start", START.split(), "fgh")
     objective = SOLIDER if start in WEIGHTS else start
-    place = folder / f"pretrain-{objective.lower()}-{seed}"
-    words = [*PRETRAIN.split(), *OBJECTIVES[objective].split(), "--seed", str(seed)]
-    words += ["--source", *(stored(folder, domain) for domain in DOMAINS if domain != "b")]
-    run("pretrain_backbone.py", place, words, "backbone/model.safetensors")
-    return str(place / "backbone")
+    words = ["--backbone", start_of(folder, NO_MORE, seed), *PRETRAIN.split(), *OBJECTIVES[objective].split()]
+    return pretrained(folder, f"pretrain-{objective.lower()}-{seed}", [*words, "--seed", str(seed)], "acde")
+
+
+def pretrained(folder, name, words, domains):
+    words = [*words, "--source", *(stored(folder, domain) for domain in domains)]
+    run("pretrain_backbone.py", folder / name, words, "backbone/model.safetensors")
+    return str(folder / name / "backbone")
 
 
 def run(script, folder, words, done):
@@ -117,7 +128,7 @@ def main(input_args=None):
             runs.append({"start": start, "seed": seed, "history": finetune(folder, start, seed)})
         # Every row has the same seeds.
         rows = rows_of(runs, args.starts)
-        settings = {"pretrain": PRETRAIN, "objectives": OBJECTIVES, "finetune": FINETUNE}
+        settings = {"start": START, "pretrain": PRETRAIN, "objectives": OBJECTIVES, "finetune": FINETUNE}
         write_result(args.json, command_line(__spec__.name, input_args), COLUMNS, rows, settings | {"runs": runs})
     print(text_table(COLUMNS, rows))
 

@@ -34,12 +34,14 @@ def test_table_of_all_starts(calls, tmp_path, capsys):
     objectives.main(arguments)
     pretrained = [words for script, words in calls if script == "pretrain_backbone.py"]
     trained = [words for script, words in calls if script == "finetune_reid.py"]
-    # SOLIDER is pre-trained once for its three weights.
-    assert len(pretrained) == 2 * 3 and len(trained) == 2 * 6
-    for words in pretrained:
-        assert words[words.index("--source") + 1 :] == [f"stored/{domain}" for domain in "acde"]
-    starts = [Path(words[words.index("--backbone") + 1]) for words in trained[:6]]
-    names = ["random-0", *(f"pretrain-{name}-0" for name in ("identities", "dino", "solider", "solider", "solider"))]
+    # The start is made once, and SOLIDER is pre-trained once for its three weights.
+    assert len(pretrained) == 1 + 2 * 3 and len(trained) == 2 * 7
+    for number, words in enumerate(pretrained):
+        assert words[words.index("--source") + 1 :] == [f"stored/{domain}" for domain in ("acde" if number else "fgh")]
+        assert number == 0 or words[words.index("--backbone") + 1] == str(tmp_path / "out" / "start" / "backbone")
+    starts = [Path(words[words.index("--backbone") + 1]) for words in trained[:7]]
+    names = ["identities", "dino", "solider", "solider", "solider"]
+    names = ["random-0", "start", *(f"pretrain-{name}-0" for name in names)]
     assert [start.name if start.name != "backbone" else start.parent.name for start in starts] == names
     weights = [words[words.index("--semantic_weight") + 1] for words in trained if "--semantic_weight" in words]
     assert weights == ["0.0", "1.0"] * 2

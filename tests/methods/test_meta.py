@@ -16,6 +16,7 @@ from finetune_reid import parse_args
 from methods import meta
 from methods.meta import DomainBatches, Meta, cosine_after_warmup
 from tests import runs
+from tests.methods.reference import close, same_steps
 from tests.modeling.test_heads import SIZE, TINY, people
 from tests.runs import launch, log_of, same_weights, weights_of
 from tests.scripts.test_finetune import SMALL, refused, train
@@ -143,8 +144,8 @@ def test_the_feature_is_that_of_plain_resnets(gate):
         found = [expected_map(plain_resnet(model, plain, expert), images) for expert in range(3)]
         for expert, (maps, distances) in enumerate(found):
             ours, ours_distances = model.head.expert_map(model.backbone, images, expert)
-            torch.testing.assert_close(ours.double(), maps, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(ours_distances.double(), distances, rtol=1e-4, atol=1e-5)
+            close(f"META map ({gate})", ours, maps)
+            close(f"META distances ({gate})", ours_distances, distances)
         distances = [one for _, one in found]
         if gate == "learned":
             shares = gates_of(model, distances, range(3))
@@ -159,7 +160,7 @@ def test_the_feature_is_that_of_plain_resnets(gate):
         if gate == "code":
             neck_of_mixture = mixture / math.sqrt(1 + 1e-5)
         wanted = F.normalize(torch.cat([neck_of_mixture, neck(model.head.necks[3], branch)], 1), dim=1)
-        torch.testing.assert_close(model(images).double(), wanted, rtol=1e-4, atol=1e-5)
+        close(f"META features ({gate})", model(images), wanted)
     assert wanted.shape == (5, 64)
 
 
@@ -223,7 +224,7 @@ def test_losses_are_those_of_loops():
     for row, label in zip(logits, labels.tolist(), strict=True):
         share = row.exp() / row.exp().sum()
         total -= sum((0.9 if place == label else 0.1 / 4) * math.log(share[place]) for place in range(5)) / 6
-    assert meta.smoothed_loss(logits, labels, 0.1).item() == pytest.approx(total, rel=1e-6)
+    close("META smoothed", meta.smoothed_loss(logits, labels, 0.1), total)
     mixture, expert = torch.randn(2, 12, 4, dtype=torch.float64)
     labels, total = torch.arange(12) // 3, 0.0
 
@@ -235,7 +236,8 @@ def test_losses_are_those_of_loops():
     for one in range(12):
         (far, near), (wanted_far, wanted_near) = hardest(mixture, one), hardest(expert, one)
         total += (max(0.0, far - wanted_far) + max(0.0, wanted_near - near)) / 12
-    assert total > 0.1 and meta.mixture_loss(mixture, expert, labels).item() == pytest.approx(total, rel=1e-5)
+    assert total > 0.1
+    close("META mixture", meta.mixture_loss(mixture, expert, labels), total)
     expert.requires_grad_(True)
     mixture.requires_grad_(True)
     meta.mixture_loss(mixture, expert, labels).backward()
@@ -321,8 +323,8 @@ def test_a_step_is_the_reference_s(domain):
     names = ["loss_expert", "loss_expert_triplet", "loss_branch", "loss_branch_triplet", "loss_mixture"]
     assert list(values) == ["loss", *names] and values["loss_mixture"] > 0
     for name, wanted in zip(names, losses, strict=True):
-        assert values[name].item() == pytest.approx(wanted.item(), rel=1e-5, abs=1e-6), name
-    assert loss.item() == pytest.approx(sum(losses).item(), rel=1e-5)
+        close(f"META {name}", values[name], wanted)
+    close("META loss", loss, sum(losses))
     compared = 0
     for name, parameter in model.named_parameters():
         wanted = slopes[name]
@@ -330,7 +332,7 @@ def test_a_step_is_the_reference_s(domain):
             assert parameter.grad is None, name
             continue
         scale = wanted.abs().max().clamp(min=1e-3)
-        torch.testing.assert_close(parameter.grad.double() / scale, wanted / scale, rtol=1e-3, atol=1e-4)
+        close("META gradient", parameter.grad / scale, wanted / scale, limit=2e-4)
         compared += 1
     assert compared > 40
     # What has no gradient: norms of other experts, their gates' other half, necks and classifiers of other domains.
@@ -538,8 +540,7 @@ def test_a_cut_training_goes_on_to_the_same_numbers(resnet, finished, tmp_path):
 def test_two_processes_train_as_one(resnet, finished, tmp_path):
     few = [*RUN, "--backbone", resnet, "--train_batch_size", "4", "--max_train_steps", "4", "--output_dir", tmp_path]
     launch("finetune_reid.py", *few, processes=2)
-    for left, right in zip(log_of(finished)[:4], log_of(tmp_path), strict=True):
-        assert left == pytest.approx(right, rel=1e-3, abs=1e-4)
+    same_steps("meta, two processes", log_of(finished)[:4], log_of(tmp_path))
 
 
 @pytest.mark.slow

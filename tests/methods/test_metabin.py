@@ -14,6 +14,7 @@ from finetune_reid import FineTuning, domains_of, parse_args
 from methods import metabin
 from methods.metabin import MetaBatches, balances, meta_step
 from tests import runs
+from tests.methods.reference import close, same_steps
 from tests.modeling.test_heads import TINY, people, tiny
 from tests.runs import launch, log_of, same_weights, weights_of
 from tests.scripts.test_finetune import SMALL, refused, train
@@ -128,9 +129,9 @@ def test_losses_are_those_of_plain_loops():
         own = [gap for row, gap in enumerate(gaps) if labels[row] == labels[one]]
         rest = [gap for row, gap in enumerate(gaps) if labels[row] != labels[one]]
         triplet += max(0.0, max(own) - min(rest) + 0.3) / 24
-    assert metabin.scatter_loss(features, domains).item() == pytest.approx(sum(scatter) / 3)
-    assert metabin.shuffle_loss(features, labels, domains).item() == pytest.approx(shuffle)
-    assert metabin.triplet_loss(features, labels).item() == pytest.approx(triplet, abs=1e-5)
+    close("MetaBIN scatter", metabin.scatter_loss(features, domains), sum(scatter) / 3)
+    close("MetaBIN shuffle", metabin.shuffle_loss(features, labels, domains), shuffle)
+    close("MetaBIN triplet", metabin.triplet_loss(features, labels), triplet)
 
 
 # The meta-step
@@ -206,8 +207,10 @@ def test_the_step_follows_the_slope_of_the_test_loss(first_order):
         backbone, images, labels, domains, [0, 2], inner_factor=20.0, rate=0.01, first_order=first_order
     )
     got = (old - torch.cat(list(balances(backbone).values()))) / 0.01
-    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-4, atol=1e-7)
-    assert got.abs().max() > 1e-3 and values["loss_meta_test"].item() == pytest.approx(loss(old), rel=1e-6)
+    scale = got.abs().max()
+    close("MetaBIN slope", got / scale, torch.tensor(want, dtype=torch.float64) / scale)
+    close("MetaBIN loss_meta_test", values["loss_meta_test"], loss(old))
+    assert scale > 1e-3
 
 
 def test_second_derivatives_make_a_difference():
@@ -376,10 +379,7 @@ def test_two_processes_train_as_one(metabin_run, finished, tmp_path):
     """Few steps: a hardest pair that changes with the last bit would part the two."""
     few = [*metabin_run, "--train_batch_size", "4", "--max_train_steps", "4", "--output_dir", tmp_path]
     launch("finetune_reid.py", *few, processes=2)
-    found = log_of(tmp_path)
-    assert len(found) == 4
-    for left, right in zip(log_of(finished), found, strict=False):
-        assert left == pytest.approx(right, rel=1e-3, abs=1e-4)
+    same_steps("metabin, two processes", log_of(finished)[:4], log_of(tmp_path))
 
 
 def test_plain_training_on_several_domains(resnet, tmp_path):

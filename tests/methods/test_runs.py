@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import adapt_reid
 from tests import runs
+from tests.methods.reference import same_steps
 from tests.runs import launch, log_of, same_weights, weights_of
 from utils.datasets.load import load_reid
 from utils.datasets.portable import save
@@ -118,16 +119,12 @@ def test_a_run_and_the_same_cut_and_resumed(command, straight, tmp_path, kind):
 def test_two_processes_train_as_one(command, straight, tmp_path, kind):
     launch(SCRIPT, *command(kind), "--train_batch_size", "4", "--output_dir", tmp_path, processes=2)
     one, two = log_of(straight(kind)), log_of(tmp_path)
-    assert len(one) == len(two) >= 6
-    differences = [
-        max(abs(left[name] - right[name]) / max(1, abs(left[name])) for name in left)
-        for left, right in zip(one, two, strict=True)
-    ]
+    # Sums in another order; Adam and a low temperature enlarge their rounding errors from step to step.
+    same_steps(f"{kind}, two processes", one, two, rest=2e-2)
     first, second = weights_of(straight(kind)), weights_of(tmp_path)
     weights = max(float((first[name].float() - second[name].float()).abs().max()) for name in first)
-    print(f"\n{kind}: first step {differences[0]:.1e}, all steps {max(differences):.1e}, weights {weights:.1e}")
-    # Sums in another order; Adam and a low temperature enlarge their rounding errors from step to step.
-    assert differences[0] < 1e-4 and max(differences) < 2e-2 and weights < 2e-3
+    print(f", weights {weights:.1e}")
+    assert len(one) >= 6 and weights < 2e-3
 
 
 @pytest.mark.slow

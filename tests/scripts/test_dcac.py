@@ -552,6 +552,7 @@ def test_recomputation_and_an_absent_cache_change_no_number(small, cache, tmp_pa
         assert other["loss_id"] == pytest.approx(line["loss_id"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_precisions_and_optimisers(small, cache, tmp_path):
     train(*plain(small, cache), "--output_dir", tmp_path / "plain")
     wanted = log_of(tmp_path / "plain")[0]
