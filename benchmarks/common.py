@@ -105,17 +105,18 @@ class Run:
         return (self.errors.strip() or self.output.strip()).rpartition("\n")[2]
 
 
-def run_script(*words, logs=None, limit=None, folder=ROOT, environment=None):
+def run_script(*words, logs=None, limit=None, folder=ROOT, environment=None, python=sys.executable):
     """Run `python WORDS` in a process of its own from the root of the repository.
 
     The output goes to `output.log` and `errors.log` in the folder `logs`, where it can be followed. After `limit`
-    seconds the process is killed and the code is TIME_LIMIT. `environment` adds to the variables.
+    seconds the process is killed and the code is TIME_LIMIT. `environment` adds to the variables; `python` may be that
+    of another environment.
     """
     with tempfile.TemporaryDirectory() as place:
         logs = Path(logs or place)
         logs.mkdir(parents=True, exist_ok=True)
         record, output, errors = Path(place) / "usage.json", logs / "output.log", logs / "errors.log"
-        command = [sys.executable, "-S", "-c", MEASURED, record, "" if limit is None else limit, sys.executable]
+        command = [sys.executable, "-S", "-c", MEASURED, record, "" if limit is None else limit, python]
         start = time.perf_counter()
         with open(output, "wb") as printed, open(errors, "wb") as warned:
             code = subprocess.call(

@@ -81,26 +81,24 @@ def dcac_conditions():
 
 
 def retrieval():
-    words = {"metrics": "mAP, CMC, mINP", "rerank": "re-ranking too"}
+    works = {"metrics": "mAP, CMC, mINP", "rerank": "re-ranking too"}
+    who = {"fastreid": "fast-reid, with faiss", "graph": "graph of neighbours, approximate"}
     rows = []
     for row in read("retrieval")["raw"]["rows"]:
         if row["size"] == "S":
             continue
-        cells = [f"{row['seconds']:.1f} s", f"{row['gib']:.2f}"]
-        for name in ("torchreid", "faiss"):
-            peer = peer_of(row, name)
-            cells += [f"{peer['seconds']:.1f} s", f"{peer['gib']:.2f}"] if peer else ["-", "-"]
         queries, gallery = SIZES[row["size"]][:2]
-        rows.append([f"{queries:,} x {gallery:,}", words[row["work"]], *cells])
-    columns = ["query x gallery", "", "ours", "GiB", "torchreid", "GiB", "faiss + k-reciprocal", "GiB"]
-    return markdown_table(columns, rows, words=2)
+        rows.append([f"{queries:,} x {gallery:,}", works[row["work"]], who.get(row["who"], row["who"])])
+        rows[-1] += [f"{row['seconds']:.1f}", f"{row['ratio']:.2f}", f"{row['gib']:.2f}", f"{100 * row['mAP']:.2f}"]
+        rows[-1] += [f"{row['correlation']:.4f}" if "correlation" in row else ""]
+    columns = ["query x gallery", "", "who", "seconds", "x pure product", "GiB", "mAP %", "rank correlation"]
+    return markdown_table(columns, rows, words=3)
 
 
-def peer_of(row, name):
-    """A peer's row of the same work at the same size, None if there is none."""
-    wanted = (row["size"], row["work"], name)
-    rows = read("retrieval_peers")["raw"]["rows"]
-    return next((peer for peer in rows if (peer["size"], peer["work"], peer["who"]) == wanted), None)
+def ranked_by(who, size, work="rerank"):
+    """A row of the retrieval benchmark, None if there is none."""
+    rows = read("retrieval")["raw"]["rows"]
+    return next((row for row in rows if (row["size"], row["work"], row["who"]) == (size, work, who)), None)
 
 
 def starts():
@@ -136,12 +134,11 @@ def own_folder():
 
 
 def reranking_row():
-    ours = {row["size"]: row for row in read("retrieval")["raw"]["rows"] if row["work"] == "rerank"}
-    large, middle = ours["L"], ours["M"]
+    large, middle = (ranked_by("ours", size) for size in "LM")
     peers = [
-        f"{name} {peer['seconds']:.0f} s, {peer['gib']:.1f} GiB"
-        for name in ("torchreid", "faiss")
-        if (peer := peer_of(middle, name))
+        f"{words} {peer['seconds']:.0f} s, {peer['gib']:.1f} GiB"
+        for name, words in {"torchreid": "torchreid", "fastreid": "fast-reid"}.items()
+        if (peer := ranked_by(name, "M"))
     ]
     matrix = 4 * sum(SIZES["L"][:2]) ** 2 / GIB
     return [
@@ -220,6 +217,7 @@ TABLES = {
     "gpu-pretraining": as_stored("gpu/pretraining", words=2),
     "gpu-retrieval": as_stored("gpu/retrieval", words=4),
     "retrieval": retrieval,
+    "end-to-end": as_stored("end_to_end", words=3),
     "ring": as_stored("ring", words=2),
     "loading": as_stored("loading"),
     "loading-augmentation": as_stored("loading_augmentation"),

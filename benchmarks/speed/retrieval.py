@@ -1,28 +1,28 @@
 """Ranking and re-ranking against public code: correctness first, then time, peak memory and the ratio to pure GEMM.
 
-    python -m benchmarks.speed.retrieval --sizes S M L
-    python -m benchmarks.speed.retrieval --sizes S M --peers torchreid faiss --peer_dir PEERS --json FILE
+    python -m benchmarks.speed.retrieval --sizes S M L --peers torchreid fastreid graph --peer_dir PEERS
 
-The peers are no dependency: `pip install --no-deps --target PEERS torchreid==0.2.5 faiss-cpu`. Every measurement runs
-in a process of its own, and the contenders take turns. Memory is the peak above that of the process with its features.
-GEMM is `torch.mm` with `out=` of the same operations, timed before and after in the same process (on at most 8,192
-rows, scaled).
+The peers are no dependency; `retrieval_peers.py` says how PEERS is made. Every measurement runs in a process of its
+own, and the contenders take turns. Memory is the peak above that of the process with its features. GEMM is `torch.mm`
+with `out=` of the same operations, timed before and after in the same process (on at most 8,192 rows, scaled).
+
+The rank correlation is Spearman's, with the exact re-ranked distances, over the gallery, mean of 200 queries.
 """
 
 import argparse
-import importlib.util
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 
 from benchmarks.common import GIB, RESULTS, command_line, run_worker, write_result
 from benchmarks.speed.reid_features import SIZES, reid_features
+from benchmarks.speed.retrieval_peers import GRAPH, PEERS
 from kernels import k_reciprocal_rerank, rank_metrics
 from kernels.ranking import rank_metrics_reference
 from kernels.reranking import k_reciprocal_rerank_reference
@@ -31,27 +31,16 @@ from utils.reporting.report import text_table
 
 GEMM_ROWS, GEMM_SAMPLE = 1024, 8192
 # N x N arrays do not fit past these sizes.
-PEER_SIZES = {"torchreid": ("S", "M"), "faiss": ("S", "M")}
-COLUMNS = ["size", "work", "who", "seconds", "GEMM", "ratio", "GiB", "mAP", "Rank-1"]
-
-
-def peer_module(path):
-    """One file of a peer, without importing the rest of its package."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def squared_distances(left, right):
-    return (2 - 2 * torch.from_numpy(left) @ torch.from_numpy(right).t()).clamp_(min=0).numpy()
+PEER_SIZES = ("S", "M")
+OURS = "ours"
+COLUMNS = ["size", "work", "who", "seconds", "GEMM", "ratio", "GiB", "mAP", "Rank-1", "rank correlation"]
 
 
 def ids_of(data):
     return [data[name] for name in ("query_pids", "gallery_pids", "query_cams", "gallery_cams")]
 
 
-def ours(work, data, peers):
+def ours(work, data):
     queries, gallery = torch.from_numpy(data["queries"]), torch.from_numpy(data["gallery"])
     if work == "metrics":
         result = rank_metrics(queries, gallery, *ids_of(data))
@@ -59,59 +48,6 @@ def ours(work, data, peers):
         result = k_reciprocal_rerank(queries, gallery).metrics(*ids_of(data))
     assert result.backend == "torch"
     return result.mAP, float(result.cmc[0])
-
-
-def torchreid(work, data, peers):
-    rank = peer_module(peers / "torchreid/reid/metrics/rank.py")
-    queries, gallery = data["queries"], data["gallery"]
-    distance = squared_distances(queries, gallery)
-    if work == "rerank":
-        rerank = peer_module(peers / "torchreid/reid/utils/rerank.py")
-        near = [np.sqrt(squared_distances(rows, rows)) for rows in (queries, gallery)]
-        distance = rerank.re_ranking(np.sqrt(distance), *near, k1=20, k2=6, lambda_value=0.3)
-    curve, mean = rank.evaluate_rank(distance, *ids_of(data), max_rank=50, use_cython=False)
-    return float(mean), float(curve[0])
-
-
-def faiss(work, data, peers):
-    """The shape of the faiss variants in use: k1 nearest by flat search, no maximum, a dense V."""
-    sys.path.insert(0, str(peers))
-    import faiss as library
-
-    queries, gallery = data["queries"], data["gallery"]
-    rows = np.concatenate([queries, gallery])
-    index = library.IndexFlatL2(rows.shape[1])
-    index.add(rows)
-    distances, near = index.search(rows, 20)
-    half = near[:, :10]
-    sets = [row[(near[row] == i).any(1)] for i, row in enumerate(near)]
-    inner = [row[(half[row] == i).any(1)] for i, row in enumerate(half)]
-    vectors = np.zeros((len(rows), len(rows)), dtype=np.float32)
-    for i, own in enumerate(sets):
-        members = own
-        for candidate in own:
-            if 3 * len(np.intersect1d(inner[candidate], own)) > 2 * len(inner[candidate]):
-                members = np.append(members, inner[candidate])
-        members = np.unique(members)
-        weights = np.exp(-(2 - 2 * rows[members] @ rows[i]))
-        vectors[i, members] = weights / weights.sum()
-    vectors = np.stack([vectors[row[:6]].mean(0) for row in near])
-    inverted = [np.flatnonzero(vectors[:, column]) for column in range(len(rows))]
-    distance = 0.3 * squared_distances(queries, gallery)
-    for i in range(len(queries)):
-        overlap = np.zeros(len(rows), dtype=np.float32)
-        for column in np.flatnonzero(vectors[i]):
-            overlap[inverted[column]] += np.minimum(vectors[i, column], vectors[inverted[column], column])
-        overlap = overlap[len(queries) :]
-        distance[i] += 0.7 * (1 - overlap / (2 - overlap))
-    # Ranked by torchreid's Python path: such variants bring no ranking of their own.
-    curve, mean = peer_module(peers / "torchreid/reid/metrics/rank.py").evaluate_rank(
-        distance, *ids_of(data), max_rank=50, use_cython=False
-    )
-    return float(mean), float(curve[0])
-
-
-CONTENDERS = {"ours": ours, "torchreid": torchreid, "faiss": faiss}
 
 
 def gemm_seconds(left, right):
@@ -147,11 +83,26 @@ def measure(args):
     Path("/proc/self/clear_refs").write_text("5")
     resident = status("VmRSS")
     start = time.perf_counter()
-    mean, first = CONTENDERS[args.worker](args.work, data, args.peer_dir)
+    if args.worker == OURS:
+        mean, first = ours(args.work, data)
+    else:
+        peer = PEERS[args.worker]
+        distances = peer.distances(args.work, data, args.peer_dir)
+        mean, first = peer.ranked(distances, ids_of(data), args.peer_dir)
     seconds = time.perf_counter() - start
     peak = status("VmHWM") - resident
     gemm = (before + same_operations(args.work, data)) / 2
-    print(json.dumps({"seconds": seconds, "gemm": gemm, "gib": peak / GIB, "mAP": mean, "rank1": first}))
+    found = {"seconds": seconds, "gemm": gemm, "gib": peak / GIB, "mAP": mean, "rank1": first}
+    if args.worker != OURS and args.work == "rerank":
+        found["correlation"] = correlation(distances, data)
+    print(json.dumps(found))
+
+
+def correlation(distances, data, most=200):
+    """Mean of Spearman's rank correlations with the exact re-ranked distances."""
+    exact = k_reciprocal_rerank(*(torch.from_numpy(data[name]) for name in ("queries", "gallery"))).dense()
+    pairs = zip(exact[:most].numpy(), distances[:most], strict=True)
+    return statistics.fmean(float(spearmanr(*pair).statistic) for pair in pairs)
 
 
 def check(args):
@@ -169,14 +120,13 @@ def check(args):
     dense = k_reciprocal_rerank(queries, gallery).dense()
     want = k_reciprocal_rerank_reference(queries.double(), gallery.double())
     found["re-ranked distance against float64"] = float((dense - want).abs().max())
-    if "torchreid" in args.peers:
-        mean, first = torchreid("metrics", data, args.peer_dir)
-        found["mAP, rank-1 against torchreid"] = max(abs(mean - result.mAP), abs(first - float(result.cmc[0])))
-        rerank = peer_module(args.peer_dir / "torchreid/reid/utils/rerank.py")
-        pairs = ("queries", "gallery"), ("queries", "queries"), ("gallery", "gallery")
-        distances = [np.sqrt(squared_distances(data[a], data[b])) for a, b in pairs]
-        peer = rerank.re_ranking(*distances, k1=20, k2=6, lambda_value=0.3)
-        found["re-ranked distance against torchreid"] = float((dense - torch.from_numpy(peer)).abs().max())
+    for name in args.peers:
+        peer = PEERS[name]
+        if name != GRAPH:
+            mean, first = peer.ranked(peer.distances("metrics", data, args.peer_dir), ids_of(data), args.peer_dir)
+            found[f"mAP, rank-1 against {name}"] = max(abs(mean - result.mAP), abs(first - float(result.cmc[0])))
+            other = torch.from_numpy(peer.distances("rerank", data, args.peer_dir))
+            found[f"re-ranked distance against {name}"] = float((dense - other).abs().max())
     for name, value in found.items():
         print(f"largest difference, {name}: {value:.1e}", flush=True)
     for name, value in found.items():
@@ -190,6 +140,7 @@ def rows_of(measured):
         [row["size"], row["work"], row["who"]]
         + [f"{row[key]:.{digits}f}" for key, digits in (("seconds", 2), ("gemm", 2), ("ratio", 2), ("gib", 2))]
         + [f"{row[key]:.4f}" for key in ("mAP", "rank1")]
+        + [f"{row['correlation']:.3f}" if "correlation" in row else ""]
         for row in measured
     ]
 
@@ -199,12 +150,12 @@ def parse_args(input_args=None):
     parser.add_argument("--sizes", nargs="+", default=["S", "M"], choices=SIZES, help="default S M")
     works = ["metrics", "rerank"]
     parser.add_argument("--works", nargs="+", default=works, choices=works, help="default both")
-    parser.add_argument("--peers", nargs="*", default=[], choices=["torchreid", "faiss"], help="default none")
+    parser.add_argument("--peers", nargs="*", default=[], choices=PEERS, help="default none")
     parser.add_argument("--peer_dir", type=Path, help="folder the peers were installed into")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each contender; the median counts (L: one run)")
     parser.add_argument("--seed", type=int, default=0, help="of the features; default 0")
     parser.add_argument("--json", type=Path, default=RESULTS / "retrieval.json", help="default benchmarks/results")
-    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=[OURS, *PEERS], help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--features", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(input_args)
@@ -232,8 +183,9 @@ def main(input_args=None):
 
 def compare(args, size, work, features):
     """Rows of all contenders for one work at one size."""
-    names = ["ours"] + [peer for peer in args.peers if size in PEER_SIZES[peer]]
-    names = [name for name in names if not (name == "faiss" and work == "metrics")]
+    names = [OURS] + [peer for peer in args.peers if size in PEER_SIZES]
+    if work == "metrics" and GRAPH in names:
+        names.remove(GRAPH)
     runs = {name: [] for name in names}
     peers = ["--peer_dir", args.peer_dir] if args.peer_dir else []
     for _ in range(1 if size == "L" else args.rounds):

@@ -23,6 +23,7 @@ from benchmarks.robustness import chain
 from benchmarks.speed import (
     clustering,
     dcac_step,
+    end_to_end,
     filtering,
     generation,
     gpu_retrieval,
@@ -81,8 +82,8 @@ TABLES = {
     ),
     "real_people": lambda raw: (real_people.COLUMNS, real_people.rows_of(raw)),
     "real_people_gt": lambda raw: (real_people.COLUMNS, real_people.rows_of(raw)),
+    "end_to_end": lambda raw: (end_to_end.COLUMNS, end_to_end.rows_of(raw)),
     "retrieval": lambda raw: (retrieval.COLUMNS, retrieval.rows_of(raw["rows"])),
-    "retrieval_peers": lambda raw: (retrieval.COLUMNS, retrieval.rows_of(raw["rows"])),
     "ring": lambda raw: ring.table_of(raw),
     "standins": lambda raw: standins.table_of(raw["question_answerer"]),
     "thresholds": lambda raw: (thresholds.COLUMNS, thresholds.rows_of(raw["runs"])),

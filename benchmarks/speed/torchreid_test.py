@@ -1,0 +1,43 @@
+"""torchreid's own evaluation of a set in Market-1501's layout; runs in the peers' environment, see end_to_end.py.
+
+python torchreid_test.py ROOT WEIGHTS [--rerank]
+python torchreid_test.py --make WEIGHTS    # random weights of an OSNet x0.25
+"""
+
+import argparse
+import json
+import warnings
+
+import torch
+
+with warnings.catch_warnings():
+    # That its compiled ranking is missing.
+    warnings.simplefilter("ignore")
+    from torchreid.reid import data, engine, models
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("root", nargs="?")
+    parser.add_argument("weights")
+    parser.add_argument("--rerank", action="store_true")
+    parser.add_argument("--make", action="store_true")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    model = models.build_model("osnet_x0_25", num_classes=4, pretrained=False)
+    if args.make:
+        torch.save(model.state_dict(), args.weights)
+        return
+    model.load_state_dict(torch.load(args.weights, weights_only=True))
+    images = data.ImageDataManager(root=args.root, sources="market1501", use_gpu=False, batch_size_test=64, workers=0)
+    run = engine.ImageSoftmaxEngine(images, model, torch.optim.SGD(model.parameters(), lr=0.1), use_gpu=False)
+    model.eval()
+    loaders = images.test_loader["market1501"]
+    # With unit features its squared distances rank as cosines do.
+    with torch.no_grad():
+        first, mean = run._evaluate("market1501", *loaders.values(), normalize_feature=True, rerank=args.rerank)
+    print(json.dumps({"mAP": float(mean), "rank1": float(first)}))
+
+
+if __name__ == "__main__":
+    main()
