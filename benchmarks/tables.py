@@ -219,6 +219,7 @@ TABLES = {
     "retrieval": retrieval,
     "end-to-end": as_stored("end_to_end", words=3),
     "ring": as_stored("ring", words=2),
+    "ring-threads": as_stored("ring_threads"),
     "loading": as_stored("loading"),
     "loading-augmentation": as_stored("loading_augmentation"),
     "clustering": as_stored("clustering"),

@@ -3,13 +3,11 @@
     python -m benchmarks.quality.pretraining_objectives
 
 Pre-training starts where ImageNet's weights would be: from that Swin, trained once by the identities of domains f, g
-and h. It goes on with the same images of domains a, c, d and e by each objective, and is then fine-tuned on a tenth of
-each identity's images of domain b and measured on other people of b. SOLIDER's backbone is also fine-tuned with other
+and h. It goes on with the same images of domains b, c, d and e by each objective, and is then fine-tuned on a tenth of
+each identity's images of domain a and measured on other people of a. SOLIDER's backbone is also fine-tuned with other
 semantic weights; random weights, and the start without more pre-training, are beside them. All images are drawn once,
 at the size of training. Every run has a process and a folder of its own: after a stop, the same command continues and
 repeats nothing.
-
-From random weights this Swin learns the 256 people of a, c, d and e by heart and tells no others apart.
 """
 
 import argparse
@@ -46,8 +44,9 @@ FINETUNE = (
     f"{WORDS} --setting few-shot --fraction 0.1 --padding 3 --train_batch_size 24 --learning_rate 5e-4 "
     "--lr_scheduler cosine --num_train_epochs 40 --eval_every 10"
 )
-# Identities and images of each; b is fine-tuned on.
-DOMAINS = dict.fromkeys("fgh", (512, 8)) | dict.fromkeys("acde", (64, 8)) | {"b": (64, 20)}
+FIRST, SECOND, OTHER = "fgh", "bcde", "a"
+# Identities and images of each.
+DOMAINS = dict.fromkeys(FIRST, (512, 8)) | dict.fromkeys(SECOND, (64, 8)) | {OTHER: (64, 20)}
 COLUMNS = ["start", "mAP % before", "mAP %", "Rank-1 %"]
 
 
@@ -57,7 +56,7 @@ def stored(folder, domain):
     if not place.exists():
         ids, images = DOMAINS[domain]
         data = load_reid(f"synthetic:domain={domain},num_ids={ids},images_per_id={images}")
-        splits = list(data) if domain == "b" else ["train"]
+        splits = list(data) if domain == OTHER else ["train"]
         small = {split: data[split].map(lambda row: {"image": row["image"].resize(SIZE[::-1])}) for split in splits}
         place.parent.mkdir(parents=True, exist_ok=True)
         save(datasets.DatasetDict(small), place)
@@ -73,10 +72,10 @@ def start_of(folder, start, seed):
             open_backbone(BACKBONE, SIZE, from_scratch=True).save_pretrained(place)
         return str(place)
     if start == NO_MORE:
-        return pretrained(folder, "start", START.split(), "fgh")
+        return pretrained(folder, "start", START.split(), FIRST)
     objective = SOLIDER if start in WEIGHTS else start
     words = ["--backbone", start_of(folder, NO_MORE, seed), *PRETRAIN.split(), *OBJECTIVES[objective].split()]
-    return pretrained(folder, f"pretrain-{objective.lower()}-{seed}", [*words, "--seed", str(seed)], "acde")
+    return pretrained(folder, f"pretrain-{objective.lower()}-{seed}", [*words, "--seed", str(seed)], SECOND)
 
 
 def pretrained(folder, name, words, domains):
@@ -91,7 +90,7 @@ def run(script, folder, words, done):
 
 def finetune(folder, start, seed):
     """The history of one few-shot training."""
-    words = ["--source", stored(folder, "b"), "--backbone", start_of(folder, start, seed), *FINETUNE.split()]
+    words = ["--source", stored(folder, OTHER), "--backbone", start_of(folder, start, seed), *FINETUNE.split()]
     words += ["--seed", str(seed), "--fraction_seed", str(seed)]
     words += ["--semantic_weight", WEIGHTS[start]] if start in WEIGHTS else []
     place = folder / f"few-shot-{start.lower().replace(', ', '-').replace(' ', '-')}-{seed}"

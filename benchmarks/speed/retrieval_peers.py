@@ -9,6 +9,7 @@ Only single files of them are opened: their packages import what is not needed h
 import importlib.util
 import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,17 +116,14 @@ def of_neighbours(values, near):
     return sparse.csr_matrix((values.ravel(), (rows, near.ravel())), shape=(len(near), len(near)))
 
 
-class imports_from:
+@contextmanager
+def imports_from(folder):
     """Imports find a folder's modules."""
-
-    def __init__(self, folder):
-        self.folder = str(folder)
-
-    def __enter__(self):
-        sys.path.insert(0, self.folder)
-
-    def __exit__(self, *problem):
-        sys.path.remove(self.folder)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
 
 
 PEERS = {

@@ -37,7 +37,7 @@ def test_table_of_all_starts(calls, tmp_path, capsys):
     # The start is made once, and SOLIDER is pre-trained once for its three weights.
     assert len(pretrained) == 1 + 2 * 3 and len(trained) == 2 * 7
     for number, words in enumerate(pretrained):
-        assert words[words.index("--source") + 1 :] == [f"stored/{domain}" for domain in ("acde" if number else "fgh")]
+        assert words[words.index("--source") + 1 :] == [f"stored/{domain}" for domain in ("bcde" if number else "fgh")]
         assert number == 0 or words[words.index("--backbone") + 1] == str(tmp_path / "out" / "start" / "backbone")
     starts = [Path(words[words.index("--backbone") + 1]) for words in trained[:7]]
     names = ["identities", "dino", "solider", "solider", "solider"]

@@ -33,6 +33,7 @@ from benchmarks.speed import (
     pretraining,
     retrieval,
     ring,
+    ring_threads,
 )
 
 FILES = {
@@ -85,6 +86,7 @@ TABLES = {
     "end_to_end": lambda raw: (end_to_end.COLUMNS, end_to_end.rows_of(raw)),
     "retrieval": lambda raw: (retrieval.COLUMNS, retrieval.rows_of(raw["rows"])),
     "ring": lambda raw: ring.table_of(raw),
+    "ring_threads": ring_threads.table_of,
     "standins": lambda raw: standins.table_of(raw["question_answerer"]),
     "thresholds": lambda raw: (thresholds.COLUMNS, thresholds.rows_of(raw["runs"])),
     "starts": lambda raw: (["setting", "number", starts.SCRATCH, starts.PRETRAINED, "gain"], start_rows(raw)),
