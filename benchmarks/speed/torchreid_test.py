@@ -1,7 +1,7 @@
 """torchreid's own evaluation of a set in Market-1501's layout; runs in the peers' environment, see end_to_end.py.
 
-`torchreid_test.py ROOT WEIGHTS [--rerank]`; with --make it writes the weights: an OSNet x0.25, random, whose norms have
-the averages of the set's queries.
+`torchreid_test.py ROOT WEIGHTS [--rerank]`; with --make it writes the weights: an OSNet x0.25, random, whose norms
+have the averages of the set's queries.
 """
 
 import argparse
