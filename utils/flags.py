@@ -236,8 +236,7 @@ def add_optimizer(parser, *, learning_rate, weight_decay, optimizers=OPTIMIZERS,
     group.add("--adam_beta2", type=below_one, default=0.999, idle=sgd, help="decay of the squared gradients")
     group.add("--adam_epsilon", type=above_zero, default=1e-8, idle=sgd, help="added to their root")
     group.add("--adam_weight_decay", type=not_negative, default=weight_decay, help="weight decay")
-    words = f"clip gradients to this norm; default {clip_default}"
-    group.add("--max_grad_norm", type=not_negative, default=clip, help=words)
+    group.add("--max_grad_norm", type=not_negative, default=clip, help=f"clip gradients to it; default {clip_default}")
     add_8bit(group)
     return group
 

@@ -30,7 +30,7 @@ from kernels.tiles import cosine_reference
 from utils.reporting.report import text_table
 
 GEMM_ROWS, GEMM_SAMPLE = 1024, 8192
-# N x N arrays do not fit past these sizes.
+# Re-ranking by most of them takes N x N matrices, which do not fit past these sizes.
 PEER_SIZES = ("S", "M")
 OURS = "ours"
 COLUMNS = ["size", "work", "who", "seconds", "GEMM", "ratio", "GiB", "mAP", "Rank-1", "rank correlation"]
