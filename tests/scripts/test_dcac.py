@@ -280,7 +280,7 @@ def test_what_a_condition_says(standins):
     assert numbers["entropy"] == pytest.approx(float(-(p * p.log()).sum(1).mean()), rel=1e-4)
     assert numbers["top"] == pytest.approx(float(p.amax(1).mean()), rel=1e-4)
     wanted = {"own": condition, "another": condition[[*range(-1, BATCH - 1)]], "zero": 0 * condition}
-    losses = {name: [float(model.denoise(*draw, one)) for draw in draws] for name, one in wanted.items()}
+    losses = {name: [model.denoise(*draw, one).item() for draw in draws] for name, one in wanted.items()}
     for name, two in losses.items():
         assert numbers[name] == pytest.approx(sum(two) / 2, rel=1e-5)
     worse = [other - own for own, other in zip(losses["own"], losses["another"], strict=True)]
@@ -293,7 +293,7 @@ def test_what_a_condition_says(standins):
                 model.denoise(latents[one], noise[one], timesteps[one], wanted[name][one])
                 for name in ("another", "own")
             ]
-            parts.setdefault(time // 125, []).append(float(of[0] - of[1]))
+            parts.setdefault(time // 125, []).append((of[0] - of[1]).item())
     means = {part: sum(found) / len(found) for part, found in parts.items()}
     assert numbers["matters_at"] == int((max(means, key=means.get) + 0.5) * 125)
     assert numbers["another_worse_std"] == pytest.approx(abs(worse[0] - worse[1]) / 2**0.5, abs=1e-6)
