@@ -19,6 +19,7 @@ from utils.reporting.report import text_table
 
 WORKS = {"metrics": [], "rerank": ["--rerank"]}
 WHO = ("ours", "torchreid")
+PEER_SCRIPT = ROOT / "benchmarks/speed/torchreid_evaluation.py"
 COLUMNS = ["images", "work", "who", "seconds", "processor", "GiB", "mAP %", "Rank-1 %"]
 SPLITS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 
@@ -46,8 +47,7 @@ def ours(root, weights, words, folder):
 
 
 def torchreid(root, weights, words, python):
-    script = ROOT / "benchmarks/speed/torchreid_test.py"
-    run = checked(run_script(script, root, weights, *words, python=python), "torchreid")
+    run = checked(run_script(PEER_SCRIPT, root, weights, *words, python=python), "torchreid")
     return run, json.loads(run.output.splitlines()[-1])
 
 
@@ -78,8 +78,8 @@ def main(input_args=None):
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         images, weights = write_market(args.data, place / "data"), place / "osnet.pth"
-        making = [ROOT / "benchmarks/speed/torchreid_test.py", place / "data", weights, "--make"]
-        checked(run_script(*making, python=args.peer_python), "torchreid")
+        making = run_script(PEER_SCRIPT, place / "data", weights, "--make", python=args.peer_python)
+        checked(making, "torchreid")
         raw = {"images": images, "runs": {work: {who: [] for who in WHO} for work in WORKS}}
         for number in range(args.rounds):
             for work, words in WORKS.items():

@@ -3,7 +3,7 @@
     pip install --no-deps --target PEERS torchreid==0.2.5 fastreid==1.4.0 faiss-cpu
     (cd PEERS/fastreid/evaluation/rank_cylib && python setup.py build_ext --inplace)    # needs Cython and a compiler
 
-Only single files of them are opened: their packages import what is not needed here, and not on a current Python.
+Only single files of them are opened: the whole packages import much else, and fast-reid's fails on a current Python.
 """
 
 import importlib.util

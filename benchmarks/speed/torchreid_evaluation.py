@@ -1,6 +1,6 @@
 """torchreid's own evaluation of a set in Market-1501's layout; runs in the peers' environment, see end_to_end.py.
 
-`torchreid_test.py ROOT WEIGHTS [--rerank]`; with --make it writes the weights: an OSNet x0.25, random, whose norms
+`torchreid_evaluation.py ROOT WEIGHTS [--rerank]`; with --make it writes the weights: a random OSNet x0.25, whose norms
 have the averages of the set's queries.
 """
 
