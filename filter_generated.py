@@ -31,6 +31,8 @@ again from these scores, in seconds and without a model. Images with a changed g
 threshold, fill no --min_per_id, and fewer of them are kept than in the identity's own clothes.
 """
 
+import math
+
 from utils import flags, ranges
 from utils.flags import CLIP_DIR
 from utils.ranges import above_zero, at_least, fraction, not_negative
@@ -202,6 +204,23 @@ def parse_args(input_args=None):
     return args
 
 
+def numbers_by_name(words):
+    """{name, or None for all: number} of `0.6` or `market1501=0.6 msmt17=0.5`; None of None."""
+    numbers = {}
+    for word in words or ():
+        name, equals, text = word.rpartition("=")
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or bool(name) != bool(equals) or (name or None) in numbers:
+            raise ValueError(f"{word!r} is not as expected: a number, or DOMAIN=NUMBER for each source")
+        numbers[name or None] = value
+    if None in numbers and len(numbers) > 1:
+        raise ValueError("has a number for all sources and others for single ones; give one kind")
+    return None if words is None else numbers
+
+
 def check_args(parser, args):
     """Reject wrong combinations of arguments; fill in the defaults of the choice."""
     if args.generated is None and args.source is not None:
@@ -228,7 +247,7 @@ def check_args(parser, args):
         args.true_match_rate = 0.95
     for name in ("threshold", "keep_fraction"):
         try:
-            setattr(args, name, ranges.numbers_by_name(getattr(args, name)))
+            setattr(args, name, numbers_by_name(getattr(args, name)))
         except ValueError as error:
             parser.error(f"--{name} {error}")
     if args.keep_fraction and not all(0 < value <= 1 for value in args.keep_fraction.values()):

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.batches.pseudo_batches import gather_by_domain
 from utils.evaluation.groups.clusters import NOISE
-from utils.launch import gather_by_domain
 from utils.modeling.memories import class_means
 from utils.training.discrepancy import mean_discrepancy
 

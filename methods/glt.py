@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.batches.pseudo_batches import gather_by_domain
 from utils.evaluation.groups.clusters import NOISE
-from utils.launch import gather_by_domain
 from utils.modeling.domain_norms import copy_source_norms, split_norms, train_alone
 from utils.modeling.losses import hard_triplet
 from utils.modeling.memories import class_means, move_in_turn

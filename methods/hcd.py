@@ -28,9 +28,8 @@ least-drawn first, of other cameras or else other parts, then the rest.
 import torch
 from torch import nn
 
-from utils.batches.pseudo_batches import LeastDrawn, in_groups
+from utils.batches.pseudo_batches import LeastDrawn, gather_by_domain, in_groups
 from utils.evaluation.groups.clusters import NOISE, singled_out
-from utils.launch import gather_by_domain
 from utils.modeling.domain_norms import split_norms
 from utils.modeling.hybrid_memory import HybridMemory
 from utils.modeling.memories import class_means

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.batches.pseudo_batches import of_every_camera
+from utils.batches.pseudo_batches import gather_by_domain, of_every_camera
 from utils.evaluation.groups.clusters import NOISE
-from utils.launch import gather_by_domain, gather_with_gradient
+from utils.launch import gather_with_gradient
 from utils.training.contrast import camera_proxies, proxy_contrast
 from utils.training.teacher import move_teacher, teacher_of
 

@@ -8,9 +8,8 @@ Clusters that change too much at a looser or a tighter scale are dissolved. Each
 import torch
 from torch import nn
 
-from utils.batches.pseudo_batches import in_groups
+from utils.batches.pseudo_batches import gather_by_domain, in_groups
 from utils.evaluation.groups.clusters import NOISE, singled_out
-from utils.launch import gather_by_domain
 from utils.modeling.domain_norms import split_norms
 from utils.modeling.hybrid_memory import HybridMemory
 from utils.training.clustering import reliable

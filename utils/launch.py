@@ -3,8 +3,10 @@
 accelerate is imported where it is first needed: filter_generated.py can choose from existing scores without it.
 """
 
+import ctypes
 import json
 import os
+import platform
 import signal
 import sys
 from contextlib import nullcontext
@@ -79,6 +81,21 @@ def use_all_cores(num_processes):
         torch.set_num_threads(os.cpu_count())
 
 
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory():
+    """Let glibc's malloc keep what is freed; other systems and allocators are left as they are.
+
+    Otherwise it gives large blocks back, and a network on the CPU spends up to half of its time on new pages.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def start_accelerator(mixed_precision=None, *, patient=False, handlers=(), **options):
     """The Accelerator of any script. A run without a GPU prints a line about it.
 
@@ -97,6 +114,7 @@ def start_accelerator(mixed_precision=None, *, patient=False, handlers=(), **opt
     accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=list(handlers), **options)
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)
+        keep_freed_memory()
         in_half = accelerator.mixed_precision != "no"
         slow = f", in {accelerator.mixed_precision}, which few CPUs compute fast" if in_half else ""
         accelerator.print(f"No GPU found, running on the CPU{slow}")
@@ -217,13 +235,6 @@ def own_rows(whole, count):
     """The rows of a gathered batch that are this process's, as a slice; `count` is the size of its share."""
     start = torch.distributed.get_rank() * count if len(whole) > count else 0
     return slice(start, start + count)
-
-
-def gather_by_domain(tensor, num_domains):
-    """The whole batch from all processes' shares of [domain, domain, ...], one domain after the other."""
-    size = len(tensor)
-    whole = gather_with_gradient(tensor)
-    return whole.unflatten(0, (len(whole) // size, num_domains, size // num_domains)).transpose(0, 1).flatten(0, 2)
 
 
 def check_trackers(names):

@@ -65,20 +65,3 @@ def seed(text):
 
 def pixels(text):
     return number(text, int, lambda value: value >= 8, "at least 8 pixels")
-
-
-def numbers_by_name(words):
-    """{name, or None for all: number} of `0.6` or `market1501=0.6 msmt17=0.5`; None of None."""
-    numbers = {}
-    for word in words or ():
-        name, equals, text = word.rpartition("=")
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or bool(name) != bool(equals) or (name or None) in numbers:
-            raise ValueError(f"{word!r} is not as expected: a number, or DOMAIN=NUMBER for each source")
-        numbers[name or None] = value
-    if None in numbers and len(numbers) > 1:
-        raise ValueError("has a number for all sources and others for single ones; give one kind")
-    return None if words is None else numbers

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import ranges
+import filter_generated
 from utils.batches import augmentation
 from utils.batches.transforms import resized
 from utils.datasets.load import load_reid
@@ -129,7 +129,7 @@ def test_an_advised_threshold_can_be_typed():
         found, choosing.choose_images(found, "reid", dict.fromkeys(found.domains, 2.0)), "reid"
     )
     typed = shlex.split(words.split("--threshold ")[1].split(" is reached")[0])
-    assert ranges.numbers_by_name(typed) == {"my people": 0.5, "d1": pytest.approx(0.9, abs=1e-4)}
+    assert filter_generated.numbers_by_name(typed) == {"my people": 0.5, "d1": pytest.approx(0.9, abs=1e-4)}
 
 
 def test_who_asks_for_too_many_of_everybody_is_told_so():

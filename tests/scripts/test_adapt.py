@@ -19,9 +19,9 @@ from methods.idm import IDM, Mixer
 from tests import runs
 from tests.methods.reference import close, same_steps
 from tests.runs import ROOT, environment, launch, lines_written, log_of, same_weights, start, stopped, weights_of
+from utils.batches.pseudo_batches import gather_by_domain
 from utils.datasets.load import load_reid
 from utils.datasets.unlabelled import open_unlabelled
-from utils.launch import gather_by_domain
 from utils.modeling.domain_norms import DomainNorm
 from utils.modeling.reid_model import ReIDModel
 from utils.training.clustering import cluster, reliable
@@ -220,7 +220,7 @@ def test_activations_computed_twice_give_the_same_gradients(tmp_path):
 
 def test_domains_are_put_one_after_the_other(monkeypatch):
     shares = [torch.tensor([0, 1, 10, 11]), torch.tensor([2, 3, 12, 13])]
-    monkeypatch.setattr("utils.launch.gather_with_gradient", lambda tensor: torch.cat(shares))
+    monkeypatch.setattr("utils.batches.pseudo_batches.gather_with_gradient", lambda tensor: torch.cat(shares))
     assert gather_by_domain(shares[0], 2).tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
     assert gather_by_domain(shares[0], 1).tolist() == [0, 1, 10, 11, 2, 3, 12, 13]
 

@@ -4,6 +4,8 @@ import argparse
 import json
 import math
 import os
+import platform
+import resource
 import signal
 import sys
 from types import SimpleNamespace
@@ -207,6 +209,18 @@ def test_the_accelerator_of_one_process(tmp_path, monkeypatch):
         start(tmp_path, push_to_hub=True)
     with pytest.raises(ValueError, match="--report_to nobody is unknown"):
         start(tmp_path, report_to=["nobody"])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told to")
+def test_freed_memory_is_used_again_on_the_cpu(tmp_path):
+    start(tmp_path)
+    block, new_pages = 2**26, []
+    for _ in range(20):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.zeros(block, dtype=torch.uint8)
+        new_pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    # Something small may lie where a block was; then the next one is new.
+    assert sum(pages < block // resource.getpagesize() // 2 for pages in new_pages) > 10, new_pages
 
 
 # Optimisers

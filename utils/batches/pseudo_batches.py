@@ -4,6 +4,8 @@ import copy
 import itertools
 import random
 
+from utils.launch import gather_with_gradient
+
 
 class PseudoBatches:
     """A batch sampler; yields lists of (row, key of the draw), this process's share: source, then target.
@@ -163,3 +165,10 @@ def in_groups(labels, size, seed):
     for place, row in enumerate(noise):
         grouped[row] = first + place // size
     return grouped
+
+
+def gather_by_domain(tensor, num_domains):
+    """The whole batch from all processes' shares of [domain, domain, ...], one domain after the other."""
+    size = len(tensor)
+    whole = gather_with_gradient(tensor)
+    return whole.unflatten(0, (len(whole) // size, num_domains, size // num_domains)).transpose(0, 1).flatten(0, 2)

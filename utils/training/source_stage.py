@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.launch import gather_by_domain
+from utils.batches.pseudo_batches import gather_by_domain
 from utils.modeling.domain_norms import SOURCE, group_batch_statistics, train_alone
 from utils.modeling.losses import hard_triplet
 from utils.training.optimizer import warmup_multistep
