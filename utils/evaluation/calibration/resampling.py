@@ -19,7 +19,7 @@ import math
 from statistics import NormalDist
 
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 
 LEVEL = 0.95
 REPLICATES = 1000
@@ -77,7 +77,7 @@ def interval(replicates, num_ids, estimate=None, level=LEVEL):
 
     It includes the estimate, which at the end of its range may lie outside of the percentiles.
     """
-    spread = math.sqrt(num_ids / (num_ids - 1)) * stats.t.ppf((1 + level) / 2, num_ids - 1)
+    spread = math.sqrt(num_ids / (num_ids - 1)) * stdtrit(num_ids - 1, (1 + level) / 2)
     outside = NormalDist().cdf(-spread)
     ends = torch.quantile(replicates, torch.tensor([outside, 1 - outside], dtype=replicates.dtype), dim=0)
     if estimate is not None:

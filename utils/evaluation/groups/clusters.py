@@ -5,6 +5,8 @@
     pair_scores(labels, truth), bcubed(labels, truth)                 # precision, recall, F1
 
 In all of these numbers, every row of the noise counts as a cluster of its own.
+
+sklearn is imported where it is first needed: every evaluation loads this file, few cluster.
 """
 
 from typing import NamedTuple
@@ -12,8 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse
 import torch
-from sklearn.cluster import DBSCAN
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 NOISE = -1
 
@@ -26,6 +26,8 @@ def as_matrix(near):
 
 def dbscan(near, eps, min_samples):
     """int64 labels from a sparse matrix of distances."""
+    from sklearn.cluster import DBSCAN
+
     labels = DBSCAN(eps=eps, min_samples=min_samples, metric="precomputed").fit(near).labels_
     return torch.from_numpy(labels.astype(np.int64))
 
@@ -40,6 +42,8 @@ def singled_out(labels):
 
 def agreement(labels, truth):
     """ARI and NMI of labels with the true labels, both (N,); every image of the noise counts as its own cluster."""
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
     single_labels = singled_out(torch.as_tensor(labels)).numpy()
     truth = np.asarray(truth)
     return {
