@@ -248,7 +248,7 @@ def test_a_larger_gallery_has_more_false_alarms():
 def test_few_identities_give_no_yes():
     content = hand_made(least_false_alarm_rate=0.2)
     assert [one.answer for one in answers(content, [1.0, 0.6, 0.4])] == ["unsure", "unsure", "nobody"]
-    assert "down to 20.0%" in decisions.limits(content, 100, 0.01) and decisions.limits(content, 100, 0.2) is None
+    assert "down to 20.0 %" in decisions.limits(content, 100, 0.01) and decisions.limits(content, 100, 0.2) is None
     # Above one half nothing passes, however much is accepted otherwise.
     assert answers(hand_made(), [0.2], accepted=0.3)[0].answer == "nobody"
 

@@ -442,7 +442,7 @@ def test_clusters_that_collapse_say_what_to_turn(small, tmp_path):
     out = ["--output_dir", tmp_path / "out"]
     noise = refused(*small, *out, "--eps", "0.01", "--min_samples", "6")
     assert "before epoch 1" in noise and "are in no cluster" in noise and "Raise --eps 0.01" in noise
-    assert "50% of them within 0." in noise
+    assert "50 % of them within 0." in noise
     one = refused(*small, *out, "--eps", "0.99", "--cluster_k1", "40", "--cluster_k2", "6")
     assert "fell into 1" in one and "Lower --eps 0.99 or --cluster_k1" in one
 

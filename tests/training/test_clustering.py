@@ -162,7 +162,7 @@ def test_collapse_says_what_to_turn():
     with pytest.raises(ValueError) as stop:
         check_clusters(alone, where="market1501")
     words = str(stop.value)
-    assert "100% of market1501 are in no cluster" in words and "Raise --eps 0.05" in words and "50% of them" in words
+    assert "100 % of market1501 are in no cluster" in words and "Raise --eps 0.05" in words and "50 % of them" in words
     one = cluster(people(60, 1, noise=0.1)[0], eps=0.9, k1=40, k2=6)
     with pytest.raises(ValueError, match=r"fell into 1\. .*Lower --eps 0\.9 or --cluster_k1"):
         check_clusters(one)

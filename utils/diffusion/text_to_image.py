@@ -201,10 +201,10 @@ def what_saves_memory(
     if not gradient_checkpointing:
         words.append("--gradient_checkpointing most activations of a step;")
     if train_batch_size > 1:
-        words.append(f"--train_batch_size 1 {1 - 1 / train_batch_size:.0%} of them;")
+        words.append(f"--train_batch_size 1 {100 * (1 - 1 / train_batch_size):.0f} % of them;")
     height, width = resolution
     if 2 * width > height:
-        words.append(f"--resolution {height} {height // 2} {1 - height / 2 / width:.0%} of them;")
+        words.append(f"--resolution {height} {height // 2} {100 * (1 - height / 2 / width):.0f} % of them;")
     words.append(f"--sample_batch_size, now {sample_batch_size}, where it happens while images are drawn")
     return " ".join(words)
 

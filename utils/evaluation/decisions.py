@@ -56,12 +56,12 @@ class Decision:
         if self.answer == NOBODY:
             return (
                 f"nobody: no gallery image passes, the nearest has score {self.score:.3f}; this limit misses "
-                f"{self.miss_rate:.0%} of the people who are in a gallery"
+                f"{100 * self.miss_rate:.0f} % of the people who are in a gallery"
             )
         return (
             f"same person: {self.answer}, score {self.score:.3f}, "
             f"false-match rate {'below ' if self.false_match_below else ''}{self.false_match_rate:.1e}, "
-            f"false alarm {'below ' if self.false_alarm_below else ''}{self.false_alarm_rate:.1%}"
+            f"false alarm {'below ' if self.false_alarm_below else ''}{100 * self.false_alarm_rate:.1f} %"
         )
 
 
@@ -133,7 +133,7 @@ def limits(calibration, num_gallery, accepted):
         return None
     return (
         f"The calibration's {calibration['open_set']['num_identities']} identities can show false alarms down to "
-        f"{least:.1%} in a gallery of {num_gallery:,} images, not {accepted:.1%}: the best answer is "
+        f"{100 * least:.1f} % in a gallery of {num_gallery:,} images, not {100 * accepted:.1f} %: the best answer is "
         f"{UNSURE!r}; calibrate with more identities, or raise --false_alarm_rate"
     )
 

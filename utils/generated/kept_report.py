@@ -283,7 +283,12 @@ def add_calibration(report, calibration):
         )
         report.table(["source", "false-match rate", "threshold", "true-match rate"], rows)
         across = [
-            [domain, f"{rate:.0%}", number(choosing.reached_by(pair["across"], rate)), f"{len(pair['across']):,}"]
+            [
+                domain,
+                f"{100 * rate:.0f} %",
+                number(choosing.reached_by(pair["across"], rate)),
+                f"{len(pair['across']):,}",
+            ]
             for domain, pair in calibration.items()
             for rate in TRUE_RATES
             if len(pair["across"])

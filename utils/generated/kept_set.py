@@ -23,7 +23,7 @@ from utils.datasets.portable import push_folder
 from utils.datasets.schema import ENDINGS, check_listed
 from utils.generated import choosing
 from utils.generated.images import CHOSEN
-from utils.reporting.report import data_card
+from utils.reporting.report import data_card, percent
 
 IMAGES_A_FILE = 5000
 IMAGES_A_GROUP = 100
@@ -321,7 +321,7 @@ def card(summary, *, kind, title, license, command, models):
         distribution="Share of identities with fewer than X images, of those that have any.\n\n"
         + markdown(
             ["X", "here", "source"],
-            [[limit, f"{kept_share:.1%}", f"{source_share:.1%}"] for limit, kept_share, source_share in shares],
+            [[limit, percent(kept_share), percent(source_share)] for limit, kept_share, source_share in shares],
         ),
         row=markdown(["data set", *TABLE_COLUMNS], [[title, *summary["row"]]]),
         sources="\n".join(notes),

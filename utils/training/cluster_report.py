@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from utils.evaluation.groups.clusters import NOISE
 from utils.reporting.charts import line_chart
 from utils.reporting.histograms import histogram
-from utils.reporting.report import Tile, data_uri
+from utils.reporting.report import Tile, data_uri, percent
 
 BINS = 40
 SHOWN, PICTURES = 3, 8
@@ -69,11 +69,11 @@ def add_contact_sheet(report, dataset, labels, features, truth=None):
     unit = F.normalize(features.float().cpu(), dim=1)
     if truth is None:
         quality = [float((unit[rows] @ F.normalize(unit[rows].mean(0), dim=0)).mean()) for rows in members]
-        words = "mean cosine to their centre {:.2f}"
+        words = [f"mean cosine to their centre {value:.2f}" for value in quality]
     else:
         truth = torch.as_tensor(truth)
         quality = [float((truth[rows] == truth[rows].mode().values).double().mean()) for rows in members]
-        words = "{:.0%} of one identity"
+        words = [f"{percent(value)} of one identity" for value in quality]
     order = sorted(range(len(members)), key=lambda number: (-quality[number], -len(members[number]), number))
     others = [number for number in reversed(order) if number not in order[:SHOWN]][:SHOWN]
     kinds = ("Close", order[:SHOWN]), ("Loose", others)
@@ -83,7 +83,7 @@ def add_contact_sheet(report, dataset, labels, features, truth=None):
     for kind, chosen in kinds:
         for number in chosen:
             rows = members[number]
-            note = f"{len(rows)} images, {words.format(quality[number])}"
+            note = f"{len(rows)} images, {words[number]}"
             cards.append({"title": f"{kind}: cluster {number}", "note": note, "tiles": tiles(dataset, rows, truth)})
     noise = (labels == NOISE).nonzero().flatten()
     if len(noise):

@@ -80,16 +80,16 @@ def check_clusters(clusters, *, where="the images", least=2):
         return
     quantiles = torch.quantile(clusters.reach.double(), torch.tensor(SHARES, dtype=torch.float64)).tolist()
     listed = ", ".join(
-        f"{share:.0%} of them within {value:.2f}" for share, value in zip(SHARES, quantiles, strict=True)
+        f"{100 * share:.0f} % of them within {value:.2f}" for share, value in zip(SHARES, quantiles, strict=True)
     )
     if clusters.noise > 0.5:
-        problem = f"{clusters.noise:.0%} of {where} are in no cluster"
+        problem = f"{100 * clusters.noise:.0f} % of {where} are in no cluster"
         advice = (
             f"Raise --eps {clusters.eps:g}, or lower --min_samples {clusters.min_samples}; "
             "or start from a better model"
         )
     else:
-        problem = f"{1 - clusters.noise:.0%} of {where} fell into {max(clusters.num_clusters, 1)}"
+        problem = f"{100 * (1 - clusters.noise):.0f} % of {where} fell into {max(clusters.num_clusters, 1)}"
         advice = f"Lower --eps {clusters.eps:g} or --cluster_k1; or start from a better model"
     raise ValueError(
         f"the clusters collapsed: {problem}. Distances to the nearest {clusters.min_samples - 1} others: {listed}. "

@@ -294,6 +294,6 @@ def calibration_lines(calibration):
         line = f"{what}: {error} {rate} at score {entry['threshold']:.3f} ({low:.3f} to {high:.3f})"
         if entry[name] is not None:
             low, high = map(float, entry[f"{name}_interval"])
-            line += f", {entry[name]:.1%} ({low:.1%} to {high:.1%}) {right}"
+            line += f", {100 * entry[name]:.1f} % ({100 * low:.1f} % to {100 * high:.1f} %) {right}"
         lines.append(line)
     return lines
