@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import random
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -679,3 +680,26 @@ def test_a_detector_by_name(kind, standins, tmp_path):
         value is None
         for value in PartDetector(str(tmp_path / kind), threshold=1.0)([render("a", 0, 0, 0)])[0].values()
     )
+
+
+def masks_in_chunks_of_two(*arguments):
+    part_masks.CHUNK, compute = 2, part_masks.compute
+    part_masks.compute = lambda images, rows, *more: print("computed", rows.start) or compute(images, rows, *more)
+    part_masks.main([*map(str, arguments)])
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_detector_s_work(standins, tmp_path):
+    from tests.methods.detectors import save_detector
+
+    save_detector("owlv2", standins / "clip", tmp_path / "owlv2")
+    words = ("synthetic:domain=a,num_ids=2,images_per_id=5", "--detector", tmp_path / "owlv2", "--threshold", 0)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    runs.launch(masks_in_chunks_of_two, *words, "--out", alone)
+    done = runs.launch(masks_in_chunks_of_two, *words, "--out", together, processes=2)
+    ours, others = load_file(together), load_file(alone)
+    assert all(torch.equal(ours[name], others[name]) for name in ("keys", "masks"))
+    assert not list(tmp_path.glob("*.parts"))
+    # Each chunk once, by one of them.
+    assert sorted(re.findall("computed ([0-9])", done.stdout)) == list("02468")
+    assert done.stdout.count("wrote ") == 1 and "10 images" in done.stdout

@@ -15,7 +15,7 @@ class PartDetector:
     Each part is asked for by itself: detectors that read all phrases as one text do not say which phrase a box is of.
     """
 
-    def __init__(self, name, *, threshold=0.05, device=None):
+    def __init__(self, name, *, threshold=0.05, device="cpu"):
         self.name, self.threshold = name, threshold
         try:
             self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
@@ -28,7 +28,6 @@ class PartDetector:
                 f"--detector {name} cannot be loaded: {one_line(error)}; give an open-vocabulary detector of "
                 "transformers, such as google/owlv2-base-patch16 or IDEA-Research/grounding-dino-tiny"
             ) from None
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.requires_grad_(False).eval().to(device)
 
     @torch.no_grad()

@@ -23,8 +23,10 @@ from tqdm.auto import tqdm
 
 from utils.datasets.images import DRAWN, storage_of
 from utils.files import one_line, write_together
+from utils.launch import start_accelerator
 from utils.ranges import at_least, fraction
 from utils.synthetic.parts import PARTS, boxes_of
+from utils.worklist import share
 
 RULES = ("centre", "half", "touched")
 ROWS = "rows"
@@ -173,32 +175,38 @@ def write(path, packed, keys, *, grid, rule, made_by):
 # Making it
 
 
-def make(dataset, out, *, grid, rule="centre", detector=None, made_by, batch_size=16):
+def make(dataset, out, *, grid, rule="centre", detector=None, made_by, batch_size=16, accelerator=None):
     """Write the masks of a data set to `out`; returns the number of images in which each part has no box.
 
     `detector(images)`: a list of {part: box or None}; None takes the true boxes of drawn people. Where a detector sees
-    no part, its mask is the whole image. Finished chunks lie in `OUT.parts` until the file is whole.
+    no part, its mask is the whole image. Finished chunks lie in `OUT.parts` until the file is whole; the processes of
+    an accelerator share them, and only the main one writes the file and returns numbers.
     """
     out, keys = Path(out), image_keys(dataset)
     settings = json.dumps([list(grid), rule, made_by]).encode()
     digest = hashlib.sha256(settings + keys.tobytes()).hexdigest()[:16]
     folder = out.with_name(f"{out.name}.parts") / digest
-    masks, unseen = [], np.zeros(len(PARTS), dtype=int)
-    with tqdm(total=len(dataset), desc="part masks", unit="image") as bar:
-        for start in range(0, len(dataset), CHUNK):
-            rows = range(start, min(start + CHUNK, len(dataset)))
-            chunk = read_chunk(folder / f"{start:08d}.safetensors", len(rows))
-            if chunk is None:
-                chunk = compute(dataset, rows, grid, rule, detector, batch_size)
+    starts = range(0, len(dataset), CHUNK)
+    chunks = {f"{start:08d}.safetensors": range(start, min(start + CHUNK, len(dataset))) for start in starts}
+    places = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    mine = share(chunks, num_processes=places[0], process=places[1])
+    with tqdm(
+        total=sum(len(chunks[name]) for name in mine), desc="part masks", unit="image", disable=places[1]
+    ) as bar:
+        for name in mine:
+            if read_chunk(folder / name, len(chunks[name])) is None:
+                chunk = compute(dataset, chunks[name], grid, rule, detector, batch_size)
                 with write_together(folder) as part:
-                    tensors = {name: torch.from_numpy(array) for name, array in chunk.items()}
-                    save_file(tensors, part(f"{start:08d}.safetensors"))
-            masks.append(chunk["masks"])
-            unseen += chunk["unseen"]
-            bar.update(len(rows))
-    write(out, np.concatenate(masks), keys, grid=grid, rule=rule, made_by=made_by)
+                    save_file({key: torch.from_numpy(array) for key, array in chunk.items()}, part(name))
+            bar.update(len(chunks[name]))
+    if accelerator:
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            return None
+    chunks = [read_chunk(folder / name, len(rows)) for name, rows in chunks.items()]
+    write(out, np.concatenate([chunk["masks"] for chunk in chunks]), keys, grid=grid, rule=rule, made_by=made_by)
     shutil.rmtree(folder.parent, ignore_errors=True)
-    return dict(zip(PARTS, unseen.tolist(), strict=True))
+    return dict(zip(PARTS, sum(chunk["unseen"] for chunk in chunks).tolist(), strict=True))
 
 
 def compute(dataset, rows, grid, rule, detector, batch_size):
@@ -258,7 +266,7 @@ def run(args):
     if absent := [split for split in args.splits if split not in data]:
         raise ValueError(f"{' + '.join(args.source)} has no split {', '.join(absent)}, only {', '.join(data)}")
     images = datasets.concatenate_datasets([data[split] for split in args.splits])
-    detector = None
+    detector = accelerator = None
     if args.detector is None and not is_drawn(images):
         raise ValueError(
             f"only drawn people have true boxes, and {' + '.join(args.source)} are others: give --detector NAME, such "
@@ -272,11 +280,13 @@ def run(args):
         if args.detector is not None:
             from utils.datasets.part_detector import PartDetector
 
-            detector = PartDetector(args.detector, threshold=args.threshold)
+            accelerator = start_accelerator(patient=True)
+            detector = PartDetector(args.detector, threshold=args.threshold, device=accelerator.device)
         made_by = f"{args.detector} above {args.threshold}" if args.detector else "true boxes"
         options = {"rule": args.rule, "detector": detector, "made_by": made_by, "batch_size": args.batch_size}
-        unseen = make(images, args.out, grid=args.grid, **options)
-    print(f"wrote {args.out}: {len(images)} images, {images_words(unseen, len(images), detector)}")
+        unseen = make(images, args.out, grid=args.grid, accelerator=accelerator, **options)
+    if unseen is not None:
+        print(f"wrote {args.out}: {len(images)} images, {images_words(unseen, len(images), detector)}")
 
 
 def images_words(unseen, count, detector):
