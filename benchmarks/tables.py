@@ -228,6 +228,7 @@ TABLES = {
     "filtering": as_stored("filtering"),
     "answerer": as_stored("standins"),
     "starts": starts,
+    "objectives": as_stored("pretraining_objectives"),
     "generalisation": as_stored("generalisation", words=3),
     "methods": as_stored("methods", words=2),
     "thresholds": as_stored("thresholds", words=3),
