@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from html import escape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,6 +194,15 @@ def test_line_chart_places_values_on_linear_and_logarithmic_axes():
     assert line == [(left, bottom), ((left + right) / 2, (top + bottom) / 2), (right, top)]
     [line] = coordinates(line_chart([("a", [1e-4, 1e-2, 1], [1, 10, 100])], x_log=True, y_log=True, **labels))
     assert line == [(left, bottom), ((left + right) / 2, (top + bottom) / 2), (right, top)]
+
+
+def test_each_of_eight_lines_has_a_style_of_its_own():
+    chart = line_chart([(f"{one}", [0, 1], [one, one]) for one in range(8)], title="t", x_label="x", y_label="y")
+    css = (Path(charts.__file__).parent / "templates/report.css").read_text(encoding="utf-8")
+    styles = [
+        re.search(rf"\.chart \.line\.{name} {{ ([^}}]*) }}", css)[1] for name in re.findall(r'"line (\w+)" d=', chart)
+    ]
+    assert len(set(styles)) == 8
 
 
 def test_line_chart_leaves_gaps_and_averages_long_series():

@@ -10,6 +10,8 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 460, 280
 LEFT, RIGHT, TOP, BOTTOM = 66, 16, 34, 44
+# Of lines, in report.css.
+STYLES = 8
 LEGEND_LINE = 18
 MAX_POINTS = 400
 # Of a vertical axis, as a share of its largest value: a narrower one would magnify rounding.
@@ -35,11 +37,11 @@ def line_chart(
     parts = [axes_of(x_scale, y_scale, x_label, y_label, percent)]
     for number, (name, points) in enumerate(drawable):
         path = path_of(points, x_scale, y_scale)
-        parts.append(Markup('<path class="line s{}" d="{}"/>').format(number % 6, path))
+        parts.append(Markup('<path class="line s{}" d="{}"/>').format(number % STYLES, path))
         for x, y in (point for point in points if dots and point is not None):
             value = f"{100 * y:.1f} %" if percent else _number(y)
             dot = Markup('<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="2.6"><title>{}: {}</title></circle>')
-            parts.append(dot.format(number % 6, x_scale(x), y_scale(y), f"{name}, {_number(x)}", value))
+            parts.append(dot.format(number % STYLES, x_scale(x), y_scale(y), f"{name}, {_number(x)}", value))
     legend, lines = legend_of([name for name, _ in drawable])
     return svg_of(title, [*parts, legend], lines)
 
@@ -175,7 +177,7 @@ def legend_of(names):
             Markup(
                 '<line class="line s{}" x1="{}" x2="{}" y1="{y}" y2="{y}"/>'
                 '<text class="label" x="{}" y="{}">{}<title>{}</title></text>'
-            ).format(number % 6, x, x + 22, x + 28, y + 4, short, name, y=y)
+            ).format(number % STYLES, x, x + 22, x + 28, y + 4, short, name, y=y)
         )
     return Markup("").join(parts), line + 1
 
