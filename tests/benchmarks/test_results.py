@@ -15,6 +15,7 @@ from benchmarks.quality import (
     dcac_feedback,
     dcac_synthetic,
     generalisation,
+    generated_starts,
     methods,
     pretraining_objectives,
     starts,
@@ -62,6 +63,7 @@ TABLES = {
     "dcac_table": lambda raw: (dcac_overhead.TABLE_COLUMNS, dcac_overhead.table_rows(raw)),
     "filter_truth": lambda raw: filter_truth.table_of(raw["cameras"]),
     "filtering": lambda raw: filtering.table_of(raw["rows"]),
+    "generated_starts": lambda raw: (generated_starts.COLUMNS, generated_starts.rows_of(raw["runs"])),
     "generation": lambda raw: generation.table_of(raw["parts"]),
     "generalisation": lambda raw: (generalisation.COLUMNS, generalisation.rows_of(raw["runs"])),
     "gpu/dcac_step": lambda raw: dcac_step.table_of(raw["batches"]),
@@ -89,6 +91,7 @@ TABLES = {
     "ring_threads": ring_threads.table_of,
     "standins": lambda raw: standins.table_of(raw["question_answerer"]),
     "thresholds": lambda raw: (thresholds.COLUMNS, thresholds.rows_of(raw["runs"])),
+    "scales": lambda raw: (starts.SCALE_COLUMNS, starts.scale_rows(raw["runs"], raw["settings"], raw["scales"])),
     "starts": lambda raw: (["setting", "number", starts.SCRATCH, starts.PRETRAINED, "gain"], start_rows(raw)),
 }
 TABLES["starts_high_rate"] = TABLES["starts"]
