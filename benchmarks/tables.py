@@ -229,7 +229,6 @@ TABLES = {
     "answerer": as_stored("standins"),
     "starts": starts,
     "scales": as_stored("scales", words=3),
-    "generated-starts": as_stored("generated_starts"),
     "objectives": as_stored("pretraining_objectives"),
     "generalisation": as_stored("generalisation", words=3),
     "methods": as_stored("methods", words=2),
