@@ -101,7 +101,7 @@ def read_index(name, folder, revision=None, token=None):
 
 
 def refuse_other_families(name, files, folder, revision, token):
-    """ValueError that names the family of a whole pipeline whose network is no U-Net, such as Flux or SD3."""
+    """ValueError for a pipeline whose network is no U-Net, such as Flux: its family, or the part that it lacks."""
     if "unet/config.json" in files or INDEX not in files:
         return
     try:
@@ -111,13 +111,14 @@ def refuse_other_families(name, files, folder, revision, token):
         return
     # A part is [library, class]; one that a pipeline leaves out is [null, null].
     parts = {part: value[1] for part, value in index.items() if isinstance(value, list) and len(value) == 2}
-    present = {file.split("/")[0] for file in files if "/" in file}
-    if not {part for part, model_class in parts.items() if model_class} <= present:
-        return
     network = next((part for part in ("transformer", "prior", "decoder") if parts.get(part)), None)
     if network is None:
         return
     pipeline = str(index.get("_class_name"))
+    present = {file.split("/")[0] for file in files if "/" in file}
+    lacking = [part for part, model_class in parts.items() if model_class and part not in present]
+    if lacking:
+        raise ValueError(f"{name!r} is not a whole {pipeline}: its {INDEX} names {lacking[0]}, which is not there")
     family = pipeline.replace("Pipeline", "").replace("StableDiffusion3", "Stable Diffusion 3")
     words = f"{name!r} is a whole checkpoint of the family {family} ({pipeline}, its network {parts[network]})"
     raise ValueError(f"{words}, which is not supported; use Stable Diffusion 1.x or 2.x")
