@@ -12,7 +12,7 @@ import ast
 import re
 import sys
 
-from benchmarks.common import GIB, RESULTS, ROOT, markdown_table, read_result
+from benchmarks.common import GIB, RESULTS, ROOT, in_percent, markdown_table, read_result
 from benchmarks.quality import dcac_feedback
 from benchmarks.speed.reid_features import SIZES
 from utils.files import write_together
@@ -112,6 +112,17 @@ def starts():
             share = f"{100 * float(fraction):.0f} %" if fraction else ""
             rows.append([names.get(kind, "all images").format(share), rate, *cells])
     return markdown_table(["labels", "rate", "", "from scratch", "pre-trained", "gain"], rows, words=3)
+
+
+def starts_by_epoch():
+    """mAP of both starts after some of the epochs, of the runs that measured after each."""
+    runs = read("starts_by_epoch")["raw"]["runs"]
+    epochs, rows = [0, 1, 2, 5, 10, 20, 40], []
+    for start in dict.fromkeys(run["start"] for run in runs):
+        histories = [run["history"] for run in runs if run["start"] == start]
+        found = ([one["mAP"] for line in histories for one in line if one["epoch"] == epoch] for epoch in epochs)
+        rows.append([start, *map(in_percent, found)])
+    return markdown_table(["mAP % after epoch", *map(str, epochs)], rows)
 
 
 def chain():
@@ -228,7 +239,9 @@ TABLES = {
     "filtering": as_stored("filtering"),
     "answerer": as_stored("standins"),
     "starts": starts,
+    "starts-by-epoch": starts_by_epoch,
     "scales": as_stored("scales", words=3),
+    "generated-starts": as_stored("generated_starts"),
     "objectives": as_stored("pretraining_objectives"),
     "generalisation": as_stored("generalisation", words=3),
     "methods": as_stored("methods", words=2),

@@ -94,7 +94,7 @@ TABLES = {
     "scales": lambda raw: (starts.SCALE_COLUMNS, starts.scale_rows(raw["runs"], raw["settings"], raw["scales"])),
     "starts": lambda raw: (["setting", "number", starts.SCRATCH, starts.PRETRAINED, "gain"], start_rows(raw)),
 }
-TABLES["starts_high_rate"] = TABLES["starts"]
+TABLES["starts_high_rate"] = TABLES["starts_by_epoch"] = TABLES["starts"]
 # Their rows are what happened.
 MEASURED = {"faults", "mutants"}
 
