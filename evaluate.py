@@ -68,7 +68,7 @@ def build_parser():
     )
     group.switch(
         "--camera_embeddings",
-        "give each image's camera to a model that was trained with cameras (TransReID's SIE): right if the data's "
+        "give each image's camera to a model trained with them (SIE of TransReID, CLIP-ReID): right if the data's "
         "cameras, counted from 0, are those of its training; else it takes the mean of its cameras",
     )
 

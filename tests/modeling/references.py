@@ -114,6 +114,63 @@ class TransReID(nn.Module):
         return torch.cat(features, 1)
 
 
+# CLIP-ReID
+
+
+class ClipBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, width // 64, batch_first=True)
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mlp = nn.Module()
+        self.mlp.c_fc, self.mlp.c_proj = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        seen = self.ln_1(x)
+        x = x + self.attn(seen, seen, seen, need_weights=False)[0]
+        hidden = self.mlp.c_fc(self.ln_2(x))
+        return x + self.mlp.c_proj(hidden / (1 + torch.exp(-1.702 * hidden)))
+
+
+class ClipReID(nn.Module):
+    """`image_encoder`, two necks and classifiers, prompts and text encoder; a camera's vector for the class token.
+
+    Patches of 16 x 16 pixels of a 256 x 128 image, 16 x 8 of them, or 21 x 10 where they overlap.
+    """
+
+    def __init__(self, width=128, depth=3, projection=48, cameras=0, stride=16, num_ids=9, prompts=True):
+        super().__init__()
+        tower = self.image_encoder = nn.Module()
+        tower.conv1 = nn.Conv2d(3, width, 16, stride, bias=False)
+        tower.class_embedding = nn.Parameter(torch.zeros(width))
+        tower.positional_embedding = nn.Parameter(torch.zeros(1 + {16: 16 * 8, 12: 21 * 10}[stride], width))
+        tower.ln_pre, tower.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+        tower.transformer = nn.Module()
+        tower.transformer.resblocks = nn.ModuleList(ClipBlock(width) for _ in range(depth))
+        tower.proj = nn.Parameter(torch.randn(width, projection) / width**0.5)
+        self.bottleneck, self.bottleneck_proj = nn.BatchNorm1d(width), nn.BatchNorm1d(projection)
+        self.classifier = nn.Linear(width, num_ids, bias=False)
+        self.classifier_proj = nn.Linear(projection, num_ids, bias=False)
+        if cameras:
+            self.cv_embed = nn.Parameter(torch.randn(cameras, width))
+        if prompts:
+            self.prompt_learner, self.text_encoder = nn.Module(), nn.Module()
+            self.prompt_learner.cls_ctx = nn.Parameter(torch.zeros(num_ids, 4, 8))
+            self.text_encoder.ln_final = nn.LayerNorm(8)
+
+    def forward(self, images, cameras=None):
+        tower = self.image_encoder
+        patches = tower.conv1(images).flatten(2).transpose(1, 2)
+        first = tower.class_embedding.expand(len(images), -1)
+        if cameras is not None:
+            first = first + self.cv_embed[cameras]
+        x = tower.ln_pre(torch.cat([first[:, None], patches], 1) + tower.positional_embedding)
+        for block in tower.transformer.resblocks:
+            x = block(x)
+        feature = tower.ln_post(x)[:, 0]
+        return torch.cat([feature, feature @ tower.proj], 1)
+
+
 # SOLIDER
 
 

@@ -35,6 +35,8 @@ FAMILIES = {
     ),
     # TransReID's, with overlapping patches and cameras.
     "plain_vit": ours("plain_vit", **VIT | {"image_size": list(SIZE), "stride": 6, "num_cameras": 3}),
+    # CLIP-ReID's, likewise.
+    "clip_reid": ours("clip_reid", **VIT, projection_dim=20, grid=[10, 5], stride=6, num_cameras=3),
     # MUVA's, which predicts its masks.
     "part_token_clip": ours("part_token_clip", **VIT, projection_dim=20, grid=[8, 4]),
     "vit": lambda: transformers.ViTConfig(**VIT),

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tests.modeling import references
 from tests.runs import ROOT
 from utils.modeling import convert
+from utils.modeling.backbones import load_backbone
 from utils.modeling.importers.layouts import LAYOUTS, table
 from utils.modeling.reid_model import ReIDModel
 
@@ -123,6 +124,42 @@ def test_transreid_against_a_reference(tmp_path, jigsaw, cameras):
         torch.testing.assert_close(again(images), model(images), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("stride", [16, 12])
+@pytest.mark.parametrize("cameras", [0, 3])
+def test_clip_reid_against_a_reference(tmp_path, stride, cameras):
+    torch.manual_seed(0)
+    net = references.shaken(references.ClipReID(cameras=cameras, stride=stride, prompts=stride == 16))
+    path = saved(net.state_dict(), tmp_path / "ViT-B-16_60.pth")
+    images = references.images_of(256, 128)
+    model = ReIDModel.from_weights(path)
+    assert model.image_size == (256, 128) and model.num_features == 128 + 48
+    assert (model.image_mean, model.resample) == ((0.5, 0.5, 0.5), "bilinear")
+    left_out = "3 tensors of the text encoder and the prompts are left out"
+    assert any(left_out in note for note in model.notes) == (stride == 16)
+    if not cameras:
+        assert_same_features(model, images, net(images))
+        with pytest.raises(ValueError, match="no camera embedding"), model.backbone.seen_by(torch.tensor([0, 1])):
+            pass
+    else:
+        seen = torch.tensor([2, 0])
+        with model.backbone.seen_by(seen):
+            assert_same_features(model, images, net(images, seen))
+        with torch.no_grad():
+            net.cv_embed.copy_(net.cv_embed.mean(0).expand(cameras, -1))
+        # Unknown cameras: the mean of all.
+        assert_same_features(model, images, net(images, seen))
+    model.save_pretrained(tmp_path / "model")
+    again = ReIDModel.from_pretrained(tmp_path / "model")
+    # A plain backbone, as training leaves one, keeps stride, cameras and positions.
+    model.backbone.save_pretrained(tmp_path / "backbone")
+    backbone = load_backbone(tmp_path / "backbone", (256, 128)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), model(images), rtol=0, atol=1e-6)
+        torch.testing.assert_close(backbone(images), model.backbone(images), rtol=0, atol=1e-5)
+        # At another size its positions are resized.
+        assert load_backbone(tmp_path / "backbone", (128, 64)).eval()(images[..., :128, :64]).shape == (2, 176)
+
+
 @pytest.mark.parametrize(
     "prefix, semantic, reduced", [("base.", True, False), ("", True, False), ("base.", False, True)]
 )
@@ -217,6 +254,11 @@ def spoilt(how):
     elif how == "odd grid":
         state = references.TransReID().state_dict()
         state["base.pos_embed"] = torch.zeros(1, 24, 128)
+    elif how == "clip-reid resnet":
+        state = {f"image_encoder.{name}": value for name, value in state.items()}
+    elif how == "clip-reid odd grid":
+        state = references.ClipReID().state_dict()
+        state["image_encoder.positional_embedding"] = torch.zeros(24, 128)
     elif how == "clip resnet":
         state = {
             "visual.layer1.0.conv1.weight": torch.zeros(3),
@@ -242,6 +284,8 @@ def spoilt(how):
         ("no qkv bias", "no qkv.bias"),
         ("odd width", "width 96 is not a multiple of 64"),
         ("odd grid", "23 positions do not fit"),
+        ("clip-reid resnet", "CLIP-ReID with CLIP's ResNet"),
+        ("clip-reid odd grid", "CLIP-ReID, but its 23 positions do not fit"),
         ("clip resnet", "CLIP's ResNet"),
     ],
 )  # fmt: skip

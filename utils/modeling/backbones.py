@@ -89,21 +89,30 @@ class ClipBackbone(Backbone):
         config = model.config
         projected = isinstance(model, CLIPVisionModelWithProjection)
         super().__init__(model, image_size, config.projection_dim if projected else config.hidden_size)
-        patch = config.patch_size
-        self.square = (config.image_size // patch, config.image_size // patch)
-        self.grid = (image_size[0] // patch, image_size[1] // patch)
+        patch, stride = config.patch_size, getattr(config, "stride", config.patch_size)
+        self.stored_grid = self.stored_grid_of(config)
+        self.grid = tuple((side - patch) // stride + 1 for side in image_size)
         if min(self.grid) < 1:
             raise ValueError(f"image_size {self.image_size} is smaller than one patch of {patch} x {patch} pixels")
         embeddings = self.tower.embeddings
         embeddings.patch_embedding.requires_grad_(False)
-        table = resize_position_table(embeddings.position_embedding.weight.detach(), self.square, self.grid)
+        table = resize_position_table(embeddings.position_embedding.weight.detach(), self.stored_grid, self.grid)
         embeddings.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
         # The position numbers of the square grid are not needed: tokens() adds the whole table.
         embeddings.position_ids = None
 
+    @staticmethod
+    def stored_grid_of(config):
+        """Rows and columns of the position table in a folder."""
+        return (config.image_size // config.patch_size,) * 2
+
     @property
     def tower(self):
         return getattr(self.model, "vision_model", self.model)
+
+    def class_token(self):
+        """(B or 1, 1, width)"""
+        return self.tower.embeddings.class_embedding[None, None]
 
     def tokens(self, images):
         """Class and patch tokens after the last block: (B, 3, H, W) -> (B, 1 + h * w, width)."""
@@ -115,7 +124,7 @@ class ClipBackbone(Backbone):
         # CLIPVisionEmbeddings.forward accepts squares only, so its few lines are copied here.
         embeddings = self.tower.embeddings
         patches = embeddings.patch_embedding(images.to(embeddings.patch_embedding.weight.dtype))
-        class_token = embeddings.class_embedding.expand(images.shape[0], 1, -1)
+        class_token = self.class_token().expand(images.shape[0], -1, -1)
         hidden = torch.cat([class_token, patches.flatten(2).transpose(1, 2)], dim=1)
         hidden = self.tower.pre_layrnorm(hidden + embeddings.position_embedding.weight)
         return self.tower.encoder(inputs_embeds=hidden).last_hidden_state
@@ -136,10 +145,10 @@ class ClipBackbone(Backbone):
         return tokens[:, 0], tokens[:, 1:].transpose(1, 2).unflatten(2, self.grid)
 
     def save_pretrained(self, folder):
-        """Write a `transformers` folder; positions are resized back to the configuration's square grid, bilinearly."""
+        """Write a `transformers` folder; positions are resized back to the configuration's grid, bilinearly."""
         state = self.model.state_dict()
         name = next(name for name in state if name.endswith("position_embedding.weight"))
-        state[name] = resize_position_table(state[name], self.grid, self.square)
+        state[name] = resize_position_table(state[name], self.grid, self.stored_grid)
         self.model.save_pretrained(folder, state_dict=state)
 
 
@@ -322,7 +331,8 @@ def read_config(name_or_path, **hub):
 
 def read_preprocessing(name, model_type, **hub):
     """How images are normalised and resized for these weights: by their folder, else as usual for their family."""
-    usual = HALVES if model_type in ("vit", "siglip_vision_model", "plain_vit", "solider_swin") else IMAGENET
+    halves = ("vit", "siglip_vision_model", "plain_vit", "solider_swin", "clip_reid")
+    usual = HALVES if model_type in halves else IMAGENET
     try:
         entries = ImageProcessingMixin.get_image_processor_dict(name, **hub)[0]
         mean, std = (tuple(map(float, entries[key])) for key in ("image_mean", "image_std"))

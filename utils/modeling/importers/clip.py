@@ -40,31 +40,12 @@ def read(tensors, image_size, activation=None):
     for name in ("positional_embedding", "text_projection", *OPENAI_NUMBERS):
         tensors.pop(name, None)
     left_out = tensors.drop(*TEXT)
-    width, _, patch, _ = tensors.shape_of("visual.conv1.weight")
     positions = tensors.shape_of("visual.positional_embedding")[0] - 1
     side = math.isqrt(positions)
     if side * side != positions:
         tensors.refuse(f"its {positions} positions are no square grid")
-    blocks = {match[1] for name in tensors if (match := re.match(r"visual\.transformer\.resblocks\.(\d+)\.", name))}
-    config = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=tensors.shape_of("visual.transformer.resblocks.0.mlp.c_fc.weight")[0],
-        num_hidden_layers=len(blocks),
-        num_attention_heads=heads_of(tensors, width),
-        image_size=side * patch,
-        patch_size=patch,
-        projection_dim=tensors.shape_of("visual.proj")[1],
-        hidden_act=used,
-    )
-    state = {f"vision_model.{ours}": tensors.take(f"visual.{theirs}") for theirs, ours in NAMES.items()}
-    state["visual_projection.weight"] = tensors.take("visual.proj").T
-    for block in range(len(blocks)):
-        old, new = f"visual.transformer.resblocks.{block}.", f"vision_model.encoder.layers.{block}."
-        for kind in ("weight", "bias"):
-            for theirs, ours in BLOCK_NAMES.items():
-                state[f"{new}{ours}.{kind}"] = tensors.take(f"{old}{theirs}.{kind}")
-            for letter, part in zip("qkv", tensors.take(f"{old}attn.in_proj_{kind}").chunk(3), strict=True):
-                state[f"{new}self_attn.{letter}_proj.{kind}"] = part
+    options, state = read_tower(tensors, "visual.")
+    config = CLIPVisionConfig(**options, image_size=side * options["patch_size"], hidden_act=used)
     tensors.done()
     notes = [f"{left_out} tensors of the text encoder are left out"] if left_out else []
     if activation is None:
@@ -74,6 +55,31 @@ def read(tensors, image_size, activation=None):
             "python -m utils.modeling.convert FILE DIR --activation NAME"
         )
     return Imported(config, image_size or (256, 128), CLIP_NORMALISATION, state, notes=tuple(notes))
+
+
+def read_tower(tensors, prefix):
+    """(options of the configuration, state) of an image encoder whose names start with `prefix`."""
+    width, _, patch, _ = tensors.shape_of(f"{prefix}conv1.weight")
+    pattern = re.compile(rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\.")
+    blocks = {match[1] for name in tensors if (match := pattern.match(name))}
+    options = {
+        "hidden_size": width,
+        "intermediate_size": tensors.shape_of(f"{prefix}transformer.resblocks.0.mlp.c_fc.weight")[0],
+        "num_hidden_layers": len(blocks),
+        "num_attention_heads": heads_of(tensors, width),
+        "patch_size": patch,
+        "projection_dim": tensors.shape_of(f"{prefix}proj")[1],
+    }
+    state = {f"vision_model.{ours}": tensors.take(f"{prefix}{theirs}") for theirs, ours in NAMES.items()}
+    state["visual_projection.weight"] = tensors.take(f"{prefix}proj").T
+    for block in range(len(blocks)):
+        old, new = f"{prefix}transformer.resblocks.{block}.", f"vision_model.encoder.layers.{block}."
+        for kind in ("weight", "bias"):
+            for theirs, ours in BLOCK_NAMES.items():
+                state[f"{new}{ours}.{kind}"] = tensors.take(f"{old}{theirs}.{kind}")
+            for letter, part in zip("qkv", tensors.take(f"{old}attn.in_proj_{kind}").chunk(3), strict=True):
+                state[f"{new}self_attn.{letter}_proj.{kind}"] = part
+    return options, state
 
 
 def heads_of(tensors, width):
@@ -87,4 +93,4 @@ def square_positions(backbone, state):
     if not isinstance(backbone, ClipBackbone):
         return state
     name = "vision_model.embeddings.position_embedding.weight"
-    return state | {name: resize_position_table(state[name].float(), backbone.square, backbone.grid)}
+    return state | {name: resize_position_table(state[name].float(), backbone.stored_grid, backbone.grid)}

@@ -33,10 +33,17 @@ FAST_REID = "fast-reid BoT, AGW, SBS, MGN on ResNet"
 OSNETS = "torchreid OSNet, OSNet-IBN"
 PARTS = "ResNet, also IBN-a; non-local blocks, pooling, branches, necks"
 TRANSREID = "ViT, overlapping patches, cameras (SIE), jigsaw branch"
+CLIP_REID = "CLIP ViT, both features, overlapping patches, cameras (SIE)"
 BLOCK = "blocks.0.attn.qkv."
 # Looked through in this order.
 LAYOUTS = (
     Layout("DCAC's authors", ("encoder.image_encoder.",), "CLIP ViT, BNNeck", ("dcac", "")),
+    Layout(
+        "CLIP-ReID",
+        ("image_encoder.transformer.", "image_encoder.conv1.", "bottleneck_proj."),
+        CLIP_REID,
+        ("clip_reid", "read"),
+    ),
     Layout(FAST_REID, ("b1_head.bottleneck.", "b1.", "backbone."), PARTS, ("fastreid", "mgn")),
     Layout(FAST_REID, ("backbone.conv1.", "heads."), PARTS, ("fastreid", "baseline")),
     Layout("TransReID", (f"base.{BLOCK}", "base.patch_embed.proj."), TRANSREID, ("vit", "transreid")),
@@ -63,7 +70,7 @@ REFUSED = (
         "a ResNet of reid-strong-baseline or of a project built on it: their stems differ in a ReLU, which the file "
         "does not show",
     ),
-    ("image_encoder.", "CLIP-ReID, whose features are joined from two layers"),
+    ("image_encoder.layer1.", "CLIP-ReID with CLIP's ResNet as image encoder"),
     ("visual.layer1.", "CLIP's ResNet as image encoder"),
     ("visual.trunk.", "an image encoder of timm inside OpenCLIP"),
 )

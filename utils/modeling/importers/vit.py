@@ -22,8 +22,12 @@ UNKNOWN_PARTS = {
     "rope.": "rotary positions",
     "gating_param": "the gates of ConViT",
 }
-# TransReID's strides, and the image sizes of its published settings.
+# The strides of TransReID and CLIP-ReID, and the image sizes of their published settings.
 STRIDES, SIZES = (16, 12, 14, 11), ((256, 128), (384, 128), (256, 256), (224, 224))
+CAMERAS = (
+    "it knows {} cameras (or views) of its training set: images take the mean of them, unless evaluate.py "
+    "--camera_embeddings or model.backbone.seen_by(cameras) says which"
+)
 
 
 def read_blocks(tensors, old, new, state, number):
@@ -112,22 +116,23 @@ def transreid(tensors, image_size):
         head |= {f"head.norm.{kind}": tensors.take(f"b2.1.{kind}") for kind in ("weight", "bias")}
     tensors.done()
 
-    for stride in STRIDES:
-        grid, size = grid_size(len(table) - 1, options["patch_size"], stride, image_size, SIZES)
-        if grid:
-            break
-    else:
-        wanted = f"images of {tuple(image_size)}" if image_size else "a published image size; give it"
-        tensors.refuse(f"its {len(table) - 1} positions do not fit {wanted}, at strides {STRIDES}")
+    stride, _, size = published_grid(tensors, len(table) - 1, options["patch_size"], image_size)
     if cameras is not None:
         options["num_cameras"] = len(cameras)
         state["camera_embedding"] = cameras[:, 0]
-        notes.append(
-            f"it knows {len(cameras)} cameras (or views) of its training set: images take the mean of them, unless "
-            "evaluate.py --camera_embeddings or model.backbone.seen_by(cameras) says which"
-        )
+        notes.append(CAMERAS.format(len(cameras)))
     state["position_embedding"] = table
     config = PlainViTConfig(**options, stride=stride, image_size=list(size))
     method, head_options = ("jigsaw", {}) if jigsaw else ("embedding", {"norm": False})
     notes.insert(0, f"images of {size[0]} x {size[1]}, patches every {stride} pixels; features before the BNNeck")
     return Imported(config, size, HALVES_BILINEAR, state, method, head_options, head, tuple(notes))
+
+
+def published_grid(tensors, positions, patch, image_size):
+    """(stride, grid, image size) that a table of `positions` patches is of: `image_size`, or a published one."""
+    for stride in STRIDES:
+        grid, size = grid_size(positions, patch, stride, image_size, SIZES)
+        if grid:
+            return stride, grid, size
+    wanted = f"images of {tuple(image_size)}" if image_size else "a published image size; give it"
+    tensors.refuse(f"its {positions} positions do not fit {wanted}, at strides {STRIDES}")

@@ -12,6 +12,7 @@ KINDS = {
     "osnet": ("osnet", "OSNetConfig", "OSNet", "OSNetBackbone"),
     "solider_swin": ("solider", "SoliderSwinConfig", "SoliderSwin", "SoliderSwinBackbone"),
     "plain_vit": ("plain_vit", "PlainViTConfig", "PlainViT", "PlainViTBackbone"),
+    "clip_reid": ("clip_reid", "ClipReIDConfig", "ClipReID", "ClipReIDBackbone"),
     "part_token_clip": ("part_tokens", "PartTokenConfig", "PartTokenCLIP", "PartTokenBackbone"),
     "vit": ("tokens", "ViTConfig", "ViTModel", "TokenBackbone"),
     "dinov2": ("tokens", "Dinov2Config", "Dinov2Model", "TokenBackbone"),
@@ -20,7 +21,7 @@ KINDS = {
     "siglip_vision_model": ("tokens", "SiglipVisionConfig", "SiglipVisionModel", "TokenBackbone"),
 }
 # Those that `transformers` does not have; the rest it opens by itself.
-OURS = ("resnet_variant", "osnet", "solider_swin", "plain_vit", "part_token_clip")
+OURS = ("resnet_variant", "osnet", "solider_swin", "plain_vit", "clip_reid", "part_token_clip")
 
 SHORT_NAMES = {
     "resnet50": "microsoft/resnet-50",

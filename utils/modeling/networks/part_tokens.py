@@ -87,7 +87,7 @@ class PartTokenBackbone(ClipBackbone):
         """On the weights of a CLIP: part tokens and predictors are drawn by torch's global generator."""
         if isinstance(backbone, cls):
             return backbone
-        if not isinstance(backbone, ClipBackbone) or not backbone.config.projection_dim:
+        if type(backbone) is not ClipBackbone or not backbone.config.projection_dim:
             raise ValueError(
                 f"part tokens stand in a CLIP ViT with a projection, not in a {backbone.config.model_type}: give "
                 "--backbone of a whole CLIP"

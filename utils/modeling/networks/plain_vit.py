@@ -1,12 +1,7 @@
 """A plain ViT for images of one shape: as in timm, DINO and TransReID, with overlapping patches and camera embedding.
 
-A model trained with a camera embedding needs the cameras of its images. Without them it takes the mean of all cameras:
-
-    with model.backbone.seen_by(torch.tensor([0, 2])):
-        features = model(images)
+A model trained with a camera embedding needs the cameras of its images, see `cameras.py`.
 """
-
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from utils.modeling.backbones import Backbone, resize_position_table
+from utils.modeling.networks.cameras import SeesCameras, camera_offset
 
 
 class PlainViTConfig(PreTrainedConfig):
@@ -92,16 +88,14 @@ class PlainViT(PreTrainedModel):
         tokens = torch.cat([self.class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1) + self.position_embedding
         if self.camera_embedding is None:
             return tokens
-        table = self.camera_embedding
-        offset = table.mean(dim=0) if cameras is None else table[cameras.to(table.device)][:, None]
-        return tokens + self.config.camera_weight * offset
+        return tokens + self.config.camera_weight * camera_offset(self.camera_embedding, cameras)
 
 
 def grid_of(config):
     return tuple((side - config.patch_size) // config.stride + 1 for side in config.image_size)
 
 
-class PlainViTBackbone(Backbone):
+class PlainViTBackbone(SeesCameras, Backbone):
     """The class token after the last norm."""
 
     summary = "token"
@@ -114,22 +108,7 @@ class PlainViTBackbone(Backbone):
                 f"{tuple(image_size)}; set the resolution to the same, or convert the file with another one"
             )
         self.grid = grid_of(model.config)
-        self.cameras = None
         self.gradient_checkpointing = False
-
-    @contextmanager
-    def seen_by(self, cameras):
-        """Give the cameras of the next batches, numbered as in training."""
-        known = self.config.num_cameras
-        if not known:
-            raise ValueError("this model has no camera embedding")
-        if int(cameras.min()) < 0 or int(cameras.max()) >= known:
-            raise ValueError(f"cameras are {sorted(set(cameras.tolist()))}; the model knows 0 to {known - 1}")
-        self.cameras = cameras
-        try:
-            yield
-        finally:
-            self.cameras = None
 
     def tokens(self, images, num_layers=None):
         """Class and patch tokens after the first `num_layers` blocks, by default all, before the last norm."""
