@@ -198,6 +198,8 @@ def test_folder_an_identity(tmp_path):
         paint(tmp_path / "own" / path)
     for junk in (".DS_Store", "train/._x", "train/0007/Thumbs.db", "train/0007/._x_c3_1.jpg"):
         (tmp_path / "own" / junk).write_bytes(b"junk")
+    for document in ("README.txt", "LICENSE", "train/readme.md", "train/0007/Citation.cff"):
+        (tmp_path / "own" / document).write_text("about the images")
     (tmp_path / "own/train/__MACOSX").mkdir()
     data = load_reid(tmp_path / "own")
     assert contents(data) == {
@@ -205,6 +207,15 @@ def test_folder_an_identity(tmp_path):
         "query": [(11, 0, "query/11/cam1_0.png")],
         "gallery": [(11, 2, "gallery/11/a-cam10.PNG")],
     }
+
+
+def test_a_text_that_is_no_document_stops_and_a_folder_may_have_its_name(tmp_path):
+    paint(tmp_path / "own/readme/1.jpg")
+    paint(tmp_path / "own/zoe/1.jpg")
+    assert len(load_reid(tmp_path / "own")["train"].unique("pid")) == 2
+    (tmp_path / "own/readme_first_labels.txt").write_text("1.jpg 7")
+    with pytest.raises(ValueError, match="readme_first_labels.txt: expected one folder an identity"):
+        load_reid(tmp_path / "own")
 
 
 def test_folder_an_identity_by_name_and_without_cameras(tmp_path):

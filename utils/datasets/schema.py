@@ -22,6 +22,8 @@ CAMERA = re.compile(r"(?:(?:^|[_.-])c(?:am)?_?|^[\d-]+C(?=\d+T\d+F\d))(\d{1,9})(
 # A UUID, or a checksum in hexadecimal digits: the `c2` inside one is no camera.
 RANDOM_NAME = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{16,}", re.IGNORECASE)
 LABELLED = re.compile(r"(-?\d+)_c(\d+)")
+# Files about a data set, not of it.
+DOCUMENT = re.compile(r"(?:read[ _-]?me|licen[cs]e|copying|citation)(?:\.(?:txt|md|rst|pdf|html|cff))?", re.IGNORECASE)
 logger = logging.getLogger(__name__)
 # Files that are left out because of their names, while `leaving_out` runs; None: such a file is an error.
 LEFT_OUT = ContextVar("LEFT_OUT", default=None)
@@ -85,11 +87,16 @@ def hidden(name):
     return name.startswith(".") or name.lower() in ("__macosx", "thumbs.db", "desktop.ini")
 
 
+def idle(entry):
+    """Whether an entry of a folder says nothing about images: hidden, or a file such as README.txt or LICENSE."""
+    return hidden(entry.name) or (bool(DOCUMENT.fullmatch(entry.name)) and entry.is_file())
+
+
 def listing(folder):
-    """Entries of a folder in order of name, without the hidden ones."""
+    """Entries of a folder in order of name, without the idle ones."""
     try:
         with os.scandir(folder) as entries:
-            return sorted((entry for entry in entries if not hidden(entry.name)), key=lambda entry: entry.name)
+            return sorted((entry for entry in entries if not idle(entry)), key=lambda entry: entry.name)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder} is not a folder; give the folder that holds the images") from None
     except PermissionError:

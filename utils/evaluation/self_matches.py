@@ -100,7 +100,8 @@ def mark(sides, copies, *, trusts_query=False, say=print):
         total += num_pairs
         disputed += share_labels(queries, gallery) if trusts_query else 0
     if total:
-        say(f"{total} pairs of query and gallery are the same file: dropped, no image finds itself")
+        pairs = "1 pair of query and gallery is" if total == 1 else f"{total} pairs of query and gallery are"
+        say(f"{pairs} the same file: dropped, no image finds itself")
     if disputed:
         say(f"{disputed} of these files have another identity in --gallery_dir; that of --query_dir counts")
     return total
