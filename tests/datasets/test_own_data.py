@@ -209,6 +209,24 @@ def test_folder_an_identity(tmp_path):
     }
 
 
+def test_folders_of_market_1501_with_images_of_ones_own(tmp_path):
+    """As the benchmark's own reader has them; with more cameras, other endings and longer names too."""
+    files = ["bounding_box_train/0002_c1s1_000451_03.jpg", "bounding_box_train/0002_c3s1_000551_01.jpg"]
+    files += ["query/0007_c1s1_000001_00.jpg", "bounding_box_test/0007_c2s1_000001_01.jpg.jpg"]
+    files += ["bounding_box_test/0000_c1s1_000009_00.jpg", "bounding_box_test/-1_c6s2_000008_02.jpg"]
+    for path in [*files, "gt_bbox/0007_c1s1_000001_00.jpg"]:
+        paint(tmp_path / "own" / path)
+    published = contents(load_reid("market1501", root=tmp_path / "own"))
+    assert [len(rows) for rows in published.values()] == [2, 1, 2]
+    assert contents(load_reid(tmp_path / "own")) == published
+    paint(tmp_path / "own/query/12345_c17_evening.png")
+    paint(tmp_path / "own/bounding_box_test/12345_c2_morning.webp")
+    own = contents(load_reid(tmp_path / "own"))
+    assert (12345, 3, "query/12345_c17_evening.png") in own["query"] and len(own["gallery"]) == 3
+    with pytest.raises(ValueError, match="12345_c17_evening.png"):
+        load_reid("market1501", root=tmp_path / "own")
+
+
 def test_a_text_that_is_no_document_stops_and_a_folder_may_have_its_name(tmp_path):
     paint(tmp_path / "own/readme/1.jpg")
     paint(tmp_path / "own/zoe/1.jpg")
@@ -248,7 +266,8 @@ def test_folder_an_identity_by_name_and_without_cameras(tmp_path):
         (["a/cam1/1.jpg", "a/2.jpg"], r"a/2.jpg lies beside folders"),
         (["a/cam1/x/1.jpg"], r"a/cam1/x is a folder; expected images there"),
         (["train/a/1.jpg", "test/a/1.jpg"], r"has test beside train"),
-        (["bounding_box_train/0001_c1s1_000001_00.jpg"], r"name it, as in load_reid\('market1501'"),
+        (["bounding_box_train/1_c1.jpg", "query/1_c1.jpg"], "query and gallery go together"),
+        (["list_train.txt"], "name it: msmt17 instead of the folder, and --data_root"),
         (["train/a/1.jpg", "query/a/1.jpg"], "query and gallery go together"),
     ],
 )

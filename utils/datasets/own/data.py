@@ -148,8 +148,8 @@ def read_local(path, columns, domain=None, names=None):
         return conform(*read_tars(path, columns), domain, path)
     if tables is not None:
         return conform(tables, columns, domain, path)
-    if (path / "bounding_box_train").is_dir() or (path / "list_train.txt").is_file():
-        raise ValueError(f"{path} looks like a benchmark; name it, as in load_reid('market1501', root={str(path)!r})")
+    if (path / "list_train.txt").is_file():
+        raise ValueError(f"{path} looks like MSMT17; name it: msmt17 instead of the folder, and --data_root {path}")
     packed = next((entry.path for entry in listing(path) if entry.name.lower().endswith(COMPRESSED)), None)
     if packed:
         raise ValueError(unpack(packed))
