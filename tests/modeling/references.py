@@ -66,18 +66,25 @@ class Block(nn.Module):
 class TransReID(nn.Module):
     """`base`, `bottleneck`, `classifier`; with the jigsaw branch `b1`, `b2` and four more necks.
 
-    Overlapping patches: 16 x 16 pixels every 12 give 21 x 10 of a 256 x 128 image.
+    Overlapping patches: 16 x 16 pixels every 12 give 21 x 10 of a 256 x 128 image. With the stem of TransReID-SSL,
+    patches of 8 x 8 pixels of its maps, 16 x 8 of them.
     """
 
-    def __init__(self, width=128, depth=3, cameras=0, jigsaw=False, num_ids=9):
+    def __init__(self, width=128, depth=3, cameras=0, jigsaw=False, num_ids=9, stem=False):
         super().__init__()
         self.base = nn.Module()
         self.base.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.base.pos_embed = nn.Parameter(torch.zeros(1, 1 + 21 * 10, width))
+        self.base.pos_embed = nn.Parameter(torch.zeros(1, 1 + (16 * 8 if stem else 21 * 10), width))
         if cameras:
             self.base.sie_embed = nn.Parameter(torch.zeros(cameras, 1, width))
         self.base.patch_embed = nn.Module()
-        self.base.patch_embed.proj = nn.Conv2d(3, width, 16, 12)
+        self.base.patch_embed.proj = nn.Conv2d(64, width, 8, 8) if stem else nn.Conv2d(3, width, 16, 12)
+        if stem:
+            self.base.patch_embed.conv = nn.Sequential(
+                *(nn.Conv2d(3, 64, 7, 2, 3, bias=False), IBN(64), nn.ReLU()),
+                *(nn.Conv2d(64, 64, 3, 1, 1, bias=False), IBN(64), nn.ReLU()),
+                *(nn.Conv2d(64, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
+            )
         self.base.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.base.norm = nn.LayerNorm(width, eps=1e-6)
         self.base.fc = nn.Linear(width, 1000)
@@ -92,7 +99,8 @@ class TransReID(nn.Module):
                 setattr(self, f"classifier_{number}", nn.Linear(width, num_ids, bias=False))
 
     def forward(self, images, cameras=None):
-        x = self.base.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        x = getattr(self.base.patch_embed, "conv", nn.Identity())(images)
+        x = self.base.patch_embed.proj(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.base.cls_token.expand(len(x), -1, -1), x], 1) + self.base.pos_embed
         if cameras is not None:
             x = x + 3.0 * self.base.sie_embed[cameras]

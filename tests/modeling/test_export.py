@@ -45,14 +45,17 @@ FAMILIES = {
     "dinov3_vit": lambda: transformers.DINOv3ViTConfig(**VIT, num_register_tokens=2),
     "siglip_vision_model": lambda: transformers.SiglipVisionConfig(**VIT),
 }
+# TransReID-SSL's, with convolutions before the patches.
+STEM = {"plain_vit with a stem": ours("plain_vit", **VIT | {"image_size": list(SIZE), "stride": 8, "stem": True})}
 HEADS = [(family, method) for method in METHODS[1:] for family in ("resnet", "swin", "clip_vision_model")]
 HEADS += [("resnet", "embedding"), ("resnet", "granular"), ("plain_vit", "jigsaw"), ("resnet", "meta")]
+HEADS += [(family, "bot") for family in STEM]
 
 
 def model_of(family, method="bot"):
     torch.manual_seed(0)
     options = {"domains": [2, 2], "gate": "learned"} if method == "meta" else {}
-    backbone = backbone_from_config(FAMILIES[family](), SIZE)
+    backbone = backbone_from_config((FAMILIES | STEM)[family](), SIZE)
     return ReIDModel(backbone, num_ids=4, method=method, head_options=options).eval()
 
 

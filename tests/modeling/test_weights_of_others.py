@@ -124,6 +124,34 @@ def test_transreid_against_a_reference(tmp_path, jigsaw, cameras):
         torch.testing.assert_close(again(images), model(images), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("layout", ["fine-tuned", "pre-trained", "pre-training"])
+def test_transreid_ssl_against_a_reference(tmp_path, layout):
+    """The stem of convolutions and an upright table of positions: fine-tuned, converted, and as DINO saves it."""
+    torch.manual_seed(0)
+    net = references.shaken(references.TransReID(stem=True))
+    state = net.state_dict()
+    if layout != "fine-tuned":
+        state = {name.removeprefix("base."): value for name, value in state.items() if name.startswith("base.")}
+        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    if layout == "pre-training":
+        teacher = {f"module.backbone.{name}": value for name, value in state.items()}
+        teacher["module.head.mlp.0.weight"] = torch.zeros(8, 8)
+        state = {"student": {"module.backbone.cls_token": torch.zeros(3)}, "teacher": teacher, "epoch": 99}
+    path = saved(state, tmp_path / "vit_small_ics_cfs_lup.pth")
+    images = references.images_of(256, 128)
+    model = ReIDModel.from_weights(path, (256, 128))
+    assert_same_features(model, images, net(images))
+    assert model.image_mean == (0.5, 0.5, 0.5)
+    model.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ReIDModel.from_pretrained(tmp_path / "model")(images), model(images), rtol=0, atol=1e-6
+        )
+    if layout != "fine-tuned":
+        # Its positions are resized to images of another shape.
+        assert ReIDModel.from_weights(path, (384, 128))(images.repeat(1, 1, 2, 1)[:, :, :384]).shape == (2, 128)
+
+
 @pytest.mark.parametrize("stride", [16, 12])
 @pytest.mark.parametrize("cameras", [0, 3])
 def test_clip_reid_against_a_reference(tmp_path, stride, cameras):

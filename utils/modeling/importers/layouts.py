@@ -32,7 +32,8 @@ RESNETS = "torchvision, timm, LUPerson, LUPerson-NL ResNet"
 FAST_REID = "fast-reid BoT, AGW, SBS, MGN on ResNet"
 OSNETS = "torchreid OSNet, OSNet-IBN"
 PARTS = "ResNet, also IBN-a; non-local blocks, pooling, branches, necks"
-TRANSREID = "ViT, overlapping patches, cameras (SIE), jigsaw branch"
+TRANSREID = "ViT, overlapping patches, cameras (SIE), jigsaw branch, convolutional stem (ICS)"
+VITS, UPRIGHT = "timm, DINO, DINOv2 ViT; TransReID-SSL on LUPerson", "ViT, also with ICS"
 CLIP_REID = "CLIP ViT, both features, overlapping patches, cameras (SIE)"
 BLOCK = "blocks.0.attn.qkv."
 # Looked through in this order.
@@ -46,7 +47,7 @@ LAYOUTS = (
     ),
     Layout(FAST_REID, ("b1_head.bottleneck.", "b1.", "backbone."), PARTS, ("fastreid", "mgn")),
     Layout(FAST_REID, ("backbone.conv1.", "heads."), PARTS, ("fastreid", "baseline")),
-    Layout("TransReID", (f"base.{BLOCK}", "base.patch_embed.proj."), TRANSREID, ("vit", "transreid")),
+    Layout("TransReID, TransReID-SSL", (f"base.{BLOCK}", "base.patch_embed.proj."), TRANSREID, ("vit", "transreid")),
     Layout("SOLIDER", ("base.stages.", "base.patch_embed.projection."), "Swin", ("swin", "solider")),
     Layout("SOLIDER", ("backbone.stages.", "backbone.patch_embed.projection."), "Swin", ("swin", "solider")),
     Layout("SOLIDER", ("stages.0.blocks.", "patch_embed.projection."), "Swin", ("swin", "solider")),
@@ -61,7 +62,8 @@ LAYOUTS = (
     ),
     Layout(RESNETS, ("layer1.0.conv1.", "conv1.weight"), "ResNet, last stride 1", ("resnet", "plain")),
     Layout("timm, Microsoft Swin", (f"layers.0.{BLOCK}", "patch_embed.proj."), "Swin", ("swin", "plain")),
-    Layout("timm, DINO, DINOv2 ViT", (BLOCK, "cls_token", "patch_embed.proj."), "ViT", ("vit", "plain")),
+    Layout(VITS, (f"backbone.{BLOCK}", "backbone.cls_token"), UPRIGHT, ("vit", "dino")),
+    Layout(VITS, (BLOCK, "cls_token", "patch_embed.proj."), UPRIGHT, ("vit", "plain")),
 )
 # Layouts that are refused by name: (what stands before a name, why).
 REFUSED = (

@@ -1,4 +1,4 @@
-"""Plain ViTs under timm's names: timm, DINO, DINOv2, and TransReID with its camera embedding and jigsaw branch."""
+"""Plain ViTs under timm's names: timm, DINO, DINOv2; TransReID and TransReID-SSL with cameras, jigsaw branch, stem."""
 
 import math
 import re
@@ -51,6 +51,7 @@ def read_network(tensors, prefix):
     """(options of the configuration, state) of everything but positions and cameras."""
     tensors.refuse_parts(UNKNOWN_PARTS)
     width, _, patch, _ = tensors.shape_of(f"{prefix}patch_embed.proj.weight")
+    stem = f"{prefix}patch_embed.conv.0.weight" in tensors
     head = HEAD_WIDTHS.get(width, HEAD_WIDTH)
     if width % head:
         tensors.refuse(f"its width {width} is not a multiple of {head}, the width of a head of ViT")
@@ -63,7 +64,8 @@ def read_network(tensors, prefix):
         "num_hidden_layers": len(numbers),
         "num_attention_heads": width // head,
         "intermediate_size": tensors.shape_of(f"{prefix}blocks.0.mlp.fc1.weight")[0],
-        "patch_size": patch,
+        "patch_size": 2 * patch if stem else patch,
+        "stem": stem,
         "layer_scale": f"{prefix}blocks.0.ls1.gamma" in tensors,
     }
     state = {"class_token": tensors.take(f"{prefix}cls_token")}
@@ -72,27 +74,53 @@ def read_network(tensors, prefix):
         state[f"layernorm.{kind}"] = tensors.take(f"{prefix}norm.{kind}")
     for number in numbers:
         read_blocks(tensors, f"{prefix}blocks.{number}.", f"layers.{number}.", state, number)
+    if stem:
+        read_stem(tensors, f"{prefix}patch_embed.conv.", state)
     return options, state
 
 
-def plain(tensors, image_size):
-    """timm, DINO and DINOv2: the square table of positions is resized to the images, bilinearly."""
-    options, state = read_network(tensors, "")
+def read_stem(tensors, old, state):
+    """Three times a convolution and a norm, the first two with instance norm for half of the channels."""
+    for place in (0, 3, 6):
+        state[f"stem.{place}.weight"] = tensors.take(f"{old}{place}.weight")
+    for place in (1, 4):
+        for kind in ("weight", "bias"):
+            state[f"stem.{place}.instance.{kind}"] = tensors.take(f"{old}{place}.IN.{kind}")
+        state |= tensors.take_norm(f"{old}{place}.BN.", f"stem.{place}.batch.")
+    state |= tensors.take_norm(f"{old}7.", "stem.7.")
+
+
+def plain(tensors, image_size, prefix=""):
+    """timm, DINO and DINOv2: the table of positions, square or twice as high as wide, is resized to the images.
+
+    Upright ones are of people: TransReID-SSL's, pre-trained by DINO on LUPerson.
+    """
+    options, state = read_network(tensors, prefix)
     notes = tensors.drop_classifier("head.weight")
     tensors.pop("mask_token", None)
     tensors.drop("head.")
-    table = tensors.take("pos_embed")[0]
+    table = tensors.take(f"{prefix}pos_embed")[0]
     tensors.done()
-    side = math.isqrt(len(table) - 1)
-    if side * side != len(table) - 1:
-        tensors.refuse(f"its {len(table) - 1} positions are no square grid")
+    positions = len(table) - 1
+    columns = math.isqrt(positions)
+    if upright := columns**2 != positions:
+        columns = math.isqrt(positions // 2)
+    grid = (2 * columns, columns) if upright else (columns, columns)
+    if math.prod(grid) != positions:
+        tensors.refuse(f"its {positions} positions are no grid that is square or twice as high as wide")
     patch = options["patch_size"]
     size = image_size or tuple(side // patch * patch for side in (256, 128))
     config = PlainViTConfig(**options, stride=patch, image_size=list(size))
-    state["position_embedding"] = resized_positions(table, (side, side), config)
-    usual = IMAGENET if options["layer_scale"] or not notes else HALVES
-    notes.append(f"normalised by mean {usual['image_mean']}: a file does not say it, a folder of timm does")
+    state["position_embedding"] = resized_positions(table, grid, config)
+    usual = HALVES if upright or notes and not options["layer_scale"] else IMAGENET
+    why = "as TransReID-SSL fine-tunes" if upright else "a file does not say it, a folder of timm does"
+    notes.append(f"normalised by mean {usual['image_mean']}: {why}")
     return Imported(config, size, {**usual, "resample": "bicubic"}, state, notes=tuple(notes))
+
+
+def dino(tensors, image_size):
+    """The whole file of a training by DINO, with its head."""
+    return plain(tensors, image_size, "backbone.")
 
 
 def transreid(tensors, image_size):

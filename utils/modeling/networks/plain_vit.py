@@ -11,10 +11,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from utils.modeling.backbones import Backbone, resize_position_table
 from utils.modeling.networks.cameras import SeesCameras, camera_offset
+from utils.modeling.networks.resnet import IbnNorm
+
+STEM_WIDTH = 64
 
 
 class PlainViTConfig(PreTrainedConfig):
-    """`stride` below `patch_size`: overlapping patches. `num_cameras` 0: no camera embedding."""
+    """`stride` below `patch_size`: overlapping patches; `stem`: convolutions before the patches, which halve the
+    image. `num_cameras` 0: no camera embedding."""
 
     model_type = "plain_vit"
 
@@ -27,6 +31,7 @@ class PlainViTConfig(PreTrainedConfig):
     stride: int = 16
     layer_norm_eps: float = 1e-6
     layer_scale: bool = False
+    stem: bool = False
     num_cameras: int = 0
     camera_weight: float = 3.0
 
@@ -69,7 +74,10 @@ class PlainViT(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         width = config.hidden_size
-        self.patches = nn.Conv2d(3, width, config.patch_size, config.stride)
+        self.stem = stem() if config.stem else None
+        halves = 2 if config.stem else 1
+        inputs = STEM_WIDTH if config.stem else 3
+        self.patches = nn.Conv2d(inputs, width, config.patch_size // halves, config.stride // halves)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         height, columns = grid_of(config)
         self.position_embedding = nn.Parameter(torch.zeros(1 + height * columns, width))
@@ -81,17 +89,31 @@ class PlainViT(PreTrainedModel):
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def embed(self, images, cameras=None):
-        tokens = self.patches(images.to(self.patches.weight.dtype)).flatten(2).transpose(1, 2)
+        images = images.to(self.patches.weight.dtype)
+        tokens = self.patches(images if self.stem is None else self.stem(images)).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1) + self.position_embedding
         if self.camera_embedding is None:
             return tokens
         return tokens + self.config.camera_weight * camera_offset(self.camera_embedding, cameras)
 
 
+def stem():
+    """TransReID-SSL's: three convolutions, of which the first halves the image, two of them with IBN-a norms."""
+    layers = []
+    for inputs, kernel, norm in ((3, 7, IbnNorm), (STEM_WIDTH, 3, IbnNorm), (STEM_WIDTH, 3, nn.BatchNorm2d)):
+        halves = 2 if kernel == 7 else 1
+        layers += [nn.Conv2d(inputs, STEM_WIDTH, kernel, halves, kernel // 2, bias=False), norm(STEM_WIDTH), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
 def grid_of(config):
+    if config.stem:
+        patch = config.patch_size // 2
+        return tuple((-(-side // 2) - patch) // (config.stride // 2) + 1 for side in config.image_size)
     return tuple((side - config.patch_size) // config.stride + 1 for side in config.image_size)
 
 
