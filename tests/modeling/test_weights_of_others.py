@@ -95,6 +95,31 @@ def test_torchvision_resnet(tmp_path):
     assert "4 tensors of its projection are left out" in moco.notes[1]
 
 
+@pytest.mark.parametrize("relu", [None, True])
+def test_reid_strong_baseline(tmp_path, relu):
+    """Its ResNet has torchvision's names; there is no ReLU after the first norm, unless a project put it back."""
+    torch.manual_seed(0)
+    base = references.shaken(torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 2, 1, 1], 7))
+    neck = references.shaken(torch.nn.BatchNorm1d(2048), seed=1)
+    state = {f"base.{name}": value for name, value in base.state_dict().items() if not name.startswith("fc.")}
+    state |= {f"bottleneck.{name}": value for name, value in neck.state_dict().items()}
+    path = saved(state | {"classifier.weight": torch.zeros(751, 2048)}, tmp_path / "resnet50_model_120.pth")
+    for convolution in (base.layer4[0].conv2, base.layer4[0].downsample[0]):
+        convolution.stride = (1, 1)
+    base.fc = torch.nn.Identity()
+    if not relu:
+        base.relu = torch.nn.Identity()
+    images = references.images_of(64, 32)
+    model = ReIDModel.from_weights(path, (64, 32), **({} if relu is None else {"stem_relu": relu}))
+    assert_same_features(model, images, neck(base(images)))
+    assert any("no ReLU after the first norm" in note for note in model.notes) == (relu is None)
+    model.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ReIDModel.from_pretrained(tmp_path / "model")(images), model(images), rtol=0, atol=1e-6
+        )
+
+
 @pytest.mark.parametrize("jigsaw", [False, True])
 @pytest.mark.parametrize("cameras", [0, 3])
 def test_transreid_against_a_reference(tmp_path, jigsaw, cameras):
@@ -270,7 +295,7 @@ def spoilt(how):
     elif how == "empty":
         state = {}
     elif how == "strong baseline":
-        state = {f"base.{name}": value for name, value in state.items()}
+        state = {f"base.{name}": value for name, value in state.items() if not name.startswith("fc.")}
     elif how == "old fast-reid":
         state = {f"backbone.{name}": value for name, value in state.items() if not name.startswith("fc.")}
         state["heads.bnneck.weight"] = torch.zeros(3)
@@ -307,7 +332,7 @@ def spoilt(how):
         ("unknown", r"not known: its first names are trunk.0.w, trunk.0.b. Known are DCAC.*fast-reid.*OSNet.*SOLIDER|"
                     r"not known: its first names are trunk.0.w, trunk.0.b. Known are .*torchvision"),
         ("empty", "no tensors"),
-        ("strong baseline", "reid-strong-baseline"),
+        ("strong baseline", "reid-strong-baseline.*bottleneck.weight is missing"),
         ("old fast-reid", "fast-reid before 1.0"),
         ("no qkv bias", "no qkv.bias"),
         ("odd width", "width 96 is not a multiple of 64"),

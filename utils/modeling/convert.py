@@ -20,6 +20,7 @@ def parse_args(input_args=None):
         "--resolution", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="input in pixels; default by the layout"
     )
     parser.add_argument("--activation", choices=["gelu", "quick_gelu"], help="of CLIP; default by the file")
+    parser.add_argument("--stem_relu", choices=["yes", "no"], help="of reid-strong-baseline; default as in its code")
     parser.add_argument("--semantic_weight", type=float, help="of SOLIDER, 0 to 1; default 0.2")
     args = parser.parse_args(input_args)
     folder = Path(args.folder)
@@ -32,6 +33,7 @@ def main(args):
     from utils.modeling.reid_model import ReIDModel
 
     given = {"activation": args.activation, "semantic_weight": args.semantic_weight}
+    given["stem_relu"] = None if args.stem_relu is None else args.stem_relu == "yes"
     options = {name: value for name, value in given.items() if value is not None}
     model = ReIDModel.from_weights(args.weights, args.resolution and tuple(args.resolution), **options)
     model.save_pretrained(args.folder)

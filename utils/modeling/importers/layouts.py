@@ -47,6 +47,12 @@ LAYOUTS = (
     ),
     Layout(FAST_REID, ("b1_head.bottleneck.", "b1.", "backbone."), PARTS, ("fastreid", "mgn")),
     Layout(FAST_REID, ("backbone.conv1.", "heads."), PARTS, ("fastreid", "baseline")),
+    Layout(
+        "reid-strong-baseline",
+        ("base.layer1.0.conv1.", "base.conv1."),
+        "ResNet, also IBN-a; BNNeck",
+        ("resnet", "strong_baseline"),
+    ),
     Layout("TransReID, TransReID-SSL", (f"base.{BLOCK}", "base.patch_embed.proj."), TRANSREID, ("vit", "transreid")),
     Layout("SOLIDER", ("base.stages.", "base.patch_embed.projection."), "Swin", ("swin", "solider")),
     Layout("SOLIDER", ("backbone.stages.", "backbone.patch_embed.projection."), "Swin", ("swin", "solider")),
@@ -67,11 +73,6 @@ LAYOUTS = (
 )
 # Layouts that are refused by name: (what stands before a name, why).
 REFUSED = (
-    (
-        "base.conv1.",
-        "a ResNet of reid-strong-baseline or of a project built on it: their stems differ in a ReLU, which the file "
-        "does not show",
-    ),
     ("image_encoder.layer1.", "CLIP-ReID with CLIP's ResNet as image encoder"),
     ("visual.layer1.", "CLIP's ResNet as image encoder"),
     ("visual.trunk.", "an image encoder of timm inside OpenCLIP"),

@@ -1,4 +1,4 @@
-"""ResNets under torchvision's names: torchvision, timm, LUPerson's MoCo, torchreid, fast-reid's backbone."""
+"""ResNets under torchvision's names: torchvision, timm, LUPerson's MoCo, torchreid, strong-baseline, fast-reid."""
 
 import re
 
@@ -127,3 +127,21 @@ def take_fc(tensors):
     """torchreid's layer after the pooling: Linear, BatchNorm and ReLU."""
     head = {f"head.neck.linear.{kind}": tensors.take(f"fc.0.{kind}") for kind in ("weight", "bias")}
     return head | tensors.take_norm("fc.1.", "head.neck.norm.")
+
+
+def strong_baseline(tensors, image_size, stem_relu=None):
+    """reid-strong-baseline, its features after the BNNeck. Its ResNet has no ReLU after the first norm, IBN-a has one;
+    projects built on it differ, and a file does not show it: `stem_relu` overrules this."""
+    with_relu = "base.layer1.0.bn1.IN.weight" in tensors if stem_relu is None else stem_relu
+    notes = tensors.drop_classifier("classifier.weight")
+    tensors.drop("base.fc.")
+    config, state = read_network(tensors, prefix="base.", stem_relu=with_relu)
+    head = tensors.take_norm("bottleneck.", "bnneck.")
+    tensors.done()
+    if stem_relu is None:
+        what, other = ("a", "no") if with_relu else ("no", "yes")
+        notes.append(
+            f"{what} ReLU after the first norm, as in reid-strong-baseline; of projects that changed it: "
+            f"python -m utils.modeling.convert FILE DIR --stem_relu {other}"
+        )
+    return Imported(config, image_size or (256, 128), IMAGENET_BILINEAR, state, head=head, notes=tuple(notes))
