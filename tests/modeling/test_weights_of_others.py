@@ -120,6 +120,35 @@ def test_reid_strong_baseline(tmp_path, relu):
         )
 
 
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("stride", [None, 1])
+def test_person_reid_baseline_pytorch(tmp_path, linear, stride):
+    torch.manual_seed(0)
+    net = torch.nn.Module()
+    net.model = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 2, 1, 1], 7)
+    net.classifier = torch.nn.Module()
+    layers = [torch.nn.Linear(2048, 32)] if linear else []
+    layers += [torch.nn.BatchNorm1d(32 if linear else 2048), torch.nn.Dropout()]
+    net.classifier.add_block = torch.nn.Sequential(*layers)
+    net.classifier.classifier = torch.nn.Sequential(torch.nn.Linear(layers[-2].num_features, 751))
+    references.shaken(net)
+    path = saved({f"_orig_mod.{name}": value for name, value in net.state_dict().items()}, tmp_path / "net_last.pth")
+    if stride == 1:
+        for convolution in (net.model.layer4[0].conv2, net.model.layer4[0].downsample[0]):
+            convolution.stride = (1, 1)
+    net.model.fc = torch.nn.Identity()
+    images = references.images_of(128, 64)
+    model = ReIDModel.from_weights(path, (128, 64), **({} if stride is None else {"last_stride": stride}))
+    assert_same_features(model, images, net.classifier.add_block(net.model(images)))
+    assert any("--last_stride 1" in note for note in model.notes) == (stride is None)
+    assert model.num_features == (32 if linear else 2048) and model.resample == "bicubic"
+    model.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ReIDModel.from_pretrained(tmp_path / "model")(images), model(images), rtol=0, atol=1e-6
+        )
+
+
 @pytest.mark.parametrize("jigsaw", [False, True])
 @pytest.mark.parametrize("cameras", [0, 3])
 def test_transreid_against_a_reference(tmp_path, jigsaw, cameras):

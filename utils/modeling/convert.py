@@ -21,6 +21,9 @@ def parse_args(input_args=None):
     )
     parser.add_argument("--activation", choices=["gelu", "quick_gelu"], help="of CLIP; default by the file")
     parser.add_argument("--stem_relu", choices=["yes", "no"], help="of reid-strong-baseline; default as in its code")
+    parser.add_argument(
+        "--last_stride", type=int, choices=[1, 2], help="of Person_reID_baseline_pytorch; default 2, as in its code"
+    )
     parser.add_argument("--semantic_weight", type=float, help="of SOLIDER, 0 to 1; default 0.2")
     args = parser.parse_args(input_args)
     folder = Path(args.folder)
@@ -33,6 +36,7 @@ def main(args):
     from utils.modeling.reid_model import ReIDModel
 
     given = {"activation": args.activation, "semantic_weight": args.semantic_weight}
+    given["last_stride"] = args.last_stride
     given["stem_relu"] = None if args.stem_relu is None else args.stem_relu == "yes"
     options = {name: value for name, value in given.items() if value is not None}
     model = ReIDModel.from_weights(args.weights, args.resolution and tuple(args.resolution), **options)

@@ -30,6 +30,7 @@ class Layout(NamedTuple):
 
 RESNETS = "torchvision, timm, LUPerson, LUPerson-NL ResNet"
 FAST_REID = "fast-reid BoT, AGW, SBS, MGN on ResNet"
+BASELINES = "torchreid ResNet, Person_reID_baseline_pytorch"
 OSNETS = "torchreid OSNet, OSNet-IBN"
 PARTS = "ResNet, also IBN-a; non-local blocks, pooling, branches, necks"
 TRANSREID = "ViT, overlapping patches, cameras (SIE), jigsaw branch, convolutional stem (ICS)"
@@ -63,8 +64,12 @@ LAYOUTS = (
     Layout("OpenAI's CLIP, OpenCLIP", ("visual.conv1.weight", "visual.proj"), "CLIP ViT, no text", ("clip", "read")),
     Layout(RESNETS, ("encoder_q.layer1.", "encoder_q.conv1."), "ResNet, last stride 1", ("resnet", "moco")),
     Layout(RESNETS, ("base_encoder.layer1.", "base_encoder.conv1."), "ResNet, last stride 1", ("resnet", "moco")),
+    Layout(BASELINES, ("classifier.", "layer1.0.conv1.", "conv1."), "ResNet, its stride", ("resnet", "torchreid")),
     Layout(
-        "torchreid ResNet", ("classifier.", "layer1.0.conv1.", "conv1."), "ResNet, its stride", ("resnet", "torchreid")
+        BASELINES,
+        ("classifier.add_block.", "model.layer1.0.conv1."),
+        "ResNet, its stride",
+        ("resnet", "baseline_pytorch"),
     ),
     Layout(RESNETS, ("layer1.0.conv1.", "conv1.weight"), "ResNet, last stride 1", ("resnet", "plain")),
     Layout("timm, Microsoft Swin", (f"layers.0.{BLOCK}", "patch_embed.proj."), "Swin", ("swin", "plain")),

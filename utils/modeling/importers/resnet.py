@@ -1,4 +1,4 @@
-"""ResNets under torchvision's names: torchvision, timm, LUPerson's MoCo, torchreid, strong-baseline, fast-reid."""
+"""ResNets under torchvision's names: torchvision, timm, LUPerson's MoCo, torchreid, two baselines, fast-reid's."""
 
 import re
 
@@ -145,3 +145,23 @@ def strong_baseline(tensors, image_size, stem_relu=None):
             f"python -m utils.modeling.convert FILE DIR --stem_relu {other}"
         )
     return Imported(config, image_size or (256, 128), IMAGENET_BILINEAR, state, head=head, notes=tuple(notes))
+
+
+def baseline_pytorch(tensors, image_size, last_stride=None):
+    """Person_reID_baseline_pytorch: Linear and BatchNorm after the mean, or the norm alone. The last stride is 2, if
+    its training had no --stride 1; a file does not show it."""
+    tensors.drop("model.fc.")
+    notes = tensors.drop_classifier("classifier.classifier.0.weight")
+    options, head, norm = {}, {}, "classifier.add_block.0."
+    if tensors.shape_of(f"{norm}weight")[1:]:
+        head = {f"head.neck.linear.{kind}": tensors.take(f"{norm}{kind}") for kind in ("weight", "bias")}
+        options, norm = {"embedding": len(head["head.neck.linear.bias"]), "bias": True}, "classifier.add_block.1."
+    head |= tensors.take_norm(norm, "head.neck.norm.")
+    config, state = read_network(tensors, prefix="model.", last_stride=last_stride or 2)
+    tensors.done()
+    if last_stride is None:
+        notes.append(
+            "last stride 2; of a training with --stride 1: python -m utils.modeling.convert FILE DIR --last_stride 1"
+        )
+    size = image_size or (256, 128)
+    return Imported(config, size, IMAGENET_BICUBIC, state, "embedding", options, head, tuple(notes))
