@@ -227,6 +227,26 @@ def test_folders_of_market_1501_with_images_of_ones_own(tmp_path):
         load_reid("market1501", root=tmp_path / "own")
 
 
+def test_folders_of_person_reid_baseline_pytorch(tmp_path):
+    """One folder an identity in train_all, gallery and query; train and val are parts of train_all."""
+    for path in ("train_all/0002/0002_c1s1_1.jpg", "train_all/0002/0002_c2s1_2.jpg", "train_all/0007/0007_c1s1_1.jpg"):
+        paint(tmp_path / "own" / path)
+        paint(tmp_path / "own" / path.replace("train_all", "val" if path.endswith("_2.jpg") else "train"))
+    for path in ("query/0001/0001_c1s1_1.jpg", "gallery/0001/0001_c3s1_1.jpg", "gallery/0000/0000_c1s1_1.jpg"):
+        paint(tmp_path / "own" / path)
+    for path in ("gallery/-1/-1_c1s1_1.jpg", "multi-query/0001/0001_c1s1_1.jpg"):
+        paint(tmp_path / "own" / path)
+    assert contents(load_reid(tmp_path / "own")) == {
+        "train": [
+            (2, 0, "train_all/0002/0002_c1s1_1.jpg"),
+            (2, 1, "train_all/0002/0002_c2s1_2.jpg"),
+            (7, 0, "train_all/0007/0007_c1s1_1.jpg"),
+        ],
+        "query": [(1, 0, "query/0001/0001_c1s1_1.jpg")],
+        "gallery": [(0, 0, "gallery/0000/0000_c1s1_1.jpg"), (1, 2, "gallery/0001/0001_c3s1_1.jpg")],
+    }
+
+
 def test_a_text_that_is_no_document_stops_and_a_folder_may_have_its_name(tmp_path):
     paint(tmp_path / "own/readme/1.jpg")
     paint(tmp_path / "own/zoe/1.jpg")

@@ -9,17 +9,21 @@ from utils.datasets.schema import ENDINGS, LABELLED, SPLITS, Row, camera_in, den
 
 # `cam1`, `camera_b`, `C3`: a folder of one camera.
 CAMERA_FOLDER = re.compile(r"(?:cam(?:era)?[ _-]?([0-9]{1,9}|[a-z])|c([0-9]{1,9}))", re.IGNORECASE)
+USUAL = {split: split for split in SPLITS}
+# Of Person_reID_baseline_pytorch, which parts train_all into train and val.
+PREPARED = USUAL | {"train": "train_all"}
 
 
 def read_identity_folders(folder, columns):
     """(rows by split, names of the identities or None): one folder per identity, directly or below its split.
 
-    The splits are train, query and gallery, or Market-1501's folders, in which -1 is left out as in Market-1501.
-    Folders whose names are numbers keep them as pid; other folders are numbered in order of name. A folder, or a
-    split, of files that are all named like 0001_c2_x.jpg needs no folders of identities. The camera is the number
-    after `c` or `cam` in the file name (0001_c2_05.jpg), or a folder of its own (cam1, camera_b) below the identities
-    or above them. If nothing names cameras, or with camid_column=none, all images get one camera, except that queries
-    and gallery get two different ones: removing a query's own camera then never empties its ranking.
+    The splits are train, query and gallery, or the folders of Market-1501 or Person_reID_baseline_pytorch, of which
+    junk (-1) and further folders are left out. Folders whose names are numbers keep them as pid; other folders are
+    numbered in order of name. A folder, or a split, of files that are all named like 0001_c2_x.jpg needs no folders of
+    identities. The camera is the number after `c` or `cam` in the file name (0001_c2_05.jpg), or a folder of its own
+    (cam1, camera_b) below the identities or above them. If nothing names cameras, or with camid_column=none, all
+    images get one camera, except that queries and gallery get two different ones: removing a query's own camera then
+    never empties its ranking.
     """
     for kind, value in columns._asdict().items():
         if value != columns._field_defaults[kind] and (kind, value) != ("camid", "none"):
@@ -27,18 +31,18 @@ def read_identity_folders(folder, columns):
                 f"{folder} has no table but folders: {kind}_column={value} has no effect; leave it out"
                 + (", or write camid_column=none for images without cameras" if kind == "camid" else "")
             )
-    as_market = is_market(folder)
-    usual = SPLIT_FOLDERS if as_market else {split: split for split in SPLITS}
+    usual = folders_of_splits(folder)
+    as_benchmark = usual is not USUAL
     split_folders = {split: name for split, name in usual.items() if (folder / name).is_dir()}
     odd = [entry.name for entry in listing(folder) if entry.is_dir() and entry.name not in SPLITS]
-    if split_folders and odd and not as_market:
+    if split_folders and odd and not as_benchmark:
         raise ValueError(
             f"{folder} has {odd[0]} beside {', '.join(split_folders)}; splits are {', '.join(SPLITS)}. A labelled "
             f"folder can be a set of its own: {folder / odd[0]}:holdout=1 is all query and gallery"
         )
     images = []
     for split, name in (split_folders or {"train": ""}).items():
-        images += [(split, *image) for image in images_of(folder / name, as_market)]
+        images += [(split, *image) for image in images_of(folder / name, as_benchmark)]
     names = {identity for _, identity, _, _ in images}
     # A longer number, such as a time stamp, does not fit a pid.
     numbers = {int(name) for name in names if re.fullmatch(r"[0-9]{1,18}", name)}
@@ -55,16 +59,18 @@ def read_identity_folders(folder, columns):
     return splits, None if numbered else sorted(names)
 
 
-def is_market(folder):
-    """Whether a folder has those of Market-1501, which people use for images of their own too."""
-    return any((folder / SPLIT_FOLDERS[split]).is_dir() for split in ("train", "gallery"))
+def folders_of_splits(folder):
+    """{split: its folder}; people use the folders of a benchmark for images of their own too."""
+    if any((folder / SPLIT_FOLDERS[split]).is_dir() for split in ("train", "gallery")):
+        return SPLIT_FOLDERS
+    return PREPARED if all((folder / PREPARED[split]).is_dir() for split in ("train", "gallery")) else USUAL
 
 
-def images_of(place, as_market=False):
+def images_of(place, as_benchmark=False):
     """(identity, path below the place, camera or None) of all images of one split."""
     entries = listing(place)
     if entries and not any(entry.is_dir() for entry in entries) and any(is_labelled(entry.name) for entry in entries):
-        return images_by_name(place, entries, as_market)
+        return images_by_name(place, entries, as_benchmark)
     folders = []
     for entry in entries:
         if entry.is_dir():
@@ -82,6 +88,7 @@ def images_of(place, as_market=False):
     return [
         (identity, f"{identity}/{name}", camera_in(name))
         for identity, entries in inside.items()
+        if not (as_benchmark and identity == "-1")
         for name in image_names(entries)
     ]
 
@@ -141,12 +148,12 @@ def is_labelled(name):
     return bool(LABELLED.match(name)) and name.lower().endswith(ENDINGS)
 
 
-def images_by_name(place, entries, as_market):
+def images_by_name(place, entries, as_benchmark):
     """Images such as 0001_c2_x.jpg, directly in the folder; -1 is no identity."""
     images = []
     for entry in entries:
         match = LABELLED.match(entry.name) if is_labelled(entry.name) else None
-        if match and int(match[1]) < 0 and as_market:
+        if match and int(match[1]) < 0 and as_benchmark:
             continue
         if match is None or int(match[1]) < 0:
             left_out(entry.path, f"{entry.path} is not named as the others are, like 0001_c2_x.jpg")
