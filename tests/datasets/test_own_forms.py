@@ -458,3 +458,22 @@ def test_images_without_labels_at_any_depth(tmp_path):
         paint(tmp_path / "people" / path)
     train, truth, _ = open_unlabelled([str(tmp_path / "people"), "synthetic:num_ids=3"])
     assert len(set(truth.tolist())) == 5
+
+
+def test_images_of_a_phone_are_named_where_they_would_be_missed(tmp_path, caplog):
+    """A search and a training without labels take what Pillow opens; what it does not is said, in one line."""
+    for name in ("a.jpg", "b.JFIF"):
+        paint(tmp_path / "own/deep" / name, format="JPEG")
+    for name in ("IMG_2.HEIC", "IMG_1.heic", ".hidden.heic"):
+        (tmp_path / "own/deep" / name).write_bytes(b"x")
+    warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        query, gallery = read_folders(tmp_path / "own", tmp_path / "own/deep")
+    assert query["path"][:] == ["deep/a.jpg", "deep/b.JFIF"] and len(gallery) == 2
+    words = [record.getMessage() for record in caplog.records]
+    assert len(words) == 2 and all("not read, 2 of them, such as" in word and "IMG_1.heic" in word for word in words)
+    warn_once.cache_clear()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        images, *_ = open_unlabelled([str(tmp_path / "own/deep")])
+    assert len(images) == 2 and "not read, 2 of them, such as IMG_1.heic; convert to .jpg" in caplog.text

@@ -16,7 +16,9 @@ from utils.datasets.images import PersonImage, storage_of
 SPLITS = ("train", "query", "gallery")
 # The identity or camera of an image where it is unknown.
 UNKNOWN = -1
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+# Images that Pillow does not open by itself.
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng")
 # `_c2`, `-cam10`, `c3s1`, `c4f0012`, after the number a word ends; or, as in MARS, `0001C1T0002F003`.
 CAMERA = re.compile(r"(?:(?:^|[_.-])c(?:am)?_?|^[\d-]+C(?=\d+T\d+F\d))(\d{1,9})(?=$|[^0-9a-z]|[sft]\d)", re.IGNORECASE)
 # A UUID, or a checksum in hexadecimal digits: the `c2` inside one is no camera.
@@ -74,6 +76,15 @@ def without_names(dataset):
 def warn_once(message):
     """A set may be opened several times in a run."""
     logger.warning("%s", message)
+
+
+def warn_of_unread(folder, paths):
+    """A warning of images of other kinds, which a search or a training would miss without a word."""
+    if paths:
+        kinds = ", ".join(ENDINGS)
+        warn_once(
+            f"{folder} has images that are not read, {len(paths)} of them, such as {paths[0]}; convert to {kinds}"
+        )
 
 
 def camera_in(name):

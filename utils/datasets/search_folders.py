@@ -4,7 +4,17 @@ import os
 from pathlib import Path
 
 from utils.datasets.own.folders import camera_of_folder
-from utils.datasets.schema import ENDINGS, LABELLED, UNKNOWN, Row, camera_in, hidden, rows_to_dataset
+from utils.datasets.schema import (
+    ENDINGS,
+    LABELLED,
+    UNKNOWN,
+    UNREAD,
+    Row,
+    camera_in,
+    hidden,
+    rows_to_dataset,
+    warn_of_unread,
+)
 
 
 def read_folders(query_dir, gallery_dir=None):
@@ -62,16 +72,16 @@ def levels_of(folder):
 
     As in os.walk, folders whose names are removed from the list are left out.
     """
+    unread = []
     for level, inner, names in os.walk(folder, followlinks=True):
         # A link to a parent folder would give an endless loop.
         above = os.path.join(os.path.realpath(level), "")
         reals = {name: os.path.join(os.path.realpath(os.path.join(level, name)), "") for name in inner}
         inner[:] = [name for name in inner if not hidden(name) and not above.startswith(reals[name])]
-        yield (
-            Path(level),
-            inner,
-            [Path(level, name) for name in names if name.lower().endswith(ENDINGS) and not hidden(name)],
-        )
+        names = [name for name in names if not hidden(name)]
+        unread += [Path(level, name) for name in names if name.lower().endswith(UNREAD)]
+        yield Path(level), inner, [Path(level, name) for name in names if name.lower().endswith(ENDINGS)]
+    warn_of_unread(folder, sorted(unread))
 
 
 def identity_of(path):
