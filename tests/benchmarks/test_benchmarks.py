@@ -459,7 +459,7 @@ def market(tmp_path):
     return small
 
 
-@pytest.mark.parametrize("name", ["0001_c9s1_001051_00.jpg", "readme.txt", "0001_c2s1_001051_00.jpg\n", "1.jpg"])
+@pytest.mark.parametrize("name", ["0001_c9s1_001051_00.jpg", "notes.txt", "0001_c2s1_001051_00.jpg\n", "1.jpg"])
 def test_name_that_does_not_parse(market, name):
     (market.root / "bounding_box_test" / name).write_bytes(b"x")
     with pytest.raises(ValueError, match=r"bounding_box_test.*0002_c1s1_000451_03\.jpg") as caught:

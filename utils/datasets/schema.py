@@ -17,8 +17,6 @@ SPLITS = ("train", "query", "gallery")
 # The identity or camera of an image where it is unknown.
 UNKNOWN = -1
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-# Images that Pillow does not open by itself.
-UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng")
 # `_c2`, `-cam10`, `c3s1`, `c4f0012`, after the number a word ends; or, as in MARS, `0001C1T0002F003`.
 CAMERA = re.compile(r"(?:(?:^|[_.-])c(?:am)?_?|^[\d-]+C(?=\d+T\d+F\d))(\d{1,9})(?=$|[^0-9a-z]|[sft]\d)", re.IGNORECASE)
 # A UUID, or a checksum in hexadecimal digits: the `c2` inside one is no camera.
@@ -78,15 +76,6 @@ def warn_once(message):
     logger.warning("%s", message)
 
 
-def warn_of_unread(folder, paths):
-    """A warning of images of other kinds, which a search or a training would miss without a word."""
-    if paths:
-        kinds = ", ".join(ENDINGS)
-        warn_once(
-            f"{folder} has images that are not read, {len(paths)} of them, such as {paths[0]}; convert to {kinds}"
-        )
-
-
 def camera_in(name):
     """The number of the camera in a file name, or None."""
     match = CAMERA.search(RANDOM_NAME.sub("", name))
@@ -98,16 +87,13 @@ def hidden(name):
     return name.startswith(".") or name.lower() in ("__macosx", "thumbs.db", "desktop.ini")
 
 
-def idle(entry):
-    """Whether an entry of a folder says nothing about images: hidden, or a file such as README.txt or LICENSE."""
-    return hidden(entry.name) or (bool(DOCUMENT.fullmatch(entry.name)) and entry.is_file())
-
-
 def listing(folder):
-    """Entries of a folder in order of name, without the idle ones."""
+    """Entries of a folder in order of name, without the hidden ones and files such as README.txt or LICENSE."""
     try:
         with os.scandir(folder) as entries:
-            return sorted((entry for entry in entries if not idle(entry)), key=lambda entry: entry.name)
+            seen = [entry for entry in entries if not hidden(entry.name)]
+            seen = [entry for entry in seen if not (DOCUMENT.fullmatch(entry.name) and entry.is_file())]
+            return sorted(seen, key=lambda entry: entry.name)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder} is not a folder; give the folder that holds the images") from None
     except PermissionError:

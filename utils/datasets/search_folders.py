@@ -4,17 +4,10 @@ import os
 from pathlib import Path
 
 from utils.datasets.own.folders import camera_of_folder
-from utils.datasets.schema import (
-    ENDINGS,
-    LABELLED,
-    UNKNOWN,
-    UNREAD,
-    Row,
-    camera_in,
-    hidden,
-    rows_to_dataset,
-    warn_of_unread,
-)
+from utils.datasets.schema import ENDINGS, LABELLED, UNKNOWN, Row, camera_in, hidden, rows_to_dataset, warn_once
+
+# Images that Pillow does not open by itself.
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng")
 
 
 def read_folders(query_dir, gallery_dir=None):
@@ -82,6 +75,15 @@ def levels_of(folder):
         unread += [Path(level, name) for name in names if name.lower().endswith(UNREAD)]
         yield Path(level), inner, [Path(level, name) for name in names if name.lower().endswith(ENDINGS)]
     warn_of_unread(folder, sorted(unread))
+
+
+def warn_of_unread(folder, paths):
+    """A warning of images of other kinds, which a search or a training would miss without a word."""
+    if paths:
+        kinds = ", ".join(ENDINGS)
+        warn_once(
+            f"{folder} has images that are not read, {len(paths)} of them, such as {paths[0]}; convert to {kinds}"
+        )
 
 
 def identity_of(path):

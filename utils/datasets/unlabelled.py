@@ -11,18 +11,8 @@ from utils.datasets.load import known_names, labels_of, load_reid, open_source, 
 from utils.datasets.own.folders import camera_of_folder
 from utils.datasets.own.labels import MissingColumn
 from utils.datasets.own.tables import is_table
-from utils.datasets.schema import (
-    ENDINGS,
-    SPLITS,
-    UNREAD,
-    Row,
-    features,
-    hidden,
-    listing,
-    rows_to_dataset,
-    warn_of_unread,
-    without_names,
-)
+from utils.datasets.schema import ENDINGS, SPLITS, Row, features, hidden, listing, rows_to_dataset, without_names
+from utils.datasets.search_folders import UNREAD, warn_of_unread
 
 
 def open_unlabelled(specs, root=None, *, skip_unreadable=False):

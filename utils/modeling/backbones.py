@@ -15,7 +15,6 @@ from transformers import (
     AutoConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
-    ImageProcessingMixin,
     PreTrainedConfig,
     ResNetModel,
     SwinModel,
@@ -289,7 +288,7 @@ def load_backbone(name_or_path, image_size=(256, 128), *, attn_implementation=No
         )
     backbone = wrap(model, image_size, attn_implementation)
     if config.model_type in networks.KINDS:
-        backbone.preprocessing = read_preprocessing(name_or_path, config.model_type, **hub)
+        backbone.preprocessing = networks.read_preprocessing(name_or_path, config.model_type, **hub)
     return backbone
 
 
@@ -327,20 +326,6 @@ def read_config(name_or_path, **hub):
         return AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
     except Exception as error:
         raise ValueError(f"the config.json of {name!r} is not valid: {error}") from error
-
-
-def read_preprocessing(name, model_type, **hub):
-    """How images are normalised and resized for these weights: by their folder, else as usual for their family."""
-    halves = ("vit", "siglip_vision_model", "plain_vit", "solider_swin", "clip_reid")
-    usual = HALVES if model_type in halves else IMAGENET
-    try:
-        entries = ImageProcessingMixin.get_image_processor_dict(name, **hub)[0]
-        mean, std = (tuple(map(float, entries[key])) for key in ("image_mean", "image_std"))
-        resample = {0: "nearest", 2: "bilinear", 3: "bicubic"}.get(entries.get("resample"), "bicubic")
-    # A folder without an image processor, or with a broken one.
-    except (OSError, KeyError, TypeError, ValueError):
-        return dict(usual)
-    return {"image_mean": mean, "image_std": std, "resample": resample}
 
 
 def tower_config(config):

@@ -6,6 +6,10 @@
 import importlib
 from pathlib import Path
 
+from utils import opened_when_used
+
+__getattr__ = opened_when_used(__name__, {"preprocessing": "read_preprocessing"})
+
 # model_type: (file, configuration, model, backbone)
 KINDS = {
     "resnet_variant": ("resnet", "ResNetVariantConfig", "ResNetVariant", "ResNetVariantBackbone"),
