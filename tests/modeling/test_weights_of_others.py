@@ -47,6 +47,27 @@ def assert_same_features(model, images, want):
     return difference
 
 
+def assert_same_after_saving(model, images, folder):
+    """A folder of ours gives the same features."""
+    model.save_pretrained(folder / "model")
+    again = ReIDModel.from_pretrained(folder / "model")
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), model(images), rtol=0, atol=1e-6)
+
+
+def assert_cameras_are_seen(model, images, net, table):
+    """Three cameras, given and not known; `table` is the network's parameter of them."""
+    seen = torch.tensor([2, 0])
+    with model.backbone.seen_by(seen):
+        assert_same_features(model, images, net(images, seen))
+    with torch.no_grad():
+        table.copy_(table.mean(0, keepdim=True).expand_as(table))
+    # Unknown cameras: the mean of all.
+    assert_same_features(model, images, net(images, seen))
+    with pytest.raises(ValueError, match="knows 0 to 2"), model.backbone.seen_by(torch.tensor([3])):
+        pass
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not PEERS, reason=f"needs the original libraries in an environment of their own: {HOW}")
 @pytest.mark.parametrize("name", PEER_MODELS)
@@ -67,10 +88,7 @@ def test_features_of_the_original_library(tmp_path, name):
     difference = assert_same_features(model, images, want["features"].flatten(1))
     print(f"{name}: {difference:.1e}")
     # The same after a folder of ours.
-    model.save_pretrained(tmp_path / "model")
-    again = ReIDModel.from_pretrained(tmp_path / "model")
-    with torch.no_grad():
-        torch.testing.assert_close(again(images), model(images), rtol=0, atol=1e-6)
+    assert_same_after_saving(model, images, tmp_path)
 
 
 def test_torchvision_resnet(tmp_path):
@@ -113,11 +131,7 @@ def test_reid_strong_baseline(tmp_path, relu):
     model = ReIDModel.from_weights(path, (64, 32), **({} if relu is None else {"stem_relu": relu}))
     assert_same_features(model, images, neck(base(images)))
     assert any("no ReLU after the first norm" in note for note in model.notes) == (relu is None)
-    model.save_pretrained(tmp_path / "model")
-    with torch.no_grad():
-        torch.testing.assert_close(
-            ReIDModel.from_pretrained(tmp_path / "model")(images), model(images), rtol=0, atol=1e-6
-        )
+    assert_same_after_saving(model, images, tmp_path)
 
 
 @pytest.mark.parametrize("linear", [True, False])
@@ -142,11 +156,7 @@ def test_person_reid_baseline_pytorch(tmp_path, linear, stride):
     assert_same_features(model, images, net.classifier.add_block(net.model(images)))
     assert any("--last_stride 1" in note for note in model.notes) == (stride is None)
     assert model.num_features == (32 if linear else 2048) and model.resample == "bicubic"
-    model.save_pretrained(tmp_path / "model")
-    with torch.no_grad():
-        torch.testing.assert_close(
-            ReIDModel.from_pretrained(tmp_path / "model")(images), model(images), rtol=0, atol=1e-6
-        )
+    assert_same_after_saving(model, images, tmp_path)
 
 
 @pytest.mark.parametrize("jigsaw", [False, True])
@@ -162,20 +172,9 @@ def test_transreid_against_a_reference(tmp_path, jigsaw, cameras):
         with pytest.raises(ValueError, match="no camera embedding"), model.backbone.seen_by(torch.tensor([0, 1])):
             pass
     else:
-        seen = torch.tensor([2, 0])
-        with model.backbone.seen_by(seen):
-            assert_same_features(model, images, net(images, seen))
-        with torch.no_grad():
-            net.base.sie_embed.copy_(net.base.sie_embed.mean(0, keepdim=True).expand(cameras, 1, -1))
-        # Unknown cameras: the mean of all.
-        assert_same_features(model, images, net(images, seen))
-        with pytest.raises(ValueError, match="knows 0 to 2"), model.backbone.seen_by(torch.tensor([3])):
-            pass
+        assert_cameras_are_seen(model, images, net, net.base.sie_embed)
     assert "BNNeck" in model.notes[1]
-    model.save_pretrained(tmp_path / "model")
-    again = ReIDModel.from_pretrained(tmp_path / "model")
-    with torch.no_grad():
-        torch.testing.assert_close(again(images), model(images), rtol=0, atol=1e-6)
+    assert_same_after_saving(model, images, tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["fine-tuned", "pre-trained", "pre-training"])
@@ -196,11 +195,7 @@ def test_transreid_ssl_against_a_reference(tmp_path, layout):
     model = ReIDModel.from_weights(path, (256, 128))
     assert_same_features(model, images, net(images))
     assert model.image_mean == (0.5, 0.5, 0.5)
-    model.save_pretrained(tmp_path / "model")
-    with torch.no_grad():
-        torch.testing.assert_close(
-            ReIDModel.from_pretrained(tmp_path / "model")(images), model(images), rtol=0, atol=1e-6
-        )
+    assert_same_after_saving(model, images, tmp_path)
     if layout != "fine-tuned":
         # Its positions are resized to images of another shape.
         assert ReIDModel.from_weights(path, (384, 128))(images.repeat(1, 1, 2, 1)[:, :, :384]).shape == (2, 128)
@@ -223,20 +218,12 @@ def test_clip_reid_against_a_reference(tmp_path, stride, cameras):
         with pytest.raises(ValueError, match="no camera embedding"), model.backbone.seen_by(torch.tensor([0, 1])):
             pass
     else:
-        seen = torch.tensor([2, 0])
-        with model.backbone.seen_by(seen):
-            assert_same_features(model, images, net(images, seen))
-        with torch.no_grad():
-            net.cv_embed.copy_(net.cv_embed.mean(0).expand(cameras, -1))
-        # Unknown cameras: the mean of all.
-        assert_same_features(model, images, net(images, seen))
-    model.save_pretrained(tmp_path / "model")
-    again = ReIDModel.from_pretrained(tmp_path / "model")
+        assert_cameras_are_seen(model, images, net, net.cv_embed)
+    assert_same_after_saving(model, images, tmp_path)
     # A plain backbone, as training leaves one, keeps stride, cameras and positions.
     model.backbone.save_pretrained(tmp_path / "backbone")
     backbone = load_backbone(tmp_path / "backbone", (256, 128)).eval()
     with torch.no_grad():
-        torch.testing.assert_close(again(images), model(images), rtol=0, atol=1e-6)
         torch.testing.assert_close(backbone(images), model.backbone(images), rtol=0, atol=1e-5)
         # At another size its positions are resized.
         assert load_backbone(tmp_path / "backbone", (128, 64)).eval()(images[..., :128, :64]).shape == (2, 176)
@@ -261,11 +248,7 @@ def test_solider_against_a_reference(tmp_path, prefix, semantic, reduced):
         assert_same_features(ReIDModel.from_weights(path, (128, 64), semantic_weight=0.9), images, net(images, 0.9))
         with pytest.raises(ValueError, match="within 0 and 1"):
             ReIDModel.from_weights(path, semantic_weight=2.0)
-    model.save_pretrained(tmp_path / "model")
-    with torch.no_grad():
-        torch.testing.assert_close(
-            ReIDModel.from_pretrained(tmp_path / "model")(images), model(images), rtol=0, atol=1e-6
-        )
+    assert_same_after_saving(model, images, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["bot", "agw", "sbs", "mgn"])
@@ -284,11 +267,7 @@ def test_fast_reid_against_a_reference(tmp_path, kind):
     mean = (100 / 255,) * 3 if kind == "bot" else (0.485, 0.456, 0.406)
     assert model.image_mean == pytest.approx(mean) and model.resample == "bicubic"
     assert ReIDModel.from_weights(path).image_size == ((384, 128) if kind in ("sbs", "mgn") else (256, 128))
-    model.save_pretrained(tmp_path / "model")
-    with torch.no_grad():
-        torch.testing.assert_close(
-            ReIDModel.from_pretrained(tmp_path / "model")(images), model(images), rtol=0, atol=1e-6
-        )
+    assert_same_after_saving(model, images, tmp_path)
     # Training starts from the backbone with a head of ours; BoT's BNNeck stays.
     training = ReIDModel.for_training(str(path), num_ids=4, image_size=size, method="bot").train()
     assert training(images).logits.shape == (2, 4)

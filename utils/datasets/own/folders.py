@@ -9,6 +9,8 @@ from utils.datasets.schema import ENDINGS, LABELLED, SPLITS, Row, camera_in, den
 
 # `cam1`, `camera_b`, `C3`: a folder of one camera.
 CAMERA_FOLDER = re.compile(r"(?:cam(?:era)?[ _-]?([0-9]{1,9}|[a-z])|c([0-9]{1,9}))", re.IGNORECASE)
+# A file or folder of images of nobody in a benchmark.
+JUNK = re.compile(r"-1(?:_|$)")
 USUAL = {split: split for split in SPLITS}
 # Of Person_reID_baseline_pytorch, which parts train_all into train and val.
 PREPARED = USUAL | {"train": "train_all"}
@@ -68,9 +70,9 @@ def folders_of_splits(folder):
 
 def images_of(place, as_benchmark=False):
     """(identity, path below the place, camera or None) of all images of one split."""
-    entries = listing(place)
+    entries = [entry for entry in listing(place) if not (as_benchmark and JUNK.match(entry.name))]
     if entries and not any(entry.is_dir() for entry in entries) and any(is_labelled(entry.name) for entry in entries):
-        return images_by_name(place, entries, as_benchmark)
+        return images_by_name(place, entries)
     folders = []
     for entry in entries:
         if entry.is_dir():
@@ -88,7 +90,6 @@ def images_of(place, as_benchmark=False):
     return [
         (identity, f"{identity}/{name}", camera_in(name))
         for identity, entries in inside.items()
-        if not (as_benchmark and identity == "-1")
         for name in image_names(entries)
     ]
 
@@ -148,13 +149,11 @@ def is_labelled(name):
     return bool(LABELLED.match(name)) and name.lower().endswith(ENDINGS)
 
 
-def images_by_name(place, entries, as_benchmark):
+def images_by_name(place, entries):
     """Images such as 0001_c2_x.jpg, directly in the folder; -1 is no identity."""
     images = []
     for entry in entries:
         match = LABELLED.match(entry.name) if is_labelled(entry.name) else None
-        if match and int(match[1]) < 0 and as_benchmark:
-            continue
         if match is None or int(match[1]) < 0:
             left_out(entry.path, f"{entry.path} is not named as the others are, like 0001_c2_x.jpg")
             continue

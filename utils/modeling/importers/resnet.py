@@ -114,7 +114,7 @@ def torchreid(tensors, image_size):
     notes = tensors.drop_classifier("classifier.weight")
     head, options, method = {}, {}, "bot"
     if "fc.0.weight" in tensors:
-        head, method = take_fc(tensors), "embedding"
+        head, method = take_linear_and_norm(tensors, "fc."), "embedding"
         options = {"embedding": len(head["head.neck.linear.weight"]), "bias": True, "relu": True}
     stride = {} if method == "embedding" else {"last_stride": 2}
     config, state = read_network(tensors, **stride)
@@ -123,10 +123,10 @@ def torchreid(tensors, image_size):
     return Imported(config, size, IMAGENET_BILINEAR, state, method, options, head, tuple(notes))
 
 
-def take_fc(tensors):
-    """torchreid's layer after the pooling: Linear, BatchNorm and ReLU."""
-    head = {f"head.neck.linear.{kind}": tensors.take(f"fc.0.{kind}") for kind in ("weight", "bias")}
-    return head | tensors.take_norm("fc.1.", "head.neck.norm.")
+def take_linear_and_norm(tensors, prefix):
+    """A Linear and a BatchNorm in a Sequential after the pooling."""
+    head = {f"head.neck.linear.{kind}": tensors.take(f"{prefix}0.{kind}") for kind in ("weight", "bias")}
+    return head | tensors.take_norm(f"{prefix}1.", "head.neck.norm.")
 
 
 def strong_baseline(tensors, image_size, stem_relu=None):
@@ -152,11 +152,12 @@ def baseline_pytorch(tensors, image_size, last_stride=None):
     its training had no --stride 1; a file does not show it."""
     tensors.drop("model.fc.")
     notes = tensors.drop_classifier("classifier.classifier.0.weight")
-    options, head, norm = {}, {}, "classifier.add_block.0."
-    if tensors.shape_of(f"{norm}weight")[1:]:
-        head = {f"head.neck.linear.{kind}": tensors.take(f"{norm}{kind}") for kind in ("weight", "bias")}
-        options, norm = {"embedding": len(head["head.neck.linear.bias"]), "bias": True}, "classifier.add_block.1."
-    head |= tensors.take_norm(norm, "head.neck.norm.")
+    options, block = {}, "classifier.add_block."
+    if f"{block}1.weight" in tensors:
+        head = take_linear_and_norm(tensors, block)
+        options = {"embedding": len(head["head.neck.linear.bias"]), "bias": True}
+    else:
+        head = tensors.take_norm(f"{block}0.", "head.neck.norm.")
     config, state = read_network(tensors, prefix="model.", last_stride=last_stride or 2)
     tensors.done()
     if last_stride is None:

@@ -20,6 +20,7 @@ class ClipReIDConfig(CLIPVisionConfig):
     grid: list[int] | tuple[int, ...] = (16, 8)
     stride: int = 16
     num_cameras: int = 0
+    # As the authors train on people; a file does not say it.
     camera_weight: float = 1.0
 
 

@@ -105,8 +105,8 @@ def stem():
     """TransReID-SSL's: three convolutions, of which the first halves the image, two of them with IBN-a norms."""
     layers = []
     for inputs, kernel, norm in ((3, 7, IbnNorm), (STEM_WIDTH, 3, IbnNorm), (STEM_WIDTH, 3, nn.BatchNorm2d)):
-        halves = 2 if kernel == 7 else 1
-        layers += [nn.Conv2d(inputs, STEM_WIDTH, kernel, halves, kernel // 2, bias=False), norm(STEM_WIDTH), nn.ReLU()]
+        stride = 1 if layers else 2
+        layers += [nn.Conv2d(inputs, STEM_WIDTH, kernel, stride, kernel // 2, bias=False), norm(STEM_WIDTH), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
