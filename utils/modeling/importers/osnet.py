@@ -3,7 +3,7 @@
 import re
 
 from utils.modeling.importers.imported import IMAGENET_BILINEAR, Imported
-from utils.modeling.importers.resnet import take_fc
+from utils.modeling.importers.resnet import take_linear_and_norm
 from utils.modeling.networks.osnet import OSNetConfig
 
 # torchreid's names of a block's parts, and ours.
@@ -17,7 +17,7 @@ def read(tensors, image_size):
     notes = tensors.drop_classifier("classifier.weight")
     head, method, options = {}, "bot", None
     if "fc.0.weight" in tensors:
-        head, method = take_fc(tensors), "embedding"
+        head, method = take_linear_and_norm(tensors, "fc."), "embedding"
         options = {"embedding": len(head["head.neck.linear.weight"]), "bias": True, "relu": True}
     instance_norm = "conv1.bn.running_mean" not in tensors
     depths = [
