@@ -34,20 +34,36 @@ def test_table_of_all_starts(calls, tmp_path, capsys):
     objectives.main(arguments)
     pretrained = [words for script, words in calls if script == "pretrain_backbone.py"]
     trained = [words for script, words in calls if script == "finetune_reid.py"]
-    # The start is made once, and SOLIDER is pre-trained once for its three weights.
-    assert len(pretrained) == 1 + 2 * 3 and len(trained) == 2 * 7
+    # Each seed has a start of its own; SOLIDER is pre-trained once for its three weights.
+    assert len(pretrained) == 2 * (1 + 3) and len(trained) == 2 * 7
     for number, words in enumerate(pretrained):
-        assert words[words.index("--source") + 1 :] == [f"stored/{domain}" for domain in ("bcde" if number else "fgh")]
-        assert number == 0 or words[words.index("--backbone") + 1] == str(tmp_path / "out" / "start" / "backbone")
+        seed, objective = divmod(number, 4)
+        first = objective == 0
+        assert words[words.index("--seed") + 1] == str(seed)
+        assert words[words.index("--source") + 1 :] == [f"stored/{domain}" for domain in ("fgh" if first else "bcde")]
+        backbone = str(tmp_path / "out" / f"start-{seed}" / "backbone")
+        assert words[words.index("--backbone") + 1] == (objectives.BACKBONE if first else backbone)
     starts = [Path(words[words.index("--backbone") + 1]) for words in trained[:7]]
     names = ["identities", "dino", "solider", "solider", "solider"]
-    names = ["random-0", "start", *(f"pretrain-{name}-0" for name in names)]
+    names = ["random-0", "start-0", *(f"pretrain-{name}-0" for name in names)]
     assert [start.name if start.name != "backbone" else start.parent.name for start in starts] == names
     weights = [words[words.index("--semantic_weight") + 1] for words in trained if "--semantic_weight" in words]
     assert weights == ["0.0", "1.0"] * 2
     content = json.loads((tmp_path / "a.json").read_text())
     assert [row[0] for row in content["table"]] == objectives.STARTS and content["columns"] == objectives.COLUMNS
-    assert all(row[1:] == ["21.0 ± 1.4", "31.0 ± 1.4", "50.0 ± 0.0"] for row in content["table"])
+    assert all(row[1:4] == ["21.0 ± 1.4", "31.0 ± 1.4", "50.0 ± 0.0"] for row in content["table"])
+    assert [row[4] for row in content["table"]] == ["-", "-", *["+0.0 ± 0.0"] * 5]
     before = len(calls)
     objectives.main(arguments)
     assert len(calls) == before and "SOLIDER, weight 1.0" in capsys.readouterr().out
+
+
+def test_gains_are_over_the_start_of_the_same_seed():
+    ends = {objectives.NO_MORE: (0.1, 0.5), objectives.DINO: (0.3, 0.6), objectives.RANDOM: (0.05, 0.05)}
+    runs = [
+        {"start": start, "seed": seed, "history": [{"mAP": 0.0, "rank1": 0.0}, {"mAP": end, "rank1": 0.0}]}
+        for start, pair in ends.items()
+        for seed, end in enumerate(pair)
+    ]
+    assert [row[-1] for row in objectives.rows_of(runs, list(ends))] == ["-", "+15.0 ± 7.1", "-"]
+    assert objectives.rows_of(runs[2:], [objectives.DINO])[0][-1] == "-"
