@@ -400,3 +400,103 @@ class FastReid(nn.Module):
         x = net.layer3(x)
         x = net.NL_3[0](x) if hasattr(net, "NL_3") else x
         return self.heads(net.layer4(x))
+
+
+# torchreid's OSNet
+
+
+class OSLayer(nn.Module):
+    def __init__(self, inputs, outputs, size=1, stride=1, norm=nn.BatchNorm2d):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
+        self.bn = norm(outputs)
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+class OSLight(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, groups=width, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv2(self.conv1(x))))
+
+
+def affine_instance_norm(channels):
+    return nn.InstanceNorm2d(channels, affine=True)
+
+
+class OSBlock(nn.Module):
+    """`norm`: None, "after" the sum with the shortcut (IBN), or "inside", before it and without a batch norm (AIN)."""
+
+    def __init__(self, inputs, outputs, norm, listed):
+        super().__init__()
+        inner = outputs // 4
+        self.conv1, self.norm = OSLayer(inputs, inner), norm
+        streams = [nn.Sequential(*(OSLight(inner) for _ in range(depth))) for depth in (1, 2, 3, 4)]
+        if listed:
+            self.conv2 = nn.ModuleList(nn.Module() for _ in streams)
+            for stream, layers in zip(self.conv2, streams, strict=True):
+                stream.layers = layers
+        else:
+            self.conv2a, self.conv2b, self.conv2c, self.conv2d = streams[0][0], *streams[1:]
+        self.gate = nn.Module()
+        self.gate.fc1, self.gate.fc2 = nn.Conv2d(inner, inner // 16, 1), nn.Conv2d(inner // 16, inner, 1)
+        self.conv3 = OSLayer(inner, outputs, norm=lambda _: None) if norm == "inside" else OSLayer(inner, outputs)
+        if inputs != outputs:
+            self.downsample = OSLayer(inputs, outputs)
+        if norm:
+            self.IN = affine_instance_norm(outputs)
+
+    def forward(self, x):
+        first, mixed = F.relu(self.conv1(x)), 0
+        if hasattr(self, "conv2"):
+            streams = [stream.layers for stream in self.conv2]
+        else:
+            streams = [self.conv2a, self.conv2b, self.conv2c, self.conv2d]
+        for stream in streams:
+            seen = stream(first)
+            mixed = mixed + seen * self.gate.fc2(F.relu(self.gate.fc1(F.adaptive_avg_pool2d(seen, 1)))).sigmoid()
+        out = self.IN(self.conv3.conv(mixed)) if self.norm == "inside" else self.conv3(mixed)
+        out = out + (self.downsample(x) if hasattr(self, "downsample") else x)
+        return F.relu(self.IN(out) if self.norm == "after" else out)
+
+
+class OSNet(nn.Module):
+    """`conv1` to `conv5`, `fc` and `classifier`. `kind`: "plain", or with instance norms "ibn" and "ain"."""
+
+    def __init__(self, kind, embedding=24, widths=(16, 64, 96, 128), num_ids=9):
+        super().__init__()
+        none, after, inside = [None, None], ["after", "after"], ["inside", "inside"]
+        norms = {
+            "plain": [none, none, none],
+            "ibn": [after, none, none],
+            "ain": [inside, [None, "inside"], ["inside", None]],
+        }[kind]
+        self.conv1 = OSLayer(3, widths[0], 7, 2, nn.BatchNorm2d if kind == "plain" else affine_instance_norm)
+        for number, stage_norms in enumerate(norms):
+            wide, blocks = widths[number + 1], []
+            for norm in stage_norms:
+                blocks.append(OSBlock(wide if blocks else widths[number], wide, norm, listed=kind == "ain"))
+            pool = nn.Sequential(OSLayer(wide, wide), nn.ReLU(), nn.AvgPool2d(2))
+            if number < 2 and kind == "ain":
+                setattr(self, f"pool{number + 2}", pool)
+            elif number < 2:
+                blocks.append(pool)
+            setattr(self, f"conv{number + 2}", nn.Sequential(*blocks))
+        self.conv5 = OSLayer(widths[-1], widths[-1])
+        if embedding:
+            self.fc = nn.Sequential(nn.Linear(widths[-1], embedding), nn.BatchNorm1d(embedding), nn.ReLU())
+        self.classifier = nn.Linear(embedding or widths[-1], num_ids)
+
+    def forward(self, images):
+        x = F.max_pool2d(F.relu(self.conv1(images)), 3, 2, 1)
+        for stage in (2, 3, 4):
+            x = getattr(self, f"conv{stage}")(x)
+            x = getattr(self, f"pool{stage}", nn.Identity())(x)
+        x = F.relu(self.conv5(x)).mean(dim=(2, 3))
+        return self.fc(x) if hasattr(self, "fc") else x

@@ -24,10 +24,10 @@ HOW = (
 )
 PEER_MODELS = (
     "torchreid:resnet50", "torchreid:resnet50_fc512", "torchreid:osnet_x1_0", "torchreid:osnet_x0_25",
-    "torchreid:osnet_ibn_x1_0", "fastreid:bot", "fastreid:agw", "fastreid:agw_ibn", "fastreid:sbs", "fastreid:sbs_ibn",
-    "fastreid:mgn", "fastreid:mgn_ibn", "timm:resnet50", "timm:swin_tiny_patch4_window7_224",
-    "timm:vit_small_patch16_224", "timm:vit_small_patch14_dinov2", "open_clip:ViT-B-32",
-    "open_clip:ViT-B-32-quickgelu",
+    "torchreid:osnet_ibn_x1_0", "torchreid:osnet_ain_x1_0", "fastreid:bot", "fastreid:agw", "fastreid:agw_ibn",
+    "fastreid:sbs", "fastreid:sbs_ibn", "fastreid:mgn", "fastreid:mgn_ibn", "timm:resnet50",
+    "timm:swin_tiny_patch4_window7_224", "timm:vit_small_patch16_224", "timm:vit_small_patch14_dinov2",
+    "open_clip:ViT-B-32", "open_clip:ViT-B-32-quickgelu",
 )  # fmt: skip
 
 
@@ -251,6 +251,20 @@ def test_solider_against_a_reference(tmp_path, prefix, semantic, reduced):
     assert_same_after_saving(model, images, tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["plain", "ibn", "ain"])
+@pytest.mark.parametrize("embedding", [0, 24])
+def test_osnet_against_a_reference(tmp_path, kind, embedding):
+    torch.manual_seed(0)
+    net = references.shaken(references.OSNet(kind, embedding))
+    state = {f"module.{name}": value for name, value in net.state_dict().items()}
+    images = references.images_of(64, 32)
+    model = ReIDModel.from_weights(saved({"state_dict": state, "epoch": 3}, tmp_path / "osnet.pth.tar"), (64, 32))
+    assert_same_features(model, images, net(images))
+    assert (model.image_mean, model.resample) == ((0.485, 0.456, 0.406), "bilinear")
+    assert any("classifier of 9" in note for note in model.notes)
+    assert_same_after_saving(model, images, tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["bot", "agw", "sbs", "mgn"])
 def test_fast_reid_against_a_reference(tmp_path, kind):
     ibn = kind in ("agw", "mgn")
@@ -307,6 +321,9 @@ def spoilt(how):
     elif how == "old fast-reid":
         state = {f"backbone.{name}": value for name, value in state.items() if not name.startswith("fc.")}
         state["heads.bnneck.weight"] = torch.zeros(3)
+    elif how == "osnet":
+        state = references.OSNet("ain").state_dict()
+        del state["conv3.1.IN.bias"]
     elif how == "no qkv bias":
         state = references.TransReID().state_dict()
         state = {name: value for name, value in state.items() if "qkv.bias" not in name}
@@ -337,11 +354,11 @@ def spoilt(how):
         ("wrong shape", r"do not fit together.*\(5,\), expected \(64,\)"),
         ("more", "1 tensors are not part of one, such as extra.weight"),
         ("se", "squeeze-and-excitation"),
-        ("unknown", r"not known: its first names are trunk.0.w, trunk.0.b. Known are DCAC.*fast-reid.*OSNet.*SOLIDER|"
-                    r"not known: its first names are trunk.0.w, trunk.0.b. Known are .*torchvision"),
+        ("unknown", "not known: its first names are trunk.0.w, trunk.0.b. Known are DCAC.*SOLIDER.*OSNet.*timm"),
         ("empty", "no tensors"),
         ("strong baseline", "reid-strong-baseline.*bottleneck.weight is missing"),
         ("old fast-reid", "fast-reid before 1.0"),
+        ("osnet", "OSNet-AIN, but conv3.1.IN.bias is missing"),
         ("no qkv bias", "no qkv.bias"),
         ("odd width", "width 96 is not a multiple of 64"),
         ("odd grid", "23 positions do not fit"),

@@ -31,7 +31,7 @@ class Layout(NamedTuple):
 RESNETS = "torchvision, timm, LUPerson, LUPerson-NL ResNet"
 FAST_REID = "fast-reid BoT, AGW, SBS, MGN on ResNet"
 BASELINES = "torchreid ResNet, Person_reID_baseline_pytorch"
-OSNETS = "torchreid OSNet, OSNet-IBN"
+OSNETS = "torchreid OSNet, OSNet-IBN, OSNet-AIN"
 PARTS = "ResNet, also IBN-a; non-local blocks, pooling, branches, necks"
 TRANSREID = "ViT, overlapping patches, cameras (SIE), jigsaw branch, convolutional stem (ICS)"
 VITS, UPRIGHT = "timm, DINO, DINOv2 ViT; TransReID-SSL on LUPerson", "ViT, also with ICS"
@@ -59,7 +59,6 @@ LAYOUTS = (
     Layout("SOLIDER", ("backbone.stages.", "backbone.patch_embed.projection."), "Swin", ("swin", "solider")),
     Layout("SOLIDER", ("stages.0.blocks.", "patch_embed.projection."), "Swin", ("swin", "solider")),
     Layout(OSNETS, ("conv2.0.conv2a.", "conv1.conv."), "OSNet of any width", ("osnet", "read")),
-    # OSNet-AIN, which the reader refuses by name.
     Layout(OSNETS, ("conv2.0.conv2.0.", "conv1.conv."), "OSNet of any width", ("osnet", "read")),
     Layout("OpenAI's CLIP, OpenCLIP", ("visual.conv1.weight", "visual.proj"), "CLIP ViT, no text", ("clip", "read")),
     Layout(RESNETS, ("encoder_q.layer1.", "encoder_q.conv1."), "ResNet, last stride 1", ("resnet", "moco")),

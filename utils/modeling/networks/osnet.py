@@ -12,13 +12,18 @@ GATE_REDUCTION = 16
 
 
 class OSNetConfig(PreTrainedConfig):
-    """`channels`: the width of the stem and of each stage; `instance_norm`: OSNet-IBN's norms in stem and stage 1."""
+    """`channels`: the width of the stem and of each stage.
+
+    `instance_norm`: in the stem, and at the end of each block of stage 1 (OSNet-IBN). With `inner_norms`: in the stem
+    alone, and inside those blocks of each stage of which it says True (OSNet-AIN).
+    """
 
     model_type = "osnet"
 
     channels: list[int] | tuple[int, ...] = (64, 256, 384, 512)
     depths: list[int] | tuple[int, ...] = (2, 2, 2)
     instance_norm: bool = False
+    inner_norms: list[list[bool]] | None = None
 
 
 class ConvNorm(nn.Module):
@@ -61,7 +66,7 @@ class Gate(nn.Module):
 
 
 class OmniScaleBlock(nn.Module):
-    def __init__(self, inputs, outputs, instance_norm):
+    def __init__(self, inputs, outputs, *, norm_inside=False, norm_after=False):
         super().__init__()
         inner = outputs // 4
         self.reduce = ConvNorm(inputs, inner)
@@ -69,9 +74,9 @@ class OmniScaleBlock(nn.Module):
             nn.Sequential(*(LightConv(inner) for _ in range(scale))) for scale in range(1, SCALES + 1)
         )
         self.gate = Gate(inner)
-        self.expand = ConvNorm(inner, outputs, activation=False)
+        self.expand = ConvNorm(inner, outputs, activation=False, instance_norm=norm_inside)
         self.shortcut = ConvNorm(inputs, outputs, activation=False) if inputs != outputs else nn.Identity()
-        self.norm = nn.InstanceNorm2d(outputs, affine=True) if instance_norm else nn.Identity()
+        self.norm = nn.InstanceNorm2d(outputs, affine=True) if norm_after else nn.Identity()
 
     def forward(self, maps):
         reduced = self.reduce(maps)
@@ -91,9 +96,13 @@ class OSNet(PreTrainedModel):
         self.pooler = nn.MaxPool2d(3, stride=2, padding=1)
         self.stages = nn.ModuleList()
         for number, (width, depth) in enumerate(zip(widths, config.depths, strict=True)):
-            normed = config.instance_norm and number == 0
+            inside = config.inner_norms[number] if config.inner_norms else [False] * depth
+            after = config.instance_norm and not config.inner_norms and number == 0
             inputs = [config.channels[number]] + [width] * (depth - 1)
-            blocks = [OmniScaleBlock(channels, width, normed) for channels in inputs]
+            blocks = [
+                OmniScaleBlock(channels, width, norm_inside=norm, norm_after=after)
+                for channels, norm in zip(inputs, inside, strict=True)
+            ]
             if number < len(widths) - 1:
                 blocks += [ConvNorm(width, width), nn.AvgPool2d(2, stride=2)]
             self.stages.append(nn.Sequential(*blocks))
