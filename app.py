@@ -126,6 +126,7 @@ if __name__ == "__main__":
 import base64
 import os
 import tempfile
+from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -150,7 +151,7 @@ from utils.evaluation.gallery_search import (
 )
 from utils.evaluation.index.search import open_kept, side_of
 from utils.evaluation.index.store import about_model
-from utils.evaluation.kept_features import features_of_key, load_features, save_features
+from utils.evaluation.kept_features import features_of_key, load_features, names_of_labels, save_features
 from utils.evaluation.metrics import Side
 from utils.files import run_record, to_json, write_together
 from utils.modeling.folder import model_kind
@@ -225,7 +226,8 @@ def extract_or_read(args, accelerator, model, images, source):
     stored = Path(args.output_dir) / FEATURES
     if known := features_of_key(stored, key):
         print(f"Features: {stored}, extracted before")
-        return known[0][1]
+        # A folder may have got another name since.
+        return replace(known[0][1], names=names_of_labels(images))
     images, _ = check_images(images, skip_unreadable=args.skip_unreadable, where=source)
     features = extract(
         model,
@@ -237,7 +239,8 @@ def extract_or_read(args, accelerator, model, images, source):
         batch_size=args.eval_batch_size,
         num_workers=args.dataloader_num_workers,
     )
-    gallery = Side(features, torch.tensor(images["pid"][:]), torch.tensor(images["camid"][:]), list(images["path"]))
+    labels = (torch.tensor(images[name][:]) for name in ("pid", "camid"))
+    gallery = Side(features, *labels, list(images["path"]), names=names_of_labels(images))
     nobody = Side(features[:0], gallery.pids[:0], gallery.camids[:0], [])
     with write_together(args.output_dir) as part:
         split = [], nobody, list(range(len(gallery))), gallery
@@ -383,7 +386,7 @@ class Page:
         if results.rows:
             missing = self.no_calibration
             if self.calibration:
-                decision = decision_of(max(results.scores), self.calibration, results.searched)
+                decision = decision_of(results.nearest, self.calibration, results.searched)
         notes = [f"{results.searched:,} gallery images searched."]
         if cameras:
             notes[0] = f"{results.searched:,} gallery images of {self.camera_names(cameras)} searched."

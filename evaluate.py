@@ -224,7 +224,8 @@ def check_args(parser, args):
 
 
 def check_grouping(parser, args):
-    others = ("data", "query_dir", "gallery_dir", "features", "splits", "export", "rerank", "protocol", "topk")
+    others = ("data", "data_root", "query_dir", "gallery_dir", "features", "splits", "calibrate", "export", "rerank")
+    others += ("protocol", "topk", "report_queries")
     given = [f"--{name}" for name in others if args.origin[name] == "flag"]
     if given:
         parser.error(f"--group_dir ranks nothing and is a job of its own; leave out {', '.join(given)}")
@@ -244,7 +245,6 @@ from utils.batches.transforms import test_transform
 from utils.datasets.holdout import hold_out
 from utils.datasets.images import check_files, check_images
 from utils.datasets.load import open_spec
-from utils.datasets.schema import names_of
 from utils.datasets.search_folders import read_folders
 from utils.datasets.tracklets import read_tracklets
 from utils.evaluation.calibration import CALIBRATION, calibrate, calibration_of, fingerprint, write_calibration
@@ -256,7 +256,14 @@ from utils.evaluation.groups import grouping
 from utils.evaluation.groups.report import group_report
 from utils.evaluation.index.search import add_new, open_kept, rows_of, sides_of
 from utils.evaluation.index.store import about_model
-from utils.evaluation.kept_features import FEATURES, features_of_key, keep_features, load_features, sides_of_splits
+from utils.evaluation.kept_features import (
+    FEATURES,
+    features_of_key,
+    keep_features,
+    load_features,
+    names_of_labels,
+    sides_of_splits,
+)
 from utils.evaluation.report import ResultPictures, evaluation_report
 from utils.evaluation.results import answer_lines, summary_lines, write_results
 from utils.evaluation.self_matches import copies_in, mark
@@ -306,7 +313,7 @@ def main(args):
     num_same_files = mark(sides, copies, trusts_query=bool(args.query_dir), say=accelerator.print)
     if images is not None:
         for side in (side for pair in sides for side in pair):
-            side.names = {column: names_of(images, column) for column in ("pid", "camid")}
+            side.names = names_of_labels(images)
     metrics, results = None, [measure(args, accelerator, *pair) for pair in sides]
     if accelerator.is_main_process:
         findings = results[0]
@@ -391,7 +398,7 @@ def extract_or_read(args, accelerator, model, images, splits):
         accelerator.print(f"Features: {stored}, extracted before")
         return known
     features = extract_images(args, accelerator, model, images, key)
-    sides = sides_of_splits(features, splits, list(images["path"]))
+    sides = sides_of_splits(features, splits, list(images["path"]), names_of_labels(images))
     if accelerator.is_main_process:
         keep_features(args.output_dir, features, splits, sides, key=key, model=args.model, data=data_name(args))
         forget_chunks(args.output_dir)

@@ -5,6 +5,7 @@ import pytest
 from tests.tables import paint
 from utils.datasets.holdout import divide, hold_out_of
 from utils.datasets.load import load_reid
+from utils.evaluation.splits import readable_splits
 
 
 def fill(folder, identities=6, cameras=3, images=2):
@@ -110,3 +111,15 @@ def test_what_a_training_holds_out(tmp_path):
     assert held(several, 2) == (several, several)
     assert held(["synthetic:num_ids=4"], 2) == (["synthetic:num_ids=4"], [])
     assert held([*several, folder], 2)[1] == [*several, f"{folder}:holdout=0.3"] and len(said) == 1
+
+
+def test_one_camera_that_has_a_name(tmp_path):
+    """The gallery's other camera has none: query and gallery can be joined, as evaluate.py does."""
+    for number in range(12):
+        paint(tmp_path / "own" / f"{number}.png")
+    lines = [f"{number}.png,{number // 4},door" for number in range(12)]
+    (tmp_path / "own/labels.csv").write_text("\n".join(["file_name,pid,camid", *lines, ""]))
+    parts = load_reid(f"{tmp_path / 'own'}:holdout=0.7")
+    images, splits, _ = readable_splits([(parts["query"], parts["gallery"])], skip_unreadable=False, where="own")
+    assert set(parts["query"]["camid"][:]) == {0} and set(parts["gallery"]["camid"][:]) == {1}
+    assert len(images) == len(parts["query"]) + len(parts["gallery"])

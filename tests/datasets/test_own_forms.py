@@ -14,7 +14,7 @@ from tests.tables import contents, image_bytes, paint, red
 from utils.batches.chunks import image_identities
 from utils.datasets.load import load_reid, load_sources
 from utils.datasets.portable import save
-from utils.datasets.schema import camera_in, names_of, warn_once
+from utils.datasets.schema import camera_in, features, names_of, warn_once
 from utils.datasets.search_folders import read_folders
 from utils.datasets.unlabelled import open_unlabelled
 
@@ -186,6 +186,7 @@ def test_archives_with_json(tmp_path):
         ([("/etc/0.png", {})], "leaves the archive"),
         ([("0.png", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})], "0.png is a link or a device"),
         ([("0.a.png", {}), ("0.b.png", {}), ("0.cls", {})], "0.a.png and 0.b.png share one label"),
+        ([("0.png", {}), ("0.mask.png", {}), ("0.cls", {})], "0.png and 0.mask.png share one label"),
         ([("0.png", {}), ("0.cls", {}), ("1.png", {})], "1.png has no label"),
         ([("0.png", {}), ("0.json", {})], "0.json cannot be read as a label"),
         ([("notes.txt", {})], "holds no images"),
@@ -476,4 +477,64 @@ def test_images_of_a_phone_are_named_where_they_would_be_missed(tmp_path, caplog
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         images, *_ = open_unlabelled([str(tmp_path / "own/deep")])
-    assert len(images) == 2 and "not read, 2 of them, such as IMG_1.heic; convert to .jpg" in caplog.text
+    assert (
+        len(images) == 2
+        and "not read, 2 of them, such as" in caplog.text
+        and "IMG_1.heic; convert to .jpg" in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    "words, numbers, names",
+    [
+        (["007", "7", "12"], [0, 2, 1], ["007", "12", "7"]),
+        (["1E2", "2E1", "true"], [0, 1, 2], ["1E2", "2E1", "true"]),
+        (["2024-01-01", "2024-01-02", "x"], [0, 1, 2], ["2024-01-01", "2024-01-02", "x"]),
+        (["3.0", "5.0", "3.0"], [3, 5, 3], None),
+        (["0001", "0002", "0001"], [1, 2, 1], None),
+    ],
+)
+@pytest.mark.parametrize("column", [1, 2])
+def test_labels_of_a_csv_are_what_stands_there(tmp_path, column, words, numbers, names):
+    """Text that looks like a number, a date or a truth value is text; numbers in several spellings are several."""
+    rows = [(f"{place}.png", *((word, 0) if column == 1 else (place, word))) for place, word in enumerate(words)]
+    train = load_reid(write(tmp_path / "own", rows))["train"]
+    name = ("pid", "camid")[column - 1]
+    assert (train[name][:], names_of(train, name)) == (numbers, names)
+
+
+def test_a_column_whose_name_is_a_number(tmp_path):
+    write(tmp_path / "own", [("a.png", "anna", 3)], header=("file_name", "1", "2"))
+    data = load_reid(f"{tmp_path / 'own'}:pid_column=1,camid_column=2,domain=007")["train"]
+    assert (names_of(data, "pid"), data["camid"][:], data["domain"][:]) == (["anna"], [3], ["007"])
+
+
+def test_an_unknown_camera_among_cameras_with_names(tmp_path):
+    """A class of -1 gets a camera of its own, with a name of its own, also where not all names are used."""
+    schema = features(["x", "y"], ["door", "yard", "roof"])
+    table = {"pid": [0, 1], "camid": [0, -1], "domain": ["d"] * 2, "path": ["a.png", "b.png"]}
+    table["image"] = [{"bytes": image_bytes(red(number)), "path": None} for number in (1, 2)]
+    datasets.Dataset.from_dict(table, features=schema).save_to_disk(tmp_path / "own")
+    train = load_reid(tmp_path / "own")["train"]
+    assert train["camid"][:] == [0, 3] and names_of(train, "camid") == ["door", "yard", "roof", "unknown"]
+
+
+def test_cameras_of_folders_keep_their_numbers_as_names(tmp_path):
+    for path in ("anna/x_c5.png", "anna/y_c2.png", "bert/z_c10.png"):
+        paint(tmp_path / "gaps" / path)
+        paint(tmp_path / "usual" / path.replace("c5", "c1").replace("c10", "c3"))
+    train = load_reid(tmp_path / "gaps")["train"]
+    assert (train["camid"][:], names_of(train, "camid")) == ([1, 0, 2], ["2", "5", "10"])
+    assert names_of(load_reid(tmp_path / "usual")["train"], "camid") is None
+
+
+def test_folders_that_are_links(tmp_path):
+    """Links are followed, in a search and in a training without labels; those that lead back are not."""
+    for path in ("site/day1/1.png", "far/day2/2.png", "a/3.png", "b/4.png"):
+        paint(tmp_path / path)
+    (tmp_path / "site/day2").symlink_to(tmp_path / "far/day2", target_is_directory=True)
+    images, *_ = open_unlabelled([str(tmp_path / "site")])
+    assert images["path"][:] == ["day1/1.png", "day2/2.png"]
+    for here, there in ("ab", "ba"):
+        (tmp_path / here / "other").symlink_to(tmp_path / there, target_is_directory=True)
+    assert read_folders(tmp_path / "a", tmp_path / "b")[0]["path"][:] == ["3.png", "other/4.png"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from utils import evaluation
-from utils.evaluation import thresholds
+from utils.evaluation import lists, thresholds
 from utils.evaluation.metrics import Side
 
 
@@ -30,7 +30,8 @@ def dense(queries, gallery, protocol):
     """Distances in float64, which pairs are of one person, and which the protocol keeps."""
     units = [torch.nn.functional.normalize(side.features.double(), dim=1) for side in (queries, gallery)]
     same = (queries.pids[:, None] == gallery.pids) & (queries.pids[:, None] != -1)
-    kept = ~(same & (queries.camids[:, None] == gallery.camids)) if protocol != "all" else torch.ones_like(same)
+    cameras = (queries.camids[:, None] == gallery.camids) & (gallery.camids != -1)
+    kept = ~(same & cameras) if protocol != "all" else torch.ones_like(same)
     return 2 - 2 * units[0] @ units[1].T, same, kept
 
 
@@ -188,3 +189,38 @@ def test_mean_and_sample_deviation():
         {"mAP": float(np.std([1, 4, 7], ddof=1)) / 10}
     )
     assert evaluation.mean_and_deviation([{"mAP": 0.1}])[1] == {"mAP": 0.0}
+
+
+def test_two_unknown_cameras_are_not_one_camera():
+    """They drop nothing: neither from metrics nor from lists nor from thresholds."""
+    queries, gallery = people(20, 60, seed=3)
+    queries.camids[::2], gallery.camids[::2] = -1, -1
+    distances, same, kept = dense(queries, gallery, "market")
+    result = evaluation.rank(queries, gallery, protocol="market")
+    assert int(result.num_valid) == int((same & kept).any(1).sum())
+    columns, _ = evaluation.ranked_lists(queries, gallery, len(gallery), protocol="market")
+    for row in range(len(queries)):
+        assert set(columns[row][columns[row] >= 0].tolist()) == set(kept[row].nonzero().flatten().tolist())
+    found = thresholds.pair_statistics(queries, gallery, protocol="market", rates=(0.1,))
+    assert found.num_matches == int((same & kept).sum())
+
+
+def test_images_without_labels_drop_nothing(monkeypatch):
+    """A search of unlabelled images asks for no more of the gallery than it shows."""
+    queries, gallery = people(10, 300)
+    queries.pids[:], gallery.pids[:] = -1, -1
+    asked, topk = [], lists.cosine_topk
+    monkeypatch.setattr(lists, "cosine_topk", lambda q, g, k, **more: asked.append(k) or topk(q, g, k, **more))
+    evaluation.ranked_lists(queries, gallery, 5, protocol="market")
+    assert asked == [5]
+
+
+def test_the_same_file_is_dropped_under_every_protocol():
+    """Files in place of cameras keep the single shot of cuhk03."""
+    queries, gallery = people(30, 90)
+    queries.camids[:], gallery.camids[:] = 0, 1
+    plain = evaluation.rank(queries, gallery, protocol="cuhk03")
+    queries.contents, gallery.contents = torch.full((30,), -1), torch.full((90,), -1)
+    found = evaluation.rank(queries, gallery, protocol="cuhk03")
+    assert torch.equal(plain.cmc, found.cmc) and plain.mAP == found.mAP
+    assert not torch.equal(plain.cmc, evaluation.rank(queries, gallery, protocol="market").cmc)

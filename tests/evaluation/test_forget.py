@@ -106,3 +106,28 @@ def test_a_folder_that_is_none(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="there is no file of features, so name images by --path"):
         forget(tmp_path / "empty", pid=1)
+
+
+def test_identities_with_names_are_removed_by_name(tmp_path):
+    """A number is a name there too; the same name of an image on the other side is another image."""
+    names = {"pid": ["1", "2", "anna"], "camid": None}
+
+    def side_of(pids, paths):
+        return Side(
+            FEATURES[: len(pids)].clone(), torch.tensor(pids), torch.zeros(len(pids)).long(), paths, names=names
+        )
+
+    sides = side_of([2, 1], ["a.jpg", "b.jpg"]), side_of([0, 1, 2], ["a.jpg", "b.jpg", "c.jpg"])
+    save_features(tmp_path / "features.safetensors", FEATURES, [([0, 1], sides[0], [0, 1, 2], sides[1])])
+    pairs = [("b.jpg", "a.jpg"), ("b.jpg", "b.jpg"), ("a.jpg", "c.jpg"), ("a.jpg", "b.jpg")]
+    write_csv(tmp_path / "rankings.csv", ("query", "rank", "gallery"), [(query, 1, row) for query, row in pairs])
+    (tmp_path / "notes.csv").write_text("path,more\n\nx\n")
+    with pytest.raises(ValueError, match="nothing of identity 0; it has 1, 2, anna"):
+        forget(tmp_path, pid="0")
+    forget(tmp_path, pid="1")
+    ((queries, gallery),), _ = load_features(tmp_path / "features.safetensors")
+    assert queries.paths == ["a.jpg", "b.jpg"] and gallery.paths == ["b.jpg", "c.jpg"]
+    assert gallery.names["pid"] == names["pid"] and gallery.identity_name(2) == "anna"
+    assert rows_of(tmp_path / "rankings.csv") == pairs[1:]
+    forget(tmp_path, pid="anna")
+    assert rows_of(tmp_path / "rankings.csv") == [("b.jpg", "b.jpg")]

@@ -177,3 +177,14 @@ def test_two_processes_search_as_one(folders, search, kept, tmp_path):
     for name in ("rankings.csv", "rankings_reranked.csv"):
         one, two = ((tmp_path / folder / name).read_bytes() for folder in ("one", "two"))
         assert one == two
+
+
+def test_two_additions_at_once_do_not_lose_images(kept, tmp_path):
+    place = copy_of(kept, tmp_path / "kept")
+    first, second = Index.open(place), Index.open(place)
+    rows = first.rows().take([0])
+    first.add(first.features()[[0]], rows)
+    with pytest.raises(ValueError, match="was changed by another command meanwhile; run this one again"):
+        second.add(second.features()[[0]], rows)
+    assert len(Index.open(place)) == len(first) == len(second) + 1
+    assert not list(place.glob("*.part"))

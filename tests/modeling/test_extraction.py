@@ -97,3 +97,20 @@ def test_a_model_opened_for_evaluation_has_its_convolutions_in_channels_last(tmp
     weights = [weight for weight in opened.parameters() if weight.ndim == 4]
     assert weights and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
     np.testing.assert_allclose(opened.extract(pictures(3)), made.extract(pictures(3)), atol=1e-6)
+
+
+def test_files_of_phones_and_scanners_are_read_as_data_sets_read_them(model, tmp_path):
+    """Turned by EXIF, and 16-bit grey: the features that evaluate.py would have."""
+    (array,) = pictures(1)
+    turned = Image.fromarray(array).rotate(90, expand=True)
+    exif = turned.getexif()
+    exif[274] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    grey = array[:, :, 0]
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(grey.astype(np.uint16) * 256).save(tmp_path / "deep.png")
+    for name, want in (("turned", array), ("grey", np.stack([grey] * 3, -1)), ("deep", np.stack([grey] * 3, -1))):
+        path = tmp_path / f"{name}.png"
+        with Image.open(path) as image:
+            for given in (path, image):
+                torch.testing.assert_close(model.extract(given), reference(model, [want]), rtol=0, atol=1e-6, msg=name)

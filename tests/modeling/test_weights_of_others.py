@@ -403,6 +403,23 @@ def test_files_that_are_no_plain_tensors(tmp_path):
         ReIDModel.from_weights(whole)
 
 
+@pytest.mark.parametrize(
+    "width, heads", [(768, 12), (1024, 16), (1280, 16), (1408, 16), (1664, 16)], ids=["B", "L", "H", "g", "bigG"]
+)
+def test_heads_of_open_clip(tmp_path, width, heads):
+    """They are in no file: 64 wide up to ViT-L, wider in ViT-H, g and bigG. One block of each, small otherwise."""
+    block = {"attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,)}
+    block |= {"attn.out_proj.weight": (width, width), "attn.out_proj.bias": (width,)}
+    block |= {"mlp.c_fc.weight": (8, width), "mlp.c_fc.bias": (8,), "mlp.c_proj.weight": (width, 8)}
+    block |= {"mlp.c_proj.bias": (width,)} | {f"ln_{n}.{kind}": (width,) for n in "12" for kind in ("weight", "bias")}
+    shapes = {f"visual.transformer.resblocks.0.{name}": shape for name, shape in block.items()}
+    shapes |= {f"visual.ln_{place}.{kind}": (width,) for place in ("pre", "post") for kind in ("weight", "bias")}
+    shapes |= {"visual.conv1.weight": (width, 3, 14, 14), "visual.class_embedding": (width,)}
+    shapes |= {"visual.positional_embedding": (1 + 16, width), "visual.proj": (width, 8)}
+    path = saved({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "open_clip.pt")
+    assert ReIDModel.from_weights(path, (56, 28)).backbone.model.config.num_attention_heads == heads
+
+
 def test_a_folder_of_timm_says_how_images_are_prepared(tmp_path):
     folder = tmp_path / "timm"
     folder.mkdir()

@@ -90,6 +90,23 @@ def test_features_are_those_of_the_model_and_are_kept(arguments, accelerator, cl
     assert called
 
 
+def test_people_with_names_are_shown_by_name(arguments, accelerator, cameras, tmp_path):
+    """Also when the features were stored under another name of the folder."""
+    words = [*arguments, "--gallery_dir", str(tmp_path / "people")]
+    files = sorted(cameras.iterdir())
+    for name, file in zip(("anna", "bert"), files, strict=False):
+        (tmp_path / "people" / name).mkdir(parents=True)
+        shutil.copy(file, tmp_path / "people" / name / "1.png")
+    for renamed in ("anna", "anke"):
+        if renamed == "anke":
+            (tmp_path / "people/anna").rename(tmp_path / "people/anke")
+        gallery = app.open_gallery(app.parse_args(words), accelerator)
+        page = app.Page(gallery, app.parse_args(words))
+        page.pick("one", 0)
+        assert "identity bert" in page.results("one", [], 3, False)
+        assert gallery.side.identity_name(0) == renamed
+
+
 def test_an_unreadable_image_is_left_out_on_every_start(arguments, accelerator, cameras, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(cameras, folder)
@@ -237,6 +254,10 @@ def test_reranking_is_that_of_the_definition_among_the_nearest(spread, monkeypat
         assert results.rows == [near[place] for place in order.tolist()]
         torch.testing.assert_close(torch.tensor(results.distances).double(), distances[order], rtol=0, atol=1e-5)
         assert results.reranked == min(reranked, len(rows)) and results.searched == len(rows)
+        # The nearest of all, whatever is shown.
+        for count in (1, 5):
+            nearest = search(gallery, query, cameras=kept, count=count, rerank=True, **options).nearest
+            assert nearest == pytest.approx(float(dense(gallery, query, rows)[1][0]), abs=1e-6)
 
 
 def test_equal_features_are_ranked_by_their_place(spread):

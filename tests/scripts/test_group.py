@@ -157,6 +157,8 @@ def test_an_identity_can_be_taken_out(grouped, tmp_path):
         (["--min_samples", "1"], "--min_samples must be 2 or more"),
         (["--data", "viper"], "--group_dir ranks nothing and is a job of its own; leave out --data"),
         (["--rerank", "--topk", "3"], "leave out --rerank, --topk"),
+        (["--model", ".", "--calibrate"], "leave out --calibrate"),
+        (["--report_queries", "2", "--data_root", "x"], "leave out --data_root, --report_queries"),
     ],
 )
 def test_bad_arguments_stop_in_the_parser(arguments, message, capsys):

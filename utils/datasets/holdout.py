@@ -69,8 +69,9 @@ def hold_out(data, fraction, seed, where, own_camera=False):
     parts = {"train": train.select(sorted(rest))} if rest else {}
     for split, rows in (("query", query), ("gallery", gallery)):
         part = train.select(rows)
-        if split == "gallery" and not with_cameras:
-            part = put(part, "camid", [camid + 1 for camid in part["camid"][:]])
+        if not with_cameras:
+            # As plain numbers on both sides: the name of the one camera is none of the gallery's.
+            part = put(part, "camid", [camid + int(split == "gallery") for camid in part["camid"][:]])
         part.info.description = note
         parts[split] = part
     return datasets.DatasetDict(parts)

@@ -55,13 +55,13 @@ def parse_spec(spec):
 
 
 def read_options(items, where):
-    """Options from `key=value` items, each key once; values become int, float or bool if they look like one."""
+    """Options from `key=value` items, each key once; values that look like int, float or bool become it, not names."""
     options = {}
     for item in items:
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not key.isidentifier() or not value or key in options:
             raise ValueError(f"{where!r}: {item!r} is not as expected; a spec is NAME or NAME:key=value,key=value")
-        options[key] = typed(value)
+        options[key] = value if key in (*COLUMN_OPTIONS, "domain", "names", "revision") else typed(value)
     return options
 
 

@@ -105,7 +105,7 @@ def dense(values):
     return {value: number for number, value in enumerate(sorted(set(values)))}
 
 
-def rows_to_dataset(rows, root, domain, split, note="", pid_names=None):
+def rows_to_dataset(rows, root, domain, split, note="", pid_names=None, camid_names=None):
     """A split as a data set; the image column holds paths, not pixels."""
     paths = [row.path for row in rows]
     prefix = os.path.join(root, "")
@@ -118,7 +118,7 @@ def rows_to_dataset(rows, root, domain, split, note="", pid_names=None):
     except OverflowError:
         odd = next(row for row in rows if max(abs(row.pid), abs(row.camid)) >= 2**63)
         raise ValueError(f"{prefix + odd.path}: {odd.pid} or {odd.camid} is too large a number") from None
-    schema, domains = features(pid_names), pa.repeat(pa.scalar(domain), len(rows))
+    schema, domains = features(pid_names, camid_names), pa.repeat(pa.scalar(domain), len(rows))
     table = pa.table([as_images(files), pids, camids, domains, pa.array(paths, pa.string())], names=list(schema))
     info = datasets.DatasetInfo(description=note, features=schema)
     return datasets.Dataset(table.cast(schema.arrow_schema), info=info, split=datasets.NamedSplit(split))

@@ -65,12 +65,15 @@ def levels_of(folder):
 
     As in os.walk, folders whose names are removed from the list are left out.
     """
-    unread = []
+    unread, ways = [], {}
     for level, inner, names in os.walk(folder, followlinks=True):
-        # A link to a parent folder would give an endless loop.
-        above = os.path.join(os.path.realpath(level), "")
+        # A link to a folder on the way here would give an endless loop.
+        way = ways.pop(level, (os.path.join(os.path.realpath(level), ""),))
         reals = {name: os.path.join(os.path.realpath(os.path.join(level, name)), "") for name in inner}
-        inner[:] = [name for name in inner if not hidden(name) and not above.startswith(reals[name])]
+        inner[:] = [
+            name for name in inner if not hidden(name) and not any(real.startswith(reals[name]) for real in way)
+        ]
+        ways |= {os.path.join(level, name): (*way, reals[name]) for name in inner}
         names = [name for name in names if not hidden(name)]
         unread += [Path(level, name) for name in names if name.lower().endswith(UNREAD)]
         yield Path(level), inner, [Path(level, name) for name in names if name.lower().endswith(ENDINGS)]

@@ -11,8 +11,8 @@ from utils.datasets.load import known_names, labels_of, load_reid, open_source, 
 from utils.datasets.own.folders import camera_of_folder
 from utils.datasets.own.labels import MissingColumn
 from utils.datasets.own.tables import is_table
-from utils.datasets.schema import ENDINGS, SPLITS, Row, features, hidden, listing, rows_to_dataset, without_names
-from utils.datasets.search_folders import UNREAD, warn_of_unread
+from utils.datasets.schema import ENDINGS, SPLITS, Row, features, listing, rows_to_dataset, without_names
+from utils.datasets.search_folders import levels_of
 
 
 def open_unlabelled(specs, root=None, *, skip_unreadable=False):
@@ -114,17 +114,11 @@ def is_image(name):
 
 
 def list_images(folder):
-    """Paths below the folder of all images in it, at any depth."""
-    unread = []
-    for level, inner, names in os.walk(folder):
-        inner[:] = sorted(name for name in inner if not hidden(name))
+    """Paths below the folder of all images in it, at any depth, in the order of folders and names."""
+    for level, inner, images in levels_of(folder):
+        inner.sort()
         place = os.path.relpath(level, folder)
-        for name in sorted(names):
-            if is_image(name) and not hidden(name):
-                yield os.path.normpath(os.path.join(place, name))
-            elif name.lower().endswith(UNREAD) and not hidden(name):
-                unread.append(os.path.normpath(os.path.join(place, name)))
-    warn_of_unread(folder, unread)
+        yield from (os.path.normpath(os.path.join(place, name)) for name in sorted(path.name for path in images))
 
 
 def read_images(folder, domain):

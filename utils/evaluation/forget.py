@@ -1,12 +1,13 @@
 """Removes an identity, or single images, from the results of evaluate.py: consent can be withdrawn.
 
     python -m utils.evaluation.forget output/evaluate --pid 17
+    python -m utils.evaluation.forget output/search --pid anna
     python -m utils.evaluation.forget output/search --path camera7/0017_c2_0003.jpg --dry_run
 
 In the folder and all folders below it: their rows leave the files of features, those of `--gallery_features` too, and
-every CSV that names the images;
-`report.html`, which shows pictures, and unfinished extractions are deleted. `metrics.json` stays: it holds averages
-only. The images themselves and models that were trained on them are not touched.
+every CSV that names the images; `report.html`, which shows pictures, and unfinished extractions are deleted.
+`metrics.json` stays: it holds averages only. The images themselves and models that were trained on them are not
+touched.
 """
 
 import argparse
@@ -20,26 +21,29 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from utils.evaluation.index.store import MANIFEST, Index
+from utils.evaluation.index.store import MANIFEST, Index, is_identity
 from utils.files import write_csv, write_together
 
-# Columns of CSV files that name an image.
-IMAGE_COLUMNS = ("path", "query", "gallery")
+# Also the columns of CSV files that name their images.
+SIDES = ("query", "gallery")
 
 
 def forget(folder, *, pid=None, paths=(), dry_run=False):
     """Remove the identity `pid` and the images `paths`; lines that say what was removed, ValueError where nothing is.
 
-    The images of an identity are those that a file of features in the folder names.
+    `pid` is a name where identities have names, else a number. The images of an identity are those that a file of
+    features in the folder names.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give the --output_dir of evaluate.py")
     stored = [read(path) for path in sorted(folder.rglob("*.safetensors")) if holds_features(path)]
     stored += [Index.open(path.parent) for path in sorted(folder.rglob(MANIFEST))]
-    images = set(paths)
+    # The same name may be another image on the other side.
+    images = {side: set(paths) for side in SIDES}
     for file in stored:
-        images |= file.images_of(pid)
+        for side, names in file.images_of(pid).items():
+            images[side] |= names
     changes = [line for file in stored for line in file.without(pid, images, dry_run)]
     for path in sorted(folder.rglob("*.csv")):
         changes += without_rows(path, images, dry_run)
@@ -60,8 +64,9 @@ def known_identities(stored, pid):
     """The end of the error: the identities that are there."""
     if pid is None or not stored:
         return "; there is no file of features, so name images by --path" if pid is not None else ""
-    pids = sorted({int(number) for file in stored for number in file.pids()})
-    return f"; it has {', '.join(map(str, pids[:10]))}{' ...' if len(pids) > 10 else ''}"
+    pids = {name for file in stored for name in file.pids()}
+    pids = sorted(pids, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+    return f"; it has {', '.join(pids[:10])}{' ...' if len(pids) > 10 else ''}"
 
 
 def holds_features(path):
@@ -89,28 +94,33 @@ class StoredFeatures:
     def names(self, side):
         return json.loads(self.header.get(f"{side}path", "[]"))
 
+    def identities(self, side):
+        """The identity of each row by name, its number where it has none."""
+        names = json.loads(self.header.get(f"{side}names", "{}")).get("pid")
+        return [names[pid] if names and pid >= 0 else str(pid) for pid in self.tensors[f"{side}pid"].tolist()]
+
     def pids(self):
-        return torch.cat([self.tensors[f"{side}pid"] for side in self.sides]).unique()
+        return {name for side in self.sides for name in self.identities(side)}
 
     def images_of(self, pid):
-        return {
-            name
-            for side in self.sides
-            for name, number in zip(self.names(side), self.tensors[f"{side}pid"].tolist(), strict=False)
-            if number == pid
-        }
+        """{side: names of images} of an identity."""
+        found = {}
+        for side in self.sides:
+            rows = zip(self.names(side), self.identities(side), strict=False)
+            found.setdefault(side_of(side), set()).update(name for name, known in rows if is_identity(known, pid))
+        return found
 
     def without(self, pid, images, dry_run):
         """Write the file again without these rows: one line that says so, or none."""
         removed, tensors, header = 0, dict(self.tensors), dict(self.header)
         lost_rows = set()
         for side in self.sides:
-            pids, names = self.tensors[f"{side}pid"].tolist(), self.names(side)
+            pids, names = self.identities(side), self.names(side)
             names = names or [None] * len(pids)
             kept = [
                 row
-                for row, (number, name) in enumerate(zip(pids, names, strict=True))
-                if number != pid and name not in images
+                for row, (known, name) in enumerate(zip(pids, names, strict=True))
+                if not is_identity(known, pid) and name not in images[side_of(side)]
             ]
             removed += len(pids) - len(kept)
             for name in (f"{side}pid", f"{side}cam", f"{side}row", side.replace("_", "f")):
@@ -140,13 +150,22 @@ class StoredFeatures:
         return [f"{self.path}: {removed} row{'s' if removed > 1 else ''} removed"]
 
 
+def side_of(prefix):
+    """The side of the names that start so in a file of features."""
+    return "query" if prefix.endswith("q_") else "gallery"
+
+
 def without_rows(path, images, dry_run):
     """Write a CSV again without the rows that name one of the images: one line that says so, or none."""
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         columns, *rows = list(csv.reader(file)) or [[]]
-    places = [place for place, column in enumerate(columns) if column in IMAGE_COLUMNS]
-    # `write_csv` puts a quote before what a spreadsheet would compute.
-    kept = [row for row in rows if not any({row[place], row[place].removeprefix("'")} & images for place in places)]
+    named = images | {"path": images["query"] | images["gallery"]}
+
+    def is_named(column, cell):
+        # `write_csv` puts a quote before what a spreadsheet would compute.
+        return bool({cell, cell.removeprefix("'")} & named.get(column, set()))
+
+    kept = [row for row in rows if not any(map(is_named, columns, row))]
     removed = len(rows) - len(kept)
     if not removed:
         return []
@@ -163,13 +182,13 @@ def parse_args(input_args=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", help="--output_dir of evaluate.py, or a folder above several")
-    parser.add_argument("--pid", type=int, help="identity to remove, as in the file of features")
+    parser.add_argument("--pid", help="identity to remove: its name, or its number where identities have no names")
     parser.add_argument("--path", nargs="+", default=[], help="images to remove, as rankings.csv names them")
     parser.add_argument("--dry_run", action="store_true", help="only list what would be removed")
     args = parser.parse_args(input_args)
     if args.pid is None and not args.path:
         parser.error("give --pid, or --path, or both")
-    if args.pid is not None and args.pid < 0:
+    if args.pid == "-1":
         parser.error(f"--pid {args.pid}: images of unknown identity are named by --path")
     return args
 

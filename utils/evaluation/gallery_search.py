@@ -124,7 +124,8 @@ class Query:
 class Results:
     """Gallery rows, best first, with their cosines, and the final distances of re-ranking or None.
 
-    `searched` counts the images that were compared, `same` names those left out because they are the query's own file.
+    `nearest` is the largest cosine of all images that were compared, which re-ranking may not put first. `searched`
+    counts these images, `same` names those left out because they are the query's own file.
     """
 
     rows: list
@@ -133,6 +134,7 @@ class Results:
     searched: int
     reranked: int
     same: list
+    nearest: float | None = None
 
 
 def uploaded_query(gallery, name, content):
@@ -199,6 +201,7 @@ def search(gallery, query, *, cameras=(), count=20, rerank=False, **options):
     near = (kept & (scores >= limit)).nonzero().flatten()
     cosines, places = cosine_topk(query.feature, gallery.unit_rows(near), wanted)
     rows, cosines = near[places[0]], cosines[0]
+    nearest = float(cosines[0])
     distances = None
     if rerank:
         # In the gallery's order, so that equal distances are ranked as in the whole gallery.
@@ -206,7 +209,7 @@ def search(gallery, query, *, cameras=(), count=20, rerank=False, **options):
         final, places = k_reciprocal_rerank(query.feature, gallery.unit_rows(rows), **options).topk(min(count, wanted))
         rows, cosines, distances = rows[places[0]], cosines[order][places[0]], (-final[0]).tolist()
     rows, cosines = rows[:count].tolist(), cosines[:count].tolist()
-    return Results(rows, cosines, distances, searched, wanted if rerank else 0, names)
+    return Results(rows, cosines, distances, searched, wanted if rerank else 0, names, nearest)
 
 
 def camera_mask(gallery, cameras):

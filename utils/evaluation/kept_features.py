@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from utils.datasets.schema import names_of
 from utils.evaluation.metrics import Side
 from utils.files import one_line, write_together
 
@@ -31,8 +32,8 @@ def save_features(path, features, splits, **metadata):
     """Save `features` (N, D) and `splits`, a list of (query rows, query Side, gallery rows, gallery Side).
 
     A single split is written under the common names qf, gf, q_pid, g_pid, q_cam, g_cam. Several splits share
-    `features` and store their rows and ids as `0.q_row`, `0.q_pid` and so on. Paths and `metadata` are JSON in the
-    header of the file.
+    `features` and store their rows and ids as `0.q_row`, `0.q_pid` and so on. Paths, names of identities and cameras
+    and `metadata` are JSON in the header of the file.
     """
     tensors, header = {}, {name: json.dumps(value) for name, value in metadata.items()}
     for number, (query_rows, queries, gallery_rows, gallery) in enumerate(splits):
@@ -40,6 +41,8 @@ def save_features(path, features, splits, **metadata):
         for side, rows, letter in ((queries, query_rows, "q"), (gallery, gallery_rows, "g")):
             tensors[f"{prefix}{letter}_pid"], tensors[f"{prefix}{letter}_cam"] = side.pids, side.camids
             header[f"{prefix}{letter}_path"] = json.dumps(side.paths)
+            if any(side.names.values()):
+                header[f"{prefix}{letter}_names"] = json.dumps(side.names)
             if len(splits) > 1:
                 tensors[f"{prefix}{letter}_row"] = torch.as_tensor(rows)
             else:
@@ -49,14 +52,19 @@ def save_features(path, features, splits, **metadata):
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=header)
 
 
-def sides_of_splits(features, splits, paths):
-    """Pairs of (queries, gallery) of features (N, D) and their paths.
+def names_of_labels(images):
+    """The names of a `Side` of these images."""
+    return {column: names_of(images, column) for column in ("pid", "camid")}
+
+
+def sides_of_splits(features, splits, paths, names):
+    """Pairs of (queries, gallery) of features (N, D), their paths, and the names of a `Side`.
 
     A split is ((query rows, pids, camids), (gallery rows, pids, camids)).
     """
     return [
         tuple(
-            Side(features[rows], torch.tensor(pids), torch.tensor(camids), [paths[row] for row in rows])
+            Side(features[rows], torch.tensor(pids), torch.tensor(camids), [paths[row] for row in rows], names=names)
             for rows, pids, camids in split
         )
         for split in splits
@@ -147,7 +155,17 @@ def _side(path, arrays, header, prefix, letter):
     paths = (
         [f"{side} {row}" for row in range(len(features))] if paths is None else [str(file_name) for file_name in paths]
     )
-    return Side(features.float(), *ids, paths)
+    return Side(features.float(), *ids, paths, names=_names(header.get(f"{prefix}{letter}_names"), *ids))
+
+
+def _names(names, pids, camids):
+    """The names of a `Side` out of a header, without those that are not one for each number."""
+    kept = {}
+    for kind, numbers in (("pid", pids), ("camid", camids)):
+        values = names.get(kind) if isinstance(names, dict) else None
+        if isinstance(values, list) and (not len(numbers) or len(values) > int(numbers.max())):
+            kept[kind] = values
+    return kept
 
 
 def rows_of_all(path, arrays, name):

@@ -27,7 +27,8 @@ def dropped(queries, gallery, rows, columns, protocol):
     if protocol == "all":
         return mask
     same_identity = (queries.pids[rows] == gallery.pids[columns]) & (queries.pids[rows] != UNKNOWN)
-    return mask | (same_identity & (queries.camids[rows] == gallery.camids[columns]))
+    cameras = queries.camids[rows]
+    return mask | (same_identity & (cameras == gallery.camids[columns]) & (cameras != UNKNOWN))
 
 
 def can_match(queries, gallery, protocol):
@@ -73,10 +74,13 @@ def _most_dropped(queries, gallery, protocol):
         most += int(torch.bincount(gallery.contents[gallery.contents >= 0]).max())
     if protocol == "all":
         return most
-    labels = torch.cat([torch.stack([side.pids, side.camids], 1) for side in (queries, gallery)])
-    _, groups = torch.unique(labels, dim=0, return_inverse=True)
-    counts = torch.bincount(groups[len(queries) :], minlength=int(groups.max()) + 1)
-    return most + int(counts[groups[: len(queries)]].max())
+    labels = [torch.stack([side.pids, side.camids], 1) for side in (queries, gallery)]
+    known = [part[(part != UNKNOWN).all(1)] for part in labels]
+    if not len(known[0]):
+        return most
+    _, groups = torch.unique(torch.cat(known), dim=0, return_inverse=True)
+    counts = torch.bincount(groups[len(known[0]) :], minlength=int(groups.max()) + 1)
+    return most + int(counts[groups[: len(known[0])]].max())
 
 
 def camera_pairs(queries, gallery, *, protocol="market", backend="auto"):

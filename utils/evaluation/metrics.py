@@ -13,6 +13,7 @@ import torch
 from kernels import rank_metrics
 from kernels.disk.rows import RowsOnDisk
 from kernels.ring.processes import shares_of
+from utils.datasets.schema import UNKNOWN
 
 PROTOCOLS = ("market", "cuhk03", "all")
 RANKS = (1, 5, 10, 20)
@@ -103,13 +104,13 @@ def kept_labels(queries, gallery, protocol):
 
     The market protocol drops images of one identity and camera. Where cameras drop nothing, under `all` or with no
     camera on both sides, the file takes the place of the camera: then that protocol drops the pairs of one file, and
-    nothing else.
+    nothing else. Two unknown cameras are not the same one.
     """
-    camids = queries.camids, gallery.camids
+    camids = queries.camids.masked_fill(queries.camids == UNKNOWN, -2), gallery.camids
     if queries.contents is not None and (protocol == "all" or not torch.isin(queries.camids, gallery.camids).any()):
         # A query that is not in the gallery has no file in common with it.
         camids = queries.contents.masked_fill(queries.contents < 0, -2), gallery.contents
-        protocol = "market"
+        protocol = "market" if protocol == "all" else protocol
     return (queries.pids, gallery.pids, *camids), protocol
 
 

@@ -13,7 +13,7 @@ from utils.datasets.images import check_images
 from utils.datasets.load import load_reid, open_source, parse_spec
 from utils.datasets.ten_splits import NUM_SPLITS, SMALL_SETS
 from utils.evaluation.features import extract
-from utils.evaluation.metrics import Side
+from utils.evaluation.metrics import Side, kept_labels
 
 
 class Target(NamedTuple):
@@ -119,8 +119,8 @@ def compare(queries, gallery, rerank, group=None):
     metrics = evaluation.summary(evaluation.rank(queries, gallery, protocol=protocol, group=group))
     if rerank is not None:
         reranking = k_reciprocal_rerank(*shares_of(group, queries.features, gallery.features), **rerank, group=group)
-        ids = shares_of(group, queries.pids, gallery.pids, queries.camids, gallery.camids)
-        reranked = reranking.metrics(*ids, max_rank=evaluation.MAX_RANK, protocol=protocol)
+        labels, protocol = kept_labels(queries, gallery, protocol)
+        reranked = reranking.metrics(*shares_of(group, *labels), max_rank=evaluation.MAX_RANK, protocol=protocol)
         metrics["reranked"] = evaluation.summary(reranked)
     return metrics
 

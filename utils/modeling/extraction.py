@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from utils.batches.chunks import computed_in_chunks
 from utils.batches.transforms import test_transform
+from utils.datasets.images import as_rgb
 
 KINDS = (
     "a path, a PIL image, an array (H, W, 3) uint8 RGB, a tensor (3, H, W) uint8, or a normalised tensor "
@@ -48,12 +49,12 @@ class Prepared(torch.utils.data.Dataset):
                 raise ValueError(f"image {number}: there is no file {os.fspath(image)!r}")
             try:
                 with Image.open(image) as opened:
-                    return self.transform(opened)
+                    return self.transform(upright(opened))
             # Pillow raises many classes of its own and of Python on a damaged file.
             except Exception as error:
                 raise ValueError(f"image {number}: {os.fspath(image)!r} cannot be read: {error}") from error
         if isinstance(image, Image.Image):
-            return self.transform(image)
+            return self.transform(upright(image))
         if isinstance(image, torch.Tensor) and image.is_floating_point():
             if tuple(image.shape) != (3, *self.size):
                 refuse(f"its shape is {tuple(image.shape)}, and this model takes (3, {self.size[0]}, {self.size[1]})")
@@ -69,6 +70,11 @@ class Prepared(torch.utils.data.Dataset):
         else:
             refuse(f"it is a {type(image).__name__}")
         return self.transform(Image.fromarray(np.ascontiguousarray(image)))
+
+
+def upright(image):
+    """RGB pixels, turned as the file says: what data sets give."""
+    return as_rgb(ImageOps.exif_transpose(image))
 
 
 def listed(images):

@@ -91,6 +91,8 @@ def conform(splits, columns, domain, where):
             if (values < least).any():
                 raise ValueError(f"{where}: {split} has {name} {values.min()}; the least allowed is {least}")
     unused_camera = 1 + max((int(values.max(initial=-1)) for values in camids.values()), default=-1)
+    if camid_names and any((values < 0).any() for values in camids.values()):
+        unused_camera, camid_names = len(camid_names), [*camid_names, "unknown"]
     schema, result = features(pid_names, camid_names), {}
     for split, (dataset, image) in opened.items():
         check_asked_for(columns, "domain", dataset.column_names, where)
@@ -153,10 +155,9 @@ def read_local(path, columns, domain=None, names=None):
     packed = next((entry.path for entry in listing(path) if entry.name.lower().endswith(COMPRESSED)), None)
     if packed:
         raise ValueError(unpack(packed))
-    rows, names = read_identity_folders(path, columns)
-    return datasets.DatasetDict(
-        {split: rows_to_dataset(rows[split], path, domain, split, pid_names=names) for split in rows}
-    )
+    rows, pid_names, camid_names = read_identity_folders(path, columns)
+    names = {"pid_names": pid_names, "camid_names": camid_names}
+    return datasets.DatasetDict({split: rows_to_dataset(rows[split], path, domain, split, **names) for split in rows})
 
 
 def unpack(path):

@@ -17,7 +17,9 @@ PREPARED = USUAL | {"train": "train_all"}
 
 
 def read_identity_folders(folder, columns):
-    """(rows by split, names of the identities or None): one folder per identity, directly or below its split.
+    """(rows by split, names of the identities or None, of the cameras or None): one folder per identity.
+
+    The folders lie directly in it or below its splits.
 
     The splits are train, query and gallery, or the folders of Market-1501 or Person_reID_baseline_pytorch, of which
     junk (-1) and further folders are left out. Folders whose names are numbers keep them as pid; other folders are
@@ -58,7 +60,9 @@ def read_identity_folders(folder, columns):
         path = f"{split_folders[split]}/{path}" if split_folders else path
         camid = cameras[camera] if cameras else int(split == "gallery")
         splits[split].append(Row(path, pids[identity], camid))
-    return splits, None if numbered else sorted(names)
+    # Cameras 1, 2 and so on are shown so without names.
+    as_usual = sorted(cameras) == list(range(1, len(cameras) + 1))
+    return splits, None if numbered else sorted(names), None if as_usual else list(map(str, sorted(cameras)))
 
 
 def folders_of_splits(folder):

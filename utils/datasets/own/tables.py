@@ -22,6 +22,9 @@ from utils.datasets.schema import SPLITS, check_listed, listing, warn_once
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".json")
 IMAGE_COLUMNS = ("image", "file_name", "path")
+# Columns of .csv files that stay text.
+TEXTS = ("file_name", "path", "domain", "split")
+NUMBERS = r"^-?[0-9]{1,18}(?:\.0+)?$"
 
 
 class Columns(NamedTuple):
@@ -39,16 +42,11 @@ def is_table(name):
 
 
 def read_table(file):
-    """A table from any of `TABLES`; file names, domains and splits stay text even if they look like numbers."""
-    words = {name: pa.string() for name in ("file_name", "path", "domain", "split")}
+    """A table from any of `TABLES`. Of .csv and .tsv, columns are text, but whole numbers of one spelling each."""
     kind = file.suffix.lower()
     try:
         if kind in (".csv", ".tsv"):
-            table = pyarrow.csv.read_csv(
-                file,
-                parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter_of(file)),
-                convert_options=pyarrow.csv.ConvertOptions(column_types=words),
-            )
+            table = read_csv(file)
         elif kind == ".jsonl":
             table = pyarrow.json.read_json(file)
         elif kind == ".json":
@@ -69,6 +67,23 @@ def read_table(file):
         if pa.types.is_string_view(field.type):
             # Arrow cannot filter it.
             table = table.set_column(number, field.name, table[field.name].cast(pa.string()))
+    return table
+
+
+def read_csv(file):
+    options = {"parse_options": pyarrow.csv.ParseOptions(delimiter=delimiter_of(file))}
+    names = pyarrow.csv.open_csv(file, **options).schema.names
+    convert = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+    table = pyarrow.csv.read_csv(file, convert_options=convert, **options)
+    for number, name in enumerate(table.column_names):
+        texts = table.column(number)
+        if name in TEXTS or not len(texts) or not pc.all(pc.match_substring_regex(texts, NUMBERS)).as_py():
+            continue
+        # Numbers that pandas had to keep as floats end in .0.
+        values = texts.cast(pa.float64()) if pc.any(pc.match_substring(texts, ".")).as_py() else texts.cast(pa.int64())
+        # 007 and 7 are two names.
+        if len(values.unique()) == len(texts.unique()):
+            table = table.set_column(number, name, values)
     return table
 
 

@@ -110,8 +110,7 @@ def samples_of(file, root):
     # Two images of one sample, such as an image and its mask, are no problem if each has a label of its own.
     twins = {}
     for name in images:
-        if keys_of(name)[0] not in labels and keys_of(name)[1] in labels:
-            twins.setdefault(keys_of(name)[1], []).append(str(name))
+        twins.setdefault(next((key for key in keys_of(name) if key in labels), name), []).append(str(name))
     several = next((names for names in twins.values() if len(names) > 1), None)
     if several:
         raise ValueError(f"{file}: {' and '.join(several[:3])} share one label; keep one image in each sample")

@@ -125,6 +125,13 @@ class Index:
         index.check_files()
         return index
 
+    def check_unchanged(self):
+        """ValueError if another command has written to the folder since it was opened."""
+        path = self.folder / MANIFEST
+        files = json.loads(path.read_text(encoding="utf-8"))["files"] if path.is_file() else []
+        if files != self.files:
+            raise ValueError(f"{self.folder} was changed by another command meanwhile; run this one again")
+
     def check_files(self):
         for record in self.files:
             path = self.folder / record["file"]
@@ -197,6 +204,7 @@ class Index:
                 save_file({"features": features.contiguous(), "rows": text}, part(name))
                 size = os.path.getsize(self.folder / f"{name}.part")
                 files.append({"file": name, "rows": len(rows), "bytes": size})
+            self.check_unchanged()
             content = {"format": FORMAT, "about": self.about, "files": files}
             part(MANIFEST).write_text(to_json(content), encoding="utf-8")
         self.files = files
@@ -204,20 +212,21 @@ class Index:
             (self.folder / name).unlink(missing_ok=True)
 
     def pids(self):
-        """The identities that are numbers."""
-        return {int(name) for name in self.rows().identities if name is not None and name.isdecimal()}
+        return {name for name in self.rows().identities if name is not None}
 
     def images_of(self, pid):
+        """{side: names of images} of an identity."""
         rows = self.rows()
-        return {path for path, name in zip(rows.paths, rows.identities, strict=True) if is_pid(name, pid)}
+        named = zip(rows.paths, rows.identities, strict=True)
+        return {"gallery": {path for path, name in named if is_identity(name, pid)}}
 
     def without(self, pid, images, dry_run):
-        """Remove the identity and these images: one line that says so, or none."""
-        parts, removed = {}, 0
+        """Remove the identity and these images of a side: one line that says so, or none."""
+        parts, removed, images = {}, 0, images["gallery"]
         for record, path in zip(self.files, self.paths(), strict=True):
             rows = read_rows(path, record["rows"])
             names = enumerate(zip(rows.paths, rows.identities, strict=True))
-            kept = [place for place, (name, identity) in names if not (name in images or is_pid(identity, pid))]
+            kept = [place for place, (name, identity) in names if not (name in images or is_identity(identity, pid))]
             if len(kept) < len(rows):
                 removed += len(rows) - len(kept)
                 parts[record["file"]] = (
@@ -231,5 +240,9 @@ class Index:
         return [f"{self.folder / MANIFEST}: {removed} row{'s' if removed > 1 else ''} removed"]
 
 
-def is_pid(name, pid):
-    return pid is not None and name == str(pid)
+def is_identity(name, wanted):
+    """Whether a name, or a number with or without leading zeros, is the wanted one; None is nobody."""
+    if name is None or wanted is None:
+        return False
+    name, wanted = (str(int(word)) if word.isdecimal() else word for word in (name, str(wanted)))
+    return name == wanted

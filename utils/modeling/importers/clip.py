@@ -15,6 +15,8 @@ CLIP_NORMALISATION = {
     "resample": "bicubic",
 }
 ACTIVATIONS = ("gelu", "quick_gelu")
+# OpenCLIP's ViT-H, g and bigG, and others that are as wide, have 16 heads.
+HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
 TEXT = ("transformer.", "text.", "token_embedding.", "ln_final.", "logit_", "attn_mask")
 # Numbers that OpenAI's archives hold beside the weights.
 OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")
@@ -83,9 +85,10 @@ def read_tower(tensors, prefix):
 
 
 def heads_of(tensors, width):
-    if width % HEAD_WIDTH:
+    head = HEAD_WIDTHS.get(width, HEAD_WIDTH)
+    if width % head or width > max(HEAD_WIDTHS):
         tensors.refuse(f"its width {width} is not a multiple of {HEAD_WIDTH}, the width of a head of CLIP")
-    return width // HEAD_WIDTH
+    return width // head
 
 
 def square_positions(backbone, state):
