@@ -277,6 +277,10 @@ def check_args(parser, args):
         parser.error("--save_adapters keeps LoRA, so it needs --finetune lora: a whole U-Net an identity is too much")
     if args.save_adapters and args.train_text_encoder:
         parser.error("--save_adapters keeps LoRA of the U-Net only; leave out --train_text_encoder")
+    if args.base_bits == 8 and args.gradient_checkpointing:
+        parser.error(
+            "--base_bits 8 keeps every layer's input, so --gradient_checkpointing saves nothing; use --base_bits 4"
+        )
     if args.merge and args.captions_only:
         parser.error("--merge makes nothing new, so leave out --captions_only")
 
@@ -380,7 +384,7 @@ def fine_tune(args, tunable, identity, record, source, reference, progress, *, t
     )
     # With a text encoder that changes, prompts are encoded in each step.
     trains_text = args.train_text_encoder or is_new(args.identity_token)
-    cached = None if trains_text else model.encode_all(batches.texts)
+    cached = None if trains_text else model.encode_all(batches.texts).to(model.device)
     model.unet.train()
     losses = []
     for step in range(args.max_train_steps):

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import sys
 import time
 import uuid
@@ -28,6 +29,7 @@ from utils.files import to_json
 
 SCRATCH = ".work"
 RECORDS = "identities"
+A_DAY = 24 * 3600
 
 
 def seed_of(*words):
@@ -70,7 +72,7 @@ class Worklist:
     @contextmanager
     def scratch(self):
         """A new temporary folder on the same disk, removed at the end of the block."""
-        part = self.folder / SCRATCH / uuid.uuid4().hex
+        part = self.folder / SCRATCH / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
         part.mkdir(parents=True)
         try:
             yield part
@@ -129,8 +131,12 @@ class Worklist:
         self.record_path(piece, name).unlink(missing_ok=True)
 
     def tidy(self):
-        """Remove what killed runs left behind; only call this when no process writes any more."""
-        shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
+        """Remove what killed runs left behind, and empty folders. Others may still write."""
+        for part in (self.folder / SCRATCH).glob("*"):
+            if is_abandoned(part):
+                shutil.rmtree(part, ignore_errors=True)
+        with suppress(OSError):
+            (self.folder / SCRATCH).rmdir()
         root = self.folder / RECORDS
         for folder in sorted(root.glob("*/*")) + sorted(root.glob("*")):
             with suppress(OSError):
@@ -170,6 +176,22 @@ class Progress:
         elif self.bar.disable and self.main:
             status = f"{done} of {len(self.work.pieces)} done, {rate:.0f} {self.unit} a minute, {left:.0f} min left"
             print(f"{piece}: {status}", flush=True)
+
+
+def is_abandoned(part):
+    """Whether nobody writes to a scratch folder any more: its process is gone, or on another host, for a day."""
+    host, _, process = part.name.rsplit("-", 1)[0].rpartition("-")
+    if host == socket.gethostname() and process.isdecimal():
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return int(process) == os.getpid()
+    with suppress(FileNotFoundError):
+        return time.time() - part.stat().st_mtime > A_DAY
+    return False
 
 
 def sync(path):

@@ -120,6 +120,8 @@ def count(name):
                 tune(network, denoiser, schedule(), size, condition, alive)
             elif part == "drawing":
                 draw(network, denoiser, vae, size, condition, family.GUIDED)
+            else:
+                encode(encoders, family)
         gib[part] = alive.peak / GIB
     return gib, [layer.weight.numel() for layer in linear_layers(network)]
 
@@ -165,6 +167,15 @@ def draw(network, denoiser, vae, size, condition, guided, batch=2):
         latents = torch.randn(both, *size, dtype=HALF)
         denoiser(latents, torch.tensor(500.0), encoder_hidden_states=torch.randn(both, *condition, dtype=HALF))
         vae.decode(latents[:batch])
+
+
+def encode(encoders, family, batch=8):
+    """As many prompts at once as `TextToImage.encode_all` gives to models with several text encoders."""
+    with torch.no_grad():
+        for encoder in encoders:
+            is_t5 = isinstance(encoder, T5EncoderModel)
+            length = family.T5_TOKENS if is_t5 else encoder.config.max_position_embeddings
+            encoder(torch.zeros(batch, length, dtype=torch.long), output_hidden_states=not is_t5)
 
 
 def main(input_args=None):

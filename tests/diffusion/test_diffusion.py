@@ -454,6 +454,20 @@ def test_a_variant_of_the_unet(original, copy):
     assert torch.equal(plain, load_file(original / "unet" / WEIGHTS)[name]) and torch.equal(variant, plain + 1)
 
 
+def test_a_unet_of_one_variant_alone(copy):
+    """As the Hub's cache has it after a run with --variant: the default file was never downloaded."""
+    weights = copy / "unet" / WEIGHTS
+    weights.rename(weights.with_name(WEIGHTS.replace(".", ".non_ema.", 1)))
+    assert check_diffusion(copy, variant="non_ema", needs_variant=True).variant == "non_ema"
+    assert load_unet(copy, "frozen", variant="non_ema").num_parameters()
+    with pytest.raises(ValueError, match=f"has no unet/{WEIGHTS}; the weights there have another name"):
+        check_diffusion(copy)
+    config = json.loads((copy / "unet/config.json").read_text())
+    (copy / "unet/config.json").write_text(json.dumps(config | {"cross_attention_dim": 24}))
+    with pytest.raises(ValueError, match="says cross_attention_dim 24, the weights beside it have"):
+        check_diffusion(copy, variant="non_ema")
+
+
 @pytest.mark.parametrize(
     "index", ["safetensors.index.non_ema.json", "safetensors.non_ema.index.json", "non_ema.safetensors.index.json"]
 )

@@ -61,6 +61,9 @@ def test_drawn_as_by_the_pipeline(pipelines, kind, negative):
         latents = model.sample(model.encode_all(PROMPTS), [7, 8], solver=solver, **options)
     noise = torch.stack([torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(seed)) for seed in (7, 8)])
     words = {} if kind.startswith("flux") else {"negative_prompt": [negative or None] * 2 if negative else None}
+    if kind == "flux-schnell":
+        # Its documentation: at most 256. The other one has learned 512.
+        words["max_sequence_length"] = 256
     wanted = drawn_by(pipeline, kind, noise, num_inference_steps=3, guidance_scale=2.5, **words)
     apart = (model.decode(latents).int() - wanted.int()).abs()
     print(f"{kind}, negative {negative!r}: at most {int(apart.max())} of 255, mean {apart.float().mean():.1e}")
@@ -180,20 +183,27 @@ def test_timesteps_of_flow_matching():
 
 GIVEN = {
     "identity_token": "<iir-{pid}>", "solver": "ddim", "guidance_scale": 3.0, "snr_gamma": None,
-    "train_text_encoder": False, "fast_lora": None,
+    "train_text_encoder": False, "fast_lora": None, "enable_xformers_memory_efficient_attention": False,
 }  # fmt: skip
 
 
 def test_defaults_follow_the_family():
     changed, lines = fitted(sd3, GIVEN, set())
     assert changed == {"identity_token": "sks", "solver": "flow-euler"} and len(lines) == 2
-    assert fitted(sdxl, GIVEN, {"solver"})[0] == {"identity_token": "sks"}
+    assert fitted(sdxl, GIVEN, {"solver", "negative_prompt", "guidance_share"})[0] == {"identity_token": "sks"}
+    changed, lines = fitted(flux, GIVEN, set())
+    assert changed["guidance_scale"] == 3.5 and any("--guidance_scale 3.5" in line for line in lines)
+    assert "guidance_scale" not in fitted(flux, GIVEN, {"guidance_scale"})[0]
     refusals = {
         "text encoders, and a new token": (sdxl, {}, {"identity_token"}),
         "--solver ddim does not fit Flux; it takes flow-euler": (flux, {}, {"solver"}),
         "--train_text_encoder trains the one": (sdxl, {"train_text_encoder": True}, set()),
         "--snr_gamma weighs steps": (sd3, {"snr_gamma": 5.0}, set()),
         "--fast_lora is a LoRA of a U-Net": (flux, {"fast_lora": "x"}, set()),
+        "--negative_prompt is of predictions with and without": (flux, {}, {"negative_prompt"}),
+        "--guidance_share is of predictions with and without": (flux, {}, {"guidance_share"}),
+        "--token_learning_rate is that of a new token": (sdxl, {}, {"token_learning_rate"}),
+        "does not fit Flux, whose queries": (flux, {"enable_xformers_memory_efficient_attention": True}, set()),
     }
     for message, (family, values, given) in refusals.items():
         with pytest.raises(ValueError, match=message):
@@ -290,3 +300,32 @@ def test_several_text_encoders_rest_on_the_cpu(pipelines, monkeypatch):
 def test_no_token_of_its_own_with_several_encoders(pipelines):
     model = opened(pipelines("sd3")[1])
     assert Tunable.of(model, None, with_token=False).token is None and len(model.texts) == 3
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
+def test_texts_are_encoded_in_their_own_types(pipelines, kind, monkeypatch):
+    """What T5 keeps in float32 stays so under autocast; all encoders visit the device once for many prompts."""
+    folder = pipelines(kind)[1]
+    model = TextToImage(folder, load_tokenizer(folder), mode="lora", dtype=torch.bfloat16, autocast=half_precision)
+    encoders = [text.encoder for text in model.texts]
+    inside = []
+    for encoder in encoders:
+        encoder.register_forward_pre_hook(lambda *_: inside.append(torch.is_autocast_enabled("cpu")))
+    rests = [weight.data_ptr() for encoder in encoders for weight in encoder.parameters()]
+    moved, to = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *words, **more: moved.append(1) or to(self, *words, **more))
+    conditions = model.encode_all([f"a photo of a person, {number}" for number in range(20)])
+    monkeypatch.undo()
+    assert inside == [False] * 3 * len(encoders) and conditions.dtype == torch.bfloat16 and len(conditions) == 20
+    assert conditions.device.type == "cpu"
+    tensors = sum(len([*encoder.parameters(), *encoder.buffers()]) for encoder in encoders)
+    assert tensors <= len(moved) < 2 * tensors
+    assert [weight.data_ptr() for encoder in encoders for weight in encoder.parameters()] == rests
+    if FILES[kind].GUIDED:
+        inside.clear()
+        first, again = model.without_prompt("x"), model.without_prompt("x")
+        assert first is again and inside == [False] * len(encoders)
+
+
+def half_precision():
+    return torch.autocast("cpu", torch.bfloat16)

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -188,3 +190,23 @@ def test_records_are_json(tmp_path):
     work.forget("a/0001", "failed")
     work.tidy()
     assert not (tmp_path / "identities/a").exists()
+
+
+def test_tidying_leaves_those_who_still_write(tmp_path, monkeypatch):
+    """Another job in the folder, here or on another host, keeps its scratch folder; a dead one's goes."""
+    first, second = Worklist(tmp_path, PIECES), Worklist(tmp_path, PIECES)
+    alive = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    alive.start()
+    names = {"dead": f"{socket.gethostname()}-{2**22 + 1}-ab", "alive": f"{socket.gethostname()}-{alive.pid}-ab"}
+    names |= {"far": "other-host-7-ab", "old": "other-host-8-ab", "from before": "0123"}
+    for name in names.values():
+        (tmp_path / ".work" / name).mkdir(parents=True)
+    long_ago = time.time() - 2 * 24 * 3600
+    os.utime(tmp_path / ".work" / names["old"], (long_ago, long_ago))
+    first.tidy()
+    left = {path.name for path in (tmp_path / ".work").iterdir()}
+    assert left == {names["alive"], names["far"], names["from before"]}
+    alive.kill()
+    alive.join()
+    second.tidy()
+    assert names["alive"] not in {path.name for path in (tmp_path / ".work").iterdir()}

@@ -678,6 +678,9 @@ def test_a_few_step_lora_changes_the_images_alone(whole, models, tmp_path, capsy
         ("ByteDance/Hyper-SD/Hyper-SD15-8steps-lora.safetensors", ("ddim-trailing", 8, 1.0)),
         ("ByteDance/Hyper-SD/Hyper-SD15-12steps-CFG-lora.safetensors", ("ddim-trailing", 12, 7.5)),
         ("h1t/TCD-SD15-LoRA", ("tcd", 4, 1.0)),
+        ("ByteDance/SDXL-Lightning/sdxl_lightning_8step_lora.safetensors", ("ddim-trailing", 8, 1.0)),
+        ("/data/hyper-cfg/models/lcm-lora", ("lcm", 4, 1.0)),
+        ("Hyper-SD15-8steps-lora/pytorch_lora_weights.safetensors", ("ddim-trailing", 8, 1.0)),
     ],
 )
 def test_a_published_few_step_lora_sets_solver_steps_and_guidance(name, wanted):
@@ -1158,6 +1161,7 @@ def test_saved_adapters_load_in_diffusers_and_draw_the_same(models, tmp_path):
         ("--merge --captions_only", "leave out --captions_only"),
         ("--redraw --merge", "--redraw draws images, so leave out --merge"),
         ("--redraw --finetune full", "--save_adapters keeps LoRA, so it needs --finetune lora"),
+        ("--base_bits 8 --gradient_checkpointing", "saves nothing; use --base_bits 4"),
         ("--clothing_change 0.5", "--clothing_change must be 0 or more, and below 0.5, got 0.5"),
         ("--class_prompt=", "--class_prompt must end in its noun"),
         ("--class_prompt person.", "a word without a full stop, got 'person.'"),
@@ -1208,6 +1212,13 @@ def test_prompts_must_fit_the_source(models, tmp_path):
     path.write_text("pid,prompt\n0,a <iir-0000> person\n")
     with pytest.raises(ValueError, match="has the identity token '<iir-0000>' in it"):
         run(models, tmp_path / "out", "--prompts", path, "--ids", "0")
+    # A word of the vocabulary is looked for as a word.
+    words = ["--prompts", path, "--ids", "0", "--identity_token", "sks"]
+    path.write_text('pid,prompt\n0,"a person, between two kiosks"\n')
+    assert run(models, tmp_path / "word", *words, "--captions_only") == {}
+    path.write_text('pid,prompt\n0,"a person, sks"\n')
+    with pytest.raises(ValueError, match="has the identity token 'sks' in it"):
+        run(models, tmp_path / "out", *words)
 
 
 # Processes that die, several at once

@@ -82,7 +82,7 @@ class TextToImage:
             part.to(device)
         self.scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.denoiser = family.Denoiser(self.unet, self.scale)
-        self.fast = None
+        self.fast, self.texts_are_here, self.unprompted = None, False, {}
 
     def compile(self):
         """Compile the network; it shares the weights."""
@@ -100,13 +100,22 @@ class TextToImage:
 
     def encode(self, prompts):
         """Conditions (B, tokens, width) of prompts."""
-        with self.autocast(), self.texts_here():
-            return self.family.encode(self.texts, prompts)
+        if not self.texts_rest:
+            with self.autocast():
+                return self.family.encode(self.texts, prompts)
+        # They are frozen and have their types; autocast would compute in half what T5 keeps in float32.
+        with torch.autocast(self.device.type, enabled=False), self.texts_here():
+            return self.family.encode(self.texts, prompts).to(self.dtype)
 
     def without_prompt(self, negative):
         """The condition that guidance leads away from."""
-        with self.autocast(), self.texts_here():
-            return self.family.unguided(self.texts, negative)
+        if not self.texts_rest:
+            with self.autocast():
+                return self.family.unguided(self.texts, negative)
+        if negative not in self.unprompted:
+            with torch.autocast(self.device.type, enabled=False), self.texts_here():
+                self.unprompted[negative] = self.family.unguided(self.texts, negative).to(self.dtype)
+        return self.unprompted[negative]
 
     @property
     def texts_rest(self):
@@ -115,20 +124,33 @@ class TextToImage:
 
     @contextmanager
     def texts_here(self):
-        encoders = [text.encoder for text in self.texts if self.texts_rest and text.encoder is not None]
-        for encoder in encoders:
-            encoder.to(self.device)
+        """The frozen text encoders are on the device inside; copies of theirs are dropped at the end."""
+        if self.texts_are_here:
+            yield
+            return
+        encoders = [text.encoder for text in self.texts if text.encoder is not None]
+        tensors = [tensor for encoder in encoders for tensor in (*encoder.parameters(), *encoder.buffers())]
+        resting = [tensor.data for tensor in tensors]
+        self.texts_are_here = True
         try:
+            for tensor in tensors:
+                tensor.data = tensor.data.to(self.device)
             yield
         finally:
-            for encoder in encoders:
-                encoder.to("cpu")
+            self.texts_are_here = False
+            for tensor, data in zip(tensors, resting, strict=True):
+                tensor.data = data
 
-    def encode_all(self, prompts, batch_size=64):
-        """Conditions of any number of prompts, without gradient."""
-        with torch.no_grad():
-            parts = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    @torch.no_grad()
+    def encode_all(self, prompts):
+        """Conditions of any number of prompts, without gradient; where text encoders rest, so do these, on the CPU."""
+        # The states of 64 prompts in T5-XXL would take as much as half of its weights.
+        size = 8 if self.texts_rest else 64
+        parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        if not self.texts_rest:
             return torch.cat([self.encode(part) for part in parts])
+        with self.texts_here():
+            return torch.cat([self.encode(part).cpu() for part in parts])
 
     @torch.no_grad()
     def sample(
@@ -154,7 +176,7 @@ class TextToImage:
             scheduler = self.family.prepared_solver(solver, self.scheduler_config, steps, shape)
             drawing = {"generator": generators} if solver in WITH_NOISE else {}
             latents = torch.stack(noise).to(self.device) * first_strength(scheduler)
-            prompted = conditions[rows]
+            prompted = conditions[rows].to(self.device)
             both = torch.cat([empty.expand_as(prompted), prompted]) if num_guided else None
             distilled = nullcontext() if self.family.GUIDED else self.denoiser.guided(guidance)
             with self.autocast(), distilled, drawing_fast(self.unet) if fast else nullcontext():
@@ -212,12 +234,14 @@ def what_saves_memory(
 def load_texts(name, family, tokenizer, dtype, revision, network):
     """A `Text` for each of the family's encoders, the first with the given tokenizer; `network`: its configuration."""
     optional, texts = getattr(family, "OPTIONAL", None), []
+    tokens = family.text_tokens(network) if hasattr(family, "text_tokens") else None
     for number, (tokenizer_part, part, model_class) in enumerate(family.TEXTS):
         if part == optional and not has_part(name, part, revision):
             texts.append(Text(None, None, network.joint_attention_dim))
             continue
         encoder = load_text_encoder(name, dtype, revision, part, model_class)
-        texts.append(Text(load_tokenizer(name, revision, tokenizer_part) if number else tokenizer, encoder))
+        own = load_tokenizer(name, revision, tokenizer_part) if number else tokenizer
+        texts.append(Text(own, encoder, tokens=tokens))
     return texts
 
 

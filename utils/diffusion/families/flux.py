@@ -27,9 +27,9 @@ LORA_TARGETS = [
 ]  # fmt: skip
 SOLVERS, GUIDED = (FLOW_EULER,), False
 VAE_OVERFLOWS_IN_FLOAT16 = False
-T5_TOKENS = 512
-# The guidance under which it is tuned, as the model without guidance.
-TUNED_WITH = 1.0
+T5_TOKENS, SCHNELL_TOKENS = 512, 256
+# The guidance under which it is tuned, as the model without guidance, and that of diffusers' own pipeline.
+TUNED_WITH, GUIDANCE = 1.0, 3.5
 
 
 def check(name, revision=None):
@@ -44,10 +44,15 @@ def check(name, revision=None):
 
 
 def encode(texts, prompts):
-    """Conditions (B, 512 + 1, width) of prompts."""
+    """Conditions (B, 512 + 1, width) of prompts, of schnell (B, 256 + 1, width)."""
     clip, t5 = texts
     pooled = clip.encoder(tokens_of(clip, prompts)).pooler_output
-    return with_pooled(t5.encoder(tokens_of(t5, prompts, T5_TOKENS))[0], pooled)
+    return with_pooled(t5.encoder(tokens_of(t5, prompts, t5.tokens))[0], pooled)
+
+
+def text_tokens(network):
+    """How many tokens of T5 the transformer of this configuration was trained with."""
+    return T5_TOKENS if network.guidance_embeds else SCHNELL_TOKENS
 
 
 def unguided(texts, negative):

@@ -1,5 +1,7 @@
 """The network's weights in 4 or 8 bits, for LoRA on small cards."""
 
+import logging
+
 import torch
 from torch import nn
 
@@ -12,6 +14,8 @@ def quantize(network, bits, dtype, device):
     Embeddings, norms, convolutions and the last layer stay as they are. Returns the network, on the device.
     """
     layers = bitsandbytes_module("--base_bits").nn
+    # It warns of each layer at each step that 8 bits compute in float16 whatever the type of the input.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Linear) and in_a_block(name):
             parent, _, child = name.rpartition(".")

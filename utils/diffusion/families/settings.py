@@ -9,8 +9,8 @@ RARE_WORD = "sks"
 def fitted(family, settings, given):
     """({name: value} of the settings that become others, lines that say so); ValueError for a flag that cannot be.
 
-    settings: identity_token, solver, guidance_scale, snr_gamma, train_text_encoder, fast_lora. given: names of those
-    that a flag gave.
+    settings: identity_token, solver, guidance_scale, snr_gamma, train_text_encoder, fast_lora,
+    enable_xformers_memory_efficient_attention. given: names of the settings that a flag gave, also of others.
     """
     changed, lines = {}, []
     of_flow = FLOW_EULER in family.SOLVERS
@@ -23,6 +23,20 @@ def fitted(family, settings, given):
             )
         changed["identity_token"] = RARE_WORD
         lines.append(f"{family.TITLE} has several text encoders: --identity_token {RARE_WORD}, a word they know")
+    if len(family.TEXTS) > 1 and "token_learning_rate" in given:
+        raise ValueError(f"--token_learning_rate is that of a new token, which {family.TITLE} has not; leave it out")
+    if not family.GUIDED:
+        for flag in ("negative_prompt", "guidance_share"):
+            if flag in given:
+                raise ValueError(f"--{flag} is of predictions with and without prompt; {family.TITLE} predicts once")
+        if "guidance_scale" not in given:
+            changed["guidance_scale"] = family.GUIDANCE
+            lines.append(f"{family.TITLE} is guided by an input of its own: --guidance_scale {family.GUIDANCE}")
+        if settings["enable_xformers_memory_efficient_attention"]:
+            raise ValueError(
+                f"--enable_xformers_memory_efficient_attention does not fit {family.TITLE}, whose queries and values "
+                "differ in type; leave it out, torch's attention is as lean"
+            )
     if settings["solver"] not in family.SOLVERS:
         if "solver" in given:
             raise ValueError(

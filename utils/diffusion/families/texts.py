@@ -12,11 +12,15 @@ from utils.files import one_line
 
 
 class Text(NamedTuple):
-    """A tokenizer and its encoder; of an encoder that a checkpoint leaves out, only the width that it would have."""
+    """A tokenizer and its encoder; of an encoder that a checkpoint leaves out, only the width that it would have.
+
+    `tokens`: how many the model was trained with, where its family has several.
+    """
 
     tokenizer: object
     encoder: object
     width: int | None = None
+    tokens: int | None = None
 
 
 def load_tokenizer(name, revision=None, part="tokenizer"):

@@ -1,5 +1,6 @@
 """Captions of identities, from a captioner or from a user's rows, and the prompts written from them."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ class Prompts:
     def written(self, record, identity):
         """The record with its prompts P_LPE*, P_E and that of its reference images, cut to fit the text encoder."""
         text, token = record.get("text", ""), self.token_of(identity)
-        if token in text:
+        if re.search(rf"(?<!\w){re.escape(token)}(?!\w)", text):
             raise ValueError(f"the prompt of {identity.name} has the identity token {token!r} in it; leave it out")
         prompt = self.fit(text or captions.composed(record, self.class_prompt), identity)
         try:
