@@ -94,7 +94,7 @@ def build_parser(shown=None):
         target="sets whose training images are clustered, or a folder of images; measured on where they have query "
         f"and gallery; default {DEMO_TARGET}",
     )
-    flags.add_single_image_ids(data)
+    flags.add_single_image_ids(data, idle=(lambda args: not args.source, "no --source"))
     group = flags.add_images(parser, resolution=[128, 64], padding=5, erasing=0.0)
     group.add(
         "--erasing_value",
@@ -393,6 +393,8 @@ def main(args):
     launch.print_notes(accelerator, encoder.notes)
     if args.network == "sbs":
         encoder.backbone = as_sbs(encoder.backbone)
+    if args.pooling == "mean" and args.origin["pooling"] == "flag" and encoder.backbone.pooling is not None:
+        raise ValueError(f"--pooling mean: {args.backbone} has learned another pooling; leave it out to go on with it")
     if args.pooling == "gem" and encoder.backbone.pooling is None:
         add_gem(encoder.backbone)
     if args.gradient_checkpointing:

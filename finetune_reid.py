@@ -172,7 +172,10 @@ def build_parser():
     group.add("--margin", type=ranges.or_word(not_negative, SOFT), help=words)
     group.add("--label_smoothing", type=fraction, help="of the class loss; default 0.1, of mgn 0")
     group.add(
-        "--groups", choices=["sum", "mean"], help="of a method with several features: their losses' sum, or mean (mgn)"
+        "--groups",
+        choices=["sum", "mean"],
+        idle=(lambda args: args.method == META, f"--method {META}"),
+        help="of a method with several features: their losses' sum, or mean (mgn)",
     )
     group.add("--triplet_weight", type=not_negative, default=1.0, help="weight beside the class loss")
     group.add(
@@ -499,7 +502,7 @@ def build_model(args, accelerator, num_ids, id_domains):
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if args.torch_compile:
-        compile_blocks(model)
+        compile_blocks(model.backbone, model.head)
     # The necks see the gathered batch anyway.
     for part in (model.backbone, *(getattr(model.head, name, None) for name in ("branches", "branch", "bottleneck"))):
         if part is not None:
@@ -519,7 +522,7 @@ def groups_of(args, model):
 
 def transform_of(args, model):
     """The transform of training images, where it is not the usual one."""
-    if not args.auto_augment and not args.colour_jitter:
+    if args.method != META or not (args.auto_augment or args.colour_jitter):
         return None
     changes = {"auto": args.auto_augment, "jitter": args.colour_jitter, "padding": args.padding}
     normal = model.image_size, model.image_mean, model.image_std

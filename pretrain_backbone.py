@@ -89,7 +89,8 @@ def build_parser():
         "read images from the Hub, or from a folder of parquet files or images with metadata, only as they are "
         "needed; the order then depends on the numbers of processes and workers",
     )
-    flags.add_images(parser, resolution=[64, 32], padding=3, erasing=0.25)
+    crops = lambda args: args.objective in DISTILLED, lambda args: f"--objective {args.objective} has its own crops"
+    flags.add_images(parser, resolution=[64, 32], padding=3, erasing=0.25, idle=crops)
 
     group = parser.group("model and objective")
     group.add(
@@ -147,7 +148,7 @@ def build_parser():
     group.add("--lr_warmup_epochs", type=at_least(0), default=1, help="epochs of linear rise before it")
     cosine = (lambda args: args.lr_scheduler != "cosine", lambda args: f"--lr_scheduler {args.lr_scheduler}")
     group.add("--lr_end", type=not_negative, default=0.0, idle=cosine, help="rate at the end of a cosine")
-    flags.add_memory(parser, compiled="the backbone")
+    flags.add_memory(parser, compiled="the blocks of the backbone")
     flags.add_evaluation(parser, every=3, resample=True, rerank=False)
     flags.add_output(parser, "output/pretrain", uploaded="the backbone")
     return parser
@@ -225,6 +226,7 @@ from utils.modeling.names import check_backbone, check_swin, open_backbone
 from utils.modeling.networks.semantic_swin import SemanticSwinBackbone
 from utils.modeling.norms import share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
+from utils.modeling.stages import compile_blocks
 from utils.training.loop import Training, optimizer_of, trained
 from utils.training.optimizer import LearningRate
 from utils.training.parameter_groups import parameter_groups
@@ -474,7 +476,7 @@ def build_model(args, accelerator, num_ids):
         # The first update would copy the weights.
         average.n_averaged.fill_(1)
     if args.torch_compile:
-        backbone.compile()
+        compile_blocks(backbone)
     return model, average
 
 

@@ -132,9 +132,10 @@ class GLT(nn.Module):
             self.student.load_state_dict(self.start.state_dict())
             self.teacher.load_state_dict(self.start.state_dict())
             features = target().to(device)
+        # On the CPU, where sums have one order: every process starts from the same bits.
         for network in (self.student, self.teacher):
             for layer, groups in zip(network.classifiers, self.group_labels, strict=True):
-                layer.weight.copy_(class_means(features, groups, len(layer.weight)))
+                layer.weight.copy_(class_means(features.cpu(), groups.cpu(), len(layer.weight)))
         self.centres.copy_(source())
         self.queue.empty(args.seed * 2**31 + epoch)
         self.num_steps.zero_()

@@ -14,6 +14,7 @@ and the triplet loss of rho' on the test domains gives the update: rho <- clip(r
 As in the authors' code, biases learn at twice the rate, and the first meta-step comes after ten ordinary steps.
 """
 
+import functools
 import random
 from contextlib import contextmanager
 
@@ -73,7 +74,7 @@ def balance(training, model, batch, domains):
     if number < 0:
         return no_meta_step(model.backbone)
     images, labels, rows = (batch[name][args.train_batch_size :] for name in ("images", "labels", "indices"))
-    period = max(2, round(args.meta_period * training.sampler.steps_of(1)))
+    period = max(2, round(args.meta_period * training.sampler.steps_of_an_epoch))
     return meta_step(
         model.backbone,
         images.to(accelerator.device, non_blocking=True),
@@ -204,6 +205,11 @@ class MetaBatches:
 
     def steps_of(self, epochs):
         return self.sampler.steps_of(epochs)
+
+    @functools.cached_property
+    def steps_of_an_epoch(self):
+        """Of the first; counting them draws all its batches."""
+        return self.steps_of(1)
 
     def drawn(self, key):
         rng = random.Random(f"meta/{key}")

@@ -72,7 +72,8 @@ class PPLR(nn.Module):
             )
         for classifier, side in zip(classifiers, (whole, *parts), strict=True):
             classifier.weight[:count] = class_means(side[inside], labels[inside], count).to(device)
-        self.agreement.copy_(neighbour_agreement(whole, parts, self.args.agreement_neighbours))
+        sides = whole.to(device), [side.to(device) for side in parts]
+        self.agreement.copy_(neighbour_agreement(*sides, self.args.agreement_neighbours))
         cameras = self.cameras.cpu()
         found = [camera_proxies(side, labels, cameras) for side in (whole, *parts)]
         self.proxies = torch.stack([proxies for proxies, *_ in found]).to(device)

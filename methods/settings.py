@@ -185,12 +185,12 @@ class Flags:
         self.flags = self.parser.group(title, idle=only(*methods))
         return self
 
-    def add(self, name, *, of=(), **options):
-        """`of`: the methods of the group that have this flag, by default all."""
+    def add(self, name, *, of=(), idle=None, **options):
+        """`of`: the methods of the group that have this flag, by default all; `idle`: when it has no effect."""
         hidden = self.hidden or (of and self.shown in NAMES and self.shown not in of)
         if hidden:
             options["help"] = argparse.SUPPRESS
-        self.flags.add(name, idle=only(*of) if of else (), **options)
+        self.flags.add(name, idle=idle or (only(*of) if of else ()), **options)
 
 
 def add_flags(parser, shown=None):
@@ -208,7 +208,9 @@ def add_flags(parser, shown=None):
         "momentum, of hhcl hybrid",
     )
     group.add("--hard_weight", type=not_negative, default=0.5, of=("hhcl",), help="of hhcl: of hard images")
-    group.add("--mean_weight", type=not_negative, default=0.25, of=("hhcl",), help="of hhcl: of the means")
+    hybrid = (lambda args: args.memory_update != "hybrid", lambda args: f"--memory_update {args.memory_update}")
+    words = "of hhcl's hybrid: of the means"
+    group.add("--mean_weight", type=not_negative, default=0.25, of=("hhcl",), idle=hybrid, help=words)
     group.add(
         "--eps_gap",
         type=not_negative,

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -87,10 +86,10 @@ def _plain(value):
 
 
 def write_csv(path, columns, rows):
-    """Write CSV. Text, but no number, that starts with `= + - @`, tab or return gets a leading `'`: no formulas."""
+    """Write CSV. Text that starts with `= + - @`, tab or return gets a leading `'`: spreadsheets read no formulas."""
 
     def safe(cell):
-        return f"'{cell}" if isinstance(cell, str) and re.match(r"(?!-\d+(\.\d+)?$)[=+\-@\t\r]", cell) else cell
+        return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)

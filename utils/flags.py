@@ -187,9 +187,9 @@ def add_workers(group, workers=0):
     group.add("--dataloader_num_workers", type=at_least(0), default=workers, free=True, help=words)
 
 
-def add_single_image_ids(group):
+def add_single_image_ids(group, idle=()):
     words = "identities with one image have no second one for a batch: stop, repeat the image, or drop the identity"
-    group.add("--single_image_ids", choices=SINGLE_IMAGE_IDS, default="error", help=words)
+    group.add("--single_image_ids", choices=SINGLE_IMAGE_IDS, default="error", idle=idle, help=words)
 
 
 def add_holdout(group):
@@ -203,12 +203,12 @@ def add_holdout(group):
     )
 
 
-def add_images(parser, *, resolution, padding, erasing):
+def add_images(parser, *, resolution, padding, erasing, idle=()):
     """How training images are resized and augmented."""
     group = parser.group("images")
     group.size("--resolution", resolution, help="input in pixels")
-    group.add("--padding", type=at_least(0), default=padding, help="pixels added around an image before it is cropped")
-    group.add("--erasing", type=fraction, default=erasing, help="probability of random erasing")
+    group.add("--padding", type=at_least(0), default=padding, idle=idle, help="pixels added around an image, to crop")
+    group.add("--erasing", type=fraction, default=erasing, idle=idle, help="probability of random erasing")
     return group
 
 
@@ -258,13 +258,12 @@ def add_schedule(parser, *, milestones, own=()):
     group = parser.group("learning rate over time")
     by_step = (lambda args: args.lr_scheduler != MULTISTEP, lambda args: f"--lr_scheduler {args.lr_scheduler}")
     by_epoch = (lambda args: args.lr_scheduler == MULTISTEP, f"--lr_scheduler {MULTISTEP}")
-    if own:
-        by_step = (lambda args: args.lr_scheduler not in (MULTISTEP, *own), by_step[1])
+    rising = (lambda args: args.lr_scheduler not in (MULTISTEP, *own), by_step[1])
     group.add(
         "--lr_scheduler", choices=[*own, MULTISTEP, *STEP_SCHEDULES], default=MULTISTEP, help="how the rate changes"
     )
     group.add("--lr_warmup_epochs", type=at_least(0), default=1, idle=by_step, help="warmup_multistep: epochs of rise")
-    group.add("--lr_warmup_factor", type=fraction, default=0.1, idle=by_step, help="warmup_multistep: first factor")
+    group.add("--lr_warmup_factor", type=fraction, default=0.1, idle=rising, help="first factor of that rise")
     words = "warmup_multistep: when it drops"
     group.add("--lr_milestones", type=int, nargs="*", default=milestones, idle=by_step, help=words)
     group.add("--lr_gamma", type=fraction, default=0.1, idle=by_step, help="warmup_multistep: factor at a milestone")

@@ -15,6 +15,7 @@ With diffusion, DCAC's L_ldm comes on top. Its condition is made of the classifi
 of the texts, softmax(f T^T / temperature / tau), of the mean of both, or it has one token for each of the four.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -161,6 +162,9 @@ class Parts:
         sampler = IdentitySampler(labels.tolist(), batch_size, args.images_per_id, args.seed)
         names = "backbone", "seed", "images_per_id", "muva_epochs", "muva_rate", "part_masks", "memory_resample"
         settings = {name: getattr(args, name) for name in names} | {"data": self.data, "batch": batch_size}
+        # The centres depend on these.
+        masks = hashlib.sha256(self.masks.numpy().tobytes()).hexdigest()
+        settings |= {"masks": masks, "size": encoder.image_size, "precision": accelerator.mixed_precision}
         resume, main = bool(args.resume_from_checkpoint), accelerator.is_main_process
         begun = Begun(folder, settings, resume=resume, writes=main)
         # All have read it before one of them writes.

@@ -334,6 +334,10 @@ def test_batches_of_every_domain_the_same_on_every_process():
         parts[0]
     )
     assert batches.steps_of(3) == IdentitySampler(labels, 8, 2, 5).steps_of(3) > 0
+    # A step asks for it, and counting draws a whole epoch.
+    drawn = []
+    batches.sampler.global_batches = lambda epoch: drawn.append(epoch) or [[0]]
+    assert batches.steps_of_an_epoch == batches.steps_of_an_epoch == 1 and drawn == [1]
     with pytest.raises(ValueError, match="takes 4 identities of each domain; domain 1 has 3"):
         MetaBatches(None, labels, domains, 4, 4)
 

@@ -11,6 +11,7 @@ from tests.methods.reference import close, unit
 from utils.modeling.domain_norms import DomainNorm
 from utils.modeling.heads import NonLocal, add_gem
 from utils.modeling.networks.resnet import as_sbs
+from utils.modeling.norms import add_batch_instance_norms
 from utils.modeling.reid_model import ReIDModel
 from utils.training.contrast import FeatureQueue, circle_contrast
 
@@ -265,6 +266,10 @@ def test_the_network_of_sbs(resnet, standins, tmp_path):
         torch.testing.assert_close(ReIDModel.from_pretrained(tmp_path)(images), encoder(images))
     with pytest.raises(ValueError, match="--network sbs changes a ResNet, and the backbone is a clip_vision_model"):
         as_sbs(ReIDModel.for_training(standins / "clip", num_ids=0, image_size=(64, 32)).backbone)
+    with pytest.raises(ValueError, match="--network sbs adds blocks to a plain ResNet; this one has MetaBIN's norms"):
+        mixed = ReIDModel.for_training(resnet, num_ids=0, image_size=(64, 32)).backbone
+        add_batch_instance_norms(mixed)
+        as_sbs(mixed)
 
 
 def test_recipe():

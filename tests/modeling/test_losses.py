@@ -440,3 +440,24 @@ def test_rows_of_a_memory_move_one_image_after_the_other(momentum):
         wanted[place] = unit(moved)
     move_in_turn(memory, torch.tensor(places), images, momentum)
     torch.testing.assert_close(memory.double(), torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("margin", [None, 0.3])
+def test_triplets_with_a_memory_keep_little_for_the_gradient(margin):
+    """The gradient is that of all distances, and what it needs does not grow with the memory."""
+    features, labels = rows(6, 16, 0), torch.tensor([0, 0, 1, 1, 2, 9])
+    others, other_labels = rows(4000, 16, 1), torch.arange(4000) % 7 - 1
+    mine, plain = features.clone().requires_grad_(), features.clone().requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.numel()) or one, lambda one: one):
+        loss = hard_triplet(mine, labels, margin, others, other_labels)
+    loss.backward()
+    apart = torch.cdist(plain, others, compute_mode="donot_use_mm_for_euclid_dist")
+    same = labels[:, None] == other_labels
+    farthest = apart.masked_fill(~same, -torch.inf).amax(1)
+    nearest = apart.masked_fill(same | (other_labels < 0), torch.inf).amin(1)
+    wanted = F.softplus(farthest - nearest) if margin is None else F.relu(farthest - nearest + margin)
+    wanted.mean().backward()
+    # The last image has nobody of its identity in the memory.
+    assert farthest[-1] == -torch.inf and torch.equal(loss, wanted.mean()) and torch.equal(mine.grad, plain.grad)
+    assert max(kept) <= 2 * features.numel()

@@ -33,6 +33,7 @@ from utils.modeling import folder as model_folder
 from utils.modeling.attention import attention_maps
 from utils.modeling.backbones import backbone_from_config, resize_position_table
 from utils.modeling.reid_model import ReIDModel
+from utils.modeling.stages import compile_blocks
 
 SIZE = (48, 32)
 FAMILIES = ["clip", "resnet", "swin"]
@@ -522,6 +523,43 @@ def test_gradient_checkpointing_changes_nothing(family):
             torch.testing.assert_close(first.grad, second.grad, rtol=1e-4, atol=1e-7, msg=name)
     # BatchNorm averages too: the recomputed forward must not count twice.
     assert same_state(plain, saving)
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_recomputed_norms_count_once(sync):
+    """A SyncBatchNorm, as several GPUs have them, wants a counter while it recomputes."""
+    model = tiny_model("resnet").train()
+    if sync:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.enable_gradient_checkpointing()
+    model(people(4)).logits.sum().backward()
+    counts = [value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")]
+    assert len(counts) > 5 and all(int(count) == 1 for count in counts)
+
+
+@pytest.mark.parametrize("family", ["resnet", "swin", "clip"])
+def test_what_compiles_is_what_is_called(family):
+    """Each block of a ResNet, also where it is recomputed, and of a Swin; of a CLIP its encoder."""
+    plain, compiled = tiny_model(family).train(), tiny_model(family).train()
+    for model in (plain, compiled):
+        model.enable_gradient_checkpointing()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with pytest.MonkeyPatch.context() as patch:
+        compile_module = torch.nn.Module.compile
+        patch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend=backend))
+        compile_blocks(compiled.backbone, compiled.head)
+    images = people(4)
+    for model in (plain, compiled):
+        model(images).logits.square().sum().backward()
+    assert len(graphs) >= {"resnet": 4, "swin": 2, "clip": 1}[family]
+    for first, second in zip(plain.parameters(), compiled.parameters(), strict=True):
+        if first.grad is not None:
+            torch.testing.assert_close(first.grad, second.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_attention_implementation_is_passed_on(tmp_path):

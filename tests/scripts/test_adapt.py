@@ -23,6 +23,7 @@ from utils.batches.pseudo_batches import gather_by_domain
 from utils.datasets.load import load_reid
 from utils.datasets.unlabelled import open_unlabelled
 from utils.modeling.domain_norms import DomainNorm
+from utils.modeling.heads import add_gem
 from utils.modeling.reid_model import ReIDModel
 from utils.training.clustering import cluster, reliable
 
@@ -445,6 +446,14 @@ def test_clusters_that_collapse_say_what_to_turn(small, tmp_path):
     assert "50 % of them within 0." in noise
     one = refused(*small, *out, "--eps", "0.99", "--cluster_k1", "40", "--cluster_k2", "6")
     assert "fell into 1" in one and "Lower --eps 0.99 or --cluster_k1" in one
+
+
+def test_a_learned_pooling_is_not_dropped_silently(small, tmp_path):
+    model = ReIDModel.from_backbone(resnet(tmp_path / "resnet"), image_size=(64, 32))
+    add_gem(model.backbone)
+    model.save_pretrained(tmp_path / "gem")
+    words = ["--backbone", tmp_path / "gem", "--pooling", "mean", "--output_dir", tmp_path / "out"]
+    assert "--pooling mean" in refused(*small, *words) and "learned another pooling" in refused(*small, *words)
 
 
 @pytest.mark.slow

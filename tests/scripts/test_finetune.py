@@ -401,3 +401,11 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_images(starts, tmp_path):
         "--output_dir", tmp_path / "out",
     )  # fmt: skip
     assert "not finite at step" in found and "synthetic-a/s0/" in found
+
+
+def test_images_are_changed_for_meta_alone(clip):
+    """--auto_augment and --colour_jitter are META's: they have no effect elsewhere, and that is said."""
+    model = ReIDModel.from_backbone(clip, image_size=(64, 32), num_ids=3)
+    for method in ("bot", "meta"):
+        args = parse_args(["--method", method, "--auto_augment", "1", "--colour_jitter", "1"])
+        assert (finetune_reid.transform_of(args, model) is None) == (method == "bot")

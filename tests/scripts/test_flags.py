@@ -221,3 +221,22 @@ def test_everything_imports_without_what_is_optional():
     assert run.returncode == 0, run.stderr[-2000:]
     count, *imported = run.stdout.split()
     assert int(count) > 60 and imported == []
+
+
+@pytest.mark.parametrize(
+    "name, words, idle",
+    [
+        ("finetune_reid.py", "--lr_scheduler delayed_cosine --lr_milestones 3 --lr_warmup_factor 0.2",
+         "--lr_milestones (--lr_scheduler delayed_cosine)"),
+        ("finetune_reid.py", "--method meta --groups mean", "--groups (--method meta)"),
+        ("pretrain_backbone.py", "--objective dino --padding 2 --erasing 0.1",
+         "--padding (--objective dino has its own crops), --erasing (--objective dino has its own crops)"),
+        ("adapt_reid.py", "--target x --single_image_ids drop", "--single_image_ids (no --source)"),
+        ("adapt_reid.py", "--method hhcl --memory_update instances --mean_weight 0.3",
+         "--mean_weight (--memory_update instances)"),
+    ],
+)  # fmt: skip
+def test_flags_that_a_choice_does_not_read_are_said(name, words, idle):
+    """All of them and no other."""
+    args = importlib.import_module(name.removesuffix(".py")).parse_args(words.split())
+    assert [line for line in args.notes if line.startswith("Without effect")] == [f"Without effect: {idle}"]

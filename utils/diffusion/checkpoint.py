@@ -69,11 +69,10 @@ def check_diffusion(name_or_path, *, resolution=None, revision=None, token=None,
     unet, vae = defaults(UNet2DConditionModel) | unet, defaults(AutoencoderKL) | vae
     check_unet(name, unet, vae["latent_channels"])
     prediction_type, alphas_cumprod = noise_schedule(scheduler, name)
-    found = variant if variant_files(variant) & files_of_part(files, "unet") else None
-    check_weight_files(name, "unet", files, found)
-    check_weight_files(name, "vae", files)
+    for part in classes:
+        check_weight_files(name, part, files, variant if part == "unet" else None)
     if folder:
-        check_weights(folder / "unet", unet["cross_attention_dim"], found)
+        check_weights(folder / "unet", unet["cross_attention_dim"], variant)
     vae_scale = 2 ** (len(vae["block_out_channels"]) - 1)
     info = DiffusionInfo(
         unet["cross_attention_dim"],
@@ -83,7 +82,7 @@ def check_diffusion(name_or_path, *, resolution=None, revision=None, token=None,
         len(alphas_cumprod),
         vae["scaling_factor"],
         vae_scale * 2 ** (len(unet["block_out_channels"]) - 1),
-        found,
+        variant if variant_files(variant) & files_of_part(files, "unet") else None,
     )
     if needs_variant and info.variant != variant:
         raise ValueError(f"{name!r} has no U-Net of --variant {variant}; leave it out for the default one")
@@ -181,7 +180,7 @@ def files_of_part(files, part):
 
 def check_weight_files(name, part, files, variant=None):
     part_files = sorted(files_of_part(files, part))
-    if variant or WEIGHTS in part_files or f"{WEIGHTS}.index.json" in part_files:
+    if {WEIGHTS, f"{WEIGHTS}.index.json", *variant_files(variant)} & {*part_files}:
         return
     if any(file.endswith(".safetensors") for file in part_files):
         reason = (
@@ -199,13 +198,11 @@ def check_weight_files(name, part, files, variant=None):
 
 def check_weights(folder, width, variant=None):
     """Check that the shapes in the headers of the U-Net's weight files match the configuration."""
-    names = variant_files(variant) if variant else {WEIGHTS, f"{WEIGHTS}.index.json"}
-    paths = [folder / name for name in sorted(names) if (folder / name).is_file()]
-    indices = [path for path in paths if path.suffix == ".json" or ".index." in path.name]
-    if indices == paths:
-        shards = read_json(indices[0]).get("weight_map", {})
+    names = (*sorted(variant_files(variant), key=len), WEIGHTS, f"{WEIGHTS}.index.json")
+    paths = [folder / name for name in names if (folder / name).is_file()][:1]
+    if ".index." in paths[0].name:
+        shards = read_json(paths[0]).get("weight_map", {})
         paths = [folder / shard for shard in sorted(set(shards.values()))]
-    paths = [path for path in paths if path not in indices]
     widths = set()
     for path in paths:
         try:

@@ -160,7 +160,8 @@ def csv_rows(decisions, queries, gallery):
         nearest = gallery.paths[one.column] if one.column >= 0 else ""
         miss = "" if one.miss_rate is None else f"{one.miss_rate:.4f}"
         rates = f"{one.false_match_rate:.3g}", f"{one.false_alarm_rate:.4f}"
-        yield name, one.answer, nearest, f"{one.score:.6f}", *rates, miss
+        # A number: `write_csv` would take the text of a negative one for a formula.
+        yield name, one.answer, nearest, round(one.score, 6), *rates, miss
 
 
 def text_lines(decisions, queries, gallery):

@@ -13,7 +13,6 @@ import torch
 from kernels import rank_metrics
 from kernels.disk.rows import RowsOnDisk
 from kernels.ring.processes import shares_of
-from utils.datasets.schema import UNKNOWN
 
 PROTOCOLS = ("market", "cuhk03", "all")
 RANKS = (1, 5, 10, 20)
@@ -106,7 +105,7 @@ def kept_labels(queries, gallery, protocol):
     camera on both sides, the file takes the place of the camera: then that protocol drops the pairs of one file, and
     nothing else. Two unknown cameras are not the same one.
     """
-    camids = queries.camids.masked_fill(queries.camids == UNKNOWN, -2), gallery.camids
+    camids = queries.camids.masked_fill(queries.camids == -1, -2), gallery.camids
     if queries.contents is not None and (protocol == "all" or not torch.isin(queries.camids, gallery.camids).any()):
         # A query that is not in the gallery has no file in common with it.
         camids = queries.contents.masked_fill(queries.contents < 0, -2), gallery.contents

@@ -167,8 +167,9 @@ class ResNetBackbone(Backbone):
             hidden = self.run(stage, hidden)
         return hidden
 
+    @torch.compiler.disable(recursive=False)
     def run(self, module, hidden):
-        """Run a part of the network; with gradient checkpointing it is computed again in the backward pass."""
+        """A part of the network, compiled by itself; with gradient checkpointing it is computed again backwards."""
         if self.gradient_checkpointing and self.training:
             return checkpoint(module, hidden, use_reentrant=False, context_fn=lambda: recompute(module))
         return module(hidden)

@@ -21,10 +21,20 @@ def hard_triplet(features, labels, margin=None, others=None, other_labels=None):
     `others`: features to compare with instead of the batch; those with a negative label are left out.
     """
     other_labels = labels if others is None else other_labels
-    distance = distances(features, others)
     same_identity = labels[:, None] == other_labels[None, :]
-    farthest = distance.masked_fill(~same_identity, -torch.inf).amax(1)
-    nearest = distance.masked_fill(same_identity | (other_labels < 0), torch.inf).amin(1)
+    distance = distances(features) if others is None else distances(features.detach(), others)
+    own = distance.masked_fill(~same_identity, -torch.inf)
+    strangers = distance.masked_fill(same_identity | (other_labels < 0), torch.inf)
+    if others is None:
+        farthest, nearest = own.amax(1), strangers.amin(1)
+    else:
+        # A gradient of all distances would take batch x others x width numbers on a GPU; two of a row have one.
+        places = torch.stack([own.argmax(1), strangers.argmin(1)], dim=1)
+        both = distances(features[:, None], others[places])[:, 0]
+        farthest, nearest = (
+            pair.where(side.isfinite().any(1), extreme)
+            for pair, side, extreme in zip(both.unbind(1), (own, strangers), (-torch.inf, torch.inf), strict=True)
+        )
     if margin is None:
         return F.softplus(farthest - nearest).mean()
     return F.relu(farthest - nearest + margin).mean()

@@ -108,7 +108,7 @@ def recompute(module):
         norms = [norm for norm in module.modules() if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))]
         before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
         for norm in norms:
-            norm.momentum, norm.num_batches_tracked = 0.0, None
+            norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
         try:
             yield
         finally:

@@ -45,9 +45,14 @@ def widths_of(backbone, need="this method uses"):
     return [side.shape[1] for side in both]
 
 
-def compile_blocks(model):
-    """Compile the blocks of a model's backbone and head: heads call them one by one, never the backbone as a whole."""
-    inner = getattr(model.backbone.model, "vision_model", model.backbone.model)
+def compile_blocks(backbone, head=None):
+    """Compile the blocks of a backbone and of a head of branches.
+
+    Not the backbone as a whole: heads and losses call its parts, SOLIDER changes what is between a Swin's stages, and
+    a ResNet recomputes its stages one by one.
+    """
+    inner = getattr(backbone.model, "vision_model", backbone.model)
     encoder = getattr(inner, "encoder", inner)
-    for block in (*getattr(encoder, "stages", [encoder]), *(getattr(model.head, "branches", None) or ())):
+    blocks = encoder.layers if isinstance(backbone, SwinBackbone) else getattr(encoder, "stages", [encoder])
+    for block in (*blocks, *(getattr(head, "branches", None) or ())):
         block.compile()

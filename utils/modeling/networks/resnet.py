@@ -8,6 +8,7 @@ from transformers import ResNetConfig, ResNetModel
 
 from utils.modeling.backbones import ResNetBackbone
 from utils.modeling.heads import NonLocal
+from utils.modeling.norms import has_batch_instance_norms
 
 
 class ResNetVariantConfig(ResNetConfig):
@@ -84,6 +85,8 @@ def as_sbs(backbone):
         )
     if getattr(config, "non_local", None):
         return backbone
+    if has_batch_instance_norms(backbone):
+        raise ValueError("--network sbs adds blocks to a plain ResNet; this one has MetaBIN's norms, choose another")
     counts = [0, 0, *(0 for _ in config.depths)]
     counts[-3], counts[-2] = 2, 3
     counts = [min(*pair) for pair in zip(counts[2:], config.depths, strict=True)]
