@@ -2,9 +2,9 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate>=1.12.0", "bitsandbytes>=0.50.0", "datasets>=4.5.0", "diffusers>=0.38.0", "huggingface_hub>=1.20.0",
-#     "jinja2>=3.1.4", "matplotlib>=3.9.0", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
+#     "jinja2>=3.1.4", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
 #     "scikit-learn>=1.5.2", "scipy>=1.14.1", "torch>=2.11.0", "torchvision>=0.26.0", "tqdm>=4.67.0",
-#     "transformers>=5.17.0", "triton>=3.6.0",
+#     "transformers>=5.17.0", "triton>=3.6.0; sys_platform == 'linux'",
 # ]
 # ///
 """Train a Re-ID model without labels, or with the labels of another domain: pseudo labels by clustering, every epoch.
@@ -232,7 +232,7 @@ from utils.datasets.unlabelled import open_unlabelled
 from utils.evaluation.features import extract
 from utils.evaluation.groups.clusters import NOISE, agreement
 from utils.evaluation.targets import open_targets
-from utils.files import to_json, write_together
+from utils.files import portable, to_json, write_together
 from utils.modeling.domain_norms import group_batch_statistics, join_norms
 from utils.modeling.folder import card_text
 from utils.modeling.heads import add_gem
@@ -574,15 +574,15 @@ def cameras_of(args, target, least):
 
 
 def card_of(args, training, encoder, num_images):
-    title = f"{args.method} trained on {' + '.join(args.target)}"
-    title += f" from {' + '.join(args.source)}" if args.source else ""
+    title = f"{args.method} trained on {' + '.join(portable(args.target))}"
+    title += f" from {' + '.join(portable(args.source))}" if args.source else ""
     return training.card(title, card_text(encoder), images=num_images)
 
 
 def report_of(args, training, source, target, truth, clusters, labels, features):
-    facts = [("Source", f"{' + '.join(args.source)}, {len(source):,} images")] if source is not None else []
+    facts = [("Source", f"{' + '.join(portable(args.source))}, {len(source):,} images")] if source is not None else []
     facts += [
-        ("Target", " + ".join(args.target)),
+        ("Target", " + ".join(portable(args.target))),
         ("Images", f"{len(target):,}"),
         ("Start", Path(args.backbone).name),
         ("Clusters", describe_clusters(training.state["clusters"][-1])),

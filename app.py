@@ -2,9 +2,9 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate>=1.12.0", "bitsandbytes>=0.50.0", "datasets>=4.5.0", "diffusers>=0.38.0", "huggingface_hub>=1.20.0",
-#     "jinja2>=3.1.4", "matplotlib>=3.9.0", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
+#     "jinja2>=3.1.4", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
 #     "scikit-learn>=1.5.2", "scipy>=1.14.1", "torch>=2.11.0", "torchvision>=0.26.0", "tqdm>=4.67.0",
-#     "transformers>=5.17.0", "triton>=3.6.0", "gradio>=6.31.0",
+#     "transformers>=5.17.0", "triton>=3.6.0; sys_platform == 'linux'", "gradio>=6.31.0",
 # ]
 # ///
 """Search a gallery in the browser: upload an image of a person, or pick one, and look at the ranked gallery.
@@ -399,9 +399,7 @@ class Page:
             self.tile(row, query, cosine, None if results.distances is None else results.distances[place])
             for place, (row, cosine) in enumerate(zip(results.rows, results.scores, strict=True))
         ]
-        return self.html(
-            "results", notes=notes, tiles=tiles, decision=decision, missing=missing, model=self.gallery.model_name
-        )
+        return self.html("results", notes=notes, tiles=tiles, decision=decision, missing=missing)
 
     def reranking_note(self, results):
         args = self.args

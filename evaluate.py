@@ -2,9 +2,9 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate>=1.12.0", "bitsandbytes>=0.50.0", "datasets>=4.5.0", "diffusers>=0.38.0", "huggingface_hub>=1.20.0",
-#     "jinja2>=3.1.4", "matplotlib>=3.9.0", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
+#     "jinja2>=3.1.4", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
 #     "scikit-learn>=1.5.2", "scipy>=1.14.1", "torch>=2.11.0", "torchvision>=0.26.0", "tqdm>=4.67.0",
-#     "transformers>=5.17.0", "triton>=3.6.0",
+#     "transformers>=5.17.0", "triton>=3.6.0; sys_platform == 'linux'",
 # ]
 # ///
 """Evaluate a Re-ID model: ranking, re-ranking, thresholds, search in your own images, identities across cameras.
@@ -145,7 +145,7 @@ def build_parser():
     group.add("--eval_batch_size", "--batch_size", type=at_least(1), default=64, help="images of each process")
     flags.add_workers(group)
     group.add("--mixed_precision", choices=flags.PRECISIONS, help="of extraction; default: accelerate's setting")
-    group.add("--seed", type=ranges.seed, default=0, help="of the random queries in the report")
+    group.add("--seed", type=ranges.seed, default=0, help="of the report's random queries and of intervals")
 
     group = parser.group("output")
     group.add("--output_dir", default="output/evaluate", help="folder of the results")

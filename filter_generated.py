@@ -2,9 +2,9 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate>=1.12.0", "bitsandbytes>=0.50.0", "datasets>=4.5.0", "diffusers>=0.38.0", "huggingface_hub>=1.20.0",
-#     "jinja2>=3.1.4", "matplotlib>=3.9.0", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
+#     "jinja2>=3.1.4", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
 #     "scikit-learn>=1.5.2", "scipy>=1.14.1", "torch>=2.11.0", "torchvision>=0.26.0", "tqdm>=4.67.0",
-#     "transformers>=5.17.0", "triton>=3.6.0",
+#     "transformers>=5.17.0", "triton>=3.6.0; sys_platform == 'linux'",
 # ]
 # ///
 """Filter generated images: filters score each image, one of them chooses, and the kept ones form a data set.
@@ -137,7 +137,7 @@ def build_parser():
     group.add("--classifier_epochs", type=at_least(1), default=8, help="passes over the images, of CCTF's classifiers")
     group.add("--train_batch_size", type=at_least(1), default=32, help="images of each step")
     group.add("--images_per_id", type=at_least(1), default=4, help="images of each identity in a batch")
-    group.add("--learning_rate", type=above_zero, default=1e-3, help="the default suits the stand-ins")
+    group.add("--learning_rate", type=above_zero, default=1e-3, help="suits the stand-ins")
 
     group = parser.group("choice")
     group.add("--filter", choices=FILTERS, default="reid", help="the filter that chooses")

@@ -2,9 +2,9 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate>=1.12.0", "bitsandbytes>=0.50.0", "datasets>=4.5.0", "diffusers>=0.38.0", "huggingface_hub>=1.20.0",
-#     "jinja2>=3.1.4", "matplotlib>=3.9.0", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
+#     "jinja2>=3.1.4", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
 #     "scikit-learn>=1.5.2", "scipy>=1.14.1", "torch>=2.11.0", "torchvision>=0.26.0", "tqdm>=4.67.0",
-#     "transformers>=5.17.0", "triton>=3.6.0",
+#     "transformers>=5.17.0", "triton>=3.6.0; sys_platform == 'linux'",
 # ]
 # ///
 """Fine-tune a Re-ID model with labels, by one of seven methods, from any start: where does a better start show?
@@ -292,6 +292,7 @@ from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import training_loader
 from utils.datasets.load import digest_of, labels_of, subset
 from utils.evaluation.targets import open_sets
+from utils.files import portable
 from utils.launch import gather_with_gradient, splitter, whole_weights
 from utils.modeling.folder import card_text
 from utils.modeling.losses import CentreLoss, circle_logits, hard_triplet, weighted_triplet
@@ -560,7 +561,7 @@ def domains_of(args, train):
 
 
 def card_of(args, training, model):
-    title = f"{args.method.upper()} fine-tuned on {' + '.join(args.source)}"
+    title = f"{args.method.upper()} fine-tuned on {' + '.join(portable(args.source))}"
     return training.card(title, card_text(model), identities=model.num_ids)
 
 
@@ -570,7 +571,7 @@ def report_of(args, training, num_ids):
         f"Fine-tuning: {args.method.upper()}",
         "A Re-ID model, trained with labels",
         [
-            ("Source", " + ".join(args.source)),
+            ("Source", " + ".join(portable(args.source))),
             ("Setting", setting),
             ("Images", f"{len(training.images):,} of {num_ids:,} identities"),
             ("Start", Path(args.backbone).name),

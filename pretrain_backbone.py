@@ -2,9 +2,9 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate>=1.12.0", "bitsandbytes>=0.50.0", "datasets>=4.5.0", "diffusers>=0.38.0", "huggingface_hub>=1.20.0",
-#     "jinja2>=3.1.4", "matplotlib>=3.9.0", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
+#     "jinja2>=3.1.4", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
 #     "scikit-learn>=1.5.2", "scipy>=1.14.1", "torch>=2.11.0", "torchvision>=0.26.0", "tqdm>=4.67.0",
-#     "transformers>=5.17.0", "triton>=3.6.0",
+#     "transformers>=5.17.0", "triton>=3.6.0; sys_platform == 'linux'",
 # ]
 # ///
 """Pre-train a backbone on many people, most of them generated, so that re-identification starts better.
@@ -542,7 +542,8 @@ def cosine_to(end, warmup, num_steps):
 def save(args, training, backbone, num_ids):
     """The backbone and its card."""
     title = f"{Path(args.backbone).name} pre-trained on {' + '.join(portable(args.source))}"
-    card = training.card(title, CARD, identities=num_ids, library_name="transformers")
+    people = {} if args.objective in DISTILLED else {"identities": num_ids}
+    card = training.card(title, CARD, **people, library_name="transformers")
     write_backbone_folder(backbone, Path(args.output_dir) / "backbone", ReIDModel(backbone).preprocessing(), card)
 
 
@@ -552,10 +553,14 @@ def upload(repo_id, folder):
     return api.upload_folder(repo_id=repo_id, folder_path=folder)
 
 
+def of_people(args, num_ids):
+    return ", labels are not used" if args.objective in DISTILLED else f" of {num_ids:,} identities"
+
+
 def report_of(args, training, num_ids):
     facts = [
-        ("Source", " + ".join(args.source)),
-        ("Images", f"{len(training.images):,} of {num_ids:,} identities"),
+        ("Source", " + ".join(portable(args.source))),
+        ("Images", f"{len(training.images):,}{of_people(args, num_ids)}"),
         ("Backbone", Path(args.backbone).name + (", from scratch" if args.from_scratch else "")),
         ("Objective", OBJECTIVES[args.objective]),
     ]

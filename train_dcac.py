@@ -2,9 +2,9 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate>=1.12.0", "bitsandbytes>=0.50.0", "datasets>=4.5.0", "diffusers>=0.38.0", "huggingface_hub>=1.20.0",
-#     "jinja2>=3.1.4", "matplotlib>=3.9.0", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
+#     "jinja2>=3.1.4", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
 #     "scikit-learn>=1.5.2", "scipy>=1.14.1", "torch>=2.11.0", "torchvision>=0.26.0", "tqdm>=4.67.0",
-#     "transformers>=5.17.0", "triton>=3.6.0",
+#     "transformers>=5.17.0", "triton>=3.6.0; sys_platform == 'linux'",
 # ]
 # ///
 """DCAC: train a Re-ID encoder with feedback from a diffusion model, so that it generalises to cameras never seen.
@@ -21,7 +21,7 @@ One step, on a batch of images x with identities y:
 
     f = encoder(x)    b = BatchNorm(f)    logits = W b    u = b / |b|
     L_id  = cross-entropy(logits, y), labels smoothed
-    L_pcl = cross-entropy(u M^T / 0.01, y)                            M: a prototype of each identity, no gradient
+    L_pcl = cross-entropy(u M^T / T, y)                               M: a prototype of each identity, no gradient
     c     = softmax(logits / tau) P                                   P: a learned prompt of each identity, of one
                                                                       token or all tokens of its caption
     L_ldm = mean (unet(z_t, t, c) - noise)^2                          z: VAE latents of the image, not augmented
@@ -41,8 +41,8 @@ DEMO_TARGETS = ["synthetic:domain=b", "synthetic:domain=c"]
 # seeds 7 and 8.
 DEMO_CONDITION = {"prompt_init": "captions", "prompt_tokens": "all", "tau": 0.1, "ldm_balance": 0.1}
 DEMO = (
-    "Demo: DCAC from drawn people of domain a to the unseen domains b and c, with the shipped stand-in models and "
-    "captions as prompts; three minutes on two cores. For your own data: --source SPEC --target SPEC --data_root DIR"
+    "Demo: DCAC from drawn people of domain a to the unseen domains b and c, three minutes on two cores; by default "
+    "--prompt_init captions --prompt_tokens all --tau 0.1 --ldm_balance 0.1. For yours: --source SPEC --target SPEC"
 )
 PUBLISHED = {
     "backbone": "openai/clip-vit-base-patch16",
@@ -156,11 +156,12 @@ def build_parser():
 
 
 def without_tau(args):
-    return args.condition != "correlation" or args.probabilities == "prototype"
+    return args.condition != "correlation" or args.probabilities in ("prototype", "text")
 
 
 def tau_replaced_by(args):
-    return f"--condition {args.condition}" if args.condition != "correlation" else "--probabilities prototype"
+    flag = "probabilities" if args.condition == "correlation" else "condition"
+    return f"--{flag} {getattr(args, flag)}"
 
 
 def parse_args(input_args=None):
@@ -592,8 +593,8 @@ def report_of(args, training, num_ids):
     pictured = {note["epoch"]: f"epoch {note['epoch']}, timestep {note['matters_at']}" for note in notes}
     samples = samples_of(args.output_dir, pictured) if args.validation_ids else []
     seen = set(args.target or args.source) & set(args.source)
-    facts = [("Source", " + ".join(args.source)), ("Images", f"{len(training.images):,} of {num_ids:,} identities")]
-    facts += [("Encoder", Path(args.backbone).name), ("Diffusion", method)]
+    facts = [("Source", " + ".join(portable(args.source))), ("Encoder", Path(args.backbone).name)]
+    facts += [("Diffusion", method), ("Images", f"{len(training.images):,} of {num_ids:,} identities")]
     report = training.report(
         muva.name_of(args),
         "A Re-ID encoder",

@@ -2,9 +2,9 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate>=1.12.0", "bitsandbytes>=0.50.0", "datasets>=4.5.0", "diffusers>=0.38.0", "huggingface_hub>=1.20.0",
-#     "jinja2>=3.1.4", "matplotlib>=3.9.0", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
+#     "jinja2>=3.1.4", "numpy>=2.1.0", "peft>=0.19.0", "Pillow>=11.0.0", "safetensors>=0.7.0",
 #     "scikit-learn>=1.5.2", "scipy>=1.14.1", "torch>=2.11.0", "torchvision>=0.26.0", "tqdm>=4.67.0",
-#     "transformers>=5.17.0", "triton>=3.6.0",
+#     "transformers>=5.17.0", "triton>=3.6.0; sys_platform == 'linux'",
 # ]
 # ///
 """Diffusion-ReID, generation: many new images of every identity, by a diffusion model tuned to its images.
@@ -186,7 +186,7 @@ def build_parser():
     group.add("--mask_background", type=ranges.fraction, default=0.1, idle=no_mask, help="weight of what is no person")
 
     group = parser.group("optimizer (AdamW)")
-    group.add("--learning_rate", type=above_zero, default=1e-2, help="the default suits the stand-in's LoRA")
+    group.add("--learning_rate", type=above_zero, default=1e-2, help="suits the stand-in's LoRA")
     group.add("--lr_scheduler", choices=flags.STEP_SCHEDULES, default="constant", help="how the rate changes")
     constant = (lambda args: args.lr_scheduler == "constant", "--lr_scheduler constant")
     group.add("--lr_warmup_steps", type=at_least(0), default=0, idle=constant, help="steps in which the rate rises")

@@ -105,17 +105,20 @@ def requested(backend):
     return backend, source
 
 
-def choose_backend(backend, features, operation, k=1, num_columns=None):
+def choose_backend(backend, features, operation, k=1, num_columns=None, gallery=None):
     """The backend, `torch` or `triton`, for these features, `k` neighbours and a gallery of `num_columns` rows.
 
+    Where `gallery` is given, it counts with its rows and its type.
     Forcing `triton` where it cannot run raises ValueError. On a card `auto` takes the path that was measured as the
     faster one (`kernels.measured`). It is never Triton's interpreter.
     """
     backend, source = requested(backend)
     if backend == "torch":
         return "torch"
-    num_columns = len(features) if num_columns is None else num_columns
-    obstacle = triton_obstacle(features.device, features.dtype)
+    gallery = features if gallery is None else gallery
+    num_columns = len(gallery) if num_columns is None else num_columns
+    # With one side in float64, all is computed in float64.
+    obstacle = triton_obstacle(features.device, torch.promote_types(features.dtype, gallery.dtype))
     if obstacle is None and k > TRITON_MAX_K:
         obstacle = f"the kernels keep at most {TRITON_MAX_K} neighbours in registers, {k} were asked for"
     if obstacle is None and num_columns > TRITON_MAX_ROWS:
@@ -134,12 +137,13 @@ def choose_backend(backend, features, operation, k=1, num_columns=None):
 @contextlib.contextmanager
 def full_precision():
     """float32 products are computed in float32: TF32 or bfloat16, which users may allow, would change rankings."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
+    # torch's older functions for all devices raise an error where somebody has used these.
+    places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [place.fp32_precision for place in places]
     try:
+        for place in places:
+            place.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision

@@ -7,7 +7,7 @@ Both paths run on a sample and must agree; the faster one is written to `kernels
 the file cannot be read. Where the Triton kernels fail or disagree, the choice is torch, with a warning.
 """
 
-import importlib.metadata
+import functools
 import json
 import logging
 import os
@@ -35,7 +35,8 @@ def faster(operation, features, num_columns, k=1, *, clock=None, path=None):
     if (path, key) not in KNOWN:
         entry = read(path).get(key)
         if entry is None:
-            entry = measure(operation, features.device, features.dtype, sizes, clock or seconds_on_card)
+            on_card = functools.partial(seconds_on_card, device=features.device)
+            entry = measure(operation, features.device, features.dtype, sizes, clock or on_card)
             remember(path, key, entry)
         KNOWN[path, key] = entry["path"]
     return KNOWN[path, key]
@@ -56,7 +57,10 @@ def machine(device):
         name, driver = torch.cuda.get_device_name(device), driver_version()
     else:
         name, driver = device.type, "no driver"
-    return name, driver, f"torch {torch.__version__}", f"triton {importlib.metadata.version('triton')}"
+    # Its distribution has other names on some platforms.
+    import triton
+
+    return name, driver, f"torch {torch.__version__}", f"triton {triton.__version__}"
 
 
 def driver_version():
@@ -141,9 +145,9 @@ def mean_of(metrics):
     return torch.tensor([metrics.mAP, metrics.mINP])
 
 
-def seconds_on_card(call):
-    torch.cuda.synchronize()
+def seconds_on_card(call, device=None):
+    torch.cuda.synchronize(device)
     start = time.perf_counter()
     call()
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
     return time.perf_counter() - start

@@ -32,7 +32,7 @@ def k_reciprocal_rerank(queries, gallery, *, k1=20, k2=6, lambda_value=0.3, comp
     check_features(queries, gallery)
     k1, k2, lambda_value = check_options(k1, k2, lambda_value, compat)
     num_neighbours = min(max(k1 + 1, k2), queries.shape[0] + gallery.shape[0])
-    path = choose_backend(backend, queries, "k_reciprocal_rerank", num_neighbours, len(gallery))
+    path = choose_backend(backend, queries, "k_reciprocal_rerank", num_neighbours, gallery=gallery)
     return ReRanking(queries, gallery, k1, k2, lambda_value, compat, path)
 
 

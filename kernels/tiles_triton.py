@@ -62,10 +62,9 @@ class TileInputs:
             self.rows = features.contiguous()
             raise_on_bad_rows(name, self.rows.abs().amax(1).float())
             self.scale = torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float32).reciprocal()
-            if self.rows.dtype == torch.bfloat16 and not bool(
-                torch.isfinite(self.scale).all() & (self.scale > 0).all()
-            ):
-                # bfloat16 has the range of float32: squares of its extreme values overflow or become 0.
+            if self.rows.dtype == torch.bfloat16 and not bool(((self.scale > 1e-9) & (self.scale < 1e9)).all()):
+                # bfloat16 has the range of float32: squares of its extreme values overflow or become 0, and so may the
+                # product of two scales.
                 self.scaled = False
             elif self.rows.dtype == torch.bfloat16 and interpreting(triton):
                 # numpy, which the interpreter uses, has no bfloat16 product.

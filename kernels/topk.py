@@ -46,7 +46,7 @@ def cosine_topk(queries, gallery, k, *, backend="auto", group=None):
         return ring_topk(queries, gallery, k, backend, group)
     check_features(queries, gallery)
     k = check_count("k", k, 1, gallery.shape[0], hint=" (the number of gallery rows)")
-    path = choose_backend(backend, queries, "cosine_topk", k, len(gallery))
+    path = choose_backend(backend, queries, "cosine_topk", k, gallery=gallery)
     if path == "triton":
         from .topk_triton import launch_topk
 

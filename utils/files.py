@@ -140,6 +140,9 @@ def portable(value):
     if isinstance(value, str) and value.startswith("--") and "=" in value:
         flag, _, word = value.partition("=")
         return f"{flag}={portable(word)}"
+    place, _, options = str(value).rpartition(":")
+    if "=" in options and os.path.exists(place):
+        return f"{portable(place)}:{options}"
     # Unlike Path.exists, os.path.exists does not raise for words that are too long for a file name.
     if isinstance(value, (str, Path)) and os.path.exists(value):
         return Path(value).resolve().name

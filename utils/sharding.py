@@ -186,8 +186,8 @@ def set_up_deepspeed(accelerator, args, max_zero_stage):
     plugin.deepspeed_config["gradient_accumulation_steps"] = 1
     # Our optimiser works with offloading too; DeepSpeed's own would have to be compiled first.
     plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
-    if args.max_grad_norm:
-        plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm
+    # Without a number accelerate would write 1.
+    plugin.deepspeed_config["gradient_clipping"] = float(args.max_grad_norm or 0.0)
 
 
 def load_deepspeed(folder, model, load):

@@ -23,6 +23,7 @@ import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 from tqdm.auto import tqdm
 
 from utils.files import to_json
@@ -182,13 +183,7 @@ def is_abandoned(part):
     """Whether nobody writes to a scratch folder any more: its process is gone, or on another host, for a day."""
     host, _, process = part.name.rsplit("-", 1)[0].rpartition("-")
     if host == socket.gethostname() and process.isdecimal():
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-        return int(process) == os.getpid()
+        return int(process) == os.getpid() or not psutil.pid_exists(int(process))
     with suppress(FileNotFoundError):
         return time.time() - part.stat().st_mtime > A_DAY
     return False

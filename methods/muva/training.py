@@ -87,11 +87,14 @@ class Parts:
                 )
 
     def encoder(self, encoder):
-        """The model with part tokens, on the weights of a CLIP's."""
+        """The model with part tokens, on the weights of a CLIP's; a model that has them keeps them."""
+        self.had_tokens = isinstance(encoder.backbone, PartTokenBackbone)
         backbone = PartTokenBackbone.on(encoder.backbone, self.args.mask_heads)
         options = {name: getattr(encoder, name) for name in ("image_mean", "image_std", "resample")}
         model = ReIDModel(backbone, encoder.num_ids, **options).eval()
         model.notes = encoder.notes
+        if self.had_tokens:
+            model.bnneck.load_state_dict(encoder.bnneck.state_dict())
         if self.grid is None:
             self.grid = backbone.grid
             self.find_masks()
@@ -142,7 +145,8 @@ class Parts:
         """
         given = self.given or self.learned(model.encoder, labels, accelerator, batch_size)
         with torch.no_grad():
-            model.encoder.backbone.model.part_tokens.copy_(given["part_tokens"])
+            if not self.had_tokens:
+                model.encoder.backbone.model.part_tokens.copy_(given["part_tokens"])
             model.texts.copy_(given["text_features"])
         return self.args.muva_stage == "prompts"
 

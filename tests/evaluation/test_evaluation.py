@@ -215,6 +215,15 @@ def test_images_without_labels_drop_nothing(monkeypatch):
     assert asked == [5]
 
 
+def test_lists_longer_than_tritons_kernel_keeps_are_those_of_torch():
+    """--backend triton runs where it can: on lists the kernel has a limit."""
+    queries, gallery = people(10, 300, num_ids=1, num_cams=1)
+    gallery.camids[100:] = 1
+    asked = [evaluation.ranked_lists(queries, gallery, 5, backend=backend) for backend in ("triton", "torch")]
+    for one, other in zip(*asked, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_the_same_file_is_dropped_under_every_protocol():
     """Files in place of cameras keep the single shot of cuhk03."""
     queries, gallery = people(30, 90)

@@ -5,7 +5,10 @@ import csv
 import pytest
 import torch
 
-from utils.evaluation.forget import forget, main
+from tests.tables import paint
+from utils.datasets.tracklets import read_tracklets
+from utils.evaluation.forget import forget, main, read
+from utils.evaluation.groups.grouping import save_items
 from utils.evaluation.kept_features import load_features, save_features
 from utils.evaluation.metrics import Side
 from utils.files import write_csv
@@ -131,3 +134,23 @@ def test_identities_with_names_are_removed_by_name(tmp_path):
     assert rows_of(tmp_path / "rankings.csv") == pairs[1:]
     forget(tmp_path, pid="anna")
     assert rows_of(tmp_path / "rankings.csv") == [("b.jpg", "b.jpg")]
+
+
+def test_what_stays_in_a_table_stays_as_it_was(results):
+    rows = [[PATHS[0], "-0.125", "'=1+1"], [PATHS[2], "-0.125", "'=1+1"]]
+    (results / "scores.csv").write_text("".join(",".join(row) + "\n" for row in (["query", "score", "more"], *rows)))
+    forget(results, pid=7)
+    assert (results / "scores.csv").read_text().split() == ["query,score,more", ",".join(rows[1])]
+
+
+def test_items_of_groups_are_removed_by_name(tmp_path):
+    for folder in ("anna/cam1", "7/cam1", "0/cam2"):
+        paint(tmp_path / "items" / folder / "1.png")
+    tracklets = read_tracklets(tmp_path / "items")
+    assert sorted(tracklets.pid_names) == ["0", "7", "anna"]
+    path = tmp_path / "out" / "group_features.safetensors"
+    path.parent.mkdir()
+    count = len(tracklets.items)
+    save_items(path, torch.eye(count), torch.arange(count), tracklets, "key")
+    forget(tmp_path / "out", pid="7")
+    assert read(path).identities("g_") == [item.identity for item in tracklets.items if item.identity != "7"]

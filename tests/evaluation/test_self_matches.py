@@ -185,3 +185,27 @@ def test_a_file_with_two_identities_is_named_on_both_sides(names, shown):
     query, gallery = torch.tensor([-1, 7]), torch.tensor([7, -1, 7])
     with pytest.raises(ValueError, match=r"set: 1 gallery images .* such as g/2.png " + re.escape(shown)):
         check_labels(query, gallery, split, images, names, "set")
+
+
+def test_the_same_file_is_dropped_where_its_camera_is_unknown(sides):
+    """Beside cameras that are known and shared; other images without a camera stay."""
+    queries, gallery = sides
+    queries.camids[::3], gallery.camids[::3] = -1, -1
+    result = rank(queries, gallery, protocol="market")
+    scores = F.normalize(queries.features, dim=1) @ gallery.features.T
+    for row in range(len(queries)):
+        same = gallery.pids == queries.pids[row]
+        dropped = same & (gallery.camids == queries.camids[row]) & (gallery.camids >= 0)
+        kept = kept_by_hand(queries, gallery, row) & ~dropped
+        order = scores[row][kept].argsort(descending=True)
+        assert int(result.first_match[row]) == int(same[kept][order].nonzero().flatten()[0]) + 1
+
+
+def test_reranked_distances_are_none_below_zero():
+    """Rounding would give equal rows some, which a table would take for formulas."""
+    gallery = Side(F.normalize(torch.randn(20, 8, generator=torch.Generator().manual_seed(0)), dim=1),
+                   torch.arange(20), torch.ones(20).long(), [str(row) for row in range(20)])  # fmt: skip
+    queries = Side(gallery.features.clone(), gallery.pids, torch.zeros(20).long(), gallery.paths)
+    for weight in (0.0, 0.3, 1.0):
+        reranking = k_reciprocal_rerank(queries.features, gallery.features, k1=5, k2=1, lambda_value=weight)
+        assert ranked_lists(queries, gallery, 5, reranking=reranking)[1].min() >= 0

@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from kernels import cosine_topk, k_reciprocal_rerank, measured, rank_metrics
+from kernels import cosine_topk, dispatch, k_reciprocal_rerank, measured, rank_metrics
 from kernels.counting import match_ranks, ranks_by_sorting
 from kernels.jaccard import k_reciprocal_vectors
 from kernels.neighbours import self_neighbours_reference, strip_neighbours, symmetric_neighbours
@@ -377,3 +377,33 @@ def test_the_environment_names_the_path(monkeypatch):
 )
 def test_work_of_one_size_shares_a_choice(shape, columns, k, wanted):
     assert measured.size_class("cosine_topk", shape, columns, k) == wanted
+
+
+@pytest.mark.parametrize("place", ["backends", "cuda", "mkldnn"])
+def test_reduced_precision_that_users_allow_changes_nothing(place):
+    """By torch's newer settings, which its older functions do not stand; they are as before afterwards."""
+    where = torch.backends if place == "backends" else getattr(torch.backends, place).matmul
+    value = "bf16" if place == "mkldnn" else "tf32"
+    features = torch.randn(30, 16, generator=torch.Generator().manual_seed(0))
+    wanted = cosine_topk(features, features, 5)
+    before, where.fp32_precision = where.fp32_precision, value
+    try:
+        found = cosine_topk(features, features, 5)
+        assert where.fp32_precision == value
+    finally:
+        where.fp32_precision = before
+    assert torch.equal(found.scores, wanted.scores) and torch.equal(found.indices, wanted.indices)
+
+
+def test_one_side_in_float64_is_computed_in_float64(monkeypatch):
+    """Triton's kernels know no float64, whichever side has it."""
+    asked = []
+    monkeypatch.setattr(dispatch, "triton_obstacle", lambda device, dtype: asked.append(dtype) or "none")
+    features = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    pids = torch.arange(12) % 4
+    for sides in ((features, features.double()), (features.double(), features)):
+        asked.clear()
+        cosine_topk(*sides, 3)
+        rank_metrics(*sides, pids, pids, torch.zeros(12).long(), torch.ones(12).long())
+        k_reciprocal_rerank(*sides, k1=4, k2=2)
+        assert set(asked) == {torch.float64}

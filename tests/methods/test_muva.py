@@ -20,6 +20,7 @@ import train_dcac
 from methods.muva import prompts, settings
 from methods.muva.losses import extract_under, with_parts
 from methods.muva.prompts import BEFORE, NUM_WORDS, Texts, rate_of, text_loss
+from methods.muva.training import Parts
 from tests import runs
 from tests.runs import launch, log_of, same_weights, weights_of
 from train_dcac import DCAC, Condition
@@ -213,6 +214,26 @@ def test_a_folder_keeps_part_tokens_and_predictors(clip, tmp_path):
 
 
 # The losses
+
+
+def test_a_trained_model_goes_on_with_what_it_has(clip, tmp_path):
+    """Without losses of masks its predictors rest, which DDP wants; by MUVA they train, and tokens and neck stay."""
+    model = part_model(clip)
+    with torch.no_grad():
+        model.backbone.model.part_tokens.fill_(7.0)
+        model.bnneck.weight.fill_(3.0)
+    model.save_pretrained(tmp_path)
+    opened = ReIDModel.for_training(str(tmp_path), num_ids=NUM_IDS, image_size=(32, 24))
+    assert not any(one.requires_grad for one in opened.backbone.model.predictors.parameters())
+    parts = Parts.__new__(Parts)
+    parts.args, parts.given, parts.grid = SimpleNamespace(mask_heads=2, muva_stage="train"), None, opened.backbone.grid
+    trained = parts.encoder(opened)
+    assert all(one.requires_grad for one in trained.backbone.model.predictors.parameters())
+    assert (trained.bnneck.weight == 3).all()
+    texts = {"part_tokens": torch.zeros_like(trained.backbone.model.part_tokens), "text_features": torch.ones(2)}
+    parts.given = texts
+    parts.start(SimpleNamespace(encoder=trained, texts=torch.zeros(2)), None, None, None)
+    assert (trained.backbone.model.part_tokens == 7).all()
 
 
 def module(clip, probabilities="classifier", **options):

@@ -351,6 +351,8 @@ def test_csv_holds_no_formula(tmp_path):
 def test_settings_are_written_without_the_folders_of_a_machine(tmp_path):
     assert portable([tmp_path, str(tmp_path), 3, "no such file"]) == [tmp_path.name, tmp_path.name, 3, "no such file"]
     assert portable([f"--output_dir={tmp_path}", "--seed=3"]) == [f"--output_dir={tmp_path.name}", "--seed=3"]
+    assert portable(f"{tmp_path}:holdout=0.3,domain=x") == f"{tmp_path.name}:holdout=0.3,domain=x"
+    assert portable("synthetic:domain=a,num_ids=4") == "synthetic:domain=a,num_ids=4"
     # A sentence may be longer than any name of a file.
     assert portable("x" * 5000) == "x" * 5000
 

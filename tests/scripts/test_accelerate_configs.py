@@ -1,9 +1,11 @@
 """accelerate_configs/: accelerate reads every file, and each is used, on the processor, as it is shipped."""
 
+import argparse
 import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,6 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from tests.runs import ROOT, environment, free_port, log_of
+from utils.sharding import set_up_deepspeed
 
 FOLDER = ROOT / "accelerate_configs"
 # (launcher, processes, machines, precision, ZeRO stage, where the optimiser's state lies)
@@ -187,3 +190,12 @@ def test_deepspeed_by_its_file_as_shipped(tmp_path):
     assert len(log_of(tmp_path / "out")) == 2
     refused = start("deepspeed_zero2", [*words, "--mixed_precision", "fp16", "--output_dir", tmp_path / "no"], *flags)
     assert "use --mixed_precision bf16 or no" in refused.communicate(timeout=570)[1] and refused.returncode
+
+
+@pytest.mark.parametrize("given, wanted", [(None, 0.0), (0.0, 0.0), (2.5, 2.5)])
+def test_deepspeed_clips_only_where_it_is_asked_to(given, wanted):
+    """Without a number accelerate would write its own, 1."""
+    plugin = SimpleNamespace(zero_stage=2, deepspeed_config={"gradient_clipping": "auto"})
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), mixed_precision="no")
+    set_up_deepspeed(accelerator, argparse.Namespace(max_grad_norm=given, train_batch_size=4), 3)
+    assert plugin.deepspeed_config["gradient_clipping"] == wanted

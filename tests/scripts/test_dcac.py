@@ -31,6 +31,7 @@ from utils.diffusion.feedback import GradientBalance, effective_rank, examined
 from utils.diffusion.latents import draw_noise, encode, sample_latents
 from utils.diffusion.schedule import NoiseSchedule
 from utils.diffusion.unet import load_unet, load_vae
+from utils.flags import CAPTIONER_DIR
 from utils.launch import introduce
 from utils.modeling.memories import PrototypeMemory
 from utils.modeling.names import open_backbone
@@ -1010,3 +1011,15 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_images(small, tmp_path, c
     assert "not finite at step" in found and "synthetic-a/s0/" in found
     steps = [line["step"] for line in log_of(tmp_path / "out")]
     assert steps and f"at step {steps[-1] + 1}" in found
+
+
+def test_captions_of_other_people_are_made_anew(standins, tmp_path):
+    """The same numbers, kept in the folder, may be other people by now."""
+    from utils.datasets.identities import open_identities
+    from utils.generated.texts.identity_texts import captioned
+
+    name, accelerator = str(CAPTIONER_DIR), Accelerator(cpu=True)
+    people = [open_identities([f"synthetic:domain=a,num_ids=2,images_per_id=3,seed={seed}"]) for seed in (0, 1)]
+    for identities in people:
+        texts = captioned(identities, name, tmp_path / "kept", accelerator)
+        assert texts == captioned(identities, name, tmp_path / identities[0].paths[0].replace("/", "-"), accelerator)

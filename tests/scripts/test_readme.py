@@ -103,10 +103,13 @@ def imported(file, seen):
 
 def test_what_a_copy_of_a_script_takes_along():
     said = re.search(
-        r"imports (\d+) files of `utils/` \(([\d,]+) lines\) and (\d+) files of `kernels/` \(([\d,]+) lines\)", README
+        r"imports (\d+) files of `utils/` \(([\d,]+) lines\), (\d+) of `methods/` and (\d+) of `kernels/` "
+        r"\(([\d,]+) lines\)",
+        README,
     )
     files = imported(ROOT / "train_dcac.py", set())
-    for room, count, lines in (("utils", said[1], said[2]), ("kernels", said[3], said[4])):
+    assert sum(path.relative_to(ROOT).parts[0] == "methods" for path in files) == int(said[3])
+    for room, count, lines in (("utils", said[1], said[2]), ("kernels", said[4], said[5])):
         held = [path for path in files if path.relative_to(ROOT).parts[0] == room]
         length = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in held)
         assert len(held) == int(count), (room, len(held))

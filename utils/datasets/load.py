@@ -157,7 +157,7 @@ def read_source(name, root, options):
         )
     if name in published.BENCHMARKS:
         if root is None:
-            raise ValueError(f"{name} needs a root (--data_root): the folder of the set, or the one it lies in")
+            raise ValueError(f"{name} needs a root (--data_root, --root): its folder, or the one it lies in")
         check_options(name, published.BENCHMARKS[name].read, options)
         rows, note, folder = published.read_benchmark(name, root, options)
         return datasets.DatasetDict({split: rows_to_dataset(rows[split], folder, name, split, note) for split in rows})

@@ -60,11 +60,16 @@ class Tracklets:
     @property
     def pids(self):
         """Numbers of the true identities, -1 where unknown; names that are numbers keep theirs."""
-        names = {item.identity for item in self.items} - {None}
-        if all(name.isdecimal() and len(name) <= 18 for name in names):
+        if self.pid_names is None:
             return [UNKNOWN if item.identity is None else int(item.identity) for item in self.items]
-        numbers = dense(names)
+        numbers = dense(self.pid_names)
         return [numbers.get(item.identity, UNKNOWN) for item in self.items]
+
+    @property
+    def pid_names(self):
+        """The names of the identities in order of number, None where all are numbers."""
+        names = {item.identity for item in self.items} - {None}
+        return None if all(name.isdecimal() and len(name) <= 18 for name in names) else sorted(names)
 
     @property
     def camids(self):

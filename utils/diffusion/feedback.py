@@ -127,7 +127,7 @@ def where_largest(values, draws, num_steps, num_parts=8):
 
 @torch.enable_grad()
 def gradients_at_features(model, features, labels, latents, noise, timesteps):
-    """Norm of the gradient of the noise loss by that of the other losses at features (B, D), and their cosine."""
+    """Norm of the noise loss' gradient by that of the others at features (B, D), and cosine; scaled for float16."""
     with torch.autocast(features.device.type, enabled=False):
         features = features.detach().float().requires_grad_()
         outputs = logits, bn_features = model.neck_again(features)
@@ -135,7 +135,8 @@ def gradients_at_features(model, features, labels, latents, noise, timesteps):
         condition = model.condition(*model.scored(features, *outputs), labels, model.memory)
     losses.append(model.in_passes(model.denoise, latents, noise, timesteps, condition).mean())
     others, of_noise = (
-        torch.autograd.grad(loss, features, retain_graph=True, materialize_grads=True)[0].double() for loss in losses
+        torch.autograd.grad(2**16 * loss, features, retain_graph=True, materialize_grads=True)[0].cpu().double()
+        for loss in losses
     )
     ratio = of_noise.norm() / others.norm()
     cosine = (others * of_noise).sum() / (others.norm() * of_noise.norm())
@@ -145,7 +146,7 @@ def gradients_at_features(model, features, labels, latents, noise, timesteps):
 def effective_rank(prompts):
     """exp(entropy of the singular values, by their sum): 1 if all prompts are equal, at most their number."""
     # In parts: whole captions of a large set would take a gigabyte in float64.
-    gram = sum(part.double() @ part.double().t() for part in prompts.detach().flatten(1).split(4096, 1))
+    gram = sum(part.double() @ part.double().t() for part in prompts.detach().cpu().flatten(1).split(4096, 1))
     values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     return float(torch.special.entr(values / values.sum()).sum().exp())
 

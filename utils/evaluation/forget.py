@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from utils.evaluation.index.store import MANIFEST, Index, is_identity
-from utils.files import write_csv, write_together
+from utils.files import write_together
 
 # Also the columns of CSV files that name their images.
 SIDES = ("query", "gallery")
@@ -171,7 +171,9 @@ def without_rows(path, images, dry_run):
         return []
     if not dry_run:
         with write_together(path.parent) as part:
-            write_csv(part(path.name), columns, kept)
+            # Cells are as `write_csv` left them.
+            with open(part(path.name), "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                csv.writer(file).writerows([columns, *kept])
     return [f"{path}: {removed} row{'s' if removed > 1 else ''} removed"]
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels import cosine_topk
+from kernels.dispatch import TRITON_MAX_K
 from kernels.ring.processes import joined, shares_of
 from utils.datasets.schema import UNKNOWN
 from utils.evaluation.metrics import kept_labels, rank
@@ -53,11 +54,14 @@ def ranked_lists(queries, gallery, k, *, protocol="market", reranking=None, back
     wanted = min(len(gallery), k + _most_dropped(queries, gallery, protocol))
     if reranking is None:
         sides = shares_of(group, queries.features, gallery.features)
+        # More than Triton's kernel keeps, where it was asked for.
+        backend = "torch" if wanted > TRITON_MAX_K else backend
         scores, columns = cosine_topk(*sides, wanted, backend=backend, group=group)
         distances = (2 - 2 * scores).clamp(min=0)
     else:
         scores, columns = reranking.topk(wanted)
-        distances = -scores
+        # Rounding gives equal rows distances a little below 0.
+        distances = (-scores).clamp(min=0)
     columns, distances = (joined(group, values).to(queries.pids.device) for values in (columns, distances))
     rows = torch.arange(len(queries), device=columns.device)[:, None].expand_as(columns)
     is_dropped = dropped(queries, gallery, rows, columns, protocol)

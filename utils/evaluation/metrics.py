@@ -77,14 +77,10 @@ def check_sides(queries, gallery):
             continue
         bad = ~side.features.isfinite().all(1)
         if bad.any():
-            raise ValueError(
-                f"{_rows(name, side, bad)} hold NaN or infinity; extract them again, without mixed precision"
-            )
+            raise ValueError(f"{_rows(name, side, bad)} hold NaN or infinity; extract again, without mixed precision")
         bad = ~(side.features != 0).any(1)
         if bad.any():
-            raise ValueError(
-                f"{_rows(name, side, bad)} are zero and have no direction; remove them or extract them again"
-            )
+            raise ValueError(f"{_rows(name, side, bad)} are zero and have no direction; remove them or extract again")
     widths = queries.features.shape[1], gallery.features.shape[1]
     if widths[0] != widths[1]:
         raise ValueError(
@@ -103,13 +99,16 @@ def kept_labels(queries, gallery, protocol):
 
     The market protocol drops images of one identity and camera. Where cameras drop nothing, under `all` or with no
     camera on both sides, the file takes the place of the camera: then that protocol drops the pairs of one file, and
-    nothing else. Two unknown cameras are not the same one.
+    nothing else. Two unknown cameras are not the same one, but for the same file.
     """
-    camids = queries.camids.masked_fill(queries.camids == -1, -2), gallery.camids
-    if queries.contents is not None and (protocol == "all" or not torch.isin(queries.camids, gallery.camids).any()):
-        # A query that is not in the gallery has no file in common with it.
-        camids = queries.contents.masked_fill(queries.contents < 0, -2), gallery.contents
-        protocol = "market" if protocol == "all" else protocol
+    camids, files = (queries.camids, gallery.camids), (queries.contents, gallery.contents)
+    if queries.contents is not None and (protocol == "all" or not (torch.isin(*camids) & (camids[0] >= 0)).any()):
+        camids, protocol = files, "market" if protocol == "all" else protocol
+    elif queries.contents is not None:
+        first = 1 + int(torch.cat(camids).max())
+        camids = [cams.where((cams >= 0) | (file < 0), first + file) for cams, file in zip(camids, files, strict=True)]
+    # What is unknown of a query is not what is unknown of the gallery.
+    camids = camids[0].masked_fill(camids[0] < 0, -2), camids[1]
     return (queries.pids, gallery.pids, *camids), protocol
 
 

@@ -11,6 +11,7 @@ from utils.datasets.schema import UNKNOWN
 from utils.evaluation.decisions import add_decisions
 from utils.evaluation.lists import is_match
 from utils.evaluation.metrics import RANKS
+from utils.files import portable
 from utils.modeling.attention import attention_maps
 from utils.reporting.charts import line_chart
 from utils.reporting.histograms import histogram
@@ -63,7 +64,7 @@ def evaluation_report(metrics, findings, pictures=None, *, num_random=4, seed=0)
     is_search = metrics["mAP"] is None
     cameras = torch.cat([findings.queries.camids, findings.gallery.camids]).unique()
     facts = [
-        ("Data", metrics["data"]),
+        ("Data", " in ".join(portable(metrics["data"].split(" in ")))),
         ("Model", model_name(metrics["model"]) or "features from a file"),
         ("Queries", f"{len(findings.queries):,} images"),
         ("Gallery", f"{len(findings.gallery):,} images"),

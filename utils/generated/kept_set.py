@@ -32,7 +32,6 @@ QUALITY = 95
 UNSAVED = ("file_name", "error", "kept", "rejected", "perceptual_hash", "split")
 LIMITS = (10, 30, 50, 70, 90, 110, 130, 150, 170, 190, 210, 250, 300)
 # The type of an image column in `datasets`.
-IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 TABLE_COLUMNS = ("images", "scene", "person IDs", "labeled", "environment", "crop size")
 CARD = """{kept:,} images of {identities:,} identities, {made_by}. {marked}
 They are what {filter} left of {images:,} generated images.

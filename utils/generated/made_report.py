@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from utils.files import portable
 from utils.generated.measures import identity_auc
 from utils.reporting.charts import line_chart
 from utils.reporting.histograms import histogram
@@ -26,7 +27,7 @@ def made_report(work, identities, records, described, failures, arguments, valid
     """A `Report` of all that a folder holds. `described`: the records of captions; `records`: those of images."""
     count = sum(len(record["images"]) for record in records)
     facts = [
-        ("Source", ", ".join(map(str, arguments["source"]))),
+        ("Source", ", ".join(map(str, portable(arguments["source"])))),
         ("Model", arguments["pretrained_model_name_or_path"]),
         ("Captions by", arguments["captioner_model_name_or_path"]),
         ("Fine-tuning", f"{arguments['finetune']}, {arguments['max_train_steps']} steps"),

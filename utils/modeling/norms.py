@@ -91,9 +91,7 @@ def add_batch_instance_norms(backbone):
                 if isinstance(norm, nn.BatchNorm2d):
                     setattr(owner, name, BatchInstanceNorm(norm).to(norm.weight.device))
     if not has_batch_instance_norms(backbone):
-        raise ValueError(
-            f"a {backbone.config.model_type} has no BatchNorm whose place batch-instance norms could take"
-        )
+        raise ValueError(f"a {backbone.config.model_type} has no BatchNorm whose place batch-instance norms may take")
 
 
 def has_batch_instance_norms(backbone):

@@ -90,7 +90,7 @@ def add_contact_sheet(report, dataset, labels, features, truth=None):
         cards.append({"title": "In no cluster", "note": f"{len(noise)} images", "tiles": tiles(dataset, noise)})
     words = "Clusters of the trained model."
     if truth is not None:
-        words += " Green: a cluster's most frequent identity; red: other people."
+        words += " In a solid green frame a cluster's most frequent identity, in a dashed red one others."
     report.section("What the clusters hold", words)
     report.cards(cards)
 

@@ -261,6 +261,8 @@ def save_items(path, features, typical_rows, tracklets, key):
         "g_row": typical_rows,
     }
     header = {"g_path": json.dumps([item.path for item in tracklets.items]), "key": json.dumps(key)}
+    if tracklets.pid_names:
+        header["g_names"] = json.dumps({"pid": tracklets.pid_names})
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=header)
 
 

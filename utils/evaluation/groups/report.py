@@ -7,6 +7,7 @@ import torch
 from utils.datasets.schema import UNKNOWN
 from utils.evaluation.groups.grouping import doubts
 from utils.evaluation.report import model_name
+from utils.files import portable
 from utils.reporting.histograms import histogram
 from utils.reporting.report import Report, Tile, data_uri, percent
 
@@ -19,7 +20,7 @@ def group_report(metrics, tracklets, groups, typical_rows):
     """A `Report` of `Groups`; `typical_rows[item]` is the row of the image that stands for an item."""
     cameras = len({item.camera for item in tracklets.items} - {None})
     facts = [
-        ("Data", metrics["data"]),
+        ("Data", portable(metrics["data"])),
         ("Model", model_name(metrics["model"])),
         ("Items", f"{metrics['num_items']:,} of {metrics['num_images']:,} images"),
         ("Cameras", cameras or "unknown"),

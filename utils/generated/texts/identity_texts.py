@@ -134,7 +134,9 @@ def captioned(identities, name, folder, accelerator):
     captioner = None
     for identity in tqdm(share(identities, **processes), desc="captions", disable=None):
         record = work.read(identity.name, CAPTIONS)
-        if record is None or record["made_with"] != made_with:
+        paths = record and [image["path"] for image in record["images"]]
+        # The same number may be another person by now.
+        if record is None or record["made_with"] != made_with or paths != list(identity.paths):
             captioner = captioner or Captioner.from_pretrained(name, device=accelerator.device)
             record = caption_identity(captioner, identity, made_with)
             record |= {"prompt": captions.composed(record), "identity_prompt": ""}

@@ -78,6 +78,8 @@ class PartTokenBackbone(ClipBackbone):
                 f"these part tokens were trained on {rows} x {columns} patches, and images of "
                 f"{' x '.join(map(str, image_size))} have {' x '.join(map(str, self.grid))}"
             )
+        # They have no gradient but from losses of the masks: `on` lets them train.
+        model.predictors.requires_grad_(False)
         self.num_parts, self.num_patches = model.config.num_parts, self.grid[0] * self.grid[1]
         self.num_grains = 1 + self.num_parts
         self.num_features = self.num_grains * model.config.projection_dim
@@ -86,6 +88,7 @@ class PartTokenBackbone(ClipBackbone):
     def on(cls, backbone, mask_heads):
         """On the weights of a CLIP: part tokens and predictors are drawn by torch's global generator."""
         if isinstance(backbone, cls):
+            backbone.model.predictors.requires_grad_(True)
             return backbone
         if type(backbone) is not ClipBackbone or not backbone.config.projection_dim:
             raise ValueError(
@@ -99,6 +102,7 @@ class PartTokenBackbone(ClipBackbone):
             entries.pop(name, None)
         model = PartTokenCLIP(PartTokenConfig(**entries, grid=list(backbone.grid), mask_heads=mask_heads))
         made = cls(model, backbone.image_size)
+        model.predictors.requires_grad_(True)
         model.load_state_dict(backbone.model.state_dict(), strict=False)
         with torch.no_grad():
             model.part_positions.copy_(
