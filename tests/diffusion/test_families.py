@@ -282,21 +282,6 @@ def test_frozen_weights_of_few_bits(pipelines, kind, bits):
     assert 0 < apart < 0.1 and near > 0.9
 
 
-def test_several_text_encoders_rest_on_the_cpu(pipelines, monkeypatch):
-    """They come to the device to encode, and leave it again; the one of Stable Diffusion stays."""
-    places = []
-    model = opened(pipelines("flux")[1])
-    for text in model.texts:
-        monkeypatch.setattr(text.encoder, "to", lambda place, text=text: places.append((str(place), text)))
-    model.device = torch.device("meta")
-    with model.texts_here():
-        assert [place for place, _ in places] == ["meta", "meta"]
-    assert [place for place, _ in places[2:]] == ["cpu", "cpu"] and places[0][1] is places[2][1]
-    model.texts = model.texts[:1]
-    with model.texts_here():
-        assert len(places) == 4
-
-
 def test_no_token_of_its_own_with_several_encoders(pipelines):
     model = opened(pipelines("sd3")[1])
     assert Tunable.of(model, None, with_token=False).token is None and len(model.texts) == 3

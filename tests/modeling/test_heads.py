@@ -431,7 +431,7 @@ def test_compiled_blocks_run_in_every_head_and_change_nothing(family, method, mo
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_as)
     torch._dynamo.reset()
-    compile_blocks(compiled)
+    compile_blocks(compiled.backbone, compiled.head)
     images = torch.randn(2, 3, *SIZE)
     features = [model.eval().pool(images, random.Random(0)) for model in (plain, compiled)]
     assert graphs and torch.equal(*features)

@@ -29,9 +29,7 @@ def identities_to_test(name, identities, number, split, split_file, form):
         chosen = read_split_file(split_file, split, form)
         unknown = sorted(chosen - set(identities))
         if unknown or not chosen:
-            raise ValueError(
-                f"{split_file}: split {split} tests on {unknown[:5] or 'nobody'}, not identities of {name}"
-            )
+            raise ValueError(f"{split_file}: split {split} tests on {unknown[:5] or 'nobody'}, not people of {name}")
         return chosen, f"{name}: split {split} of {split_file}"
     if isinstance(split, bool) or split not in range(NUM_SPLITS):
         raise ValueError(f"{name}: split must be 0 to {NUM_SPLITS - 1}, not {split!r}")

@@ -167,9 +167,12 @@ class ResNetBackbone(Backbone):
             hidden = self.run(stage, hidden)
         return hidden
 
-    @torch.compiler.disable(recursive=False)
+    def compile(self, **options):
+        for stage in self.model.encoder.stages:
+            stage.compile(**options)
+
     def run(self, module, hidden):
-        """A part of the network, compiled by itself; with gradient checkpointing it is computed again backwards."""
+        """Run a part of the network; with gradient checkpointing it is computed again in the backward pass."""
         if self.gradient_checkpointing and self.training:
             return checkpoint(module, hidden, use_reentrant=False, context_fn=lambda: recompute(module))
         return module(hidden)
