@@ -147,8 +147,9 @@ def in_four_bits(gib, sizes):
 
 def tune(network, denoiser, schedule, size, condition, alive):
     weights = [weight for weight in network.parameters() if weight.requires_grad]
-    # AdamW's two moments.
-    alive.add(*(torch.empty(2, *weight.shape) for weight in weights))
+    # AdamW's two moments, there until the end.
+    moments = [torch.empty(2, *weight.shape) for weight in weights]
+    alive.add(*moments)
     network.train()
     latents, noise = torch.randn(2, 2, *size)
     for _ in range(2):

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.common import GIB, command_line, write_result
@@ -110,12 +110,23 @@ def count(way, resolution):
     return peaks
 
 
+def counting():
+    """torch's counter of operations, which knows the attention of GPUs, with that of a CPU."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    formulas = {
+        attention: lambda query, key, value, *more, **options: sdpa_flop_count(query, key, value),
+        backward: lambda out, query, key, value, *more, **options: sdpa_backward_flop_count(out, query, key, value),
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
 def step_tflop(way, resolution):
     """TFLOP of one fine-tuning step, of one own and one reference image."""
     unet, _, _ = build(*WAYS[way][:2])
     with FakeTensorMode():
         hollow(unet)
-        with FlopCounterMode(display=False) as counter:
+        with counting() as counter:
             fine_tuning(unet, NoiseSchedule(SCHEDULE), resolution, Alive())
     # `fine_tuning` takes two steps.
     return round(counter.get_total_flops() / 2e12, 2)
@@ -134,7 +145,7 @@ def forward_tflop(resolution):
             lambda: vae.encode(torch.randn(1, 3, *resolution, dtype=HALF)),
             lambda: vae.decode(torch.randn(latents, dtype=HALF)),
         ):
-            with FlopCounterMode(display=False) as counter, torch.autocast("cpu", HALF):
+            with counting() as counter, torch.autocast("cpu", HALF):
                 run()
             numbers.append(counter.get_total_flops() / 1e12)
     return numbers
