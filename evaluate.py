@@ -275,7 +275,8 @@ from utils.modeling.reid_model import ReIDModel
 
 
 def main(args):
-    accelerator = launch.start_accelerator(args.mixed_precision)
+    # A process writes and hashes a kept gallery, for which the others wait.
+    accelerator = launch.start_accelerator(args.mixed_precision, patient=bool(args.gallery_features))
     is_default = args.model == str(DEMO_MODEL) and args.origin["model"] == "default"
     launch.introduce(
         args, accelerator, demo=DEMO, stand_ins=is_default and "No --model given: using the shipped stand-in CLIP"
@@ -327,7 +328,8 @@ def main(args):
             findings.calibration = calibrated(args, model, findings)
         elif calibration:
             findings.decisions = decide(calibration, findings.lists, len(findings.gallery), args.false_alarm_rate)
-            metrics["decisions"] = summary(findings.decisions, findings.queries, findings.gallery)
+            sides = findings.queries, findings.gallery
+            metrics["decisions"] = summary(findings.decisions, *sides, findings.protocol)
         pictures = ResultPictures(images, *(rows for rows, *_ in splits[0]), model) if images is not None else None
         report = evaluation_report(metrics, findings, pictures, num_random=args.report_queries, seed=args.seed)
         write_results(args.output_dir, metrics, findings, report, run_record(args))

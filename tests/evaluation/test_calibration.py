@@ -12,6 +12,7 @@ from utils.evaluation import calibration, decisions, thresholds
 from utils.evaluation.calibration import identity_counts, resampling
 from utils.evaluation.calibration.identity_counts import IdentityCounts
 from utils.evaluation.calibration.rates import PairRates, needed_identities
+from utils.evaluation.metrics import Side
 from utils.evaluation.thresholds import pair_statistics
 from utils.files import to_json
 
@@ -251,6 +252,17 @@ def test_few_identities_give_no_yes():
     assert "down to 20.0 %" in decisions.limits(content, 100, 0.01) and decisions.limits(content, 100, 0.2) is None
     # Above one half nothing passes, however much is accepted otherwise.
     assert answers(hand_made(), [0.2], accepted=0.3)[0].answer == "nobody"
+
+
+def test_nobody_is_right_where_the_protocol_leaves_nobody():
+    """The only gallery image of the first person is of the query's camera, that of the second is the query's file."""
+    pids, contents = torch.tensor([1, 2, 3]), torch.tensor([-1, 5, -1])
+    queries = Side(torch.eye(3), pids, torch.tensor([0, -1, 0]), ["a", "b", "c"], contents)
+    gallery = Side(torch.eye(3), pids, torch.tensor([0, -1, 1]), ["d", "e", "f"], contents)
+    decided = answers(hand_made(), [0.3, 0.3, 0.3])
+    assert [one.answer for one in decided] == ["nobody"] * 3
+    assert decisions.summary(decided, queries, gallery, "market")["right"]["nobody"] == 2
+    assert decisions.summary(decided, queries, gallery, "all")["right"]["nobody"] == 1
 
 
 def test_a_query_without_any_gallery_image_has_nobody():

@@ -188,3 +188,17 @@ def test_two_additions_at_once_do_not_lose_images(kept, tmp_path):
         second.add(second.features()[[0]], rows)
     assert len(Index.open(place)) == len(first) == len(second) + 1
     assert not list(place.glob("*.part"))
+
+
+def test_a_search_without_labels(folders, clip, tmp_path):
+    """Nobody is known on either side: ranked lists by name, in a report without pictures."""
+    for side in ("query", "gallery"):
+        for number, path in enumerate(sorted((folders / side).iterdir())[:4]):
+            (tmp_path / side).mkdir(exist_ok=True)
+            shutil.copy(path, tmp_path / side / f"{side}{number}.png")
+    words = ["--model", clip, "--resolution", 64, 32, "--query_dir", tmp_path / "query"]
+    words += ["--gallery_dir", tmp_path / "gallery", "--gallery_features", tmp_path / "kept"]
+    assert run(*words, "--output_dir", tmp_path / "out")["mAP"] is None
+    assert len(rankings(tmp_path / "out")[0]) >= 4 * 3
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "query0.png" in report and "gallery3.png" in report

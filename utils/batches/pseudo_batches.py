@@ -139,7 +139,8 @@ class LeastDrawn:
         preferred = [row for row in others if camids[row] != camids[start]]
         if not preferred:
             preferred = [row for row in others if self.parts[row - self.first] != self.parts[start - self.first]]
-        rest = [row for row in others if row not in preferred]
+        taken = set(preferred)
+        rest = [row for row in others if row not in taken]
         chosen = [start, *ordered(preferred), *ordered(rest)][:size]
         chosen += rng.choices(rows, k=size - len(chosen))
         for row in chosen:

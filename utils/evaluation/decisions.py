@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.datasets.schema import UNKNOWN
-from utils.evaluation.lists import is_match
+from utils.evaluation.lists import findable, is_match
 
 YES, UNSURE, NOBODY = "yes", "unsure", "nobody"
 UNSURE_TIMES, MOST_UNSURE = 10, 0.5
@@ -138,18 +138,21 @@ def limits(calibration, num_gallery, accepted):
     )
 
 
-def summary(decisions, queries, gallery):
-    """How often each answer was given; where identities are known, how often it was right."""
+def summary(decisions, queries, gallery, protocol="all"):
+    """How often each answer was given; where identities are known, how often it was right.
+
+    "Nobody" is right where the gallery has no image of that person that the protocol keeps.
+    """
     counts = {answer: sum(one.answer == answer for one in decisions) for answer in (YES, UNSURE, NOBODY)}
     known = [row for row in range(len(decisions)) if int(queries.pids[row]) != UNKNOWN]
     if not known or not bool((gallery.pids != UNKNOWN).any()):
         return counts
-    there = set(gallery.pids.tolist())
+    there = findable(queries, gallery, protocol)
     right = dict.fromkeys(counts, 0)
     for row in known:
         one = decisions[row]
         if one.answer == NOBODY:
-            right[NOBODY] += int(queries.pids[row]) not in there
+            right[NOBODY] += not there[row]
         else:
             right[one.answer] += bool(is_match(queries, gallery, row, one.column))
     return counts | {"num_labelled": len(known), "right": right}
@@ -164,14 +167,14 @@ def csv_rows(decisions, queries, gallery):
         yield name, one.answer, nearest, round(one.score, 6), *rates, miss
 
 
-def text_lines(decisions, queries, gallery):
+def text_lines(decisions, queries, gallery, protocol="all"):
     """A line for each of the first queries."""
     for name, one in list(zip(queries.paths, decisions, strict=True))[:SHOWN]:
         nearest = f"{gallery.paths[one.column]}, " if one.answer != NOBODY else ""
         yield f"{name}: {nearest}{one.describe()}"
     if len(decisions) > SHOWN:
         yield f"{len(decisions) - SHOWN} more queries: {DECISIONS}"
-    counts = summary(decisions, queries, gallery)
+    counts = summary(decisions, queries, gallery, protocol)
     answers = [f"{answer} {counts[answer]}{share_right(counts, answer)}" for answer in MEANINGS]
     yield f"Decisions of {len(decisions)} queries: {', '.join(answers)}"
 

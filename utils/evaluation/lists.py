@@ -32,15 +32,20 @@ def dropped(queries, gallery, rows, columns, protocol):
     return mask | (same_identity & (cameras == gallery.camids[columns]) & (cameras != UNKNOWN))
 
 
-def can_match(queries, gallery, protocol):
-    """Whether any query has a match that the protocol keeps."""
+def findable(queries, gallery, protocol):
+    """Of each query, whether it has a match that the protocol keeps."""
     (query_pids, gallery_pids, query_cameras, gallery_cameras), protocol = kept_labels(queries, gallery, protocol)
     cameras = {}
     for pid, camid in torch.stack([gallery_pids, gallery_cameras], 1).unique(dim=0).tolist():
         cameras.setdefault(pid, set()).add(camid)
-    query_labels = torch.stack([query_pids, query_cameras], 1).unique(dim=0).tolist()
+    labels = zip(query_pids.tolist(), query_cameras.tolist(), strict=True)
     excluded = (lambda camid: set()) if protocol == "all" else (lambda camid: {camid})
-    return any(pid != UNKNOWN and cameras.get(pid, set()) - excluded(camid) for pid, camid in query_labels)
+    return [pid != UNKNOWN and bool(cameras.get(pid, set()) - excluded(camid)) for pid, camid in labels]
+
+
+def can_match(queries, gallery, protocol):
+    """Whether any query has a match that the protocol keeps."""
+    return any(findable(queries, gallery, protocol))
 
 
 def ranked_lists(queries, gallery, k, *, protocol="market", reranking=None, backend="auto", group=None):

@@ -54,6 +54,15 @@ class ResultPictures:
         return data_uri(Image.blend(image.convert("RGB"), colours, 0.55))
 
 
+class NoPictures:
+    """In the place of `ResultPictures` where there are no images: lists show names."""
+
+    def query(self, row):
+        return None
+
+    gallery = attention = query
+
+
 def model_name(name):
     """Of an absolute path only the last part: reports are shared."""
     return Path(name).name if name and Path(name).is_absolute() else name
@@ -333,7 +342,7 @@ def add_searches(report, findings, pictures):
     report.section("Results", f"Below each image its distance: 0 for equal features, 4 for opposite ones.{more}")
     for row in range(shown):
         note = findings.decisions[row].describe() if findings.decisions else ""
-        add_ranked(report, findings, pictures, row, note)
+        add_ranked(report, findings, pictures or NoPictures(), row, note)
 
 
 def add_ranked(report, findings, pictures, row, note):

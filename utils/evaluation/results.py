@@ -39,7 +39,7 @@ def answer_lines(findings, calibration, accepted):
         return calibration_lines(findings.calibration)
     if not calibration:
         return []
-    lines = text_lines(findings.decisions, findings.queries, findings.gallery)
+    lines = text_lines(findings.decisions, findings.queries, findings.gallery, findings.protocol)
     return list(filter(None, [*lines, limits(calibration, len(findings.gallery), accepted)]))
 
 
