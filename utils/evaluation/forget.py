@@ -160,12 +160,13 @@ def without_rows(path, images, dry_run):
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         columns, *rows = list(csv.reader(file)) or [[]]
     named = images | {"path": images["query"] | images["gallery"]}
+    places = [(place, named[column]) for place, column in enumerate(columns) if column in named]
 
-    def is_named(column, cell):
-        # `write_csv` puts a quote before what a spreadsheet would compute.
-        return bool({cell, cell.removeprefix("'")} & named.get(column, set()))
+    def is_named(row):
+        # `write_csv` puts a quote before what a spreadsheet would compute; a row may be cut short.
+        return any({row[place], row[place].removeprefix("'")} & names for place, names in places if place < len(row))
 
-    kept = [row for row in rows if not any(map(is_named, columns, row))]
+    kept = [row for row in rows if not is_named(row)]
     removed = len(rows) - len(kept)
     if not removed:
         return []

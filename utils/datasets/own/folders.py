@@ -17,17 +17,15 @@ PREPARED = USUAL | {"train": "train_all"}
 
 
 def read_identity_folders(folder, columns):
-    """(rows by split, names of the identities or None, of the cameras or None): one folder per identity.
+    """(rows by split, names of the identities or None, names of the cameras or None).
 
-    The folders lie directly in it or below its splits.
-
-    The splits are train, query and gallery, or the folders of Market-1501 or Person_reID_baseline_pytorch, of which
-    junk (-1) and further folders are left out. Folders whose names are numbers keep them as pid; other folders are
-    numbered in order of name. A folder, or a split, of files that are all named like 0001_c2_x.jpg needs no folders of
-    identities. The camera is the number after `c` or `cam` in the file name (0001_c2_05.jpg), or a folder of its own
-    (cam1, camera_b) below the identities or above them. If nothing names cameras, or with camid_column=none, all
-    images get one camera, except that queries and gallery get two different ones: removing a query's own camera then
-    never empties its ranking.
+    There is one folder per identity, directly in it or below its split. The splits are train, query and gallery, or
+    the folders of Market-1501 or Person_reID_baseline_pytorch, of which junk (-1) and further folders are left out.
+    Folders whose names are numbers keep them as pid; other folders are numbered in order of name. A folder, or a
+    split, of files that are all named like 0001_c2_x.jpg needs no folders of identities. The camera is the number
+    after `c` or `cam` in the file name (0001_c2_05.jpg), or a folder of its own (cam1, camera_b) below the identities
+    or above them. If nothing names cameras, or with camid_column=none, all images get one camera, except that queries
+    and gallery get two different ones: removing a query's own camera then never empties its ranking.
     """
     for kind, value in columns._asdict().items():
         if value != columns._field_defaults[kind] and (kind, value) != ("camid", "none"):
