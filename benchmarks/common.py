@@ -173,6 +173,20 @@ def finished(run, script):
         raise ValueError(f"{script} stopped: {run.last_line}; the same command continues")
 
 
+def kept(file, settings, measure):
+    """The result of `measure`, read from `file` if it was measured before with the same settings.
+
+    ValueError if the file has the result of other settings.
+    """
+    settings = json.loads(to_json(settings))
+    if not file.is_file():
+        write_json(file, {"settings": settings, "result": measure()})
+    before = json.loads(file.read_text(encoding="utf-8"))
+    if before["settings"] != settings:
+        raise ValueError(f"{file} was measured with {before['settings']}, not {settings}; give another folder")
+    return before["result"]
+
+
 # Timing
 
 

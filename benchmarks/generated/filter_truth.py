@@ -18,14 +18,15 @@ import argparse
 import json
 import statistics
 import tempfile
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from benchmarks.common import RESULTS, checked, command_line, mean_and_deviation, run_script, write_result
-from utils.files import write_together
+from benchmarks.common import RESULTS, checked, command_line, kept, mean_and_deviation, run_script, write_result
 from utils.flags import CAPTIONER_DIR
 from utils.generated import choosing
 from utils.generated.drawn_set import NEAR, SOURCE, World, write_drawn, write_source
@@ -66,9 +67,6 @@ def open_rgb(path):
 
 def scored(place, world, flags):
     """{filter: numbers} of a run: `against_truth` of its summary, and more of the near-misses."""
-    kept = place / "found.json"
-    if kept.is_file():
-        return json.loads(kept.read_text())
     source = write_source(place / "source", world)
     generated = place / "drawn"
     if not (generated / "metadata.parquet").is_file():
@@ -84,8 +82,6 @@ def scored(place, world, flags):
     for name, numbers in again.items():
         if "chosen" in numbers:
             found[name]["agreeing"] = numbers["chosen"]
-    with write_together(place) as part:
-        part(kept.name).write_text(json.dumps(found))
     return found
 
 
@@ -151,7 +147,11 @@ def main(input_args=None):
                     few_cameras=CAMERAS[cameras],
                     **kind,
                 )
-                found[cameras][seed] = scored(place / f"{cameras.replace(' ', '-')}-{seed}", world, args.flags)
+                folder = place / f"{cameras.replace(' ', '-')}-{seed}"
+                settings = {"world": asdict(world), "flags": args.flags, "min_agreement": MIN_AGREEMENT}
+                found[cameras][seed] = kept(
+                    folder / "found.json", settings, partial(scored, folder, world, args.flags)
+                )
                 print(f"people of seed {seed}, each seen by {cameras}", flush=True)
                 print(text_table(*table_of({cameras: {seed: found[cameras][seed]}})), flush=True)
     columns, rows = table_of(found)

@@ -1,7 +1,7 @@
-"""Accuracy of the shipped question answerer on domain a, which it was not trained on.
+"""Accuracy of the shipped question answerer on people that it was not trained on, by default those of domain a.
 
     python -m benchmarks.generated.standins
-    python -m benchmarks.generated.standins --domain h --first_pid 2000 --json FILE
+    python -m benchmarks.generated.standins --domain h --first_pid 5000 --json FILE
     python -m benchmarks.generated.standins --samples samples.png        # ten captions drawn, below the true people
 
 An answer is right if it equals the synthetic world's own, word by word. Beside it stands the accuracy of always giving
@@ -24,7 +24,7 @@ from utils.files import write_together
 from utils.flags import CAPTIONER_DIR, DIFFUSION_DIR
 from utils.generated.texts.captions import QUESTIONS
 from utils.reporting.report import sheet, text_table
-from utils.standins.people import answers_of
+from utils.standins.people import DOMAINS, answers_of
 
 BATCH_SIZE = 50
 # Parts of an answer, found as words in it; answers do not name the pattern of plain clothes.
@@ -35,6 +35,10 @@ PARTS = {
     ("lower", "lower_colour"): tuple(synthetic.COLOURS),
     ("lower", "lower_kind"): synthetic.LOWER_KINDS,
 }
+
+
+# The stand-ins learned people below this number, of these domains.
+TRAINED = 2 * 1500
 
 
 def pictures(domain, num_ids, first_pid=0):
@@ -109,7 +113,7 @@ def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--domain", default="a", choices=sorted(synthetic.DOMAINS), help="whose people; default a")
     parser.add_argument("--num_ids", type=int, default=200, help="identities, in two pictures each; default 200")
-    parser.add_argument("--first_pid", type=int, default=0, help="number of the first identity; default 0")
+    parser.add_argument("--first_pid", type=int, default=0, help="of the first identity; default 0")
     parser.add_argument("--json", type=Path, default=RESULTS / "standins.json", help="default benchmarks/results")
     parser.add_argument("--samples", type=Path, help="only draw a sheet of samples into this PNG")
     args = parser.parse_args(input_args)
@@ -121,6 +125,8 @@ def main(input_args=None):
         return
     if args.num_ids < 1 or args.first_pid < 0:
         parser.error(f"--num_ids must be 1 or more and --first_pid 0 or more, got {args.num_ids} and {args.first_pid}")
+    if args.domain in DOMAINS and args.first_pid < TRAINED:
+        parser.error(f"the answerer was trained on people of domain {args.domain} below {TRAINED}: raise --first_pid")
     examples = pictures(args.domain, args.num_ids, args.first_pid)
     found = accuracies(*load_answerer(), examples)
     print(f"domain {args.domain}, {len(examples)} pictures\n{text_table(*table_of(found))}")

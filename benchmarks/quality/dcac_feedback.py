@@ -299,6 +299,12 @@ def condition_table(runs):
     return [*COLUMNS[:5], *SAID, "seeds"], rows
 
 
+def mixed(runs):
+    """A line where the runs are not of one revision of the code, else nothing."""
+    found = sorted({str(run["commit"]) for run in runs})
+    return [f"The runs are of {len(found)} revisions, {', '.join(found)}."] if len(found) > 1 else []
+
+
 def rows_read(path):
     return json.loads(path.read_text(encoding="utf-8"))["raw"]["runs"] if path.exists() else []
 
@@ -328,7 +334,7 @@ def main(input_args=None):
                 if mine and job not in {job_of(run) for run in rows_read(args.json)}:
                     add_row(args, train(job, args.output_dir), command_line(__spec__.name, []))
     runs = rows_read(args.json)
-    print(text_table(COLUMNS, rows_of(runs)), text_table(*condition_table(runs)), sep="\n\n")
+    print(text_table(COLUMNS, rows_of(runs)), text_table(*condition_table(runs)), *mixed(runs), sep="\n\n")
     choice, done = choice_of(runs), {job_of(run) for run in runs}
     for part in parts:
         missing = [job for job in jobs_of(part, choice) if job not in done]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.common import RESULTS, command_line, finished, run_once, write_result
-from benchmarks.quality.dcac_feedback import EPOCHS, interval, locked
+from benchmarks.quality.dcac_feedback import EPOCHS, interval, locked, mixed
 from utils.reporting.report import text_table
 
 SOURCE, TARGETS = "synthetic:domain=a,num_ids=112", {domain: f"synthetic:domain={domain}" for domain in "bcd"}
@@ -144,7 +144,7 @@ def main(input_args=None):
             if mine and job not in {Job(run["arm"], run["seed"]) for run in rows_read(args.json)}:
                 add_row(args, train(job, args.output_dir), command_line(__spec__.name, []))
     runs = rows_read(args.json)
-    print(text_table(COLUMNS, rows_of(runs)))
+    print(text_table(COLUMNS, rows_of(runs)), *mixed(runs), sep="\n\n")
     print(f"{len(jobs()) - len(runs)} of {len(jobs())} runs are missing")
 
 

@@ -27,6 +27,7 @@ import argparse
 import itertools
 import json
 import random
+import re
 import shlex
 import shutil
 import statistics
@@ -133,10 +134,11 @@ def scaled(part, share):
 def kept_source(args):
     """The labelled set; drawn people as a copy on disk, which is faster to read than to draw."""
     name, options = parse_spec(args.source)
-    folder = args.output_dir / "source"
+    folder = args.output_dir / "source" / "-".join(re.findall("=([^,]+)", args.source))
     if name != "synthetic":
         return args.source
     if not folder.exists():
+        folder.parent.mkdir(exist_ok=True)
         save(load_reid(name, **options), folder)
     return str(folder)
 

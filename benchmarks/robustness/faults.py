@@ -55,8 +55,9 @@ def killed_often(runner, job, kills, seed=0, signs=(signal.SIGKILL, signal.SIGTE
             reached = 0
             continue
         now = progress(job, out)
-        # The chunks of features go once all of them are in one file.
-        assert now >= reached or (out / JOBS[job].result[0]).exists(), f"{job}: {reached} were done, {now} are left"
+        # The chunks of features go once all of them are in one file; checkpoints never.
+        gone = not JOBS[job].trains and (out / JOBS[job].result[0]).exists()
+        assert now >= reached or gone, f"{job}: {reached} were done, {now} are left"
         reached = now
     return happened
 
@@ -110,9 +111,9 @@ def main(input_args=None):
             except AssertionError as error:
                 print(f"{job} FAILED: {error}", flush=True)
                 failed.append(job)
-                continue
-            print(f"{job}: {happened}", flush=True)
-            write(args, command_line(__spec__.name, input_args), rows)
+            else:
+                print(f"{job}: {happened}", flush=True)
+            write(args, command_line(__spec__.name, input_args), rows, failed)
     finally:
         runner.close()
     print(text_table(COLUMNS, rows))
@@ -120,10 +121,10 @@ def main(input_args=None):
         sys.exit(f"benchmarks.robustness.faults: {', '.join(failed)} lost something, see above")
 
 
-def write(args, command, rows):
-    """Write the file after each job, so that a stop loses one job only; rows of other jobs stay."""
+def write(args, command, rows, failed=()):
+    """Write the file after each job, so that a stop loses one job only; rows of jobs that were not run stay."""
     kept = json.loads(args.json.read_text(encoding="utf-8"))["table"] if args.json.is_file() else []
-    table = [row for row in kept if row[0] not in {one[0] for one in rows}] + rows
+    table = [row for row in kept if row[0] not in {*failed, *(one[0] for one in rows)}] + rows
     table.sort(key=lambda row: list(JOBS).index(row[0]))
     write_result(args.json, command, COLUMNS, table, {"seed": args.seed, "epochs": args.epochs})
 

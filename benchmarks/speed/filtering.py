@@ -8,7 +8,6 @@ the size. With --work, sizes that were measured are kept in that folder and not 
 """
 
 import argparse
-import json
 import os
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.common import RESULTS, checked, command_line, run_script, write_json, write_result
+from benchmarks.common import RESULTS, checked, command_line, kept, run_script, write_result
 from utils.generated.drawn_set import World, write_drawn
 from utils.reporting.report import text_table
 
@@ -44,13 +43,6 @@ def measured(*flags):
     words = ["--source", SOURCE, "--resolution", *SIZE, "--clip_resolution", *SIZE, *flags]
     run = checked(run_script("filter_generated.py", *words), "filter_generated.py")
     return run.seconds, run.cpu_seconds, 1024 * run.peak_gib
-
-
-def kept(file, measure):
-    """The result of `measure`, read from `file` if it was measured before."""
-    if not file.is_file():
-        write_json(file, measure())
-    return json.loads(file.read_text())
 
 
 def given_models(place):
@@ -106,9 +98,11 @@ def main(input_args=None):
         parser.error(f"--sizes must be 1 or more, got {min(args.sizes)}")
     with tempfile.TemporaryDirectory() as place:
         place = args.work or Path(place)
-        rows, base = [], kept(place / "smallest.json", lambda: smallest(place, args.mixed_precision))
+        settings = {"mixed_precision": args.mixed_precision}
+        rows, base = [], kept(place / "smallest.json", settings, lambda: smallest(place, args.mixed_precision))
         for count in args.sizes:
-            rows.append(kept(place / f"{count}.json", lambda count=count: one_size(place, count, args, base)))
+            file = place / f"{count}.json"
+            rows.append(kept(file, settings, lambda count=count: one_size(place, count, args, base)))
     raw = {"image": [3, *SIZE], "mixed_precision": args.mixed_precision, "smallest_run": base, "rows": rows}
     print(text_table(*table_of(rows)))
     write_result(args.json, command_line(__spec__.name, input_args), *table_of(rows), raw)

@@ -23,7 +23,6 @@ On a GPU, and with more than 64 neighbours, re-ranking computes N^2 / P products
 import argparse
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -163,18 +162,23 @@ def worker(work, sizes, folder):
     sides, labels = features(*sizes)
     given = [part.clone() for part in shares_of(group, *sides, *labels)]
     del sides, labels
-    counter, begun = Counter(), peak()
+    counter, begun = Counter(), memory("VmRSS")
+    # From here on the peak is that of the call: what came before may have been more.
+    Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
     call_of(work, given[:2], given[2:], group)()
     seconds = time.perf_counter() - start
-    numbers = {"sent": counter.sent, "products": counter.products, "memory": peak() - begun, "seconds": seconds}
+    numbers = {"sent": counter.sent, "products": counter.products, "seconds": seconds}
+    numbers["memory"] = memory("VmHWM") - begun
     Path(folder, f"{rank}.json").write_text(json.dumps(numbers))
     if size > 1:
         dist.destroy_process_group()
 
 
-def peak():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def memory(name):
+    """Bytes of this process: `VmRSS` now, `VmHWM` at most, `RssAnon` without the pages of files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def on_disk(num_gallery, num_queries, width, folder):
@@ -213,17 +217,13 @@ class Watched:
     def __init__(self):
         import threading
 
-        self.first, self.most, self.done = self.now(), 0, threading.Event()
+        self.first, self.most, self.done = memory("RssAnon"), 0, threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
 
-    def now(self):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-
     def watch(self):
         while not self.done.wait(0.05):
-            self.most = max(self.most, self.now())
+            self.most = max(self.most, memory("RssAnon"))
 
     def end(self):
         self.done.set()

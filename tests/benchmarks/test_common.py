@@ -56,6 +56,20 @@ def test_a_run_is_made_once_and_an_other_one_refused(script, tmp_path, capsys):
     assert "stopped: no such model" in capsys.readouterr().out
 
 
+def test_what_was_measured_is_kept_for_its_settings_alone(tmp_path):
+    calls, file = [], tmp_path / "new" / "kept.json"
+
+    def measure():
+        calls.append(1)
+        return {"seconds": 2.5}
+
+    for _ in range(2):
+        assert common.kept(file, {"sizes": (3, 4)}, measure) == {"seconds": 2.5}
+    assert len(calls) == 1
+    with pytest.raises(ValueError, match="give another folder"):
+        common.kept(file, {"sizes": (3, 5)}, measure)
+
+
 def test_a_worker_answers_in_json():
     words = ["--size", "tiny"]
     with pytest.raises(ValueError, match="benchmarks.nothing --size tiny failed with 1: .*No module named"):

@@ -96,6 +96,13 @@ def test_rows_are_kept_and_a_run_is_never_done_twice(tmp_path, monkeypatch, caps
     assert len(done) == len(set(done)) and trained.count(jobs[0]) == 1
 
 
+def test_runs_of_several_revisions_are_said():
+    assert feedback.mixed([{"commit": "aa"}, {"commit": "aa"}]) == []
+    assert feedback.mixed([{"commit": "bb"}, {"commit": "aa"}, {"commit": None}]) == [
+        "The runs are of 3 revisions, None, aa, bb."
+    ]
+
+
 def test_permuted_captions_leave_none_in_place():
     rows = [{"prompt": str(number)} for number in range(50)]
     first, second = (feedback.permuted(rows, seed) for seed in (0, 1))

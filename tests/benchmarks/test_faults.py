@@ -1,5 +1,7 @@
 """Every long job against kills, full disks, folders that are none, damaged work and hostile files: job x fault."""
 
+import argparse
+import json
 import os
 import shutil
 import signal
@@ -46,6 +48,33 @@ def test_a_kill_between_the_last_rename_and_the_end_is_an_end(runner, monkeypatc
     monkeypatch.setattr(runner, "run", late)
     happened = faults.killed_often(runner, "export", 2, signs=(signal.SIGKILL,))
     assert wanted and happened == {"kills": 2, "SIGKILL": 2, "saved": 0, "ends": 2}
+
+
+def test_a_training_that_loses_its_checkpoints_fails(runner, monkeypatch):
+    def losing(words, *, kill=None, sign=signal.SIGKILL, limit=None):
+        out = Path(words[words.index("--output_dir") + 1])
+        if kill is None:
+            return run(words, limit=limit)
+        # The first run is killed after its training, the second has lost everything but the log.
+        if not list(out.glob("checkpoint-*")):
+            code, used, said = run(words, limit=limit)
+            return code or -sign, used, said
+        for left in out.glob("checkpoint-*"):
+            shutil.rmtree(left)
+        return -sign, 0.0, ""
+
+    run = runner.run
+    runner.one_piece("finetune")
+    monkeypatch.setattr(runner, "run", losing)
+    with pytest.raises(AssertionError, match="were done, 0 are left"):
+        faults.killed_often(runner, "finetune", 3, signs=(signal.SIGKILL,))
+
+
+def test_a_row_of_a_job_that_fails_goes(tmp_path):
+    args = argparse.Namespace(json=tmp_path / "faults.json", seed=0, epochs=2)
+    faults.write(args, "command", [["dcac", 10], ["images", 10], ["filter", 10]])
+    faults.write(args, "command", [["images", 5]], ["dcac"])
+    assert json.loads(args.json.read_text())["table"] == [["images", 5], ["filter", 10]]
 
 
 @pytest.mark.slow
