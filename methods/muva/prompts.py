@@ -12,7 +12,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, logging
 
+from utils.diffusion.families.texts import check_vocabulary
 from utils.files import one_line, write_together
+from utils.modeling.networks import SHORT_NAMES
 from utils.modeling.networks.part_tokens import PARTS
 
 PROMPTS, LOG, BEGUN = "muva_prompts.safetensors", "muva_log.jsonl", "muva_begun.safetensors"
@@ -30,7 +32,7 @@ RISE, FIRST_RATE, LAST_RATE, DECAY = 5, 1e-5, 1e-6, 1e-4
 class Texts(nn.Module):
     """CLIP's text encoder, frozen, with learned words of each identity: labels (B,) -> (B, grains * width)."""
 
-    def __init__(self, name, num_ids, grains=GRAINS):
+    def __init__(self, name, num_ids, seed=0, grains=GRAINS):
         super().__init__()
         tokenizer, self.encoder = load_text_side(name)
         before, *afters = (tokenizer(text).input_ids for text in (BEFORE, *grains))
@@ -39,7 +41,10 @@ class Texts(nn.Module):
         self.register_buffer("before", embedding[before[:-1]].clone(), persistent=False)
         for grain, after in enumerate(afters):
             self.register_buffer(f"after_{grain}", embedding[after[1:]].clone(), persistent=False)
-        self.words = nn.Parameter(0.002 * torch.randn(num_ids, len(grains), NUM_WORDS, embedding.shape[1]))
+        # The same words, whatever else a training draws before.
+        draw = torch.Generator().manual_seed(seed)
+        words = torch.randn(num_ids, len(grains), NUM_WORDS, embedding.shape[1], generator=draw)
+        self.words = nn.Parameter(0.002 * words)
 
     def forward(self, labels):
         return torch.cat([self.grain(labels, grain) for grain in range(self.words.shape[1])], dim=1)
@@ -50,7 +55,8 @@ class Texts(nn.Module):
         tokens = torch.cat([before, self.words[labels, grain], after], dim=1)
         text, length = self.encoder.text_model, tokens.shape[1]
         hidden = tokens + text.embeddings.position_embedding.weight[:length]
-        later = torch.full((1, 1, length, length), -torch.inf, device=tokens.device).triu(1)
+        # Of the type of the tokens: torch reads a mask of another one wrongly.
+        later = torch.full((1, 1, length, length), -torch.inf, dtype=tokens.dtype, device=tokens.device).triu(1)
         hidden = text.encoder(inputs_embeds=hidden, attention_mask=later).last_hidden_state
         # The end token.
         return self.encoder.text_projection(text.final_layer_norm(hidden[:, -1]))
@@ -62,18 +68,29 @@ class Texts(nn.Module):
 
 
 def load_text_side(name):
-    """(tokenizer, text encoder) of a whole CLIP."""
-    verbosity = logging.get_verbosity()
+    """(tokenizer, text encoder) of a whole CLIP: a folder, a Hub id or a short name."""
+    verbosity, name = logging.get_verbosity(), SHORT_NAMES.get(name, name)
+    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     # transformers would list the tensors of the image tower.
     logging.set_verbosity(logging.CRITICAL)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        encoder = CLIPTextModelWithProjection.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+        encoder, report = CLIPTextModelWithProjection.from_pretrained(name, **options)
     except Exception as error:
         raise ValueError(f"the text encoder of {name!r} cannot be loaded: {one_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
-    return tokenizer, encoder.requires_grad_(False).eval()
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{name!r} has no weights of a text encoder: {', '.join(missing[:3])} are missing")
+    return load_tokenizer(name), encoder.requires_grad_(False).eval()
+
+
+def load_tokenizer(name):
+    name = SHORT_NAMES.get(name, name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {one_line(error)}") from error
+    return check_vocabulary(tokenizer, name)
 
 
 def rate_of(epoch, epochs, highest):
@@ -91,11 +108,11 @@ def text_loss(texts, centres, labels):
 class Begun:
     """What a first stage has learned so far, in the folder of the run, so that a killed one goes on.
 
-    `settings` are all that it depends on; a file of others is not looked at.
+    `settings` name all that it depends on; a file of others is not looked at.
     """
 
     def __init__(self, folder, settings, *, resume, writes):
-        self.folder, self.settings, self.writes = Path(folder), json.dumps(settings, sort_keys=True), writes
+        self.folder, self.settings, self.writes = Path(folder), settings, writes
         self.lines, self.tensors = [], None
         try:
             with safe_open(self.folder / BEGUN, "pt") as file:
@@ -134,6 +151,7 @@ def learn_words(texts, centres, labels, sampler, *, epochs, rate, begun):
     first = 1 + begun.restore(words, optimizer)
     for epoch in tqdm(range(first, epochs + 1), desc="prompts", unit="epoch"):
         optimizer.param_groups[0]["lr"] = now = rate_of(epoch, epochs, rate)
+        losses = []
         for numbers in sampler.global_batches(epoch):
             # Several images of an identity have one text.
             distinct, places = labels[numbers].to(centres.device).unique(return_inverse=True)
@@ -141,7 +159,11 @@ def learn_words(texts, centres, labels, sampler, *, epochs, rate, begun):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            lines.append({"step": len(lines) + 1, "epoch": epoch, "lr": now, "loss": loss.item()})
+            losses.append(loss.detach())
+        for value in torch.stack(losses).tolist():
+            lines.append({"step": len(lines) + 1, "epoch": epoch, "lr": now, "loss": value})
+            if not math.isfinite(value):
+                raise ValueError(f"the loss of the prompts is {value} at step {len(lines)}: lower --muva_rate")
         if epoch % KEPT_EVERY == 0:
             begun.keep(words, optimizer)
     return lines
@@ -155,7 +177,7 @@ def read_prompts(path):
             if about.get("format") != FORMAT:
                 raise ValueError("it has another format")
             tensors = {name: file.get_tensor(name) for name in ("words", "text_features", "part_tokens")}
-            return tensors | {"data": json.loads(about["data"])}
+            return tensors | {"data": json.loads(about["data"]), "settings": about.get("settings")}
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise ValueError(
             f"--muva_prompts {path} cannot be read: {one_line(error)}; give {PROMPTS} of a run with --encoder muva"

@@ -50,7 +50,7 @@ def add_flags(parser):
     group = parser.group("muva", idle=(lambda args: args.encoder != MUVA, "no --encoder muva"))
     words = "files of `python -m utils.datasets.part_masks`, or `rows`, the same rows for all images; default: the "
     words += "true boxes of drawn people"
-    group.add("--part_masks", nargs="+", help=words)
+    group.add("--part_masks", nargs="+", free=True, help=words)
     group.add("--mask_heads", type=at_least(1), default=2, help="heads of the attention in a mask predictor")
     words = "masks of the images that prototypes are made of: those given, or those predicted"
     group.add("--memory_masks", choices=["given", "predicted"], default="given", help=words)
@@ -127,6 +127,9 @@ def settle(args):
     if args.encoder == MUVA:
         values = USUAL | ({"prompt_init": "random", "prompt_tokens": "end"} if args.probabilities == "parts" else {})
         vars(args).update({name: value for name, value in values.items() if args.origin[name] == "default"})
+        if args.muva_stage == "prompts":
+            # Nothing is denoised.
+            args.diffusion = "none"
 
 
 def check_args(parser, args):

@@ -21,17 +21,27 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 from methods.muva.losses import extract_under, with_parts
-from methods.muva.prompts import FORMAT, LOG, PROMPTS, Begun, Texts, check_prompts, learn_words, read_prompts
+from methods.muva.prompts import (
+    FORMAT,
+    LOG,
+    PROMPTS,
+    Begun,
+    Texts,
+    check_prompts,
+    learn_words,
+    load_tokenizer,
+    read_prompts,
+)
 from utils.batches.part_images import loader_with_masks
 from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import test_transform
 from utils.datasets.part_masks import PartMasks, is_drawn
-from utils.files import write_together
+from utils.files import run_record, sha256, to_json, write_together
 from utils.modeling.backbones import read_config, tower_config
 from utils.modeling.folder import model_kind
 from utils.modeling.networks.part_tokens import PARTS, PartTokenBackbone
@@ -57,15 +67,20 @@ class Parts:
                 )
             patch = tower_config(config).patch_size
             self.grid = tuple(size // patch for size in args.resolution)
-        if not args.muva_prompts and (kind != "backbone" or config.model_type != "clip"):
-            raise ValueError(
-                f"--backbone {args.backbone} has no text encoder to learn prompts with: give a whole CLIP, or "
-                "--muva_prompts FILE of an earlier run"
-            )
-        if args.muva_prompts:
+        if not args.muva_prompts:
+            if kind != "backbone" or config.model_type != "clip":
+                raise ValueError(
+                    f"--backbone {args.backbone} has no text encoder to learn prompts with: give a whole CLIP, or "
+                    "--muva_prompts FILE of an earlier run"
+                )
+            load_tokenizer(args.backbone)
+        else:
             self.given = read_prompts(args.muva_prompts)
+        # A file may move, and one of the same name may change: a checkpoint knows the content.
+        args.part_masks_digest = args.part_masks
         if args.part_masks and args.part_masks != ["rows"]:
             self.given_masks = PartMasks.read(args.part_masks)
+            args.part_masks_digest = [sha256(path) for path in args.part_masks]
 
     def open(self, train, num_ids, data, say):
         """Find the masks of the training images. `data` identifies images and labels."""
@@ -73,7 +88,9 @@ class Parts:
         if args.part_masks is None and not is_drawn(train):
             raise ValueError(
                 f"--encoder muva needs the parts' masks, and {' + '.join(args.source)} are no drawn people: give "
-                f"--part_masks FILE of python -m utils.datasets.part_masks {' '.join(args.source)}, or rows"
+                f"--part_masks FILE, made by python -m utils.datasets.part_masks {' '.join(args.source)} "
+                + f"--root {args.data_root} " * bool(args.data_root)
+                + "--detector google/owlv2-base-patch16 --out FILE; or --part_masks rows"
             )
         self.train, self.say = train, say
         if self.grid is not None:
@@ -118,15 +135,8 @@ class Parts:
         return {"num_tokens": 1 + len(PARTS)} if self.args.probabilities == "parts" else {}
 
     def module(self, model_class, *modules, **options):
-        names = (
-            "probabilities",
-            "tau",
-            "text_tau",
-            "text_weight",
-            "text_temperature",
-            "mask_weight",
-            "mask_lr_multiplier",
-        )
+        names = "probabilities", "tau", "text_tau", "text_weight", "text_temperature"
+        names += "mask_weight", "mask_lr_multiplier"
         own = {name: getattr(self.args, name) for name in names}
         return with_parts(model_class)(*modules, **own, **options)
 
@@ -136,7 +146,7 @@ class Parts:
         return extract_under(self.masks, encoder, *arguments, **options)
 
     def loader(self, loader):
-        return loader_with_masks(loader, self.masks, self.grid, loader.dataset.images.transform.flip)
+        return loader_with_masks(loader, self.masks, self.grid, loader.dataset.images.transform)
 
     def start(self, model, labels, accelerator, batch_size):
         """Stage 1, or the prompts of a file: the texts and part tokens that stage 2 starts from.
@@ -144,32 +154,47 @@ class Parts:
         Returns whether the training ends here.
         """
         given = self.given or self.learned(model.encoder, labels, accelerator, batch_size)
+        tokens = model.encoder.backbone.model.part_tokens
         with torch.no_grad():
             if not self.had_tokens:
-                model.encoder.backbone.model.part_tokens.copy_(given["part_tokens"])
+                tokens.copy_(given["part_tokens"])
+            elif not torch.equal(tokens.cpu(), given["part_tokens"]):
+                self.say("The part tokens are those of --backbone; those in the file of prompts are others")
             model.texts.copy_(given["text_features"])
         return self.args.muva_stage == "prompts"
 
     def learned(self, encoder, labels, accelerator, batch_size):
-        args, folder = self.args, Path(self.args.output_dir)
+        """The first stage; or what it left in the folder, in a run that resumes before its first checkpoint."""
+        args, folder, main = self.args, Path(self.args.output_dir), accelerator.is_main_process
+        names = "backbone", "seed", "images_per_id", "muva_epochs", "muva_rate", "memory_resample"
+        settings = {name: getattr(args, name) for name in names} | {"data": self.data, "batch": batch_size}
+        # The centres depend on these.
+        masks = hashlib.sha256(self.masks.numpy().tobytes()).hexdigest()
+        settings |= {"masks": masks, "size": encoder.image_size, "precision": accelerator.mixed_precision}
+        settings, resume = json.dumps(settings, sort_keys=True), bool(args.resume_from_checkpoint)
+        left = read_prompts(folder / PROMPTS) if resume and main and (folder / PROMPTS).exists() else None
+        (left,) = broadcast_object_list([left])
+        if left and left["settings"] == settings:
+            accelerator.print(f"Prompts and part tokens were learned before: {folder / PROMPTS}")
+            return left
+        if main:
+            with write_together(folder) as part:
+                part("args.json").write_text(to_json(run_record(args)))
+        texts = Texts(args.backbone, encoder.num_ids, args.seed).to(accelerator.device)
+        if texts(labels[:1].to(accelerator.device)).shape[1] != encoder.num_features:
+            raise ValueError(f"the text encoder of {args.backbone} is of another width than its image encoder")
         transform = test_transform(encoder.image_size, encoder.image_mean, encoder.image_std, args.memory_resample)
         options = {"accelerator": accelerator, "batch_size": args.eval_batch_size, "desc": "centres", "neck": False}
         features = extract_under(
             self.masks, encoder, self.train, transform, num_workers=args.dataloader_num_workers, **options
         )
+        if not (finite := features.isfinite().all(1)).all():
+            path = self.train[int(finite.int().argmin())]["path"]
+            raise ValueError(f"the features of {path} are not finite: train with --mixed_precision no, or bf16")
         centres = torch.zeros(encoder.num_ids, features.shape[1]).index_add_(0, labels, features)
         # The mean of an identity's features has the direction of their sum.
         centres = F.normalize(centres, dim=1).to(accelerator.device)
-        texts = Texts(args.backbone, encoder.num_ids).to(accelerator.device)
-        if texts(labels[:1].to(accelerator.device)).shape[1] != encoder.num_features:
-            raise ValueError(f"the text encoder of {args.backbone} is of another width than its image encoder")
         sampler = IdentitySampler(labels.tolist(), batch_size, args.images_per_id, args.seed)
-        names = "backbone", "seed", "images_per_id", "muva_epochs", "muva_rate", "part_masks", "memory_resample"
-        settings = {name: getattr(args, name) for name in names} | {"data": self.data, "batch": batch_size}
-        # The centres depend on these.
-        masks = hashlib.sha256(self.masks.numpy().tobytes()).hexdigest()
-        settings |= {"masks": masks, "size": encoder.image_size, "precision": accelerator.mixed_precision}
-        resume, main = bool(args.resume_from_checkpoint), accelerator.is_main_process
         begun = Begun(folder, settings, resume=resume, writes=main)
         # All have read it before one of them writes.
         accelerator.wait_for_everyone()
@@ -182,10 +207,11 @@ class Parts:
         accelerator.print(
             f"Prompts learned in {len(lines)} steps, loss {lines[0]['loss']:.3f} -> {lines[-1]['loss']:.3f}"
         )
-        if accelerator.is_main_process:
+        if main:
+            about = {"format": FORMAT, "data": json.dumps(self.data), "settings": settings}
             with write_together(folder) as part:
                 part(LOG).write_text("".join(json.dumps(line) + "\n" for line in lines))
-                save_file(tensors, part(PROMPTS), metadata={"format": FORMAT, "data": json.dumps(self.data)})
+                save_file(tensors, part(PROMPTS), metadata=about)
             begun.end()
             print(f"Prompts and part tokens: {folder / PROMPTS}")
         return tensors
@@ -201,12 +227,14 @@ class Parts:
         sets = {"source": self.train} | {f"{one.spec}": one.query for one in targets if is_drawn(one.query)}
         found = {}
         for name, dataset in sets.items():
-            if name == "source" or self.args.part_masks is None:
-                rows = spread(range(len(dataset)), LOOKED_AT)
-                truth = self.masks_of(dataset.select(rows))[0]
-                seen = predicted(encoder, [dataset[row]["image"] for row in rows]).flatten(2).cpu()
-                sizes = (seen.sum(2) + truth.sum(2)).clamp(min=1)
-                found[f"dice {name}"] = float((2 * (seen & truth).sum(2) / sizes).mean())
+            rows = spread(range(len(dataset)), LOOKED_AT)
+            if name == "source":
+                truth = self.masks[rows]
+            else:
+                looked_at = dataset.select(rows)
+                truth = PartMasks.true(looked_at, self.grid).of(looked_at)[0]
+            seen = predicted(encoder, [dataset[row]["image"] for row in rows]).flatten(2).cpu()
+            found[f"dice {name}"] = dice(seen, truth)
         return found
 
     def illustrate(self, report, encoder, targets):
@@ -226,6 +254,12 @@ class Parts:
         report.section("Part masks", words + ".")
         report.sheets(sheets)
         return report
+
+
+def dice(seen, truth):
+    """Mean over images and parts of masks (N, parts, patches); two empty masks agree."""
+    sizes = seen.sum(2) + truth.sum(2)
+    return float(torch.where(sizes > 0, 2 * (seen & truth).sum(2) / sizes.clamp(min=1), 1.0).mean())
 
 
 @torch.no_grad()

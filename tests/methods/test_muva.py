@@ -5,12 +5,14 @@ import json
 import math
 import random
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +22,7 @@ import train_dcac
 from methods.muva import prompts, settings
 from methods.muva.losses import extract_under, with_parts
 from methods.muva.prompts import BEFORE, NUM_WORDS, Texts, rate_of, text_loss
-from methods.muva.training import Parts
+from methods.muva.training import Parts, dice
 from tests import runs
 from tests.runs import launch, log_of, same_weights, weights_of
 from train_dcac import DCAC, Condition
@@ -226,14 +228,15 @@ def test_a_trained_model_goes_on_with_what_it_has(clip, tmp_path):
     opened = ReIDModel.for_training(str(tmp_path), num_ids=NUM_IDS, image_size=(32, 24))
     assert not any(one.requires_grad for one in opened.backbone.model.predictors.parameters())
     parts = Parts.__new__(Parts)
-    parts.args, parts.given, parts.grid = SimpleNamespace(mask_heads=2, muva_stage="train"), None, opened.backbone.grid
+    parts.args, parts.given, parts.grid = SimpleNamespace(mask_heads=2, muva_stage="both"), None, opened.backbone.grid
     trained = parts.encoder(opened)
     assert all(one.requires_grad for one in trained.backbone.model.predictors.parameters())
     assert (trained.bnneck.weight == 3).all()
     texts = {"part_tokens": torch.zeros_like(trained.backbone.model.part_tokens), "text_features": torch.ones(2)}
-    parts.given = texts
+    said = []
+    parts.given, parts.say = texts, said.append
     parts.start(SimpleNamespace(encoder=trained, texts=torch.zeros(2)), None, None, None)
-    assert (trained.backbone.model.part_tokens == 7).all()
+    assert (trained.backbone.model.part_tokens == 7).all() and "those of --backbone" in said[0]
 
 
 def module(clip, probabilities="classifier", **options):
@@ -370,11 +373,11 @@ def test_a_killed_first_stage_goes_on(standins, tmp_path, monkeypatch, resume):
     labels = torch.arange(12) // 4
     sampler = IdentitySampler(labels.tolist(), 8, 4, 0)
 
-    def learn(folder, stop=None, **begun):
+    def learn(folder, stop=None, settings="5 epochs", **begun):
         torch.manual_seed(0)
         texts = Texts(standins / "clip", 3)
         centres = F.normalize(torch.randn(3, texts(labels[:1]).shape[1]), dim=1)
-        begun = prompts.Begun(folder, {"epochs": 5}, writes=True, **begun)
+        begun = prompts.Begun(folder, settings, writes=True, **begun)
         batches, done = sampler.global_batches, []
 
         def until(epoch):
@@ -396,6 +399,51 @@ def test_a_killed_first_stage_goes_on(standins, tmp_path, monkeypatch, resume):
     again, found, done = learn(tmp_path / "killed", resume=resume)
     assert done == ([3, 4, 5] if resume else [1, 2, 3, 4, 5])
     assert again == lines and torch.equal(found, words)
+    assert learn(tmp_path / "other", stop=4, settings="another set", resume=False) is None
+    assert learn(tmp_path / "other", resume=resume)[2] == [1, 2, 3, 4, 5]
+
+
+def test_words_that_explode_are_said(standins, tmp_path):
+    labels = torch.arange(12) // 4
+    sampler, texts = IdentitySampler(labels.tolist(), 8, 4, 0), Texts(standins / "clip", 3)
+    begun = prompts.Begun(tmp_path, "", resume=False, writes=False)
+    centres = torch.full((3, texts(labels[:1]).shape[1]), torch.nan)
+    with pytest.raises(ValueError, match="loss of the prompts is nan at step 1: lower --muva_rate"):
+        prompts.learn_words(texts, centres, labels, sampler, epochs=1, rate=0.01, begun=begun)
+
+
+def test_the_words_start_from_the_seed_alone(standins):
+    found = []
+    for seed in (3, 3, 4):
+        torch.randn(len(found))
+        found.append(Texts(standins / "clip", 2, seed).words.detach())
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_gradient_of_the_words_in_float64(standins):
+    texts = Texts(standins / "clip", 3)
+    labels = torch.tensor([0, 2, 2, 1])
+    centres = F.normalize(torch.randn(3, texts(labels[:1]).shape[1]), dim=1)
+    text_loss(texts(labels), centres, labels).backward()
+    twin = Texts(standins / "clip", 3).double()
+    raw = twin(labels)
+    similar = raw / raw.norm(dim=1, keepdim=True) @ centres.double().t()
+    (-similar.log_softmax(1)[range(4), labels].mean()).backward()
+    scale = twin.words.grad.abs().max().item()
+    torch.testing.assert_close(texts.words.grad.double(), twin.words.grad, rtol=1e-3, atol=1e-4 * scale)
+    assert scale > 0
+
+
+def test_a_clip_without_texts(standins, tmp_path):
+    shutil.copytree(standins / "clip", tmp_path / "clip")
+    (file,) = (tmp_path / "clip").glob("*.safetensors")
+    save_file({name: one for name, one in load_file(file).items() if not name.startswith("text_")}, file)
+    with pytest.raises(ValueError, match="no weights of a text encoder: text_"):
+        Texts(str(tmp_path / "clip"), 2)
+    for file in (tmp_path / "clip").glob("*token*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="has no vocabulary"):
+        prompts.load_tokenizer(str(tmp_path / "clip"))
 
 
 # Masks
@@ -422,7 +470,7 @@ def test_patches_in_a_box(rule):
 
 
 def test_true_boxes_hold_their_part():
-    """A person is where its picture differs from one of another person in the same place; heads are above legs."""
+    """In the image, with an area, and the head above the body above the legs."""
     for index in range(12):
         path = f"synthetic-a/s0/{index:04d}_c1_{index:04d}.png"
         boxes = boxes_of(path)
@@ -458,6 +506,14 @@ def test_a_file_of_masks(tmp_path, monkeypatch, capsys):
     for row, path in enumerate(data["path"]):
         assert np.array_equal(masks[row].numpy(), masks_of(boxes_of(path), (16, 8)))
     assert missing == 0 and torch.equal(masks, PartMasks.true(data, (16, 8)).of(data)[0])
+    sizes = ", ".join(
+        f"{part} {100 * share:.0f} %" for part, share in zip(PARTS, masks.float().mean((0, 2)), strict=True)
+    )
+    assert f"mean share of the patches: {sizes}\n" in capsys.readouterr().out
+    whole = PartMasks((16, 8), {b"1": np.packbits(np.repeat([True, False, True], 128))})
+    assert part_masks.sizes_words(whole).endswith(
+        "head and legs: nearly the whole image; look at some, and try another --detector"
+    )
     larger = load_reid("synthetic:domain=a,num_ids=6,images_per_id=4")["train"]
     masks, missing = PartMasks.read([file]).of(larger)
     assert missing == 8 and masks[-8:].all() and not masks[:16].flatten(1).all(1).any()
@@ -508,7 +564,7 @@ def test_masks_are_mirrored_with_their_images():
     masks = torch.zeros(len(data), 3, 16, 8, dtype=torch.bool)
     masks[:, :, :, :4] = True
     transform = train_transform((128, 64), padding=0, erasing=0.0)
-    images = WithMasks(ReIDImages(data, transform), masks.flatten(2), (16, 8), transform.flip)
+    images = WithMasks(ReIDImages(data, transform), masks.flatten(2), (16, 8), transform)
     plain = test_transform((128, 64), resample="bicubic")
     seen = set()
     for key in range(8):
@@ -517,6 +573,45 @@ def test_masks_are_mirrored_with_their_images():
         assert mirrored == bool(item["masks"].unflatten(1, (16, 8))[:, :, 4:].all())
         seen.add(mirrored)
     assert seen == {True, False}
+
+
+class White:
+    """A white box of whole patches on black, through a transform."""
+
+    def __init__(self, transform):
+        self.transform, self.picture = transform, Image.new("RGB", (64, 128))
+        self.picture.paste("white", (16, 40, 48, 96))
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, item):
+        return {"images": self.transform(self.picture, random.Random(str(item[1])))}
+
+
+def test_masks_move_with_their_images():
+    transform = train_transform((128, 64), padding=10, erasing=0.0)
+    white = White(transform)
+    box = (test_transform((128, 64))(white.picture)[0] > 0)[::8, ::8].reshape(1, 1, -1).expand(1, 3, -1)
+    images, moved = WithMasks(white, box, (16, 8), transform), 0
+    for key in range(40):
+        draw = random.Random(str(key))
+        draw.random()
+        # A patch of which half has moved is white or black.
+        if any(draw.randint(0, 20) - 10 in (-4, 4) for _ in range(2)):
+            continue
+        item = images[0, key]
+        # The middles of the patches.
+        wanted = (item["images"][0] > 0)[4::8, 4::8]
+        assert all(torch.equal(mask.unflatten(0, (16, 8)), wanted) for mask in item["masks"])
+        moved += not torch.equal(wanted, box[0, 0].unflatten(0, (16, 8)))
+    assert moved > 10
+
+
+def test_agreement_of_masks():
+    seen = torch.tensor([[[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]]).bool()
+    truth = torch.tensor([[[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1]]]).bool()
+    assert dice(seen, truth) == pytest.approx((2 / 3 + 1 + 0) / 3)
 
 
 def test_features_under_given_masks(clip, accelerator):
@@ -563,7 +658,7 @@ def finished(small, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_what_a_run_leaves(finished, small, tmp_path):
+def test_what_a_run_leaves(finished, small, tmp_path, capsys):
     out = finished / "out"
     lines, words = log_of(out), [json.loads(line) for line in (out / "muva_log.jsonl").read_text().splitlines()]
     assert (
@@ -580,8 +675,17 @@ def test_what_a_run_leaves(finished, small, tmp_path):
     train(*common, "--muva_stage", "prompts", "--output_dir", tmp_path / "alone")
     file = tmp_path / "alone" / "muva_prompts.safetensors"
     assert same_weights(load_file(file), learned) and not (tmp_path / "alone" / "log.jsonl").exists()
+    assert json.loads((tmp_path / "alone" / "args.json").read_text())["arguments"]["diffusion"] == "none"
     train(*common, "--muva_prompts", file, "--output_dir", tmp_path / "given")
     assert (tmp_path / "given" / "log.jsonl").read_text() == (out / "log.jsonl").read_text()
+    # A run that was killed after its first stage does not learn them again.
+    capsys.readouterr()
+    train(*common, "--output_dir", tmp_path / "alone", "--resume_from_checkpoint", "latest")
+    assert "were learned before" in capsys.readouterr().out
+    assert (tmp_path / "alone" / "log.jsonl").read_text() == (out / "log.jsonl").read_text()
+    other = [*common, "--muva_epochs", "1", "--muva_stage", "prompts", "--resume_from_checkpoint", "latest"]
+    train(*other, "--output_dir", shutil.copytree(tmp_path / "given", tmp_path / "other"))
+    assert "were learned before" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -694,6 +798,8 @@ def test_a_detector_by_name(kind, standins, tmp_path):
         for part, mask in zip(PARTS, masks[row].numpy(), strict=True):
             # Where it sees no part, that is the whole image.
             assert np.array_equal(mask, patches_in(boxes[part] or (0, 0, 1, 1), (16, 8)))
+    if kind == "grounding-dino":
+        scored_by_part(detector, data[0]["image"])
     # Nothing is sure enough: every part is the whole image.
     part_masks.main([spec, "--out", str(file), "--detector", str(tmp_path / kind), "--threshold", "1"])
     assert PartMasks.read([file]).of(data)[0].all()
@@ -701,6 +807,22 @@ def test_a_detector_by_name(kind, standins, tmp_path):
         value is None
         for value in PartDetector(str(tmp_path / kind), threshold=1.0)([render("a", 0, 0, 0)])[0].values()
     )
+
+
+def scored_by_part(detector, image):
+    """The best box of the part's own words, not of those of the whole person."""
+    processor, model, found = detector.processor, detector.model, detector([image])[0]
+    for part in PARTS:
+        inputs = processor(images=image, text=f"the {part} of the person.", return_tensors="pt")
+        with torch.no_grad():
+            outputs = model(**inputs)
+        words = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
+        own = [place for place, word in enumerate(words) if word in part.split()]
+        assert len(own) == len(part.split())
+        best = outputs.logits[0][:, own].max(1).values.argmax()
+        x, y, wide, tall = outputs.pred_boxes[0, best].tolist()
+        wanted = [x - wide / 2, y - tall / 2, x + wide / 2, y + tall / 2]
+        assert found[part] == pytest.approx([min(max(edge, 0), 1) for edge in wanted], abs=1e-4)
 
 
 def masks_in_chunks_of_two(*arguments):

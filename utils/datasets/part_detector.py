@@ -39,12 +39,21 @@ class PartDetector:
             texts = [[PHRASE.format(part)] for _ in images]
             inputs = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
             outputs = self.model(**inputs.to(self.model.device))
+            if outputs.logits.shape[-1] > 1:
+                self.score_by_part(outputs.logits, inputs["input_ids"], part)
             results = self.processor.post_process_grounded_object_detection(
                 outputs, threshold=self.threshold, target_sizes=sizes
             )
             for boxes, result, size in zip(found, results, sizes, strict=True):
                 boxes[part] = best_box(result, size)
         return found
+
+    def score_by_part(self, logits, tokens, part):
+        """Leave out of (B, boxes, tokens) in place what is not the part's own words: "person" is the whole one."""
+        own = self.processor.tokenizer(part, add_special_tokens=False, return_tensors="pt").input_ids
+        others = torch.ones(logits.shape[::2], dtype=torch.bool, device=logits.device)
+        others[:, : tokens.shape[1]] = ~torch.isin(tokens, own.to(tokens.device))
+        logits.masked_fill_(others[:, None], -torch.inf)
 
 
 def best_box(result, size):

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -79,7 +80,9 @@ def image_keys(dataset):
 
 
 def is_drawn(dataset):
-    return all(str(stored["path"]).startswith(DRAWN) for stored in storage_of(dataset, "image").to_pylist())
+    # Whole sets have images of megabytes inside: only their names are made into objects.
+    names = pc.struct_field(storage_of(dataset, "image"), "path")
+    return all(str(name).startswith(DRAWN) for name in names.to_pylist())
 
 
 # The file
@@ -287,6 +290,7 @@ def run(args):
         unseen = make(images, args.out, grid=args.grid, accelerator=accelerator, **options)
     if unseen is not None:
         print(f"wrote {args.out}: {len(images)} images, {images_words(unseen, len(images), detector)}")
+        print(sizes_words(PartMasks.read([args.out])))
 
 
 def images_words(unseen, count, detector):
@@ -294,6 +298,17 @@ def images_words(unseen, count, detector):
         return "every part has a box"
     named = ", ".join(f"{part} {number} ({100 * number / count:.1f} %)" for part, number in unseen.items())
     return f"without a box: {named}; " + ("there the part is the whole image" if detector else "outside of the image")
+
+
+def sizes_words(masks):
+    """How large the parts are, with a warning where one is nearly the whole image."""
+    packed = np.stack(list(masks.masks.values()))
+    bits = np.unpackbits(packed, axis=1, count=len(PARTS) * masks.grid[0] * masks.grid[1])
+    shares = dict(zip(PARTS, bits.reshape(len(bits), len(PARTS), -1).mean((0, 2)), strict=True))
+    words = "mean share of the patches: " + ", ".join(f"{part} {100 * size:.0f} %" for part, size in shares.items())
+    if large := [part for part, size in shares.items() if size > 0.9]:
+        words += f". {' and '.join(large)}: nearly the whole image; look at some, and try another --detector"
+    return words
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from transformers import AutoProcessor, CLIPModel, PreTrainedConfig
 
 from utils.batches.transforms import test_transform
+from utils.diffusion.families.texts import check_vocabulary
 from utils.modeling.folder import MODEL_TYPE
 from utils.modeling.reid_model import ReIDModel
 
@@ -40,6 +41,7 @@ class Measures:
             try:
                 clip = CLIPModel.from_pretrained(clip_name, use_safetensors=True).to(device).eval()
                 processor = AutoProcessor.from_pretrained(clip_name, trust_remote_code=False)
+                check_vocabulary(processor.tokenizer, clip_name)
             except Exception as error:
                 raise ValueError(f"no CLIP model at {clip_name!r}: {' '.join(str(error).split())}") from error
         if reid_name:

@@ -13,6 +13,7 @@ from transformers import CLIPModel, CLIPProcessor
 from utils.batches.augmentation import change_scene
 from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import ReIDImages, train_transform
+from utils.diffusion.families.texts import check_vocabulary
 from utils.evaluation.features import extract
 from utils.generated.scoring import View, view_of
 from utils.modeling.losses import hard_triplet
@@ -65,6 +66,7 @@ def load_clip(wanted, device):
     try:
         clip = CLIPModel.from_pretrained(wanted.clip, use_safetensors=True).to(device).eval()
         processor = CLIPProcessor.from_pretrained(wanted.clip)
+        check_vocabulary(processor.tokenizer, wanted.clip)
     # The Hub, the weights and the tokenizer raise errors that do not name the model.
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":

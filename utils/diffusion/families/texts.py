@@ -27,9 +27,17 @@ def load_tokenizer(name, revision=None, part="tokenizer"):
     """By the class that the checkpoint's index names; without one, by the tokenizer's own files."""
     tokenizer_class = getattr(transformers, str(class_named(name, part, revision)), None) or AutoTokenizer
     try:
-        return tokenizer_class.from_pretrained(name, subfolder=part, revision=revision, trust_remote_code=False)
+        tokenizer = tokenizer_class.from_pretrained(name, subfolder=part, revision=revision, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"the {part} of {name!r} cannot be loaded: {one_line(error)}") from error
+    return check_vocabulary(tokenizer, name)
+
+
+def check_vocabulary(tokenizer, name):
+    """The tokenizer. Where its files are missing, transformers makes one that knows no word: ValueError."""
+    if len(set(tokenizer("a photo of a person", add_special_tokens=False).input_ids)) < 3:
+        raise ValueError(f"the tokenizer of {name!r} has no vocabulary: its files are missing")
+    return tokenizer
 
 
 def class_named(name, part, revision=None):

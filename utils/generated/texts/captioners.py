@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from utils.diffusion.families.texts import check_vocabulary
 from utils.files import one_line
 from utils.modeling.folder import ask_hub
 
@@ -157,6 +158,8 @@ def load_processor(name):
     if hasattr(processor, "tokenizer"):
         # Padding on the left: new tokens follow the prompt.
         processor.tokenizer.padding_side = "left"
+        check_vocabulary(processor.tokenizer, name)
         return processor
     images = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-    return ImagesAndWords(images, AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+    tokenizer = check_vocabulary(AutoTokenizer.from_pretrained(name, trust_remote_code=False), name)
+    return ImagesAndWords(images, tokenizer)
