@@ -157,7 +157,7 @@ def build_parser():
     group.add("--finetune", choices=["full", "lora"], default="lora", help="train the whole U-Net, or LoRA")
     whole = (lambda args: args.finetune == "full", "--finetune full")
     group.add("--rank", type=at_least(1), default=8, idle=whole, help="rank of LoRA")
-    group.add("--base_bits", type=int, choices=[4, 8], idle=whole, help="of the frozen weights below LoRA; default 16")
+    group.add("--base_bits", type=int, choices=[4, 8], help="of the frozen weights below LoRA; default 16")
     group.switch("--train_text_encoder", "train the text encoder with the U-Net, in the same way")
     group.size("--resolution", [128, 64], help="size of the drawn images in pixels, multiples of 8")
     group.add("--max_train_steps", type=at_least(1), default=150, help="steps of each identity")
@@ -277,6 +277,8 @@ def check_args(parser, args):
         parser.error("--save_adapters keeps LoRA, so it needs --finetune lora: a whole U-Net an identity is too much")
     if args.save_adapters and args.train_text_encoder:
         parser.error("--save_adapters keeps LoRA of the U-Net only; leave out --train_text_encoder")
+    if args.base_bits and args.finetune == "full":
+        parser.error("--base_bits is of weights that do not train, so it needs --finetune lora")
     if args.base_bits == 8 and args.gradient_checkpointing:
         parser.error(
             "--base_bits 8 keeps every layer's input, so --gradient_checkpointing saves nothing; use --base_bits 4"
@@ -310,7 +312,7 @@ from utils.diffusion.text_to_image import what_saves_memory
 from utils.diffusion.tuning import Batches, open_tunable, posteriors_of
 from utils.files import portable
 from utils.generated import made_set
-from utils.generated.drawing import Drawing
+from utils.generated.drawing import Drawing, check_adapters, check_kept, check_origin
 from utils.generated.measures import Measures, check_measures
 from utils.generated.texts import captions
 from utils.generated.texts.captioners import Captioner, check_captioner, quantization
@@ -434,14 +436,12 @@ def make_identity(args, identity, record, work, progress, prompts, tunable, meas
     source = posteriors_of(model.vae, images, tuple(args.resolution), args.sample_batch_size)
     own = {"texts": prompts.of_sequence(record, identity)} if args.image_captions else {}
     own |= {"alone": prompts.alone(identity), "weights": None}
+    nobody = None
     if tunable.masks is not None:
-        own["weights"], empty = tunable.masks.weights(images, source[0].shape[-2:], args.mask_background)
-        if empty:
-            words = f"{args.mask_model} finds nobody in {empty} of {len(images)} images of {identity.name}: used whole"
-            progress.once(f"nobody in {identity.name}", words)
+        own["weights"], nobody = tunable.masks.weights(images, source[0].shape[-2:], args.mask_background)
     losses = fine_tune(args, tunable, identity, record, source, reference, progress, **own)
     progress.stage(identity.name, "images")
-    tuned = {"reference": key, "model": model.digest, "loss": made_set.in_tenths(losses)}
+    tuned = {"reference": key, "model": model.digest, "loss": made_set.in_tenths(losses), "nobody": nobody}
     rest = (identity, record, work, prompts, tunable, measures)
     return drawing_of(args).draw_tuned(*rest, args.num_images, keeps_adapter=args.save_adapters, **tuned)
 
@@ -479,7 +479,7 @@ def main(args):
         progress = Progress(work, made_set.IMAGES, "images", args.num_images, main=accelerator.is_main_process)
         rows, tokenizer = check_inputs(args, everyone, identities, accelerator.print)
         if args.redraw:
-            made_set.check_adapters(work, work.pieces, is_new(args.identity_token))
+            check_adapters(work, work.pieces, is_new(args.identity_token))
         words = {"class_prompt": args.class_prompt, "identity_token": args.identity_token, "lists": lists}
         shares = args.reference_prompts == "shared"
         prompts = open_prompts(tokenizer, identities, **words, progress=progress, shares_references=shares)
@@ -502,7 +502,8 @@ def check_inputs(args, everyone, identities, say):
     family = family_of(name, args.revision)
     multiple = family.check(name, args.revision)
     given = {flag for flag, origin in args.origin.items() if origin == "flag"}
-    changed, lines = fitted(family, vars(args), given)
+    network = read_config(name, family.PART, args.revision)
+    changed, lines = fitted(family, network, vars(args), given)
     vars(args).update(changed)
     for line in lines:
         say(line)
@@ -515,7 +516,7 @@ def check_inputs(args, everyone, identities, say):
         check_captioner(args.captioner_model_name_or_path)
         quantization(args.captioner_bits)
     if args.fast_lora:
-        read_fast_lora(args.fast_lora, read_config(name, "unet", args.revision))
+        read_fast_lora(args.fast_lora, network)
     if args.mask_model:
         check_mask_model(args.mask_model)
     check_measures(clip_name(args), args.reid_model)
@@ -567,10 +568,12 @@ def work_on(args, accelerator, identities, work, progress, prompts, rows):
     ]
     if args.captions_only or not missing:
         return
+    if not args.redraw:
+        check_kept(work, missing, records)
     tunable = open_model(args, accelerator, prompts)
     made_set.check_model(work, tunable.model.digest)
     if args.redraw:
-        made_set.check_origin(work, [identity.name for identity in missing], tunable.model.digest)
+        check_origin(work, [identity.name for identity in missing], tunable.model.digest)
     measures = Measures.from_pretrained(clip_name(args), args.reid_model, accelerator.device)
     num_weights = sum(weight.numel() for weight in tunable.weights)
     lean = what_saves_memory(num_weights, **{name: getattr(args, name) for name in BOUND_BY_MEMORY})

@@ -9,6 +9,7 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -57,6 +58,24 @@ def vae(channels=4, **more):
         block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=channels, layers_per_block=1, **more,
     ).eval()  # fmt: skip
+
+
+def sd(prediction="epsilon"):
+    tokenizer = CLIPTokenizer.from_pretrained(DIFFUSION_DIR, subfolder="tokenizer")
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH, attention_head_dim=2, norm_num_groups=8,
+    )  # fmt: skip
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading",
+        prediction_type=prediction,
+    )  # fmt: skip
+    text_encoder = clip(CLIPTextModel, tokenizer)
+    return StableDiffusionPipeline(
+        vae(scaling_factor=0.18215), text_encoder, tokenizer, unet.eval(), scheduler, None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
 
 
 def sdxl():
@@ -111,7 +130,8 @@ def flux(guidance_embeds=True, shift=True):
 
 
 BUILDERS = {
-    "sdxl": sdxl, "sd3": sd3, "sd3-without-t5": lambda: sd3(False), "flux": flux,
+    "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "sd3": sd3, "sd3-without-t5": lambda: sd3(False),
+    "flux": flux,
     "flux-schnell": lambda: flux(False, False),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""SDXL, Stable Diffusion 3 and Flux: drawn as diffusers' own pipelines draw, tuned by their published losses."""
+"""Stable Diffusion 1 to 3, SDXL and Flux: drawn as diffusers' own pipelines draw, tuned by their published losses."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 
 import train_dreambooth_reid as script
 from tests.families import BUILDERS, saved
-from utils.diffusion.families import family_of, flux, sd3, sdxl
+from utils.diffusion.families import family_of, flux, sd3, sdxl, stable_diffusion
 from utils.diffusion.families.flow import FlowSchedule
 from utils.diffusion.families.settings import fitted, said_of_word
 from utils.diffusion.families.texts import load_tokenizer
@@ -20,7 +20,16 @@ from utils.diffusion.tuning import Batches, Tunable
 from utils.diffusion.unet import save_unet
 
 PROMPTS = ["a photo of a sks person, wearing a red coat", "a dog"]
-FILES = {"sdxl": sdxl, "sd3": sd3, "sd3-without-t5": sd3, "flux": flux, "flux-schnell": flux}
+FILES = {
+    "sd": stable_diffusion,
+    "sd-v": stable_diffusion,
+    "sdxl": sdxl,
+    "sd3": sd3,
+    "sd3-without-t5": sd3,
+    "flux": flux,
+    "flux-schnell": flux,
+}
+UNETS = ("sd", "sd-v", "sdxl")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +65,7 @@ def test_drawn_as_by_the_pipeline(pipelines, kind, negative):
     model, family = opened(folder), FILES[kind]
     assert family_of(folder) is family and family.check(folder) <= 4
     options = {"steps": 3, "guidance": 2.5, "negative": negative, "resolution": (32, 16)}
-    solver = "euler" if kind == "sdxl" else family.SOLVERS[0]
+    solver = "euler" if kind in UNETS else family.SOLVERS[0]
     with torch.no_grad():
         latents = model.sample(model.encode_all(PROMPTS), [7, 8], solver=solver, **options)
     noise = torch.stack([torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(seed)) for seed in (7, 8)])
@@ -100,8 +109,16 @@ def test_lora_loads_in_the_pipeline(pipelines, kind, tmp_path):
 def reference_loss(kind, pipeline, latents, noise, timesteps, prompts):
     """The published loss of a family, written with the pipeline's own parts."""
     t = timesteps.view(-1, 1, 1, 1)
-    if kind == "sdxl":
+    if kind in UNETS:
         alphas = pipeline.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    if kind in ("sd", "sd-v"):
+        tokens, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
+        noised = alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
+        velocity = alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
+        return (
+            (pipeline.unet(noised, timesteps, tokens).sample - (noise if kind == "sd" else velocity)).square().mean()
+        )
+    if kind == "sdxl":
         tokens, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
         sizes = torch.tensor([[32, 16, 0, 0, 32, 16]]).repeat(len(prompts), 1)
         noised = alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
@@ -115,7 +132,8 @@ def reference_loss(kind, pipeline, latents, noise, timesteps, prompts):
         tokens, _, pooled, _ = pipeline.encode_prompt(prompts, prompts, prompts, do_classifier_free_guidance=False)
         prediction = pipeline.transformer(noised, tokens, pooled, timesteps).sample
     else:
-        tokens, pooled, places = pipeline.encode_prompt(prompts, prompts)
+        words = {"max_sequence_length": 256} if kind == "flux-schnell" else {}
+        tokens, pooled, places = pipeline.encode_prompt(prompts, prompts, **words)
         size = noised.shape
         prediction = pipeline.transformer(
             pipeline._pack_latents(noised, *size),
@@ -124,24 +142,31 @@ def reference_loss(kind, pipeline, latents, noise, timesteps, prompts):
             timesteps / 1000,
             pipeline._prepare_latent_image_ids(len(prompts), size[2] // 2, size[3] // 2, "cpu", torch.float32),
             places,
-            torch.ones(len(prompts)),
+            None if kind == "flux-schnell" else torch.ones(len(prompts)),
         ).sample
         prediction = pipeline._unpack_latents(prediction, 32, 16, 2)
     return (prediction - (noise - latents)).square().mean()
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
-def test_ten_steps_of_the_published_loss(pipelines, kind):
-    """All weights of the network: the same losses, and the same weights at the end."""
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["sd", "sd-v", "sdxl", "sd3", "flux", "flux-schnell"])
+def test_ten_steps_of_the_published_loss(pipelines, kind, mode):
+    """All weights of the network, or its LoRA: the same losses, and the same weights at the end."""
     pipeline, folder = type(pipelines(kind)[0]).from_pretrained(pipelines(kind)[1]), pipelines(kind)[1]
-    network = pipeline.unet if kind == "sdxl" else pipeline.transformer
+    network = pipeline.unet if kind in UNETS else pipeline.transformer
+    model = opened(folder, mode=mode)
+    if mode == "lora":
+        (name,) = model.unet.peft_config
+        network.requires_grad_(False).add_adapter(model.unet.peft_config[name], adapter_name=name)
+        network.load_state_dict(model.unet.state_dict())
     network.train()
-    model = opened(folder, mode="full")
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    assert len(trained) == len(model.trained_weights())
     generator = torch.Generator().manual_seed(0)
     source = torch.randn(2, 3, 4, 16, 8, generator=generator).abs().unbind()
     batches = Batches((source, ["a sks person"] * 3, None), (torch.randn(2, 4, 16, 8), "a person"), size=2, seed=5)
     ours = torch.optim.SGD(model.trained_weights(), lr=0.05)
-    theirs = torch.optim.SGD(network.parameters(), lr=0.05)
+    theirs = torch.optim.SGD(trained, lr=0.05)
     losses = []
     for _ in range(10):
         inputs, rows, _ = batches.draw(model)
@@ -155,9 +180,10 @@ def test_ten_steps_of_the_published_loss(pipelines, kind):
         theirs.zero_grad()
         losses.append((loss.item(), wanted.item()))
     apart = max(abs(left - right) / right for left, right in losses)
-    weights = zip(model.trained_weights(), network.parameters(), strict=True)
+    weights = zip(model.trained_weights(), trained, strict=True)
     moved = max(float((left - right).detach().abs().max()) for left, right in weights)
-    print(f"{kind}: losses {apart:.1e}, weights {moved:.1e}, first loss {losses[0][0]:.3f}, last {losses[-1][0]:.3f}")
+    first, last = losses[0][0], losses[-1][0]
+    print(f"{kind}, {mode}: losses {apart:.1e}, weights {moved:.1e}, first loss {first:.3f}, last {last:.3f}")
     assert apart < 1e-5 and moved < 1e-5
     assert model.schedule.num_steps == 1000
 
@@ -184,16 +210,27 @@ def test_timesteps_of_flow_matching():
 GIVEN = {
     "identity_token": "<iir-{pid}>", "solver": "ddim", "guidance_scale": 3.0, "snr_gamma": None,
     "train_text_encoder": False, "fast_lora": None, "enable_xformers_memory_efficient_attention": False,
+    "mixed_precision": "no",
 }  # fmt: skip
+# The transformer of Flux dev.
+DEV = {"guidance_embeds": True}
 
 
 def test_defaults_follow_the_family():
-    changed, lines = fitted(sd3, GIVEN, set())
+    changed, lines = fitted(sd3, {}, GIVEN, set())
     assert changed == {"identity_token": "sks", "solver": "flow-euler"} and len(lines) == 2
-    assert fitted(sdxl, GIVEN, {"solver", "negative_prompt", "guidance_share"})[0] == {"identity_token": "sks"}
-    changed, lines = fitted(flux, GIVEN, set())
+    assert fitted(sdxl, {}, GIVEN, {"solver", "negative_prompt", "guidance_share"})[0] == {"identity_token": "sks"}
+    assert "--mixed_precision bf16" in fitted(sd3, {}, GIVEN | {"mixed_precision": "fp16"}, set())[1][-1]
+    changed, lines = fitted(flux, DEV, GIVEN, set())
     assert changed["guidance_scale"] == 3.5 and any("--guidance_scale 3.5" in line for line in lines)
-    assert "guidance_scale" not in fitted(flux, GIVEN, {"guidance_scale"})[0]
+    assert "guidance_scale" not in fitted(flux, DEV, GIVEN, {"guidance_scale"})[0]
+    # Schnell has no guidance and few steps.
+    changed, lines = fitted(flux, {"guidance_embeds": False}, GIVEN, set())
+    assert (changed["guidance_scale"], changed["num_inference_steps"]) == (1.0, 4)
+    assert any("distilled to few steps: --guidance_scale 1.0, --num_inference_steps 4" in line for line in lines)
+    assert "num_inference_steps" not in fitted(flux, {}, GIVEN, {"num_inference_steps"})[0]
+    with pytest.raises(ValueError, match="--guidance_scale: This Flux is distilled .* has no guidance; leave it out"):
+        fitted(flux, {"guidance_embeds": False}, GIVEN, {"guidance_scale"})
     refusals = {
         "text encoders, and a new token": (sdxl, {}, {"identity_token"}),
         "--solver ddim does not fit Flux; it takes flow-euler": (flux, {}, {"solver"}),
@@ -207,7 +244,7 @@ def test_defaults_follow_the_family():
     }
     for message, (family, values, given) in refusals.items():
         with pytest.raises(ValueError, match=message):
-            fitted(family, GIVEN | values, given)
+            fitted(family, DEV, GIVEN | values, given)
 
 
 def test_a_word_of_several_tokens_is_said(pipelines):

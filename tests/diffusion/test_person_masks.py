@@ -1,5 +1,7 @@
 """Masks of people by segmentation models: the share of each cell, models of garments, and images of nobody."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -67,5 +69,12 @@ def test_a_model_without_people_is_refused(tmp_path):
     segmenter(tmp_path, ["cat", "dog"])
     with pytest.raises(ValueError, match="knows no person and no background, only cat, dog; choose another"):
         check_mask_model(str(tmp_path))
+    # A head for masks on the network of another task would have random weights.
+    segmenter(tmp_path / "classes", ["wall", "person"])
+    config = json.loads((tmp_path / "classes" / "config.json").read_text())
+    config["architectures"] = ["SegformerForImageClassification"]
+    (tmp_path / "classes" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is no segmentation model but a SegformerForImageClassification"):
+        check_mask_model(str(tmp_path / "classes"))
     with pytest.raises(ValueError, match="--mask_model .*nothing: its configuration cannot be read"):
         check_mask_model(str(tmp_path / "nothing"))

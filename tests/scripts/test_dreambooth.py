@@ -340,7 +340,7 @@ def test_the_hundredth_identity_starts_where_the_first_did(models, tmp_path, mod
     source = ["--source", "synthetic:domain=a,num_ids=100,images_per_id=4"]
     args = script.parse_args(arguments(models, tmp_path, *more, *source))
     identities = open_identities(args.source)
-    _, tokenizer = script.check_inputs(args, identities, identities)
+    _, tokenizer = script.check_inputs(args, identities, identities, print)
     prompts = open_prompts(tokenizer, identities, **PROMPTS)
     tunable = script.open_model(args, Accelerator(cpu=True), prompts)
     words = {"identity_prompt": f"a photo of {prompts.token_of(identities[0])} person"}
@@ -576,7 +576,9 @@ def test_better_pictures_by_flags(models, tmp_path, monkeypatch, capsys):
     assert run(models, tmp_path / "out", "--ids", "2", *more, "--mask_model", tmp_path / "mask") == {}
     words, options = seen[NAMES[1]]
     count = len(words["images"])
-    assert f"finds nobody in {count} of {count} images of {NAMES[1]}: used whole" in capsys.readouterr().out
+    assert f"--mask_model finds nobody in {count} source images of 1 identities: they" in capsys.readouterr().out
+    assert record(tmp_path / "out", NAMES[1])["nobody"] == count
+    assert "Source images in which --mask_model finds nobody" in (tmp_path / "out" / "report.html").read_text()
     assert options["alone"] == "a photo of <iir-0002> person"
     assert options["weights"].shape == (count, 1, 8, 4) and (options["weights"] == 1).all()
     assert len(options["texts"]) == count and all("<iir-0002> person" in text for text in options["texts"])
@@ -1059,6 +1061,10 @@ def test_redraw_with_other_prompts_keeps_the_images_there(models, tmp_path):
     assert [row["steps"] for row in rows] == [2, 2, 3, 3] and len({row["seed"] for row in rows}) == 4
     made = files(out)
     assert run(models, out, *redraw) == {} and files(out) == made
+    # Without --redraw it would be tuned again, and its images go.
+    with pytest.raises(ValueError, match=f"1 identities, {NAMES[1]} for one, have kept adapters and images of other"):
+        run(models, out, *flags[:-1], "3")
+    assert before.items() <= files(out / "images").items()
     # With its first prompts again, everything is there.
     assert len(record(out, NAMES[1])["images"]) == 4
 

@@ -102,6 +102,9 @@ def check_fits(name, weights, unet_config):
     for key, value in peft_names(weights).items():
         layer, found, _ = key.partition(".lora_")
         if not found:
+            # Such as the magnitudes of DoRA.
+            if not key.endswith(".alpha"):
+                wrong.append(key)
             continue
         seen += 1
         weight = getattr(layers.get(layer), "weight", None)

@@ -11,6 +11,8 @@ from utils.files import one_line
 from utils.modeling.folder import ask_hub
 
 PERSON = {"person", "people", "pedestrian", "human"}
+# In the name of a class.
+SEGMENTING = ("Segmentation", "MaskFormer", "Mask2Former", "OneFormer", "EoMT", "Eomt")
 BACKGROUND = {"background", "unlabeled", "unlabelled", "void", "other"}
 
 
@@ -19,9 +21,13 @@ def check_mask_model(name):
     try:
         if not Path(name).is_dir():
             ask_hub(name)
-        labels = AutoConfig.from_pretrained(name, trust_remote_code=False).id2label.values()
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"--mask_model {name}: its configuration cannot be read: {one_line(error)}") from error
+    labels, built = config.id2label.values(), config.architectures or []
+    # transformers would put a new head of random weights on the network of a detector.
+    if not any(word in name_of_class for name_of_class in built for word in SEGMENTING):
+        raise ValueError(f"--mask_model {name} is no segmentation model but a {', '.join(built) or 'network'}")
     people = {label for label in labels if PERSON & words_of(label)}
     if people:
         return lambda label: label in people
@@ -42,7 +48,9 @@ class PersonMasks:
     def __init__(self, name, device="cpu"):
         self.is_person = check_mask_model(name)
         try:
-            self.segment = pipeline("image-segmentation", model=name, device=device)
+            self.segment = pipeline(
+                "image-segmentation", model=name, device=device, model_kwargs={"use_safetensors": True}
+            )
         except Exception as error:
             raise ValueError(f"--mask_model {name} cannot be loaded: {one_line(error)}") from error
 

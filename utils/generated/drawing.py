@@ -1,10 +1,11 @@
 """Draws the images of an identity: by the model just tuned to it, or later by its kept adapter."""
 
+import json
 from dataclasses import dataclass
 
 from PIL import Image
 
-from utils.diffusion.adapters import load_adapter, save_adapter
+from utils.diffusion.adapters import LORA, ORIGIN, TOKEN, load_adapter, save_adapter
 from utils.generated import made_set
 from utils.worklist import seed_of
 
@@ -88,3 +89,55 @@ class Drawing:
 def token_of(tunable, prompts, identity):
     """The name of the identity's token and its row, which only a new token has."""
     return (prompts.token_of(identity), tunable.token.row) if prompts.has_new_tokens else ()
+
+
+# What is kept of a tuning
+
+
+def check_adapters(work, names, with_token):
+    """ValueError unless each identity has images and a kept adapter. No model is loaded."""
+    files = [LORA, TOKEN] if with_token else [LORA]
+    without = [
+        name
+        for name in names
+        if not work.has(name, made_set.IMAGES)
+        or not all((work.folder / made_set.ADAPTERS / name / file).is_file() for file in files)
+    ]
+    if without:
+        raise ValueError(
+            f"--redraw: {work.folder / made_set.ADAPTERS} has no adapter of {len(without)} of {len(names)} "
+            f"identities, {without[0]} for one. Adapters are kept by --save_adapters: run without --redraw and with "
+            "it, or choose others with --ids"
+        )
+
+
+def check_kept(work, identities, records):
+    """ValueError where a new tuning would replace images of other prompts, of an identity whose adapter is kept."""
+    kept = [
+        identity.name
+        for identity in identities
+        if (made := work.read(identity.name, made_set.IMAGES))
+        and made["identity_prompt"] != records[identity.name]["identity_prompt"]
+        and (work.folder / made_set.ADAPTERS / identity.name).is_dir()
+    ]
+    if kept:
+        raise ValueError(
+            f"{len(kept)} identities, {kept[0]} for one, have kept adapters and images of other prompts. --redraw "
+            f"adds images of the new prompts; to tune to them instead, remove {work.folder / made_set.ADAPTERS}"
+        )
+
+
+def check_origin(work, names, digest):
+    """ValueError if an adapter was tuned from another model than the one with this digest."""
+    for name in names:
+        path = work.folder / made_set.ADAPTERS / name / ORIGIN
+        try:
+            model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        except (OSError, ValueError, KeyError, TypeError):
+            # Adapters of an earlier version: the images beside them name the model.
+            model = work.read(name, made_set.IMAGES)["model"]
+        if model != digest:
+            raise ValueError(
+                f"the adapter of {name} was tuned from the model {model}, this one is {digest}: give "
+                "--pretrained_model_name_or_path of that model"
+            )

@@ -36,6 +36,9 @@ def made_report(work, identities, records, described, failures, arguments, valid
     sets = {record["reference"] for record in records if record["reference"]}
     if sets:
         facts.append(("Reference sets", f"{len(sets):,} for {len(records):,} identities"))
+    if any(record.get("nobody") is not None for record in records):
+        nobody = sum(record.get("nobody") or 0 for record in records)
+        facts.append(("Source images in which --mask_model finds nobody", f"{nobody:,}, used whole"))
     lead = f"{count:,} images of {len(records):,} identities, none of them a photograph."
     if failures:
         lead += f" {len(failures)} identities failed; they are listed below."

@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from utils.datasets.portable import push_folder
-from utils.diffusion.adapters import LORA, ORIGIN, TOKEN
 from utils.files import one_line, portable, to_json, versions, write_csv
 from utils.generated.made_report import REFERENCES, SHOWN, made_report
 from utils.generated.texts.captions import captions_table
@@ -131,7 +130,8 @@ def keep_settings(work, arguments, command, may_change=()):
     changes = differences(*fixed)
     if before is not None and work.recorded(IMAGES) and changes:
         changed = "; ".join(f"--{change}" for change in changes)
-        allowed = f"; --redraw may change {', '.join(f'--{name}' for name in may_change)}" if may_change else ""
+        flags = [f"--{name}" for name in may_change if name != "reference_drawing"]
+        allowed = f"; --redraw may change {', '.join(flags)}" if flags else ""
         raise ValueError(
             f"{work.folder} holds images of a run with other settings: {changed}. Give the same settings, or another "
             f"--output_dir{allowed}"
@@ -201,38 +201,6 @@ def check_model(work, digest):
         )
 
 
-def check_adapters(work, names, with_token):
-    """ValueError unless each identity has images and a kept adapter. No model is loaded."""
-    files = [LORA, TOKEN] if with_token else [LORA]
-    without = [
-        name
-        for name in names
-        if not work.has(name, IMAGES) or not all((work.folder / ADAPTERS / name / file).is_file() for file in files)
-    ]
-    if without:
-        raise ValueError(
-            f"--redraw: {work.folder / ADAPTERS} has no adapter of {len(without)} of {len(names)} identities, "
-            f"{without[0]} for one. Adapters are kept by --save_adapters: run without --redraw and with it, or choose "
-            "others with --ids"
-        )
-
-
-def check_origin(work, names, digest):
-    """ValueError if an adapter was tuned from another model than the one with this digest."""
-    for name in names:
-        path = work.folder / ADAPTERS / name / ORIGIN
-        try:
-            model = json.loads(path.read_text(encoding="utf-8"))["model"]
-        except (OSError, ValueError, KeyError, TypeError):
-            # Adapters of an earlier version: the images beside them name the model.
-            model = work.read(name, IMAGES)["model"]
-        if model != digest:
-            raise ValueError(
-                f"the adapter of {name} was tuned from the model {model}, this one is {digest}: give "
-                "--pretrained_model_name_or_path of that model"
-            )
-
-
 def open_references(model, work, prompt, count, *, seed, precision, sampling):
     """(`count` latents, key) of a prompt; drawn unless they are in `work`. `sampling`: arguments of `model.sample`.
 
@@ -297,6 +265,8 @@ def finish(work, identities, validation_ids, *, captions_only, unfinished, push=
         print(f"{len(missing)} of {len(work.pieces)} identities are still with other shards; the last one merges")
         return {}
     count, images, failures = merge(work, identities, validation_ids)
+    if not captions_only and (words := said_of_nobody(work)):
+        print(words)
     if not missing:
         work.tidy()
     summary = f"{images} images of {count} identities: {work.folder}"
@@ -309,6 +279,17 @@ def finish(work, identities, validation_ids, *, captions_only, unfinished, push=
         address = push_folder(work.folder, repository or work.folder.resolve().name, CARD_FILES, files)
         print(f"Uploaded: {address}")
     return failures
+
+
+def said_of_nobody(work):
+    """A line if the model of --mask_model saw nobody in some source images."""
+    found = [(work.read(name, IMAGES) or {}).get("nobody") or 0 for name in work.recorded(IMAGES)]
+    if not any(found):
+        return None
+    return (
+        f"--mask_model finds nobody in {sum(found):,} source images of {sum(map(bool, found)):,} identities: they are "
+        "used whole"
+    )
 
 
 def merge(work, identities, validation_ids=0):

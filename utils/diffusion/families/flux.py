@@ -30,6 +30,7 @@ VAE_OVERFLOWS_IN_FLOAT16 = False
 T5_TOKENS, SCHNELL_TOKENS = 512, 256
 # The guidance under which it is tuned, as the model without guidance, and that of diffusers' own pipeline.
 TUNED_WITH, GUIDANCE = 1.0, 3.5
+SCHNELL_STEPS = 4
 
 
 def check(name, revision=None):
@@ -53,6 +54,13 @@ def encode(texts, prompts):
 def text_tokens(network):
     """How many tokens of T5 the transformer of this configuration was trained with."""
     return T5_TOKENS if network.guidance_embeds else SCHNELL_TOKENS
+
+
+def usual_drawing(network):
+    """({flag: value} that images are drawn with by default, why)."""
+    if network.get("guidance_embeds"):
+        return {"guidance_scale": GUIDANCE}, f"{TITLE} is guided by an input of its own"
+    return {"guidance_scale": 1.0, "num_inference_steps": SCHNELL_STEPS}, f"This {TITLE} is distilled to few steps"
 
 
 def unguided(texts, negative):

@@ -6,11 +6,12 @@ from utils.diffusion.families.solvers import FLOW_EULER
 RARE_WORD = "sks"
 
 
-def fitted(family, settings, given):
+def fitted(family, network, settings, given):
     """({name: value} of the settings that become others, lines that say so); ValueError for a flag that cannot be.
 
-    settings: identity_token, solver, guidance_scale, snr_gamma, train_text_encoder, fast_lora,
-    enable_xformers_memory_efficient_attention. given: names of the settings that a flag gave, also of others.
+    network: the configuration of what denoises. settings: identity_token, solver, guidance_scale, snr_gamma,
+    train_text_encoder, fast_lora, mixed_precision, enable_xformers_memory_efficient_attention. given: names of the
+    settings that a flag gave, also of others.
     """
     changed, lines = {}, []
     of_flow = FLOW_EULER in family.SOLVERS
@@ -29,9 +30,13 @@ def fitted(family, settings, given):
         for flag in ("negative_prompt", "guidance_share"):
             if flag in given:
                 raise ValueError(f"--{flag} is of predictions with and without prompt; {family.TITLE} predicts once")
-        if "guidance_scale" not in given:
-            changed["guidance_scale"] = family.GUIDANCE
-            lines.append(f"{family.TITLE} is guided by an input of its own: --guidance_scale {family.GUIDANCE}")
+        usual, why = family.usual_drawing(network)
+        if usual["guidance_scale"] == 1 and "guidance_scale" in given:
+            raise ValueError(f"--guidance_scale: {why}, and has no guidance; leave it out")
+        usual = {name: value for name, value in usual.items() if name not in given}
+        changed |= usual
+        if usual:
+            lines.append(f"{why}: {', '.join(f'--{name} {value}' for name, value in usual.items())}")
         if settings["enable_xformers_memory_efficient_attention"]:
             raise ValueError(
                 f"--enable_xformers_memory_efficient_attention does not fit {family.TITLE}, whose queries and values "
@@ -49,6 +54,8 @@ def fitted(family, settings, given):
             f"--train_text_encoder trains the one text encoder of {stable_diffusion.TITLE}; {family.TITLE} has "
             f"{len(family.TEXTS)}; leave it out"
         )
+    if of_flow and settings["mixed_precision"] == "fp16":
+        lines.append(f"{family.TITLE} was trained in bfloat16: if something is not finite, use --mixed_precision bf16")
     if settings["snr_gamma"] is not None and of_flow:
         raise ValueError(f"--snr_gamma weighs steps of a noise schedule; {family.TITLE} has none; leave it out")
     if settings["fast_lora"] and family not in (stable_diffusion, sdxl):

@@ -15,6 +15,13 @@ UNKNOWN = {
     "clothes", "clothing",
 }  # fmt: skip
 MAX_WORDS = 6
+GARMENTS = ("upper", "lower", "shoes", "hat", "carried")
+# What an answer that is a colour alone is about.
+THINGS = {"upper": "top", "shoes": "shoes", "hair": "hair"}
+COLOURS = (
+    "black", "white", "grey", "gray", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "beige",
+    "dark", "light", "navy", "tan", "khaki", "striped", "colorful",
+)  # fmt: skip
 ARTICLE = re.compile(r"^(a|an|the|his|her|their|its|some) ")
 PEOPLE = r"(?:person|people|man|woman|boy|girl|guy|lady|gentleman|pedestrian|individual|subject|someone|figure)"
 SUBJECT = re.compile(
@@ -47,6 +54,7 @@ DOUBT = re.compile(
     r"\b(?:can ?not|can t|cannot|could not|couldn t|unable to|hard to|difficult to) (?:be |really )?"
     r"(?:see|seen|tell|say|determine|determined|know|visible|identify)\b"
     r"|\bnot (?:visible|clear|sure|shown|known|seen|possible)\b"
+    r"|^no .*\b(?:visible|shown|seen)$"
     r"|\b(?:don t|do not) know\b|\b(?:isn t|aren t) (?:visible|clear|shown)\b|\bno idea\b|\bunclear\b"
 )
 NEGATION = re.compile(
@@ -74,6 +82,8 @@ def clean(answer, key=None):
 
     Without a key, the verbs of all questions about things are dropped.
     """
+    if key in GARMENTS:
+        answer = first_garment(answer, key)
     text = re.sub(r"(?<=\w)[’'](?=\w)", " ", answer.lower())
     text = re.sub(r"(?<=\w) - (?=\w)", "-", " ".join(re.sub(r"[^\w\s-]", " ", text).split()))
     if DOUBT.search(text):
@@ -91,7 +101,18 @@ def clean(answer, key=None):
             return NOTHING
         phrase = before
     phrase = VIEWS.get(phrase, phrase) if key == "view" else phrase
-    return tidy(phrase, MAX_WORDS)
+    phrase = tidy(phrase, MAX_WORDS)
+    if key == "hat" and phrase.split()[-1:] == ["hair"]:
+        return NOTHING
+    # "black" hair is black hair.
+    return f"{phrase} {THINGS[key]}" if phrase in COLOURS and key in THINGS else phrase
+
+
+def first_garment(answer, key):
+    """An answer up to its first comma, if a thing of two words and more is named before: the rest names another."""
+    first, comma, _ = re.sub(";", ",", answer).partition(",")
+    named = clean(first, key) if comma and len(first.split()) > 1 else ""
+    return first if len(named.split()) > 1 and named.split()[-1] not in COLOURS else answer
 
 
 def without_verb(text, verbs):

@@ -74,13 +74,17 @@ class Prompts:
         return record | words
 
     def of_sequence(self, record, identity):
-        """P_E of each image of the sequence, from the answers about it alone; the identity's where there are none."""
+        """P_E of each image of the sequence, from what is said of it alone; the identity's where there is nothing.
+
+        Attributes that were edited by hand are those of every image.
+        """
         answers = {image["path"]: captions.answers_of([image]) for image in record["images"]}
-        texts = []
+        texts, nothing = [], {"attributes": {}, "caption": ""}
         for path in identity.paths:
-            own = captions.merged(answers[path]) if path in answers and not record["text"] else {"attributes": {}}
+            own = captions.merged(answers[path]) if path in answers and not record["text"] else nothing
+            own["attributes"] |= captions.by_hand(record)
             text = record["identity_prompt"]
-            if own["attributes"]:
+            if own["attributes"] or own["caption"]:
                 prompt = self.fit(captions.composed(own, self.class_prompt), identity)
                 text = captions.with_token(prompt, self.token_of(identity), self.noun)
             texts.append(text)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from utils.generated.texts.answers import ABSENT, clean, tidy
+from utils.generated.texts.answers import ABSENT, COLOURS, clean, tidy
 
 QUESTIONS = {
     "upper": "what is the person wearing on the upper body?",
@@ -53,10 +53,6 @@ CLOTHES = {
     "shoes": ["white shoes", "black shoes", "brown shoes", "red shoes"],
     "hat": ["black cap", "red cap", "grey beanie"],
 }  # fmt: skip
-COLOURS = (
-    "black", "white", "grey", "gray", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "beige",
-    "dark", "light", "navy", "tan", "khaki", "striped", "colorful",
-)  # fmt: skip
 CLASS_PROMPT = "a photo of a person"
 MAX_CAPTION_WORDS = 40
 
@@ -314,6 +310,14 @@ def edited(record, before, row, fit, identity, class_prompt=CLASS_PROMPT):
         changes = said_otherwise(row, before, fit, identity, class_prompt)
         edit = {"row": row, "said": changes} if changes else edit
     return record | edit["said"] | {"edit": edit} if edit else record
+
+
+def by_hand(record):
+    """The attributes of a record that an edit made different from what its images say."""
+    if not record.get("edit"):
+        return {}
+    seen = merged(answers_of(record["images"]))["attributes"]
+    return {key: value for key, value in record["attributes"].items() if value != seen.get(key)}
 
 
 def said_otherwise(row, before, fit, identity, class_prompt):
