@@ -280,7 +280,7 @@ from kernels import cosine_topk
 from utils import launch
 from utils.files import portable, run_record, to_json, write_together
 from utils.generated import choosing
-from utils.generated.calibration import BEST, calibrate
+from utils.generated.calibration import BEST, calibrate, cameras_missing
 from utils.generated.images import METADATA, SCORED, check_generated, open_generated, sources_named_by
 from utils.generated.kept_report import against_truth, kept_report, truth_table
 from utils.generated.kept_set import pieces_of, summary_of, upload_set, write_scores, write_set
@@ -585,6 +585,11 @@ def finish(args, sources, generated):
         part("args.json").write_text(to_json(run_record(args)), encoding="utf-8")
         part("summary.json").write_text(to_json(summary), encoding="utf-8")
         report.write(part("report.html"))
+    if args.filter == "reid" and args.true_match_rate is not None:
+        for line in cameras_missing(sources):
+            print(line)
+    if args.captioner == "none":
+        print("Images were not asked about their prompts: --captioner MODEL --min_agreement 0.6 drops other clothes")
     if args.captioner != "none" and (count := choosing.without_score(scores, "attributes")):
         print(f"{count:,} images have no attribute score: no answer says anything, or the prompt names no clothes")
     if summary["against_truth"]:

@@ -26,6 +26,7 @@ PARTS = {
     "dcac_long": "benchmarks.speed.dcac_step --modes lora --rounds 3 --steps 100 --json {json}",
     "pretraining": "benchmarks.speed.pretraining --json {json}",
     "generation": "benchmarks.speed.generation --sd15 --json {json}",
+    "generation_xl": "benchmarks.speed.generation --sdxl --json {json}",
 }
 SMALL = {
     "kernels": "-k equal_rows",
@@ -33,6 +34,8 @@ SMALL = {
     "dcac_step": "--size tiny --modes lora --rounds 1 --steps 2 --warmup 1",
     "dcac_long": "--size tiny --rounds 1 --steps 4 --warmup 1",
     "pretraining": "--size tiny --models resnet50 --mixed_precision no --rounds 1 --steps 2 --warmup 1",
+    "generation": "--steps 2 --ways paper",
+    "generation_xl": "--steps 2 --ways lora",
 }
 # Parts that go through their configurations several times.
 WITH_ROUNDS = ("retrieval", "dcac_step", "dcac_long", "pretraining")
@@ -78,8 +81,8 @@ def main(input_args=None):
         path, left = args.json_dir / f"{name}.json", end - time.monotonic()
         words = PARTS[name].format(json=path).split() + (SMALL.get(name, "").split() if args.small else [])
         words += ["--rounds", str(args.rounds)] if args.rounds and name in WITH_ROUNDS else []
-        if args.small and name == "generation":
-            words.remove("--sd15")
+        if args.small:
+            words = [word for word in words if word not in ("--sd15", "--sdxl")]
         args.json_dir.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         start = time.monotonic()

@@ -6,9 +6,9 @@ whole identity by the recipes: training, reference images, drawing, and the VAE'
     python -m benchmarks.memory.generation_cost --json benchmarks/results/generation_memory.json \
         --cost_json benchmarks/results/generation_cost.json
 
-Counted on fake tensors: a fine-tuning step with one own and one reference image (the second step, when the optimiser
-has its state), and drawing a batch of images with guidance. A card needs 1 to 1.5 GiB more for CUDA's context,
-workspaces and gaps.
+Counted on fake tensors: a fine-tuning step with the batch of the recipe, `lora` two own and two reference images,
+`paper` one of each (the second step, when the optimiser has its state), and drawing a batch of images with guidance. A
+card needs 1 to 1.5 GiB more for CUDA's context, workspaces and gaps.
 """
 
 import argparse
@@ -31,13 +31,14 @@ from utils.diffusion.unet import set_unet_mode
 from utils.reporting.report import text_table
 
 HALF = torch.bfloat16
-# What trains, whether activations are computed twice, images drawn at a time.
+# What trains, whether activations are computed twice, the recipe.
 WAYS = {
-    "lora": ("lora", False, 8),
-    "lora, checkpointing": ("lora", True, 8),
-    "full, 8-bit Adam": ("full", False, 8),
-    "full, 8-bit Adam, checkpointing": ("full", True, 8),
+    "lora": ("lora", False, "lora"),
+    "lora, checkpointing": ("lora", True, "lora"),
+    "full, 8-bit Adam": ("full", False, "paper"),
+    "full, 8-bit Adam, checkpointing": ("full", True, "paper"),
 }
+DRAWN = 8
 SIZES = [(512, 512), (512, 256)]
 # Reference sets an identity: `--reference_prompts shared` left 32 for the 751 identities of Market-1501's size.
 SHARED = 32 / 751
@@ -64,12 +65,13 @@ def build(mode, checkpointing):
     return unet, vae, text_encoder
 
 
-def fine_tuning(unet, schedule, resolution, alive):
-    """Two steps of train_dreambooth_reid.fine_tune with the 8-bit optimiser's two bytes a weight."""
+def fine_tuning(unet, schedule, resolution, alive, own):
+    """Two steps of train_dreambooth_reid.fine_tune, of so many own images and as many reference images, with the 8-bit
+    optimiser's two bytes a weight."""
     weights = [weight for weight in unet.parameters() if weight.requires_grad]
     states = [torch.empty(2, weight.numel(), dtype=torch.uint8) for weight in weights]
-    latents, noise = torch.randn(2, 2, 4, resolution[0] // 8, resolution[1] // 8)
-    condition, timesteps = torch.randn(2, 77, 768, dtype=HALF), torch.zeros(2, dtype=torch.long)
+    latents, noise = torch.randn(2, 2 * own, 4, resolution[0] // 8, resolution[1] // 8)
+    condition, timesteps = torch.randn(2 * own, 77, 768, dtype=HALF), torch.zeros(2 * own, dtype=torch.long)
     alive.add(*states, latents, noise, condition)
     unet.train()
     for _ in range(2):
@@ -81,7 +83,7 @@ def fine_tuning(unet, schedule, resolution, alive):
             weight.grad = None
 
 
-def drawing(unet, vae, resolution, batch):
+def drawing(unet, vae, resolution, batch=DRAWN):
     """One denoising step with guidance, and the decoding, of a batch."""
     latents = torch.randn(batch, 4, resolution[0] // 8, resolution[1] // 8, dtype=HALF)
     unet.eval()
@@ -92,7 +94,7 @@ def drawing(unet, vae, resolution, batch):
 
 def count(way, resolution):
     """GiB alive at the peaks of (fine-tuning, drawing)."""
-    mode, checkpointing, batch = WAYS[way]
+    mode, checkpointing, recipe = WAYS[way]
     unet, vae, text_encoder = build(mode, checkpointing)
     peaks = []
     for part in ("fine-tuning", "drawing"):
@@ -103,11 +105,16 @@ def count(way, resolution):
             for module in (unet, vae, text_encoder):
                 alive.add(*module.parameters(), *module.buffers())
             if part == "fine-tuning":
-                fine_tuning(unet, NoiseSchedule(SCHEDULE), resolution, alive)
+                fine_tuning(unet, NoiseSchedule(SCHEDULE), resolution, alive, batch_of(recipe))
             else:
-                drawing(unet, vae, resolution, batch)
+                drawing(unet, vae, resolution)
         peaks.append(round(alive.peak / GIB, 2))
     return peaks
+
+
+def batch_of(recipe):
+    """Own images of a step."""
+    return RECIPES[recipe]["train_batch_size"]
 
 
 def counting():
@@ -122,12 +129,13 @@ def counting():
 
 
 def step_tflop(way, resolution):
-    """TFLOP of one fine-tuning step, of one own and one reference image."""
-    unet, _, _ = build(*WAYS[way][:2])
+    """TFLOP of one fine-tuning step."""
+    *built, recipe = WAYS[way]
+    unet, _, _ = build(*built)
     with FakeTensorMode():
         hollow(unet)
         with counting() as counter:
-            fine_tuning(unet, NoiseSchedule(SCHEDULE), resolution, Alive())
+            fine_tuning(unet, NoiseSchedule(SCHEDULE), resolution, Alive(), batch_of(recipe))
     # `fine_tuning` takes two steps.
     return round(counter.get_total_flops() / 2e12, 2)
 
@@ -157,8 +165,7 @@ def identity_pflop(name):
     recipe = RECIPES[recipe]
     resolution, mode = recipe["resolution"], recipe["finetune"]
     denoise, encode, decode = forward_tflop(resolution)
-    # Counted for one own and one reference image.
-    step = recipe["train_batch_size"] * step_tflop("lora" if mode == "lora" else "full, 8-bit Adam", resolution)
+    step = step_tflop("lora" if mode == "lora" else "full, 8-bit Adam", resolution)
     # Reference images are drawn as the recipe says, with guidance on all steps.
     references = sets * recipe["num_reference_images"] * 2 * recipe["num_inference_steps"] * denoise
     parts = {

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.common import GIB
 from benchmarks.memory.generation_cost import count, forward_tflop, step_tflop
-from benchmarks.speed.generation import measure, ours_of
+from benchmarks.speed.generation import WAYS, counts_of, flags_of, identity_seconds, measure, save_few_step_lora
 from utils.flags import DIFFUSION_DIR
 
 UNET, TEXT, VAE = 859_520_964, 123_060_480, 83_653_863
@@ -34,9 +34,24 @@ def test_attention_is_counted():
     assert forward_tflop((512, 512))[0] == pytest.approx(0.80, abs=0.02)
 
 
-def test_parts_of_an_identity_are_measured():
-    parts = measure(DIFFUSION_DIR, "lora", (64, 64), 2, ["--train_batch_size", 1, "--sample_batch_size", 2])
+def test_parts_of_an_identity_are_measured(tmp_path):
+    few = ["--train_batch_size", 1, "--sample_batch_size", 2]
+    parts = measure(DIFFUSION_DIR, (64, 64), 2, ["--finetune", "full", *few])
+    named = {"load", "step", "reference", "image", "image_50", "encode", "restore"}
     seconds = {name: value for name, value in parts.items() if name != "peak_gib"}
-    assert set(seconds) == {"load", "step", "image", "image_50", "encode", "restore"} and min(seconds.values()) > 0
+    assert set(seconds) == named and min(seconds.values()) > 0
     assert parts["image_50"] > parts["image"]
-    assert ours_of(parts, {"references": 4, "images": 6, "steps": 5}) > 10 * parts["image"] + 5 * parts["step"]
+    assert identity_seconds(parts, (4, 5, 6)) > 10 * min(parts["image"], parts["reference"]) + 5 * parts["step"]
+    fast = measure(DIFFUSION_DIR, (64, 64), 2, ["--fast_lora", save_few_step_lora(DIFFUSION_DIR, tmp_path), *few])
+    # Four steps without guidance, and references as without it.
+    assert fast["image"] < fast["reference"] and "image_50" not in fast
+
+
+def test_the_ways_are_the_recipes():
+    flags = {way: " ".join(map(str, flags_of(way, "FILE"))) for way in WAYS}
+    assert "--finetune full --train_batch_size 1 --num_inference_steps 25 --guidance_scale 7.5" in flags["paper"]
+    assert "--finetune lora --train_batch_size 2 --num_inference_steps 20" in flags["lora"]
+    assert flags["lora, guidance on half of the steps"].endswith("--guidance_share 0.5")
+    few_step = flags["lora with a few-step LoRA: 4 steps, no guidance"]
+    assert few_step == "--fast_lora FILE --sample_batch_size 10 --finetune lora --train_batch_size 2"
+    assert counts_of("paper") == (200, 1000, 220) and counts_of("lora")[1:] == (400, 220)

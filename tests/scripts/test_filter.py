@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -26,7 +27,7 @@ from utils.datasets.load import load_reid
 from utils.flags import CAPTIONER_DIR, CLIP_DIR
 from utils.generated import choosing
 from utils.generated import images as generated_images
-from utils.generated.calibration import calibration_scores, scores_across_cameras
+from utils.generated.calibration import calibration_scores, cameras_missing, scores_across_cameras
 from utils.generated.drawn_set import BROKEN, World, write_drawn
 from utils.generated.texts.agreement import agreements
 from utils.modeling.reid_model import ReIDModel
@@ -153,6 +154,16 @@ def test_calibration_scores_of_made_up_features():
             want[bool(labels[query] == label)].append(np.mean(sorted(own)[-3:]))
     np.testing.assert_allclose(sorted(genuine), sorted(want[True]), atol=1e-5)
     np.testing.assert_allclose(sorted(impostor), sorted(want[False]), atol=1e-5)
+
+
+def test_sources_of_one_camera_each_are_said():
+    def source(camids):
+        labels = torch.tensor([0, 0, 1, 1])
+        return SimpleNamespace(domain="own", train={"camid": camids}, labels=labels, held_out=labels == 1)
+
+    assert cameras_missing({"own": source([0, 1, 0, 0])}) == []
+    (line,) = cameras_missing({"own": source([0, 0, 1, 1])})
+    assert line.startswith("WARNING: no identity of own is seen by two cameras")
 
 
 @pytest.mark.parametrize("cameras", [3, 1])

@@ -29,6 +29,21 @@ def calibrate(source, features, labels, seed):
     return {f"{source.domain}/{name}": value.contiguous() for name, value in zip(names, values, strict=True)}
 
 
+def cameras_missing(sources):
+    """A line for each source whose held-out images nobody else's camera saw: its threshold is that of one camera."""
+    lines = []
+    for source in sources.values():
+        cameras = {}
+        for label, camid in zip(source.labels.tolist(), source.train["camid"][:], strict=True):
+            cameras.setdefault(label, set()).add(camid)
+        if source.held_out.any() and max(map(len, cameras.values())) == 1:
+            lines.append(
+                f"WARNING: no identity of {source.domain} is seen by two cameras: the threshold is that of images of "
+                "one camera, and right images in new scenes may fall below it. A lower --true_match_rate keeps more"
+            )
+    return lines
+
+
 def calibration_scores(features, labels, held_out):
     """Scores of held-out source images against the others: genuine (own identity) and impostor (any other)."""
     gallery, gallery_labels = features[~held_out], labels[~held_out]
