@@ -1061,12 +1061,21 @@ def test_redraw_with_other_prompts_keeps_the_images_there(models, tmp_path):
     assert [row["steps"] for row in rows] == [2, 2, 3, 3] and len({row["seed"] for row in rows}) == 4
     made = files(out)
     assert run(models, out, *redraw) == {} and files(out) == made
-    # Without --redraw it would be tuned again, and its images go.
-    with pytest.raises(ValueError, match=f"1 identities, {NAMES[1]} for one, have kept adapters and images of other"):
-        run(models, out, *flags[:-1], "3")
-    assert before.items() <= files(out / "images").items()
     # With its first prompts again, everything is there.
     assert len(record(out, NAMES[1])["images"]) == 4
+
+
+def test_images_that_a_killed_redraw_did_not_reach_are_not_tuned_over(models, tmp_path, monkeypatch):
+    out, flags = tmp_path / "out", ["--ids", "2", "--save_adapters", "--num_images", "1"]
+    run(models, out, *flags)
+    (tmp_path / "p.csv").write_text("pid,prompt\n2,a person like a tree\n")
+    monkeypatch.setattr(script, "redraw_identity", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(models, out, *flags, "--redraw", "--prompts", tmp_path / "p.csv")
+    before = files(out / "images")
+    with pytest.raises(ValueError, match=f"1 identities, {NAMES[1]} for one, have kept adapters and images of other"):
+        run(models, out, *flags)
+    assert before and files(out / "images") == before
 
 
 def test_redraw_without_its_adapters_is_refused(models, whole, tmp_path, monkeypatch):
