@@ -232,7 +232,7 @@ from utils.batches.samplers import IdentitySampler
 from utils.batches.transforms import test_transform, train_transform
 from utils.datasets.load import digest_of
 from utils.diffusion.checkpoint import check_diffusion
-from utils.diffusion.feedback import FEEDBACK_WORDS, GradientBalance, examined_images
+from utils.diffusion.feedback import FEEDBACK_WORDS, GradientBalance, examined_images, middle_of
 from utils.diffusion.latents import feedback_loader, inputs_of_step
 from utils.diffusion.schedule import noise_loss
 from utils.diffusion.unet import load_diffusion, recompute_activations, save_feedback
@@ -288,9 +288,8 @@ class Condition(nn.Module):
             weights = F.normalize(bn_features, dim=1)
             if self.kind == "correlation":
                 weights = self.identity_probabilities(logits, bn_features, memory)
-            tokens = (
-                weights @ prompts.flatten(1) if weights.ndim == 2 else torch.einsum("btn,ntw->btw", weights, prompts)
-            )
+            by_token = weights.ndim == 3
+            tokens = torch.einsum("btn,ntw->btw", weights, prompts) if by_token else weights @ prompts.flatten(1)
         width = prompts.shape[-1]
         return self.bottleneck(tokens.reshape(-1, width)).view(len(labels), -1, width)
 
@@ -564,8 +563,8 @@ def parameter_groups(args, model):
 
 def examine(args, accelerator, model, vae, train, labels, epoch):
     """What the condition says about images of some identities: numbers, and pictures of fewer."""
-    firsts = spread([int((labels == label).nonzero()[0]) for label in range(model.encoder.num_ids)], EXAMINED)
-    images, labels = [train[row]["image"] for row in firsts], labels[firsts].to(accelerator.device)
+    rows = spread([middle_of(labels == label) for label in range(model.encoder.num_ids)], EXAMINED)
+    images, labels = [train[row]["image"] for row in rows], labels[rows].to(accelerator.device)
     pictured = spread(range(len(images)), args.validation_ids) if args.validation_ids else ()
     options = {"autocast": accelerator.autocast, "seed": args.seed, "pictured": pictured}
     numbers, pictures = examined_images(model, vae, images, labels, tuple(args.diffusion_resolution), **options)

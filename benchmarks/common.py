@@ -146,7 +146,7 @@ def run_worker(module, *words, environment=None):
     return json.loads(run.output.splitlines()[-1])
 
 
-def run_once(script, folder, arguments, done):
+def run_once(script, folder, arguments, done, environment=None):
     """Run a script (`SCRIPT.py` or `-m MODULE`) into `folder`, resuming, unless its result file `done` exists.
 
     None if it does. ValueError if the folder holds a run with other arguments.
@@ -162,7 +162,7 @@ def run_once(script, folder, arguments, done):
     if (folder / done).exists():
         return None
     print(f"{script} {folder.name}", end=" ", flush=True)
-    run = run_script(*script.split(), *command, logs=folder / "logs")
+    run = run_script(*script.split(), *command, logs=folder / "logs", environment=environment)
     print(f"{run.seconds:.0f} s" if run.code == 0 else f"stopped: {run.last_line}", flush=True)
     return run
 

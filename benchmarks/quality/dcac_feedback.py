@@ -11,12 +11,15 @@ sifting    source a, target e, two seeds: all arms at all strengths. The caption
            on e is chosen; b, c and d are measured too, and not looked at for the choice.
 report     targets b, c and d, six other seeds, sources a and a+e, without shortcut and with: the baseline, the
            published way, the chosen arm, and the same with captions permuted among identities.
-remedies   of a condition that says little, each with own and with permuted captions: seeds and source of the sifting.
+remedies   of a condition that says little, each with own and with permuted captions, seeds and source of the sifting:
+           a condition of other identities' captions alone, prompts and U-Net that cannot learn another code, more
+           weight, and timesteps weighted. And the world's own words in place of the captioner's.
 
-Gains are differences to the baseline of the same seed; intervals are Student's, at 95 %, of these differences.
+Gains are differences to the baseline of the same seed; intervals are Student's, at 95 %, of these differences. They
+are over training seeds: people and cameras are the same in all runs.
 
-A run takes 3.5 minutes of processor time (baseline), 7 (one token) or 8 (all tokens): the 50 runs of the sifting 6.2
-hours, the 96 of the report 10.6, the 18 of the remedies 2.4. Two commands on two idle cores need half of these 19.
+A run takes 3.5 minutes of processor time (baseline), 7 (one token) or 8 (all tokens): the 46 runs of the sifting 5.7
+hours, the 96 of the report 10.6, the 20 of the remedies 2.6. Two commands on two idle cores need half of these 19.
 """
 
 import argparse
@@ -36,8 +39,9 @@ from scipy.stats import t as student
 
 from benchmarks.common import RESULTS, checked, command_line, finished, run_once, run_script, write_result
 from utils.files import write_together
-from utils.generated.texts.captions import CLASS_PROMPT
+from utils.generated.texts.captions import CLASS_PROMPT, QUESTIONS, compose
 from utils.reporting.report import text_table
+from utils.synthetic.world import attributes
 
 EPOCHS = ["--num_train_epochs", "12", "--lr_milestones", "10"]
 # Sources and the identities of each: the same number of images.
@@ -56,7 +60,9 @@ ARMS = {
     "permuted, all": ["--prompt_init", "{permuted}", "--prompt_tokens", "all"],
     "permuted, frozen": ["--prompt_init", "{permuted}", "--prompt_tokens", "all", "--freeze_prompts"],
     "permuted, sharp": ["--prompt_init", "{permuted}", "--prompt_tokens", "all", "--tau", "0.1"],
-    "one caption": ["--prompt_init", "{constant}", "--prompt_tokens", "all"],
+    # Trained, equal prompts would come apart.
+    "one caption": ["--prompt_init", "{constant}", "--prompt_tokens", "all", "--freeze_prompts"],
+    "true, all": ["--prompt_init", "{true}", "--prompt_tokens", "all"],
     "shuffled": [],
 }
 SIFTED = [
@@ -64,18 +70,22 @@ SIFTED = [
     "one caption",
 ]  # fmt: skip
 REMEDIES = {
-    "long warm-up": ["--ldm_warmup_epochs", "6", "--ldm_balance", "0.1"],
+    "others' captions": ["--ldm_balance", "0.1"],
+    "all frozen": ["--unet_mode", "frozen", "--freeze_prompts", "--ldm_balance", "0.1"],
     "more weight": ["--ldm_balance", "0.3"],
     "weighted timesteps": ["--ldm_balance", "0.1"],
-    "sharp, more weight": ["--tau", "0.1", "--ldm_warmup_epochs", "2", "--ldm_balance", "0.3"],
 }
 # Arms and remedies that `feedback_variants` makes, in place of `train_dcac.py`.
-VARIANTS = {"shuffled": "shuffled", "weighted timesteps": "timesteps"}
+VARIANTS = {"shuffled": "shuffled", "weighted timesteps": "timesteps", "others' captions": "others"}
+# So few would make the numbers depend on who they are.
+MEASURED = "num_ids=128"
+# Two commands are to take a core each.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 SIFTING_SEEDS, REPORT_SEEDS = (0, 1), (10, 11, 12, 13, 14, 15)
 TARGETS = {"a": ["b", "c", "d", "e"], "a+e": ["b", "c", "d"]}
 COLUMNS = [
-    "part", "sources", "shortcut", "arm", "strength", "targets", "mAP %", "gain of mAP", "gain of Rank-1", "seeds",
-    "missing",
+    "part", "sources", "shortcut", "arm", "strength", "targets", "mAP %", "gain of mAP", "gain of Rank-1",
+    "mAP over permuted", "seeds", "missing",
 ]  # fmt: skip
 # What `train_dcac.py` says about the condition at its measurements: (name, number of it).
 SAID = {
@@ -103,7 +113,7 @@ class Job(NamedTuple):
 
     @property
     def name(self):
-        words = " ".join(map(str, self)).replace(",", "")
+        words = re.sub("[,']", "", " ".join(map(str, self)))
         return words.replace(" ", "-").lower()
 
     @property
@@ -118,10 +128,12 @@ def jobs_of(part, choice=None):
     """All trainings of a part, those that say most first; `choice` is the arm and strength that the sifting chose."""
     if part == "sifting":
         arms = [("baseline", "lambda 1"), *((arm, strength) for strength in STRENGTHS for arm in SIFTED)]
+        # Of equal prompts no gradient arrives that could be scaled.
+        arms = [arm for arm in arms if arm[0] != "one caption" or arm[1] == "lambda 1"]
         return [Job(part, "a", 0, *arm, seed) for seed in SIFTING_SEEDS for arm in arms]
     if part == "remedies":
         # The sifting has the other one of this pair.
-        arms = [("permuted, sharp", "balance 0.1")]
+        arms = [("permuted, sharp", "balance 0.1"), ("true, all", "balance 0.1")]
         arms += [(f"{captions}, all", remedy) for remedy in REMEDIES for captions in ("captions", "permuted")]
         return [Job(part, "a", 0, *arm, seed) for seed in SIFTING_SEEDS for arm in arms]
     if choice is None:
@@ -150,7 +162,7 @@ def job_of(run):
 def train(job, folder):
     """Run `train_dcac.py`; returns the row of the result file."""
     sources = [copy_of(f"synthetic:domain={domain}", folder, job) for domain in SOURCES[job.sources][0]]
-    targets = {domain: copy_of(f"synthetic:domain={domain}", folder) for domain in TARGETS[job.sources]}
+    targets = {domain: copy_of(f"synthetic:domain={domain},{MEASURED}", folder) for domain in TARGETS[job.sources]}
     words = ["--source", *sources, "--target", *targets.values(), "--seed", job.seed, *EPOCHS]
     words += [word.format(**captions_of(job, sources, folder)) if "{" in word else word for word in job.flags]
     words += ["--eval_every", 100, "--validation_ids", 0, "--checkpoints_total_limit", 1]
@@ -158,7 +170,7 @@ def train(job, folder):
         words += ["--cache_dir", folder / "cache"]
     place, variant = folder / "runs" / job.name, VARIANTS.get(job.arm) or VARIANTS.get(job.strength)
     script = f"-m benchmarks.quality.feedback_variants {variant}" if variant else "train_dcac.py"
-    run = run_once(script, place, words, "model/model.safetensors")
+    run = run_once(script, place, words, "model/model.safetensors", ONE_THREAD)
     finished(run, script)
     metrics = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
     record = json.loads((place / "args.json").read_text(encoding="utf-8"))
@@ -167,12 +179,25 @@ def train(job, folder):
         domain = next(domain for domain, copy in targets.items() if str(copy) == entry["target"])
         when = "before" if entry["epoch"] == 0 else "after"
         measured[when][domain] = {key: entry[key] for key in ("mAP", "rank1")}
-    for weights in (*place.glob("checkpoint-*"), place / "model"):
-        shutil.rmtree(weights)
     rest = {"feedback": metrics.get("feedback", []), "commit": record["versions"]["git"]}
+    rest |= {"flags": job.flags, "applied": applied(place / "log.jsonl")}
     # A run that was finished before says nothing of its time.
     rest |= {"seconds": run and round(run.seconds), "cpu_seconds": run and round(run.cpu_seconds)}
     return job._asdict() | measured | rest
+
+
+def applied(path):
+    """The mean share of L_ldm's gradient in the last epoch of a run with a balance; None without one."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    shares = [line.get("feedback_ratio") for line in lines if line["epoch"] == lines[-1]["epoch"]]
+    return None if None in shares else statistics.fmean(shares)
+
+
+def drop_weights(job, folder):
+    """Remove what a run no longer needs once its row is written."""
+    place = folder / "runs" / job.name
+    for weights in (*place.glob("checkpoint-*"), place / "model"):
+        shutil.rmtree(weights, ignore_errors=True)
 
 
 def copy_of(spec, folder, job=None):
@@ -188,7 +213,7 @@ def copy_of(spec, folder, job=None):
 
 
 def captions_of(job, sources, folder):
-    """{kind: file of captions}: the captioner's, these permuted among identities, and one for all."""
+    """{kind: file of captions}: the captioner's, these permuted among identities, one for all, and the world's own."""
     place = folder / "captions" / f"{job.sources}-{job.shortcut}"
     with locked(folder / "captions.lock"):
         if not (place / "captions.parquet").exists():
@@ -199,7 +224,9 @@ def captions_of(job, sources, folder):
         for row in pq.read_table(place / "captions.parquet").to_pylist()
     ]
     files = {"own": place / "captions.parquet"}
-    for kind, prompts in (("permuted", permuted(rows, job.seed)), ("constant", [CLASS_PROMPT] * len(rows))):
+    kinds = {"permuted": permuted(rows, job.seed), "constant": [CLASS_PROMPT] * len(rows)}
+    kinds["true"] = [truth(row["domain"].removeprefix("synthetic-"), row["pid"]) for row in rows]
+    for kind, prompts in kinds.items():
         files[kind] = place / f"{kind}-{job.seed}.jsonl"
         if not files[kind].exists():
             lines = [json.dumps(row | {"prompt": prompt}) for row, prompt in zip(rows, prompts, strict=True)]
@@ -209,13 +236,19 @@ def captions_of(job, sources, folder):
 
 
 def permuted(rows, seed):
-    """The prompts of the rows in another order, none in its own place."""
-    order = list(range(len(rows)))
-    random.Random(f"captions/{seed}").shuffle(order)
+    """The prompts of the rows in another order within each domain, none in its own place."""
     prompts = [None] * len(rows)
-    for place, row in enumerate(order):
-        prompts[row] = rows[order[place - 1]]["prompt"]
+    for domain in sorted({row["domain"] for row in rows}):
+        order = [number for number, row in enumerate(rows) if row["domain"] == domain]
+        random.Random(f"captions/{seed}").shuffle(order)
+        for place, row in enumerate(order):
+            prompts[row] = rows[order[place - 1]]["prompt"]
     return prompts
+
+
+def truth(domain, pid):
+    """What the world itself says of a person's clothes."""
+    return compose({key: value for key, value in attributes(domain, pid).items() if key in QUESTIONS})
 
 
 @contextmanager
@@ -234,11 +267,19 @@ def locked(path, wait=True):
 # The table
 
 
-def gains(done, part, sources, shortcut, arm, strength, targets, key):
-    """The differences to the baseline, one a seed that both have, in points: means over the targets."""
+def gains(done, part, sources, shortcut, arm, strength, targets, key, over=None):
+    """The differences to the baseline, one a seed that both have, in points: means over the targets.
+
+    `over`: another arm of the same strength in its place.
+    """
     found = []
     for job, run in done.items():
-        base = done.get(Job(baseline_part(part), sources, shortcut, "baseline", "lambda 1", job.seed))
+        base = (over, strength) if over else ("baseline", "lambda 1")
+        places = [part] if over else [baseline_part(part)]
+        # The sifting has one of a pair of the remedies.
+        places += ["sifting", "remedies"] if over and part != "report" else []
+        bases = [done.get(Job(place, sources, shortcut, *base, job.seed)) for place in places]
+        base = next(filter(None, bases), None)
         if base and job[:5] == (part, sources, shortcut, arm, strength):
             apart = [run["after"][target][key] - base["after"][target][key] for target in targets]
             found.append(100 * statistics.fmean(apart))
@@ -277,8 +318,10 @@ def rows_of(runs):
                 "-" if arm == "baseline" else interval(gains(done, *wanted[0][:5], targets, key))
                 for key in ("mAP", "rank1")
             ]
+            own = arm.startswith("captions")
+            against = gains(done, *wanted[0][:5], targets, "mAP", arm.replace("captions", "permuted")) if own else []
             row = [part, sources, str(shortcut), arm, "-" if arm == "baseline" else strength, " ".join(targets)]
-            row += [f"{100 * statistics.fmean(after):.1f}", *apart]
+            row += [f"{100 * statistics.fmean(after):.1f}", *apart, interval(against)]
             rows.append([*row, len(present), len(wanted) - len(present)])
     return rows
 
@@ -288,15 +331,25 @@ def condition_table(runs):
     groups = {}
     for run in runs:
         if run["feedback"]:
-            groups.setdefault(job_of(run)[:5], []).append(run["feedback"])
+            groups.setdefault(job_of(run)[:5], []).append(run)
     rows = []
-    for (part, sources, shortcut, arm, strength), said in groups.items():
-        row = [part, sources, str(shortcut), arm, strength]
+    for (part, sources, shortcut, arm, strength), group in groups.items():
+        row, said = [part, sources, str(shortcut), arm, strength], [run["feedback"] for run in group]
         for number in SAID.values():
             first, last = (statistics.fmean(number(one[when]) for one in said) for when in (0, -1))
             row.append(f"{first:.3g} -> {last:.3g}")
+        shares = [run.get("applied") for run in group]
+        row.append("-" if None in shares else f"{statistics.fmean(shares):.3g}")
         rows.append([*row, len(said)])
-    return [*COLUMNS[:5], *SAID, "seeds"], rows
+    return [*COLUMNS[:5], *SAID, "ratio after balance", "seeds"], rows
+
+
+def finished_jobs(runs):
+    """The jobs of the rows. A row of other flags is an error: its arm was another one when it ran."""
+    for run in runs:
+        if run.get("flags", job_of(run).flags) != job_of(run).flags:
+            raise ValueError(f"the row of {job_of(run).name} was trained with {run['flags']}; remove it")
+    return {job_of(run) for run in runs}
 
 
 def mixed(runs):
@@ -328,11 +381,14 @@ def main(input_args=None):
     args = parser.parse_args(input_args)
     args.output_dir = args.output_dir.absolute()
     for part in () if args.table else args.parts:
-        # The choice is made when its turn comes.
-        for job in jobs_of(part, choice_of(rows_read(args.json))):
-            with locked(args.output_dir / "runs" / f"{job.name}.lock", wait=False) as mine:
-                if mine and job not in {job_of(run) for run in rows_read(args.json)}:
-                    add_row(args, train(job, args.output_dir), command_line(__spec__.name, []))
+        # The report waits for the choice, and so for what another command has of the sifting.
+        waits = [False, True] if part == "sifting" and "report" in args.parts else [False]
+        for wait in waits:
+            for job in jobs_of(part, choice_of(rows_read(args.json))):
+                with locked(args.output_dir / "runs" / f"{job.name}.lock", wait=wait) as mine:
+                    if mine and job not in finished_jobs(rows_read(args.json)):
+                        add_row(args, train(job, args.output_dir), command_line(__spec__.name, []))
+                        drop_weights(job, args.output_dir)
     runs = rows_read(args.json)
     print(text_table(COLUMNS, rows_of(runs)), text_table(*condition_table(runs)), *mixed(runs), sep="\n\n")
     choice, done = choice_of(runs), {job_of(run) for run in runs}

@@ -1,10 +1,13 @@
 """`train_dcac.py` with a changed feedback, for the arms of `benchmarks.quality.dcac_feedback`.
 
     python -m benchmarks.quality.feedback_variants shuffled --source ./people --output_dir output/shuffled
+    python -m benchmarks.quality.feedback_variants others --source ./people --output_dir output/others
     python -m benchmarks.quality.feedback_variants timesteps --source ./people --output_dir output/timesteps
 
-shuffled     the gradient of L_ldm at the features goes to the images of another identity of the batch. It keeps its
-             size and loses its meaning: what it still gives is regularisation.
+shuffled     the gradient of L_ldm at the features goes to the images of another identity of the batch, and none to
+             neck and classifier. It keeps its size and loses its meaning: what it still gives is regularisation.
+others       the condition is made of the other identities' probabilities, without the image's own: of those that it
+             looks like. By the own one alone every code of the identities, captions or not, would do.
 timesteps    L_ldm is weighted by how much worse another image's condition denoises than the own one at a timestep.
 """
 
@@ -15,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import train_dcac
-from train_dcac import DCAC
+from train_dcac import DCAC, Condition
 from utils.diffusion.schedule import noise_loss
 
 
@@ -28,7 +31,18 @@ class Shuffled(DCAC):
         features = (features if self.balance is None else self.balance(features)).clone()
         # A batch has the images of an identity in a row.
         features.register_hook(lambda gradient: gradient.roll(self.IMAGES_PER_ID, 0))
-        return self.neck_again(features)
+        norm, classifier = self.encoder.bnneck, self.encoder.classifier
+        neck = norm.weight.detach(), norm.bias.detach()
+        bn_features = F.batch_norm(features, None, None, *neck, training=True, eps=norm.eps)
+        return F.linear(bn_features, classifier.weight.detach()), bn_features
+
+
+class OfOthers(Condition):
+    """The condition of the probabilities of all identities but the image's own."""
+
+    def forward(self, logits, bn_features, labels, memory):
+        own = F.one_hot(labels, logits.shape[-1]).bool()
+        return super().forward(logits.masked_fill(own, -torch.inf), bn_features, labels, memory)
 
 
 class TimestepWeights(nn.Module):
@@ -88,11 +102,12 @@ class Weighted(DCAC):
         return (prediction - self.schedule.target(latents, noise, timesteps)).square().flatten(1).mean(1)
 
 
-VARIANTS = {"shuffled": Shuffled, "timesteps": Weighted}
+# What takes the place of what in `train_dcac.py`.
+VARIANTS = {"shuffled": {"DCAC": Shuffled}, "others": {"Condition": OfOthers}, "timesteps": {"DCAC": Weighted}}
 
 
 def main(variant, input_args):
-    train_dcac.DCAC = VARIANTS[variant]
+    vars(train_dcac).update(VARIANTS[variant])
     args = train_dcac.parse_args(input_args)
     if args.images_per_id != Shuffled.IMAGES_PER_ID:
         raise ValueError(f"--images_per_id {args.images_per_id}: the batches of these variants have 4")

@@ -4,14 +4,21 @@
     python -m benchmarks.quality.muva --table    # the table of the runs that are there
 
 Each run is `train_dcac.py` in a process of its own, from domain a, with the shipped stand-ins and all defaults but
-more epochs. A finished run is a row of the result file and is not run again. Gains are differences to the arm
-`baseline` of the same seed, those of other arms of MUVA also to `muva`; intervals are Student's, at 95 %, of these
-differences.
+more epochs. A finished run is a row of the result file and is not run again.
+
+sifting    target e, two seeds: temperatures of the texts and of the conditions. The best mean mAP chooses.
+report     targets b, c and d, six other seeds: all arms, with the chosen temperatures.
+
+Gains are differences to the arm `baseline` of the same seed, and to the arm that differs in the one thing asked about:
+MUVA to `plain images`, feedback to `muva`. Intervals are Student's, at 95 %, of these differences over training seeds,
+of each arm by itself: of so many arms one may be outside by chance.
 
 The controls say what is due to what: `plain images` is the baseline without crop and erasing, with a bilinear memory
 pass, as MUVA trains; `rows` gives all images the same rows of patches as parts; `memory predicted` builds prototypes
 under predicted masks; `no texts` leaves the loss of the texts out. Dice is that of predicted and true masks on b, c
-and d.
+and d; entropy and top are those of the condition's probabilities at the end.
+
+A run takes 4 to 8 minutes of processor time: the 84 of the report about 8 hours, the 18 of the sifting 2.
 """
 
 import argparse
@@ -23,113 +30,190 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.common import RESULTS, command_line, finished, run_once, write_result
-from benchmarks.quality.dcac_feedback import EPOCHS, interval, locked, mixed
+from benchmarks.quality.dcac_feedback import EPOCHS, MEASURED, ONE_THREAD, interval, locked, mixed
 from utils.reporting.report import text_table
 
-SOURCE, TARGETS = "synthetic:domain=a,num_ids=112", {domain: f"synthetic:domain={domain}" for domain in "bcd"}
+SOURCE = "synthetic:domain=a,num_ids=112"
+TARGETS = {domain: f"synthetic:domain={domain},{MEASURED}" for domain in "bcde"}
 PLAIN = ["--padding", 0, "--erasing", 0.0, "--memory_resample", "bilinear"]
 NONE, MUVA = ["--diffusion", "none"], ["--encoder", "muva"]
+# Words in braces are chosen by the sifting.
+TEXTS, TAU, TEXT_TAU = ["--text_temperature", "{texts}"], ["--tau", "{tau}"], ["--text_tau", "{text_tau}"]
+WITH_TEXTS = [*MUVA, *TEXTS]
 ARMS = {
     "baseline": NONE,
     "plain images": [*NONE, *PLAIN],
-    "rows": [*MUVA, *NONE, "--part_masks", "rows"],
-    "muva": [*MUVA, *NONE],
-    "muva, crop and erasing": [*MUVA, *NONE, "--padding", 5, "--erasing", 0.5],
-    "muva, memory predicted": [*MUVA, *NONE, "--memory_masks", "predicted"],
+    "rows": [*WITH_TEXTS, *NONE, "--part_masks", "rows"],
+    "muva": [*WITH_TEXTS, *NONE],
+    "muva, crop and erasing": [*WITH_TEXTS, *NONE, "--padding", 5, "--erasing", 0.5],
+    "muva, memory predicted": [*WITH_TEXTS, *NONE, "--memory_masks", "predicted"],
     "muva, no texts": [*MUVA, *NONE, "--text_weight", 0],
-    "dcac": [],
-    "muva + class-wise": [*MUVA, "--condition", "class"],
-    "muva + A": MUVA,
-    "muva + B": [*MUVA, "--probabilities", "text"],
-    "muva + C": [*MUVA, "--probabilities", "parts"],
-    "muva + A, no texts": [*MUVA, "--text_weight", 0],
-    "muva + A, scratch": [*MUVA, "--unet_mode", "scratch"],
+    "dcac": TAU,
+    "muva + class-wise": [*WITH_TEXTS, "--condition", "class"],
+    "muva + A": [*WITH_TEXTS, *TAU],
+    "muva + B": [*WITH_TEXTS, "--probabilities", "text", *TEXT_TAU],
+    "muva + C": [*WITH_TEXTS, "--probabilities", "parts", *TAU],
+    "muva + A, no texts": [*MUVA, "--text_weight", 0, *TAU],
+    "muva + A, scratch": [*WITH_TEXTS, "--unet_mode", "scratch", *TAU],
 }
-SEEDS = (10, 11, 12, 13, 14, 15)
-COLUMNS = ["arm", "mAP %", "Rank-1 %", "gain of mAP", "gain of Rank-1", "mAP over muva", "Dice", "seeds", "missing"]
+# What an arm differs from in one thing; the others of MUVA from `muva`.
+BASES = {"muva": "plain images", "rows": "plain images", "muva + A, no texts": "muva, no texts"}
+# Of the sifting: the word, and the arm that it is tried in. Those before are chosen already.
+SIFTED = {
+    "texts": ("muva", (50, 15, 5)),
+    "tau": ("muva + A", (0.6, 0.2, 0.1)),
+    "text_tau": ("muva + B", (1, 0.3, 0.1)),
+}
+SIFTING_SEEDS, SEEDS = (0, 1), (10, 11, 12, 13, 14, 15)
+COLUMNS = [
+    "arm", "mAP %", "Rank-1 %", "gain of mAP", "gain of Rank-1", "over", "mAP over it", "Rank-1 over it", "Dice",
+    "Dice over it", "entropy of p", "top of p", "seeds", "missing",
+]  # fmt: skip
 
 
 class Job(NamedTuple):
-    """One training."""
+    """One training; `chosen` is what stands for the words in braces."""
 
+    part: str
     arm: str
     seed: int
+    chosen: tuple = ()
+
+    @property
+    def flags(self):
+        chosen = dict(self.chosen)
+        return [str(word).format(**chosen) for word in ARMS[self.arm]]
 
     @property
     def name(self):
-        return f"{self.arm}-{self.seed}".replace(",", "").replace(" ", "-").lower()
+        values = "-".join(f"{name}-{value}" for name, value in self.chosen)
+        return f"{self.part}-{self.arm}-{values}-{self.seed}".replace(",", "").replace(" ", "-").lower()
 
 
-def jobs():
+def used(arm, chosen):
+    """Those of the chosen values that an arm has a place for."""
+    return tuple((name, value) for name, value in chosen.items() if f"{{{name}}}" in ARMS[arm])
+
+
+def sifting(runs):
+    """(the trainings of the sifting as far as earlier choices allow, {word: value chosen})."""
+    chosen, wanted = {}, []
+    for word, (arm, values) in SIFTED.items():
+        tried = {value: [Job("sifting", arm, seed, used(arm, chosen | {word: value})) for seed in SIFTING_SEEDS]
+                 for value in values}  # fmt: skip
+        wanted += [job for seed in range(len(SIFTING_SEEDS)) for jobs in tried.values() for job in (jobs[seed],)]
+        if any(job not in runs for jobs in tried.values() for job in jobs):
+            return wanted, None
+        means = {
+            value: statistics.fmean(runs[job]["after"]["e"]["mAP"] for job in jobs) for value, jobs in tried.items()
+        }
+        chosen[word] = max(means, key=means.get)
+    return wanted, chosen
+
+
+def report(chosen):
     """All trainings: every arm of a seed before the next seed."""
-    return [Job(arm, seed) for seed in SEEDS for arm in ARMS]
+    return [Job("report", arm, seed, used(arm, chosen)) for seed in SEEDS for arm in ARMS]
 
 
 def train(job, folder):
     """Run `train_dcac.py`; returns the row of the result file."""
-    words = ["--source", SOURCE, "--target", *TARGETS.values(), "--seed", job.seed, *EPOCHS, *ARMS[job.arm]]
-    words += [
-        "--eval_every",
-        100,
-        "--validation_ids",
-        0,
-        "--checkpoints_total_limit",
-        1,
-        "--cache_dir",
-        folder / "cache",
-    ]
+    targets = {domain: TARGETS[domain] for domain in ("e" if job.part == "sifting" else "bcd")}
+    words = ["--source", SOURCE, "--target", *targets.values(), "--seed", job.seed, *EPOCHS, *job.flags]
+    words += ["--eval_every", 100, "--validation_ids", 0, "--checkpoints_total_limit", 1]
+    words += ["--cache_dir", folder / "cache"]
     place = folder / "runs" / job.name
-    run = run_once("train_dcac.py", place, words, "model/model.safetensors")
+    run = run_once("train_dcac.py", place, words, "model/model.safetensors", ONE_THREAD)
     finished(run, "train_dcac.py")
     metrics = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
     record = json.loads((place / "args.json").read_text(encoding="utf-8"))
-    after = {domain: metrics["targets"][spec] for domain, spec in TARGETS.items()}
+    after = {domain: metrics["targets"][spec] for domain, spec in targets.items()}
     after = {domain: {key: values[key] for key in ("mAP", "rank1")} for domain, values in after.items()}
     masks = metrics.get("masks", [{}])[-1]
-    dice = [value for name, value in masks.items() if name.removeprefix("dice ") in TARGETS.values()]
-    for weights in (*place.glob("checkpoint-*"), place / "model"):
-        shutil.rmtree(weights)
+    dice = [value for name, value in masks.items() if name.removeprefix("dice ") in targets.values()]
     rest = {"dice": statistics.fmean(dice) if dice else None, "feedback": metrics.get("feedback", [])}
-    # A run that was finished before says nothing of its time.
-    rest |= {"cpu_seconds": run and round(run.cpu_seconds), "commit": record["versions"]["git"]}
+    # Of a run that went on after a stop, those of its last part.
+    rest |= {"cpu_seconds": run and round(run.cpu_seconds), "commit": record["versions"]["git"], "flags": job.flags}
     return job._asdict() | {"after": after} | rest
+
+
+def drop_weights(job, folder):
+    """Remove what a run no longer needs once its row is written."""
+    place = folder / "runs" / job.name
+    for weights in (*place.glob("checkpoint-*"), place / "model"):
+        shutil.rmtree(weights, ignore_errors=True)
 
 
 def mean_of(run, key):
     return 100 * statistics.fmean(values[key] for values in run["after"].values())
 
 
-def gains(done, arm, base, key):
-    """Differences between two arms in points, one a seed that both have."""
-    pairs = [(done.get(Job(arm, seed)), done.get(Job(base, seed))) for seed in SEEDS]
-    return [mean_of(run, key) - mean_of(other, key) for run, other in pairs if run and other]
+def gains(done, arm, base, number):
+    """Differences between two arms, one a seed that both have; `number` of a run."""
+    pairs = [(done.get((arm, seed)), done.get((base, seed))) for seed in SEEDS]
+    values = [(number(run), number(other)) for run, other in pairs if run and other]
+    return [own - others for own, others in values if None not in (own, others)]
 
 
 def rows_of(runs):
-    done = {Job(run["arm"], run["seed"]): run for run in runs}
+    done = {(job.arm, job.seed): run for job, run in runs.items() if job.part == "report"}
+    numbers = {key: lambda run, key=key: mean_of(run, key) for key in ("mAP", "rank1")}
     rows = []
     for arm in ARMS:
-        present = [done[Job(arm, seed)] for seed in SEEDS if Job(arm, seed) in done]
+        present = [done[arm, seed] for seed in SEEDS if (arm, seed) in done]
         if not present:
             continue
-        means = [f"{statistics.fmean(mean_of(run, key) for run in present):.1f}" for key in ("mAP", "rank1")]
-        apart = ["-" if arm == "baseline" else interval(gains(done, arm, "baseline", key)) for key in ("mAP", "rank1")]
-        above = interval(gains(done, arm, "muva", "mAP")) if arm.startswith("muva") and arm != "muva" else "-"
+        row = [arm, *(f"{statistics.fmean(map(number, present)):.1f}" for number in numbers.values())]
+        row += ["-" if arm == "baseline" else interval(gains(done, arm, "baseline", one)) for one in numbers.values()]
+        base = BASES.get(arm, "muva" if arm.startswith("muva") else None)
+        row += [base or "-", *(interval(gains(done, arm, base, one)) if base else "-" for one in numbers.values())]
         dice = [run["dice"] for run in present if run["dice"] is not None]
-        rows.append([arm, *means, *apart, above, f"{statistics.fmean(dice):.3f}" if dice else "-"])
-        rows[-1] += [len(present), len(SEEDS) - len(present)]
+        over = [100 * one for one in gains(done, arm, base, lambda run: run["dice"])] if base else []
+        row += [f"{statistics.fmean(dice):.3f}" if dice else "-", interval(over)]
+        said = [run["feedback"][-1] for run in present if run["feedback"] and "entropy" in run["feedback"][-1]]
+        row += [f"{statistics.fmean(one[key] for one in said):.2f}" if said else "-" for key in ("entropy", "top")]
+        rows.append([*row, len(present), len(SEEDS) - len(present)])
     return rows
 
 
+def sifted_rows(runs):
+    """A row of each temperature that was tried."""
+    found = {}
+    for job, run in runs.items():
+        if job.part == "sifting":
+            found.setdefault((job.arm, *job.chosen), []).append(100 * run["after"]["e"]["mAP"])
+    rows = []
+    for (arm, *chosen), values in found.items():
+        words = ", ".join(f"{name} {value}" for name, value in chosen)
+        rows.append([arm, words, f"{statistics.fmean(values):.1f}", len(values)])
+    return ["arm", "values", "mAP % on e", "seeds"], rows
+
+
 def rows_read(path):
-    return json.loads(path.read_text(encoding="utf-8"))["raw"]["runs"] if path.exists() else []
+    """{job: row}; a row of other flags is an error: its arm was another one when it ran."""
+    runs = {}
+    for run in json.loads(path.read_text(encoding="utf-8"))["raw"]["runs"] if path.exists() else []:
+        job = Job(run["part"], run["arm"], run["seed"], tuple(map(tuple, run["chosen"])))
+        if run["flags"] != job.flags:
+            raise ValueError(f"{path}: the row of {job.name} was trained with {run['flags']}; remove it")
+        runs[job] = run
+    return runs
 
 
-def add_row(args, row, command):
+def add_row(args, job, row, command):
     """Write the result file with one more row; others may write to it too."""
     with locked(args.output_dir / "rows.lock"):
-        runs = [run for run in rows_read(args.json) if (run["arm"], run["seed"]) != (row["arm"], row["seed"])] + [row]
-        write_result(args.json, command, COLUMNS, rows_of(runs), {"training": EPOCHS, "runs": runs})
+        runs = rows_read(args.json) | {job: row}
+        raw = {"training": EPOCHS, "chosen": sifting(runs)[1], "runs": list(runs.values())}
+        write_result(args.json, command, COLUMNS, rows_of(runs), raw)
+
+
+def run_missing(args, jobs, *, wait):
+    for job in jobs:
+        with locked(args.output_dir / "runs" / f"{job.name}.lock", wait=wait) as mine:
+            if mine and job not in rows_read(args.json):
+                add_row(args, job, train(job, args.output_dir), command_line(__spec__.name, []))
+                drop_weights(job, args.output_dir)
 
 
 def main(input_args=None):
@@ -139,13 +223,19 @@ def main(input_args=None):
     parser.add_argument("--json", type=Path, default=RESULTS / "muva.json", help="the rows")
     args = parser.parse_args(input_args)
     args.output_dir = args.output_dir.absolute()
-    for job in () if args.table else jobs():
-        with locked(args.output_dir / "runs" / f"{job.name}.lock", wait=False) as mine:
-            if mine and job not in {Job(run["arm"], run["seed"]) for run in rows_read(args.json)}:
-                add_row(args, train(job, args.output_dir), command_line(__spec__.name, []))
+    if not args.table:
+        # Each choice waits for what another command has of the trainings before it.
+        while (found := sifting(rows_read(args.json)))[1] is None:
+            for wait in (False, True):
+                run_missing(args, found[0], wait=wait)
+        run_missing(args, report(found[1]), wait=False)
     runs = rows_read(args.json)
-    print(text_table(COLUMNS, rows_of(runs)), *mixed(runs), sep="\n\n")
-    print(f"{len(jobs()) - len(runs)} of {len(jobs())} runs are missing")
+    wanted, chosen = sifting(runs)
+    print(text_table(*sifted_rows(runs)), text_table(COLUMNS, rows_of(runs)), *mixed(runs.values()), sep="\n\n")
+    print(f"chosen: {chosen or 'waits for the end of the sifting'}")
+    if chosen:
+        wanted = [*wanted, *report(chosen)]
+    print(f"{sum(job not in runs for job in wanted)} of {len(wanted)} runs are missing")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """benchmarks.quality.dcac_feedback: what is run, what is chosen, how gains are paired; the changed feedback."""
 
 import json
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
 from benchmarks.quality import dcac_feedback as feedback
-from benchmarks.quality.feedback_variants import Shuffled, TimestepWeights
+from benchmarks.quality.feedback_variants import OfOthers, Shuffled, TimestepWeights
+from utils.generated.texts.captions import QUESTIONS, compose
+from utils.synthetic.world import attributes
 
 
 def run_of(job, gain=0.0, gain_on_e=0.0):
@@ -18,7 +22,8 @@ def run_of(job, gain=0.0, gain_on_e=0.0):
     rest = {"gradient_ratio": 0.1, "gradient_cosine": 0.0, "effective_rank": 9.0, "entropy": 1.0, "top": 0.5}
     rest["another_worse_std"] = 1e-4
     noted = [{"own": own, "another_worse": 0.001 * job.seed, "zero": 0.3} | rest for own in (0.25, 0.2)]
-    return job._asdict() | {"after": after, "feedback": noted if job.arm != "baseline" else []}
+    rest = {"commit": "aa", "flags": job.flags, "applied": 0.1 if job.strength != "lambda 1" else None}
+    return job._asdict() | {"after": after, "feedback": noted if job.arm != "baseline" else []} | rest
 
 
 def sifted(gains_on_e):
@@ -61,12 +66,69 @@ def test_gains_are_of_the_same_seed_and_what_is_missing_is_counted():
 
 def test_what_the_condition_says_is_a_mean_over_seeds():
     columns, rows = feedback.condition_table(sifted({}))
-    assert len(rows) == len(feedback.SIFTED) * len(feedback.STRENGTHS), "not of the baseline"
+    # "one caption" has one strength.
+    assert len(rows) == len(feedback.SIFTED) * len(feedback.STRENGTHS) - 2, "not of the baseline"
     for row in rows:
         said = dict(zip(columns, row, strict=True))
         assert said["another's more, per mille"] == "2 -> 2.5" and said["noise loss, own"] == "0.25 -> 0.2"
         assert said["zero's more, per mille"] == "200 -> 500" and said["spread over noise"] == "0.4 -> 0.5"
         assert said["seeds"] == 2
+        assert said["ratio after balance"] == ("-" if said["strength"] == "lambda 1" else "0.1")
+
+
+def test_own_captions_are_held_against_permuted_ones_of_the_same_seed():
+    job = feedback.Job("report", "a", 0, "captions, all", "balance 0.1", 10)
+    permuted = [job._replace(arm="permuted, all", seed=seed) for seed in (10, 11)]
+    runs = sifted({}) + [run_of(job, 0.05), run_of(permuted[0], 0.02), run_of(permuted[1], 0.9)]
+    runs.append(run_of(job._replace(part="remedies", arm="captions, sharp", seed=0), 0.03))
+    done = {feedback.job_of(run): run for run in runs}
+    assert feedback.gains(done, *job[:5], ["b"], "mAP", "permuted, all") == pytest.approx([3.0])
+    # The sifting has one of the pair of a remedy.
+    sharp = feedback.Job("sifting", "a", 0, "captions, sharp", "balance 0.1", 0)
+    done[sharp._replace(part="remedies", arm="permuted, sharp")] = run_of(sharp, 0.04)
+    found = feedback.gains(done, *sharp[:5], ["b"], "mAP", "permuted, sharp")
+    assert found == pytest.approx([6.0])
+
+
+def test_a_row_of_other_flags_is_refused():
+    job = feedback.jobs_of("sifting")[1]
+    assert feedback.finished_jobs([run_of(job)]) == {job}
+    with pytest.raises(ValueError, match="was trained with .*--tau.*; remove it"):
+        feedback.finished_jobs([run_of(job) | {"flags": ["--tau", "1"]}])
+
+
+def test_the_share_after_the_balance_is_that_of_the_last_epoch(tmp_path):
+    lines = [{"epoch": epoch, "feedback_ratio": value} for epoch, value in ((1, 0.5), (2, 0.1), (2, 0.2))]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert feedback.applied(tmp_path / "log.jsonl") == pytest.approx(0.15)
+    (tmp_path / "log.jsonl").write_text('{"epoch": 1, "loss": 2.0}\n')
+    assert feedback.applied(tmp_path / "log.jsonl") is None
+
+
+def test_the_report_waits_for_what_another_command_has_of_the_sifting(tmp_path, monkeypatch):
+    monkeypatch.setattr(feedback, "SIFTED", ["captions, all"])
+    monkeypatch.setattr(feedback, "STRENGTHS", {"lambda 1": []})
+    monkeypatch.setattr(feedback, "REPORT_SEEDS", (10,))
+    monkeypatch.setattr(feedback, "__spec__", SimpleNamespace(name="benchmarks.quality.dcac_feedback"), raising=False)
+    trained, waited, locked = [], [], feedback.locked
+    held = feedback.jobs_of("sifting")[1]
+
+    @contextmanager
+    def busy(path, wait=True):
+        """Another process holds one run until somebody waits for it."""
+        if path.name == f"{held.name}.lock" and not waited:
+            waited.extend([path] * wait)
+            if not wait:
+                yield False
+                return
+        with locked(path, wait=wait) as mine:
+            yield mine
+
+    monkeypatch.setattr(feedback, "locked", busy)
+    monkeypatch.setattr(feedback, "train", lambda job, folder: trained.append(job) or run_of(job))
+    words = ["--parts", "sifting", "report", "--output_dir", str(tmp_path / "out"), "--json", str(tmp_path / "rows")]
+    feedback.main(words)
+    assert waited and trained.index(held) == 3 and [job.part for job in trained] == ["sifting"] * 4 + ["report"] * 16
 
 
 def test_rows_are_kept_and_a_run_is_never_done_twice(tmp_path, monkeypatch, capsys):
@@ -104,24 +166,51 @@ def test_runs_of_several_revisions_are_said():
 
 
 def test_permuted_captions_leave_none_in_place():
-    rows = [{"prompt": str(number)} for number in range(50)]
+    rows = [{"prompt": str(number), "domain": "ab"[number % 2]} for number in range(50)]
     first, second = (feedback.permuted(rows, seed) for seed in (0, 1))
     for prompts in (first, second):
         assert sorted(prompts, key=int) == [row["prompt"] for row in rows]
         assert not any(prompt == row["prompt"] for prompt, row in zip(prompts, rows, strict=True))
+        # Words of another domain would make a worse control.
+        assert all(int(prompt) % 2 == int(row["prompt"]) % 2 for prompt, row in zip(prompts, rows, strict=True))
     assert first != second and first == feedback.permuted(rows, 0)
+
+
+def test_what_the_world_says_of_a_person():
+    assert feedback.truth("a", 0) == compose(
+        {key: value for key, value in attributes("a", 0).items() if key in QUESTIONS}
+    )
+    assert len({feedback.truth("a", pid) for pid in range(50)}) > 45
 
 
 def test_shuffled_feedback_arrives_at_another_identity():
     features = torch.randn(12, 3, requires_grad=True)
-    way = torch.randn(12, 3)
+    way, norm, classifier = torch.randn(12, 5), nn.BatchNorm1d(3), nn.Linear(3, 5, bias=False)
+    encoder = SimpleNamespace(bnneck=norm, classifier=classifier)
     for balance in (None, lambda given: given * 2):
         features.grad = None
-        model = SimpleNamespace(balance=balance, neck_again=lambda given: given, IMAGES_PER_ID=4)
-        given = Shuffled.condition_inputs(model, features, None, None, warmup=False)
-        (given * way).sum().backward()
-        assert torch.equal(given, features if balance is None else 2 * features)
-        assert torch.equal(features.grad, (1 if balance is None else 2) * way[[*range(8, 12), *range(8)]])
+        model = SimpleNamespace(balance=balance, encoder=encoder, IMAGES_PER_ID=4)
+        logits, _ = Shuffled.condition_inputs(model, features, None, None, warmup=False)
+        (logits * way).sum().backward()
+        # The plain way, whose gradient is given to the identity before.
+        plain = features.detach().clone().requires_grad_()
+        scale = 1 if balance is None else 2
+        wanted = classifier(norm.train()(scale * plain))
+        (gradient,) = torch.autograd.grad((wanted * way).sum(), plain)
+        torch.testing.assert_close(logits, wanted)
+        torch.testing.assert_close(features.grad, gradient[[*range(8, 12), *range(8)]])
+        # Neck and classifier learn nothing of it.
+        assert norm.weight.grad is None and classifier.weight.grad is None
+
+
+def test_a_condition_of_the_others_has_nothing_of_the_own_identity():
+    sizes = {"num_ids": 4, "num_features": 3, "width": 6, "tau": 0.5}
+    condition = OfOthers("correlation", "classifier", "none", **sizes)
+    logits, labels = torch.randn(4, 4), torch.arange(4)
+    found = condition(logits, torch.randn(4, 3), labels, None)[:, 0]
+    p = (logits / 0.5).softmax(1)
+    p[range(4), range(4)] = 0
+    torch.testing.assert_close(found, p / p.sum(1, keepdim=True) @ condition.prompts)
 
 
 def test_timesteps_weigh_as_much_as_the_condition_matters_there():

@@ -1,37 +1,101 @@
-"""The arms of benchmarks.quality.muva and the table of its runs."""
+"""The arms of benchmarks.quality.muva, what its sifting chooses, and the table of its runs."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 import train_dcac
 from benchmarks.quality import muva
 
+CHOSEN = {"texts": 15, "tau": 0.2, "text_tau": 0.3}
+
+
+def run_of(job, value, dice=None, **more):
+    after = {domain: {"mAP": value, "rank1": value} for domain in ("e" if job.part == "sifting" else "bcd")}
+    rest = {"dice": dice, "feedback": [], "commit": "aa", "flags": job.flags} | more
+    return json.loads(json.dumps(job._asdict() | {"after": after} | rest))
+
+
+def in_report(arm, seed):
+    return muva.Job("report", arm, seed, muva.used(arm, CHOSEN))
+
+
+def sifted(best):
+    """{job: row} of the whole sifting, in which these values are the best on e."""
+    runs = {}
+    while (found := muva.sifting(runs))[1] is None:
+        for job in found[0]:
+            word, value = job.chosen[-1]
+            runs.setdefault(job, run_of(job, 0.5 + 0.1 * (best[word] == value)))
+    return runs
+
 
 def test_every_arm_is_a_training():
-    jobs = muva.jobs()
-    assert len({job.name for job in jobs}) == len(jobs) == len(muva.ARMS) * len(muva.SEEDS)
-    for words in muva.ARMS.values():
-        args = train_dcac.parse_args(["--source", muva.SOURCE, *muva.EPOCHS, *map(str, words)])
+    jobs = [*muva.report(CHOSEN), *sifted(CHOSEN)]
+    assert len({job.name for job in jobs}) == len(jobs) == len(muva.ARMS) * len(muva.SEEDS) + 18
+    for job in jobs:
+        args = train_dcac.parse_args(["--source", muva.SOURCE, *muva.EPOCHS, *job.flags])
         # The condition's captions are of the demo alone.
         assert args.prompt_init == "random"
+    (job,) = (job for job in muva.report(CHOSEN) if job.arm == "muva + B" and job.seed == 10)
+    args = train_dcac.parse_args(["--source", muva.SOURCE, *muva.EPOCHS, *job.flags])
+    assert (args.text_temperature, args.text_tau, args.tau) == (15, 0.3, 0.6)
+
+
+def test_one_word_is_chosen_after_the_other():
+    wanted, chosen = muva.sifting({})
+    assert {job.arm for job in wanted} == {"muva"} and len(wanted) == 6 and chosen is None
+    runs = sifted(CHOSEN)
+    assert muva.sifting(runs)[1] == CHOSEN and len(runs) == 18
+    assert {dict(job.chosen)["texts"] for job in runs if job.arm == "muva + A"} == {15}
+    last = list(runs)[-1]
+    assert muva.sifting({job: run for job, run in runs.items() if job != last})[1] is None
 
 
 def test_gains_are_of_the_same_seed(tmp_path, capsys):
-    def run(arm, seed, value, dice=None):
-        after = {domain: {"mAP": value, "rank1": value} for domain in "bcd"}
-        return {"arm": arm, "seed": seed, "after": after, "dice": dice, "feedback": []}
-
-    runs = [run("baseline", 10, 0.5), run("baseline", 11, 0.2), run("muva", 10, 0.6, 0.7), run("muva", 11, 0.4, 0.9)]
-    runs.append(run("muva + A", 11, 0.5, 0.8))
-    rows = {row[0]: row for row in muva.rows_of(runs)}
-    # 10 and 20 points; Student's factor for two values is 12.7.
-    assert rows["muva"][1:] == ["50.0", "50.0", "+15.0 ± 63.5", "+15.0 ± 63.5", "-", "0.800", 2, 4]
-    assert rows["muva + A"][3] == "+30.0" and rows["muva + A"][5] == "+10.0"
-    assert rows["baseline"][3] == "-" and rows["baseline"][6] == "-"
+    said = {"feedback": [{"entropy": 4.0, "top": 0.1}, {"entropy": 2.0, "top": 0.5}]}
+    rows = [run_of(in_report("baseline", 10), 0.5), run_of(in_report("baseline", 11), 0.2)]
+    rows += [run_of(in_report("muva", 10), 0.6, 0.7), run_of(in_report("muva", 11), 0.4, 0.9)]
+    rows += [run_of(in_report("muva + A", 11), 0.5, 0.8, **said), run_of(in_report("plain images", 11), 0.3)]
     file = tmp_path / "muva.json"
-    file.write_text(json.dumps({"raw": {"runs": runs}}))
+    file.write_text(json.dumps({"raw": {"runs": [*sifted(CHOSEN).values(), *rows]}}))
+    table = [dict(zip(muva.COLUMNS, row, strict=True)) for row in muva.rows_of(muva.rows_read(file))]
+    table = {row["arm"]: row for row in table}
+    # 10 and 20 points; Student's factor for two values is 12.7.
+    assert table["muva"]["gain of mAP"] == table["muva"]["gain of Rank-1"] == "+15.0 ± 63.5"
+    assert (table["muva"]["over"], table["muva"]["mAP over it"], table["muva"]["Dice"]) == (
+        "plain images", "+10.0", "0.800",
+    )  # fmt: skip
+    assert (table["muva"]["seeds"], table["muva"]["missing"]) == (2, 4)
+    of_a = table["muva + A"]
+    assert (of_a["over"], of_a["mAP over it"], of_a["Dice over it"]) == ("muva", "+10.0", "-10.0")
+    assert (of_a["entropy of p"], of_a["top of p"]) == ("2.00", "0.50") and table["muva"]["top of p"] == "-"
+    assert table["baseline"]["gain of mAP"] == table["baseline"]["over"] == "-"
     muva.main(["--table", "--json", str(file)])
     printed = capsys.readouterr().out
-    assert "79 of 84 runs are missing" in printed and muva.gains({}, "muva", "baseline", "mAP") == []
-    assert pytest.approx(100 * 0.5) == muva.mean_of(runs[0], "mAP")
+    assert "78 of 102 runs are missing" in printed and "chosen: {'texts': 15" in printed
+    assert pytest.approx(100 * 0.5) == muva.mean_of(rows[0], "mAP")
+    rows[0]["flags"] = ["--seed", "3"]
+    file.write_text(json.dumps({"raw": {"runs": rows}}))
+    with pytest.raises(ValueError, match="was trained with .*; remove it"):
+        muva.rows_read(file)
+
+
+def test_runs_are_done_once_and_in_their_order(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def train(job, folder):
+        trained.append(job)
+        return run_of(job, 0.5)
+
+    monkeypatch.setattr(muva, "train", train)
+    monkeypatch.setattr(muva, "SEEDS", (10,))
+    monkeypatch.setattr(muva, "__spec__", SimpleNamespace(name="benchmarks.quality.muva"), raising=False)
+    words = ["--output_dir", str(tmp_path / "out"), "--json", str(tmp_path / "rows.json")]
+    muva.main(words)
+    assert "0 of 32 runs are missing" in capsys.readouterr().out
+    assert len(trained) == len(set(trained)) == 32
+    assert [job.part for job in trained] == ["sifting"] * 18 + ["report"] * 14
+    muva.main(words)
+    assert len(trained) == 32

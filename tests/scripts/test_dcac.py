@@ -10,6 +10,7 @@ import shutil
 import signal
 import sqlite3
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pyarrow.parquet as pq
@@ -23,11 +24,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPTextModel
 
 import train_dcac
+import train_dreambooth_reid
 from tests import runs
 from tests.runs import ROOT, launch, lines_written, log_of, same_weights, start, stopped, torchrun, weights_of
 from train_dcac import DCAC, Condition, parse_args
 from utils.datasets.load import load_reid, open_source
-from utils.diffusion.feedback import GradientBalance, effective_rank, examined
+from utils.diffusion.feedback import GradientBalance, effective_rank, examined, middle_of
 from utils.diffusion.latents import draw_noise, encode, sample_latents
 from utils.diffusion.schedule import NoiseSchedule
 from utils.diffusion.unet import load_unet, load_vae
@@ -161,9 +163,10 @@ STEPS = [
 def test_a_step_in_float64(standins, kind, probabilities, num_tokens, share):
     """Losses and gradients of all parts, beside formulas of their own in float64."""
     model, batch = method(standins, kind=kind, probabilities=probabilities, num_tokens=num_tokens, share=share)
-    exact = copy.deepcopy(model).double()
+    exact, alone = copy.deepcopy(model).double(), copy.deepcopy(model)
     if share:
         model.balance.log_ratio.fill_(math.log(FACTOR / share))
+        model.balance.count.fill_(8)
     loss, values, *_ = model(**batch)
     loss.backward()
 
@@ -198,7 +201,10 @@ def test_a_step_in_float64(standins, kind, probabilities, num_tokens, share):
     head = [feature, gamma, weight]
     of_ids = torch.autograd.grad(loss_id + loss_pcl, head, retain_graph=True)
     of_ldm = torch.autograd.grad(loss_ldm, [*head, prompts, *lora.values()], retain_graph=True, materialize_grads=True)
-    torch.autograd.backward(feature, of_ids[0] + (FACTOR if share else 1) * 0.7 * of_ldm[0])
+    factor = 0.7 * (FACTOR if share else 1)
+    trained = [value for value in exact.encoder.backbone.parameters() if value.requires_grad]
+    through = torch.autograd.grad(feature, trained, factor * of_ldm[0], retain_graph=True)
+    torch.autograd.backward(feature, of_ids[0] + factor * of_ldm[0])
 
     exact_backbone = dict(exact.encoder.backbone.named_parameters())
     found = dict(model.unet.named_parameters())
@@ -221,6 +227,21 @@ def test_a_step_in_float64(standins, kind, probabilities, num_tokens, share):
         apart = float((got - wanted).norm() / wanted.norm())
         print(f"{kind} {probabilities}, tokens {num_tokens}, balance {share}: {name} {apart:.1e}")
         assert apart < 1e-4, name
+    # L_ldm's part alone, which is small beside the rest: what a step without it does not have.
+    alone(batch["images"], batch["labels"])[0].backward()
+    own = {name: value.grad for name, value in alone.encoder.backbone.named_parameters()}
+    part = [
+        (value.grad - own[name]).double().flatten()
+        for name, value in model.encoder.backbone.named_parameters()
+        if value.requires_grad
+    ]
+    wanted = torch.cat([value.flatten() for value in through])
+    if kind == "class":
+        assert not wanted.any() and not torch.cat(part).any()
+    else:
+        apart = float((torch.cat(part) - wanted).norm() / wanted.norm())
+        print(f"{kind} {probabilities}, tokens {num_tokens}, balance {share}: L_ldm at the encoder {apart:.1e}")
+        assert apart < 1e-2
     if kind != "class":
         # Without L_ldm, or with another factor, the encoder's gradient would be seen to differ.
         assert (FACTOR if share else 1) * float(of_ldm[0].norm() / of_ids[0].norm()) > 2e-4
@@ -229,7 +250,8 @@ def test_a_step_in_float64(standins, kind, probabilities, num_tokens, share):
         ratio = 0.7 * of_ldm[0].norm() / of_ids[0].norm()
         assert float(told["feedback_scale"]) == pytest.approx(FACTOR, rel=1e-5)
         assert float(told["feedback_ratio"]) == pytest.approx(float(FACTOR * ratio), rel=1e-3)
-        smoothed = 0.9 * math.log(FACTOR / share) + 0.1 * math.log(1 / ratio)
+        # The measurement of this step, and eight before.
+        smoothed = 8 / 9 * math.log(FACTOR / share) + math.log(1 / ratio) / 9
         assert float(model.balance.log_ratio) == pytest.approx(smoothed, rel=1e-4)
 
 
@@ -243,6 +265,42 @@ def test_the_balance_keeps_what_overflows_out_and_starts_with_a_measurement():
         assert float(told["feedback_scale"]) == pytest.approx(factor)
         assert float(told["feedback_ratio"]) == pytest.approx(0.0 if strength == torch.inf else factor * strength)
     assert all(float(value) == 0 for value in balance.update(None).values()), "nothing was measured in this step"
+
+
+def test_the_balance_follows_the_mean_of_the_first_steps_and_scales_no_rounding_up():
+    balance = GradientBalance(0.5)
+
+    def step(strength):
+        features = torch.ones(4, 3, requires_grad=True) * 1
+        (features.sum() + strength * balance(features).sum()).backward()
+        return balance.update(lambda gradients: gradients)
+
+    # Equal prompts: what arrives is rounding.
+    for _ in range(3):
+        assert float(step(1e-8)["feedback_scale"]) == 0
+    assert float(step(1e-8)["feedback_ratio"]) == 0 and balance.count == 0
+    logs = []
+    for strength in (0.25, 0.5, 1.0):
+        step(strength)
+        logs.append(math.log(1 / strength))
+        assert float(balance.log_ratio) == pytest.approx(sum(logs) / len(logs), abs=1e-4)
+    for _ in range(30):
+        step(1.0)
+    before = float(balance.log_ratio)
+    step(2.0)
+    assert float(balance.log_ratio) == pytest.approx(0.9 * before + 0.1 * math.log(0.5), abs=1e-4)
+
+
+def test_the_condition_is_looked_at_on_the_middle_image_of_each_identity():
+    """The first is of the first camera; in a world of shortcuts most of the others are at home."""
+    labels = load_reid("synthetic:domain=a,num_ids=6,images_per_id=8,shortcut=0.9")["train"]
+    pids, places = torch.tensor(labels["pid"][:]), labels["camid"][:]
+    rows = [middle_of(pids == pid) for pid in pids.unique()]
+    assert len(set(pids[rows].tolist())) == 6
+    assert all(
+        places[row] == Counter(places[one] for one in (pids == pids[row]).nonzero().flatten()).most_common(1)[0][0]
+        for row in rows
+    )
 
 
 def test_where_the_gradient_arrives_in_the_warmup_and_with_frozen_prompts(standins):
@@ -810,6 +868,19 @@ def prompts_of(standins, file, num_tokens, specs=("synthetic:domain=a,num_ids=6,
     name = str(standins / "stable-diffusion")
     prompts = CaptionPrompts(str(file), num_tokens, build.TEXT_WIDTH, name, **options)
     return prompts.make(list(specs), train, labels, Accelerator(cpu=True), None)
+
+
+def test_captions_of_other_people_of_the_same_names(standins, tmp_path):
+    """A file that names its images is of those images."""
+    made = tmp_path / "made"
+    runs.run(train_dreambooth_reid, "--source", "synthetic:domain=a,num_ids=6,images_per_id=4", "--captions_only",
+             "--captioner_model_name_or_path", standins / "blip-vqa", "--output_dir", made,
+             "--pretrained_model_name_or_path", standins / "stable-diffusion")  # fmt: skip
+    file = made / "captions.parquet"
+    assert prompts_of(standins, file, "end").shape[0] == 6
+    others = ["synthetic:domain=a,num_ids=6,images_per_id=4,seed=1"]
+    with pytest.raises(ValueError, match="has captions of other images, such as .*s0.* of synthetic-a/0000, of which"):
+        prompts_of(standins, file, "end", specs=others)
 
 
 def test_prompts_are_the_text_encoders_states_of_each_identity(standins, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The feedback of a diffusion model to an encoder: its balance with other losses, and what the condition says."""
 
+import math
 from functools import partial
 from itertools import pairwise
 
@@ -28,16 +29,18 @@ class GradientBalance(nn.Module):
     """Scales the gradient that the noise loss sends to features to `share` of the gradient of the other losses there.
 
     Give the noise loss `balance(features)` and the other losses the features; call `update` after each backward pass.
-    The factor follows the norms of earlier steps, smoothed, and is 0 before the first; a checkpoint holds it.
+    The factor follows the norms of earlier steps, at first their mean, later smoothed, and is 0 before the first; a
+    checkpoint holds it. A gradient that is rounding alone, as under equal prompts, is not scaled up.
     """
 
-    SMOOTHING = 0.9
+    SMOOTHING, LEAST = 0.9, 2e-7
 
     def __init__(self, share):
         super().__init__()
         self.share, self.measured = share, None
         # log |gradient of the other losses| / |gradient of the noise loss|; nan before the first step.
         self.register_buffer("log_ratio", torch.tensor(torch.nan))
+        self.register_buffer("count", torch.tensor(0.0))
 
     @property
     def factor(self):
@@ -60,9 +63,12 @@ class GradientBalance(nn.Module):
             total, of_noise = mean(torch.stack([tensor.grad for tensor in self.measured]))
             factor, self.measured = self.factor, None
             log_ratio = ((total - factor * of_noise).norm() / of_noise.norm()).log()
-            smoothed = torch.where(self.log_ratio.isnan(), log_ratio, log_ratio.lerp(self.log_ratio, self.SMOOTHING))
+            kept = (self.count / (self.count + 1)).clamp(max=self.SMOOTHING)
+            smoothed = torch.where(self.log_ratio.isnan(), log_ratio, log_ratio.lerp(self.log_ratio, kept))
             # A step whose gradients overflow in half precision says nothing.
-            self.log_ratio.copy_(torch.where(smoothed.isfinite(), smoothed, self.log_ratio))
+            counts = smoothed.isfinite() & (log_ratio < -math.log(self.LEAST))
+            self.log_ratio.copy_(torch.where(counts, smoothed, self.log_ratio))
+            self.count += counts
             ratio = (factor / log_ratio.exp()).nan_to_num(0.0, 0.0)
         return {"feedback_scale": factor, "feedback_ratio": ratio}
 
@@ -115,6 +121,13 @@ def examined(model, features, labels, draws):
     numbers |= {"another_worse": float(worse.mean()), "another_worse_std": float(worse.std())}
     numbers["matters_at"] = where_largest(losses[:, 1] - losses[:, 0], draws, model.schedule.num_steps)
     return own, numbers | gradients_at_features(model, features, labels, *draws[0])
+
+
+def middle_of(mask):
+    """The middle one of the rows of an identity: the first is of the first camera, and in a world of shortcuts alone
+    in not being at home."""
+    rows = mask.nonzero().flatten()
+    return int(rows[len(rows) // 2])
 
 
 def where_largest(values, draws, num_steps, num_parts=8):

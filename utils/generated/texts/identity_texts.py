@@ -1,5 +1,7 @@
 """A text of each training identity, from a captioner or from captions that exist, for prompts of a diffusion model."""
 
+from pathlib import Path
+
 import pyarrow.parquet as pq
 from accelerate.utils import broadcast
 from tqdm.auto import tqdm
@@ -118,7 +120,24 @@ def texts_from(path, identities, specs):
             f"{path} has no caption of {len(missing)} of {len(identities)} training identities, {missing[0]} for "
             f"one{said}; {MADE_BY.format(specs)}"
         )
+    seen = images_seen(path)
+    known = [identity for identity in identities if captions.row_of(seen, identity)]
+    if known and not any(captions.row_of(seen, identity) & set(identity.paths) for identity in known):
+        raise ValueError(
+            f"{path} has captions of other images, such as {min(captions.row_of(seen, known[0]))} of {known[0].name}, "
+            f"of which the source has {known[0].paths[0]}; {MADE_BY.format(specs)}"
+        )
     return [text_of(captions.row_of(rows, identity)) for identity in identities]
+
+
+def images_seen(path):
+    """{(domain or None, pid): names of the images that a file of captions is about}, of the rows that say so."""
+    seen = {}
+    for row in captions.read_rows(Path(path)):
+        images = row.get("images")
+        names = {str(image.get("path")) for image in images} if isinstance(images, list) else set()
+        seen[row.get("domain") or None, int(row["pid"])] = names
+    return seen
 
 
 def text_of(row):
