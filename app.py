@@ -83,6 +83,8 @@ def build_parser():
     group.add(
         "--topk", type=at_least(1), default=20, help=f"results at first, at most {MOST_RESULTS}; the page has a slider"
     )
+    words = "chance of a yes for somebody who is not in the gallery that you accept, of a calibrated model"
+    group.add("--false_alarm_rate", type=fraction, default=0.01, help=words)
     group.add("--k1", type=at_least(1), default=20, help="re-ranking: reciprocal neighbours")
     group.add("--k2", type=at_least(1), default=6, help="re-ranking: neighbours averaged over, 1 for none")
     group.add("--lambda_value", type=fraction, default=0.3, help="re-ranking: weight of the plain distance")
@@ -311,10 +313,10 @@ def images_of(folder, side, source):
 # The decision
 
 
-def decision_of(score, calibration, num_gallery):
+def decision_of(score, calibration, num_gallery, accepted=0.01):
     """What a calibration says about the cosine of the nearest of `num_gallery` images, in one sentence."""
     nearest = torch.tensor([[0]]), torch.tensor([[2 - 2 * score]], dtype=torch.float64)
-    return decide(calibration, nearest, num_gallery)[0].describe()
+    return decide(calibration, nearest, num_gallery, accepted)[0].describe()
 
 
 # The page
@@ -386,7 +388,7 @@ class Page:
         if results.rows:
             missing = self.no_calibration
             if self.calibration:
-                decision = decision_of(results.nearest, self.calibration, results.searched)
+                decision = decision_of(results.nearest, self.calibration, results.searched, self.args.false_alarm_rate)
         notes = [f"{results.searched:,} gallery images searched."]
         if cameras:
             notes[0] = f"{results.searched:,} gallery images of {self.camera_names(cameras)} searched."

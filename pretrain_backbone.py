@@ -213,7 +213,7 @@ from utils import launch
 from utils.batches.augmentation import MultiCrop, RandAugmentTransform
 from utils.batches.device_augmentation import BatchAugmentation, OnDevice
 from utils.batches.mixing import Mixing, mix_images, mixed_loss
-from utils.batches.samplers import ShuffleSampler
+from utils.batches.shuffled import ShuffleSampler
 from utils.batches.streaming import StreamedImages, StreamLoader, open_stream
 from utils.batches.transforms import ReIDImages
 from utils.datasets.load import digest_of, labels_of, subset

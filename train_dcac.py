@@ -11,7 +11,7 @@
 
     accelerate launch --config_file accelerate_config.yaml train_dcac.py
     accelerate launch train_dcac.py --recipe ma-ms --data_root ~/reid --output_dir output/ma-ms
-    accelerate launch train_dcac.py --recipe multi --source ./people --target ./gallery --output_dir output/own
+    accelerate launch train_dcac.py --recipe multi --source ./people --output_dir output/own
 
 The first is a demo on drawn people with the shipped stand-in models. The second is the published Market-1501 -> MSMT17
 run with CLIP ViT-B/16 and Stable Diffusion 1.5; the third trains on your own images. `--diffusion none` trains the
@@ -111,9 +111,7 @@ def build_parser():
     group.arguments.add_argument("--diffusion", choices=["ldm", "none"], default="ldm", help="none: the baseline")
     words = "condition of the U-Net: probabilities x prompts, the label's prompt, or feature x prompts"
     group.add("--condition", choices=CONDITIONS, default=CONDITIONS[0], help=words)
-    words = (
-        "of --condition correlation: from classifier, prototypes, or both; of muva texts, both, or one of each part"
-    )
+    words = "of --condition correlation: from classifier, prototypes, or both; muva: texts, both, or one a part"
     group.add("--probabilities", choices=PROBABILITIES, default=PROBABILITIES[0], help=words)
     words = "layers between the condition and the U-Net"
     group.add("--bottleneck", choices=BOTTLENECKS, default=BOTTLENECKS[0], help=words)
@@ -168,7 +166,9 @@ def parse_args(input_args=None):
     parser = build_parser()
     args = parser.parse(input_args)
     args.demo = args.source is None and args.target is None
-    args.source = args.source or [DEMO_SOURCE]
+    # A recipe's target is that of its source.
+    if args.origin["source"] == "flag" and args.origin["target"] != "flag":
+        args.target = None
     if args.demo:
         args.target = DEMO_TARGETS
         if args.origin["dataloader_num_workers"] == "default":
@@ -176,6 +176,7 @@ def parse_args(input_args=None):
             args.dataloader_num_workers = 1
         if all(args.origin[name] == "default" for name in (*DEMO_CONDITION, "ldm_weight", "diffusion", "condition")):
             vars(args).update(DEMO_CONDITION)
+    args.source = args.source or [DEMO_SOURCE]
     muva.settle(args)
     check_args(parser, args)
     args.notes = parser.notes(args)

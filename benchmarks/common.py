@@ -65,6 +65,11 @@ def environment():
     }
 
 
+def revision():
+    """The commit of the code; a result file that was written meanwhile makes no other code of it."""
+    return str(versions()["git"]).removesuffix("-dirty")
+
+
 def command_line(module, arguments=None):
     """`python -m MODULE ARGUMENTS`, by default those of this process; of an absolute path only the last name."""
     words = sys.argv[1:] if arguments is None else arguments

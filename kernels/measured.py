@@ -20,7 +20,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 # The sample: as large as the work, at most so many rows of queries and gallery.
-MOST_ROWS = {"cosine_topk": (4096, 32768), "rank_metrics": (4096, 32768), "k_reciprocal_rerank": (512, 8192)}
+MOST_ROWS = {"cosine_topk": (4096, 32768), "rank_metrics": (4096, 32768), "k_reciprocal_rerank": (4096, 65536)}
 ROUNDS = 3
 # The largest difference of scores and AP, beside one rank that moved where two similarities are within rounding.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-3}

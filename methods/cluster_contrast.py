@@ -20,7 +20,8 @@ from torch import nn
 
 from utils.batches.pseudo_batches import gather_by_domain
 from utils.evaluation.groups.clusters import NOISE
-from utils.modeling.memories import PrototypeMemory, class_means, move_in_turn
+from utils.modeling.hybrid_memory import move_in_turn
+from utils.modeling.memories import PrototypeMemory, class_means
 
 
 class ClusterContrast(nn.Module):

@@ -28,8 +28,9 @@ from torch import nn
 from utils.batches.pseudo_batches import gather_by_domain
 from utils.evaluation.groups.clusters import NOISE
 from utils.modeling.domain_norms import copy_source_norms, split_norms, train_alone
+from utils.modeling.hybrid_memory import move_in_turn
 from utils.modeling.losses import hard_triplet
-from utils.modeling.memories import class_means, move_in_turn
+from utils.modeling.memories import class_means
 from utils.training.balance import balanced_labels
 from utils.training.clustering import from_main, k_means
 from utils.training.contrast import FeatureQueue, circle_contrast

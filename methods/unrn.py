@@ -29,8 +29,8 @@ from torch import nn
 from utils.batches.pseudo_batches import gather_by_domain
 from utils.evaluation.groups.clusters import NOISE
 from utils.modeling.domain_norms import copy_source_norms, group_batch_statistics, split_norms, train_alone
+from utils.modeling.hybrid_memory import move_in_turn
 from utils.modeling.losses import distances
-from utils.modeling.memories import move_in_turn
 from utils.modeling.reid_model import BNNeck
 from utils.modeling.stages import summary_and_earlier, widths_of
 from utils.training.contrast import FeatureQueue, circle_contrast

@@ -4,6 +4,7 @@ outcome(lambda: load_reid(folder), folder.name)     # (data, None), or (None, th
 fuzz(check, strategy, cases=30)                     # check(value) for so many drawn values
 """
 
+import functools
 import json
 import os
 import struct
@@ -34,7 +35,18 @@ VALUES = st.one_of(
 
 def fuzz(check, *strategies, cases):
     """Run check(*values) for `cases` drawn values; few of them are always the same, many are others each time."""
-    given(*strategies)(settings(max_examples=cases, derandomize=cases < 100, database=None)(check))()
+    ran = 0
+
+    @functools.wraps(check)
+    def counted(*values, **named):
+        nonlocal ran
+        ran += 1
+        return check(*values, **named)
+
+    given(*strategies)(settings(max_examples=cases, derandomize=cases < 100, database=None)(counted))()
+    # `pytest -rP -m slow` shows it.
+    print(f"{check.__module__}.{check.__qualname__}: {ran} cases")
+    assert ran >= cases
 
 
 def outcome(call, *names):

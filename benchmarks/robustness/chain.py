@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.common import RESULTS, ROOT, command_line, run_script, write_json, write_result
+from benchmarks.common import RESULTS, ROOT, command_line, revision, run_script, write_json, write_result
 from benchmarks.robustness import outcomes
 from utils.reporting.report import text_table
 
@@ -189,8 +189,11 @@ def run(step, folder, small):
     shown = shlex.join(["python", *command]).replace(f"{folder}/", "")
     if record.is_file():
         before = json.loads(record.read_text(encoding="utf-8"))
-        if before["command"] != shown:
-            raise ValueError(f"{folder} holds another chain, {before['command']}; give another --output_dir")
+        if (before["command"], before.get("revision")) != (shown, revision()):
+            raise ValueError(
+                f"{folder} holds another chain, or one of other code, {before['command']} at "
+                f"{before.get('revision')}; give another --output_dir"
+            )
         return before
     print(f"\n{step.name}: {shown}", flush=True)
     if command[0] == "-m":
@@ -207,6 +210,7 @@ def run(step, folder, small):
     found = {
         "step": step.name,
         "command": shown,
+        "revision": revision(),
         "seconds": round(run.seconds, 1),
         "cpu_seconds": round(run.cpu_seconds, 1),
         "peak_gib": round(run.peak_gib, 2),
@@ -225,8 +229,7 @@ def rows_of(chains):
             f"{one['seconds']:.0f} s",
             f"{one['cpu_seconds']:.0f} s",
             f"{one['peak_gib']:.1f}",
-            # Of records that were written before steps had a number.
-            one.get("outcome", "-"),
+            one["outcome"],
         ]
         for chain, steps in chains.items()
         for one in steps
@@ -251,8 +254,11 @@ def main(input_args=None):
     for chain in args.chains:
         chains[chain] = [run(step, args.output_dir / chain, args.small) for step in CHAINS[chain]]
     print(f"\n{text_table(COLUMNS, rows_of({chain: chains[chain] for chain in args.chains}))}")
-    # The other chains stay in the file.
-    raw = {"chains": {chain: chains[chain] for chain in CHAINS if chain in chains}}
+    # The other chains stay in the file, if they are of the same code.
+    here = {
+        chain: steps for chain, steps in chains.items() if all(step.get("revision") == revision() for step in steps)
+    }
+    raw = {"chains": {chain: here[chain] for chain in CHAINS if chain in here}}
     write_result(args.json, command_line(__spec__.name, input_args), COLUMNS, rows_of(raw["chains"]), raw)
     print(f"Reports: report.html in the folders of {args.output_dir}; result: {args.json}")
 

@@ -1,5 +1,6 @@
 """What must be true of a job's folder and of its last words after a run was stopped."""
 
+import csv
 import hashlib
 import json
 import signal
@@ -36,7 +37,10 @@ def progress(job, out):
 
 def half_written(out):
     """Files with a final name that cannot be read to the end."""
+    import numpy as np
+    import pyarrow as pa
     import pyarrow.parquet as pq
+    import torch
     from PIL import Image
     from safetensors import safe_open
 
@@ -52,8 +56,27 @@ def half_written(out):
         with Image.open(path) as image:
             image.load()
 
+    def read_lines(path):
+        *lines, rest = path.read_text().split("\n")
+        for line in lines:
+            json.loads(line)
+        # A training writes whole lines, but not at once: a kill may leave one, which a resume cuts off.
+        assert not rest or path.name == "log.jsonl"
+
+    def read_table(path):
+        lengths = {len(row) for row in csv.reader(path.open(newline=""))}
+        assert len(lengths) == 1
+
+    def read_arrow(path):
+        pa.ipc.open_stream(path).read_all()
+
     readers = {
         ".json": lambda path: json.loads(path.read_text()),
+        ".jsonl": read_lines,
+        ".csv": read_table,
+        ".npy": np.load,
+        ".pt": lambda path: torch.load(path, weights_only=True),
+        ".arrow": read_arrow,
         ".parquet": pq.read_table,
         ".safetensors": read_tensors,
         ".html": read_page,

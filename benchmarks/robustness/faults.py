@@ -16,7 +16,7 @@ import signal
 import sys
 from pathlib import Path
 
-from benchmarks.common import RESULTS, command_line, write_result
+from benchmarks.common import RESULTS, command_line, revision, write_result
 from benchmarks.robustness.checks import check_end, check_words, digests, half_written, progress
 from benchmarks.robustness.jobs import JOBS
 from benchmarks.robustness.runner import Runner
@@ -55,8 +55,9 @@ def killed_often(runner, job, kills, seed=0, signs=(signal.SIGKILL, signal.SIGTE
             reached = 0
             continue
         now = progress(job, out)
-        # The chunks of features go once all of them are in one file; checkpoints never.
-        gone = not JOBS[job].trains and (out / JOBS[job].result[0]).exists()
+        # The chunks of features go once all of them are in one file; checkpoints never, nor what there was before.
+        once = not JOBS[job].trains and not JOBS[job].before
+        gone = once and (out / JOBS[job].result[0]).exists()
         assert now >= reached or gone, f"{job}: {reached} were done, {now} are left"
         reached = now
     return happened
@@ -122,11 +123,17 @@ def main(input_args=None):
 
 
 def write(args, command, rows, failed=()):
-    """Write the file after each job, so that a stop loses one job only; rows of jobs that were not run stay."""
-    kept = json.loads(args.json.read_text(encoding="utf-8"))["table"] if args.json.is_file() else []
+    """Write the file after each job, so that a stop loses one job only.
+
+    Rows of jobs that were not run stay, if they are of the same revision, seed and epochs.
+    """
+    settings, kept = {"revision": revision(), "seed": args.seed, "epochs": args.epochs}, []
+    if args.json.is_file():
+        before = json.loads(args.json.read_text(encoding="utf-8"))
+        kept = before["table"] if before["raw"] == settings else []
     table = [row for row in kept if row[0] not in {*failed, *(one[0] for one in rows)}] + rows
     table.sort(key=lambda row: list(JOBS).index(row[0]))
-    write_result(args.json, command, COLUMNS, table, {"seed": args.seed, "epochs": args.epochs})
+    write_result(args.json, command, COLUMNS, table, settings)
 
 
 if __name__ == "__main__":

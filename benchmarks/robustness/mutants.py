@@ -38,7 +38,17 @@ from benchmarks.common import RESULTS, ROOT, command_line, write_result
 from utils.reporting.report import text_table
 
 FOLDERS = ("kernels", "methods", "utils/modeling", "utils/batches", "utils/evaluation")
-FILES = ("utils/training/clustering.py", "utils/diffusion/schedule.py")
+FILES = (
+    *(f"utils/training/{name}.py" for name in (
+        "agreement", "balance", "clustering", "contrast", "discrepancy", "optimizer", "parameter_groups",
+        "propagation", "teacher",
+    )),
+    *(f"utils/diffusion/{name}.py" for name in (
+        "families/flow", "families/solvers", "feedback", "few_steps", "latents", "schedule", "tuning", "unet",
+    )),
+    *(f"utils/generated/{name}.py" for name in ("calibration", "choosing", "measures", "scoring")),
+    "utils/sharding.py",
+)  # fmt: skip
 # Kernels for a GPU, pages, flags, and what only measures.
 LEFT_OUT = re.compile(
     r"_triton\.py|report\.py|settings\.py|__\w+__\.py|build_table\.py|measured\.py|names\.py|convert\.py"

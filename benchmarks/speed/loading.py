@@ -28,7 +28,8 @@ from tqdm import tqdm
 from benchmarks.common import RESULTS, command_line, wait, write_result
 from utils.batches.augmentation import RandAugmentTransform
 from utils.batches.device_augmentation import BatchAugmentation
-from utils.batches.samplers import IdentitySampler, ShuffleSampler
+from utils.batches.samplers import IdentitySampler
+from utils.batches.shuffled import ShuffleSampler
 from utils.batches.transforms import ReIDImages, train_transform
 from utils.datasets.load import load_reid
 from utils.datasets.portable import save

@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from utils.batches.augmentation import RandAugmentTransform, as_bytes, drawn_by
 from utils.batches.device_augmentation import OPERATIONS, BatchAugmentation, OnDevice
-from utils.batches.samplers import ShuffleSampler
+from utils.batches.shuffled import ShuffleSampler
 from utils.batches.transforms import ReIDImages, to_bytes
 from utils.datasets.load import load_reid
 

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from pretrain_backbone import Classification, build_optimizer, build_rates, parse_args
 from utils.batches.augmentation import MultiCrop, RandAugmentTransform, to_picture
 from utils.batches.mixing import Mix, Mixing, cut, mix_images, mixed_loss, neighbours
-from utils.batches.samplers import ShuffleSampler
+from utils.batches.shuffled import ShuffleSampler
 from utils.batches.transforms import TrainTransform, to_tensor
 from utils.modeling.backbones import backbone_from_config
 from utils.modeling.names import NAMED, check_backbone, named_config, open_backbone

@@ -75,6 +75,10 @@ def test_a_row_of_a_job_that_fails_goes(tmp_path):
     faults.write(args, "command", [["dcac", 10], ["images", 10], ["filter", 10]])
     faults.write(args, "command", [["images", 5]], ["dcac"])
     assert json.loads(args.json.read_text())["table"] == [["images", 5], ["filter", 10]]
+    # Rows of other settings would be said to be of these.
+    args.epochs = 3
+    faults.write(args, "command", [["images", 5]])
+    assert json.loads(args.json.read_text())["table"] == [["images", 5]]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import evaluate
 from tests.runs import launch, run
 from tests.tables import ROWS, paint, write_images, write_table
 from utils import flags
-from utils.batches.samplers import ShuffleSampler
+from utils.batches.shuffled import ShuffleSampler
 from utils.batches.transforms import test_transform as make_transform
 from utils.datasets.load import load_reid
 from utils.evaluation.features import extract

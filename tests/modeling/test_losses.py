@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from utils.modeling.hybrid_memory import move_in_turn
 from utils.modeling.losses import CentreLoss, circle_logits, distances, hard_triplet, weighted_triplet
-from utils.modeling.memories import PrototypeMemory, class_means, move_in_turn
+from utils.modeling.memories import PrototypeMemory, class_means
 
 SIZES = [(1, 1, 3), (8, 5, 16), (16, 40, 33), (64, 16, 128)]
 

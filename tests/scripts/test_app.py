@@ -309,6 +309,7 @@ def test_decisions_are_those_of_evaluate(gallery, arguments, tmp_path):
     page = app.Page(gallery, app.parse_args(arguments))
     assert page.no_calibration is None
     assert app.decision_of(0.99, page.calibration, 24).startswith("same person: unsure, score 0.990")
+    assert app.decision_of(0.99, page.calibration, 24, accepted=0.9).startswith("same person: yes")
     assert app.decision_of(-0.5, page.calibration, 24).startswith("nobody: no gallery image passes")
     page.pick("one", 7)
     score = search(gallery, page.queries["one"], count=1).scores[0]

@@ -25,7 +25,7 @@ from pretrain_backbone import Classification, momentum, parse_args
 from tests import runs
 from tests.runs import launch, lines_written, log_of, same_weights, start, stopped, weights_of
 from utils.batches.mixing import Mix
-from utils.batches.samplers import ShuffleSampler
+from utils.batches.shuffled import ShuffleSampler
 from utils.batches.transforms import ReIDImages
 from utils.batches.transforms import test_transform as picture_transform
 from utils.flags import CLIP_DIR

@@ -16,8 +16,8 @@ ROOMS = [
 ]  # fmt: skip
 MOST_FILES, MOST_LINES, MOST_SCRIPT_LINES = 16, 380, 620
 ALONG_FILES, ALONG_LINES = 32, 6500
-# Of train_dcac.py: imported inside a function, where prompts are made from captions, for an encoder with parts, and
-# where weights are split among processes.
+# Of train_dcac.py: what only some trainings need, where prompts are made from captions, for an encoder with parts (its
+# flags too, which are read at the start), and where weights are split among processes.
 ONLY_FOR_CAPTIONS, ONLY_FOR_PARTS = "utils.generated.texts.identity_texts", "methods.muva"
 ONLY_FOR_SHARES = "utils.sharding"
 

@@ -8,7 +8,8 @@ from utils import opened_when_used
 __getattr__ = opened_when_used(
     __name__,
     {
-        "samplers": "IdentitySampler ShuffleSampler",
+        "samplers": "IdentitySampler",
+        "shuffled": "ShuffleSampler",
         "transforms": "ReIDImages test_transform train_transform",
     },
 )

@@ -19,7 +19,7 @@ from utils.files import one_line
 def main(input_args=None):
     parser = argparse.ArgumentParser(description="Count a data set, or make a portable copy of it with images inside.")
     parser.add_argument("name", nargs="+", help="NAME, NAME:key=value,..., a path or a Hub id; several are merged")
-    parser.add_argument("--root", help="folder of the set, or the one it lies in")
+    parser.add_argument("--root", "--data_root", help="folder of the set, or the one it lies in")
     parser.add_argument("--options", nargs="*", default=[], help="key=value for a path or Hub id (pid_column=label)")
     parser.add_argument("--skip_unreadable", action="store_true", help="leave out and list images that do not decode")
     target = parser.add_mutually_exclusive_group()

@@ -238,7 +238,7 @@ def main(input_args=None):
     parser = argparse.ArgumentParser(description="Which patches of each image belong to which part of a person.")
     parser.add_argument("source", nargs="+", metavar="SPEC", help="data sets, as in --source of the training scripts")
     parser.add_argument("--out", required=True, help="file to write")
-    parser.add_argument("--root", help="folder of the set, or the one it lies in")
+    parser.add_argument("--root", "--data_root", help="folder of the set, or the one it lies in")
     words = (
         "an open-vocabulary detector of transformers, such as google/owlv2-base-patch16; `rows`: the same rows for "
     )

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from utils.modeling.memories import PrototypeMemory, move_in_turn
+from utils.modeling.memories import PrototypeMemory
 
 
 class HybridMemory(PrototypeMemory):
@@ -41,3 +41,12 @@ class HybridMemory(PrototypeMemory):
     def update(self, features, rows):
         with torch.autocast(features.device.type, enabled=False):
             move_in_turn(self.prototypes, rows, F.normalize(features.float(), dim=1), self.momentum)
+
+
+def move_in_turn(memory, rows, unit, momentum):
+    """In place: `memory[row] <- momentum memory[row] + (1 - momentum) u`, unit length, one image after the other."""
+    # [B, B]: how many earlier images of the batch move the same row.
+    turn = (rows[:, None] == rows[None, :]).tril(-1).sum(1)
+    for number in range(int(turn.max()) + 1):
+        now = turn == number
+        memory[rows[now]] = F.normalize(torch.lerp(unit[now], memory[rows[now]], momentum), dim=1)

@@ -67,12 +67,3 @@ class PrototypeMemory(nn.Module):
     def rebuild(self, features, labels):
         """Replace every prototype by the mean direction of its identity's features."""
         self.prototypes.copy_(class_means(features, labels, len(self.prototypes)))
-
-
-def move_in_turn(memory, rows, unit, momentum):
-    """In place: `memory[row] <- momentum memory[row] + (1 - momentum) u`, unit length, one image after the other."""
-    # [B, B]: how many earlier images of the batch move the same row.
-    turn = (rows[:, None] == rows[None, :]).tril(-1).sum(1)
-    for number in range(int(turn.max()) + 1):
-        now = turn == number
-        memory[rows[now]] = F.normalize(torch.lerp(unit[now], memory[rows[now]], momentum), dim=1)

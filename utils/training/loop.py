@@ -239,6 +239,10 @@ class Training:
                 print(f"Results: {output_dir}; open {output_dir / 'report.html'}")
                 if (model := output_dir / "model").is_dir():
                     print(f"Search: python evaluate.py --model {model} --query_dir DIR --gallery_dir DIR")
+                    if spec := next((entry["target"] for entry in history if "holdout=" in entry["target"]), None):
+                        print(
+                            f"Decide, by those held out: python evaluate.py --model {model} --data {spec} --calibrate"
+                        )
                 if args.push_to_hub:
                     print(f"Uploaded: {upload(args.hub_model_id or output_dir.resolve().name)}")
         accelerator.end_training()
