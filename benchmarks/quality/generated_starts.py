@@ -23,6 +23,7 @@ from benchmarks.common import (
     command_line,
     finished,
     in_percent,
+    kept,
     run_once,
     run_script,
     write_result,
@@ -51,18 +52,22 @@ COLUMNS = ["start", "images", "mAP %", "Rank-1 %", "gain of mAP", "seeds"]
 
 def stored(spec, folder, name):
     """A copy of a drawn set on disk, which is faster to read than to draw."""
-    place = folder / name
+    source, options = parse_spec(spec)
+    place = folder / "-".join([name, *map(str, options.values())])
     if not place.exists():
-        source, options = parse_spec(spec)
         save(load_reid(source, **options), place)
     return place
 
 
-def run(script, place, words, done):
-    """Run one of the scripts that resume by themselves, unless its result is there."""
-    if not (place / done).exists():
-        ended = checked(run_script(script, *map(str, words), "--output_dir", str(place), logs=place / "logs"), script)
+def run(script, place, words):
+    """Run one of the scripts that resume by themselves, unless it ended with these words before."""
+
+    def measure():
+        ended = checked(run_script(script, *words, "--output_dir", place, logs=place / "logs"), script)
         print(f"{script} {place.parent.name} {ended.seconds:.0f} s", flush=True)
+        return {"seconds": ended.seconds}
+
+    kept(place.with_name(f"{place.name}.json"), [script, *map(str, words)], measure)
 
 
 def backbone_of(folder, start, seed):
@@ -76,9 +81,9 @@ def backbone_of(folder, start, seed):
     source = stored(PEOPLE, folder, "people")
     if start in CLOTHING:
         words = [*GENERATE.split(), "--clothing_change", CLOTHING[start], "--source", source, "--seed", seed]
-        run("train_dreambooth_reid.py", place / "made", words, "metadata.parquet")
+        run("train_dreambooth_reid.py", place / "made", words)
         words = ["--generated", place / "made", "--source", source, "--seed", seed]
-        run("filter_generated.py", place / "filtered", words, "dataset")
+        run("filter_generated.py", place / "filtered", words)
         source = place / "filtered" / "dataset"
     words = [*PRETRAIN.split(), "--source", source, "--seed", seed]
     finished(run_once("pretrain_backbone.py", place, words, "backbone/model.safetensors"), "pretrain_backbone.py")

@@ -229,7 +229,8 @@ def rows_of(chains):
             f"{one['seconds']:.0f} s",
             f"{one['cpu_seconds']:.0f} s",
             f"{one['peak_gib']:.1f}",
-            one["outcome"],
+            # Of records that were written before steps had a number.
+            one.get("outcome", "-"),
         ]
         for chain, steps in chains.items()
         for one in steps

@@ -22,7 +22,22 @@ ADAPTERS = {
     "unrn": f"{FROM_SOURCE} --method unrn --source_steps 1 --queue_size 12 --norm_group 4",
     "glt": f"{FROM_SOURCE} --method glt --source_steps 1 --group_counts 2 3",
     "hcd": f"{FROM_SOURCE} --method hcd",
+    "spcl": "--method spcl",
+    "idm": f"{FROM_SOURCE} --method idm --mix_stage 1",
 }
+# Trainings of one script each: what they keep beside weights are teachers, domains, prompts that were learned first.
+OTHERS = {
+    "dino": ("pretrain_backbone", "--objective dino --local_crops 1 --prototypes 16 --head_width 16", "backbone"),
+    "solider": (
+        "pretrain_backbone",
+        "--objective solider --local_crops 1 --prototypes 16 --head_width 16 --from_scratch",
+        "backbone",
+    ),
+    "metabin": ("finetune_reid", "--setting generalisation --method metabin", "model"),
+    "meta": ("finetune_reid", "--setting generalisation --method meta", "model"),
+    "muva": ("train_dcac", "--encoder muva --diffusion none --muva_epochs 5", "model"),
+}
+DOMAINS = " ".join(PEOPLE.replace("=a,", f"={domain},") for domain in "acd")
 SEARCH = "evaluate --model {inputs}/clip --resolution 64 32 --batch_size 4 --report_queries 0 --output_dir {out} "
 KEPT = f"{SEARCH} --query_dir {{inputs}}/people/query --gallery_features {{out}}/index --gallery_dir {{inputs}}/people"
 SCORED = "--num_train_epochs 1 --classifier_epochs 1 --train_batch_size 8 --eval_batch_size 8 --resolution 64 32 "
@@ -141,5 +156,15 @@ JOBS = {
             epochs=3 if name == "cacl" else 4 if "--source " in words else 0,
         )
         for name, words in ADAPTERS.items()
+    },
+    **{
+        name: Job(
+            f"{script} {TRAINED.replace(PEOPLE, DOMAINS) if 'generalisation' in words else TRAINED} {words} "
+            "--output_dir {out}",
+            "checkpoint-*/files.json",
+            ("log.jsonl", f"{saved}/model.safetensors"),
+            trains=True,
+        )
+        for name, (script, words, saved) in OTHERS.items()
     },
 }  # fmt: skip
