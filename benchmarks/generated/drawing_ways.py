@@ -4,8 +4,8 @@
     python -m benchmarks.generated.drawing_ways --sheet sheet.png      # also some images of each way
 
 `train_dreambooth_reid.py` makes images of the same people in several ways: with a reference set of its own for each
-identity and with shared ones, with guidance on half of the steps, with a few-step LoRA (`few_step_lora.py`, made once),
-and with as few steps without it. Measures are the script's own: CLIP of images and prompts, of generated and source
+identity and with shared ones, with guidance on half of the steps, with a few-step LoRA (of `few_step_lora.py`), and
+with as few steps without it. Measures are the script's own: CLIP of images and prompts, of generated and source
 images, between generated images; Re-ID features of generated and source images, by a model that was trained on other
 people of the domain; AUC of own against other identities' source images by these. Each way of each seed, which are
 other people, is a run of its own; finished ones are not repeated.
