@@ -15,7 +15,8 @@ remedies   of a condition that says little, each with own and with permuted capt
            a condition of other identities' captions alone, prompts and U-Net that cannot learn another code, more
            weight, and timesteps weighted. And the world's own words in place of the captioner's.
 
-Gains are differences to the baseline of the same seed; intervals are Student's, at 95 %, of these differences. They
+"Person over place" says what the features look at: the share of pairs in which two images of a person are more alike
+than two images of one place (`shortcut_probe`). Gains are differences to the baseline of the same seed; intervals are Student's, at 95 %, of these differences. They
 are over training seeds: people and cameras are the same in all runs.
 
 A run takes 3.5 minutes of processor time (baseline), 7 (one token) or 8 (all tokens): the 46 runs of the sifting 5.7
@@ -38,8 +39,10 @@ import pyarrow.parquet as pq
 from scipy.stats import t as student
 
 from benchmarks.common import RESULTS, checked, command_line, finished, run_once, run_script, write_result
+from benchmarks.quality.shortcut_probe import person_over_place
 from utils.files import write_together
 from utils.generated.texts.captions import CLASS_PROMPT, QUESTIONS, compose
+from utils.modeling import ReIDModel
 from utils.reporting.report import text_table
 from utils.synthetic.world import attributes
 
@@ -85,7 +88,7 @@ SIFTING_SEEDS, REPORT_SEEDS = (0, 1), (10, 11, 12, 13, 14, 15)
 TARGETS = {"a": ["b", "c", "d", "e"], "a+e": ["b", "c", "d"]}
 COLUMNS = [
     "part", "sources", "shortcut", "arm", "strength", "targets", "mAP %", "gain of mAP", "gain of Rank-1",
-    "mAP over permuted", "seeds", "missing",
+    "mAP over permuted", "person over place %", "seeds", "missing",
 ]  # fmt: skip
 # What `train_dcac.py` says about the condition at its measurements: (name, number of it).
 SAID = {
@@ -181,6 +184,7 @@ def train(job, folder):
         measured[when][domain] = {key: entry[key] for key in ("mAP", "rank1")}
     rest = {"feedback": metrics.get("feedback", []), "commit": record["versions"]["git"]}
     rest |= {"flags": job.flags, "applied": applied(place / "log.jsonl")}
+    rest["looks_at"] = person_over_place(ReIDModel.open(place / "model"))
     # A run that was finished before says nothing of its time.
     rest |= {"seconds": run and round(run.seconds), "cpu_seconds": run and round(run.cpu_seconds)}
     return job._asdict() | measured | rest
@@ -321,9 +325,15 @@ def rows_of(runs):
             own = arm.startswith("captions")
             against = gains(done, *wanted[0][:5], targets, "mAP", arm.replace("captions", "permuted")) if own else []
             row = [part, sources, str(shortcut), arm, "-" if arm == "baseline" else strength, " ".join(targets)]
-            row += [f"{100 * statistics.fmean(after):.1f}", *apart, interval(against)]
+            row += [f"{100 * statistics.fmean(after):.1f}", *apart, interval(against), looks_at(present)]
             rows.append([*row, len(present), len(wanted) - len(present)])
     return rows
+
+
+def looks_at(runs):
+    """How often the features follow the person and not the place, in percent; see `shortcut_probe`."""
+    shares = [run["looks_at"]["person"] for run in runs if run.get("looks_at")]
+    return f"{100 * statistics.fmean(shares):.0f}" if shares else "-"
 
 
 def condition_table(runs):

@@ -8,9 +8,11 @@ import pytest
 import torch
 from scipy import stats
 from torch import nn
+from torchvision.transforms.functional import pil_to_tensor
 
 from benchmarks.quality import dcac_feedback as feedback
 from benchmarks.quality.feedback_variants import OfOthers, Shuffled, TimestepWeights
+from benchmarks.quality.shortcut_probe import at_home_of, person_over_place
 from utils.generated.texts.captions import QUESTIONS, compose
 from utils.synthetic.world import attributes
 
@@ -22,7 +24,12 @@ def run_of(job, gain=0.0, gain_on_e=0.0):
     rest = {"gradient_ratio": 0.1, "gradient_cosine": 0.0, "effective_rank": 9.0, "entropy": 1.0, "top": 0.5}
     rest["another_worse_std"] = 1e-4
     noted = [{"own": own, "another_worse": 0.001 * job.seed, "zero": 0.3} | rest for own in (0.25, 0.2)]
-    rest = {"commit": "aa", "flags": job.flags, "applied": 0.1 if job.strength != "lambda 1" else None}
+    rest = {
+        "commit": "aa",
+        "looks_at": {"person": 0.75},
+        "flags": job.flags,
+        "applied": 0.1 if job.strength != "lambda 1" else None,
+    }
     return job._asdict() | {"after": after, "feedback": noted if job.arm != "baseline" else []} | rest
 
 
@@ -74,6 +81,24 @@ def test_what_the_condition_says_is_a_mean_over_seeds():
         assert said["zero's more, per mille"] == "200 -> 500" and said["spread over noise"] == "0.4 -> 0.5"
         assert said["seeds"] == 2
         assert said["ratio after balance"] == ("-" if said["strength"] == "lambda 1" else "0.1")
+
+
+def test_what_the_features_look_at():
+    """A model of colours at the middle follows the person, one of the edges the place."""
+    images = [at_home_of("a", person, host, index) for index, (person, host) in enumerate(((1, 1), (1, 3), (3, 1)))]
+    assert len({image.tobytes() for image in images}) == 3
+
+    def of_pixels(box):
+        def extract(images):
+            return torch.stack([pil_to_tensor(image.crop(box).resize((4, 4))).flatten().float() for image in images])
+
+        return SimpleNamespace(extract=extract, num_features=48)
+
+    people = range(1, 61, 2)
+    person, place = (person_over_place(of_pixels(box), people=people) for box in ((22, 30, 42, 100), (0, 0, 10, 128)))
+    assert person["person"] > place["person"] and set(person) == {"person", "same_person", "same_place"}
+    rows = [dict(zip(feedback.COLUMNS, row, strict=True)) for row in feedback.rows_of(sifted({}))]
+    assert rows[0]["person over place %"] == "75"
 
 
 def test_own_captions_are_held_against_permuted_ones_of_the_same_seed():

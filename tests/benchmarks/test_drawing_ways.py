@@ -1,4 +1,4 @@
-"""benchmarks.generated.drawing_ways: the table of its runs; few_step_lora: its loss, and a file that --fast_lora takes."""
+"""benchmarks.generated.drawing_ways: the table of its runs; few_step_lora: its loss, and its file for --fast_lora."""
 
 import pytest
 import torch
