@@ -16,8 +16,8 @@ remedies   of a condition that says little, each with own and with permuted capt
            weight, and timesteps weighted. And the world's own words in place of the captioner's.
 
 "Person over place" says what the features look at: the share of pairs in which two images of a person are more alike
-than two images of one place (`shortcut_probe`). Gains are differences to the baseline of the same seed; intervals are Student's, at 95 %, of these differences. They
-are over training seeds: people and cameras are the same in all runs.
+than two images of one place (`shortcut_probe`). Gains are differences to the baseline of the same seed; intervals are
+Student's, at 95 %, of these differences. They are over training seeds: people and cameras are the same in all runs.
 
 A run takes 3.5 minutes of processor time (baseline), 7 (one token) or 8 (all tokens): the 46 runs of the sifting 5.7
 hours, the 96 of the report 10.6, the 20 of the remedies 2.6. Two commands on two idle cores need half of these 19.
