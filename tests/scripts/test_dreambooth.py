@@ -36,6 +36,7 @@ from utils.diffusion.families.solvers import NOISE_SOLVERS as SOLVERS
 from utils.diffusion.schedule import NoiseSchedule
 from utils.diffusion.text_to_image import TextToImage
 from utils.diffusion.tuning import IdentityToken, Tunable
+from utils.diffusion.unet import load_unet, save_unet
 from utils.generated.measures import diversity, identity_auc
 from utils.generated.texts import captioning, captions
 from utils.generated.texts.captioning import open_prompts
@@ -585,6 +586,32 @@ def test_better_pictures_by_flags(models, tmp_path, monkeypatch, capsys):
     for text, image in zip(options["texts"], words["images"], strict=True):
         alone = captions.merged([{"caption": "", **image["answers"]}])["attributes"]
         assert text == captions.compose(alone).replace("a person", "<iir-0002> person", 1)
+
+
+def test_flags_of_better_pictures_reach_the_batches_and_the_sampler(models, tmp_path, monkeypatch):
+    segmenter(tmp_path / "mask", ["wall", "person"])
+    made, drawn = [], []
+    batches, sample = script.Batches, TextToImage.sample
+    monkeypatch.setattr(
+        script, "Batches", lambda *given, **more: made.append((given, more)) or batches(*given, **more)
+    )
+    monkeypatch.setattr(TextToImage, "sample", lambda *given, **more: drawn.append(more) or sample(*given, **more))
+    more = ["--caption_dropout", "0.5", "--noise_offset", "0.05", "--mask_background", "0.25", "--mask_model"]
+    more += [tmp_path / "mask", "--negative_prompt", "a dog", "--guidance_share", "0.5", "--fast_lora"]
+    lora = tmp_path / "lcm.safetensors"
+    save_unet(load_unet(models / "stable-diffusion", "lora"), "lora", tmp_path)
+    (tmp_path / "unet_lora" / "pytorch_lora_weights.safetensors").rename(lora)
+    assert run(models, tmp_path / "out", "--ids", "2", *more, lora, "--guidance_scale", "2") == {}
+    ((own, _), options), *rest = made
+    _, _, weights = own
+    assert not rest and options["dropped"] == (0.5, "a photo of <iir-0002> person") and options["noise_offset"] == 0.05
+    # What is no person weighs a quarter.
+    assert weights.min() >= 0.25 and weights.max() <= 1 and weights.std() > 0.01
+    of_references, of_images = drawn[0], drawn[-1]
+    assert all(one["guidance_share"] == 0.5 and one["negative"] == "a dog" for one in (of_references, of_images))
+    assert (of_images["steps"], of_images["solver"], of_images["guidance"], of_images["fast"]) == (4, "lcm", 2.0, True)
+    # References as without the few-step LoRA.
+    assert (of_references["steps"], of_references["solver"]) == (2, "dpmsolver++") and not of_references.get("fast")
 
 
 # Drawing
