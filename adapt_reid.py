@@ -508,7 +508,9 @@ def training_step(training, method, bare, batch, params, numbers):
     """Losses, gradients, the optimizer's step, then memory or teacher."""
     args, accelerator, optimizer = training.args, training.accelerator, training.optimizer
     images, rows = (batch[name].to(accelerator.device) for name in ("images", "indices"))
-    loss, values, seen = method(images, numbers[rows])
+    # DeepSpeed does not do so by itself.
+    with accelerator.autocast():
+        loss, values, seen = method(images, numbers[rows])
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(params, args.max_grad_norm or float("inf"))
     optimizer.step()

@@ -306,7 +306,9 @@ from utils.reporting.report import text_table
 
 def clip_scores(features, sentences, scale):
     """The probability of the first of the sentences (S, D) by CLIP's temperature: (B,). All rows are unit-length."""
-    return (scale * features @ sentences.T).softmax(1)[:, 0]
+    # Logits of 25 are too large for half precision before a softmax.
+    with torch.autocast(features.device.type, enabled=False):
+        return (scale * features.float() @ sentences.float().T).softmax(1)[:, 0]
 
 
 def cctf_scores(logits, labels):

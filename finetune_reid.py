@@ -10,7 +10,7 @@
 """Fine-tune a Re-ID model with labels, by one of seven methods, from any start: where does a better start show?
 
     accelerate launch --config_file accelerate_config.yaml finetune_reid.py
-    accelerate launch finetune_reid.py --source ./people --backbone microsoft/resnet-50 --output_dir output/people
+    accelerate launch finetune_reid.py --recipe published --source ./people --output_dir output/people
     accelerate launch finetune_reid.py --method agw --recipe published --setting few-shot --fraction 0.1 \\
         --backbone output/pretrain/backbone --source market1501 --data_root ~/reid --output_dir output/agw-10
 
@@ -72,8 +72,8 @@ LOSSES = {
     META: {"triplet": "hard", "margin": 0.3, "label_smoothing": 0.1, "groups": "sum", "centre_weight": 0.0},
 }
 METHODS = tuple(LOSSES)
-# SBS is also how it is trained, at any size.
-DEMO = {
+# Defaults of a method without a recipe. SBS is also how it is trained, at any size.
+USUAL = {
     "sbs": {"lr_scheduler": DELAYED_COSINE, "lr_warmup_steps": 16, "lr_delay_epochs": 4, "freeze_steps": 16},
     METABIN: generalisation.DEMO,
     META: generalisation.DEMO,
@@ -229,9 +229,11 @@ def parse_args(input_args=None):
     given = first.parse_known_args(input_args)[0]
     method = given.method or (given.recipe if given.recipe in (METABIN, META) else "bot")
     # A name that is none is refused below.
-    parser.set_defaults(**LOSSES.get(method, {}), **DEMO.get(method, {}))
+    parser.set_defaults(**LOSSES.get(method, {}), **USUAL.get(method, {}))
     args = parser.parse(input_args, recipes_of(method))
     args.demo = args.source is None and args.target is None
+    if args.origin["lr_delay_epochs"] == "default":
+        args.lr_delay_epochs = min(args.lr_delay_epochs, args.num_train_epochs - 1)
     if args.demo and args.setting == "generalisation":
         args.source, args.target = DEMO_SOURCES, DEMO_TARGETS
     args.source = args.source or [DEMO_SOURCE]

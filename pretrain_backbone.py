@@ -12,7 +12,7 @@
     accelerate launch --config_file accelerate_config.yaml pretrain_backbone.py
     accelerate launch pretrain_backbone.py --recipe diff-person --source DIFF_PERSON --output_dir output/pretrained
 
-    accelerate launch pretrain_backbone.py --objective dino --backbone swin-t --source ./people --output_dir dino
+    accelerate launch pretrain_backbone.py --recipe diff-person-dino --source ./people --output_dir output/dino
     accelerate launch pretrain_backbone.py --recipe solider --source ./people --output_dir output/solider
 
 The first is a demo on drawn people; the second the published pre-training of a ResNet-50 on the folder or Hub id of a
@@ -320,7 +320,8 @@ def main(args):
 
     def measure(epoch):
         """By the plain features of the backbone: what `evaluate.py` finds with `backbone/`."""
-        encoder = ReIDModel(result, resample=args.test_resample).to(accelerator.device)
+        usual = (getattr(result, "preprocessing", None) or {}).get("resample", "bilinear")
+        encoder = ReIDModel(result, resample=args.test_resample or usual).to(accelerator.device)
         training.measure(epoch, encoder, targets)
 
     if not training.resumed:

@@ -113,8 +113,7 @@ def build_parser():
     group.add("--condition", choices=CONDITIONS, default=CONDITIONS[0], help=words)
     words = "of --condition correlation: from classifier, prototypes, or both; muva: texts, both, or one a part"
     group.add("--probabilities", choices=PROBABILITIES, default=PROBABILITIES[0], help=words)
-    words = "layers between the condition and the U-Net"
-    group.add("--bottleneck", choices=BOTTLENECKS, default=BOTTLENECKS[0], help=words)
+    group.add("--bottleneck", choices=BOTTLENECKS, default=BOTTLENECKS[0], help="layers between condition and U-Net")
     group.add("--unet_mode", choices=UNET_MODES, default="lora", help="part of the U-Net that trains")
     without_lora = (lambda args: args.unet_mode != "lora", lambda args: f"--unet_mode {args.unet_mode}")
     group.add("--rank", type=at_least(1), default=8, idle=without_lora, help="rank of LoRA")
@@ -124,8 +123,7 @@ def build_parser():
     group.add("--ldm_balance", type=above_zero, help=words)
     group.add("--ldm_start_epoch", type=at_least(1), default=1, help="first epoch with L_ldm")
     group.add("--ldm_warmup_epochs", type=at_least(0), default=0, help="epochs before L_ldm reaches the encoder")
-    words = "`random`, N(0, 1); `captions`, of a captioner; or a file of them"
-    group.add("--prompt_init", default="random", help=words)
+    group.add("--prompt_init", default="random", help="`random`, N(0, 1); `captions`, of a captioner; or their file")
     words = "of a prompt: `end`, `all`, or the first N"
     group.add("--prompt_tokens", type=or_word(at_least(1), "end", "all"), default="end", help=words)
     group.switch("--freeze_prompts", "leave the prompts as they start")
@@ -193,11 +191,13 @@ def check_args(parser, args):
         parser.error("--enable_xformers_memory_efficient_attention is of the U-Net, and --diffusion none has none")
     if args.diffusion == "ldm":
         check_feedback(parser, args)
-    if args.validation_ids == 1:
-        parser.error("--validation_ids 1: the wrong condition is another identity's; give 0, or 2 and more")
+    else:
+        args.ldm_balance = None
 
 
 def check_feedback(parser, args):
+    if args.validation_ids == 1:
+        parser.error("--validation_ids 1: the wrong condition is another identity's; give 0, or 2 and more")
     first = args.ldm_start_epoch + args.ldm_warmup_epochs
     if first > args.num_train_epochs:
         parser.error(
@@ -353,7 +353,7 @@ class DCAC(nn.Module):
         return self.neck_again(self.balance(features))
 
     def scored(self, features, logits, bn_features):
-        """The logits and features that the condition is made of."""
+        """Of MUVA, probabilities from texts or parts take the place of the classifier's here."""
         return logits, bn_features
 
     def neck_again(self, features):
@@ -589,7 +589,7 @@ def card_of(args, training, encoder):
 def report_of(args, training, num_ids):
     method = "baseline, no diffusion model" if args.diffusion == "none" else f"{args.condition}, {args.unet_mode}"
     notes = training.results.get("feedback", [])
-    # Without --validation_ids, pictures there are an earlier run's.
+    # With --validation_ids 0, pictures there are an earlier run's.
     pictured = {note["epoch"]: f"epoch {note['epoch']}, timestep {note['matters_at']}" for note in notes}
     samples = samples_of(args.output_dir, pictured) if args.validation_ids else []
     seen = set(args.target or args.source) & set(args.source)

@@ -390,6 +390,7 @@ def fine_tune(args, tunable, identity, record, source, reference, progress, *, t
     model.unet.train()
     losses = []
     for step in range(args.max_train_steps):
+        parts = []
         for _ in range(args.gradient_accumulation_steps):
             inputs, texts, cells = batches.draw(model)
             condition = batches.encoded(texts, model) if cached is None else cached[texts]
@@ -398,13 +399,14 @@ def fine_tune(args, tunable, identity, record, source, reference, progress, *, t
             halves = errors.view(-1, size).mean(1)
             loss = halves[0] + args.prior_loss_weight * halves[1:].sum()
             scaler.scale(loss / args.gradient_accumulation_steps).backward()
+            parts.append(halves.detach())
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(tunable.weights, args.max_grad_norm or float("inf"))
         scaler.step(optimizer)
         scaler.update()
         scheduler.step()
         optimizer.zero_grad()
-        losses.append(halves.detach())
+        losses.append(torch.stack(parts).mean(0))
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == args.max_train_steps:
             made_set.check_losses(losses)
             progress.stage(identity.name, f"fine-tuning {step + 1}/{args.max_train_steps}")
@@ -435,8 +437,7 @@ def make_identity(args, identity, record, work, progress, prompts, tunable, meas
     images = identity.images()
     source = posteriors_of(model.vae, images, tuple(args.resolution), args.sample_batch_size)
     own = {"texts": prompts.of_sequence(record, identity)} if args.image_captions else {}
-    own |= {"alone": prompts.alone(identity), "weights": None}
-    nobody = None
+    own, nobody = own | {"alone": prompts.alone(identity), "weights": None}, None
     if tunable.masks is not None:
         own["weights"], nobody = tunable.masks.weights(images, source[0].shape[-2:], args.mask_background)
     losses = fine_tune(args, tunable, identity, record, source, reference, progress, **own)

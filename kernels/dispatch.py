@@ -24,7 +24,7 @@ def check_features(queries, gallery, may_be_empty=False):
         if features.dim() != 2:
             raise ValueError(f"{name} must have shape (rows, dimensions), got {tuple(features.shape)}")
         if features.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"{name} must be float32, float16 or bfloat16, got {features.dtype}")
+            raise ValueError(f"{name} must be float32, float16, bfloat16 or float64, got {features.dtype}")
         if features.shape[0] == 0 and not may_be_empty:
             raise ValueError(f"{name} is empty: shape {tuple(features.shape)}")
         if features.shape[1] == 0:

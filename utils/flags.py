@@ -231,7 +231,7 @@ def add_optimizer(parser, *, learning_rate, weight_decay, optimizers=OPTIMIZERS,
     sgd = (lambda args: getattr(args, "optimizer", None) == "sgd", "--optimizer sgd")
     if optimizers:
         group.add("--optimizer", choices=optimizers, default="adam", help="adam counts weight decay as L2")
-    group.add("--learning_rate", type=above_zero, default=learning_rate, help="suits the stand-ins")
+    group.add("--learning_rate", type=above_zero, default=learning_rate, help="the default suits the stand-ins")
     words = "decay of the gradients" + ("; of sgd the momentum" if optimizers else "")
     group.add("--adam_beta1", type=below_one, default=0.9, help=words)
     group.add("--adam_beta2", type=below_one, default=0.999, idle=sgd, help="decay of the squared gradients")
@@ -262,7 +262,7 @@ def add_schedule(parser, *, milestones, own=()):
     rising = (lambda args: args.lr_scheduler not in (MULTISTEP, *own), by_step[1])
     group.add("--lr_scheduler", choices=[*own, MULTISTEP, *STEP_SCHEDULES], default=MULTISTEP, help="how it changes")
     group.add("--lr_warmup_epochs", type=at_least(0), default=1, idle=by_step, help="warmup_multistep: epochs of rise")
-    group.add("--lr_warmup_factor", type=fraction, default=0.1, idle=rising, help="first factor of that rise")
+    group.add("--lr_warmup_factor", type=fraction, default=0.1, idle=rising, help="factor at epoch 0 of that rise")
     words = "warmup_multistep: when it drops"
     group.add("--lr_milestones", type=int, nargs="*", default=milestones, idle=by_step, help=words)
     group.add("--lr_gamma", type=fraction, default=0.1, idle=by_step, help="warmup_multistep: factor at a milestone")
@@ -289,7 +289,8 @@ def add_evaluation(parser, *, every, resample=False, rerank=True):
     group.add("--eval_every", type=at_least(1), default=every, help="epochs between evaluations")
     group.add("--eval_batch_size", type=at_least(1), default=64, free=True, help="images of each process")
     if resample:
-        group.add("--test_resample", choices=["bilinear", "bicubic"], default="bilinear", help="resizing of targets")
+        words = "resizing of targets; default: as the model has it, most bilinear"
+        group.add("--test_resample", choices=["bilinear", "bicubic"], help=words)
     if rerank:
         add_reranking(group)
     return group

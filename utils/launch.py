@@ -56,6 +56,9 @@ def end_with(main, args, script, *, lean="lower --train_batch_size, or add --gra
         check_folder(args.output_dir, script)
         code = main(args)
     except ValueError as error:
+        # `python -X dev` shows where.
+        if sys.flags.dev_mode:
+            raise
         message = str(error)
     except (OSError, SafetensorError) as error:
         message = f"{error}; {kept}"
@@ -78,7 +81,8 @@ def use_all_cores(num_processes):
     """Use all cores in a single process on the CPU; `accelerate launch` sets OMP_NUM_THREADS to 1 by default."""
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if by_accelerate and num_processes == 1:
-        torch.set_num_threads(os.cpu_count())
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(allowed)
 
 
 # Of glibc's malloc.h.
@@ -292,5 +296,7 @@ def introduce(args, accelerator, *, demo, stand_ins=None):
         say(demo)
     elif stand_ins:
         say(stand_ins)
+    elif all(args.origin.get(name) == "default" for name in ("resolution", "learning_rate")):
+        say("--resolution and --learning_rate are the defaults, of small models and images; --recipe has real ones'")
     for line in args.notes:
         say(line)

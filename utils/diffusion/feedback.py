@@ -33,6 +33,7 @@ class GradientBalance(nn.Module):
     checkpoint holds it. A gradient that is rounding alone, as under equal prompts, is not scaled up.
     """
 
+    # Ratios below float32's rounding are noise.
     SMOOTHING, LEAST = 0.9, 2e-7
 
     def __init__(self, share):
@@ -100,8 +101,8 @@ def examined_images(model, vae, images, labels, size, *, autocast, seed, picture
 def examined(model, features, labels, draws):
     """(condition of each image, numbers about the conditions), of a DCAC model and features (B, D) of its backbone.
 
-    `draws`: several (latents, noise, timesteps) of the images. FEEDBACK_WORDS explains the numbers. Batch statistics
-    are of these images, as in training.
+    `draws`: several (latents, noise, timesteps) of the images. FEEDBACK_WORDS explains the numbers. The neck's
+    statistics are of these images, as in training; those of a bottleneck are its running averages.
     """
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
         inputs = model.scored(features.float(), *model.neck_again(features.float()))
@@ -124,8 +125,7 @@ def examined(model, features, labels, draws):
 
 
 def middle_of(mask):
-    """The middle one of the rows of an identity: the first is of the first camera, and in a world of shortcuts alone
-    in not being at home."""
+    """The middle one of the rows of an identity; the first is of its first camera, which may be unlike the others."""
     rows = mask.nonzero().flatten()
     return int(rows[len(rows) // 2])
 

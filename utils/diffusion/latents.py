@@ -61,6 +61,11 @@ def sample_latents(mean, std, noise, scaling_factor, shift_factor=None):
     return (mean + std * noise - (shift_factor or 0.0)) * scaling_factor
 
 
+def scale_of(vae):
+    """The factor and the shift between a VAE's latents and those of the network."""
+    return vae.config.scaling_factor, vae.config.get("shift_factor")
+
+
 def draw_noise(seed, step, shape, num_steps):
     """For the whole batch of a step: every process takes its share of one draw, and a resumed run draws it again."""
     number = int.from_bytes(hashlib.sha256(f"noise/{seed}/{step}".encode()).digest()[:7], "big")
@@ -75,7 +80,7 @@ def inputs_of_step(vae, batch, seed, step, num_steps, process=0, num_processes=1
     own = slice(process * len(mean), (process + 1) * len(mean))
     drawn = draw_noise(seed, step, (num_processes * len(mean), *mean.shape[1:]), num_steps)
     posterior, noise, timesteps = (tensor[own].to(mean.device, non_blocking=True) for tensor in drawn)
-    latents = sample_latents(mean, std, posterior, vae.config.scaling_factor)
+    latents = sample_latents(mean, std, posterior, *scale_of(vae))
     return {"latents": latents, "noise": noise, "timesteps": timesteps}
 
 
@@ -86,7 +91,7 @@ def fixed_draws(vae, images, seed, count, num_steps):
     for number in range(count):
         drawn = draw_noise(seed, f"fixed/{number}", mean.shape, num_steps)
         posterior, noise, timesteps = (tensor.to(mean.device) for tensor in drawn)
-        draws.append((sample_latents(mean, std, posterior, vae.config.scaling_factor), noise, timesteps))
+        draws.append((sample_latents(mean, std, posterior, *scale_of(vae)), noise, timesteps))
     return draws
 
 

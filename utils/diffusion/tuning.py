@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from utils.diffusion.fast_lora import read_fast_lora
-from utils.diffusion.latents import encode, image_for_vae, sample_latents
+from utils.diffusion.latents import encode, image_for_vae, sample_latents, scale_of
 from utils.diffusion.person_masks import PersonMasks
 from utils.diffusion.text_to_image import TextToImage
 from utils.diffusion.unet import enable_memory_efficient_attention
@@ -121,9 +121,7 @@ class Batches:
         size, generator, device = self.size, self.generator, model.device
         rows = torch.randint(len(self.mean), (size,), generator=generator)
         posterior, noise = torch.randn(2, size, *self.mean.shape[1:], generator=generator).to(device)
-        vae = model.vae.config
-        scale = vae.scaling_factor, vae.get("shift_factor")
-        latents = sample_latents(self.mean[rows], self.std[rows], posterior, *scale)
+        latents = sample_latents(self.mean[rows], self.std[rows], posterior, *scale_of(model.vae))
         texts, weights = self.own_rows[rows], None if self.weights is None else self.weights[rows].to(device)
         if self.dropped[0]:
             texts = texts.where(torch.rand(size, generator=generator) >= self.dropped[0], self.dropped_row)

@@ -159,7 +159,9 @@ def train_model(kind, source, training, device, quiet=False):
         sampler.set_epoch(epoch)
         for batch in loader:
             targets = batch["labels"].to(device)
-            output = model.outputs(model.pool(change(batch["images"]).to(device)).float())
+            # BDB drops a rectangle of each batch.
+            rng = random.Random(f"step/{training.seed}/{bar.n}")
+            output = model.outputs(model.pool(change(batch["images"]).to(device), rng).float())
             smoothing = LABEL_SMOOTHING if reid else 0.0
             losses = [F.cross_entropy(logits.float(), targets, label_smoothing=smoothing) for logits in output.logits]
             loss = torch.stack(losses).mean()

@@ -90,8 +90,8 @@ class GroupedStatistics:
             mean, variance = self.running_mean.clone(), self.running_var.clone()
             outputs.append(F.batch_norm(group, mean, variance, self.weight, self.bias, True, self.momentum, self.eps))
             averages.append(torch.stack([mean, variance]))
-        # This is None while activations are computed a second time.
-        if self.num_batches_tracked is not None:
+        # 0 while activations are computed a second time.
+        if self.momentum:
             self.num_batches_tracked += 1
             moved = torch.stack(averages).mean(0)
             if torch.distributed.is_initialized():

@@ -26,9 +26,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         centred = values - mean.view(shape)
         variance = all_reduce(centred.square().mean(dim=others)) / processes
         with torch.no_grad():
-            # This is None while activations are computed a second time.
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked += 1
+            self.num_batches_tracked += 1
             count = processes * values.numel() / values.shape[1]
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)

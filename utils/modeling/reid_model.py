@@ -29,7 +29,7 @@ from utils.modeling.folder import (
 )
 from utils.modeling.norms import add_batch_instance_norms, has_batch_instance_norms
 
-RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}
+RESAMPLE = {"bilinear": 2, "bicubic": 3}
 BATCH_INSTANCE, GEM = "batch-instance", "gem"
 META = "meta"
 
@@ -160,8 +160,11 @@ class ReIDModel(nn.Module):
         return cls(backbone, num_ids, **options, head_options=head_options).eval()
 
     @classmethod
-    def for_training(cls, name_or_path, *, num_ids, image_size, resample="bilinear", method="bot", head_options=None):
-        """A model with a new classifier, from a plain backbone, a saved Re-ID model, or weights of another project."""
+    def for_training(cls, name_or_path, *, num_ids, image_size, resample=None, method="bot", head_options=None):
+        """A model with a new classifier, from a plain backbone, a saved Re-ID model, or weights of another project.
+
+        `resample`: of its images; default what the weights were trained with, as far as that is known.
+        """
         kind = model_kind(name_or_path)
         if kind == "backbone":
             options = {"resample": resample, "method": method, "head_options": head_options}
@@ -177,6 +180,7 @@ class ReIDModel(nn.Module):
             )
         if model.method not in ("bot", method, *IMPORTED_HEADS):
             raise ValueError(f"{name_or_path} is a model of method {model.method}, it cannot start one of {method}")
+        resample = resample or model.resample
         if model.method != method:
             normalisation, notes = {"image_mean": model.image_mean, "image_std": model.image_std}, model.notes
             if model.method in IMPORTED_HEADS:

@@ -84,6 +84,11 @@ def open_state(args, script, *, effective_batch_size, data, free, precision=None
     fresh = {"script": script, "step": 0, "epoch": 1, "batch": 0, "history": [], "arguments": arguments}
     fresh["precision"] = precision
     if not args.resume_from_checkpoint:
+        if old := list_checkpoints(args.output_dir):
+            say(
+                f"This training replaces an earlier one in {args.output_dir}, which has checkpoints up to step "
+                f"{max(old)}; to continue that one: --resume_from_checkpoint latest"
+            )
         return None, fresh
     path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if path is None:
