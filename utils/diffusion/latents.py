@@ -98,10 +98,9 @@ def fixed_draws(vae, images, seed, count, num_steps):
 class LatentCache:
     """Posteriors of a data set's rows, mapped from the disk; it can be sent to a data loader's workers."""
 
-    def __init__(self, folder, names, places, *, scaling_factor, shift_factor=None):
+    def __init__(self, folder, names, places):
         """`places` (rows, 2): for each row, the index of its chunk in `names` and its place in the chunk."""
         self.folder, self.names, self.places = Path(folder), names, places
-        self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
         self.chunks = self._mapped()
 
     def __len__(self):
@@ -112,10 +111,10 @@ class LatentCache:
         """The shape of one image's latents: (C, h, w)."""
         return tuple(self.chunks[0].shape[2:])
 
-    def posterior(self, rows, pin_memory=False):
-        """Mean and std of these rows, each (B, C, h, w) float32; `pin_memory` has an effect with a GPU only."""
+    def posterior(self, rows):
+        """Mean and std of these rows, each (B, C, h, w) float32."""
         places = self.places[np.asarray(rows, dtype=np.int64)].tolist()
-        values = torch.empty(2, len(places), *self.shape, pin_memory=pin_memory and torch.cuda.is_available())
+        values = torch.empty(2, len(places), *self.shape)
         for number, (chunk, place) in enumerate(places):
             values[:, number] = self.chunks[chunk][place]
         return values[0], values[1]
@@ -153,8 +152,7 @@ def build_latent_cache(
         names, places, missing = broadcast_object_list([find(folder, keys) if main else None])[0]
         if not missing:
             vae.to(home)
-            scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor")
-            return LatentCache(folder, names, places, scaling_factor=scale, shift_factor=shift)
+            return LatentCache(folder, names, places)
         if attempt == ROUNDS - 1:
             break
         if main:
