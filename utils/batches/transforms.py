@@ -114,15 +114,7 @@ class TrainTransform:
         return None
 
 
-def train_transform(image_size=(256, 128), mean=HALF, std=HALF, **options):
-    return TrainTransform(image_size, mean, std, **options)
-
-
-def test_transform(image_size=(256, 128), mean=HALF, std=HALF, resample="bilinear"):
-    return TestTransform(image_size, mean, std, resample)
-
-
-test_transform.__test__ = False
+train_transform, test_transform = TrainTransform, TestTransform
 
 
 class ReIDImages(torch.utils.data.Dataset):
