@@ -103,9 +103,9 @@ def check_args(parser, args):
     if args.method in PUBLISHED and args.setting != "generalisation":
         parser.error(f"--method {args.method} learns from several domains: it belongs to --setting generalisation")
     if args.method == META and args.triplet != "hard":
-        parser.error(f"--triplet {args.triplet} cannot be with --method {META}, whose triplets are hard")
+        parser.error(f"--triplet {args.triplet} does not work with --method {META}, whose triplets are hard")
     if args.method == META and args.centre_weight:
-        parser.error(f"--centre_weight {args.centre_weight} cannot be with --method {META}, which has no centres")
+        parser.error(f"--centre_weight {args.centre_weight} does not work with --method {META}, which has no centres")
     low, high = args.meta_inner_rates
     if not 0 <= low <= high < math.inf:
         parser.error(f"--meta_inner_rates must be 0 or more, the lower one first, got {low} {high}")

@@ -93,7 +93,8 @@ class HCD(nn.Module):
 
     def labels_of(self, clusters, threshold):
         """Only the first clustering counts; after it the labels have moved."""
-        return self.moved() if int(self.epoch) else clusters[0].labels, threshold
+        labels = self.moved() if self.epoch else clusters[0].labels
+        return labels, threshold
 
     def moved(self):
         """The target's clusters as they are now, from 0; -1 for an image alone."""

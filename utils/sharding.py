@@ -23,7 +23,7 @@ HOOKS = (
 def fsdp_settings(args, cpu, known):
     """accelerate's settings of FSDP; ValueError for what does not work with it. `known`: whether the script does.
 
-    The processes are connected here. accelerate is then not to know of FSDP, and starts plain data parallelism.
+    The processes are connected here. accelerate's own FSDP is switched off: it starts plain data parallelism.
     """
     from accelerate import PartialState
     from accelerate.utils import FullyShardedDataParallelPlugin

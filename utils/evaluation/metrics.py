@@ -98,8 +98,8 @@ def kept_labels(queries, gallery, protocol):
     """((pids, pids, camids, camids), protocol) for the kernels, so that the same file is no match of its own.
 
     The market protocol drops images of one identity and camera. Where cameras drop nothing, under `all` or with no
-    camera on both sides, the file takes the place of the camera: then that protocol drops the pairs of one file, and
-    nothing else. Two unknown cameras are not the same one, but for the same file.
+    camera on both sides, each file is given a camera number of its own: then that protocol drops copies of a query's
+    own file, and nothing else. An unknown camera equals no other one.
     """
     camids, files = (queries.camids, gallery.camids), (queries.contents, gallery.contents)
     if queries.contents is not None and (protocol == "all" or not (torch.isin(*camids) & (camids[0] >= 0)).any()):

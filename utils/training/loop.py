@@ -23,7 +23,7 @@ from utils.files import run_record, to_json, write_together
 from utils.launch import EXIT_SIGTERM, tracked, whole_weights
 from utils.modeling.folder import training_card
 from utils.reporting.report import text_table
-from utils.training.checkpoints import find_checkpoint, load_checkpoint, open_state, save_checkpoint
+from utils.training.checkpoints import load_checkpoint, open_state, save_checkpoint
 from utils.training.log import StepLog, StopSignal
 from utils.training.optimizer import LearningRate, build_optimizer
 from utils.training.report import before_and_after, training_report
@@ -90,8 +90,7 @@ class Training:
         path = Path(args.output_dir) / "log.jsonl"
         self.lines = StepLog(path, accelerator, every=args.log_every, describe=self.name_images)
         # A run may resume another run's checkpoint in a new folder.
-        came_from = self.step and find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-        self.lines.cut(self.step, beside=came_from.parent / "log.jsonl" if came_from else None)
+        self.lines.cut(self.step, beside=self.path.parent / "log.jsonl" if self.resumed else None)
         self.signal, self.saved = StopSignal(), self.step
         self.bar = tqdm(
             total=min(self.num_steps, args.max_train_steps or self.num_steps),
@@ -99,7 +98,7 @@ class Training:
             desc="training",
             disable=None if accelerator.is_main_process else True,
         )
-        while (self.ends_by_steps or state["epoch"] <= args.num_train_epochs) and not self.cut and not self.stopped:
+        while (self.ends_by_steps or state["epoch"] <= args.num_train_epochs) and not self.is_cut and not self.stopped:
             self.sampler.set_epoch(state["epoch"], done=state["batch"])
             yield state["epoch"]
         if not self.stopped:
@@ -121,7 +120,7 @@ class Training:
             if self.written and self.signal.asked(self.accelerator):
                 self.stopped_at = self.save()
                 return
-            if self.cut:
+            if self.is_cut:
                 return
             if self.step % args.checkpointing_steps == 0:
                 self.save()
@@ -141,7 +140,7 @@ class Training:
         if self.stopped:
             return False
         self.lines.flush()
-        return epoch % self.args.eval_every == 0 or epoch == self.args.num_train_epochs or self.cut
+        return epoch % self.args.eval_every == 0 or epoch == self.args.num_train_epochs or self.is_cut
 
     def measure(self, epoch, model, targets, *, in_float32=False):
         """Measure each target; write the numbers to the history, metrics.json, the console and the trackers."""
@@ -197,10 +196,10 @@ class Training:
         return training_report(title, self.args.output_dir, self.state["history"], lead=lead, facts=facts, **more)
 
     @property
-    def cut(self):
+    def is_cut(self):
         """Whether --max_train_steps ends the training here; the place in the epoch is kept for a run that resumes."""
         most = self.args.max_train_steps
-        return most is not None and self.step >= most or self.ends_by_steps and self.step >= self.num_steps
+        return (most is not None and self.step >= most) or (self.ends_by_steps and self.step >= self.num_steps)
 
     @property
     def stopped(self):

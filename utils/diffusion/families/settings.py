@@ -25,7 +25,9 @@ def fitted(family, network, settings, given):
         changed["identity_token"] = RARE_WORD
         lines.append(f"{family.TITLE} has several text encoders: --identity_token {RARE_WORD}, a word they know")
     if len(family.TEXTS) > 1 and "token_learning_rate" in given:
-        raise ValueError(f"--token_learning_rate is that of a new token, which {family.TITLE} has not; leave it out")
+        raise ValueError(
+            f"--token_learning_rate is that of a new token, which {family.TITLE} does not have; leave it out"
+        )
     if not family.GUIDED:
         for flag in ("negative_prompt", "guidance_share"):
             if flag in given:
