@@ -89,6 +89,9 @@ def build_parser():
         "read images from the Hub, or from a folder of parquet files or images with metadata, only as they are "
         "needed; the order then depends on the numbers of processes and workers",
     )
+    whole = (lambda args: not args.streaming, "no --streaming")
+    words = "images that each worker shuffles among, as they are stored: sets are often sorted by identity"
+    data.add("--streaming_buffer", type=at_least(1), default=10_000, idle=whole, help=words)
     crops = lambda args: args.objective in DISTILLED, lambda args: f"--objective {args.objective} has its own crops"
     flags.add_images(parser, resolution=[64, 32], padding=3, erasing=0.25, idle=crops)
 
@@ -308,9 +311,13 @@ def main(args):
         keep = args.dataloader_num_workers > 0
         loader = DataLoader(images, batch_sampler=sampler, persistent_workers=keep, **workers)
     else:
-        images = StreamedImages(
-            stream, train, labels.tolist(), transform, batch_size=batch_size // share[1], seed=args.seed, share=share
-        )
+        drawn = {
+            "batch_size": batch_size // share[1],
+            "seed": args.seed,
+            "share": share,
+            "buffer": args.streaming_buffer,
+        }
+        images = StreamedImages(stream, train, labels.tolist(), transform, **drawn)
         loader = training.sampler = StreamLoader(images, len(sampler), **workers)
     loader = OnDevice(loader, augment, accelerator.device) if augment else loader
     model, optimizer = accelerator.prepare(bare, build_optimizer(args, bare))

@@ -2,7 +2,9 @@
 
 import functools
 import json
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,6 +68,22 @@ def test_an_epoch_has_every_image_once(kind, request):
         assert sorted(sum(found, [])) == list(range(24))
     assert first != second and first == batches(folder, epoch=1) and first != batches(folder, epoch=1, seed=1)
     assert batches(folder, epoch=1, done=4) == first[4:]
+
+
+def test_a_buffer_mixes_a_set_that_is_sorted_by_identity(parquet, tmp_path, monkeypatch):
+    # Neighbours in the set are one identity's.
+    apart = {
+        size: [
+            abs(left - right) for batch in batches(parquet, buffer=size, steps=5) for left, right in pairwise(batch)
+        ]
+        for size in (1, 24)
+    }
+    assert median(apart[1]) == 1 and median(apart[24]) > 3
+    seen, plain = [], pretrain_backbone.StreamedImages
+    monkeypatch.setattr(pretrain_backbone, "StreamedImages", lambda *a, **more: seen.append(more) or plain(*a, **more))
+    few = ["--resolution", "64", "32", "--train_batch_size", "4", "--max_train_steps", "1", "--output_dir", tmp_path]
+    train("--source", parquet, "--streaming", "--streaming_buffer", "7", *few)
+    assert seen[0]["buffer"] == 7 and pretrain_backbone.parse_args([]).streaming_buffer == 10_000
 
 
 def test_processes_and_workers_share_the_files(parquet):

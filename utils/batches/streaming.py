@@ -14,7 +14,7 @@ import torch
 from utils.datasets.images import PersonImage
 
 COLUMNS = ("pid", "domain", "path")
-BUFFER, ROWS_AT_ONCE = 1000, 100
+ROWS_AT_ONCE = 100
 
 
 def open_stream(name):
@@ -96,7 +96,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
     steps. The first `done` batches of an epoch are skipped without decoding their images.
     """
 
-    def __init__(self, stream, rows, labels, transform, *, batch_size, seed=0, share=(0, 1), buffer=BUFFER):
+    def __init__(self, stream, rows, labels, transform, *, batch_size, seed=0, share=(0, 1), buffer=10_000):
         self.stream, self.transform, self.buffer = stream, transform, buffer
         self.labels = list(labels)
         self.numbers = {key: number for number, key in enumerate(zip(rows["domain"], rows["path"], strict=True))}
