@@ -140,8 +140,9 @@ from utils.datasets.load import load_reid, parse_spec
 from utils.datasets.schema import UNKNOWN, Row, check_listed, rows_to_dataset
 from utils.datasets.search_folders import read_folders
 from utils.evaluation.calibration import calibration_path, fingerprint, read_calibration
+from utils.evaluation.chunk_files import ChunkFiles, extraction_key, forget_chunks
 from utils.evaluation.decisions import decide
-from utils.evaluation.features import extract, extraction_key, forget_chunks
+from utils.evaluation.features import extract
 from utils.evaluation.gallery_search import (
     MOST_BYTES,
     Gallery,
@@ -236,8 +237,7 @@ def extract_or_read(args, accelerator, model, images, source):
         images,
         transform_of(model),
         accelerator=accelerator,
-        keep_in=args.output_dir,
-        key=key,
+        store=ChunkFiles(args.output_dir, key),
         batch_size=args.eval_batch_size,
         num_workers=args.dataloader_num_workers,
     )

@@ -249,8 +249,9 @@ from utils.datasets.search_folders import read_folders
 from utils.datasets.tracklets import read_tracklets
 from utils.evaluation.calibration import CALIBRATION, calibrate, calibration_of, fingerprint, write_calibration
 from utils.evaluation.cameras import check_cameras, extract_by_camera
+from utils.evaluation.chunk_files import ChunkFiles, extraction_key, forget_chunks
 from utils.evaluation.decisions import decide, limits, summary
-from utils.evaluation.features import extract, extraction_key, forget_chunks
+from utils.evaluation.features import extract
 from utils.evaluation.findings import combined, measured, nothing_measured
 from utils.evaluation.groups import grouping
 from utils.evaluation.groups.report import group_report
@@ -264,6 +265,7 @@ from utils.evaluation.kept_features import (
     names_of_labels,
     sides_of_splits,
 )
+from utils.evaluation.lists import left_out
 from utils.evaluation.report import ResultPictures, evaluation_report
 from utils.evaluation.results import answer_lines, summary_lines, write_results
 from utils.evaluation.self_matches import copies_in, mark
@@ -334,6 +336,16 @@ def main(args):
         report = evaluation_report(metrics, findings, pictures, num_random=args.report_queries, seed=args.seed)
         write_results(args.output_dir, metrics, findings, report, run_record(args))
         lines = answer_lines(findings, calibration, args.false_alarm_rate)
+        if (
+            args.query_dir
+            and findings.protocol == "market"
+            and (count := left_out(findings.queries, findings.gallery))
+        ):
+            # A date and a camera in a name look like an identity and a camera.
+            lines.append(
+                f"Names were read as identities and cameras: {count:,} gallery images of a query's own identity and "
+                "camera are left out of its list; --protocol all keeps them"
+            )
         if args.calibrate:
             write_calibration(findings.calibration, args.model)
             too_few = limits(findings.calibration, len(findings.gallery), args.false_alarm_rate)
@@ -386,7 +398,7 @@ def check_topk(args, splits):
 
 def extract_images(args, accelerator, model, images, key, keep_in=None):
     transform = test_transform(model.image_size, model.image_mean, model.image_std, model.resample)
-    options = {"keep_in": keep_in or args.output_dir, "key": key, "batch_size": args.eval_batch_size}
+    options = {"store": ChunkFiles(keep_in or args.output_dir, key), "batch_size": args.eval_batch_size}
     options |= {"accelerator": accelerator, "num_workers": args.dataloader_num_workers}
     return (extract_by_camera if args.camera_embeddings else extract)(model, images, transform, **options)
 

@@ -557,7 +557,7 @@ def save(args, training, backbone, num_ids):
 
 def upload(repo_id, folder):
     api = HfApi()
-    repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
+    repo_id = api.create_repo(repo_id, private=True, exist_ok=True).repo_id
     return api.upload_folder(repo_id=repo_id, folder_path=folder)
 
 

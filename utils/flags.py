@@ -286,7 +286,7 @@ def add_memory(parser, *, checkpointing=True, compiled=None, xformers=False):
 
 def add_evaluation(parser, *, every, resample=False, rerank=True):
     group = parser.group("evaluation")
-    group.add("--eval_every", type=at_least(1), default=every, help="epochs between evaluations")
+    group.add("--eval_every", type=at_least(1), default=every, free=True, help="epochs between evaluations")
     group.add("--eval_batch_size", type=at_least(1), default=64, free=True, help="images of each process")
     if resample:
         words = "resizing of targets; default: as the model has it, most bilinear"
@@ -314,7 +314,7 @@ def add_output(parser, folder, *, uploaded="the model"):
     )
     group.add("--log_every", type=at_least(1), default=1, help="steps between writes of log.jsonl")
     group.add("--report_to", nargs="+", default=["none"], help="trackers: tensorboard, wandb, trackio and others")
-    add_upload(group, f"{uploaded} at the end")
+    add_upload(group, f"{uploaded} at the end, to a private repository where it is new")
     return group
 
 

@@ -64,9 +64,14 @@ def end_with(main, args, script, *, lean="lower --train_batch_size, or add --gra
         message = f"{error}; {kept}"
     except RuntimeError as error:
         name = type(error).__name__
-        if name not in ("OutOfMemoryError", "LostProcess"):
+        if str(error).startswith("DataLoader worker"):
+            message = f"{error}; lower --dataloader_num_workers, or give more shared memory (docker run --shm-size 8g)"
+        elif name in ("OutOfMemoryError", "LostProcess"):
+            message = f"{error}; {lean if name == 'OutOfMemoryError' else kept}"
+        else:
             raise
-        message = f"{error}; {lean if name == 'OutOfMemoryError' else kept}"
+    except KeyboardInterrupt:
+        sys.exit(130)
     else:
         # Other values that a main returns are for its callers in Python.
         sys.exit(code if isinstance(code, int) else 0)
@@ -112,7 +117,11 @@ def start_accelerator(mixed_precision=None, *, patient=False, handlers=(), **opt
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)
     # Without `cpu`, accelerate treats torchrun's processes on a machine without a GPU as separate single processes.
-    options = {"cpu": not torch.accelerator.is_available()} | options
+    # Apple's GPUs do not know float64, which measurements need.
+    options = {"cpu": not torch.accelerator.is_available() or torch.backends.mps.is_available()} | options
+    if not torch.accelerator.is_available() and asked_for_fp16(mixed_precision):
+        print("fp16 needs a GPU, as a CPU has no loss scale there: computing in float32")
+        mixed_precision = "no"
     if patient:
         handlers = [*handlers, InitProcessGroupKwargs(timeout=timedelta(days=365))]
     accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=list(handlers), **options)
@@ -123,6 +132,10 @@ def start_accelerator(mixed_precision=None, *, patient=False, handlers=(), **opt
         slow = f", in {accelerator.mixed_precision}, which few CPUs compute fast" if in_half else ""
         accelerator.print(f"No GPU found, running on the CPU{slow}")
     return accelerator
+
+
+def asked_for_fp16(mixed_precision):
+    return (mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16"
 
 
 def start_training(args, *, find_unused_parameters=False, max_zero_stage=2, fsdp=False):

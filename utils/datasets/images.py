@@ -219,7 +219,7 @@ def damaged_rows(dataset, decode, pool, bar):
     return [bad for bad_rows in pool.map(look, range(0, len(dataset), CHUNK)) for bad in bad_rows]
 
 
-def check_images(data, *, skip_unreadable=False, decode=None, workers=None, where="data"):
+def check_images(data, *, skip_unreadable=False, decode=None, workers=None, where="data", may_be_empty=False):
     """Find images that cannot be decoded, before training starts; returns (data without them, list of them).
 
     They are an error unless `skip_unreadable` is set: then they are dropped, logged, and listed as (split, path,
@@ -247,6 +247,6 @@ def check_images(data, *, skip_unreadable=False, decode=None, workers=None, wher
         listed = "".join(f"\n  {split}: {path} ({reason})" for split, path, reason in skipped)
         logger.warning("%s: left out %d of %d images that cannot be read:%s", where, len(skipped), total, listed)
     empty = [split for split, dataset in readable.items() if not len(dataset)]
-    if empty:
+    if empty and not may_be_empty:
         raise ValueError(f"{where}: no readable image is left in {', '.join(empty)}")
     return (datasets.DatasetDict(readable) if whole else readable[next(iter(readable))]), skipped

@@ -216,7 +216,10 @@ def check_splits(data, where, own_camera=False):
     for split, dataset in data.items():
         for key in zip(dataset["domain"][:], dataset["path"][:], strict=True):
             if key in split_of:
-                raise ValueError(f"{where} lists {key[1]} of {key[0]} twice, in {split_of[key]} and in {split}")
+                again = f", in {split_of[key]} and in {split}"
+                if split == split_of[key]:
+                    again = f". Two sources of one name? Give one another: DIR:domain=NAME in place of {key[0]}"
+                raise ValueError(f"{where} lists {key[1]} of {key[0]} twice{again}")
             split_of[key] = split
     if ("query" in data) != ("gallery" in data):
         raise ValueError(f"{where} has {' and '.join(data)} only; query and gallery go together")

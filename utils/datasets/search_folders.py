@@ -33,6 +33,8 @@ def numbered(*sides):
     A side is (identity names or None, numbers of cameras in file names or -1).
     """
     names = sorted({name for identities, _ in sides for name in identities} - {None})
+    # One name for all, such as that of a folder in each, tells nobody apart.
+    names = names if len(names) > 1 else []
     first = 0 if any(camera == 0 for _, cameras in sides for camera in cameras) else 1
     # A longer number, such as a time stamp, does not fit a pid.
     numeric = all(name.isdecimal() and len(name) <= 18 for name in names)

@@ -1,6 +1,7 @@
 """Training images whose identities are not used, or not needed: of any set of `load_reid`, or a folder of images."""
 
 import os
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -11,8 +12,8 @@ from utils.datasets.load import known_names, labels_of, load_reid, open_source, 
 from utils.datasets.own.folders import camera_of_folder
 from utils.datasets.own.labels import MissingColumn
 from utils.datasets.own.tables import is_table
-from utils.datasets.schema import ENDINGS, SPLITS, Row, features, listing, rows_to_dataset, without_names
-from utils.datasets.search_folders import levels_of
+from utils.datasets.schema import ENDINGS, SPLITS, UNKNOWN, Row, features, listing, rows_to_dataset, without_names
+from utils.datasets.search_folders import camera_of, levels_of
 
 
 def open_unlabelled(specs, root=None, *, skip_unreadable=False):
@@ -104,6 +105,9 @@ def is_plain(folder):
     for entry in entries:
         inner = listing(entry.path)
         if inner:
+            if all(map(camera_of_folder, names)) and any(is_image(one.name) for one in inner):
+                # Cameras, each with images of anybody.
+                return True
             deep = all(one.is_dir() for one in inner) and any(list_images(entry.path))
             return deep and not (all(map(camera_of_folder, names)) or all(camera_of_folder(one.name) for one in inner))
     return False
@@ -122,5 +126,9 @@ def list_images(folder):
 
 
 def read_images(folder, domain):
-    rows = [Row(path, 0, 0) for path in list_images(folder)]
+    paths = list(list_images(folder))
+    # The cameras that all names tell, in files like 0001_c2_x.jpg or folders like cam1; identities are not read.
+    cameras = [camera_of(Path(path)) for path in paths]
+    cameras = cameras if UNKNOWN not in cameras else [0] * len(paths)
+    rows = [Row(path, 0, camera) for path, camera in zip(paths, cameras, strict=True)]
     return rows_to_dataset(rows, folder, os.path.basename(domain.rstrip("/")), "train")

@@ -5,7 +5,7 @@ import torch
 from utils.evaluation.features import extract
 
 
-def extract_by_camera(model, dataset, transform, *, key=None, **options):
+def extract_by_camera(model, dataset, transform, *, store=None, **options):
     """`extract` for a model that was trained with cameras: each image goes through it with its own `camid`."""
     camids = torch.tensor(dataset["camid"][:])
     features = None
@@ -16,7 +16,7 @@ def extract_by_camera(model, dataset, transform, *, key=None, **options):
                 model,
                 dataset.select(rows.tolist()),
                 transform,
-                key=key and f"{key}-camera{int(camid)}",
+                store=store and store.part(f"camera{int(camid)}"),
                 desc=f"extracting camera {int(camid)}",
                 **options,
             )

@@ -21,6 +21,8 @@ from utils.evaluation.metrics import (
 )
 from utils.evaluation.thresholds import FALSE_MATCH_RATES, PairStatistics, pair_statistics
 
+MOST_CAMERAS = 40
+
 
 @dataclass
 class Findings:
@@ -72,7 +74,9 @@ def measured(
     if details and not isinstance(gallery.features, RowsOnDisk):
         # More rates than metrics.json shows: those of a calibration.
         findings.pairs = pair_statistics(queries, gallery, protocol=protocol, rates=CALIBRATED_RATES)
-        findings.cameras = camera_pairs(queries, gallery, **options)
+        # A table of more would be read by nobody, and takes a ranking for each pair.
+        if max(len(side.camids.unique()) for side in (queries, gallery)) <= MOST_CAMERAS:
+            findings.cameras = camera_pairs(queries, gallery, **options)
     if details:
         findings.confusions = confusions(queries, gallery, *lists)
     return findings
@@ -119,7 +123,8 @@ def combined(splits, reranking=None, *, each=False):
 
 def described_pairs(findings):
     names = findings.gallery.names.get("camid")
-    cameras = dict(zip(("query_cameras", "gallery_cameras", "mAP"), findings.cameras, strict=True))
+    names_of_cameras = "query_cameras", "gallery_cameras", "mAP"
+    cameras = dict(zip(names_of_cameras, findings.cameras or ([], [], []), strict=True))
     return {
         "num_match_pairs": findings.pairs.num_matches,
         "num_non_match_pairs": findings.pairs.num_non_matches,

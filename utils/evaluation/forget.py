@@ -49,11 +49,23 @@ def forget(folder, *, pid=None, paths=(), dry_run=False):
         changes += without_rows(path, images, dry_run)
     if not changes:
         raise ValueError(f"{folder} holds nothing of {wanted(pid, paths)}{known_identities(stored, pid)}")
-    for path in sorted([*folder.rglob("report.html"), *folder.rglob("chunks-*")]):
+    reports = [path for path in folder.rglob("report.html") if is_made_again(path.parent)]
+    for path in sorted([*reports, *folder.rglob("chunks-*")]):
         changes.append(f"{path}: deleted; evaluate.py makes it again")
         if not dry_run:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return changes
+
+
+def is_made_again(folder):
+    """Whether evaluate.py or app.py wrote the report there: nothing makes that of a training again."""
+    try:
+        return json.loads((folder / "args.json").read_text(encoding="utf-8"))["command"][0] in (
+            "evaluate.py",
+            "app.py",
+        )
+    except (OSError, ValueError, LookupError, TypeError):
+        return True
 
 
 def wanted(pid, paths):

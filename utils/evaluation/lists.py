@@ -1,5 +1,6 @@
 """Details of a ranking: ranked lists, camera pairs, confusions."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,13 @@ def dropped(queries, gallery, rows, columns, protocol):
     same_identity = (queries.pids[rows] == gallery.pids[columns]) & (queries.pids[rows] != UNKNOWN)
     cameras = queries.camids[rows]
     return mask | (same_identity & (cameras == gallery.camids[columns]) & (cameras != UNKNOWN))
+
+
+def left_out(queries, gallery):
+    """How many pairs of one identity and one camera the market protocol leaves out of the lists."""
+    sides = [zip(side.pids.tolist(), side.camids.tolist(), strict=True) for side in (queries, gallery)]
+    there = Counter(sides[1])
+    return sum(there[label] for label in sides[0] if UNKNOWN not in label)
 
 
 def findable(queries, gallery, protocol):

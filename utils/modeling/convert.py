@@ -5,6 +5,7 @@ python -m utils.modeling.convert ViT-B-16.pth output/clip --activation quick_gel
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -27,9 +28,16 @@ def parse_args(input_args=None):
     parser.add_argument("--semantic_weight", type=float, help="of SOLIDER, 0 to 1; default 0.2")
     args = parser.parse_args(input_args)
     folder = Path(args.folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not (folder / "config.json").is_file()):
-        parser.error(f"{folder} exists and is no model folder; give another one")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not is_ours(folder)):
+        parser.error(f"{folder} exists and is no model folder of ours; give another one")
     return args
+
+
+def is_ours(folder):
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "diffreid"
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def main(args):
@@ -49,5 +57,8 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except ValueError as error:
+    # A full disk is an error of safetensors.
+    except Exception as error:
+        if not isinstance(error, (ValueError, OSError)) and type(error).__name__ != "SafetensorError":
+            raise
         sys.exit(f"error: {error}")

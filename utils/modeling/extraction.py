@@ -58,6 +58,8 @@ class Prepared(torch.utils.data.Dataset):
         if isinstance(image, torch.Tensor) and image.is_floating_point():
             if tuple(image.shape) != (3, *self.size):
                 refuse(f"its shape is {tuple(image.shape)}, and this model takes (3, {self.size[0]}, {self.size[1]})")
+            if image.min() >= 0 and image.max() <= 1:
+                refuse("its values lie in 0..1: normalise it by the model's image_mean and image_std, or give uint8")
             return image.detach().float().cpu()
         shape = tuple(getattr(image, "shape", ()))
         if isinstance(image, torch.Tensor):
@@ -115,9 +117,11 @@ def extract_features(model, images, batch_size=64):
 
 def features_of(model, side):
     """Features as they are, (N, D) or (D,); anything else is taken for images."""
+    if isinstance(side, np.ndarray) and side.ndim <= 2:
+        side = torch.from_numpy(side)
     if isinstance(side, torch.Tensor) and side.ndim <= 2:
         side = side[None] if side.ndim == 1 else side
         if side.shape[1] != model.num_features:
             raise ValueError(f"features of this model have {model.num_features} numbers, got {side.shape[1]}")
-        return side.float()
+        return side.float().cpu()
     return extract_features(model, side)

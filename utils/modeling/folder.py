@@ -52,7 +52,7 @@ def write_model_folder(folder, config, preprocessor, tensors, card):
     (part / "README.md").write_text(card, encoding="utf-8")
     save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
     for name in FILES:
-        with open(part / name, "rb") as file:
+        with open(part / name, "rb+") as file:
             os.fsync(file.fileno())
     part.rename(folder / COMMITTED)
     move_into_place(folder)
@@ -205,7 +205,9 @@ def model_kind(name):
         )
     if path.is_dir() and not (path / "config.json").is_file():
         names = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
-        raise ValueError(f"{name} is no model folder: it has no config.json (found: {names})")
+        inner = [path / one for one in ("model", "backbone") if (path / one / "config.json").is_file()]
+        hint = f"; its model is {inner[0]}" if inner else ""
+        raise ValueError(f"{name} is no model folder: it has no config.json (found: {names}){hint}")
     try:
         # One request to the Hub or its cache: without network, transformers would retry for half a minute.
         folder = path if path.is_dir() else snapshot_download(name, allow_patterns=["config.json"])

@@ -285,8 +285,8 @@ class ReIDModel(nn.Module):
             model.reset_classifier(num_ids)
         return model.to(dtype=dtype).eval()
 
-    def push_to_hub(self, repo_id, *, card=None, private=None, token=None, commit_message="Upload a Re-ID model"):
-        """Upload what save_pretrained writes; returns the commit's address. The repository is made where absent."""
+    def push_to_hub(self, repo_id, *, card=None, private=True, token=None, commit_message="Upload a Re-ID model"):
+        """Upload what save_pretrained writes; returns the commit's address. A new repository is private by default."""
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:

@@ -47,7 +47,8 @@ def find_checkpoint(output_dir, name_or_path):
         return next(reversed(list_checkpoints(output_dir).values()), None)
     for path in (Path(output_dir) / name_or_path, Path(name_or_path)):
         if path.is_dir():
-            return path
+            # The folder of a run means its latest.
+            return next(reversed(list_checkpoints(path).values()), path)
     names = ", ".join(path.name for path in list_checkpoints(output_dir).values()) or "none"
     raise ValueError(
         f"there is no checkpoint {name_or_path!r}, neither in {output_dir} (found: {names}) nor as a path"
@@ -84,10 +85,10 @@ def open_state(args, script, *, effective_batch_size, data, free, precision=None
     fresh = {"script": script, "step": 0, "epoch": 1, "batch": 0, "history": [], "arguments": arguments}
     fresh["precision"] = precision
     if not args.resume_from_checkpoint:
-        if old := list_checkpoints(args.output_dir):
-            say(
-                f"This training replaces an earlier one in {args.output_dir}, which has checkpoints up to step "
-                f"{max(old)}; to continue that one: --resume_from_checkpoint latest"
+        if old := unfinished(args.output_dir):
+            raise ValueError(
+                f"{old} is of a training that has not ended, which this one would replace: add "
+                "--resume_from_checkpoint latest to continue it, give another --output_dir, or remove it"
             )
         return None, fresh
     path = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
@@ -106,18 +107,49 @@ def open_state(args, script, *, effective_batch_size, data, free, precision=None
     return path, state | {"arguments": arguments}
 
 
+def unfinished(folder):
+    """The newest checkpoint of a training that has written no report since, or None."""
+    newest, report = find_checkpoint(folder, LATEST), Path(folder) / "report.html"
+    ended = report.is_file() and newest and report.stat().st_mtime >= newest.stat().st_mtime
+    return None if ended else newest
+
+
 def check_arguments(path, before, now, free):
-    """ValueError naming the arguments that differ from the checkpoint's; those in `free` may."""
-    names = [name for name in {**before, **now} if name not in free and before.get(name) != now.get(name)]
+    """ValueError naming the arguments that differ from the checkpoint's; those in `free` may.
+
+    A flag that the checkpoint does not know was not there yet: its default is no difference. Nor is another place of
+    the same images, models or files.
+    """
+    origin, same_images = now.get("origin") or {}, before.get("data") == now.get("data")
+
+    def differs(name):
+        old, new = before.get(name), now.get(name)
+        if old == new or (name not in before and origin.get(name) == "default"):
+            return False
+        if name in ("source", "target") and same_images:
+            return last_words(old) != last_words(new)
+        return not (isinstance(old, str) and isinstance(new, str) and moved(old, new))
+
+    names = [name for name in {**before, **now} if name not in free and differs(name)]
     if names:
         if names == ["data"]:
             raise ValueError(f"{path} was trained on other images than the source holds now")
         listed = "; ".join(
             f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in sorted(names) if name != "data"
         )
-        raise ValueError(
-            f"{path} belongs to a run with other arguments: {listed}. Give the same, or another --output_dir"
-        )
+        if "effective_batch_size" in names:
+            listed += "; the batch is --train_batch_size times the number of processes"
+        raise ValueError(f"{path} belongs to a run with other arguments: {listed}. Give the same")
+
+
+def moved(old, new):
+    """Whether two paths may be of the same thing in two places."""
+    return os.path.isabs(old) and os.path.isabs(new) and Path(old).name == Path(new).name
+
+
+def last_words(specs):
+    """The last names of the paths of data sets, with their options."""
+    return [str(spec).rstrip("/").rpartition("/")[2] for spec in specs or ()]
 
 
 def save_checkpoint(output_dir, step, state, model, optimizer, *, accelerator, limit=None):
@@ -184,7 +216,7 @@ def seal(part, state):
     (part / MANIFEST).write_text(to_json({"files": {name: sha256(part / name) for name in names}}))
     for path in part.rglob("*"):
         if path.is_file():
-            with open(path, "rb") as file:
+            with open(path, "rb+") as file:
                 os.fsync(file.fileno())
 
 

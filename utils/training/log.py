@@ -1,4 +1,4 @@
-"""`log.jsonl`, one line per step, and the handling of SIGTERM between steps."""
+"""`log.jsonl`, one line per step, and the handling of SIGTERM and Ctrl-C between steps."""
 
 import json
 import math
@@ -29,9 +29,8 @@ class StepLog:
             lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
             kept_lines = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
             if len(kept_lines) < step:
-                raise ValueError(
-                    f"{path} has {len(kept_lines)} lines up to the checkpoint's step {step}: it is of another run or "
-                    "damaged. Start anew without --resume_from_checkpoint, or give another --output_dir"
+                self.accelerator.print(
+                    f"{path} has {len(kept_lines)} of the {step} lines before the checkpoint: curves have a gap"
                 )
             self.path.parent.mkdir(parents=True, exist_ok=True)
             part = self.path.with_name(self.path.name + ".part")
@@ -93,21 +92,27 @@ def _without_infinity(line):
 
 
 class StopSignal:
-    """Records SIGTERM, which clusters send before they kill, so that a checkpoint can be written between two steps."""
+    """Records SIGTERM, which clusters send before they kill, and Ctrl-C, for a checkpoint between two steps.
+
+    A second Ctrl-C stops at once.
+    """
 
     def __init__(self):
-        self.received = False
-        self.before = signal.signal(signal.SIGTERM, self.receive)
+        self.received = None
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def receive(self, number, frame):
-        self.received = True
+        if number == signal.SIGINT:
+            signal.signal(number, self.before[number])
+        self.received = number
 
     def asked(self, accelerator):
         """Whether any process has received SIGTERM; all processes must ask at the same place."""
         if accelerator.num_processes == 1:
-            return self.received
-        flag = torch.tensor(float(self.received), device=accelerator.device)
+            return self.received is not None
+        flag = torch.tensor(float(self.received is not None), device=accelerator.device)
         return bool(accelerator.reduce(flag, reduction="sum").item())
 
     def close(self):
-        signal.signal(signal.SIGTERM, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""The loop of every training: starts or resumes, runs epoch by epoch, logs, saves checkpoints, stops at SIGTERM.
+"""The loop of every training: starts or resumes, runs epoch by epoch, logs, saves, stops at SIGTERM and Ctrl-C.
 
 training = Training(args, accelerator, sampler, train, script="train_x.py", data=digest_of(train, labels))
 model, optimizer = accelerator.prepare(model, optimizer_of(args, parameters))
@@ -203,7 +203,7 @@ class Training:
 
     @property
     def stopped(self):
-        """Whether SIGTERM ended the training."""
+        """Whether SIGTERM or Ctrl-C ended the training."""
         return self.stopped_at is not None
 
     def save(self):
@@ -227,7 +227,7 @@ class Training:
         accelerator.wait_for_everyone()
         with whole_weights(self.model, accelerator):
             if self.stopped:
-                words = f"SIGTERM: {self.stopped_at} is written; resume with --resume_from_checkpoint latest"
+                words = f"Stopped: {self.stopped_at} is written; resume with --resume_from_checkpoint latest"
                 accelerator.print(words)
             elif accelerator.is_main_process:
                 output_dir, history = Path(args.output_dir), self.state["history"]

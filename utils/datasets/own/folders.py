@@ -89,6 +89,12 @@ def images_of(place, as_benchmark=False):
     below = [entry for entries in inside.values() for entry in entries if entry.is_dir()]
     if below:
         return images_of_cameras(place, inside, below)
+    if len(inside) > 1 and all(camera_of_folder(name) is not None for name in inside):
+        raise ValueError(
+            f"{place} has folders of cameras, {', '.join(list(inside)[:3])}, and none of identities. Images without "
+            f"identities are for adapt_reid.py --target and evaluate.py --group_dir; if these are identities: "
+            f"{place}:names={{pid}}/*"
+        )
     return [
         (identity, f"{identity}/{name}", camera_in(name))
         for identity, entries in inside.items()
@@ -133,6 +139,8 @@ def image_names(entries):
                 f"{entry.path} is a folder; expected images there. Describe deeper folders by a pattern, such as "
                 "names=*/{camid}/{pid}/*, or by a table with file_name, pid and camid"
             )
+        elif os.path.islink(entry.path) and not os.path.exists(entry.path):
+            left_out(entry.path, f"{entry.path} is a link to a file that is not there")
         else:
             left_out(entry.path, f"{entry.path} is no image; expected files ending in {', '.join(ENDINGS)}")
     return names

@@ -8,7 +8,7 @@ import torch
 from utils.datasets.images import check_images, storage_of
 from utils.datasets.schema import UNKNOWN
 from utils.datasets.search_folders import camera_of, identity_of, numbered
-from utils.evaluation.features import forget_chunks
+from utils.evaluation.chunk_files import forget_chunks
 from utils.evaluation.index.store import Index, Rows
 from utils.evaluation.metrics import Side
 from utils.evaluation.self_matches import content_of
@@ -38,7 +38,7 @@ def add_new(index, images, gallery_dir, extract, *, accelerator, **reading):
     accelerator.print(f"{index.folder}: {len(index):,} images, {len(new):,} new in {gallery_dir}")
     if not len(new):
         return []
-    new, skipped = check_images(new, **reading)
+    new, skipped = check_images(new, **reading, may_be_empty=True)
     if len(new):
         features = extract(new, index.folder)
         if accelerator.is_main_process:
