@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
-SIGTERM = signal.getsignal(signal.SIGTERM)
+SIGNALS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
 
 def pytest_addoption(parser, pluginmanager):
@@ -43,7 +43,8 @@ def process_as_before():
     """
     yield
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, SIGTERM)
+    for number, handler in SIGNALS.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import ctypes
 import json
 import os
 import platform
-import signal
 import sys
 from contextlib import nullcontext
 from datetime import timedelta
@@ -76,10 +75,6 @@ def end_with(main, args, script, *, lean="lower --train_batch_size, or add --gra
         # Other values that a main returns are for its callers in Python.
         sys.exit(code if isinstance(code, int) else 0)
     sys.exit(f"{script}: {' '.join(message.split())}")
-
-
-# The exit code of a process that SIGTERM ended, as shells report it.
-EXIT_SIGTERM = 128 + signal.SIGTERM
 
 
 def use_all_cores(num_processes):

@@ -249,6 +249,39 @@ def test_folders_of_cameras(tmp_path, names, camera_first):
     assert set(load_reid(f"{tmp_path / 'own'}:camid_column=none")["train"]["camid"][:]) == {0}
 
 
+def test_folders_of_cameras_with_images_of_anybody(tmp_path):
+    for path in ("cam1/a.png", "cam1/b.png", "cam2/c.png"):
+        paint(tmp_path / "own" / path)
+    with pytest.raises(ValueError, match="folders of cameras, cam1, cam2, and none of identities.*names={pid}"):
+        load_reid(tmp_path / "own")
+    assert len(set(load_reid(f"{tmp_path / 'own'}:names={{pid}}/*")["train"]["pid"])) == 2
+    train, truth, _ = open_unlabelled([str(tmp_path / "own")])
+    assert train["camid"][:] == [1, 1, 2] and truth is None
+
+
+def test_cameras_in_the_names_of_a_flat_folder(tmp_path):
+    for name in ("0001_c2_a.png", "0001_c3_b.png", "0002_c2_c.png"):
+        paint(tmp_path / "flat" / name)
+    train, truth, _ = open_unlabelled([str(tmp_path / "flat")])
+    assert train["camid"][:] == [2, 3, 2] and truth is None
+
+
+def test_one_name_for_all_is_no_label(tmp_path):
+    """Folders of the same name on both sides would make every pair a match."""
+    for path in ("wanted/images/a.png", "camera7/images/b.png", "camera7/images/c.png"):
+        paint(tmp_path / path)
+    query, gallery = read_folders(tmp_path / "wanted", tmp_path / "camera7")
+    assert set(query["pid"]) | set(gallery["pid"]) == {-1}
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    paint(tmp_path / "own/anna/1.png")
+    paint(tmp_path / "own/bert/1.png")
+    (tmp_path / "own/anna/2.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(ValueError, match="anna/2.png is a link to a file that is not there"):
+        load_reid(tmp_path / "own")
+
+
 def test_searched_folders_with_folders_of_cameras(tmp_path):
     for path in (
         "gallery/anna/cam1/x.png",

@@ -61,6 +61,14 @@ def test_an_identity_leaves_every_file(results):
         forget(results, pid=7)
 
 
+def test_the_report_of_a_training_stays(results):
+    (results / "training").mkdir()
+    (results / "training" / "report.html").write_text("curves")
+    (results / "training" / "args.json").write_text('{"command": ["finetune_reid.py"]}')
+    forget(results, pid=7)
+    assert (results / "training" / "report.html").exists() and not (results / "report.html").exists()
+
+
 def test_single_images_and_a_dry_run(results, capsys):
     before = {path.name: path.read_bytes() for path in results.iterdir() if path.is_file()}
     main([str(results), "--path", PATHS[4], "--dry_run"])

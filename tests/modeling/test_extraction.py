@@ -64,6 +64,8 @@ def test_similarity_is_the_cosine(model):
     got = model.similarity(arrays[:3], model.extract(arrays[1:]))
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-6)
     assert model.similarity(arrays[0], arrays[0]) == pytest.approx(1, abs=1e-6)
+    # Features that were kept by NumPy.
+    assert torch.equal(model.similarity(arrays[:3], model.extract(arrays[1:]).numpy()), got)
     with pytest.raises(ValueError, match="features of this model have 16 numbers, got 5"):
         model.similarity(torch.zeros(2, 5), arrays)
 
@@ -76,6 +78,7 @@ def test_similarity_is_the_cosine(model):
         (np.zeros((4, 4, 3), np.float32), "array of float32"),
         (torch.zeros(3, 9, 9), r"\(3, 9, 9\), and this model takes \(3, 48, 24\)"),
         (torch.zeros(9, 9, 3, dtype=torch.uint8), "tensor of torch.uint8"),
+        (torch.rand(3, 48, 24), "its values lie in 0..1: normalise it"),
         (7, "it is a int"),
         ("damaged", "cannot be read"),
     ],

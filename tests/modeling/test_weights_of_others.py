@@ -444,6 +444,12 @@ def test_convert_writes_a_folder(tmp_path, capsys):
         convert.main(convert.parse_args([str(path), str(tmp_path / "model"), "--activation", "gelu"]))
     with pytest.raises(SystemExit):
         convert.parse_args([str(path), str(tmp_path)])
+    # A folder of transformers is not ours to replace.
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(SystemExit):
+        convert.parse_args([str(path), str(tmp_path / "theirs")])
+    assert convert.parse_args([str(path), str(tmp_path / "model")]).folder == str(tmp_path / "model")
 
 
 def test_the_readme_lists_what_loads():

@@ -210,7 +210,7 @@ def arguments(folder, **changes):
 
 
 def opened(args, data="digest", said=None, script=SCRIPT):
-    free = ("output_dir", "resume_from_checkpoint")
+    free = ("output_dir", "resume_from_checkpoint", "origin")
     said = [] if said is None else said
     return open_state(args, script, effective_batch_size=32, data=data, free=free, say=said.append)
 
@@ -241,7 +241,31 @@ def test_a_state_comes_back(tmp_path, accelerator):
         assert found == path and said == [f"Resuming from {path}, step 4"]
         # The state's arguments are those of the run that continues.
         assert again == state | {"arguments": vars(args) | {"effective_batch_size": 32, "data": "digest"}}
+    # A training that has not ended is not replaced by chance.
+    with pytest.raises(
+        ValueError, match=f"{path} is of a training that has not ended.*--resume_from_checkpoint latest"
+    ):
+        opened(arguments(tmp_path, resume_from_checkpoint=None))
+    (tmp_path / "report.html").touch()
     assert opened(arguments(tmp_path, resume_from_checkpoint=None))[0] is None
+    # The folder of a run means its latest checkpoint.
+    assert opened(arguments(tmp_path / "new", resume_from_checkpoint=str(tmp_path)))[0] == path
+
+
+def test_moved_folders_and_new_flags_are_no_difference(tmp_path, accelerator):
+    given = {"source": ["/data/people", "market1501"], "backbone": "/here/clip"}
+    _, state = opened(arguments(tmp_path, resume_from_checkpoint=None, **given))
+    model, optimizer = build(accelerator, seed=0)
+    save_checkpoint(tmp_path, 4, state | {"step": 4}, model, optimizer, accelerator=accelerator)
+    now = {"source": ["/mnt/people", "market1501"], "backbone": "/there/clip", "later": 3}
+    assert opened(arguments(tmp_path, **now, origin={"later": "default"}))[0] is not None
+    for change, words in (
+        ({"later": 3, "origin": {"later": "flag"}}, "later was None, is 3"),
+        ({"backbone": "/there/other"}, "backbone was '/here/clip', is '/there/other'"),
+        ({"source": ["/mnt/people:holdout=0.3", "market1501"]}, "source was"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            opened(arguments(tmp_path, **given | change))
 
 
 def test_changed_arguments_are_named(tmp_path, accelerator):
@@ -252,7 +276,7 @@ def test_changed_arguments_are_named(tmp_path, accelerator):
     assert "rank" not in str(refused.value) and "digest" not in str(refused.value)
     with pytest.raises(ValueError, match="new was None, is True"):
         opened(arguments(tmp_path, new=True))
-    with pytest.raises(ValueError, match="effective_batch_size was 32, is 64"):
+    with pytest.raises(ValueError, match="effective_batch_size was 32, is 64.*the batch is --train_batch_size times"):
         open_state(arguments(tmp_path), SCRIPT, effective_batch_size=64, data="digest", free=(), say=print)
 
 

@@ -106,8 +106,13 @@ class StopSignal:
             signal.signal(number, self.before[number])
         self.received = number
 
+    @property
+    def number(self):
+        """The signal; another process may have received it."""
+        return self.received or signal.SIGTERM
+
     def asked(self, accelerator):
-        """Whether any process has received SIGTERM; all processes must ask at the same place."""
+        """Whether any process has received one; all processes must ask at the same place."""
         if accelerator.num_processes == 1:
             return self.received is not None
         flag = torch.tensor(float(self.received is not None), device=accelerator.device)

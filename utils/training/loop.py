@@ -12,6 +12,7 @@ return training.end(report)
 """
 
 import random
+import signal
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 from utils.batches.transforms import test_transform
 from utils.evaluation.targets import evaluate_target, results
 from utils.files import run_record, to_json, write_together
-from utils.launch import EXIT_SIGTERM, tracked, whole_weights
+from utils.launch import tracked, whole_weights
 from utils.modeling.folder import training_card
 from utils.reporting.report import text_table
 from utils.training.checkpoints import load_checkpoint, open_state, save_checkpoint
@@ -227,7 +228,8 @@ class Training:
         accelerator.wait_for_everyone()
         with whole_weights(self.model, accelerator):
             if self.stopped:
-                words = f"Stopped: {self.stopped_at} is written; resume with --resume_from_checkpoint latest"
+                why = signal.Signals(self.signal.number).name
+                words = f"{why}: {self.stopped_at} is written; resume with --resume_from_checkpoint latest"
                 accelerator.print(words)
             elif accelerator.is_main_process:
                 output_dir, history = Path(args.output_dir), self.state["history"]
@@ -245,7 +247,7 @@ class Training:
                 if args.push_to_hub:
                     print(f"Uploaded: {upload(args.hub_model_id or output_dir.resolve().name)}")
         accelerator.end_training()
-        return EXIT_SIGTERM if self.stopped else 0
+        return 128 + self.signal.number if self.stopped else 0
 
 
 def dropout_seed(seed, step, process):
