@@ -11,6 +11,7 @@ it was.
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -277,13 +278,16 @@ def run(args):
         )
     if args.detector == ROWS:
         packed = np.packbits(fixed_rows(args.grid).reshape(1, -1), axis=1).repeat(len(images), 0)
-        write(args.out, packed, image_keys(images), grid=args.grid, rule=args.rule, made_by=ROWS)
-        unseen = {}
+        # Of several processes one is enough.
+        unseen = {} if os.environ.get("RANK", "0") == "0" else None
+        if unseen is not None:
+            write(args.out, packed, image_keys(images), grid=args.grid, rule=args.rule, made_by=ROWS)
     else:
+        if args.detector is not None or "WORLD_SIZE" in os.environ:
+            accelerator = start_accelerator(patient=True)
         if args.detector is not None:
             from utils.datasets.part_detector import PartDetector
 
-            accelerator = start_accelerator(patient=True)
             detector = PartDetector(args.detector, threshold=args.threshold, device=accelerator.device)
         made_by = f"{args.detector} above {args.threshold}" if args.detector else "true boxes"
         options = {"rule": args.rule, "detector": detector, "made_by": made_by, "batch_size": args.batch_size}
