@@ -167,7 +167,8 @@ def run_once(script, folder, arguments, done, environment=None):
     if (folder / done).exists():
         return None
     print(f"{script} {folder.name}", end=" ", flush=True)
-    run = run_script(*script.split(), *command, logs=folder / "logs", environment=environment)
+    more = {"environment": environment} if environment else {}
+    run = run_script(*script.split(), *command, logs=folder / "logs", **more)
     print(f"{run.seconds:.0f} s" if run.code == 0 else f"stopped: {run.last_line}", flush=True)
     return run
 

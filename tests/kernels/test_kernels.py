@@ -281,7 +281,7 @@ FINE = torch.eye(4)
         (lambda: cosine_topk(FINE, FINE, 0), "k must be between 1 and 4"),
         (lambda: cosine_topk(FINE, FINE, 1.5), "whole number"),
         (lambda: cosine_topk(FINE.numpy(), FINE, 1), "torch tensor"),
-        (lambda: cosine_topk(FINE.long(), FINE, 1), "float32, float16 or bfloat16"),
+        (lambda: cosine_topk(FINE.long(), FINE, 1), "float32, float16, bfloat16 or float64"),
         (lambda: cosine_topk(FINE, FINE, 1, backend="cuda"), "backend must be one of"),
         (lambda: cosine_topk(FINE.double(), FINE.double(), 1, backend="triton"), "not float64"),
         (lambda: cosine_topk(FINE, FINE * torch.tensor([[1.0], [0], [1], [0]]), 1), "gallery are all zero: rows 1, 3"),

@@ -218,7 +218,7 @@ def check_splits(data, where, own_camera=False):
             if key in split_of:
                 again = f", in {split_of[key]} and in {split}"
                 if split == split_of[key]:
-                    again = f". Two sources of one name? Give one another: DIR:domain=NAME in place of {key[0]}"
+                    again += "; of two sources of one name, give one another: DIR:domain=NAME"
                 raise ValueError(f"{where} lists {key[1]} of {key[0]} twice{again}")
             split_of[key] = split
     if ("query" in data) != ("gallery" in data):

@@ -150,7 +150,7 @@ def set_unet_mode(unet, mode, *, rank=8, dtype=torch.float32, seed=0, targets=LO
         is_norm = isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and module.weight is not None
         if is_norm and not module.weight.requires_grad:
             module.forward = partial(in_its_own_type, module)
-    return unet.train()
+    return unet.train(mode != "frozen")
 
 
 def check_mode(mode, rank):

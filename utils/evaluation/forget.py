@@ -28,6 +28,11 @@ from utils.files import write_together
 SIDES = ("query", "gallery")
 
 
+# Scripts that make their report once, at the end.
+MADE_ONCE = ("train_dcac.py", "finetune_reid.py", "adapt_reid.py", "pretrain_backbone.py")
+MADE_ONCE += ("train_dreambooth_reid.py", "filter_generated.py")
+
+
 def forget(folder, *, pid=None, paths=(), dry_run=False):
     """Remove the identity `pid` and the images `paths`; lines that say what was removed, ValueError where nothing is.
 
@@ -58,14 +63,14 @@ def forget(folder, *, pid=None, paths=(), dry_run=False):
 
 
 def is_made_again(folder):
-    """Whether evaluate.py or app.py wrote the report there: nothing makes that of a training again."""
+    """Whether the report there is of an evaluation: nothing makes that of a training again."""
     try:
-        return json.loads((folder / "args.json").read_text(encoding="utf-8"))["command"][0] in (
-            "evaluate.py",
-            "app.py",
-        )
+        command = json.loads((folder / "args.json").read_text(encoding="utf-8"))["command"]
     except (OSError, ValueError, LookupError, TypeError):
         return True
+    # Generation's is one text.
+    script = command if isinstance(command, str) else str(command[:1])
+    return not any(name in script for name in MADE_ONCE)
 
 
 def wanted(pid, paths):

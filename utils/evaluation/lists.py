@@ -67,8 +67,8 @@ def ranked_lists(queries, gallery, k, *, protocol="market", reranking=None, back
     wanted = min(len(gallery), k + _most_dropped(queries, gallery, protocol))
     if reranking is None:
         sides = shares_of(group, queries.features, gallery.features)
-        # More than Triton's kernel keeps; where it was asked for, that is an error.
-        backend = "torch" if backend == "auto" and wanted > TRITON_MAX_K else backend
+        # More than Triton's kernel keeps, where it was asked for.
+        backend = "torch" if wanted > TRITON_MAX_K else backend
         scores, columns = cosine_topk(*sides, wanted, backend=backend, group=group)
         distances = (2 - 2 * scores).clamp(min=0)
     else:
