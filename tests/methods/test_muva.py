@@ -684,7 +684,8 @@ def test_what_a_run_leaves(finished, small, tmp_path, capsys):
     assert "were learned before" in capsys.readouterr().out
     assert (tmp_path / "alone" / "log.jsonl").read_text() == (out / "log.jsonl").read_text()
     other = [*common, "--muva_epochs", "1", "--muva_stage", "prompts", "--resume_from_checkpoint", "latest"]
-    train(*other, "--output_dir", shutil.copytree(tmp_path / "given", tmp_path / "other"))
+    prompts_alone = shutil.ignore_patterns("checkpoint-*")
+    train(*other, "--output_dir", shutil.copytree(tmp_path / "alone", tmp_path / "other", ignore=prompts_alone))
     assert "were learned before" not in capsys.readouterr().out
 
 
