@@ -13,7 +13,6 @@ import re
 import sys
 
 from benchmarks.common import GIB, RESULTS, ROOT, in_percent, markdown_table, read_result
-from benchmarks.quality import dcac_feedback
 from benchmarks.speed.reid_features import SIZES
 from utils.files import write_together
 
@@ -74,10 +73,6 @@ def dcac_steps():
         columns = ["size", *found["columns"]]
         rows += [[found["raw"]["size"], *row] for row in found["table"]]
     return markdown_table(columns, rows, words=3)
-
-
-def dcac_conditions():
-    return markdown_table(*dcac_feedback.condition_table(read("dcac_feedback")["raw"]["runs"]), words=5)
 
 
 def retrieval():
@@ -218,8 +213,6 @@ TABLES = {
     "dcac-steps": dcac_steps,
     "dcac-curves": dcac_curves,
     "dcac-synthetic": as_stored("dcac_synthetic", words=2),
-    "dcac-feedback": as_stored("dcac_feedback", words=6),
-    "dcac-conditions": dcac_conditions,
     "generation-parts": as_stored("generation"),
     "generation-cost": as_stored("generation_cost"),
     "generation-cards": as_stored("generation_memory", words=2),
