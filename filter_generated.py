@@ -298,7 +298,7 @@ from utils.generated.scoring import (
     view_of,
 )
 from utils.generated.sources import check_calibration, check_identities, check_sources, open_sources
-from utils.generated.texts.agreement import check_prompts
+from utils.generated.texts.agreement import check_prompts, has_prompts
 from utils.reporting.report import text_table
 
 # The method
@@ -590,8 +590,11 @@ def finish(args, sources, generated):
     if args.filter == "reid" and args.true_match_rate is not None:
         for line in cameras_missing(sources):
             print(line)
-    if args.captioner == "none":
-        print("Images were not asked about their prompts: --captioner MODEL --min_agreement 0.6 drops other clothes")
+    if args.captioner == "none" and has_prompts(generated):
+        print(
+            "Images were not asked about their prompts: --captioner MODEL --min_agreement 0.6 drops other clothes, in "
+            "another --output_dir"
+        )
     if args.captioner != "none" and (count := choosing.without_score(scores, "attributes")):
         print(f"{count:,} images have no attribute score: no answer says anything, or the prompt names no clothes")
     if summary["against_truth"]:

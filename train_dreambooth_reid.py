@@ -202,7 +202,8 @@ def build_parser():
     group.add("--guidance_scale", type=ranges.one_or_more, default=3.0, help="weight of the prompt, 1 for no guidance")
     unguided = (lambda args: args.guidance_scale == 1, "--guidance_scale 1")
     group.add("--guidance_share", type=ranges.share, default=1.0, idle=unguided, help="of the steps, from the first")
-    group.add("--negative_prompt", default="", idle=unguided, help="what guidance leads away from; default: no words")
+    never = (lambda args: unguided[0](args) and not (args.fast_lora and args.num_reference_images), unguided[1])
+    group.add("--negative_prompt", default="", idle=never, help="what guidance leads away from; default: no words")
     group.add(
         "--fast_lora",
         help="few-step LoRA such as LCM's or Hyper-SD's, stacked on the identity's: file, folder or Hub id, "
@@ -240,21 +241,25 @@ def parse_args(input_args=None):
     args.demo = args.source is None
     args.source = args.source or DEMO_SOURCE
     check_args(parser, args)
-    args.notes = parser.notes(args)
-    if args.fast_lora:
-        draw_fast(args)
+    fast = draw_fast(parser, args) if args.fast_lora else []
+    args.notes = parser.notes(args) + fast
     return args
 
 
-def draw_fast(args):
-    """Solver, steps and guidance of a few-step LoRA, where no flag gives others; references stay as without it."""
+def draw_fast(parser, args):
+    """Solver, steps and guidance of a few-step LoRA, where no flag gives others. Returns a line that says so.
+
+    The untouched model draws reference images as without the LoRA: flags of the few-step LoRA are not for it.
+    """
+    recipe = RECIPES.get(args.recipe, {})
     names = ("solver", "num_inference_steps", "guidance_scale", "guidance_share")
-    args.reference_drawing = {name: getattr(args, name) for name in names}
+    args.reference_drawing = {name: recipe.get(name, parser.get_default(name)) for name in names}
     usual = usual_drawing(args.fast_lora)
     usual = {name: value for name, value in usual.items() if args.origin[name] != "flag"}
     vars(args).update(usual)
+    args.origin |= dict.fromkeys(usual, "fast_lora")
     words = ", ".join(f"--{name} {value}" for name, value in usual.items())
-    args.notes.append(f"For --fast_lora: {words or 'all as given'}; reference images are drawn without it")
+    return [f"For --fast_lora: {words or 'all as given'}; reference images are drawn without it"]
 
 
 def check_args(parser, args):
@@ -299,6 +304,7 @@ if __name__ == "__main__":
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
+from transformers import T5EncoderModel
 
 from utils import launch
 from utils.datasets.identities import chosen_identities, open_identities
@@ -310,7 +316,7 @@ from utils.diffusion.fast_lora import read_fast_lora
 from utils.diffusion.person_masks import check_mask_model
 from utils.diffusion.text_to_image import what_saves_memory
 from utils.diffusion.tuning import Batches, open_tunable, posteriors_of
-from utils.files import portable
+from utils.files import one_line, portable
 from utils.generated import made_set
 from utils.generated.drawing import Drawing, check_adapters, check_kept, check_origin
 from utils.generated.measures import Measures, check_measures
@@ -491,7 +497,8 @@ def main(args):
     accelerator.wait_for_everyone()
     failures = {}
     if accelerator.is_main_process:
-        options = {"captions_only": args.captions_only, "unfinished": args.merge, "push": args.push_to_hub}
+        wanted = None if args.merge else wanted_of(args)
+        options = {"captions_only": args.captions_only, "wanted": wanted, "push": args.push_to_hub}
         failures = made_set.finish(work, identities, args.validation_ids, **options, repository=args.hub_dataset_id)
     accelerator.end_training()
     return failures
@@ -525,10 +532,26 @@ def check_inputs(args, everyone, identities, say):
         launch.bitsandbytes_module("--base_bits")
     if args.use_8bit_adam:
         build_optimizer([nn.Parameter(torch.zeros(1))], "adamw", learning_rate=1.0, use_8bit=args.use_8bit_adam)
-    tokenizers = [load_tokenizer(name, args.revision, part) for part, *_ in family.TEXTS[:2]]
-    if not is_new(args.identity_token) and (words := said_of_word(args.identity_token, tokenizers)):
+    check_solvers(args, family, read_config(name, "scheduler", args.revision))
+    # T5 splits rare words anyway.
+    parts = [part for part, _, encoder in family.TEXTS if encoder is not T5EncoderModel]
+    tokenizers = [load_tokenizer(name, args.revision, part) for part in parts]
+    token = args.identity_token.replace("{pid}", f"{identities[0].pid:04d}")
+    if not is_new(token) and (words := said_of_word(token, tokenizers)):
         say(words)
     return rows, tokenizers[0]
+
+
+def check_solvers(args, family, config):
+    """ValueError for more steps than a solver takes."""
+    for of_references in (False, True):
+        drawing = sampling(args, of_references=of_references)
+        try:
+            # Of any size of latents.
+            family.prepared_solver(drawing["solver"], config, drawing["steps"], (16, 64, 32))
+        except ValueError as error:
+            words = f"--solver {drawing['solver']} --num_inference_steps {drawing['steps']}"
+            raise ValueError(f"{words}: {one_line(error)}") from error
 
 
 def write_settings(args, work, lists):
@@ -561,16 +584,15 @@ def work_on(args, accelerator, identities, work, progress, prompts, rows):
         made_with={name: portable(getattr(args, name)) for name in CAPTIONING},
         load_captioner=lambda: load_captioner(args, accelerator.device),
     )
-    wanted = {"num_images": args.num_images, "adds": args.redraw}
     missing = [
         identity
         for identity in own_share
-        if identity.name in records and made_set.is_missing(work, records[identity.name], **wanted)
+        if identity.name in records and made_set.is_missing(work, records[identity.name], **wanted_of(args))
     ]
     if args.captions_only or not missing:
         return
     if not args.redraw:
-        check_kept(work, missing, records)
+        check_kept(work, [identity.name for identity in missing])
     tunable = open_model(args, accelerator, prompts)
     made_set.check_model(work, tunable.model.digest)
     if args.redraw:
@@ -583,6 +605,11 @@ def work_on(args, accelerator, identities, work, progress, prompts, rows):
         inputs = (args, identity, records[identity.name], work, progress, prompts, tunable, measures)
         if made_set.attempt(work, progress, identity.name, lean, make, *inputs):
             progress.finished(identity.name)
+
+
+def wanted_of(args):
+    """What an identity is to have, as arguments of `made_set.is_missing`."""
+    return {"num_images": args.num_images, "adds": args.redraw}
 
 
 def load_captioner(args, device):

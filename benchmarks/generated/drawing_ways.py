@@ -14,6 +14,7 @@ other people, is a run of its own; finished ones are not repeated.
 import argparse
 import csv
 import json
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -72,6 +73,8 @@ def made(folder, way, seed, few_step):
     words += ["--reid_model", judge(folder), "--seed", seed]
 
     def measure():
+        # The seconds are those of a whole run.
+        shutil.rmtree(place, ignore_errors=True)
         run = run_script(
             "train_dreambooth_reid.py", *words, "--output_dir", place, logs=place / "logs", environment=ONE_THREAD
         )
@@ -135,7 +138,7 @@ def main(input_args=None):
     parser.add_argument("--json", type=Path, default=RESULTS / "drawing_ways.json", help="result file")
     args = parser.parse_args(input_args)
     folder, runs = args.output_dir.absolute(), []
-    few_step = distilled(folder / "few_step", args.steps)
+    few_step = distilled(folder / f"few_step-{args.steps}", args.steps)
     for seed in args.seeds:
         for way in WAYS:
             runs.append({"way": way, "seed": seed} | made(folder, way, seed, few_step))

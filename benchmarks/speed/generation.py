@@ -98,11 +98,14 @@ def flags_of(way, fast_lora):
     return ["--fast_lora", fast_lora, *flags[:6]] if not guided else flags
 
 
-def open_tuning(model, resolution, folder, flags):
+def open_tuning(model, resolution, folder, flags, recipe):
     """What fine-tuning one identity takes, by the functions of the script, and the seconds that loading took."""
     words = ["--pretrained_model_name_or_path", model, "--output_dir", folder]
     words += ["--resolution", *resolution, "--source", "synthetic:domain=a,num_ids=1"]
     args = script.parse_args([str(word) for word in (*words, "--clip_model_name_or_path", "none", *flags)])
+    if args.fast_lora:
+        # Without the recipe's models, its settings are flags here.
+        args.reference_drawing |= {name: recipe[name] for name in args.reference_drawing if name in recipe}
     accelerator = start_accelerator(args.mixed_precision)
     args.mixed_precision = accelerator.mixed_precision
     identities = script.open_identities(args.source)
@@ -152,10 +155,10 @@ def peak_of(*calls):
     return round(torch.cuda.max_memory_allocated() / GIB, 2) if torch.cuda.is_available() else None
 
 
-def measure(model, resolution, steps, flags):
+def measure(model, resolution, steps, flags, recipe):
     """{part: seconds} of one way at one size, and the peak of memory."""
     with tempfile.TemporaryDirectory() as folder:
-        opened = open_tuning(model, resolution, folder, ["--max_train_steps", steps, *flags])
+        opened = open_tuning(model, resolution, folder, ["--max_train_steps", steps, *flags], script.RECIPES[recipe])
     args, tunable, identity, words, progress, load = opened
     model = tunable.model
     scale = 2 ** (len(model.vae.config.block_out_channels) - 1)
@@ -228,7 +231,7 @@ def main(input_args=None):
             recipe = WAYS[way][0]
             flags = [*precision, *flags_of(way, fast_lora)]
             flags += ["--use_8bit_adam"] if recipe == "paper" and torch.cuda.is_available() else []
-            table[way] = measure(model, SIZES[kind][recipe == "lora"], args.steps, flags)
+            table[way] = measure(model, SIZES[kind][recipe == "lora"], args.steps, flags, recipe)
             table[way]["identity"] = identity_seconds(table[way], counts_of(way))
             if args.sd15:
                 counted = read_result("generation_memory")["raw"]["counted"]

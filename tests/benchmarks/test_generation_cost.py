@@ -2,9 +2,18 @@
 
 import pytest
 
+import train_dreambooth_reid as script
 from benchmarks.common import GIB
 from benchmarks.memory.generation_cost import count, forward_tflop, step_tflop
-from benchmarks.speed.generation import WAYS, counts_of, flags_of, identity_seconds, measure, save_few_step_lora
+from benchmarks.speed.generation import (
+    WAYS,
+    counts_of,
+    flags_of,
+    identity_seconds,
+    measure,
+    open_tuning,
+    save_few_step_lora,
+)
 from utils.flags import DIFFUSION_DIR
 
 UNET, TEXT, VAE = 859_520_964, 123_060_480, 83_653_863
@@ -36,15 +45,19 @@ def test_attention_is_counted():
 
 def test_parts_of_an_identity_are_measured(tmp_path):
     few = ["--train_batch_size", 1, "--sample_batch_size", 2]
-    parts = measure(DIFFUSION_DIR, (64, 64), 2, ["--finetune", "full", *few])
+    parts = measure(DIFFUSION_DIR, (64, 64), 2, ["--finetune", "full", *few], "paper")
     named = {"load", "step", "reference", "image", "image_50", "encode", "restore"}
     seconds = {name: value for name, value in parts.items() if name != "peak_gib"}
     assert set(seconds) == named and min(seconds.values()) > 0
     assert parts["image_50"] > parts["image"]
     assert identity_seconds(parts, (4, 5, 6)) > 10 * min(parts["image"], parts["reference"]) + 5 * parts["step"]
-    fast = measure(DIFFUSION_DIR, (64, 64), 2, ["--fast_lora", save_few_step_lora(DIFFUSION_DIR, tmp_path), *few])
+    flags = ["--fast_lora", save_few_step_lora(DIFFUSION_DIR, tmp_path), *few]
+    fast = measure(DIFFUSION_DIR, (64, 64), 2, flags, "lora")
     # Four steps without guidance, and references as without it.
     assert fast["image"] < fast["reference"] and "image_50" not in fast
+    args, *_ = open_tuning(DIFFUSION_DIR, (64, 64), tmp_path, flags, script.RECIPES["lora"])
+    of_references, of_images = (script.sampling(args, of_references=kind) for kind in (True, False))
+    assert (of_references["steps"], of_references["guidance"], of_images["steps"]) == (20, 7.5, 4)
 
 
 def test_the_ways_are_the_recipes():

@@ -56,6 +56,7 @@ def test_an_image_of_nobody_counts_whole(tmp_path):
     [
         (["Background", "Hat", "Upper-clothes"], ["Hat", "Upper-clothes"]),
         (["wall", "person", "car"], ["person"]),
+        (["wall", "person, individual, someone", "tree;plant"], ["person, individual, someone"]),
         (["traffic sign", "pedestrian", "rider"], ["pedestrian"]),
     ],
 )

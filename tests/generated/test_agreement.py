@@ -51,6 +51,21 @@ def test_prompts_without_clothes_name_nothing(prompt):
 
 
 @pytest.mark.parametrize(
+    "prompt, worn",
+    [
+        ("a photo of a person, wearing , carrying a bag", {}),
+        ("a photo of a person, wearing a coat and , in a park", {"upper": "coat"}),
+        ("a photo of a person, wearing and black shoes", {"shoes": "black shoes"}),
+        ("a photo of a person, wearing ", {}),
+        ("a photo of a person, wearing a coat, , and black shoes", {"upper": "coat"}),
+    ],
+)
+def test_a_template_with_an_empty_slot(prompt, worn):
+    found = attributes_of(prompt)
+    assert {key: words for key, words in found.items() if words != "nothing"} == worn
+
+
+@pytest.mark.parametrize(
     "said, answer, value",
     [
         ("black shirt", "black shirt", 1),

@@ -37,6 +37,7 @@ from utils.diffusion.schedule import NoiseSchedule
 from utils.diffusion.text_to_image import TextToImage
 from utils.diffusion.tuning import IdentityToken, Tunable
 from utils.diffusion.unet import load_unet, save_unet
+from utils.flags import CAPTIONER_DIR
 from utils.generated.measures import diversity, identity_auc
 from utils.generated.texts import captioning, captions
 from utils.generated.texts.captioning import open_prompts
@@ -588,6 +589,37 @@ def test_better_pictures_by_flags(models, tmp_path, monkeypatch, capsys):
         assert text == captions.compose(alone).replace("a person", "<iir-0002> person", 1)
 
 
+@pytest.mark.parametrize("way", ["flag", "table"])
+def test_what_is_corrected_by_hand_holds_for_every_image(models, tmp_path, monkeypatch, way):
+    """By --prompts, and in captions.parquet: one garment is another, one is taken away."""
+    seen, plain = {}, script.fine_tune
+
+    def fine_tune(args, tunable, identity, record, *rest, **options):
+        seen[identity.name] = record, options["texts"]
+        return plain(args, tunable, identity, record, *rest, **options)
+
+    monkeypatch.setattr(script, "fine_tune", fine_tune)
+    out, flags = tmp_path / "out", ["--ids", "2", "--num_images", "1", "--max_train_steps", "1", "--image_captions"]
+    flags += ["--captioner_model_name_or_path", CAPTIONER_DIR]
+    run(models, out, *flags, "--captions_only")
+    said = record(out, NAMES[1], "captions")
+    keys = [key for key in ("lower", "shoes", "hair") if said["attributes"].get(key)]
+    assert "upper" in said["attributes"] and keys
+    change_captions(out, 0, upper="violet poncho", **{keys[0]: ""})
+    table = out / "captions.parquet"
+    more = []
+    if way == "flag":
+        shutil.move(table, tmp_path / "edited.parquet")
+        more = ["--prompts", tmp_path / "edited.parquet"]
+    assert run(models, out, *flags, *more) == {}
+    written, texts = seen[NAMES[1]]
+    assert "violet poncho" in written["identity_prompt"] and len(texts) == len(said["images"])
+    for text, image in zip(texts, said["images"], strict=True):
+        own = captions.merged([{"caption": "", **image["answers"]}])["attributes"]
+        own = {key: words for key, words in (own | {"upper": "violet poncho"}).items() if key != keys[0]}
+        assert text == captions.compose(own).replace("a person", "<iir-0002> person", 1)
+
+
 def test_flags_of_better_pictures_reach_the_batches_and_the_sampler(models, tmp_path, monkeypatch):
     segmenter(tmp_path / "mask", ["wall", "person"])
     made, drawn = [], []
@@ -608,7 +640,7 @@ def test_flags_of_better_pictures_reach_the_batches_and_the_sampler(models, tmp_
     # What is no person weighs a quarter.
     assert weights.min() >= 0.25 and weights.max() <= 1 and weights.std() > 0.01
     of_references, of_images = drawn[0], drawn[-1]
-    assert all(one["guidance_share"] == 0.5 and one["negative"] == "a dog" for one in (of_references, of_images))
+    assert of_references["negative"] == of_images["negative"] == "a dog" and of_images["guidance_share"] == 0.5
     assert (of_images["solver"], of_images["guidance"], of_images["fast"]) == ("lcm", 2.0, True)
     # References as without the few-step LoRA.
     assert of_references["solver"] == "dpmsolver++" and not of_references.get("fast")
@@ -687,11 +719,13 @@ def test_a_few_step_lora_changes_the_images_alone(whole, models, tmp_path, capsy
     out, file = tmp_path / "out", tmp_path / "lcm-lora-4steps.safetensors"
     unet = UNet2DConditionModel.from_pretrained(models / "stable-diffusion", subfolder="unet")
     few_step_lora(unet, file)
-    assert run(models, out, "--fast_lora", file) == {}
+    assert run(models, out, "--fast_lora", file, "--ids", "0", "2") == {}
     told = "For --fast_lora: --solver lcm, --guidance_scale 1.0; reference images are drawn without it"
     assert told in capsys.readouterr().out
-    for name in NAMES:
-        ours, before = record(out, name), record(whole[0], name)
+    # Steps that a flag gives are those of the few-step LoRA: references take as many as without flags.
+    run(models, tmp_path / "plain", "--num_inference_steps", "12", "--ids", "0", "2", "--num_images", "1")
+    for name in NAMES[:2]:
+        ours, before = record(out, name), record(tmp_path / "plain", name)
         # Tuning and the reference set are those of a run without it.
         assert ours["loss"] == before["loss"] and ours["reference"] == before["reference"]
         assert (ours["steps"], ours["guidance"]) == (2, 1.0) and len(ours["fast_lora"]) == 16
@@ -717,6 +751,21 @@ def test_a_published_few_step_lora_sets_solver_steps_and_guidance(name, wanted):
     assert (args.solver, args.num_inference_steps, args.guidance_scale) == wanted
     references = script.sampling(args, of_references=True)
     assert (references["solver"], references["steps"], references["guidance"]) == ("dpmsolver++", 20, 7.5)
+
+
+def test_flags_of_a_few_step_lora_are_not_for_the_references():
+    words = ["--recipe", "lora", "--source", "x", "--fast_lora", "latent-consistency/lcm-lora-sdv1-5"]
+    words += ["--solver", "lcm", "--num_inference_steps", "6", "--guidance_scale", "1", "--guidance_share", "0.5"]
+    args = script.parse_args([*words, "--negative_prompt", "a dog"])
+    images, references = (script.sampling(args, of_references=kind) for kind in (False, True))
+    names = ("solver", "steps", "guidance", "guidance_share", "negative")
+    assert [images[name] for name in names] == ["lcm", 6, 1.0, 0.5, "a dog"]
+    assert [references[name] for name in names] == ["dpmsolver++", 20, 7.5, 1.0, "a dog"]
+    # The share says nothing without guidance; the negative prompt holds for the references.
+    assert "Without effect: --guidance_share (--guidance_scale 1)" in args.notes
+    assert "For --fast_lora: all as given; reference images are drawn without it" in args.notes
+    args = script.parse_args([*words[:6], "--negative_prompt", "a dog", "--num_reference_images", "0"])
+    assert any("--negative_prompt (--guidance_scale 1)" in line for line in args.notes)
 
 
 def test_a_pickled_few_step_lora_is_refused_at_once(models, tmp_path):
@@ -1100,9 +1149,47 @@ def test_images_that_a_killed_redraw_did_not_reach_are_not_tuned_over(models, tm
     with pytest.raises(KeyboardInterrupt):
         run(models, out, *flags, "--redraw", "--prompts", tmp_path / "p.csv")
     before = files(out / "images")
-    with pytest.raises(ValueError, match=f"1 identities, {NAMES[1]} for one, have kept adapters and images of other"):
+    with pytest.raises(ValueError, match=f"1 identities, {NAMES[1]} for one, have kept adapters and images, but not"):
         run(models, out, *flags)
     assert before and files(out / "images") == before
+
+
+def test_a_run_without_redraw_does_not_tune_over_what_was_redrawn(models, tmp_path, monkeypatch):
+    """The settings of a killed --redraw are in the folder, so that the flags alone do not tell."""
+    out, flags = tmp_path / "out", ["--ids", "2", "--save_adapters", "--max_train_steps", "1", "--num_images"]
+    run(models, out, *flags, "1")
+    (tmp_path / "p.csv").write_text("pid,prompt\n2,a person like a tree\n")
+    run(models, out, *flags, "1", "--redraw", "--prompts", tmp_path / "p.csv")
+    more = ["2", "--num_inference_steps", "3"]
+    plain = script.redraw_identity
+    monkeypatch.setattr(script, "redraw_identity", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(models, out, *flags, *more, "--redraw")
+    before = files(out / "images")
+    with pytest.raises(ValueError, match="have kept adapters and images, but not all that are asked for. --redraw"):
+        run(models, out, *flags, *more)
+    assert len(before) == 2 and files(out / "images") == before
+    monkeypatch.setattr(script, "redraw_identity", plain)
+    assert run(models, out, *flags, *more, "--redraw") == {}
+    assert before.items() <= files(out / "images").items() and len(files(out / "images")) == 3
+    # A file that was lost is said before a model is loaded, and nothing is drawn over.
+    next((out / "images").rglob("0000.jpg")).unlink()
+    monkeypatch.setattr(script, "open_model", lambda *_: pytest.fail("too late"))
+    for flag, message in (["--redraw"], "0000.jpg is missing, 1 in all: put it"), ([], "have kept adapters"):
+        with pytest.raises(ValueError, match=message):
+            run(models, out, *flags, *more, *flag)
+
+
+def test_shards_that_redraw_merge_once_all_have_drawn(models, tmp_path, capsys):
+    out, flags = tmp_path / "out", ["--ids", "0", "2", "--save_adapters", "--max_train_steps", "1", "--num_images"]
+    run(models, out, *flags, "1")
+    capsys.readouterr()
+    redraw = [*flags, "2", "--redraw", "--num_shards", "2", "--shard"]
+    run(models, out, *redraw, "0")
+    assert "1 of 2 identities are still with other shards" in capsys.readouterr().out
+    assert pq.read_table(out / "metadata.parquet").num_rows == 2
+    run(models, out, *redraw, "1")
+    assert pq.read_table(out / "metadata.parquet").num_rows == 4
 
 
 def test_redraw_without_its_adapters_is_refused(models, whole, tmp_path, monkeypatch):
@@ -1230,6 +1317,8 @@ def test_bad_flags_end_in_one_line(capsys, flags, message):
         ("--reid_model {models}/clip", "--reid_model: .* is a clip model, expected diffreid"),
         ("--clip_model_name_or_path {models}/blip-vqa", "is a blip model, expected clip"),
         ("--source market1501", "market1501 needs a root"),
+        ("--solver lcm --num_inference_steps 60", "--solver lcm --num_inference_steps 60: .*original_steps"),
+        ("--solver ddim --num_inference_steps 1001", "--solver ddim --num_inference_steps 1001: "),
         ("--identity_token " + "-".join(["sks"] * 50), "leave no room in a prompt"),
     ],
 )

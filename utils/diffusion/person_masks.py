@@ -1,5 +1,6 @@
 """Where a person is in an image, by any segmentation model of `transformers`: soft masks at the size of latents."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def check_mask_model(name):
 
 
 def words_of(label):
-    return set(str(label).lower().replace("-", " ").replace("_", " ").split())
+    return set(re.findall(r"[a-z0-9]+", str(label).lower()))
 
 
 class PersonMasks:

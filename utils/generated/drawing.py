@@ -109,21 +109,24 @@ def check_adapters(work, names, with_token):
             f"identities, {without[0]} for one. Adapters are kept by --save_adapters: run without --redraw and with "
             "it, or choose others with --ids"
         )
+    lost = [path for name in names for path in made_set.lost_files(work, work.read(name, made_set.IMAGES))]
+    if lost:
+        raise ValueError(
+            f"--redraw measures all images of an identity, and {lost[0]} is missing, {len(lost)} in all: put it back. "
+            f"To make all images of an identity anew, remove its folder in {work.folder / made_set.ADAPTERS} and run "
+            "without --redraw"
+        )
 
 
-def check_kept(work, identities, records):
-    """ValueError where a new tuning would replace images of other prompts, of an identity whose adapter is kept."""
+def check_kept(work, names):
+    """ValueError where a new tuning would replace images of an identity whose adapter is kept."""
     kept = [
-        identity.name
-        for identity in identities
-        if (made := work.read(identity.name, made_set.IMAGES))
-        and made["identity_prompt"] != records[identity.name]["identity_prompt"]
-        and (work.folder / made_set.ADAPTERS / identity.name).is_dir()
+        name for name in names if work.has(name, made_set.IMAGES) and (work.folder / made_set.ADAPTERS / name).is_dir()
     ]
     if kept:
         raise ValueError(
-            f"{len(kept)} identities, {kept[0]} for one, have kept adapters and images of other prompts. --redraw "
-            f"adds images of the new prompts; to tune to them instead, remove {work.folder / made_set.ADAPTERS}"
+            f"{len(kept)} identities, {kept[0]} for one, have kept adapters and images, but not all that are asked "
+            f"for. --redraw adds to them; to tune anew, which replaces them, remove {work.folder / made_set.ADAPTERS}"
         )
 
 

@@ -170,14 +170,20 @@ def attempt(work, progress, name, lean, function, *arguments):
 def is_missing(work, record, num_images=1, *, adds=False):
     """Whether the identity lacks images of the current prompts, or their files; with `adds` only the former counts."""
     made = work.read(f"{record['domain']}/{record['pid']:04d}", IMAGES)
-    if adds:
+    if made is not None and adds:
         return images_to_add(made, record, num_images) > 0
     if made is None or any(made[name] != record[name] for name in ("prompt", "identity_prompt")):
         return True
     if images_to_add(made, record, num_images):
         return True
-    paths = {work.folder / image["path"] for image in made["images"]}
-    return not paths <= {path for folder in {path.parent for path in paths} for path in folder.glob("*")}
+    return bool(lost_files(work, made))
+
+
+def lost_files(work, made):
+    """The paths of an identity's images that are not there."""
+    paths = [work.folder / image["path"] for image in made["images"]]
+    there = {path for folder in {path.parent for path in paths} for path in folder.glob("*")}
+    return [path for path in paths if path not in there]
 
 
 def images_to_add(made, record, num_images):
@@ -254,14 +260,19 @@ def in_tenths(losses):
     }
 
 
-def finish(work, identities, validation_ids, *, captions_only, unfinished, push=False, repository=None):
-    """Merge and report, if all identities are done or `unfinished` is set. Returns the failures.
+def finish(work, identities, validation_ids, *, captions_only, wanted, push=False, repository=None):
+    """Merge and report, if all identities are done. Returns the failures.
 
     The last process to finish sees all identities done. With `push` it uploads the set, where no identity failed.
+    `wanted`: arguments of `is_missing`, or None to merge what is there.
     """
-    kind = CAPTIONS if captions_only else IMAGES
-    missing = [name for name in work.pieces if not (work.has(name, kind) or work.has(name, FAILED))]
-    if missing and not unfinished:
+
+    def is_done(name):
+        record = work.read(name, CAPTIONS)
+        return record is not None and (captions_only or not is_missing(work, record, **wanted or {}))
+
+    missing = [name for name in work.pieces if not (work.has(name, FAILED) or is_done(name))]
+    if missing and wanted is not None:
         print(f"{len(missing)} of {len(work.pieces)} identities are still with other shards; the last one merges")
         return {}
     count, images, failures = merge(work, identities, validation_ids)

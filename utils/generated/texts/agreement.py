@@ -4,21 +4,14 @@ attributes_of("a photo of a person, wearing a red coat and black shoes, carrying
 # {"upper": "red coat", "shoes": "black shoes", "carried": "bag", "hat": "nothing"}
 """
 
-from utils.generated.texts.answers import ABSENT, NOTHING, clean, tidy
-from utils.generated.texts.captions import COLOURS
+import re
+
+from utils.generated.texts.answers import ABSENT, COLOURS, HATS, LOWER, NOTHING, SHOES, clean, tidy
 
 # What tells who a person is; action, view and place may differ between any two images of one identity.
 WORN = ("upper", "lower", "shoes", "hair", "carried", "hat")
 # Prompts do not name these where there are none.
 ADDED = ("carried", "hat")
-SHOES = {"shoes", "boots", "sneakers", "sandals", "slippers", "heels", "trainers", "loafers", "flip-flops"}
-LOWER = {
-    "jeans", "trousers", "pants", "shorts", "skirt", "leggings", "sweatpants", "tights", "slacks", "joggers",
-}  # fmt: skip
-HATS = {
-    "hat", "cap", "beanie", "helmet", "hood", "beret", "bandana", "headband", "headscarf", "hijab", "turban", "visor",
-    "scarf", "veil", "mask", "wig", "crown", "bonnet",
-}  # fmt: skip
 
 
 def attributes_of(prompt):
@@ -26,16 +19,17 @@ def attributes_of(prompt):
 
     Empty if it names no clothes: then nothing is known of bags and hats either. Other prompts give what looks alike.
     """
-    found, parts = {}, prompt.lower().split(", ")
+    parts = [part.strip() for part in prompt.lower().split(",")]
     start = next((number for number, part in enumerate(parts) if part.startswith("wearing ")), None)
     if start is None:
         return {}
-    items = [parts[start].removeprefix("wearing ")]
     rest = parts[start + 1 :]
-    halves = split_at_and(items[0])
+    halves = split_at_and(parts[start].removeprefix("wearing "))
     if len(halves) == 1 and rest and len(split_at_and(rest[0])) == 2 and opening(rest[0]) is None:
         halves += split_at_and(rest.pop(0))
-    found |= garments(halves)
+    found = garments(halves)
+    if not found:
+        return {}
     for part in rest:
         key = opening(part)
         if key is not None and key not in found:
@@ -57,12 +51,13 @@ def opening(part):
 
 def split_at_and(words):
     """ "a black and white shirt and blue jeans" -> its two garments: neither ends with a colour."""
-    pieces = words.split(" and ")
+    # A template's slot may be empty.
+    pieces = [piece for piece in re.split(r"(?:^|\s)and(?:\s|$)", words) if piece.strip()]
     for number in range(1, len(pieces)):
         left, right = " and ".join(pieces[:number]), " and ".join(pieces[number:])
         if left.split()[-1] not in COLOURS and right.split()[-1] not in COLOURS:
             return [left, right]
-    return [words]
+    return [" and ".join(pieces)] if pieces else []
 
 
 def garments(items):
@@ -104,10 +99,15 @@ def check_prompts(generated):
         raise ValueError(
             f"--captioner compares images with their prompts, but {generated.name} has no column prompt; leave it out"
         )
-    for table in generated.tables():
-        if any(attributes_of(prompt or "") for prompt in set(table["prompt"].to_pylist())):
-            return
-    raise ValueError(
-        f"--captioner: no prompt of {generated.name} names clothes (`wearing a red coat`), so there is nothing to "
-        "compare images with; leave it out"
+    if not has_prompts(generated):
+        raise ValueError(
+            f"--captioner: no prompt of {generated.name} names clothes (`wearing a red coat`), so there is nothing to "
+            "compare images with; leave it out"
+        )
+
+
+def has_prompts(generated):
+    """Whether some prompt of the set names what a person wears."""
+    return "prompt" in generated.schema.names and any(
+        attributes_of(prompt or "") for table in generated.tables() for prompt in set(table["prompt"].to_pylist())
     )

@@ -17,7 +17,17 @@ UNKNOWN = {
 MAX_WORDS = 6
 GARMENTS = ("upper", "lower", "shoes", "hat", "carried")
 # What an answer that is a colour alone is about.
-THINGS = {"upper": "top", "shoes": "shoes", "hair": "hair"}
+THINGS = {"upper": "top", "lower": "trousers", "shoes": "shoes", "hair": "hair"}
+# Nouns that tell what a garment is.
+SHOES = {"shoes", "boots", "sneakers", "sandals", "slippers", "heels", "trainers", "loafers", "flip-flops"}
+LOWER = {
+    "jeans", "trousers", "pants", "shorts", "skirt", "leggings", "sweatpants", "tights", "slacks", "joggers",
+}  # fmt: skip
+HATS = {
+    "hat", "cap", "beanie", "helmet", "hood", "beret", "bandana", "headband", "headscarf", "hijab", "turban", "visor",
+    "scarf", "veil", "mask", "wig", "crown", "bonnet",
+}  # fmt: skip
+NOUNS = {"lower": LOWER, "shoes": SHOES, "hat": HATS}
 COLOURS = (
     "black", "white", "grey", "gray", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "beige",
     "dark", "light", "navy", "tan", "khaki", "striped", "colorful",
@@ -83,7 +93,7 @@ def clean(answer, key=None):
     Without a key, the verbs of all questions about things are dropped.
     """
     if key in GARMENTS:
-        answer = first_garment(answer, key)
+        answer = garment_of(answer, key)
     text = re.sub(r"(?<=\w)[’'](?=\w)", " ", answer.lower())
     text = re.sub(r"(?<=\w) - (?=\w)", "-", " ".join(re.sub(r"[^\w\s-]", " ", text).split()))
     if DOUBT.search(text):
@@ -105,10 +115,26 @@ def clean(answer, key=None):
     if key == "hat" and phrase.split()[-1:] == ["hair"]:
         return NOTHING
     # "black" hair is black hair.
-    return f"{phrase} {THINGS[key]}" if phrase in COLOURS and key in THINGS else phrase
+    is_colour = phrase and all(word in COLOURS or word == "and" for word in phrase.split())
+    return f"{phrase} {THINGS[key]}" if is_colour and key in THINGS else phrase
 
 
-def first_garment(answer, key):
+def garment_of(answer, key):
+    """The part of an answer with commas that names the garment asked for, else the whole answer."""
+    parts = re.sub(";", ",", answer).split(",")
+    nouns = [without_verb(tidy(part, 99), VERBS[key]).split()[-1:] for part in parts]
+    of_kind = [part for part, noun in zip(parts, nouns, strict=True) if NOUNS.get(key, set()).intersection(noun)]
+    if len(parts) > 1 and of_kind:
+        return of_kind[0]
+    others = set().union(*(kind for name, kind in NOUNS.items() if name != key))
+    if len(parts) > 1 and key != "carried" and others.intersection(nouns[0]):
+        # It begins with another garment.
+        rest = [part for part, noun in zip(parts, nouns, strict=True) if noun and not others.intersection(noun)]
+        return rest[0] if rest else answer
+    return first_thing(answer, key)
+
+
+def first_thing(answer, key):
     """An answer up to its first comma, if a thing of two words and more is named before: the rest names another."""
     first, comma, _ = re.sub(";", ",", answer).partition(",")
     named = clean(first, key) if comma and len(first.split()) > 1 else ""

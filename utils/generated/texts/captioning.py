@@ -76,14 +76,17 @@ class Prompts:
     def of_sequence(self, record, identity):
         """P_E of each image of the sequence, from what is said of it alone; the identity's where there is nothing.
 
-        Attributes that were edited by hand are those of every image.
+        What was edited by hand holds for every image.
         """
         answers = {image["path"]: captions.answers_of([image]) for image in record["images"]}
-        texts, nothing = [], {"attributes": {}, "caption": ""}
+        added, removed = captions.by_hand(record)
+        texts = []
         for path in identity.paths:
-            own = captions.merged(answers[path]) if path in answers and not record["text"] else nothing
-            own["attributes"] |= captions.by_hand(record)
-            text = record["identity_prompt"]
+            text, own = record["identity_prompt"], {"attributes": {}, "caption": ""}
+            if path in answers and not record["text"]:
+                own = captions.merged(answers[path])
+                attributes = own["attributes"] | added
+                own["attributes"] = {key: words for key, words in attributes.items() if key not in removed}
             if own["attributes"] or own["caption"]:
                 prompt = self.fit(captions.composed(own, self.class_prompt), identity)
                 text = captions.with_token(prompt, self.token_of(identity), self.noun)

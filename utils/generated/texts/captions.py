@@ -313,11 +313,9 @@ def edited(record, before, row, fit, identity, class_prompt=CLASS_PROMPT):
 
 
 def by_hand(record):
-    """The attributes of a record that an edit made different from what its images say."""
-    if not record.get("edit"):
-        return {}
-    seen = merged(answers_of(record["images"]))["attributes"]
-    return {key: value for key, value in record["attributes"].items() if value != seen.get(key)}
+    """({attribute: words} that a record has, attributes that it lacks) against what its images say: edits by hand."""
+    seen, own = merged(answers_of(record["images"]))["attributes"], record["attributes"]
+    return {key: value for key, value in own.items() if value != seen.get(key)}, seen.keys() - own.keys()
 
 
 def said_otherwise(row, before, fit, identity, class_prompt):
