@@ -69,6 +69,7 @@ REDRAWN = (
 )  # fmt: skip
 BOUND_BY_MEMORY = ("finetune", "use_8bit_adam", "gradient_checkpointing", "train_batch_size", "resolution")
 BOUND_BY_MEMORY += ("sample_batch_size",)
+DRAWING = ("solver", "num_inference_steps", "guidance_scale", "guidance_share")
 CHECK_EVERY = 20
 
 
@@ -145,7 +146,7 @@ def build_parser():
     )
     group.add(
         "--clothing_change",
-        type=minority,
+        type=ranges.minority,
         default=0.2,
         help="share of the images in which a garment differs from the identity's own; metadata.parquet marks them",
     )
@@ -231,10 +232,6 @@ def build_parser():
     return parser
 
 
-def minority(text):
-    return ranges.number(text, float, lambda value: 0 <= value < 0.5, "0 or more, and below 0.5")
-
-
 def parse_args(input_args=None):
     parser = build_parser()
     args = parser.parse(input_args)
@@ -252,8 +249,7 @@ def draw_fast(parser, args):
     The untouched model draws reference images as without the LoRA: flags of the few-step LoRA are not for it.
     """
     recipe = RECIPES.get(args.recipe, {})
-    names = ("solver", "num_inference_steps", "guidance_scale", "guidance_share")
-    args.reference_drawing = {name: recipe.get(name, parser.get_default(name)) for name in names}
+    args.reference_drawing = {name: recipe.get(name, parser.get_default(name)) for name in DRAWING}
     usual = usual_drawing(args.fast_lora)
     usual = {name: value for name, value in usual.items() if args.origin[name] != "flag"}
     vars(args).update(usual)
@@ -304,19 +300,18 @@ if __name__ == "__main__":
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
-from transformers import T5EncoderModel
 
 from utils import launch
 from utils.datasets.identities import chosen_identities, open_identities
 from utils.diffusion.checkpoint import read_config
 from utils.diffusion.families import family_of
-from utils.diffusion.families.settings import fitted, said_of_word
+from utils.diffusion.families.settings import check_steps, clip_tokenizers, fitted, said_of_word
 from utils.diffusion.families.texts import load_tokenizer
 from utils.diffusion.fast_lora import read_fast_lora
 from utils.diffusion.person_masks import check_mask_model
 from utils.diffusion.text_to_image import what_saves_memory
 from utils.diffusion.tuning import Batches, open_tunable, posteriors_of
-from utils.files import one_line, portable
+from utils.files import portable
 from utils.generated import made_set
 from utils.generated.drawing import Drawing, check_adapters, check_kept, check_origin
 from utils.generated.measures import Measures, check_measures
@@ -497,7 +492,7 @@ def main(args):
     accelerator.wait_for_everyone()
     failures = {}
     if accelerator.is_main_process:
-        wanted = None if args.merge else wanted_of(args)
+        wanted = None if args.merge else {"num_images": args.num_images, "adds": args.redraw}
         options = {"captions_only": args.captions_only, "wanted": wanted, "push": args.push_to_hub}
         failures = made_set.finish(work, identities, args.validation_ids, **options, repository=args.hub_dataset_id)
     accelerator.end_training()
@@ -513,8 +508,6 @@ def check_inputs(args, everyone, identities, say):
     network = read_config(name, family.PART, args.revision)
     changed, lines = fitted(family, network, vars(args), given)
     vars(args).update(changed)
-    for line in lines:
-        say(line)
     if any(side % multiple for side in args.resolution):
         raise ValueError(f"--resolution must be multiples of {multiple} for this model: {args.resolution}")
     if args.prompts:
@@ -532,26 +525,13 @@ def check_inputs(args, everyone, identities, say):
         launch.bitsandbytes_module("--base_bits")
     if args.use_8bit_adam:
         build_optimizer([nn.Parameter(torch.zeros(1))], "adamw", learning_rate=1.0, use_8bit=args.use_8bit_adam)
-    check_solvers(args, family, read_config(name, "scheduler", args.revision))
-    # T5 splits rare words anyway.
-    parts = [part for part, _, encoder in family.TEXTS if encoder is not T5EncoderModel]
-    tokenizers = [load_tokenizer(name, args.revision, part) for part in parts]
-    token = args.identity_token.replace("{pid}", f"{identities[0].pid:04d}")
-    if not is_new(token) and (words := said_of_word(token, tokenizers)):
-        say(words)
-    return rows, tokenizers[0]
-
-
-def check_solvers(args, family, config):
-    """ValueError for more steps than a solver takes."""
     for of_references in (False, True):
         drawing = sampling(args, of_references=of_references)
-        try:
-            # Of any size of latents.
-            family.prepared_solver(drawing["solver"], config, drawing["steps"], (16, 64, 32))
-        except ValueError as error:
-            words = f"--solver {drawing['solver']} --num_inference_steps {drawing['steps']}"
-            raise ValueError(f"{words}: {one_line(error)}") from error
+        check_steps(family, read_config(name, "scheduler", args.revision), drawing["solver"], drawing["steps"])
+    token = args.identity_token.replace("{pid}", f"{identities[0].pid:04d}")
+    for line in filter(None, [*lines, said_of_word(token, clip_tokenizers(family, name, args.revision))]):
+        say(line)
+    return rows, load_tokenizer(name, args.revision)
 
 
 def write_settings(args, work, lists):
@@ -584,11 +564,9 @@ def work_on(args, accelerator, identities, work, progress, prompts, rows):
         made_with={name: portable(getattr(args, name)) for name in CAPTIONING},
         load_captioner=lambda: load_captioner(args, accelerator.device),
     )
-    missing = [
-        identity
-        for identity in own_share
-        if identity.name in records and made_set.is_missing(work, records[identity.name], **wanted_of(args))
-    ]
+    wanted = {"num_images": args.num_images, "adds": args.redraw}
+    captioned = [identity for identity in own_share if identity.name in records]
+    missing = [one for one in captioned if made_set.is_missing(work, records[one.name], **wanted)]
     if args.captions_only or not missing:
         return
     if not args.redraw:
@@ -605,11 +583,6 @@ def work_on(args, accelerator, identities, work, progress, prompts, rows):
         inputs = (args, identity, records[identity.name], work, progress, prompts, tunable, measures)
         if made_set.attempt(work, progress, identity.name, lean, make, *inputs):
             progress.finished(identity.name)
-
-
-def wanted_of(args):
-    """What an identity is to have, as arguments of `made_set.is_missing`."""
-    return {"num_images": args.num_images, "adds": args.redraw}
 
 
 def load_captioner(args, device):

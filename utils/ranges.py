@@ -55,6 +55,10 @@ def share(text):
     return number(text, float, lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 
+def minority(text):
+    return number(text, float, lambda value: 0 <= value < 0.5, "0 or more, and below 0.5")
+
+
 def below_one(text):
     return number(text, float, lambda value: 0 <= value < 1, "between 0 and 1, and below 1")
 

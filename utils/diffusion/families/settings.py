@@ -1,7 +1,11 @@
 """Settings of generation that depend on the family of the model."""
 
+from transformers import T5EncoderModel
+
 from utils.diffusion.families import sdxl, stable_diffusion
 from utils.diffusion.families.solvers import FLOW_EULER
+from utils.diffusion.families.texts import load_tokenizer
+from utils.files import one_line
 
 RARE_WORD = "sks"
 
@@ -68,8 +72,25 @@ def fitted(family, network, settings, given):
     return changed, lines
 
 
+def check_steps(family, config, solver, steps):
+    """ValueError for more steps than a solver takes."""
+    try:
+        # The size of the latents makes no difference.
+        family.prepared_solver(solver, config, steps, (16, 64, 32))
+    except ValueError as error:
+        raise ValueError(f"--solver {solver} --num_inference_steps {steps}: {one_line(error)}") from error
+
+
+def clip_tokenizers(family, name, revision):
+    """The tokenizers of the CLIP text encoders: T5's splits rare words anyway."""
+    parts = [part for part, _, encoder in family.TEXTS if encoder is not T5EncoderModel]
+    return [load_tokenizer(name, revision, part) for part in parts]
+
+
 def said_of_word(word, tokenizers):
-    """A line if the rare word is several tokens of a tokenizer, else None."""
+    """A line if the rare word is several tokens of a tokenizer, else None; a new token is one."""
+    if word.startswith("<") and word.endswith(">"):
+        return None
     counts = [len(tokenizer(word, add_special_tokens=False).input_ids) for tokenizer in tokenizers]
     if max(counts) == 1:
         return None
