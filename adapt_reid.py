@@ -50,7 +50,16 @@ and XBM where the authors do, and `--norm_group` to the images of one of their G
 published ones are of the epoch that was best on the test images.
 """
 
-from methods.settings import JACCARD, METHODS, NAMES, RECIPES, add_flags, check_stages, named_method
+from methods.settings import (
+    JACCARD,
+    METHODS,
+    NAMES,
+    RECIPES,
+    add_flags,
+    check_reid_training,
+    check_stages,
+    named_method,
+)
 from utils import flags
 from utils.flags import CLIP_DIR
 from utils.ranges import at_least, fraction
@@ -199,7 +208,7 @@ def check_args(parser, args):
     if args.images_per_id < 2:
         parser.error(f"--images_per_id must be 2 or more, got {args.images_per_id}")
     check_stages(parser, args)
-    flags.check_reid_training(parser, args)
+    check_reid_training(parser, args)
 
 
 if __name__ == "__main__":
@@ -223,12 +232,10 @@ from methods.pplr import PPLR
 from methods.spcl import SpCL
 from methods.unrn import UNRN
 from utils import launch
-from utils.batches.augmentation import view_transform
+from utils.batches.augmentation import training_loader, view_transform
 from utils.batches.pseudo_batches import PseudoBatches, of_other_cameras
-from utils.batches.transforms import training_loader
 from utils.datasets.load import digest_of, open_source
-from utils.datasets.schema import without_names
-from utils.datasets.unlabelled import open_unlabelled
+from utils.datasets.unlabelled import open_unlabelled, without_names
 from utils.evaluation.features import extract
 from utils.evaluation.groups.clusters import NOISE, agreement
 from utils.evaluation.targets import open_targets

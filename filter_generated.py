@@ -465,6 +465,7 @@ def main(args):
         sys.stdout.reconfigure(line_buffering=True)
     # The precision determines the scores: accelerate's default is read here, before accelerate is imported.
     args.mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    args.mixed_precision = launch.precision_here(args.mixed_precision)
     # The processes join only to score, or when one draws the images of the demo.
     is_main_process = int(os.environ.get("RANK", 0)) == 0
     print_once = print if is_main_process else lambda *_: None

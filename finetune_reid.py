@@ -50,6 +50,7 @@ import math
 
 from methods import generalisation
 from methods.generalisation import EPOCH_COSINE, META, METABIN
+from methods.settings import check_reid_training
 from utils import flags, ranges
 from utils.flags import CLIP_DIR, RESNET_DIR
 from utils.ranges import above_zero, at_least, fraction, not_negative
@@ -266,7 +267,7 @@ def check_args(parser, args):
         )
     if args.triplet == "weighted" and args.margin != SOFT:
         parser.error(f"--margin {args.margin} is of --triplet hard; the weighted one has none, use --margin soft")
-    flags.check_reid_training(parser, args)
+    check_reid_training(parser, args)
     if args.lr_scheduler == DELAYED_COSINE and args.lr_delay_epochs >= args.num_train_epochs:
         parser.error(
             f"--lr_delay_epochs {args.lr_delay_epochs} leaves no epoch of {args.num_train_epochs} for the cosine"
@@ -289,9 +290,8 @@ from torch import nn
 from methods.meta import DomainBatches, Meta, cosine_after_warmup
 from methods.metabin import BIAS_RATE, MetaBatches, balance
 from utils import launch
-from utils.batches.augmentation import AutoAugmentTransform
+from utils.batches.augmentation import AutoAugmentTransform, training_loader
 from utils.batches.samplers import IdentitySampler
-from utils.batches.transforms import training_loader
 from utils.datasets.load import digest_of, labels_of, subset
 from utils.evaluation.targets import open_sets
 from utils.files import portable

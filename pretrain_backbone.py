@@ -208,7 +208,6 @@ from accelerate.utils import DistributedType, send_to_device, set_seed
 from huggingface_hub import HfApi
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
 
 from methods.dino import SelfDistillation
 from methods.solider import Solider, drawn
@@ -218,7 +217,7 @@ from utils.batches.device_augmentation import BatchAugmentation, OnDevice
 from utils.batches.mixing import Mixing, mix_images, mixed_loss
 from utils.batches.shuffled import ShuffleSampler
 from utils.batches.streaming import StreamedImages, StreamLoader, open_stream
-from utils.batches.transforms import ReIDImages
+from utils.batches.transforms import ReIDImages, loader_of
 from utils.datasets.load import digest_of, labels_of, subset
 from utils.datasets.unlabelled import open_either
 from utils.evaluation.targets import open_targets
@@ -307,9 +306,7 @@ def main(args):
     transform = augment.draw if augment else transform
     workers = {"num_workers": args.dataloader_num_workers, "pin_memory": accelerator.device.type == "cuda"}
     if stream is None:
-        images = ReIDImages(train, transform, labels.tolist())
-        keep = args.dataloader_num_workers > 0
-        loader = DataLoader(images, batch_sampler=sampler, persistent_workers=keep, **workers)
+        loader = loader_of(ReIDImages(train, transform, labels.tolist()), sampler, **workers)
     else:
         drawn = {
             "batch_size": batch_size // share[1],

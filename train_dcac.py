@@ -52,7 +52,7 @@ PUBLISHED = {
     "memory_temperature": 0.01, "train_batch_size": 64, "images_per_id": 4, "num_train_epochs": 60,
     "learning_rate": 5e-6, "lr_warmup_epochs": 10, "lr_milestones": [30, 50], "mixed_precision": "fp16",
     "variant": "non_ema", "single_image_ids": "repeat", "eval_every": 10, "log_every": 10,
-    "checkpointing_steps": 1000, "dataloader_num_workers": 8,
+    "checkpointing_steps": 1000, "dataloader_num_workers": 8, "test_resample": "bilinear",
 }  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def parse_args(input_args=None):
     args.demo = args.source is None and args.target is None
     # A recipe's target is that of its source.
     if args.origin["source"] == "flag" and args.origin["target"] != "flag":
-        args.target = None
+        args.target, args.origin["target"] = None, "default"
     if args.demo:
         args.target = DEMO_TARGETS
         if args.origin["dataloader_num_workers"] == "default":
@@ -178,6 +178,8 @@ def parse_args(input_args=None):
     muva.settle(args)
     check_args(parser, args)
     args.notes = parser.notes(args)
+    if args.diffusion == "none":
+        args.ldm_balance = None
     return args
 
 
@@ -191,8 +193,6 @@ def check_args(parser, args):
         parser.error("--enable_xformers_memory_efficient_attention is of the U-Net, and --diffusion none has none")
     if args.diffusion == "ldm":
         check_feedback(parser, args)
-    else:
-        args.ldm_balance = None
 
 
 def check_feedback(parser, args):

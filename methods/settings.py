@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from utils.flags import check_optimizer
 from utils.ranges import above_zero, at_least, below_one, fraction, not_negative
 
 # The first of a setting is its default.
@@ -336,3 +337,14 @@ def check_stages(parser, args):
         words += f" and {args.rounds - 1} rounds of --round_epochs {args.round_epochs}"
     if before >= args.num_train_epochs:
         parser.error(f"{words} are all of --num_train_epochs {args.num_train_epochs}: give more than {before}")
+
+
+def check_reid_training(parser, args):
+    """What is wrong in any training whose losses look at whole batches."""
+    check_optimizer(parser, args)
+    if args.gradient_accumulation_steps != 1:
+        parser.error(
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} cannot be: BatchNorm, triplets and "
+            "memory look at a whole batch at once; for less memory use --gradient_checkpointing, --mixed_precision or "
+            "more processes"
+        )

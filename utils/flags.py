@@ -327,14 +327,3 @@ def add_upload(group, uploaded, repository="--hub_model_id", **options):
 def check_optimizer(parser, args):
     if args.use_8bit_adam and args.optimizer == "sgd":
         parser.error("--use_8bit_adam goes with --optimizer adam or adamw, not sgd")
-
-
-def check_reid_training(parser, args):
-    """What is wrong in any training whose losses look at whole batches."""
-    check_optimizer(parser, args)
-    if args.gradient_accumulation_steps != 1:
-        parser.error(
-            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} cannot be: BatchNorm, triplets and "
-            "memory look at a whole batch at once; for less memory use --gradient_checkpointing, --mixed_precision or "
-            "more processes"
-        )

@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import platform
+import signal
 import sys
 from contextlib import nullcontext
 from datetime import timedelta
@@ -112,14 +113,13 @@ def start_accelerator(mixed_precision=None, *, patient=False, handlers=(), **opt
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)
     # Without `cpu`, accelerate treats torchrun's processes on a machine without a GPU as separate single processes.
-    # Apple's GPUs do not know float64, which measurements need.
-    options = {"cpu": not torch.accelerator.is_available() or torch.backends.mps.is_available()} | options
-    if not torch.accelerator.is_available() and asked_for_fp16(mixed_precision):
-        print("fp16 needs a GPU, as a CPU has no loss scale there: computing in float32")
-        mixed_precision = "no"
+    options = {"cpu": on_cpu()} | options
     if patient:
         handlers = [*handlers, InitProcessGroupKwargs(timeout=timedelta(days=365))]
-    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=list(handlers), **options)
+    here = precision_here(mixed_precision)
+    accelerator = Accelerator(mixed_precision=here, kwargs_handlers=list(handlers), **options)
+    if here != mixed_precision:
+        accelerator.print("fp16 needs a GPU, as a CPU has no loss scale there: computing in float32")
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)
         keep_freed_memory()
@@ -129,8 +129,20 @@ def start_accelerator(mixed_precision=None, *, patient=False, handlers=(), **opt
     return accelerator
 
 
-def asked_for_fp16(mixed_precision):
-    return (mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16"
+def on_cpu():
+    """Whether there is no GPU to compute on; Apple's do not know float64, which measurements need."""
+    return not torch.accelerator.is_available() or torch.backends.mps.is_available()
+
+
+def precision_here(mixed_precision):
+    """The precision asked for, "no" in place of fp16 on a CPU; None leaves it to accelerate."""
+    asked = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    return "no" if asked == "fp16" and on_cpu() else mixed_precision
+
+
+def leave_interrupts(worker):
+    """For the workers of a loader: Ctrl-C, which all processes of a terminal get, is for the script."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def start_training(args, *, find_unused_parameters=False, max_zero_stage=2, fsdp=False):
@@ -141,7 +153,7 @@ def start_training(args, *, find_unused_parameters=False, max_zero_stage=2, fsdp
     from accelerate import DistributedDataParallelKwargs, PartialState
     from accelerate.utils import DistributedType
 
-    cpu, settings = not torch.accelerator.is_available(), None
+    cpu, settings = on_cpu(), None
     if asked("ACCELERATE_USE_FSDP"):
         from utils.sharding import fsdp_settings
 

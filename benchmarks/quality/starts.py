@@ -138,7 +138,7 @@ def kept_source(args):
     if name != "synthetic":
         return args.source
     if not folder.exists():
-        folder.parent.mkdir(exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         save(load_reid(name, **options), folder)
     return str(folder)
 

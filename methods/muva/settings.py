@@ -129,7 +129,7 @@ def settle(args):
         vars(args).update({name: value for name, value in values.items() if args.origin[name] == "default"})
         if args.muva_stage == "prompts":
             # Nothing is denoised.
-            args.diffusion = "none"
+            args.diffusion, args.origin["diffusion"] = "none", "default"
 
 
 def check_args(parser, args):

@@ -78,7 +78,6 @@ def test_similarity_is_the_cosine(model):
         (np.zeros((4, 4, 3), np.float32), "array of float32"),
         (torch.zeros(3, 9, 9), r"\(3, 9, 9\), and this model takes \(3, 48, 24\)"),
         (torch.zeros(9, 9, 3, dtype=torch.uint8), "tensor of torch.uint8"),
-        (torch.rand(3, 48, 24), "its values lie in 0..1: normalise it"),
         (7, "it is a int"),
         ("damaged", "cannot be read"),
     ],
@@ -91,6 +90,14 @@ def test_what_is_no_image_is_refused_with_its_number(model, tmp_path, image, mes
         model.extract([pictures(1)[0], image])
     with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
         model.extract(pictures(1), batch_size=0)
+
+
+def test_a_tensor_that_may_not_be_normalised_is_said(model):
+    """A bright picture lies in 0..1 after it is normalised by 0.5 and 0.5: its features are given."""
+    bright = torch.rand(3, 48, 24)
+    with pytest.warns(UserWarning, match="image 0: its values lie in 0..1. If it is not normalised yet"):
+        features = model.extract([bright])
+    assert features.shape == (1, model.num_features)
 
 
 def test_a_model_opened_for_evaluation_has_its_convolutions_in_channels_last(tmp_path):

@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import resource
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -253,19 +254,37 @@ def test_a_state_comes_back(tmp_path, accelerator):
 
 
 def test_moved_folders_and_new_flags_are_no_difference(tmp_path, accelerator):
-    given = {"source": ["/data/people", "market1501"], "backbone": "/here/clip"}
+    for place in ("data", "here"):
+        (tmp_path / place / "people").mkdir(parents=True)
+        (tmp_path / place / "clip").mkdir()
+    places = {"source": [f"{tmp_path}/data/people", "market1501"], "target": [f"{tmp_path}/data/people:holdout=0.3"]}
+    given = places | {"backbone": f"{tmp_path}/here/clip"}
     _, state = opened(arguments(tmp_path, resume_from_checkpoint=None, **given))
     model, optimizer = build(accelerator, seed=0)
-    save_checkpoint(tmp_path, 4, state | {"step": 4}, model, optimizer, accelerator=accelerator)
-    now = {"source": ["/mnt/people", "market1501"], "backbone": "/there/clip", "later": 3}
-    assert opened(arguments(tmp_path, **now, origin={"later": "default"}))[0] is not None
+    history = [{"epoch": 0, "target": given["target"][0]}, {"epoch": 0, "target": "market1501"}]
+    save_checkpoint(tmp_path, 4, state | {"step": 4, "history": history}, model, optimizer, accelerator=accelerator)
+    now = {name: [one.replace("/data/", "/mnt/") for one in words] for name, words in places.items()}
+    now |= {"backbone": f"{tmp_path}/there/clip", "later": 3, "origin": {"later": "default"}}
+    # Two folders of one name that are both there are two: nothing moved.
+    for place in ("mnt", "there"):
+        shutil.copytree(tmp_path / "data", tmp_path / place)
+    for name in ("source", "target", "backbone"):
+        with pytest.raises(ValueError, match=f"{name} was"):
+            opened(arguments(tmp_path, **given | {name: now[name]}))
+    for place in ("data", "here"):
+        shutil.rmtree(tmp_path / place)
+    found, again = opened(arguments(tmp_path, **now))
+    assert found is not None
+    assert [entry["target"] for entry in again["history"]] == [now["target"][0], "market1501"]
     for change, words in (
         ({"later": 3, "origin": {"later": "flag"}}, "later was None, is 3"),
-        ({"backbone": "/there/other"}, "backbone was '/here/clip', is '/there/other'"),
-        ({"source": ["/mnt/people:holdout=0.3", "market1501"]}, "source was"),
+        ({"backbone": "/there/other"}, "backbone was '.*clip', is '/there/other'"),
+        ({"source": [f"{now['source'][0]}:holdout=0.3", "market1501"]}, "source was"),
+        # Neither of these is on the disk.
+        ({"source": [f"{now['source'][0]}", "other/market1501"]}, "source was"),
     ):
         with pytest.raises(ValueError, match=words):
-            opened(arguments(tmp_path, **given | change))
+            opened(arguments(tmp_path, **now | change))
 
 
 def test_changed_arguments_are_named(tmp_path, accelerator):

@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torchvision.transforms import v2
 
-from utils.batches.transforms import HALF, TestTransform, TrainTransform, to_tensor
+from utils.batches.transforms import (
+    HALF,
+    ReIDImages,
+    TestTransform,
+    TrainTransform,
+    loader_of,
+    to_tensor,
+    train_transform,
+)
 
 # Range of the shares of the width that noise covers on each side; the person is in the middle.
 SIDES = (0.1, 0.35)
@@ -244,3 +252,13 @@ def coarser(images, generator):
         reduced = F.interpolate(images[place : place + 1], size=small, mode="bilinear", antialias=True)
         images[place] = F.interpolate(reduced, size=size, mode="bilinear")[0]
     return images
+
+
+def training_loader(
+    model, dataset, labels, sampler, *, padding=10, erasing=0.5, num_workers=0, pin_memory=False, transform=None
+):
+    """A loader of augmented batches, resized and normalised for a model; `sampler` yields (row, key) pairs."""
+    transform = transform or train_transform(
+        model.image_size, model.image_mean, model.image_std, padding=padding, erasing=erasing
+    )
+    return loader_of(ReIDImages(dataset, transform, labels), sampler, num_workers, pin_memory)

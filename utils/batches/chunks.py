@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from utils import synthetic
 from utils.datasets.images import DRAWN, TARRED, storage_of
+from utils.launch import leave_interrupts
 
 CHUNK_BATCHES = 8
 DRAWING = Path(synthetic.__file__).parent
@@ -67,6 +68,7 @@ def computed_in_chunks(pictures, chunks, compute, *, accelerator, batch_size, nu
         pictures,
         batch_sampler=[[*rows, *rows[-1:] * (batch_size - len(rows))] for rows in map(list, batches)],
         num_workers=num_workers if batches else 0,
+        worker_init_fn=leave_interrupts,
         pin_memory=accelerator.device.type == "cuda",
     )
     stream = iter(loader)

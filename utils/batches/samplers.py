@@ -65,7 +65,8 @@ class IdentitySampler(KeyedBatches):
             raise ValueError(
                 f"a batch needs {self.ids_per_batch} identities ({batch_size} images, {images_per_id} of each), "
                 f"but there are only {len(numbers)}: lower --train_batch_size, to at most "
-                f"{len(numbers) * images_per_id // num_processes}, or raise --images_per_id"
+                f"{len(numbers) * images_per_id} images in all processes and accumulated batches together, or raise "
+                "--images_per_id"
             )
         self.numbers = [numbers[label] for label in sorted(numbers)]
 

@@ -12,6 +12,7 @@ import datasets
 import torch
 
 from utils.datasets.images import PersonImage
+from utils.launch import leave_interrupts
 
 COLUMNS = ("pid", "domain", "path")
 ROWS_AT_ONCE = 100
@@ -76,7 +77,11 @@ class StreamLoader:
     def __init__(self, images, steps_an_epoch, *, num_workers=0, pin_memory=False):
         self.images, self.steps = images, steps_an_epoch
         self.loader = torch.utils.data.DataLoader(
-            images, batch_size=None, num_workers=num_workers, pin_memory=pin_memory
+            images,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            worker_init_fn=leave_interrupts,
         )
 
     def set_epoch(self, epoch, done=0):

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from utils.launch import leave_interrupts
+
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 HALF = (0.5, 0.5, 0.5)
 
@@ -154,17 +156,8 @@ class TransformedImages(torch.utils.data.Dataset):
         return self.transform(self.dataset[row]["image"])
 
 
-def training_loader(
-    model, dataset, labels, sampler, *, padding=10, erasing=0.5, num_workers=0, pin_memory=False, transform=None
-):
-    """A loader of augmented batches, resized and normalised for a model; `sampler` yields (row, key) pairs."""
-    transform = transform or train_transform(
-        model.image_size, model.image_mean, model.image_std, padding=padding, erasing=erasing
-    )
-    return loader_of(ReIDImages(dataset, transform, labels), sampler, num_workers, pin_memory)
-
-
 def loader_of(images, sampler, num_workers=0, pin_memory=False, **options):
     """A loader whose processes stay from epoch to epoch."""
     options |= {"num_workers": num_workers, "pin_memory": pin_memory, "persistent_workers": num_workers > 0}
+    options["worker_init_fn"] = leave_interrupts
     return torch.utils.data.DataLoader(images, batch_sampler=sampler, **options)

@@ -63,13 +63,6 @@ def names_of(dataset, column):
     return getattr(dataset.features[column], "names", None)
 
 
-def without_names(dataset):
-    """The same numbers without their names, as it is needed to join data sets with different names."""
-    for column in ("pid", "camid"):
-        dataset = put(dataset, column, storage_of(dataset, column).combine_chunks())
-    return dataset
-
-
 @functools.lru_cache(maxsize=256)
 def warn_once(message):
     """A set may be opened several times in a run."""

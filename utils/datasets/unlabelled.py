@@ -7,12 +7,12 @@ import datasets
 import numpy as np
 import torch
 
-from utils.datasets.images import check_images
+from utils.datasets.images import check_images, storage_of
 from utils.datasets.load import known_names, labels_of, load_reid, open_source, parse_spec
 from utils.datasets.own.folders import camera_of_folder
 from utils.datasets.own.labels import MissingColumn
 from utils.datasets.own.tables import is_table
-from utils.datasets.schema import ENDINGS, SPLITS, UNKNOWN, Row, features, listing, rows_to_dataset, without_names
+from utils.datasets.schema import ENDINGS, SPLITS, UNKNOWN, Row, features, listing, put, rows_to_dataset
 from utils.datasets.search_folders import camera_of, levels_of
 
 
@@ -132,3 +132,10 @@ def read_images(folder, domain):
     cameras = cameras if UNKNOWN not in cameras else [0] * len(paths)
     rows = [Row(path, 0, camera) for path, camera in zip(paths, cameras, strict=True)]
     return rows_to_dataset(rows, folder, os.path.basename(domain.rstrip("/")), "train")
+
+
+def without_names(dataset):
+    """The same numbers without their names, as it is needed to join data sets with different names."""
+    for column in ("pid", "camid"):
+        dataset = put(dataset, column, storage_of(dataset, column).combine_chunks())
+    return dataset

@@ -1,6 +1,7 @@
 """Features of images as people have them: paths, PIL images, arrays or tensors; in the batches of `batches.chunks`."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +60,12 @@ class Prepared(torch.utils.data.Dataset):
             if tuple(image.shape) != (3, *self.size):
                 refuse(f"its shape is {tuple(image.shape)}, and this model takes (3, {self.size[0]}, {self.size[1]})")
             if image.min() >= 0 and image.max() <= 1:
-                refuse("its values lie in 0..1: normalise it by the model's image_mean and image_std, or give uint8")
+                # A bright image may lie there after it is normalised.
+                warnings.warn(
+                    f"image {number}: its values lie in 0..1. If it is not normalised yet, do so by the model's "
+                    "image_mean and image_std, or give uint8",
+                    stacklevel=2,
+                )
             return image.detach().float().cpu()
         shape = tuple(getattr(image, "shape", ()))
         if isinstance(image, torch.Tensor):

@@ -99,12 +99,13 @@ def open_state(args, script, *, effective_batch_size, data, free, precision=None
     check_arguments(path, state["arguments"], arguments, free)
     before = state.setdefault("precision", precision)
     if before != precision:
-        raise ValueError(
-            f"{path} was trained in precision {before}, accelerate's setting is {precision}: give "
-            f"--mixed_precision {before}"
+        advice = (
+            "continue on a GPU" if arguments.get("mixed_precision") == before else f"give --mixed_precision {before}"
         )
+        raise ValueError(f"{path} was trained in precision {before}, accelerate's setting is {precision}: {advice}")
     say(f"Resuming from {path}, step {state['step']}")
-    return path, state | {"arguments": arguments}
+    history = renamed(state["history"], state["arguments"], arguments)
+    return path, state | {"arguments": arguments, "history": history}
 
 
 def unfinished(folder):
@@ -118,7 +119,7 @@ def check_arguments(path, before, now, free):
     """ValueError naming the arguments that differ from the checkpoint's; those in `free` may.
 
     A flag that the checkpoint does not know was not there yet: its default is no difference. Nor is another place of
-    the same images, models or files.
+    images, models or files that have moved.
     """
     origin, same_images = now.get("origin") or {}, before.get("data") == now.get("data")
 
@@ -126,9 +127,10 @@ def check_arguments(path, before, now, free):
         old, new = before.get(name), now.get(name)
         if old == new or (name not in before and origin.get(name) == "default"):
             return False
-        if name in ("source", "target") and same_images:
-            return last_words(old) != last_words(new)
-        return not (isinstance(old, str) and isinstance(new, str) and moved(old, new))
+        if name in ("source", "target") and not same_images:
+            return True
+        old, new = (value if isinstance(value, list) else [value] for value in (old, new))
+        return len(old) != len(new) or not all(map(same_or_moved, old, new))
 
     names = [name for name in {**before, **now} if name not in free and differs(name)]
     if names:
@@ -142,14 +144,22 @@ def check_arguments(path, before, now, free):
         raise ValueError(f"{path} belongs to a run with other arguments: {listed}. Give the same")
 
 
-def moved(old, new):
-    """Whether two paths may be of the same thing in two places."""
-    return os.path.isabs(old) and os.path.isabs(new) and Path(old).name == Path(new).name
+def same_or_moved(old, new):
+    """Whether values are equal, or paths, also of data sets, of one name and options, and only the new is there."""
+    if old == new or not (isinstance(old, str) and isinstance(new, str)):
+        return old == new
+    (old, *old_options), (new, *new_options) = (name.split(":") for name in (old, new))
+    alike = Path(old).name == Path(new).name and old_options == new_options
+    return alike and not os.path.exists(old) and os.path.exists(new)
 
 
-def last_words(specs):
-    """The last names of the paths of data sets, with their options."""
-    return [str(spec).rstrip("/").rpartition("/")[2] for spec in specs or ()]
+def renamed(history, before, now):
+    """The measurements of a training under the names that its sources and targets have now."""
+    old, new = ([*(one.get("source") or ()), *(one.get("target") or ())] for one in (before, now))
+    places = {str(one).split(":")[0]: str(other).split(":")[0] for one, other in zip(old, new, strict=False)}
+    named = [entry["target"].partition(":") for entry in history]
+    names = ["".join((places.get(place, place), *options)) for place, *options in named]
+    return [entry | {"target": name} for entry, name in zip(history, names, strict=True)]
 
 
 def save_checkpoint(output_dir, step, state, model, optimizer, *, accelerator, limit=None):

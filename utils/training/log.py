@@ -104,6 +104,8 @@ class StopSignal:
     def receive(self, number, frame):
         if number == signal.SIGINT:
             signal.signal(number, self.before[number])
+            # `print` is not to be called in the middle of a print.
+            os.write(2, b"\nCtrl-C: a checkpoint is written after the next step; once more to stop at once\n")
         self.received = number
 
     @property

@@ -12,6 +12,7 @@ return training.end(report)
 """
 
 import random
+import shlex
 import signal
 from pathlib import Path
 
@@ -118,7 +119,8 @@ class Training:
             self.rows, expected = batch["indices"], self.step + 1
             yield batch
             assert self.step == expected, "every batch needs one call of training.log(values)"
-            if self.written and self.signal.asked(self.accelerator):
+            # Processes have to ask at the same places.
+            if (self.written or self.accelerator.num_processes == 1) and self.signal.asked(self.accelerator):
                 self.stopped_at = self.save()
                 return
             if self.is_cut:
@@ -239,11 +241,11 @@ class Training:
                     print(text_table(["target", "number", "before", "after", "points"], before_and_after(history)))
                 print(f"Results: {output_dir}; open {output_dir / 'report.html'}")
                 if (model := output_dir / "model").is_dir():
+                    model = shlex.quote(str(model))
                     print(f"Search: python evaluate.py --model {model} --query_dir DIR --gallery_dir DIR")
                     if spec := next((entry["target"] for entry in history if "holdout=" in entry["target"]), None):
-                        print(
-                            f"Decide, by those held out: python evaluate.py --model {model} --data {spec} --calibrate"
-                        )
+                        words = f"--model {model} --data {shlex.quote(spec)} --calibrate"
+                        print(f"Decide, by those held out: python evaluate.py {words}")
                 if args.push_to_hub:
                     print(f"Uploaded: {upload(args.hub_model_id or output_dir.resolve().name)}")
         accelerator.end_training()

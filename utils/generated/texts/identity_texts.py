@@ -121,6 +121,7 @@ def texts_from(path, identities, specs):
             f"one{said}; {MADE_BY.format(specs)}"
         )
     seen = images_seen(path)
+    # Of some, the file may not say it.
     known = [identity for identity in identities if captions.row_of(seen, identity)]
     if known and not any(captions.row_of(seen, identity) & set(identity.paths) for identity in known):
         raise ValueError(
@@ -135,7 +136,8 @@ def images_seen(path):
     seen = {}
     for row in captions.read_rows(Path(path)):
         images = row.get("images")
-        names = {str(image.get("path")) for image in images} if isinstance(images, list) else set()
+        images = images if isinstance(images, list) else []
+        names = {str(image["path"]) for image in images if isinstance(image, dict) and image.get("path")}
         seen[row.get("domain") or None, int(row["pid"])] = names
     return seen
 
