@@ -343,8 +343,8 @@ def main(args):
         ):
             # A date and a camera in a name look like an identity and a camera.
             lines.append(
-                f"Names were read as identities and cameras: {count:,} gallery images of a query's own identity and "
-                "camera are left out of its list; --protocol all keeps them"
+                f"Names were read as identities and cameras: {count:,} pairs of a query and a gallery image of its "
+                "own identity and camera are left out; --protocol all keeps them"
             )
         if args.calibrate:
             write_calibration(findings.calibration, args.model)
@@ -378,6 +378,8 @@ def query_and_gallery(args, choice):
     data, name, common = open_spec(
         args.data, args.data_root, {"skip_unreadable": args.skip_unreadable}, choice, own_camera
     )
+    if kept := [name for name in ("image_fraction", "identity_fraction") if common.get(name) is not None]:
+        raise ValueError(f"--data {args.data}: {kept[0]} is of training images, and has no effect here; leave it out")
     if not {"query", "gallery"} <= set(data):
         data = hold_out(data, 1, 0, args.data, own_camera)
     # It may stand in the spec.
@@ -465,7 +467,7 @@ def search_kept(args, accelerator):
         skipped += add_new(index, images, args.gallery_dir, extract_all, accelerator=accelerator, **reading)
     features = extract_all(queries, args.output_dir)
     forget_chunks(args.output_dir)
-    *pair, copies = sides_of(features, rows_of(queries), index)
+    *pair, copies = sides_of(features, rows_of(queries, index), index)
     return model, calibration, [pair], [copies], [f"{path}: {reason}" for _, path, reason in skipped]
 
 

@@ -129,8 +129,10 @@ def chain():
 
 def own_folder():
     """What is typed in each step of the third chain, without what it takes to resume it."""
-    rows = []
-    for one in read("chain")["raw"]["chains"]["own-folder"]:
+    rows, chains = [], read("chain")["raw"]["chains"]
+    if "own-folder" not in chains:
+        raise ValueError("chain.json has no chain of an own folder: python -m benchmarks.robustness.chain runs all")
+    for one in chains["own-folder"]:
         command = one["command"].removesuffix(" --resume_from_checkpoint latest")
         rows.append([one["step"], f"`{command}`", f"{one['cpu_seconds']:.0f} s", one["outcome"]])
     return markdown_table(["step", "what was typed", "processor", "came out"], rows, words=4)
@@ -286,4 +288,7 @@ def main(input_args=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"benchmarks.tables: {error}")

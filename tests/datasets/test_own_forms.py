@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 import tarfile
 
 import datasets
@@ -259,6 +260,22 @@ def test_folders_of_cameras_with_images_of_anybody(tmp_path):
     assert train["camid"][:] == [1, 1, 2] and truth is None
 
 
+def test_a_camera_may_be_number_0(tmp_path):
+    for path in ("own/cam0/a.png", "own/cam1/c.png", "named/anna/cam0/1.png", "named/bert/cam0/1.png"):
+        paint(tmp_path / path)
+    train, truth, _ = open_unlabelled([str(tmp_path / "own")])
+    assert train["camid"][:] == [0, 1] and truth is None
+    _, truth, _ = open_unlabelled([str(tmp_path / "named")])
+    assert truth.tolist() == [0, 1]
+
+
+def test_cameras_of_two_folders_of_one_name_are_apart(tmp_path):
+    for path in ("north/images/cam1/a.png", "south/images/cam1/a.png"):
+        paint(tmp_path / path)
+    train, *_ = open_unlabelled([str(tmp_path / "north/images"), str(tmp_path / "south/images")])
+    assert train["domain"][:] == ["images", "south/images"] and train["camid"][:] == [1, 1]
+
+
 def test_cameras_in_the_names_of_a_flat_folder(tmp_path):
     for name in ("0001_c2_a.png", "0001_c3_b.png", "0002_c2_c.png"):
         paint(tmp_path / "flat" / name)
@@ -272,6 +289,42 @@ def test_one_name_for_all_is_no_label(tmp_path):
         paint(tmp_path / path)
     query, gallery = read_folders(tmp_path / "wanted", tmp_path / "camera7")
     assert set(query["pid"]) | set(gallery["pid"]) == {-1}
+
+
+def test_one_identity_among_unknown_images_is_a_label(tmp_path):
+    for path in ("wanted/0001_c1_a.png", "gallery/0001_c2_b.png", "gallery/IMG0.png"):
+        paint(tmp_path / path)
+    query, gallery = read_folders(tmp_path / "wanted", tmp_path / "gallery")
+    assert (query["pid"][:], gallery["pid"][:]) == ([1], [1, -1])
+
+
+PEOPLES = [f"{name}/{number}_c{number % 3 + 1}.png" for name in ("anna", "bert") for number in range(3)]
+
+
+@pytest.mark.parametrize(
+    "paths, names",
+    [
+        # The number counts the images of a folder each.
+        (PEOPLES, ["anna", "bert"]),
+        ([f"gallery/{path}" for path in PEOPLES], ["anna", "bert"]),
+        ([path.replace("/", "/cam1/") for path in PEOPLES], ["anna", "bert"]),
+        # It counts people: of a day, of a camera, of the folder itself.
+        (["monday/1_c1_a.png", "monday/1_c1_b.png", "tuesday/1_c2.png", "tuesday/2_c1.png"], ["1", "2"]),
+        (["cam1/0001_c1.png", "cam1/0002_c1.png", "cam2/0001_c2.png"], ["1", "2"]),
+        (["query/0001_c1.png", "query/0002_c1.png", "gallery/0001_c2.png"], ["1", "2"]),
+        (["0001/0001_c1.png", "0001/0001_c2.png", "0002/0002_c1.png"], ["1", "2"]),
+        (["0001_c1.png", "0002_c1.png", "more/0001_c2.png"], ["1", "2"]),
+    ],
+)
+def test_numbers_of_images_are_no_identities(tmp_path, paths, names):
+    for path in paths:
+        paint(tmp_path / "all" / path)
+    query, _ = read_folders(tmp_path / "all", tmp_path / "all")
+    known = names_of(query, "pid") or [str(pid) for pid in range(3)]
+    assert sorted({known[pid] for pid in query["pid"]}) == names
+    # The camera is that of the name all the same.
+    shown = {int(re.search(r"_c(\d)", path)[1]) - 1 for path in paths}
+    assert {*query["camid"]} == shown
 
 
 def test_a_link_to_nothing_is_named(tmp_path):

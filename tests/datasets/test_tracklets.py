@@ -45,6 +45,8 @@ def known(item):
         (["cam2/track1/a.jpg"], "2", [], None),
         (["c2/day/track1/a.jpg"], "2", [], "day"),
         (["anna/t1/a.jpg"], None, [], "anna"),
+        (["cam_a/person_0001/a.jpg"], "1", [], None),
+        (["camera b/t1/a.jpg"], "2", [], None),
         (["cafe12/a.jpg"], None, [], None),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from benchmarks.evaluation import coverage
 from tests.evaluation.test_evaluation import dense, people
 from utils.evaluation import calibration, decisions, thresholds
-from utils.evaluation.calibration import identity_counts, resampling
+from utils.evaluation.calibration import identity_counts, rates, resampling
 from utils.evaluation.calibration.identity_counts import IdentityCounts
 from utils.evaluation.calibration.rates import PairRates, needed_identities
 from utils.evaluation.metrics import Side
@@ -147,6 +147,16 @@ def test_numbers_are_those_of_the_definitions(made):
     step = (1 - content["curve"]["score"][0]) / 512
     assert abs(pair["rates"]["0.1"]["threshold"] - content["rates"]["0.1"]["threshold"]) <= step
     assert pair["rates"]["0.1"]["at_overall_threshold"]["false_match_rate"] == pytest.approx(0.1, abs=0.003)
+
+
+def test_of_many_cameras_all_is_counted_at_once(made, monkeypatch):
+    """The same numbers, without the table of cameras."""
+    content, sides = made
+    pairs = pair_statistics(*sides, rates=calibration.FALSE_MATCH_RATES)
+    monkeypatch.setattr(rates, "MOST_CAMERAS", 0)
+    monkeypatch.setattr(IdentityCounts, "camera_pairs", lambda self: pytest.fail("too many"))
+    at_once = json.loads(to_json(calibration.calibrate(*sides, pairs, replicates=200)))
+    assert at_once == {name: value for name, value in content.items() if name in at_once} | {"camera_pairs": []}
 
 
 def test_what_the_identities_cannot_show_is_not_measurable(made):

@@ -1,6 +1,7 @@
 """An identity leaves every file of an evaluation, and everything else stays as it was."""
 
 import csv
+import json
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_an_identity_leaves_every_file(results):
     assert rows_of(results / "rankings.csv") == [(PATHS[2], PATHS[3]), (PATHS[2], PATHS[4])]
     assert sorted(path.name for path in results.iterdir()) == ["features.safetensors", "metrics.json", "rankings.csv"]
     assert [line.split(": ")[1] for line in changes] == ["3 rows removed", "6 rows removed"] + [
-        "deleted; evaluate.py makes it again"
+        "deleted; the same command makes it again"
     ] * 2
     with pytest.raises(ValueError, match="holds nothing of identity 7; it has 3, 5"):
         forget(results, pid=7)
@@ -65,8 +66,31 @@ def test_the_report_of_a_training_stays(results):
     (results / "training").mkdir()
     (results / "training" / "report.html").write_text("curves")
     (results / "training" / "args.json").write_text('{"command": ["finetune_reid.py"]}')
-    forget(results, pid=7)
-    assert (results / "training" / "report.html").exists() and not (results / "report.html").exists()
+    for name, script in (("filtered", "filter_generated.py"), ("made", "train_dreambooth_reid.py")):
+        (results / name).mkdir()
+        (results / name / "report.html").write_text("pictures")
+        (results / name / "args.json").write_text(f'{{"command": "python {script} --source x"}}')
+    changes = forget(results, pid=7)
+    assert [path.parent.name for path in results.rglob("report.html")] == ["training"]
+    # It may show pictures: it is named.
+    report = results / "training" / "report.html"
+    assert f"{report}: stays, as nothing makes it again; if it shows the person, delete it by hand" in changes
+
+
+def test_what_killed_runs_left_and_unreadable_images(results):
+    left = ["features.safetensors.part", "rankings.csv.part", "report.html.part", "00003.safetensors.part"]
+    for name in left:
+        (results / name).write_text("part")
+    (results / "model.safetensors.part").write_text("a training that runs")
+    skipped = ["query/0007_c1.jpg: truncated", "gallery/0003_c1.jpg: truncated"]
+    (results / "metrics.json").write_text(json.dumps({"mAP": 0.5, "skipped_images": skipped}))
+    changes = forget(results, pid=7, dry_run=True)
+    assert all((results / name).exists() for name in left)
+    assert forget(results, pid=7) == changes and not any((results / name).exists() for name in left)
+    assert (results / "model.safetensors.part").exists()
+    assert json.loads((results / "metrics.json").read_text()) == {"mAP": 0.5, "skipped_images": skipped[1:]}
+    forget(results, paths=["gallery/0003_c1.jpg"])
+    assert json.loads((results / "metrics.json").read_text())["skipped_images"] == []
 
 
 def test_single_images_and_a_dry_run(results, capsys):
@@ -138,9 +162,11 @@ def test_identities_with_names_are_removed_by_name(tmp_path):
     forget(tmp_path, pid="1")
     ((queries, gallery),), _ = load_features(tmp_path / "features.safetensors")
     assert queries.paths == ["a.jpg", "b.jpg"] and gallery.paths == ["b.jpg", "c.jpg"]
-    assert gallery.names["pid"] == names["pid"] and gallery.identity_name(2) == "anna"
+    # The others keep their numbers.
+    assert gallery.names["pid"] == ["", "2", "anna"] and gallery.identity_name(2) == "anna"
     assert rows_of(tmp_path / "rankings.csv") == pairs[1:]
     forget(tmp_path, pid="anna")
+    assert b"anna" not in (tmp_path / "features.safetensors").read_bytes()
     assert rows_of(tmp_path / "rankings.csv") == [("b.jpg", "b.jpg")]
 
 

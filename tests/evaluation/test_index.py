@@ -15,7 +15,7 @@ from tests.runs import launch
 from utils import files
 from utils.datasets.load import load_reid
 from utils.evaluation.forget import forget
-from utils.evaluation.index.store import Index
+from utils.evaluation.index.store import MANIFEST, Index
 
 run = functools.partial(runs.run, evaluate)
 refused = functools.partial(runs.refused, evaluate)
@@ -160,6 +160,12 @@ def test_an_identity_leaves_the_kept_gallery(kept, search, tmp_path):
     wanted = rows.identities.count(str(pid))
     (line,) = forget(index, pid=pid, dry_run=True)
     assert line.endswith(f"{wanted} rows removed") and len(Index.open(index)) == len(rows)
+    # A file that a kill left after the manifest was written without it.
+    shutil.copy(next(index.glob("0*.safetensors")), index / "00099.safetensors")
+    assert Index.open(index).without("nobody", {"gallery": set()}, dry_run=False) == [
+        f"{index / '00099.safetensors'}: deleted, as {MANIFEST} does not name it"
+    ]
+    assert not (index / "00099.safetensors").exists() and len(Index.open(index)) == len(rows)
     forget(index, pid=pid, paths=[rows.paths[-1]])
     left = Index.open(index)
     assert str(pid) not in left.rows().identities and len(left) == len(rows) - wanted - 1

@@ -152,7 +152,7 @@ def kept(gallery, cameras, clip, tmp_path):
     index.check_model(about_model(clip, gallery.model, "no"))
     images = read_folders(cameras, cameras)[1]
     for rows in (range(15), range(15, 24)):
-        index.add(3 * gallery.side.features[list(rows)], rows_of(images.select(rows)))
+        index.add(3 * gallery.side.features[list(rows)], rows_of(images.select(rows), index))
     return tmp_path / "kept"
 
 

@@ -352,6 +352,26 @@ def test_search_reads_labels_of_files_and_folders(clip, tmp_path, name, protocol
         )
 
 
+@pytest.mark.parametrize("option", ["image_fraction=0.5", "identity_fraction=0.5"])
+def test_a_share_of_the_training_images_is_refused(clip, tmp_path, option):
+    with pytest.raises(ValueError, match=f"{option.split('=')[0]} is of training images, and has no effect here"):
+        run("--model", clip, "--data", f"synthetic:domain=b,num_ids=4,{option}", "--output_dir", tmp_path / "out")
+
+
+def test_what_names_leave_out_is_said_by_pairs(clip, tmp_path, capsys):
+    """A copy of a query is left out by every protocol, and is not counted."""
+    for place in ("query/0001_c1_a.png", "gallery/0001_c1_b.png", "gallery/0001_c2_a.png", "gallery/0002_c1_a.png"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        Image.effect_noise((24, 48), 90).convert("RGB").save(tmp_path / place)
+    shutil.copy(tmp_path / "query/0001_c1_a.png", tmp_path / "gallery/0001_c1_copy.png")
+    places = ["--query_dir", tmp_path / "query", "--gallery_dir", tmp_path / "gallery"]
+    run("--model", clip, *places, "--output_dir", tmp_path / "out")
+    assert (
+        ": 1 pairs of a query and a gallery image of its own identity and camera are left out"
+        in capsys.readouterr().out
+    )
+
+
 def test_a_single_image_is_looked_for(clip, tmp_path):
     search = folders_of_people(tmp_path, lambda pid, camid, number: f"{pid:04d}_c{camid + 1}_{number}.png")
     first, *others = sorted((tmp_path / "query").iterdir())

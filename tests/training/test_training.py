@@ -19,7 +19,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from tests import runs
 from utils import flags, ranges
 from utils.flags import STEP_SCHEDULES, describe_origin, parse_with_recipes
-from utils.launch import check_trackers, global_batch_size, start_training
+from utils.launch import check_trackers, global_batch_size, precision_here, start_training
 from utils.training.log import StepLog, StopSignal
 from utils.training.optimizer import LearningRate, build_optimizer
 
@@ -185,6 +185,16 @@ def start(tmp_path, **changes):
     AcceleratorState._reset_state(reset_partial_state=True)
     settings = {"mixed_precision": "no", "report_to": ["none"], "push_to_hub": False, "allow_tf32": False}
     return start_training(SimpleNamespace(**settings | changes, output_dir=str(tmp_path)))
+
+
+def test_apples_gpus_are_not_computed_on(tmp_path, monkeypatch, capsys):
+    """They do not know float64; and a CPU has no loss scale."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    accelerator = start(tmp_path, mixed_precision="fp16")
+    assert accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
+    assert "fp16 needs a GPU" in capsys.readouterr().out
+    assert precision_here("bf16") == "bf16" and precision_here(None) is None
 
 
 def test_lines_reach_a_pipe_when_they_are_printed(tmp_path, monkeypatch):

@@ -4,8 +4,20 @@ import os
 from pathlib import Path
 
 from utils.datasets.own.folders import camera_of_folder
-from utils.datasets.schema import ENDINGS, LABELLED, UNKNOWN, Row, camera_in, hidden, rows_to_dataset, warn_once
+from utils.datasets.published import SPLIT_FOLDERS
+from utils.datasets.schema import (
+    ENDINGS,
+    LABELLED,
+    SPLITS,
+    UNKNOWN,
+    Row,
+    camera_in,
+    hidden,
+    rows_to_dataset,
+    warn_once,
+)
 
+FOLDERS_OF_SPLITS = {*SPLITS, *SPLIT_FOLDERS.values()}
 # Images that Pillow does not open by itself.
 UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng")
 
@@ -14,12 +26,15 @@ def read_folders(query_dir, gallery_dir=None):
     """Query and gallery data sets of all images below two folders; either may be a single image instead.
 
     Identity and camera are read from names such as 0001_c2_x.jpg; other images have their folder as identity, and a
-    folder like cam1 as camera. The same name is the same identity in both folders. Cameras count from 0, as in other
+    folder like cam1 as camera. Where such numbers count the images of a folder each (anna/3_c2.jpg), the folder is the
+    identity. The same name is the same identity in both folders. Cameras count from 0, as in other
     data sets: c1 becomes 0, unless there is a c0. An unknown identity or camera is -1. Without `gallery_dir` there are
     only queries.
     """
     sides = [images_of(place) for place in (query_dir, gallery_dir) if place is not None]
-    labels, names = numbered(*(([*map(identity_of, paths)], [*map(camera_of, paths)]) for _, paths in sides))
+    by_folder = counts_images([path for _, paths in sides for path in paths])
+    found = ([[identity_of(path, by_folder) for path in paths], [*map(camera_of, paths)]] for _, paths in sides)
+    labels, names = numbered(*found)
     result = []
     for (folder, paths), (pids, camids), split in zip(sides, labels, ("query", "gallery"), strict=False):
         rows = [Row(path.as_posix(), *ids) for path, *ids in zip(paths, pids, camids, strict=True)]
@@ -32,9 +47,9 @@ def numbered(*sides):
 
     A side is (identity names or None, numbers of cameras in file names or -1).
     """
-    names = sorted({name for identities, _ in sides for name in identities} - {None})
+    names = {name for identities, _ in sides for name in identities}
     # One name for all, such as that of a folder in each, tells nobody apart.
-    names = names if len(names) > 1 else []
+    names = sorted(names - {None}) if len(names) > 1 else []
     first = 0 if any(camera == 0 for _, cameras in sides for camera in cameras) else 1
     # A longer number, such as a time stamp, does not fit a pid.
     numeric = all(name.isdecimal() and len(name) <= 18 for name in names)
@@ -91,9 +106,35 @@ def warn_of_unread(folder, paths):
         )
 
 
-def identity_of(path):
+def counts_images(paths, known=()):
+    """Whether numbers in names such as 3_c2.jpg count the images of each folder, so that the folder is the identity.
+
+    Several folders then have the same numbers, and none has one twice; or the folders are the identities of a gallery.
+    """
+    numbers = {}
+    # A folder may be both sides.
+    for path in {*paths}:
+        match, folder = LABELLED.match(path.name), folder_of(path)
+        if match:
+            numbers.setdefault(folder, []).append(int(match[1]))
+    if None in numbers or not numbers:
+        return False
+    if {*numbers} <= {*known}:
+        return True
+    once = all(len(set(found)) == len(found) for found in numbers.values())
+    several = max(map(len, numbers.values())) > 1
+    return once and several and len(set().union(*numbers.values())) < sum(map(len, numbers.values()))
+
+
+def folder_of(path):
+    """The name of the innermost folder that is neither a camera's nor a split's, or None."""
+    names = (name for name in reversed(path.parent.parts) if camera_of_folder(name) is None)
+    return next((name for name in names if name not in FOLDERS_OF_SPLITS), None)
+
+
+def identity_of(path, by_folder=False):
     """The identity's name, a number without leading zeros, or None."""
-    match = LABELLED.match(path.name)
+    match = None if by_folder else LABELLED.match(path.name)
     folders = [name for name in path.parent.parts if camera_of_folder(name) is None]
     name = match[1] if match else folders[-1] if folders else ""
     if name.isdecimal():

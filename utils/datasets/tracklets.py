@@ -24,6 +24,7 @@ import datasets
 
 from utils.datasets.images import check_images
 from utils.datasets.mot import NO_TRACK, frame_of, read_boxes, track_file
+from utils.datasets.own.folders import camera_of_folder
 from utils.datasets.schema import CAMERA, UNKNOWN, Row, dense, rows_to_dataset
 from utils.datasets.search_folders import LABELLED, levels_of
 
@@ -183,12 +184,18 @@ def tracklet(place, images):
     names = [path.name for path in images]
     above = place.parts[:-1][::-1]
     cameras = [camera_in(place.name, CAMERA_FOLDER), shared(map(camera_in, names))]
-    cameras += [camera_in(part, CAMERA_FOLDER) for part in above]
+    cameras += map(camera_above, above)
     camera = next((number for number in cameras if number is not None), None)
     identity = identity_in(place.name) or shared(map(identity_in, names))
-    if identity is None and above and camera_in(above[0], CAMERA_FOLDER) is None:
+    if identity is None and above and camera_above(above[0]) is None:
         identity = plain(above[0])
     return Item(place.as_posix(), [], camera, span(map(time_in, names)), identity)
+
+
+def camera_above(name):
+    """The camera that a folder above a tracklet names, as text, or None."""
+    number = camera_of_folder(name)
+    return camera_in(name, CAMERA_FOLDER) or (None if number is None else str(number))
 
 
 def camera_in(name, form=CAMERA):

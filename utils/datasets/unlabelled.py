@@ -22,15 +22,21 @@ def open_unlabelled(specs, root=None, *, skip_unreadable=False):
     There are no true labels for a folder of images (see `folder_of_images`), for a table without a column of pids, or
     for a data set whose images all have the same pid.
     """
-    parts, truths, measurable = [], [], []
+    parts, truths, measurable, domains = [], [], [], set()
     for spec in dict.fromkeys(specs):
         place = folder_of_images(spec, root)
-        data = {"train": read_images(place, spec)} if place else read_set(spec, root, skip_unreadable)
+        if place:
+            # Cameras of two folders of one name are not the same.
+            domain = name_beside(domains, spec)
+            data = {"train": read_images(place, domain)}
+        else:
+            data = read_set(spec, root, skip_unreadable)
         if "train" not in data:
             raise ValueError(f"{spec} has no train split, only {', '.join(data)}; its images are trained on")
         if {"query", "gallery"} <= set(data):
             measurable.append(spec)
         train = data["train"]
+        domains |= {*train.unique("domain")}
         if not skip_unreadable:
             train, _ = check_images(train, where=spec)
         elif place:
@@ -105,12 +111,18 @@ def is_plain(folder):
     for entry in entries:
         inner = listing(entry.path)
         if inner:
-            if all(map(camera_of_folder, names)) and any(is_image(one.name) for one in inner):
+            cameras = are_cameras(names)
+            if cameras and any(is_image(one.name) for one in inner):
                 # Cameras, each with images of anybody.
                 return True
             deep = all(one.is_dir() for one in inner) and any(list_images(entry.path))
-            return deep and not (all(map(camera_of_folder, names)) or all(camera_of_folder(one.name) for one in inner))
+            return deep and not (cameras or are_cameras(one.name for one in inner))
     return False
+
+
+def are_cameras(names):
+    """Whether all names are of folders of cameras; a camera may be number 0."""
+    return all(camera_of_folder(name) is not None for name in names)
 
 
 def is_image(name):
@@ -125,13 +137,20 @@ def list_images(folder):
         yield from (os.path.normpath(os.path.join(place, name)) for name in sorted(path.name for path in images))
 
 
+def name_beside(others, spec):
+    """The last folders of a path, as few as tell it from the other names."""
+    parts = Path(spec).parts
+    names = ("/".join(parts[-count:]) for count in range(1, len(parts) + 1))
+    return next((name for name in names if name not in others), spec)
+
+
 def read_images(folder, domain):
     paths = list(list_images(folder))
     # The cameras that all names tell, in files like 0001_c2_x.jpg or folders like cam1; identities are not read.
     cameras = [camera_of(Path(path)) for path in paths]
     cameras = cameras if UNKNOWN not in cameras else [0] * len(paths)
     rows = [Row(path, 0, camera) for path, camera in zip(paths, cameras, strict=True)]
-    return rows_to_dataset(rows, folder, os.path.basename(domain.rstrip("/")), "train")
+    return rows_to_dataset(rows, folder, domain, "train")
 
 
 def without_names(dataset):

@@ -8,6 +8,7 @@ from kernels import RankMetrics, k_reciprocal_rerank
 from kernels.disk.rows import RowsOnDisk
 from kernels.ring.processes import shares_of
 from utils.evaluation.calibration.rates import FALSE_MATCH_RATES as CALIBRATED_RATES
+from utils.evaluation.calibration.rates import MOST_CAMERAS
 from utils.evaluation.lists import camera_pairs, can_match, confusions, ranked_lists
 from utils.evaluation.metrics import (
     MAX_RANK,
@@ -20,8 +21,6 @@ from utils.evaluation.metrics import (
     summary,
 )
 from utils.evaluation.thresholds import FALSE_MATCH_RATES, PairStatistics, pair_statistics
-
-MOST_CAMERAS = 40
 
 
 @dataclass

@@ -5,9 +5,10 @@
     python -m utils.evaluation.forget output/search --path camera7/0017_c2_0003.jpg --dry_run
 
 In the folder and all folders below it: their rows leave the files of features, those of `--gallery_features` too, and
-every CSV that names the images; `report.html`, which shows pictures, and unfinished extractions are deleted.
-`metrics.json` stays: it holds averages only. The images themselves and models that were trained on them are not
-touched.
+every CSV that names the images, their names the lists of names and the unreadable images of `metrics.json`. What shows
+pictures or is unfinished is deleted: `report.html` of an evaluation, extractions, files that a killed run left. The
+report of a training stays, as nothing makes it again, and is named. The images themselves and models that were trained
+on them are not touched.
 """
 
 import argparse
@@ -21,16 +22,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from utils.datasets.search_folders import identity_of
 from utils.evaluation.index.store import MANIFEST, Index, is_identity
-from utils.files import write_together
+from utils.files import to_json, write_together
 
 # Also the columns of CSV files that name their images.
 SIDES = ("query", "gallery")
-
-
-# Scripts that make their report once, at the end.
+# What a killed run leaves of its files.
+UNFINISHED = ("chunks-*", "*features.safetensors.part", "[0-9]*.safetensors.part", "*.csv.part", "report.html.part")
+# Scripts that make their report once, at the end: the same command makes those of the others again.
 MADE_ONCE = ("train_dcac.py", "finetune_reid.py", "adapt_reid.py", "pretrain_backbone.py")
-MADE_ONCE += ("train_dreambooth_reid.py", "filter_generated.py")
 
 
 def forget(folder, *, pid=None, paths=(), dry_run=False):
@@ -44,6 +45,7 @@ def forget(folder, *, pid=None, paths=(), dry_run=False):
         raise ValueError(f"{folder} is no folder; give the --output_dir of evaluate.py")
     stored = [read(path) for path in sorted(folder.rglob("*.safetensors")) if holds_features(path)]
     stored += [Index.open(path.parent) for path in sorted(folder.rglob(MANIFEST))]
+    left = [path for pattern in UNFINISHED for path in folder.rglob(pattern)]
     # The same name may be another image on the other side.
     images = {side: set(paths) for side in SIDES}
     for file in stored:
@@ -52,20 +54,27 @@ def forget(folder, *, pid=None, paths=(), dry_run=False):
     changes = [line for file in stored for line in file.without(pid, images, dry_run)]
     for path in sorted(folder.rglob("*.csv")):
         changes += without_rows(path, images, dry_run)
+    for path in sorted(folder.rglob("metrics.json")):
+        changes += without_skipped(path, pid, paths, dry_run)
     if not changes:
         raise ValueError(f"{folder} holds nothing of {wanted(pid, paths)}{known_identities(stored, pid)}")
-    reports = [path for path in folder.rglob("report.html") if is_made_again(path.parent)]
-    for path in sorted([*reports, *folder.rglob("chunks-*")]):
-        changes.append(f"{path}: deleted; evaluate.py makes it again")
+    reports = sorted(folder.rglob("report.html"))
+    for path in sorted([*filter(is_made_again, reports), *left]):
+        changes.append(f"{path}: deleted; the same command makes it again")
         if not dry_run:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    changes += [
+        f"{path}: stays, as nothing makes it again; if it shows the person, delete it by hand"
+        for path in reports
+        if not is_made_again(path)
+    ]
     return changes
 
 
-def is_made_again(folder):
-    """Whether the report there is of an evaluation: nothing makes that of a training again."""
+def is_made_again(report):
+    """Whether the same command writes the report again: not that of a training."""
     try:
-        command = json.loads((folder / "args.json").read_text(encoding="utf-8"))["command"]
+        command = json.loads((report.parent / "args.json").read_text(encoding="utf-8"))["command"]
     except (OSError, ValueError, LookupError, TypeError):
         return True
     # Generation's is one text.
@@ -129,7 +138,7 @@ class StoredFeatures:
 
     def without(self, pid, images, dry_run):
         """Write the file again without these rows: one line that says so, or none."""
-        removed, tensors, header = 0, dict(self.tensors), dict(self.header)
+        removed, tensors, header = 0, dict(self.tensors), self.without_name(pid)
         lost_rows = set()
         for side in self.sides:
             pids, names = self.identities(side), self.names(side)
@@ -147,7 +156,7 @@ class StoredFeatures:
                 lost_rows |= set(self.tensors[f"{side}row"].tolist()) - set(tensors[f"{side}row"].tolist())
             if names[0:1] != [None]:
                 header[f"{side}path"] = json.dumps([names[row] for row in kept])
-        if not removed:
+        if not removed and header == self.header:
             return []
         if "features" in tensors:
             # Rows that another split still uses stay.
@@ -158,18 +167,55 @@ class StoredFeatures:
             tensors["features"] = tensors["features"][rows]
             for side in self.sides:
                 tensors[f"{side}row"] = place[tensors[f"{side}row"]]
-        # Without its key, the file is not taken for the features of the whole data set.
+        # Without its key, the file is not taken for the features of the whole data set: some are gone.
         header.pop("key", None)
         if not dry_run:
             with write_together(self.path.parent) as part:
                 tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
                 save_file(tensors, part(self.path.name), metadata=header)
-        return [f"{self.path}: {removed} row{'s' if removed > 1 else ''} removed"]
+        return [f"{self.path}: {rows_removed(removed) if removed else 'the name removed'}"]
+
+    def without_name(self, pid):
+        """The header without the name of an identity; the others keep their numbers."""
+        header = dict(self.header)
+        for side in self.sides:
+            names = json.loads(header.get(f"{side}names", "{}"))
+            if any(is_identity(name, pid) for name in names.get("pid") or ()):
+                names["pid"] = ["" if is_identity(name, pid) else name for name in names["pid"]]
+                header[f"{side}names"] = json.dumps(names)
+        return header
+
+
+def rows_removed(count):
+    return f"{count} row{'s' if count > 1 else ''} removed"
 
 
 def side_of(prefix):
     """The side of the names that start so in a file of features."""
     return "query" if prefix.endswith("q_") else "gallery"
+
+
+def without_skipped(path, pid, paths, dry_run):
+    """Write a metrics.json again without the unreadable images of the identity, or of these names."""
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        skipped = metrics["skipped_images"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+
+    def is_theirs(line):
+        name = Path(line.split(": ")[0])
+        return name.as_posix() in {*map(str, paths)} or any(
+            is_identity(identity_of(name, by_folder), pid) for by_folder in (False, True)
+        )
+
+    kept = [line for line in skipped if not is_theirs(line)]
+    if len(kept) == len(skipped):
+        return []
+    if not dry_run:
+        with write_together(path.parent) as part:
+            part(path.name).write_text(to_json(metrics | {"skipped_images": kept}), encoding="utf-8")
+    return [f"{path}: {len(skipped) - len(kept)} unreadable images removed"]
 
 
 def without_rows(path, images, dry_run):
@@ -192,7 +238,7 @@ def without_rows(path, images, dry_run):
             # Cells are as `write_csv` left them.
             with open(part(path.name), "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 csv.writer(file).writerows([columns, *kept])
-    return [f"{path}: {removed} row{'s' if removed > 1 else ''} removed"]
+    return [f"{path}: {rows_removed(removed)}"]
 
 
 def parse_args(input_args=None):

@@ -34,10 +34,16 @@ def dropped(queries, gallery, rows, columns, protocol):
 
 
 def left_out(queries, gallery):
-    """How many pairs of one identity and one camera the market protocol leaves out of the lists."""
-    sides = [zip(side.pids.tolist(), side.camids.tolist(), strict=True) for side in (queries, gallery)]
+    """How many pairs of one identity and one camera the market protocol leaves out, those of one file apart."""
+    sides = [list(zip(side.pids.tolist(), side.camids.tolist(), strict=True)) for side in (queries, gallery)]
     there = Counter(sides[1])
-    return sum(there[label] for label in sides[0] if UNKNOWN not in label)
+    count = sum(there[label] for label in sides[0] if UNKNOWN not in label)
+    if queries.contents is not None:
+        contents = [side.contents.tolist() for side in (queries, gallery)]
+        files = [list(zip(*both, strict=True)) for both in zip(sides, contents, strict=True)]
+        there = Counter(files[1])
+        count -= sum(there[label, file] for label, file in files[0] if UNKNOWN not in label and file != UNKNOWN)
+    return count
 
 
 def findable(queries, gallery, protocol):

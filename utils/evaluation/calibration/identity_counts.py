@@ -131,6 +131,11 @@ class IdentityCounts:
                 self.total.add(counts)
                 yield query_camera, gallery_camera, counts
 
+    def all_pairs(self):
+        """Count everything at once, without the pairs of cameras: yields nothing."""
+        self.total.add(self.count(*(torch.arange(len(side)) for side in (self.queries, self.gallery))))
+        return ()
+
     def count(self, rows, columns):
         counts = self.with_sizes(self.empty(), self.query_ids[rows], self.gallery_ids[columns])
         query_ids, gallery_ids = self.query_ids[rows], self.gallery_ids[columns]

@@ -36,6 +36,7 @@ PAIRS_WITHIN, IDENTITIES_WITHIN, FEWEST_MATCHED = 30, 5, 10
 # The grid of scores starts where so many pairs of two identities still match.
 LOWEST_RATE = 0.75
 CAMERA_REPLICATES = 300
+MOST_CAMERAS = 40
 # Every n-th edge of the grid is a point of the stored curves.
 CURVE_STEP = 4
 
@@ -49,9 +50,9 @@ def calibrate(queries, gallery, pairs, *, protocol="market", replicates=REPLICAT
         rate: 1 - limit["distance"] / 2 for rate, limit in pairs.thresholds.items() if limit["distance"] is not None
     }
     cameras = []
-    for query_camera, gallery_camera, part in counts.camera_pairs():
-        if not by_camera:
-            continue
+    # A table of many cameras would be read by nobody, and takes as many passes as it has pairs.
+    by_camera = by_camera and max(len(side.camids.unique()) for side in (queries, gallery)) <= MOST_CAMERAS
+    for query_camera, gallery_camera, part in counts.camera_pairs() if by_camera else counts.all_pairs():
         rates = PairRates(part, counts.grid, few)
         cameras.append(
             {"query_camera": query_camera, "gallery_camera": gallery_camera, **rates.sizes()}

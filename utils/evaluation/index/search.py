@@ -7,7 +7,7 @@ import torch
 
 from utils.datasets.images import check_images, storage_of
 from utils.datasets.schema import UNKNOWN
-from utils.datasets.search_folders import camera_of, identity_of, numbered
+from utils.datasets.search_folders import camera_of, counts_images, identity_of, numbered
 from utils.evaluation.chunk_files import forget_chunks
 from utils.evaluation.index.store import Index, Rows
 from utils.evaluation.metrics import Side
@@ -42,7 +42,7 @@ def add_new(index, images, gallery_dir, extract, *, accelerator, **reading):
     if len(new):
         features = extract(new, index.folder)
         if accelerator.is_main_process:
-            index.add(features, rows_of(new))
+            index.add(features, rows_of(new, index))
             forget_chunks(index.folder)
         accelerator.wait_for_everyone()
         index.files = Index.open(index.folder).files
@@ -51,13 +51,14 @@ def add_new(index, images, gallery_dir, extract, *, accelerator, **reading):
     return skipped
 
 
-def rows_of(images):
-    """The `Rows` of a data set of a folder."""
+def rows_of(images, index):
+    """The `Rows` of a data set of a folder, beside those of the kept gallery."""
     files = storage_of(images, "image").to_pylist()
     status, paths = [os.stat(file["path"]) for file in files], [Path(path) for path in images["path"]]
+    by_folder = counts_images(paths, index.pids())
     return Rows(
         [path.as_posix() for path in paths],
-        [identity_of(path) for path in paths],
+        [identity_of(path, by_folder) for path in paths],
         [camera_of(path) for path in paths],
         [entry.st_size for entry in status],
         [entry.st_mtime_ns for entry in status],

@@ -223,6 +223,9 @@ class Index:
     def without(self, pid, images, dry_run):
         """Remove the identity and these images of a side: one line that says so, or none."""
         parts, removed, images = {}, 0, images["gallery"]
+        # Those that a killed removal left.
+        named = {path.name for path in self.paths()}
+        left = [path for path in self.folder.glob("[0-9]*.safetensors") if path.name not in named]
         for record, path in zip(self.files, self.paths(), strict=True):
             rows = read_rows(path, record["rows"])
             names = enumerate(zip(rows.paths, rows.identities, strict=True))
@@ -233,11 +236,15 @@ class Index:
                     mapped(path, "features")[torch.tensor(kept, dtype=torch.int64)],
                     rows.take(kept),
                 )
-        if not removed:
-            return []
+        lines = [f"{path}: deleted, as {MANIFEST} does not name it" for path in left]
+        if removed:
+            lines.append(f"{self.folder / MANIFEST}: {removed} row{'s' if removed > 1 else ''} removed")
         if not dry_run:
-            self.replace(parts)
-        return [f"{self.folder / MANIFEST}: {removed} row{'s' if removed > 1 else ''} removed"]
+            if removed:
+                self.replace(parts)
+            for path in left:
+                path.unlink(missing_ok=True)
+        return lines
 
 
 def is_identity(name, wanted):
