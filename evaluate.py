@@ -369,6 +369,8 @@ def open_images(args):
     else:
         choices = [{"split": number} for number in range(args.splits)] if args.splits else [{}]
         pairs = [query_and_gallery(args, choice) for choice in choices]
+        if len(pairs) > 1 and all(query["path"][:] == pairs[0][0]["path"][:] for query, _ in pairs):
+            raise ValueError(f"--splits {args.splits}: {args.data} has one split only; leave it out")
     return readable_splits(pairs, skip_unreadable=args.skip_unreadable, where=data_name(args))
 
 

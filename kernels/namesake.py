@@ -22,7 +22,8 @@ def installed():
 
 def attribute(name):
     """An attribute of the installed package, for a name that our package does not have."""
-    folder = None if name.startswith("__") or (OWN / f"{name}.py").exists() else installed()
+    hidden = name.startswith("__") and name != "__version__"
+    folder = None if hidden or (OWN / f"{name}.py").exists() else installed()
     if folder is None:
         raise AttributeError(f"module 'kernels' has no attribute {name!r}")
     if ALIAS not in sys.modules:

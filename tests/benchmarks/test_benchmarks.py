@@ -10,6 +10,7 @@ import pytest
 from tests import trees
 from utils.datasets.load import load_reid
 from utils.datasets.published import BENCHMARKS, find_folder
+from utils.evaluation.targets import open_sets
 
 # split -> (images, identities)
 MSMT = {"train": (32_621, 1_041), "query": (11_659, 3_060), "gallery": (82_161, 3_060)}
@@ -393,6 +394,49 @@ def test_split_file(tree, tmp_path, form):
     assert sorted(data["query"]["pid"][:]) == chosen
     assert len(data["train"]) == 2 * (632 - 4)
     assert str(file) in data["query"].info.description
+
+
+def test_files_of_a_split_are_its_sides(tree, tmp_path):
+    """As torchreid writes them: VIPeR's second entry has the same identities, and camera b queries a."""
+    root = tree("viper")[0]
+    whole = load_reid("viper", root)
+    chosen = sorted({*whole["query"]["pid"]})[:5]
+    of = {side: dict(zip(whole[side]["pid"], whole[side]["path"], strict=True)) for side in ("query", "gallery")}
+    sides = [
+        [[f"/data/VIPeR/{of[side][pid]}", number, view] for number, pid in enumerate(chosen)]
+        for view, side in enumerate(of)
+    ]
+    splits = [{"query": sides[0], "gallery": sides[1]}, {"query": sides[1], "gallery": sides[0]}]
+    file = tmp_path / "splits.json"
+    file.write_text(json.dumps(splits))
+    for number, (query, camera) in enumerate((("query", 0), ("gallery", 1))):
+        data = load_reid("viper", root, split=number, split_file=str(file))
+        assert data["query"]["path"][:] == sorted(of[query][pid] for pid in chosen)
+        assert {*data["query"]["camid"]} == {camera} and {*data["gallery"]["camid"]} == {1 - camera}
+        assert not {*data["train"]["pid"]} & {*chosen}
+    # Of iLIDS, which images of a person are the two sides.
+    root = tree("ilids")[0]
+    entries = {
+        side: [[f"x/Persons/{pid:04d}{image}.jpg", pid, 0] for pid in (1, 2)]
+        for side, image in (("query", "003"), ("gallery", "001"))
+    }
+    file.write_text(json.dumps([entries]))
+    data = load_reid("ilids", root, split_file=str(file))
+    assert data["query"]["path"][:] == ["Persons/0001003.jpg", "Persons/0002003.jpg"]
+    assert data["gallery"]["path"][:] == ["Persons/0001001.jpg", "Persons/0002001.jpg"]
+
+
+def test_a_small_set_that_is_trained_on_is_measured_in_its_own_split_alone(tree):
+    """Its other splits test people that this one trains on."""
+    few = "synthetic:domain=a,num_ids=4"
+    options = {"holdout": 0.3, "least_left": 2, "single_image_ids": "repeat", "say": print, "all_splits": True}
+    options |= {"root": tree("viper")[0]}
+    for source, target in (([few, "viper"], None), ([few, "viper"], ["viper"]), ([few], ["viper"])):
+        _, train, _, targets = open_sets(source, target, **options)
+        (measured,) = (one for one in targets if one.spec == "viper")
+        assert len(measured.more) == (9 if "viper" not in source else 0)
+        trained = {path for path, domain in zip(train["path"], train["domain"], strict=True) if domain == "viper"}
+        assert not trained & {*measured.query["path"], *measured.gallery["path"]}
 
 
 def test_split_file_that_is_wrong(tree, tmp_path):

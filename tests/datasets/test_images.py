@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.tables import image_bytes, red
+from tests.tables import image_bytes, paint, red
 from utils.datasets.images import check_images
 from utils.datasets.load import load_reid
 from utils.datasets.portable import save
@@ -55,6 +55,9 @@ MODES = {
     "grey.png": (lambda pixels: Image.fromarray(pixels[:, :, 0].copy()), grey),
     "grey16.png": (grey16, grey),
     "grey16.tif": (grey16, grey),
+    "grey32.tif": (lambda pixels: Image.fromarray(pixels[:, :, 0].astype(np.int32)), grey),
+    "shares.tif": (lambda pixels: Image.fromarray(pixels[:, :, 0].astype(np.float32) / 255), grey),
+    "floats.tif": (lambda pixels: Image.fromarray(pixels[:, :, 0].astype(np.float32)), grey),
     "grey_alpha.png": (lambda pixels: Image.fromarray(pixels[:, :, :2].copy(), "LA"), grey),
     "rgba.png": (lambda pixels: Image.fromarray(np.dstack([pixels, pixels[:, :, 0]])), lambda pixels: pixels),
     "palette.png": (palette, lambda pixels: pixels),
@@ -173,7 +176,8 @@ def test_drawn_images_are_not_checked():
 
 def test_lmdb(tmp_path, monkeypatch):
     lmdb = pytest.importorskip("lmdb")
-    names = ["000001_0000123_00.jpg", "000001_0000124_00.jpg", "000002_0000001_01.jpg"]
+    # The second as LUPerson-NL's own writer names it: with the video, without an ending.
+    names = ["000001_0000123_00.jpg", "00001_000001_0000124_00", "00002_000002_0000001_01"]
     (tmp_path / "LUPerson-NL").mkdir()
     with (
         lmdb.open(str(tmp_path / "LUPerson-NL/lmdb"), map_size=1 << 20) as environment,
@@ -188,6 +192,13 @@ def test_lmdb(tmp_path, monkeypatch):
     assert check_images(data)[1] == []
     save(data, tmp_path / "saved")
     assert load_reid(tmp_path / "saved")["train"][1]["image"].getpixel((0, 0)) == red(1)
+
+
+def test_images_of_luperson_have_no_identities(tmp_path):
+    for path in ("us/boston/00000000_0001.jpg", "us/00000012_0003.jpg"):
+        paint(tmp_path / "LUPerson" / path)
+    data = load_reid("luperson", tmp_path)
+    assert data["train"]["pid"][:] == [0, 0] and len(data["train"]["path"]) == 2
 
 
 def test_lmdb_without_the_package(tmp_path, monkeypatch):

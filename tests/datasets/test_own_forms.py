@@ -13,6 +13,7 @@ import pytest
 
 from tests.tables import contents, image_bytes, paint, red
 from utils.batches.chunks import image_identities
+from utils.datasets.images import check_images
 from utils.datasets.load import load_reid, load_sources
 from utils.datasets.portable import save
 from utils.datasets.schema import camera_in, features, names_of, warn_once
@@ -281,6 +282,87 @@ def test_cameras_in_the_names_of_a_flat_folder(tmp_path):
         paint(tmp_path / "flat" / name)
     train, truth, _ = open_unlabelled([str(tmp_path / "flat")])
     assert train["camid"][:] == [2, 3, 2] and truth is None
+
+
+def test_identities_of_two_domains_are_two_where_they_are_measured(tmp_path):
+    """By --data of a table, and of what is held out; names say which is which."""
+    lines = ["file_name,pid,camid,domain,split"]
+    for domain in ("north", "south"):
+        for pid in range(3):
+            for camid, split in enumerate(("query", "gallery")):
+                paint(tmp_path / f"own/{domain}/{pid}_{camid}.png")
+                lines.append(f"{domain}/{pid}_{camid}.png,{pid},{camid},{domain},{split}")
+    (tmp_path / "own/metadata.csv").write_text("\n".join(lines))
+    data = load_reid(tmp_path / "own")
+    names = names_of(data["query"], "pid")
+    assert names == names_of(data["gallery"], "pid") and names[:4] == ["north/0", "north/1", "north/2", "south/0"]
+    for side in ("query", "gallery"):
+        shown = zip(data[side]["pid"], data[side]["domain"], data[side]["path"], strict=True)
+        assert all(names[pid] == f"{domain}/{path.split('/')[1][0]}" for pid, domain, path in shown)
+    (tmp_path / "own/metadata.csv").write_text("\n".join(line.rpartition(",")[0] for line in lines))
+    data = load_reid(f"{tmp_path / 'own'}:holdout=1")
+    assert sorted(data["query"]["pid"]) == sorted(data["gallery"]["pid"]) == [0, 1, 2, 3, 4, 5]
+
+
+def test_junk_beside_identities_is_left_out(tmp_path):
+    for split in ("query", "gallery"):
+        for path in (f"{split}/0001/{split}_c{len(split)}.png", f"{split}/-1/x_c1.png"):
+            paint(tmp_path / "own" / path)
+    data = load_reid(tmp_path / "own")
+    assert {split: part["pid"][:] for split, part in data.items()} == {"query": [1], "gallery": [1]}
+    # An image that no split has is not lost without a word.
+    paint(tmp_path / "own/loose.png")
+    with pytest.raises(ValueError, match="loose.png lies beside query, gallery; expected all images in these"):
+        load_reid(tmp_path / "own")
+
+
+def test_half_filled_domains_take_the_sets_name(tmp_path):
+    for name in ("a.png", "b.png"):
+        paint(tmp_path / "own" / name)
+    (tmp_path / "own/metadata.csv").write_text("file_name,pid,camid,domain\na.png,1,0,north\nb.png,2,0,\n")
+    assert load_reid(tmp_path / "own")["train"]["domain"][:] == ["north", "own"]
+
+
+def test_a_row_with_several_images_is_refused(tmp_path):
+    features = datasets.Features({"image": datasets.List(datasets.Image()), "pid": datasets.Value("int64")})
+    content = {"bytes": image_bytes(red(1)), "path": None}
+    made = datasets.Dataset.from_dict({"image": [[content, content]], "pid": [1]}, features=features)
+    made.save_to_disk(tmp_path / "made")
+    with pytest.raises(ValueError, match="the column image holds lists; a row is to have one image"):
+        load_reid(f"{tmp_path / 'made'}:camid_column=none")
+
+
+def test_labels_in_an_archive_are_those_of_their_images(tmp_path):
+    with tarfile.open(tmp_path / "own.tar", "w") as tar:
+        for name, pid in (("f.001", 1), ("g.001", 2), ("wow!1*", 3)):
+            add(tar, f"{name}.png", image_bytes(red(pid)))
+            add(tar, f"{name}.cls", str(pid).encode())
+    data = load_reid(tmp_path / "own.tar")
+    assert dict(zip(data["train"]["path"], data["train"]["pid"], strict=True)) == {
+        "own.tar/f.001.png": 1, "own.tar/g.001.png": 2, "own.tar/wow!1*.png": 3,
+    }  # fmt: skip
+    assert [data["train"][row]["image"].getpixel((0, 0)) for row in range(3)] == [red(1), red(2), red(3)]
+    assert check_images(data)[1] == []
+    with tarfile.open(tmp_path / "own.tar", "a") as tar:
+        add(tar, "f.002.png", image_bytes(red(4)))
+    # The label of its neighbour is not its own.
+    with pytest.raises(ValueError, match="f.002.png has no label"):
+        load_reid(tmp_path / "own.tar")
+
+
+def test_addresses_that_readers_take_apart_are_refused(tmp_path):
+    paint(tmp_path / "data::v2/anna/1.png")
+    with pytest.raises(ValueError, match="rename the folder, as `::` in a path is read as a chain"):
+        load_reid(tmp_path / "data::v2")
+    paint(tmp_path / "own/1_c1.png")
+    with pytest.raises(ValueError, match="a pattern of names has no colon"):
+        load_reid(f"{tmp_path / 'own'}:names={{pid}}:{{camid}}_*")
+
+
+def test_a_camera_may_be_written_out(tmp_path):
+    for name in ("x_camera1_3.png", "x_camera2_3.png", "x-cam3.png"):
+        paint(tmp_path / "own/anna" / name)
+    assert sorted(load_reid(tmp_path / "own")["train"]["camid"]) == [0, 1, 2]
 
 
 def test_one_name_for_all_is_no_label(tmp_path):

@@ -307,6 +307,11 @@ def test_splits_are_averaged_and_each_image_extracted_once(clip, tmp_path, capsy
     assert set(mean["thresholds"]["0.01"]) == {"distance", "true_match_rate", "false_match_rate", "std"}
     again = run("--features", tmp_path / "mean" / "features.safetensors", "--output_dir", tmp_path / "again")
     assert again["mAP"] == mean["mAP"] and again["std"] == mean["std"]
+    # The same people ten times are no ten splits.
+    (tmp_path / "one.txt").write_text("3 5 7")
+    data = f"viper:split_file={tmp_path / 'one.txt'}"
+    with pytest.raises(ValueError, match="--splits 10: viper:split_file=.* has one split only; leave it out"):
+        run(*common, "--data", data, "--splits", 10, "--output_dir", tmp_path / "one")
 
 
 def folders_of_people(root, name):

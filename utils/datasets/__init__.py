@@ -12,6 +12,7 @@ __getattr__ = opened_when_used(
         # Loaded only where a set needs them.
         "own.tables": "Columns",
         "own.data": "read_local read_hub",
-        "holdout": "hold_out hold_out_of",
+        "holdout": "hold_out hold_out_of told_apart",
+        "lmdb_files": "is_lmdb lmdb_names",
     },
 )

@@ -31,6 +31,8 @@ def main(input_args=None):
         if args.save_to and os.path.exists(args.save_to):
             raise ValueError(f"{args.save_to} exists already; give a new folder")
         options = read_options(args.options, "--options")
+        if flags := sorted({"root", "skip_unreadable"} & options.keys()):
+            raise ValueError(f"--options {flags[0]}: it is a flag, --{flags[0]}")
         names = args.name[0] if len(args.name) == 1 else args.name
         data = load_reid(names, args.root, skip_unreadable=args.skip_unreadable, **options)
         for note in dict.fromkeys(dataset.info.description for dataset in data.values()):

@@ -8,7 +8,7 @@ from collections import Counter
 import datasets
 
 from utils.datasets.load import draw, known_names, load_reid, parse_spec, people_of
-from utils.datasets.schema import put
+from utils.datasets.schema import features, names_of, put
 
 # With one, the gallery would hold one person only.
 LEAST_HELD_OUT = 2
@@ -74,6 +74,29 @@ def hold_out(data, fraction, seed, where, own_camera=False):
             part = put(part, "camid", [camid + int(split == "gallery") for camid in part["camid"][:]])
         part.info.description = note
         parts[split] = part
+    return told_apart(datasets.DatasetDict(parts))
+
+
+def told_apart(data):
+    """The data with a pid for each identity of query and gallery: those of two domains may have the same one.
+
+    Where the two sides are not of the same domains, a pid is taken to be one identity in all of them.
+    """
+    sides = [split for split in ("query", "gallery") if split in data]
+    domains = [{*data[split].unique("domain")} for split in sides]
+    if not domains or len(domains[0]) < 2 or domains[0] != domains[-1]:
+        return data
+    people = sorted({person for split in sides for person in people_of(data[split])}, key=lambda one: (one[1], one[0]))
+    if len({pid for pid, _ in people}) == len(people):
+        return data
+    known = names_of(data[sides[0]], "pid")
+    numbers = {person: number for number, person in enumerate(people)}
+    schema = features([f"{domain}/{known[pid] if known else pid}" for pid, domain in people])
+    parts = dict(data)
+    for split in sides:
+        pids = [numbers[person] for person in people_of(data[split])]
+        parts[split] = put(data[split], "pid", pids, schema["pid"])
+        parts[split].info.description = data[split].info.description
     return datasets.DatasetDict(parts)
 
 

@@ -1,6 +1,5 @@
 """Pixels and files of images: correct RGB from any mode, reading from any protocol, finding damaged images."""
 
-import functools
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,6 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from fsspec.spec import AbstractFileSystem
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -29,10 +27,16 @@ TARRED = "tarred://"
 
 
 def as_rgb(image):
-    """RGB pixels of any mode, without alpha; 16-bit grey is scaled down (Pillow would clip it to white)."""
-    if image.mode.startswith("I"):
-        deep = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray((deep >> 8).astype(np.uint8))
+    """RGB pixels of any mode, without alpha; deep grey is scaled down (Pillow would clip it to white).
+
+    Floats of at most 1 are shares of white; 32 bits that hold no more than 255 are as they are.
+    """
+    if image.mode.startswith(("I", "F")):
+        deep = np.nan_to_num(np.asarray(image).astype(np.float64)).clip(0, 65535)
+        largest = deep.max(initial=0)
+        small = 255 if image.mode == "F" and largest <= 1 else 1
+        factor = small if image.mode in ("I", "F") and largest <= 255 else 1 / 256
+        image = Image.fromarray((deep * factor + (factor > 1) / 2).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -67,9 +71,9 @@ class PersonImage(datasets.Image):
 
 
 def as_plain_readers_see_it(content):
-    """The bytes; 16-bit grey becomes an 8-bit image, because other readers would convert it wrongly."""
+    """The bytes; deep grey becomes an 8-bit image, because other readers would convert it wrongly."""
     with Image.open(BytesIO(content)) as image:
-        if not image.mode.startswith("I"):
+        if not image.mode.startswith(("I", "F")):
             return content
         buffer = BytesIO()
         as_rgb(ImageOps.exif_transpose(image)).save(buffer, format="PNG")
@@ -83,50 +87,11 @@ def read_bytes(path):
         return file.read()
 
 
-class LmdbFileSystem(AbstractFileSystem):
-    """Values of an lmdb as files: lmdb:///folder/of/data.mdb/KEY."""
-
-    protocol = "lmdb"
-
-    def _open(self, path, mode="rb", **_):
-        # Some fsspec calls remove the first slash.
-        database, key = "/" + self._strip_protocol(path).lstrip("/"), ""
-        while database and not is_lmdb(database):
-            database, _, part = database.rpartition("/")
-            key = f"{part}/{key}" if key else part
-        with open_lmdb(database, os.getpid()).begin() as transaction:
-            value = transaction.get(key.encode())
-        if value is None:
-            raise FileNotFoundError(path)
-        return BytesIO(value)
-
-
-fsspec.register_implementation("lmdb", LmdbFileSystem, clobber=True)
 # Registered by name, so that a new worker of a data loader, which imports only this module, can draw too.
 fsspec.register_implementation("synthetic", "utils.synthetic.world.SyntheticFileSystem", clobber=True)
 fsspec.register_implementation("tarred", "utils.datasets.own.tars.TarFileSystem", clobber=True)
+fsspec.register_implementation("lmdb", "utils.datasets.lmdb_files.LmdbFileSystem", clobber=True)
 fsspec.register_implementation("crop", "utils.datasets.mot.CropFileSystem", clobber=True)
-
-
-def is_lmdb(folder):
-    return os.path.isfile(os.path.join(folder, "data.mdb"))
-
-
-@functools.lru_cache(maxsize=4)
-def open_lmdb(folder, process):
-    """One handle per process: an open lmdb must not be used after a fork."""
-    try:
-        import lmdb
-    except ImportError:
-        raise ValueError(f"{folder} is an lmdb, which needs another package: pip install lmdb") from None
-    return lmdb.open(folder, readonly=True, lock=False, readahead=False)
-
-
-def lmdb_names(folder):
-    """Keys that are file names; other entries that writers add (a length, a list of keys) have no ending."""
-    with open_lmdb(os.path.realpath(folder), os.getpid()).begin() as transaction:
-        keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
-    return [key.decode() for key in keys if b"." in key]
 
 
 def storage_of(dataset, column):

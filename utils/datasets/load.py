@@ -135,10 +135,11 @@ def open_spec(spec, root, common, options=(), own_camera=False):
         raise ValueError(f"{name}: skip_unreadable must be true or false, not {common['skip_unreadable']!r}")
     with leaving_out(name, common["skip_unreadable"]):
         data = read_source(name, root, dict(options) | spec_options)
+    from utils.datasets import hold_out, told_apart
+
+    data = told_apart(data)
     check_splits(data, name, own_camera)
     if common.get("holdout") is not None:
-        from utils.datasets import hold_out
-
         data = hold_out(data, common["holdout"], common.get("holdout_seed", 0), name, own_camera)
     return data, name, common
 
@@ -170,6 +171,8 @@ def read_own(name, root, options):
 
     places = [name] if root is None else [name, os.path.join(root, name)]
     path = next((place for place in places if os.path.exists(place)), None)
+    if path and "::" in os.path.abspath(path):
+        raise ValueError(f"{path}: rename the folder, as `::` in a path is read as a chain of addresses")
     if path is None and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise ValueError(unknown_name(name))
     accepted = [*COLUMN_OPTIONS, "domain", "names" if path else "revision"]
@@ -184,6 +187,8 @@ def read_own(name, root, options):
 
 
 def unknown_name(name):
+    if ":names=" in name:
+        return f"{name}: a pattern of names has no colon and no comma; write * in their place"
     if "/" in name or os.sep in name:
         return f"{name} does not exist; give the path of a folder or a parquet file, or a Hub id such as user/name"
     near = difflib.get_close_matches(name.split(":")[0].lower(), known_names(), n=3, cutoff=0.5)

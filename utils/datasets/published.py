@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.datasets.images import is_lmdb, lmdb_names
 from utils.datasets.schema import (
     Form,
     Reading,
@@ -44,7 +43,11 @@ MSMT_CONVERTED = Form(re.compile(r"(\d{4})_c([1-9]|0[1-9]|1[0-5])_(\d{4})\.jpg")
 CUHK03 = Form(re.compile(r"(\d{4})_c([12])_(\d+)\.png|([1-5])_(\d{3})_([12])_(\d{2})\.png"), "0003_c1_21.png")
 CUHK02 = Form(re.compile(r"(\d+)_.*\.(?:png|jpg|jpeg|bmp)"), "004_1.png")
 PERSONX = Form(re.compile(r"(\d{4})_c(\d+)s(\d)_(\d{2})\.jpg"), "0001_c3s1_02.jpg")
-LUPERSON = Form(re.compile(r"(\d{6})_(\d{7})_(\d{2})\.jpg"), "000001_0000123_00.jpg")
+# Of LUPerson-NL, also with the video before it; LUPerson knows no identities. Keys of an lmdb have no ending.
+LUPERSON = Form(
+    re.compile(r"(?:(?:\d{5}_)?(\d{6})_\d{7}_\d{2}|\d{2}_\d{2}_\d{4}_\d{8}|\d{8}_\d{4})(?:\.jpg)?"),
+    "000001_0000123_00.jpg",
+)
 SYSU = {
     "cropped_images": Form(re.compile(r"p(\d+)_s(\d+)_(\d+)\.jpg"), "p1_s3_1.jpg"),
     "cropped_image": Form(re.compile(r"p(\d+)_n(\d+)_s(\d+)_hard([01])\.png"), "p1_n1_s3_hard0.png"),
@@ -229,6 +232,8 @@ def airport(root, *, all_for_training=True):
 
 def luperson(root, *, all_for_training=True):
     """Files in one or many folders, or an lmdb of them. Cameras are unknown: all images get one. Training only."""
+    from utils.datasets import is_lmdb, lmdb_names
+
     database = next((place for place in (root, os.path.join(root, "lmdb")) if is_lmdb(place)), None)
     if database:
         names = lmdb_names(database)
@@ -238,7 +243,7 @@ def luperson(root, *, all_for_training=True):
             folder = folders.pop()
             for entry in listing(os.path.join(root, folder)):
                 (folders if entry.is_dir() else names).append(f"{folder}/{entry.name}".lstrip("/"))
-    rows = [Row(name, int(match[1]), 0) for name, match in parsed(LUPERSON, sorted(names), root)]
+    rows = [Row(name, int(match[1] or 0), 0) for name, match in parsed(LUPERSON, sorted(names), root)]
     if not rows:
         raise ValueError(f"{root} holds no images; expected names like {LUPERSON.example}")
     return Reading({"train": rows}, root=f"lmdb://{os.path.realpath(database)}" if database else None)

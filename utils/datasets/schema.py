@@ -18,7 +18,9 @@ SPLITS = ("train", "query", "gallery")
 UNKNOWN = -1
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 # `_c2`, `-cam10`, `c3s1`, `c4f0012`, after the number a word ends; or, as in MARS, `0001C1T0002F003`.
-CAMERA = re.compile(r"(?:(?:^|[_.-])c(?:am)?_?|^[\d-]+C(?=\d+T\d+F\d))(\d{1,9})(?=$|[^0-9a-z]|[sft]\d)", re.IGNORECASE)
+CAMERA = re.compile(
+    r"(?:(?:^|[_.-])c(?:am(?:era)?)?_?|^[\d-]+C(?=\d+T\d+F\d))(\d{1,9})(?=$|[^0-9a-z]|[sft]\d)", re.IGNORECASE
+)
 # A UUID, or a checksum in hexadecimal digits: the `c2` inside one is no camera.
 RANDOM_NAME = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{16,}", re.IGNORECASE)
 LABELLED = re.compile(r"(-?\d+)_c(\d+)")

@@ -13,6 +13,7 @@ from pathlib import Path
 from utils.datasets.schema import Form, Reading, number_and_camera, read_names
 
 NUM_SPLITS = 10
+SIDES = ("query", "gallery")
 SMALL_SETS = ("viper", "grid", "prid", "ilids")
 VIPER = Form(re.compile(r"(\d{3})_(\d{1,3})\.bmp"), "001_45.bmp")
 GRID = Form(re.compile(r"(\d{4})_(\d)_(\d{5})_.*\.jpeg"), "0001_1_25004_107_32_106_221.jpeg")
@@ -21,20 +22,20 @@ ILIDS = Form(re.compile(r"(\d{4})(\d{3})\.jpg"), "0001001.jpg")
 
 
 def identities_to_test(name, identities, number, split, split_file, form):
-    """The identities a split tests on: read from a file, else the first in an order drawn by hashing.
+    """(the identities a split tests on, files of its sides or None, a note): of a file, else drawn by hashing.
 
     A hash gives the same order on every machine and with every version of Python and its packages.
     """
     if split_file is not None:
-        chosen = read_split_file(split_file, split, form)
+        chosen, sides = read_split_file(split_file, split, form)
         unknown = sorted(chosen - set(identities))
         if unknown or not chosen:
             raise ValueError(f"{split_file}: split {split} tests on {unknown[:5] or 'nobody'}, not people of {name}")
-        return chosen, f"{name}: split {split} of {split_file}"
+        return chosen, sides, f"{name}: split {split} of {split_file}"
     if isinstance(split, bool) or split not in range(NUM_SPLITS):
         raise ValueError(f"{name}: split must be 0 to {NUM_SPLITS - 1}, not {split!r}")
     note = f"{name}: split {split} of {NUM_SPLITS}, drawn from the seed '{name} split {split}'"
-    return set(in_drawn_order(identities, f"{name} split {split}")[:number]), note
+    return set(in_drawn_order(identities, f"{name} split {split}")[:number]), None, note
 
 
 def in_drawn_order(items, seed):
@@ -42,10 +43,10 @@ def in_drawn_order(items, seed):
 
 
 def read_split_file(file, split, form):
-    """Identities to test on, from a text file (one per line) or JSON.
+    """(identities to test on, files of query and gallery or None) from a text file (one per line) or JSON.
 
-    JSON holds one list, or a list of splits. A split is a list, or a dict with `test` (identities) or `query` (entries
-    that start with a path, as torchreid writes them).
+    JSON holds one list, or a list of splits. A split is a list, or a dict with `test` (identities) or `query` and
+    `gallery` (entries that start with a path, as torchreid writes them): these files are the two sides.
     """
     try:
         text = Path(str(file)).read_text()
@@ -57,25 +58,41 @@ def read_split_file(file, split, form):
             if split < 0:
                 raise IndexError(split)
             content = content[split]
-        if isinstance(content, dict):
-            if "test" in content:
-                content = content["test"]
-            else:
-                content = [int(form.pattern.fullmatch(os.path.basename(entry[0]))[1]) for entry in content["query"]]
-        return {int(pid) for pid in content}
+        sides = None
+        if isinstance(content, dict) and "test" in content:
+            content = content["test"]
+        elif isinstance(content, dict):
+            sides = [{ending_of(entry[0]) for entry in content[side]} for side in SIDES if side in content]
+            content = [form.pattern.fullmatch(os.path.basename(name))[1] for name in sides[0]]
+            sides = sides if len(sides) == len(SIDES) else None
+        return {int(pid) for pid in content}, sides
     except (IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"split_file {file} has no split {split} in a form this set knows") from error
+
+
+def ending_of(path):
+    """The last folder and the name of a file, which tell its view."""
+    return "/".join(path.replace("\\", "/").split("/")[-2:])
+
+
+def of_sides(rows, sides):
+    """The rows of query and of gallery, in the order of the set."""
+    return {
+        side: [row for row in rows if ending_of(row.path) in names] for side, names in zip(SIDES, sides, strict=True)
+    }
 
 
 def two_views(name, first, second, split, split_file, form, negatives=()):
     """Half of the identities in both views train, the others test: the first view queries the second."""
     shared = {row.pid for row in first} & {row.pid for row in second}
-    chosen, note = identities_to_test(name, shared, len(shared) // 2, split, split_file, form)
+    chosen, sides, note = identities_to_test(name, shared, len(shared) // 2, split, split_file, form)
     splits = {
         "train": [row for row in [*first, *second] if row.pid in shared - chosen],
         "query": [row for row in first if row.pid in chosen],
         "gallery": [row for row in second if row.pid in chosen] + list(negatives),
     }
+    if sides:
+        splits |= of_sides(dict.fromkeys([*first, *second, *negatives]), sides)
     return Reading(splits, note)
 
 
@@ -134,11 +151,11 @@ def ilids(root, *, split=0, split_file=None, all_for_training=False):
     if all_for_training:
         return {"train": [row for group in people.values() for row in group]}
     several = {pid for pid, group in people.items() if len(group) > 1}
-    chosen, note = identities_to_test("ilids", several, (len(people) + 1) // 2, split, split_file, ILIDS)
+    chosen, sides, note = identities_to_test("ilids", several, (len(people) + 1) // 2, split, split_file, ILIDS)
     drawn = {pid: in_drawn_order(people[pid], f"ilids split {split}") for pid in sorted(chosen)}
     splits = {
         "train": [row for pid, group in people.items() if pid not in chosen for row in group],
         "query": [images[0] for images in drawn.values()],
         "gallery": [images[1] for images in drawn.values()],
     }
-    return Reading(splits, note)
+    return Reading(splits | of_sides(sum(people.values(), []), sides) if sides else splits, note)

@@ -36,18 +36,20 @@ def open_sets(source, target, *, holdout, least_left, single_image_ids, say, all
         source, held_out = hold_out_of(source, fraction=holdout, least_left=least_left, say=say, **reading)
     train, labels, data = open_source(source, single_image_ids=single_image_ids, **reading)
     own = source if len(source) == 1 and {"query", "gallery"} <= set(data) else held_out
-    return source, train, labels, open_targets(target or own, **reading, all_splits=all_splits)
+    # Identities of another split of a set may be trained on.
+    trained = {parse_spec(spec)[0] for spec in source}
+    return source, train, labels, open_targets(target or own, **reading, all_splits=all_splits, trained=trained)
 
 
-def open_targets(specs, root=None, *, skip_unreadable=False, all_splits=False):
+def open_targets(specs, root=None, *, skip_unreadable=False, all_splits=False, trained=()):
     """Open the targets; ValueError for one without query and gallery, with a damaged image, or without any match.
 
-    `all_splits` opens all ten splits of a small set if its spec does not choose one.
+    `all_splits` opens all ten splits of a small set if its spec does not choose one, and it is none of `trained`.
     """
     targets = []
     for spec in dict.fromkeys(specs):
         name, options = parse_spec(spec)
-        has_splits = all_splits and name in SMALL_SETS and "split" not in options
+        has_splits = all_splits and name in SMALL_SETS and "split" not in options and name not in trained
         pairs = []
         for split_options in [{"split": number} for number in range(NUM_SPLITS)] if has_splits else [{}]:
             data = load_reid(spec, root, skip_unreadable=skip_unreadable, **split_options)

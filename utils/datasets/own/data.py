@@ -99,10 +99,14 @@ def conform(splits, columns, domain, where):
         domains = [None] * len(dataset)
         if columns.domain in dataset.column_names:
             domains = words_of(dataset, columns.domain)
-        domains = [str(domain if word is None else word) for word in domains]
+        domains = [str(domain if word is None or not str(word).strip() else word) for word in domains]
         if image != "image":
             dataset = dataset.select_columns([name for name in dataset.column_names if name != "image"])
             dataset = dataset.rename_column(image, "image")
+        if hasattr(dataset.features["image"], "feature"):
+            raise ValueError(
+                f"{where}: the column {image} holds lists; a row is to have one image, so make a row of each"
+            )
         dataset = dataset.cast_column("image", PersonImage(mode="RGB"))
         paths = paths_of(dataset, split)
         cameras = np.where(camids[split] < 0, unused_camera, camids[split])

@@ -5,7 +5,7 @@ import re
 
 from utils.datasets.own.labels import warn_of_spellings
 from utils.datasets.published import SPLIT_FOLDERS
-from utils.datasets.schema import ENDINGS, LABELLED, SPLITS, Row, camera_in, dense, left_out, listing
+from utils.datasets.schema import ENDINGS, LABELLED, SPLITS, Row, camera_in, dense, left_out, listing, warn_once
 
 # `cam1`, `camera_b`, `C3`: a folder of one camera.
 CAMERA_FOLDER = re.compile(r"(?:cam(?:era)?[ _-]?([0-9]{1,9}|[a-z])|c([0-9]{1,9}))", re.IGNORECASE)
@@ -42,6 +42,9 @@ def read_identity_folders(folder, columns):
             f"{folder} has {odd[0]} beside {', '.join(split_folders)}; splits are {', '.join(SPLITS)}. A labelled "
             f"folder can be a set of its own: {folder / odd[0]}:holdout=1 is all query and gallery"
         )
+    for entry in listing(folder) if split_folders and not as_benchmark else ():
+        if entry.name.lower().endswith(ENDINGS) and entry.is_file():
+            left_out(entry.path, f"{entry.path} lies beside {', '.join(split_folders)}; expected all images in these")
     images = []
     for split, name in (split_folders or {"train": ""}).items():
         images += [(split, *image) for image in images_of(folder / name, as_benchmark)]
@@ -78,7 +81,10 @@ def images_of(place, as_benchmark=False):
     folders = []
     for entry in entries:
         if entry.is_dir():
-            folders.append(entry)
+            if JUNK.match(entry.name):
+                warn_once(f"{entry.path} is left out: -1 is nobody")
+            else:
+                folders.append(entry)
             continue
         left_out(
             entry.path,

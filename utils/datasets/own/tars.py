@@ -5,6 +5,7 @@ Nothing is unpacked: an image is read from its place in the archive when it is n
 
 import json
 import os
+import re
 import tarfile
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -18,6 +19,8 @@ from utils.datasets.own.tables import cut, split_of_file
 from utils.datasets.schema import ENDINGS, SPLITS, hidden, left_out, listing
 
 LABELS = (".cls", ".json")
+# What an address cannot hold.
+ODD = re.compile(r"[^\w.-]")
 
 
 class TarFileSystem(AbstractFileSystem):
@@ -77,7 +80,7 @@ def read_tars(place, columns):
 
 def samples_of(file, root):
     """(path, url, label) of every image of an archive; a label is a dict, empty if there is none."""
-    images, labels = {}, {}
+    images, labels, stems = {}, {}, {}
     try:
         with tarfile.open(file, "r:") as archive:
             for member in archive:
@@ -99,14 +102,22 @@ def samples_of(file, root):
                     images[name] = member.offset_data, member.size
                 else:
                     label = read_label(archive.extractfile(member).read(), ending, f"{file}: {member.name}")
-                    for key in keys_of(name):
-                        labels[key] = labels.get(key, {}) | label
+                    exact, short = keys_of(name)
+                    labels[exact] = labels.get(exact, {}) | label
+                    stems.setdefault(short, set()).add(exact)
     except (tarfile.TarError, OSError) as error:
         raise ValueError(
             f"{file} cannot be read as a .tar: {error}; a compressed archive must be unpacked to a plain .tar first"
         ) from error
+    if "*" in os.path.abspath(file):
+        raise ValueError(f"{file}: rename it, as * in a path stands for many")
     if not images:
         raise ValueError(f"{file} holds no images; expected names that end in {', '.join(ENDINGS)}")
+    # A label may be that of a sample, up to the first dot, unless it is that of one image.
+    own = {keys_of(name)[0] for name in images}
+    for short, exacts in stems.items():
+        for exact in sorted(exacts - own - {short}):
+            labels[short] = labels.get(short, {}) | labels[exact]
     # Two images of one sample, such as an image and its mask, are no problem if each has a label of its own.
     twins = {}
     for name in images:
@@ -117,7 +128,7 @@ def samples_of(file, root):
     return [
         (
             os.path.join(os.path.relpath(file, root), str(name)),
-            f"{TARRED}{os.path.abspath(file)}!{offset}!{size}/{name.name.replace(':', '_')}",
+            f"{TARRED}{os.path.abspath(file)}!{offset}!{size}/{ODD.sub('_', name.name)}",
             next((labels[key] for key in keys_of(name) if key in labels), {}),
         )
         for name, (offset, size) in sorted(images.items())
