@@ -533,7 +533,7 @@ class Guard:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").rpartition(":")[0]
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").partition(":")[0]
         route = scope["path"].removeprefix("/gradio_api").strip("/").split("/")[0].split("=")[0]
         if host not in THIS_COMPUTER or route in self.CLOSED:
             await send({"type": "http.response.start", "status": 403, "headers": []})

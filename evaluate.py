@@ -290,6 +290,8 @@ def main(args):
         model = None
         sides, images, splits, skipped = read_features(args)
         copies = find_copies(args, images, splits)
+        if copies is not None and len(copies) != len(sides):
+            raise ValueError(f"{args.features} has {len(sides)} splits, {args.data} {len(copies)}; leave out --data")
     elif args.gallery_features:
         images, splits = None, []
         model, calibration, sides, copies, skipped = search_kept(args, accelerator)
@@ -314,7 +316,7 @@ def main(args):
         sides = extract_or_read(args, accelerator, model, images, splits)
 
     num_same_files = mark(sides, copies, trusts_query=bool(args.query_dir), say=accelerator.print)
-    if images is not None:
+    if images is not None and not args.features:
         for side in (side for pair in sides for side in pair):
             side.names = names_of_labels(images)
     metrics, results = None, [measure(args, accelerator, *pair) for pair in sides]
@@ -437,6 +439,15 @@ def read_features(args):
                 f"{args.features} has {len(side)} {name} rows, {args.data} {len(rows)}; give the data they are from"
             )
         side.paths = [images["path"][row] for row in rows]
+    # A file of others may number the same identities otherwise.
+    pairs = [
+        (side, labels)
+        for pair, split in zip(sides, splits, strict=False)
+        for side, labels in zip(pair, split, strict=True)
+    ]
+    if all(side.pids.tolist() == pids and side.camids.tolist() == camids for side, (_, pids, camids) in pairs):
+        for side in (side for pair in sides for side in pair):
+            side.names = names_of_labels(images)
     return sides, images, splits, skipped
 
 

@@ -225,6 +225,7 @@ from utils.files import portable
 from utils.modeling.backbones import ClipBackbone
 from utils.modeling.export import write_backbone_folder
 from utils.modeling.names import check_backbone, check_swin, open_backbone
+from utils.modeling.networks.plain_vit import PlainViTBackbone
 from utils.modeling.networks.semantic_swin import SemanticSwinBackbone
 from utils.modeling.norms import share_batch_statistics
 from utils.modeling.reid_model import ReIDModel
@@ -324,9 +325,7 @@ def main(args):
 
     def measure(epoch):
         """By the plain features of the backbone: what `evaluate.py` finds with `backbone/`."""
-        usual = (getattr(result, "preprocessing", None) or {}).get("resample", "bilinear")
-        encoder = ReIDModel(result, resample=args.test_resample or usual).to(accelerator.device)
-        training.measure(epoch, encoder, targets)
+        training.measure(epoch, encoder_of(args, result).to(accelerator.device), targets)
 
     if not training.resumed:
         measure(0)
@@ -499,12 +498,12 @@ def build_transform(args, backbone, device):
             padding=args.padding,
             erasing=args.erasing,
         )
-    of_one_size = isinstance(backbone, ClipBackbone)
+    of_one_size = isinstance(backbone, (ClipBackbone, PlainViTBackbone))
     parts = args.local_resolution or [side if of_one_size else side // 2 for side in args.resolution]
     if of_one_size and list(parts) != list(args.resolution):
         raise ValueError(
-            f"--local_resolution {' '.join(map(str, parts))}: CLIP takes images of one size; leave it out, or "
-            "choose a ResNet or a Swin"
+            f"--local_resolution {' '.join(map(str, parts))}: CLIP and ViT take images of one size; leave it out, "
+            "or choose a ResNet or a Swin"
         )
     options = {"num_parts": args.local_crops, "whole_area": args.whole_area, "part_area": args.local_area}
     options |= {"colours": args.colours, "hidden": args.hidden_sides, "aspects": args.crop_aspects}
@@ -549,7 +548,15 @@ def save(args, training, backbone, num_ids):
     title = f"{Path(args.backbone).name} pre-trained on {' + '.join(portable(args.source))}"
     people = {} if args.objective in DISTILLED else {"identities": num_ids}
     card = training.card(title, CARD, **people, library_name="transformers")
-    write_backbone_folder(backbone, Path(args.output_dir) / "backbone", ReIDModel(backbone).preprocessing(), card)
+    write_backbone_folder(
+        backbone, Path(args.output_dir) / "backbone", encoder_of(args, backbone).preprocessing(), card
+    )
+
+
+def encoder_of(args, backbone):
+    """The plain features of the backbone."""
+    usual = (getattr(backbone, "preprocessing", None) or {}).get("resample", "bilinear")
+    return ReIDModel(backbone, resample=args.test_resample or usual)
 
 
 def upload(repo_id, folder):

@@ -48,6 +48,8 @@ def check_ids(name, ids, length, device):
         raise ValueError(f"{name} must be a list, array or tensor of integers: {error}") from None
     if ids.dim() != 1 or ids.shape[0] != length:
         raise ValueError(f"{name} must hold one number for each of {length} rows, got shape {tuple(ids.shape)}")
+    # An empty list has no type.
+    ids = ids if ids.numel() else ids.long()
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{name} must be integers, got {ids.dtype}")
     return ids.to(device=device, dtype=torch.int64)

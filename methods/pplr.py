@@ -35,6 +35,8 @@ class PPLR(nn.Module):
     def __init__(self, encoder, args, num_source, cameras, source_size=0):
         super().__init__()
         self.encoder, self.args, self.num_source = encoder, args, num_source
+        if encoder.backbone.config.model_type == "part_token_clip":
+            raise ValueError("--method pplr parts a map as wide as the features; those of part tokens are wider")
         width, rows = encoder.num_features, min(args.class_rows, len(cameras) // 2)
         encoder.reset_classifier(rows)
         self.necks = nn.ModuleList(BNNeck(width) for _ in range(args.num_parts))

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import tarfile
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -17,7 +18,7 @@ from utils.datasets.images import check_images
 from utils.datasets.load import load_reid, load_sources
 from utils.datasets.portable import save
 from utils.datasets.schema import camera_in, features, names_of, warn_once
-from utils.datasets.search_folders import read_folders
+from utils.datasets.search_folders import counts_images, read_folders
 from utils.datasets.unlabelled import open_unlabelled
 
 # (file, identity, camera)
@@ -396,6 +397,7 @@ PEOPLES = [f"{name}/{number}_c{number % 3 + 1}.png" for name in ("anna", "bert")
         (["query/0001_c1.png", "query/0002_c1.png", "gallery/0001_c2.png"], ["1", "2"]),
         (["0001/0001_c1.png", "0001/0001_c2.png", "0002/0002_c1.png"], ["1", "2"]),
         (["0001_c1.png", "0002_c1.png", "more/0001_c2.png"], ["1", "2"]),
+        (["monday/0001_c1.png", "monday/0002_c1.png", "tuesday/0001_c2.png"], ["1", "2"]),
     ],
 )
 def test_numbers_of_images_are_no_identities(tmp_path, paths, names):
@@ -407,6 +409,19 @@ def test_numbers_of_images_are_no_identities(tmp_path, paths, names):
     # The camera is that of the name all the same.
     shown = {int(re.search(r"_c(\d)", path)[1]) - 1 for path in paths}
     assert {*query["camid"]} == shown
+
+
+def test_numbers_of_images_on_two_sides(tmp_path):
+    """Each side has an image of one number; one person alone, added to a kept gallery, follows the others."""
+    for path in ("q/anna/1_c1.png", "q/bob/1_c1.png", "g/anna/1_c2.png", "g/anna/2_c2.png", "g/bob/1_c2.png"):
+        paint(tmp_path / path)
+    query, gallery = read_folders(tmp_path / "q", tmp_path / "g")
+    names = names_of(query, "pid")
+    assert [names[pid] for pid in query["pid"]] == ["anna", "bob"]
+    assert [names[pid] for pid in gallery["pid"]] == ["anna", "anna", "bob"]
+    carl, kept = [Path("carl/1_c1.png")], [(Path("anna/1_c2.png"), "anna"), (Path("bob/1_c2.png"), "bob")]
+    assert counts_images(carl, kept=kept) and not counts_images(carl)
+    assert not counts_images(carl, kept=[(Path("monday/1_c2.png"), "1")])
 
 
 def test_a_link_to_nothing_is_named(tmp_path):

@@ -77,6 +77,18 @@ def test_the_report_of_a_training_stays(results):
     assert f"{report}: stays, as nothing makes it again; if it shows the person, delete it by hand" in changes
 
 
+def test_the_query_of_a_search_is_no_longer_named(results):
+    """Its name is that of the data; lines of unreadable images hold whole paths, and --path may be repeated."""
+    data = f"/home/u/my pictures/{PATHS[0]} in /home/u/cameras"
+    (results / "args.json").write_text(json.dumps({"command": ["evaluate.py", f"/home/u/my pictures/{PATHS[0]}"]}))
+    skipped = ["/home/u/cameras/bad.jpg: truncated", "/home/u/cameras/other.jpg: truncated"]
+    (results / "metrics.json").write_text(json.dumps({"data": data, "skipped_images": skipped}))
+    main([str(results), "--pid", "7", "--path", "bad.jpg", "--path=-1_c3.jpg"])
+    assert PATHS[0] not in (results / "args.json").read_text() + (results / "metrics.json").read_text()
+    kept = json.loads((results / "metrics.json").read_text())
+    assert kept == {"data": "/home/u/my pictures/removed in /home/u/cameras", "skipped_images": skipped[1:]}
+
+
 def test_what_killed_runs_left_and_unreadable_images(results):
     left = ["features.safetensors.part", "rankings.csv.part", "report.html.part", "00003.safetensors.part"]
     for name in left:

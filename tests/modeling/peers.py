@@ -94,7 +94,7 @@ def fast_reid(kind):
         config.MODEL.HEADS.POOL_LAYER = "GeneralizedMeanPooling"
     if "sbs" in kind or "mgn" in kind:
         config.MODEL.HEADS.POOL_LAYER = "GeneralizedMeanPoolingP"
-        config.MODEL.HEADS.EMBEDDING_DIM = 512 if "sbs" in kind else 256
+        config.MODEL.HEADS.EMBEDDING_DIM = 0 if "sbs" in kind else 256
         size = (384, 128)
     if "mgn" in kind:
         config.MODEL.META_ARCHITECTURE = "MGN"

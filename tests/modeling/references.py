@@ -384,7 +384,7 @@ class FastReid(nn.Module):
                 nn.ModuleList([NonLocal(4 * inner)]) for inner in self.INNER[1:3]
             )
         pool = {"bot": Pool(), "agw": Pool(3.0), "sbs": Pool(3.0, learned=True)}[kind]
-        self.heads = NeckHead(channels, 24 if kind == "sbs" else 0, pool)
+        self.heads = NeckHead(channels, 0, pool)
 
     def forward(self, images):
         if self.kind == "mgn":

@@ -1,6 +1,7 @@
 """ONNX: every architecture and head in onnxruntime, at any batch size; the exporter's refusals in words."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -9,9 +10,13 @@ import transformers
 
 from tests.modeling.test_heads import TINY
 from utils.modeling import export, networks
-from utils.modeling.backbones import backbone_from_config
+from utils.modeling.backbones import backbone_from_config, load_backbone
+from utils.modeling.folder import training_card
 from utils.modeling.heads import METHODS
+from utils.modeling.names import check_start, open_backbone
 from utils.modeling.reid_model import ReIDModel
+from utils.training.parameter_groups import depths
+from utils.training.teacher import teacher_of
 
 SIZE = (64, 32)
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
@@ -59,6 +64,52 @@ def model_of(family, method="bot"):
     return ReIDModel(backbone, num_ids=4, method=method, head_options=options).eval()
 
 
+def test_a_backbone_of_ours_keeps_how_images_are_prepared(tmp_path):
+    """Also CLIP's, whose own folders do not count; and the backbone of a whole model has that of the model."""
+    for family in ("clip_vision_model", "resnet"):
+        backbone = model_of(family).backbone
+        values = {"image_mean": (0.1, 0.2, 0.3), "image_std": (0.4, 0.5, 0.6), "resample": "bicubic"}
+        model = ReIDModel(backbone, **values)
+        folder = tmp_path / family
+        export.write_backbone_folder(backbone, folder, model.preprocessing(), "")
+        assert load_backbone(folder, SIZE).preprocessing == values
+        (folder / "preprocessor_config.json").write_text(json.dumps(model.preprocessing()))
+        assert load_backbone(folder, SIZE).preprocessing is None
+        model.save_pretrained(tmp_path / f"{family}-model")
+        assert open_backbone(str(tmp_path / f"{family}-model"), SIZE).preprocessing == values
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2", "siglip_vision_model"])
+def test_a_teacher_has_buffers_alone(family):
+    model, images = model_of(family), torch.randn(2, 3, *SIZE)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher_of(model)(images), model(images))
+
+
+def test_part_tokens_start_no_method_that_parts_the_map(tmp_path):
+    model_of("part_token_clip").save_pretrained(tmp_path / "model")
+    for method in ("mgn", "bdb"):
+        with pytest.raises(ValueError, match="has part tokens"):
+            check_start(str(tmp_path / "model"), method)
+    assert check_start(str(tmp_path / "model"), "bot") == "part_token_clip"
+
+
+@pytest.mark.parametrize("family, part", [("siglip_vision_model", ".head."), ("osnet", ".last.")])
+def test_layers_after_all_blocks_have_the_whole_rate(family, part):
+    found, last = depths(model_of(family).backbone)
+    after = {name: depth for name, depth in found.items() if part in f".{name}"}
+    assert after and {*after.values()} == {last}
+
+
+def test_targets_of_one_name_stay_apart_on_a_card(tmp_path):
+    numbers = {"mAP": 0.5, "rank1": 0.6}
+    for place in ("site1/test", "site2/test"):
+        (tmp_path / place).mkdir(parents=True)
+    metrics = {f"{tmp_path}/site{number}/test": numbers for number in (1, 2)} | {"market1501": numbers}
+    card = training_card("t", "x", "train.py", {}, metrics=metrics, details={})
+    assert "test (1)" in card and "test (2)" in card and "market1501 (" not in card
+
+
 def test_every_architecture_is_tried():
     assert FAMILIES.keys() == {"clip_vision_model", "resnet", "swin", *networks.KINDS}
 
@@ -69,6 +120,12 @@ def test_onnxruntime_gives_the_same_features(tmp_path, family, method):
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
     pytest.importorskip("onnxscript", reason="pip install onnx onnxscript onnxruntime")
     model = model_of(family, method)
+    if family == "resnet":
+        # A folder may hold half of the digits.
+        model = model.to(torch.bfloat16)
+        export.export_onnx(model, tmp_path / "half.onnx")
+        assert next(model.parameters()).dtype == torch.bfloat16
+        model = model.float()
     export.export_onnx(model, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     for batch in (1, 4):

@@ -1,8 +1,10 @@
 """Weights of other projects: features equal to those of the original networks, and files that are refused."""
 
+import argparse
 import os
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -401,6 +403,33 @@ def test_files_that_are_no_plain_tensors(tmp_path):
     whole.write_bytes(whole.read_bytes()[:5000])
     with pytest.raises(ValueError, match="no whole safetensors"):
         ReIDModel.from_weights(whole)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda state: {"state_dict": state, "rank1": np.float32(0.9), "optimizer": {"lr": np.float64(0.1)}},
+        lambda state: {"teacher": state, "args": argparse.Namespace(arch="resnet50", out_dim=3)},
+        lambda state: {"model": {"state_dict": state}, "epoch": 3},
+        lambda state: {"state_dict": {f"model.{name}": value for name, value in state.items()}},
+        lambda state: {f"net.module.{name}": value for name, value in state.items()},
+        lambda state: {"n_averaged": torch.tensor(3)} | {f"module.{name}": value for name, value in state.items()},
+    ],
+    ids=["torchreid", "dino", "nested", "lightning", "prefixes", "average"],
+)
+def test_files_as_trainings_write_them(tmp_path, content):
+    state = resnet_state()
+    model = ReIDModel.from_weights(saved(content(state), tmp_path / "weights.pth"), (32, 32))
+    assert torch.equal(
+        model.backbone.state_dict()["model.embedder.embedder.convolution.weight"], state["conv1.weight"]
+    )
+
+
+def test_a_resnet_of_timm_that_blurs_is_refused(tmp_path):
+    save_file(resnet_state(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"architecture": "resnetaa50"}')
+    with pytest.raises(ValueError, match="is resnetaa50, a ResNet that blurs|is resnetaa50: a ResNet that blurs"):
+        ReIDModel.open(str(tmp_path), (64, 32))
 
 
 @pytest.mark.parametrize(

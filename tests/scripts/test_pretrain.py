@@ -568,7 +568,7 @@ def test_bad_input_is_told_in_one_line(tmp_path, monkeypatch):
 
 def test_crops_of_clip_have_its_size(tmp_path):
     clip = ["--backbone", CLIP_DIR, "--local_resolution", "32", "16", "--output_dir", tmp_path / "out"]
-    assert "CLIP takes images of one size" in refused(*SMALL, *DINO, *clip)
+    assert "CLIP and ViT take images of one size" in refused(*SMALL, *DINO, *clip)
 
 
 def test_weights_of_another_memory_layout_are_saved_alike(tmp_path):

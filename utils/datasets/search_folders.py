@@ -32,7 +32,7 @@ def read_folders(query_dir, gallery_dir=None):
     only queries.
     """
     sides = [images_of(place) for place in (query_dir, gallery_dir) if place is not None]
-    by_folder = counts_images([path for _, paths in sides for path in paths])
+    by_folder = counts_images(*(paths for _, paths in sides))
     found = ([[identity_of(path, by_folder) for path in paths], [*map(camera_of, paths)]] for _, paths in sides)
     labels, names = numbered(*found)
     result = []
@@ -106,23 +106,27 @@ def warn_of_unread(folder, paths):
         )
 
 
-def counts_images(paths, known=()):
+def counts_images(*sides, kept=()):
     """Whether numbers in names such as 3_c2.jpg count the images of each folder, so that the folder is the identity.
 
-    Several folders then have the same numbers, and none has one twice; or the folders are the identities of a gallery.
+    Several folders of the paths of a side then have the same numbers, and none has one twice. Numbers with zeros in
+    front, such as 0001, are people's. `kept`: (path, identity) of a gallery, for which it was decided before.
     """
+    for path, identity in kept:
+        match, folder = LABELLED.match(path.name), folder_of(path)
+        if match and str(int(match[1])) != folder and identity in (folder, str(int(match[1]))):
+            return identity == folder
     numbers = {}
     # A folder may be both sides.
-    for path in {*paths}:
-        match, folder = LABELLED.match(path.name), folder_of(path)
-        if match:
-            numbers.setdefault(folder, []).append(int(match[1]))
-    if None in numbers or not numbers:
-        return False
-    if {*numbers} <= {*known}:
-        return True
+    for place, paths in enumerate({frozenset(paths) for paths in sides}):
+        for path in paths:
+            match, folder = LABELLED.match(path.name), folder_of(path)
+            if match and (folder is None or match[1] != str(int(match[1]))):
+                return False
+            if match:
+                numbers.setdefault((place, folder), []).append(int(match[1]))
     once = all(len(set(found)) == len(found) for found in numbers.values())
-    several = max(map(len, numbers.values())) > 1
+    several = max(map(len, numbers.values()), default=0) > 1
     return once and several and len(set().union(*numbers.values())) < sum(map(len, numbers.values()))
 
 

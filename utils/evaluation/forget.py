@@ -14,6 +14,7 @@ on them are not touched.
 import argparse
 import csv
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -56,6 +57,8 @@ def forget(folder, *, pid=None, paths=(), dry_run=False):
         changes += without_rows(path, images, dry_run)
     for path in sorted(folder.rglob("metrics.json")):
         changes += without_skipped(path, pid, paths, dry_run)
+    for path in sorted([*folder.rglob("metrics.json"), *folder.rglob("args.json")]):
+        changes += without_mention(path, images["query"] | images["gallery"], dry_run)
     if not changes:
         raise ValueError(f"{folder} holds nothing of {wanted(pid, paths)}{known_identities(stored, pid)}")
     reports = sorted(folder.rglob("report.html"))
@@ -167,6 +170,10 @@ class StoredFeatures:
             tensors["features"] = tensors["features"][rows]
             for side in self.sides:
                 tensors[f"{side}row"] = place[tensors[f"{side}row"]]
+        header = {
+            name: text if name.endswith(("path", "names")) else unnamed(text, images["query"] | images["gallery"])
+            for name, text in header.items()
+        }
         # Without its key, the file is not taken for the features of the whole data set: some are gone.
         header.pop("key", None)
         if not dry_run:
@@ -205,7 +212,8 @@ def without_skipped(path, pid, paths, dry_run):
 
     def is_theirs(line):
         name = Path(line.split(": ")[0])
-        return name.as_posix() in {*map(str, paths)} or any(
+        # Lines hold whole paths, of folders of the search.
+        return any(f"/{name.as_posix()}".endswith(f"/{path}") for path in paths) or any(
             is_identity(identity_of(name, by_folder), pid) for by_folder in (False, True)
         )
 
@@ -216,6 +224,28 @@ def without_skipped(path, pid, paths, dry_run):
         with write_together(path.parent) as part:
             part(path.name).write_text(to_json(metrics | {"skipped_images": kept}), encoding="utf-8")
     return [f"{path}: {len(skipped) - len(kept)} unreadable images removed"]
+
+
+def without_mention(path, names, dry_run):
+    """Write a file of JSON again where it names one of the images, as the query of a search: a line, or none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return []
+    made = unnamed(text, [json.dumps(name)[1:-1] for name in names])
+    if made == text:
+        return []
+    if not dry_run:
+        with write_together(path.parent) as part:
+            part(path.name).write_text(made, encoding="utf-8")
+    return [f"{path}: the name of an image removed"]
+
+
+def unnamed(text, names):
+    """The text with `removed` where a path in it ends with one of the names."""
+    for name in names:
+        text = re.sub(rf"(?:^|(?<=[/\s\"]))({re.escape(name)})(?=$|[\s\",:])", "removed", text)
+    return text
 
 
 def without_rows(path, images, dry_run):
@@ -249,7 +279,9 @@ def parse_args(input_args=None):
     )
     parser.add_argument("folder", help="--output_dir of evaluate.py, or a folder above several")
     parser.add_argument("--pid", help="identity to remove: its name, or its number where identities have no names")
-    parser.add_argument("--path", nargs="+", default=[], help="images to remove, as rankings.csv names them")
+    parser.add_argument(
+        "--path", nargs="+", action="extend", default=[], help="images to remove, as rankings.csv names them"
+    )
     parser.add_argument("--dry_run", action="store_true", help="only list what would be removed")
     args = parser.parse_args(input_args)
     if args.pid is None and not args.path:

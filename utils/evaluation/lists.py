@@ -13,9 +13,9 @@ from utils.evaluation.metrics import kept_labels, rank
 
 
 def is_match(queries, gallery, row, column):
-    """Whether a query row and a gallery row show the same identity; None for a query of unknown identity."""
+    """Whether a query row and a gallery row show the same identity; None where one is unknown."""
     query_pid, gallery_pid = int(queries.pids[row]), int(gallery.pids[column])
-    return None if query_pid == UNKNOWN else query_pid == gallery_pid
+    return None if UNKNOWN in (query_pid, gallery_pid) else query_pid == gallery_pid
 
 
 def dropped(queries, gallery, rows, columns, protocol):

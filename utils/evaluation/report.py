@@ -11,6 +11,7 @@ from utils.datasets.schema import UNKNOWN
 from utils.evaluation.decisions import add_decisions
 from utils.evaluation.lists import is_match
 from utils.evaluation.metrics import RANKS
+from utils.evaluation.results import last_words
 from utils.files import portable
 from utils.modeling.attention import attention_maps
 from utils.reporting.charts import line_chart
@@ -48,8 +49,7 @@ class ResultPictures:
         batch = transform(image)[None].to(next(model.parameters()).device)
         heat = attention_maps(model, batch)[0].cpu()
         heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-6)
-        heat = Image.fromarray((255 * heat).to(torch.uint8).numpy())
-        heat = heat.resize(image.size, Image.Resampling.BICUBIC)
+        heat = Image.fromarray((255 * heat).to(torch.uint8).numpy()).resize(image.size, Image.Resampling.BICUBIC)
         colours = ImageOps.colorize(heat, black="#10243f", mid="#b8457a", white="#ffe08a")
         return data_uri(Image.blend(image.convert("RGB"), colours, 0.55))
 
@@ -105,7 +105,7 @@ def evaluation_report(metrics, findings, pictures=None, *, num_random=4, seed=0)
         add_queries(report, findings, pictures, num_random, seed)
     if metrics["skipped_images"]:
         report.section("Left out", f"{len(metrics['skipped_images'])} images that do not decode.")
-        report.table(["file"], [[path] for path in metrics["skipped_images"]])
+        report.table(["file"], [[last_words(line)] for line in metrics["skipped_images"]])
     return report
 
 

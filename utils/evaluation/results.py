@@ -54,3 +54,9 @@ def summary_lines(metrics, folder):
     if metrics["mAP"] is None:
         lines.append("No query has a label that the gallery has too: ranked lists, no metrics")
     return [*lines, f"Results: {folder}; open {Path(folder) / 'report.html'}"]
+
+
+def last_words(line):
+    """What is said of a file, with no folders but its own: a report may be passed on."""
+    path, colon, reason = line.partition(": ")
+    return "/".join(Path(path).parts[-2:]) + colon + reason

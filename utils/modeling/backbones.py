@@ -291,7 +291,7 @@ def load_backbone(name_or_path, image_size=(256, 128), *, attn_implementation=No
             f"{'; '.join(wrong[:3])}{more}"
         )
     backbone = wrap(model, image_size, attn_implementation)
-    if config.model_type in networks.KINDS:
+    if config.model_type in networks.KINDS or Path(str(name_or_path)).is_dir():
         backbone.preprocessing = networks.read_preprocessing(name_or_path, config.model_type, **hub)
     return backbone
 
@@ -355,12 +355,12 @@ def checked_image_size(image_size):
     return height, width
 
 
-def resize_position_table(table, old_grid, new_grid):
-    """Resize a position table (first row: class token) from one patch grid to another, bilinearly."""
+def resize_position_table(table, old_grid, new_grid, mode="bilinear"):
+    """Resize a position table (first row: class token) from one patch grid to another."""
     if tuple(old_grid) == tuple(new_grid):
         return table.clone()
     grid = table[1:].T.reshape(1, -1, *old_grid).float()
-    grid = F.interpolate(grid, size=tuple(new_grid), mode="bilinear", align_corners=False)
+    grid = F.interpolate(grid, size=tuple(new_grid), mode=mode, align_corners=False)
     return torch.cat([table[:1], grid.flatten(2)[0].T.to(table.dtype)])
 
 

@@ -1,5 +1,6 @@
 """Export: a Re-ID model to ONNX, checked against torch, and a plain backbone to a folder of `transformers`."""
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 
 from utils.files import to_json, write_together
+from utils.modeling.networks.preprocessing import MADE_BY, MAKER
 
 
 def export_onnx(model, path):
@@ -19,20 +21,18 @@ def export_onnx(model, path):
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError(f"--export onnx needs onnx, onnxscript and onnxruntime ({error}); pip install them") from None
-    device, attention = next(model.parameters()).device, model.backbone.config._attn_implementation
+    # Half precision would differ by more than is allowed, or not be known to onnxruntime.
+    model = copy.deepcopy(model).float().cpu()
     settings = {"image_size": model.image_size, "mean": model.image_mean, "std": model.image_std}
     # Torch's exporter fails on the fused attention of Swin's windows.
-    model.cpu().backbone.set_attention("eager")
-    try:
-        with write_together(path.parent) as part:
-            program = exported(model)
-            program.model.metadata_props["diffreid"] = to_json(settings | {"resample": model.resample})
-            program.save(part(path.name), external_data=False)
-            difference = largest_difference(model, onnxruntime, f"{path}.part")
-            if not difference < 1e-4:
-                raise ValueError(f"the features in ONNX differ from torch's by {difference:.1e}; nothing was written")
-    finally:
-        model.to(device).backbone.set_attention(attention)
+    model.backbone.set_attention("eager")
+    with write_together(path.parent) as part:
+        program = exported(model)
+        program.model.metadata_props["diffreid"] = to_json(settings | {"resample": model.resample})
+        program.save(part(path.name), external_data=False)
+        difference = largest_difference(model, onnxruntime, f"{path}.part")
+        if not difference < 1e-4:
+            raise ValueError(f"the features in ONNX differ from torch's by {difference:.1e}; nothing was written")
     return f"{path}: features equal torch's within {difference:.1e}, at batch 1 and 3"
 
 
@@ -76,7 +76,7 @@ def write_backbone_folder(backbone, folder, preprocessor, card):
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
     backbone.save_pretrained(part)
-    (part / "preprocessor_config.json").write_text(to_json(preprocessor))
+    (part / "preprocessor_config.json").write_text(to_json(preprocessor | {MADE_BY: MAKER}))
     (part / "README.md").write_text(card, encoding="utf-8")
     if folder.exists():
         os.replace(folder, old)

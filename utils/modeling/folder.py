@@ -176,11 +176,13 @@ def training_card(title, text, script, settings, *, metrics, details, library_na
     """The card of a model that `script` trained: `text`, command, numbers, settings, but no paths of this machine."""
     settings = {name: portable(value) for name, value in settings.items() if name not in NOT_ON_CARD}
     settings = {name: value for name, value in settings.items() if value is not None and value is not False}
+    names = [portable(spec) for spec in metrics]
+    names = [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, start=1)]
     return model_card(
         title,
         text=text,
         command=shlex.join(["accelerate", "launch", script, *(str(portable(word)) for word in sys.argv[1:])]),
-        metrics={portable(spec): values for spec, values in metrics.items()},
+        metrics=dict(zip(names, metrics.values(), strict=True)),
         details=details | {name: shown(value) for name, value in settings.items()},
         library_name=library_name,
         pipeline_tag="image-feature-extraction",

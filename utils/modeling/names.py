@@ -114,6 +114,10 @@ def check_start(name, method, semantic_weight=None):
         if start not in ("bot", method, *IMPORTED_HEADS):
             raise ValueError(f"--backbone {name} is a model of method {start}; it can start --method {start} only")
         family = config["backbone"]["model_type"]
+        if family == "part_token_clip" and method in ("mgn", "bdb"):
+            raise ValueError(
+                f"--backbone {name} has part tokens, whose features are wider than the map {method} parts"
+            )
     elif kind == "backbone":
         config = read_config(name, revision=None, token=None)
         family = config.model_type
@@ -161,6 +165,7 @@ def open_backbone(name, image_size, from_scratch=False):
         given = tuple(image_size) if kind == "file" else None
         model = ReIDModel.open(name, given).float()
         backbone, backbone.notes = model.backbone, model.notes
+        backbone.preprocessing = {name: getattr(model, name) for name in ("image_mean", "image_std", "resample")}
         if tuple(backbone.image_size) != tuple(image_size):
             raise ValueError(
                 f"{name} takes images of {' x '.join(map(str, backbone.image_size))}, not of "

@@ -5,7 +5,8 @@ import re
 # Parameters that are tables of biases or positions, or a class token.
 TABLES = ("relative_position_bias_table", "position_embedding", "class_embedding", "cls_token", "class_token")
 BLOCKS = re.compile(r"\b(?:stages|layers|layer)\.(\d+)(?:\.(?:layers|blocks)\.(\d+))?")
-AFTER_ALL_BLOCKS = ("post_layernorm", "visual_projection", "layernorm")
+# Of CLIP and ViT; of SigLIP, whose head pools; of OSNet.
+AFTER_ALL_BLOCKS = ("post_layernorm", "visual_projection", "layernorm", "head", "last")
 
 
 def bias_groups(named_parameters, **of_biases):

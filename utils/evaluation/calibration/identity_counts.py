@@ -133,7 +133,8 @@ class IdentityCounts:
 
     def all_pairs(self):
         """Count everything at once, without the pairs of cameras: yields nothing."""
-        self.total.add(self.count(*(torch.arange(len(side)) for side in (self.queries, self.gallery))))
+        sides = self.queries, self.gallery
+        self.total.add(self.count(*(torch.arange(len(side), device=side.features.device) for side in sides)))
         return ()
 
     def count(self, rows, columns):

@@ -7,6 +7,7 @@ import torch
 from utils.datasets.schema import UNKNOWN
 from utils.evaluation.groups.grouping import doubts
 from utils.evaluation.report import model_name
+from utils.evaluation.results import last_words
 from utils.files import portable
 from utils.reporting.histograms import histogram
 from utils.reporting.report import Report, Tile, data_uri, percent
@@ -35,7 +36,8 @@ def group_report(metrics, tracklets, groups, typical_rows):
     add_singles(report, shown)
     if tracklets.skipped:
         report.section("Left out", f"{len(tracklets.skipped):,} files, boxes or folders.")
-        report.table(["what", "why"], tracklets.skipped[:SHOWN_SKIPPED], text_columns=2)
+        shown = [(last_words(name), reason) for name, reason in tracklets.skipped[:SHOWN_SKIPPED]]
+        report.table(["what", "why"], shown, text_columns=2)
     return report
 
 

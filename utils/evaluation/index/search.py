@@ -1,6 +1,7 @@
 """Images of folders for a kept gallery: what is new, labels of both sides, the same files."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from utils.datasets.images import check_images, storage_of
 from utils.datasets.schema import UNKNOWN
 from utils.datasets.search_folders import camera_of, counts_images, identity_of, numbered
 from utils.evaluation.chunk_files import forget_chunks
-from utils.evaluation.index.store import Index, Rows
+from utils.evaluation.index.store import Index, Rows, alone
 from utils.evaluation.metrics import Side
 from utils.evaluation.self_matches import content_of
 
@@ -26,6 +27,8 @@ def open_kept(folder, gallery_dir, *, append):
             f"{folder} holds a gallery of {len(index):,} images: add those of --gallery_dir that are new by --append, "
             "or leave out --gallery_dir"
         )
+    if index is not None and not len(index) and not gallery_dir:
+        raise ValueError(f"{folder} holds no images any more; add some by --gallery_dir and --append")
     return index or Index(folder)
 
 
@@ -40,10 +43,11 @@ def add_new(index, images, gallery_dir, extract, *, accelerator, **reading):
         return []
     new, skipped = check_images(new, **reading, may_be_empty=True)
     if len(new):
-        features = extract(new, index.folder)
-        if accelerator.is_main_process:
-            index.add(features, rows_of(new, index))
-            forget_chunks(index.folder)
+        with alone(index.folder) if accelerator.is_main_process else nullcontext():
+            features = extract(new, index.folder)
+            if accelerator.is_main_process:
+                index.add(features, rows_of(new, index))
+                forget_chunks(index.folder)
         accelerator.wait_for_everyone()
         index.files = Index.open(index.folder).files
     if not len(index):
@@ -55,7 +59,8 @@ def rows_of(images, index):
     """The `Rows` of a data set of a folder, beside those of the kept gallery."""
     files = storage_of(images, "image").to_pylist()
     status, paths = [os.stat(file["path"]) for file in files], [Path(path) for path in images["path"]]
-    by_folder = counts_images(paths, index.pids())
+    kept = index.rows()
+    by_folder = counts_images(paths, kept=zip(map(Path, kept.paths), kept.identities, strict=True))
     return Rows(
         [path.as_posix() for path in paths],
         [identity_of(path, by_folder) for path in paths],

@@ -13,6 +13,7 @@ addition leaves behind is in no manifest and belongs to no gallery.
 import json
 import os
 import re
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -100,6 +101,26 @@ def about_model(name, model, precision):
     """What the features depend on, for the manifest."""
     transform = [list(model.image_size), list(model.image_mean), list(model.image_std), model.resample, precision]
     return {"model": str(name), "weights": weights_digest(model), "transform": transform, "width": model.num_features}
+
+
+@contextmanager
+def alone(folder):
+    """No other command of this machine writes to the gallery meanwhile; ValueError where one does."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another command writes to the gallery in {folder}: wait for its end") from None
+        # Windows, and file systems that have no locks.
+        except (ImportError, OSError):
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class Index:
@@ -240,10 +261,11 @@ class Index:
         if removed:
             lines.append(f"{self.folder / MANIFEST}: {removed} row{'s' if removed > 1 else ''} removed")
         if not dry_run:
-            if removed:
-                self.replace(parts)
-            for path in left:
-                path.unlink(missing_ok=True)
+            with alone(self.folder):
+                if removed:
+                    self.replace(parts)
+                for path in left:
+                    path.unlink(missing_ok=True)
         return lines
 
 

@@ -44,7 +44,7 @@ def take_head(tensors, old, neck, pooling):
 
 
 def baseline(tensors, image_size):
-    """BoT: mean, BNNeck. AGW: non-local blocks, generalised mean. SBS: learned power, 512 numbers, larger images."""
+    """BoT: mean, BNNeck. AGW: non-local blocks, generalised mean. SBS: the same, its power learned, larger images."""
     tensors.refuse_parts(UNKNOWN_PARTS)
     preprocessing = preprocessing_of(tensors)
     config, network = read_network(tensors, prefix="backbone.", ceil_pooling=True)
@@ -55,8 +55,8 @@ def baseline(tensors, image_size):
         options["pooling"] = "gem"
         # AGW's power is fixed at 3 and is not in the file.
         head.setdefault("head.pooling.power", torch.tensor([3.0]))
-    name = "SBS" if options.get("embedding") else "AGW" if config.non_local else "SBS" if learned else "BoT"
-    if name == "AGW" and not learned:
+    name = "SBS" if learned or options.get("embedding") else "AGW" if config.non_local else "BoT"
+    if name == "AGW":
         notes.append("the power of its pooling is not in the file: 3, as in AGW")
     size = image_size or (LARGE_SIZE if name == "SBS" else SIZE)
     notes.insert(0, f"fast-reid {name}{' on IBN-a' if config.ibn else ''}; images of {size[0]} x {size[1]}")

@@ -1,14 +1,22 @@
 """Reads files of weights: safetensors, or PyTorch files of plain tensors. No code is ever unpickled."""
 
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 # What training scripts put weights under, in the order they are looked for; DINO's teacher is the one to use.
 WRAPPERS = ("state_dict", "model_state_dict", "teacher", "model_ema", "state_dict_ema", "model", "net", "network")
+
+
+# What trainings keep beside weights: their arguments, and numbers of NumPy. To make one runs no code of a file.
+SCALAR = np._core.multiarray.scalar
+PLAIN = [Namespace, np.dtype, SCALAR, (SCALAR, "numpy.core.multiarray.scalar")]
+PLAIN += [type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "bool")]
 
 
 def read_content(path):
@@ -28,16 +36,19 @@ def read_content(path):
             f'python -c \'import torch; torch.save(torch.jit.load("{path.name}", "cpu").state_dict(), "weights.pth")\''
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(PLAIN):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # A damaged pickle can raise any error. torch's text is left out: it advises to run the code in the file.
         raise ValueError(
             f"{str(path)!r} cannot be opened as a PyTorch file of plain tensors ({type(error).__name__}): it is "
             "damaged, or holds other objects, which are never unpickled; save its state dict alone, and give that file"
         ) from error
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
+    while isinstance(content, dict):
+        inner = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), None)
+        if inner is None:
+            break
+        content = inner
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, not a state dict")
     return content
@@ -55,6 +66,8 @@ def is_torchscript(path):
 def read_tensors(path):
     """{name: tensor} of a file, without what stands before all names, such as `module.`."""
     tensors = {str(name): value for name, value in read_content(path).items() if isinstance(value, torch.Tensor)}
+    # Beside an average of weights.
+    tensors.pop("n_averaged", None)
     stripped = True
     while stripped:
         stripped = False

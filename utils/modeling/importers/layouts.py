@@ -75,6 +75,8 @@ LAYOUTS = (
     Layout(VITS, (f"backbone.{BLOCK}", "backbone.cls_token"), UPRIGHT, ("vit", "dino")),
     Layout(VITS, (BLOCK, "cls_token", "patch_embed.proj."), UPRIGHT, ("vit", "plain")),
 )
+# What Lightning and other trainers put before all names.
+WRAPPED = ("model.", "net.", "network.", "module.")
 # Layouts that are refused by name: (what stands before a name, why).
 REFUSED = (
     ("image_encoder.layer1.", "CLIP-ReID with CLIP's ResNet as image encoder"),
@@ -108,9 +110,20 @@ def layout_of(names, path):
     )
 
 
+def tensors_of(path):
+    """({name: tensor}, layout) of a file, where no layout fits without a word of WRAPPED before all names."""
+    tensors = read_tensors(path)
+    while tensors and not any(layout.fits(tensors) for layout in LAYOUTS):
+        word = next((word for word in WRAPPED if all(name.startswith(word) for name in tensors)), None)
+        if word is None:
+            break
+        tensors = {name.removeprefix(word): tensor for name, tensor in tensors.items()}
+    return tensors, layout_of(tensors, path)
+
+
 def check_weights(path):
     """ValueError unless a file has a layout that is known."""
-    layout_of(read_tensors(path), path)
+    tensors_of(path)
 
 
 def open_weights(model_class, name_or_path, image_size=None, **options):
@@ -122,8 +135,7 @@ def open_weights(model_class, name_or_path, image_size=None, **options):
         model = model_class.from_dcac_checkpoint(path, image_size)
         model.notes = [f"{Path(path).name}: weights of DCAC's authors"]
         return model
-    tensors = read_tensors(path)
-    layout = layout_of(tensors, path)
+    tensors, layout = tensors_of(path)
     file, function = layout.reader
     read = getattr(importlib.import_module(f"utils.modeling.importers.{file}"), function)
     try:
@@ -180,6 +192,11 @@ def weights_of(name_or_path):
         raise ValueError(f"no weights at {str(name_or_path)!r}: {error}") from error
     if not (folder / "model.safetensors").is_file():
         raise ValueError(f"{str(name_or_path)!r} has no model.safetensors; only such weights of timm are read")
+    architecture = str(entries.get("architecture", ""))
+    if architecture.startswith(("resnetaa", "resnetblur")):
+        raise ValueError(
+            f"{str(name_or_path)!r} is {architecture}: a ResNet that blurs before its strides is not known"
+        )
     entries = entries.get("pretrained_cfg", entries)
     preprocessing = {f"image_{key}": tuple(entries[key]) for key in ("mean", "std") if key in entries}
     if entries.get("interpolation") in ("bilinear", "bicubic"):

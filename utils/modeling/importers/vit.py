@@ -111,7 +111,8 @@ def plain(tensors, image_size, prefix=""):
     patch = options["patch_size"]
     size = image_size or tuple(side // patch * patch for side in (256, 128))
     config = PlainViTConfig(**options, stride=patch, image_size=list(size))
-    state["position_embedding"] = resized_positions(table, grid, config)
+    # As the projects themselves do; TransReID's, which are upright, bilinearly.
+    state["position_embedding"] = resized_positions(table, grid, config, "bilinear" if upright else "bicubic")
     usual = HALVES if upright or notes and not options["layer_scale"] else IMAGENET
     why = "as TransReID-SSL fine-tunes" if upright else "a file does not say it, a folder of timm does"
     notes.append(f"normalised by mean {usual['image_mean']}: {why}")

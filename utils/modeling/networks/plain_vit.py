@@ -159,5 +159,5 @@ class PlainViTBackbone(SeesCameras, Backbone):
             raise ValueError(f"attn_implementation {implementation!r} is not known here; this ViT has sdpa only")
 
 
-def resized_positions(table, old_grid, config):
-    return resize_position_table(table, old_grid, grid_of(config))
+def resized_positions(table, old_grid, config, mode="bilinear"):
+    return resize_position_table(table, old_grid, grid_of(config), mode)

@@ -1,5 +1,7 @@
 """Vision transformers of `transformers`: ViT, DINOv2, DINOv3 and SigLIP, for images of any shape."""
 
+from itertools import chain
+
 from transformers import (
     Dinov2Config,
     Dinov2Model,
@@ -50,9 +52,14 @@ class TokenBackbone(Backbone):
         if first == 0 and not config.vision_use_head:
             raise ValueError("this SigLIP has no pooling head (vision_use_head is false); use one that has")
 
+    def dtype(self):
+        """That of the weights; a teacher's are buffers."""
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        return next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
+
     def summary_and_map(self, images):
         options = {"interpolate_pos_encoding": True} if self.config.model_type in RESIZED_IF_ASKED else {}
-        output = self.model(pixel_values=images.to(self.model.dtype), **options)
+        output = self.model(pixel_values=images.to(self.dtype()), **options)
         tokens = output.last_hidden_state
         grid = images.shape[-2] // self.patch, images.shape[-1] // self.patch
         feature_map = tokens[:, self.first_patch :].transpose(1, 2).unflatten(2, grid)
