@@ -26,10 +26,10 @@ def read_folders(query_dir, gallery_dir=None):
     """Query and gallery data sets of all images below two folders; either may be a single image instead.
 
     Identity and camera are read from names such as 0001_c2_x.jpg; other images have their folder as identity, and a
-    folder like cam1 as camera. Where such numbers count the images of a folder each (anna/3_c2.jpg), the folder is the
-    identity. The same name is the same identity in both folders. Cameras count from 0, as in other
-    data sets: c1 becomes 0, unless there is a c0. An unknown identity or camera is -1. Without `gallery_dir` there are
-    only queries.
+    folder like cam1 as camera. Where the numbers in names count the images of each folder (anna/3_c2.jpg), the folder
+    is the identity too: see `counts_images`. The same name is the same identity in both folders. Cameras count from 0,
+    as in other data sets: c1 becomes 0, unless there is a c0. An unknown identity or camera is -1. Without
+    `gallery_dir` there are only queries.
     """
     sides = [images_of(place) for place in (query_dir, gallery_dir) if place is not None]
     by_folder = counts_images(*(paths for _, paths in sides))

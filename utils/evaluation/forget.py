@@ -4,11 +4,14 @@
     python -m utils.evaluation.forget output/search --pid anna
     python -m utils.evaluation.forget output/search --path camera7/0017_c2_0003.jpg --dry_run
 
-In the folder and all folders below it: their rows leave the files of features, those of `--gallery_features` too, and
-every CSV that names the images, their names the lists of names and the unreadable images of `metrics.json`. What shows
-pictures or is unfinished is deleted: `report.html` of an evaluation, extractions, files that a killed run left. The
-report of a training stays, as nothing makes it again, and is named. The images themselves and models that were trained
-on them are not touched.
+In the folder and all folders below it:
+
+- Their rows leave the files of features, those of `--gallery_features` too, and every CSV that names the images.
+- Their names leave the files of features, `metrics.json` and `args.json`.
+- The reports of evaluations, which show pictures, and what killed runs left are deleted.
+- The report of a training stays, as nothing makes it again, and is named.
+
+The images themselves and models that were trained on them are not touched.
 """
 
 import argparse
