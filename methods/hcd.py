@@ -8,21 +8,22 @@ on, after a step has moved the memory, for the batch's target images t and the m
 
     graph    W = exp(2 cos - 2) between mutual neighbours that are similar enough, S = D^-1/2 W D^-1/2 with diagonal 0;
              the scores of t are row 0 of (I - a S)^-1, its own set to 0
-    image    t leaves its cluster and part, and joins those of the row n with the highest score, if that is high
-             enough, n is of the target and among the nearest
-    parts    t's part is split at its peaks of density, if it has more than 4 rows; then the parts in t's cluster
-             whose score is high enough become one, provided n's is among them. The nodes of the graph are t and the
-             parts near it, with their means as features; as neighbours, their rows nearest to t have to be similar
-    clusters the same with t's cluster, if it has more than 2 parts, which are the rows of the split; and with the
-             target's clusters near t
+    image    all t leave their clusters and parts; then each joins those of the row n with the highest score, if that
+             is high enough, n is of the target and among the nearest. n may be a t too, and have joined another
+    parts    t's part is split at its peaks of density, if it has more than 4 rows; then t's part and the parts in
+             t's cluster whose score is high enough become one, provided n's is among them. The nodes of the graph are
+             t and the parts near it, with their means as features, not of unit length; as neighbours, their rows
+             nearest to t have to be mutual and similar
+    clusters the same with t's cluster, if it has more than 2 parts, which are the rows of the split, and more than 4
+             images; and with the target's clusters near t
 
 Labels that are joined for several t, one by way of another, become one. The first epoch has --steps_per_epoch; a later
 one as many as its clusters fill, --images_per_id for each and one for each image alone, and the training ends after
 --num_train_epochs x --steps_per_epoch steps.
 
-Peak numbers are rows here, and a part's W is exponentiated once: the released code differs in both by mistake. Chosen
-here, where its order is not known: of too many peaks, those least similar to a denser row are kept; images are drawn
-least-drawn first, of other cameras or else other parts, then the rest.
+Of too many peaks, those most similar to a denser row are kept. Peak numbers are rows here, a part's W is exponentiated
+once, and the parts of a cluster that is split have the means that they have after parts were joined: the released code
+differs in these three by mistake.
 """
 
 import torch
@@ -32,10 +33,9 @@ from utils.batches.pseudo_batches import LeastDrawn, gather_by_domain, in_groups
 from utils.evaluation.groups.clusters import NOISE, singled_out
 from utils.modeling.domain_norms import split_norms
 from utils.modeling.hybrid_memory import HybridMemory
-from utils.modeling.memories import class_means
 from utils.training.clustering import from_main, renumbered
 from utils.training.optimizer import warmup_multistep
-from utils.training.propagation import Joined, mutual_graph, parts_of, scores_of_first
+from utils.training.propagation import Joined, graph_of, mutual, parts_of, scores_of_first
 
 # Clusters of fewer parts and parts of fewer images are not split.
 LEAST_PARTS, LEAST_IMAGES = 3, 5
@@ -158,29 +158,35 @@ class HCD(nn.Module):
         near = self.nearest_rows(targets)
         beside = rows[near]
         cosines = beside @ beside.transpose(1, 2)
-        graph = mutual_graph(cosines, args.point_neighbours, cosines > args.least_similarity)
+        similar = cosines > args.least_similarity
+        graph = graph_of(cosines, similar & mutual(cosines, args.point_neighbours))
         scores, places = scores_of_first(graph, args.spread).max(1)
         near, clusters, parts = near.cpu(), Labels(self.memory.labels), Labels(self.parts)
         best = near.gather(1, places.cpu()[:, None]).flatten().tolist()
-        for row, other, score, place in zip(targets, best, scores.tolist(), places.tolist(), strict=True):
-            accepted = score > args.least_score and place < args.point_neighbours and other >= self.num_source
-            for labels in (clusters, parts):
-                labels.take_out(row)
-                if accepted:
-                    labels.move([row], labels.of(other))
-        around = list(zip(targets, near.tolist(), best, strict=True))
+        moves = [
+            (row, other)
+            for row, other, score, place in zip(targets, best, scores.tolist(), places.tolist(), strict=True)
+            if score > args.least_score and place < args.point_neighbours and other >= self.num_source
+        ]
+        for labels in (clusters, parts):
+            labels.follow(targets, moves, rounds=1 + len(set(best) & set(targets)))
+        tied = similar & mutual(cosines, args.part_neighbours)
+        around = list(zip(targets, near.tolist(), best, tied, strict=True))
 
-        for part in dict.fromkeys(parts.of(row) for row in targets):
-            members = parts.rows(part)
-            if len(members) >= LEAST_IMAGES:
-                self.split(parts, [[member] for member in members], rows[members])
+        whole = set()
+        for row in targets:
+            members = parts.rows(parts.of(row))
+            if len(members) >= LEAST_IMAGES and parts.of(row) not in whole:
+                self.split(parts, [[member] for member in members], rows[members], whole)
         self.join(parts, around, lambda row, other: clusters.of(row) == clusters.of(other))
 
-        for name in dict.fromkeys(clusters.of(row) for row in targets):
-            names = list(dict.fromkeys(parts.of(row) for row in clusters.rows(name)))
-            if len(names) >= LEAST_PARTS:
+        whole = set()
+        for row in targets:
+            inside = clusters.rows(clusters.of(row))
+            names = list(dict.fromkeys(parts.of(one) for one in inside))
+            if len(names) >= LEAST_PARTS and len(inside) >= LEAST_IMAGES and clusters.of(row) not in whole:
                 members = [parts.rows(part) for part in names]
-                self.split(clusters, members, torch.stack([class_mean(rows[some]) for some in members]))
+                self.split(clusters, members, torch.stack([rows[some].mean(0) for some in members]), whole)
         self.join(clusters, around, lambda row, other: other >= self.num_source)
         return clusters.labels, parts.labels
 
@@ -191,42 +197,40 @@ class HCD(nn.Module):
         cosines[torch.arange(len(targets)), targets] = torch.inf
         return cosines.topk(min(self.args.graph_rows, len(rows)), dim=1).indices
 
-    def split(self, labels, members, features):
-        """The first of the parts that `features` fall into keeps its label."""
+    def split(self, labels, members, features, whole):
+        """The first of the parts that `features` fall into keeps its label; one that stays `whole` is noted there."""
         args = self.args
         numbers = parts_of(features, args.part_neighbours, args.peak_similarity, args.most_peaks, args.spread).tolist()
         for number in sorted(set(numbers) - {0}):
             some = [row for own, found in zip(members, numbers, strict=True) if found == number for row in own]
             labels.move(some, labels.free())
+        if not any(numbers):
+            whole.add(labels.of(members[0][0]))
 
     def join(self, labels, around, fits):
-        """For each (t, rows near it, n): labels near t with a high score become one, where n's is among them.
+        """For each (t, rows near it, n, which of them are tied): t's label and those near t with a high score become
+        one, where n's is among them.
 
         `fits(t, row)`: whether a label, by its row nearest to t, may be joined.
         """
         args, rows, joined = self.args, self.memory.prototypes, Joined()
-        means = class_means(rows, labels.labels.to(rows.device), len(rows))
-        for row, near, best in around:
+        means = labels.means(rows)
+        for row, near, best, tied in around:
             first = {}
-            for other in near[1:]:
-                first.setdefault(labels.of(other), other)
-            points = rows[[row, *first.values()]]
+            for place, other in enumerate(near[1:], 1):
+                first.setdefault(labels.of(other), place)
+            places = [0, *first.values()]
             nodes = torch.cat([rows[row : row + 1], means[list(first)]])
-            graph = mutual_graph(nodes @ nodes.t(), args.part_neighbours, points @ points.t() > args.least_similarity)
+            graph = graph_of(nodes @ nodes.t(), tied[places][:, places])
             scores = scores_of_first(graph, args.spread)[1:].tolist()
-            high = [
-                label
-                for (label, other), score in zip(first.items(), scores, strict=True)
-                if score > args.least_score and fits(row, other)
-            ]
+            high = {labels.of(row)}
+            for (label, place), score in zip(first.items(), scores, strict=True):
+                if score > args.least_score and fits(row, near[place]):
+                    high.add(label)
             if labels.of(best) in high:
                 joined.join(high)
         for label in joined.parents:
             labels.move(labels.rows(label), joined.name(label))
-
-
-def class_mean(rows):
-    return nn.functional.normalize(rows.mean(0), dim=0)
 
 
 class Labels:
@@ -246,10 +250,24 @@ class Labels:
         """The smallest label that no row has."""
         return int((self.counts == 0).nonzero()[0])
 
+    def means(self, rows):
+        """The mean of the rows of each label, not of unit length; 0 of those that no row has."""
+        sums = torch.zeros_like(rows).index_add_(0, self.labels.to(rows.device), rows)
+        return sums / self.counts.clamp(min=1).to(rows)[:, None]
+
     def take_out(self, row):
         """Leave a row alone."""
         if int(self.counts[self.of(row)]) > 1:
             self.move([row], self.free())
+
+    def follow(self, rows, moves, rounds):
+        """Take the rows out; then, in each round, give a row the label that the other one of its move has."""
+        for row in rows:
+            self.take_out(row)
+        for _ in range(rounds):
+            names = [self.of(other) for _, other in moves]
+            for (row, _), name in zip(moves, names, strict=True):
+                self.move([row], name)
 
     def move(self, rows, label):
         self.counts -= self.labels[rows].bincount(minlength=len(self.counts))

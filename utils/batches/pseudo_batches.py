@@ -124,28 +124,43 @@ def of_every_camera(rng, rows, size, camids):
 class LeastDrawn:
     """A draw that prefers the images that were drawn least often: one row, then others of other cameras.
 
-    Where all rows are of one camera, the others are of other parts of the cluster. Then come the rest, and rows again
-    where they end. From row `first` on, `counts` is how often each row was drawn before, `parts` its part.
+    Where all rows are of one camera, the others are of different parts of the cluster, if enough parts have rows that
+    were drawn least often. Fewer others than `size` are drawn with replacement. From row `first` on, `counts` is how
+    often each row was drawn before, `parts` its part.
     """
 
     def __init__(self, counts, parts, first=0):
         self.counts, self.parts, self.first = list(counts), list(parts), first
 
     def __call__(self, rng, rows, size, camids):
-        def ordered(some):
-            return sorted(rng.sample(some, len(some)), key=lambda row: self.counts[row - self.first])
-
-        start, *others = ordered(rows)
-        preferred = [row for row in others if camids[row] != camids[start]]
-        if not preferred:
-            preferred = [row for row in others if self.parts[row - self.first] != self.parts[start - self.first]]
-        taken = set(preferred)
-        rest = [row for row in others if row not in taken]
-        chosen = [start, *ordered(preferred), *ordered(rest)][:size]
-        chosen += rng.choices(rows, k=size - len(chosen))
-        for row in chosen:
+        start = rng.choice(self.least(rows))
+        others = [row for row in rows if camids[row] != camids[start]]
+        one_camera = not others
+        others = others or [row for row in rows if row != start] or [start]
+        least = self.least(others)
+        if len(others) < size:
+            chosen = rng.choices(others, k=size - 1)
+        elif len(least) < size:
+            rest = [row for row in others if row not in least]
+            chosen = least + rng.sample(rest, size - 1 - len(least))
+        else:
+            chosen = self.of_different_parts(rng, least, size - 1) if one_camera else []
+            chosen = chosen or rng.sample(least, size - 1)
+        for row in (start, *chosen):
             self.counts[row - self.first] += 1
-        return chosen
+        return [start, *chosen]
+
+    def least(self, rows):
+        """Those that were drawn least often."""
+        counts = [self.counts[row - self.first] for row in rows]
+        return [row for row, count in zip(rows, counts, strict=True) if count == min(counts)]
+
+    def of_different_parts(self, rng, rows, size):
+        """Rows of so many parts, one of each; none where there are fewer parts."""
+        parts = {}
+        for row in rows:
+            parts.setdefault(self.parts[row - self.first], []).append(row)
+        return [rng.choice(parts[part]) for part in rng.sample(sorted(parts), size)] if len(parts) >= size else []
 
 
 def rows_of(labels, first=0):

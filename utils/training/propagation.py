@@ -3,20 +3,24 @@
 import torch
 
 
-def mutual_graph(cosines, nearest, allowed=None):
-    """D^-1/2 W D^-1/2 with a diagonal of 0, float64, from cosines (..., n, n).
-
-    W = exp(2 cos - 2) where each of two nodes is among the `nearest` of the other, itself included, and `allowed`.
-    """
-    cosines = cosines.double()
+def mutual(cosines, nearest):
+    """Where each of two nodes is among the `nearest` of the other, itself included: bool, of cosines (..., n, n)."""
     places = cosines.topk(min(nearest, cosines.shape[-1]), dim=-1).indices
     near = torch.zeros_like(cosines, dtype=torch.bool).scatter_(-1, places, True)
-    kept = near & near.transpose(-1, -2)
-    weights = (2 * cosines - 2).exp() * (kept if allowed is None else kept & allowed)
+    return near & near.transpose(-1, -2)
+
+
+def graph_of(cosines, kept, *, itself=True):
+    """D^-1/2 W D^-1/2 with a diagonal of 0, float64, from cosines (..., n, n), where they are `kept`.
+
+    W = exp(2 cos - 2). `itself`: whether a node's own weight, 1, counts in D.
+    """
+    weights = (2 * cosines.double() - 2).exp() * kept
+    own = weights.new_full(weights.shape[-1:], float(itself)) * kept.diagonal(dim1=-2, dim2=-1)
+    weights = weights - torch.diag_embed(weights.diagonal(dim1=-2, dim2=-1))
     # A node without neighbours, not even itself, has only zeros.
-    scale = weights.sum(-1).clamp(min=1e-30).rsqrt()
-    graph = scale[..., :, None] * weights * scale[..., None, :]
-    return graph - torch.diag_embed(graph.diagonal(dim1=-2, dim2=-1))
+    scale = (weights.sum(-1) + own).clamp(min=1e-30).rsqrt()
+    return scale[..., :, None] * weights * scale[..., None, :]
 
 
 def propagated(graph, alpha, seeds):
@@ -39,7 +43,7 @@ def parts_of(features, nearest, between, most, alpha):
     """The part of each row of a cluster, from 0, around peaks of density; all 0 where there is one peak.
 
     The density of a row is the sum of its cosines. Peaks are the densest row, and rows whose cosine to the most
-    similar denser row is `between` two values: at most `most` of all, those least similar to a denser row first.
+    similar denser row is `between` two values: at most `most` of all, those most similar to a denser row first.
     """
     cosines = (features @ features.t()).double()
     count = len(cosines)
@@ -49,12 +53,12 @@ def parts_of(features, nearest, between, most, alpha):
     denser = rank[None, :] < rank[:, None]
     reach = cosines.masked_fill(~denser, -torch.inf).amax(1)
     others = ((reach > between[0]) & (reach < between[1])).nonzero().flatten()
-    peaks = torch.cat([order[:1], others[reach[others].argsort(stable=True)][: most - 1]])
+    peaks = torch.cat([order[:1], others[reach[others].argsort(descending=True, stable=True)][: most - 1]])
     if len(peaks) < 2:
         return torch.zeros(count, dtype=torch.int64, device=features.device)
     seeds = torch.zeros(count, len(peaks), dtype=torch.float64, device=features.device)
     seeds[peaks, torch.arange(len(peaks), device=features.device)] = 1
-    return propagated(mutual_graph(cosines, nearest), alpha, seeds).argmax(1)
+    return propagated(graph_of(cosines, mutual(cosines, nearest), itself=False), alpha, seeds).argmax(1)
 
 
 class Joined:
