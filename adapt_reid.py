@@ -45,9 +45,9 @@ batch has K images of each cluster, as different cameras saw it where the data s
 With a source, BatchNorm has averages and weights of its own for each domain; the target's are saved.
 
 Distances follow the paper on re-ranking, as IDM's code does; `--jaccard faiss` is that of the other methods' code: it
-counts an image among its own k1 and does not divide a row's distances by its largest. The recipes set it, learned GeM
-and XBM where the authors do, and `--norm_group` to the images of one of their GPUs. All numbers are of the last epoch;
-published ones are of the epoch that was best on the test images.
+counts an image among its own k1 and does not divide a row's distances by its largest. The recipes set it, use learned
+GeM and XBM where the authors do, and set `--norm_group` to the images of one of their GPUs. Numbers are of the last
+epoch; published ones are of the epoch that was best on the test images.
 """
 
 from methods.settings import (
@@ -99,7 +99,7 @@ def build_parser(shown=None):
     )
     data = flags.add_data(
         parser,
-        source=f"labelled sets; default {DEMO_SOURCE}",
+        source=f"labelled sets of --setting adaptation; its demo: {DEMO_SOURCE}",
         target="sets whose training images are clustered, or a folder of images; measured on where they have query "
         f"and gallery; default {DEMO_TARGET}",
     )
@@ -137,7 +137,7 @@ def build_parser(shown=None):
 
     group = parser.group("clustering", idle=(lambda args: args.method == "glt", "--method glt groups by k-means"))
     group.add("--eps", type=float, default=0.4, help="distance of neighbours in DBSCAN, 0 to 1")
-    group.add("--min_samples", type=at_least(2), default=4, help="neighbours that make a core")
+    group.add("--min_samples", type=at_least(2), default=4, help="neighbours that make a core, with the image itself")
     group.add("--cluster_k1", type=at_least(1), default=15, help="reciprocal neighbours of an image")
     group.add("--cluster_k2", type=at_least(1), default=4, help="neighbours that are averaged over")
 
@@ -156,7 +156,7 @@ def build_parser(shown=None):
         batch_help="images of each process, and as many of the source",
         accumulation=flags.ONE_PASS,
     )
-    group.add("--steps_per_epoch", type=at_least(1), help="steps between clusterings; default: as the images fill")
+    group.add("--steps_per_epoch", type=at_least(1), help="steps of an epoch; default: images divided by the batch")
     flags.add_optimizer(parser, learning_rate=3e-4, weight_decay=5e-4)
     flags.add_schedule(parser, milestones=[4])
     flags.add_memory(parser)
@@ -272,9 +272,18 @@ class Defaults:
     under_deepspeed = False
     views = ("changed",)
     draw = staticmethod(of_other_cameras)
-    # Whether the optimizer starts anew in every epoch, and whether some weights have no gradient in some steps.
-    fresh_optimizer = False
+    # Whether some weights have no gradient in some steps.
     rests_weights = False
+
+    @staticmethod
+    def fresh_optimizer(args, epoch):
+        """Whether the optimizer starts anew in an epoch."""
+        return False
+
+    @staticmethod
+    def erasing(args, epoch):
+        """The probability of random erasing in an epoch."""
+        return args.erasing
 
     @staticmethod
     def scales(args):
@@ -343,7 +352,7 @@ def main(args):
     # What can be wrong with data and configuration shows before a model is loaded.
     if not of(kind, "under_deepspeed") and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
-            f"--method {args.method} writes weights beside the optimizer's steps, behind DeepSpeed's back; start it "
+            f"--method {args.method} writes weights outside of the optimizer, which DeepSpeed does not see; start it "
             "without DeepSpeed"
         )
     target, truth, measurable = open_unlabelled(args.target, args.data_root, skip_unreadable=args.skip_unreadable)
@@ -413,26 +422,21 @@ def main(args):
     bare = kind(encoder, args, num_source, cameras, source_size=len(source_labels))
     # Of the source the identity counts, of the target the image.
     numbers = torch.cat([source_labels, num_source + torch.arange(len(target))]).to(accelerator.device)
-    transform = view_transform(
-        of(kind, "views"),
-        encoder.image_size,
-        encoder.image_mean,
-        encoder.image_std,
-        padding=args.padding,
-        erasing=args.erasing,
-        erasing_value=args.erasing_value,
-        blur=args.blur,
-    )
-    loader = training_loader(
-        encoder,
-        images,
-        # The target's labels are nowhere to be found in a batch.
-        source_labels.tolist() + [-1] * len(target),
-        sampler,
-        transform=transform,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    looks = of(kind, "views"), encoder.image_size, encoder.image_mean, encoder.image_std
+    changes = {"padding": args.padding, "erasing_value": args.erasing_value, "blur": args.blur}
+
+    def loader_with(erasing):
+        return training_loader(
+            encoder,
+            images,
+            # The target's labels are nowhere to be found in a batch.
+            source_labels.tolist() + [-1] * len(target),
+            sampler,
+            transform=view_transform(*looks, **changes, erasing=erasing),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+
     sizes = buffer_shapes(bare)
     if training.resumed:
         reshape_buffers(bare, training.state["shapes"])
@@ -481,12 +485,16 @@ def main(args):
 
     if not training.resumed:
         training.measure(0, bare.tested(), targets)
+    erasing = loader = None
     for epoch in training.epochs():
         if not training.in_mid_epoch:
             with torch.no_grad():
                 relabel(epoch)
-            if of(kind, "fresh_optimizer"):
+            if of(kind, "fresh_optimizer")(args, epoch):
                 optimizer.state.clear()
+        # Its processes keep a transform for good.
+        if erasing != (wanted := of(kind, "erasing")(args, epoch)):
+            erasing, loader = wanted, loader_with(wanted)
         labels = of(bare, "labels_for_batches")(bare.pseudo_labels.cpu(), f"{args.seed}/{epoch}")
         sampler.take(labels, of(bare, "epoch_steps")(epoch, steps, batch_size), of(bare, "draw_of_epoch")())
         method.train()

@@ -5,7 +5,7 @@ number n of groups in the first term, of the middle number in the others:
 
     L = mean_n CE(W_n h, group) + soft triplets of f + w_c mean_x circle(f C^T) + w_q mean_t circle(m Q^T)
 
-f: pooled features, h: BNNeck features, of whose numbers the classifiers W_n miss a random share.
+f: pooled features, h: BNNeck features, of whose numbers the classifiers W_n and m miss a random share.
 
     C, Q       centres of the source's identities and queue of earlier target images, as in UNRN
     labels     k-means of the mean teacher's u; after every epoch P = softmax(u W_n^T)^power over all target images,
@@ -34,7 +34,7 @@ from utils.modeling.memories import class_means
 from utils.training.balance import balanced_labels
 from utils.training.clustering import from_main, k_means
 from utils.training.contrast import FeatureQueue, circle_contrast
-from utils.training.source_stage import queue_head, source_losses, staged_rate
+from utils.training.source_stage import adapting, erasing_of, queue_head, source_losses, staged_rate
 from utils.training.teacher import move_teacher, teacher_of, warmed_momentum
 
 
@@ -45,7 +45,8 @@ class GLT(nn.Module):
     domain after the other, so that norms and losses see the whole batch, as in a run with one process.
     """
 
-    fresh_optimizer = rests_weights = True
+    rests_weights = True
+    fresh_optimizer, erasing = staticmethod(adapting), staticmethod(erasing_of)
 
     def __init__(self, encoder, args, num_source, cameras, source_size=0):
         super().__init__()
@@ -239,10 +240,8 @@ class ManyHeads(nn.Module):
 
     def grouped(self, pooled, kept):
         """Logits of the groups, from features times `kept`."""
-        features, _ = self.encoder.neck(pooled)
-        return Outputs(
-            pooled, [pooled], [layer(features * kept) for layer in self.classifiers], self.queue_head(features)
-        )
+        features = self.encoder.neck(pooled)[0] * kept
+        return Outputs(pooled, [pooled], [layer(features) for layer in self.classifiers], self.queue_head(features))
 
 
 def middle(args):

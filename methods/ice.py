@@ -15,7 +15,8 @@ The authors' code gives each column of the matrix of unit-length proxies the len
 them: `--proxy_scale columns`, which the recipes have.
 
 The teacher is the running mean of the student's weights, with norms of its own that see the batch. It is clustered
-with, measured and saved.
+with, measured and saved. The authors' teacher passes the first view too and uses nothing of it; here it does not, so
+that its averages hold less of changed views.
 """
 
 import torch

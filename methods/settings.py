@@ -115,7 +115,7 @@ GLT = SOURCE_FIRST | {
     "group_counts": [600, 700, 800],
     "rounds": 1,
     "round_epochs": 40,
-    "round_milestones": [41, 71],
+    "round_milestones": [42, 72],
     "dropout": 0.2,
     "balance_power": 25.0,
     "queue_weight": 1 / 18,
@@ -258,7 +258,9 @@ def add_flags(parser, shown=None):
     group.add("--agreement_neighbours", type=at_least(1), default=20, help="nearest images that are compared")
     group.add("--label_weight", type=fraction, default=0.5, help="weight of pseudo label against parts' predictions")
     group.add("--smoothing_epochs", type=at_least(0), default=1, help="epochs before agreement smooths parts' labels")
-    group.add("--class_rows", type=at_least(2), default=3000, help="rows of the classifiers: the most clusters")
+    group.add(
+        "--class_rows", type=at_least(2), default=3000, help="rows of the classifiers: the largest number of clusters"
+    )
 
     group = flags.group("ice", "unrn", "glt")
     group.add("--teacher_momentum", type=fraction, default=0.99, help="what the teacher keeps in a step")
@@ -284,7 +286,7 @@ def add_flags(parser, shown=None):
         type=at_least(0),
         default=1,
         help="the first ones of --num_train_epochs, which train on the source alone; 0 for a --backbone that has been "
-        "trained on it. The rate's flags are of these epochs, after them the rate is --learning_rate",
+        "trained on it. The rate's flags are of these epochs, counted from 0; after them the rate is --learning_rate",
     )
     group.add("--source_steps", type=at_least(1), help="steps of each of them; default --steps_per_epoch")
     group.add(
@@ -322,9 +324,11 @@ def add_flags(parser, shown=None):
     group.add("--spread", type=below_one, default=0.5, help="share of a label that spreads on to neighbours")
     group.add("--least_similarity", type=fraction, default=0.75, help="cosine above which images are neighbours")
     group.add("--least_score", type=not_negative, default=0.15, help="score above which an image or cluster is joined")
-    words = "cosines to a denser one between which an image or part is a peak, where its cluster is split"
+    words = (
+        "an image or part is a peak if its cosine to the nearest denser one lies between; there its cluster is split"
+    )
     group.add("--peak_similarity", type=fraction, nargs=2, default=[0.4, 0.8], help=words)
-    group.add("--most_peaks", type=at_least(2), default=8, help="the most parts of a split")
+    group.add("--most_peaks", type=at_least(2), default=8, help="largest number of parts of a split")
 
 
 def check_stages(parser, args):

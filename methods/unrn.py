@@ -17,7 +17,8 @@ clustering, the student's and the teacher's each from a draw of its own, and the
 
 *As corrected*: the released triplets have a second term, -a log s_ap, which pulls against the first; its author takes
 it for an error, and it is left out. CE is as in the released code; the paper weighs the CE of each image by its own r.
-Chosen here: both networks see one view of an image, m is the student's, and the queue is filled only while it is used.
+Chosen here: both networks see one view of an image, m is the student's, the queue is filled only while it is used, and
+its contrast has the queue alone as negatives, without the source's centres.
 """
 
 from typing import NamedTuple
@@ -34,7 +35,7 @@ from utils.modeling.losses import distances
 from utils.modeling.reid_model import BNNeck
 from utils.modeling.stages import summary_and_earlier, widths_of
 from utils.training.contrast import FeatureQueue, circle_contrast
-from utils.training.source_stage import queue_head, reset_linear, source_losses, staged_rate
+from utils.training.source_stage import adapting, erasing_of, queue_head, reset_linear, source_losses, staged_rate
 from utils.training.teacher import move_teacher, teacher_of, warmed_momentum
 
 NEED = "--method unrn uses"
@@ -47,7 +48,8 @@ class UNRN(nn.Module):
     domain after the other, so that norms and losses see the whole batch, as in a run with one process.
     """
 
-    fresh_optimizer = rests_weights = True
+    rests_weights = True
+    fresh_optimizer, erasing = staticmethod(adapting), staticmethod(erasing_of)
 
     def __init__(self, encoder, args, num_source, cameras, source_size=0):
         super().__init__()

@@ -114,6 +114,23 @@ def test_a_run_and_the_same_cut_and_resumed(command, straight, tmp_path, kind):
     assert same_weights(weights_of(tmp_path), weights_of(whole))
 
 
+def test_the_source_is_learned_without_erasing_and_by_one_adam(command, straight, tmp_path, monkeypatch):
+    """The first epoch, of the source alone, is that of a run without erasing; later ones are not."""
+    plain, cleared = log_of(straight("glt")), []
+    fresh = adapt_reid.GLT.fresh_optimizer
+    monkeypatch.setattr(
+        adapt_reid.GLT, "fresh_optimizer", lambda args, epoch: cleared.append(fresh(args, epoch)) or cleared[-1]
+    )
+    more = ["--source_epochs", "2", "--erasing", "1", "--max_train_steps", "3", "--output_dir", tmp_path]
+    train(*command("glt"), *more)
+    assert [line["epoch"] for line in log_of(tmp_path)] == [1, 2, 3] and cleared == [False, False, True]
+    assert log_of(tmp_path)[0] == plain[0]
+    more[3] = "0"
+    train(*command("glt"), *more[:-1], tmp_path / "plain")
+    erased, plain = log_of(tmp_path), log_of(tmp_path / "plain")
+    assert [left == right for left, right in zip(erased, plain, strict=True)] == [True, True, False]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_two_processes_train_as_one(command, straight, tmp_path, kind):

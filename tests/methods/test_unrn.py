@@ -210,7 +210,7 @@ def test_source_epochs_by_formulas(resnet):
 @torch.no_grad()
 def test_stages_labels_and_classifiers(resnet):
     model = module(resnet, "--source_epochs", "2", "--cluster_every", "2", "--source_steps", "5",
-                   "--lr_warmup_epochs", "0", "--lr_milestones", "2")  # fmt: skip
+                   "--lr_warmup_epochs", "0", "--lr_milestones", "2", "--erasing", "0.4")  # fmt: skip
     asked = []
 
     def cluster(features):
@@ -238,7 +238,12 @@ def test_stages_labels_and_classifiers(resnet):
     args = model.args
     assert [model.epoch_steps(epoch, 7, 8) for epoch in (1, 2, 3, 9)] == [5, 5, 7, 7]
     assert of(model, "all_steps")(args, 7) == 2 * 5 + 7 * 7
-    assert [of(model, "rate")(args, 7)(epoch, 0) for epoch in (1, 2, 3, 9)] == pytest.approx([1, 0.1, 1, 1])
+    assert [of(model, "rate")(args, 7)(epoch, 0) for epoch in (1, 2, 3, 9)] == pytest.approx([1, 1, 1, 1])
+    assert [of(model, "erasing")(args, epoch) for epoch in (1, 2, 3, 9)] == [0, 0, 0.4, 0.4]
+    # The authors' schedule moves after an epoch: 0.01 in the first, all of it from the eleventh to the fortieth.
+    rate = of(model, "rate")(parse_args(["--recipe", "unrn"]), 300)
+    rates = [rate(epoch, 0) for epoch in (1, 6, 11, 40, 41, 70, 71, 80, 81, 280)]
+    assert rates == pytest.approx([0.01, 0.505, 1, 1, 0.1, 0.1, 0.01, 0.01, 1, 1])
 
 
 def test_the_network_of_sbs(resnet, standins, tmp_path):
@@ -283,4 +288,4 @@ def test_recipe():
     )
     assert (args.source_epochs, args.source_steps, args.steps_per_epoch, args.num_train_epochs) == (80, 200, 300, 280)
     rate = UNRN.rate(args, 300)
-    assert [rate(epoch, 0) for epoch in (1, 10, 39, 40, 70, 81, 280)] == pytest.approx([0.109, 1, 1, 0.1, 0.01, 1, 1])
+    assert [rate(epoch, 0) for epoch in (1, 11, 40, 41, 71, 81, 280)] == pytest.approx([0.01, 1, 1, 0.1, 0.01, 1, 1])

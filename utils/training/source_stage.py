@@ -36,11 +36,21 @@ def source_losses(network, images, labels, num_source, smoothing):
     return classes, triplets
 
 
+def adapting(args, epoch):
+    """Whether the epochs of the source are over."""
+    return epoch > args.source_epochs
+
+
+def erasing_of(args, epoch):
+    """The source's epochs have no random erasing."""
+    return args.erasing if adapting(args, epoch) else 0.0
+
+
 def staged_rate(source_epochs, warmup, later):
-    """Factor on the rate by epoch and step: `warmup_multistep(epoch, *warmup)`, then `later(epoch)` from 1 on."""
+    """Factor on the rate by epoch and step: `warmup_multistep` with epochs from 0, then `later(epoch)` from 1 on."""
 
     def factor(epoch, step):
-        return warmup_multistep(epoch, *warmup) if epoch <= source_epochs else later(epoch - source_epochs)
+        return warmup_multistep(epoch - 1, *warmup) if epoch <= source_epochs else later(epoch - source_epochs)
 
     return factor
 
