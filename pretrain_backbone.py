@@ -31,8 +31,8 @@ and a model for `evaluate.py --model`.
     p_student = softmax(g_student(crop) / t_student)                teacher: running mean of the student
     L = mean over wholes and other crops of CE(p_teacher, p_student)
 
---objective solider, the same of a Swin whose features tell parts of the body too, as much as a weight says that is
-chosen afterwards: see methods/solider.py. The folder is a plain Swin with --semantic_weight.
+--objective solider: DINO on a Swin whose features also tell the parts of the body apart, see methods/solider.py.
+--semantic_weight says how much, and can be changed later; `backbone/` is a plain Swin with that weight.
 """
 
 import argparse
@@ -141,7 +141,7 @@ def build_parser():
     )
     # Here BatchNorm and Mixup see each pass by itself, so that both change the training.
     parser.free -= {"train_batch_size"}
-    clip_default = f"{CLIP} of dino and solider, else 0, never"
+    clip_default = f"{CLIP} for each tensor of dino and solider, else 0, never"
     group = flags.add_optimizer(
         parser, learning_rate=2e-3, weight_decay=0.05, optimizers=None, clip=None, clip_default=clip_default
     )
@@ -275,7 +275,7 @@ def main(args):
     demo = DEMO_WORDS.format(OBJECTIVES[args.objective], args.backbone)
     launch.introduce(args, accelerator, demo=demo, stand_ins=stand_ins)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("DeepSpeed has no use for a backbone of this size; train by DDP, without it")
+        raise ValueError("DeepSpeed is not for backbones; start it with accelerate_configs/multi_gpu.yaml")
     # What can be wrong with data and configuration shows before a model is loaded.
     check_backbone(args.backbone, args.from_scratch)
     if args.objective == SOLIDER:
@@ -378,7 +378,7 @@ def training_step(training, model, bare, average, batch, params):
     values = {name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}
     if args.objective in DISTILLED and training.epoch <= args.freeze_prototypes_epochs:
         bare.prototypes.weight.grad = None
-    norm = accelerator.clip_grad_norm_(params, args.max_grad_norm or float("inf"))
+    norm = clipped(accelerator, params, args.max_grad_norm or float("inf"), each=args.objective in DISTILLED)
     for group in optimizer.param_groups:
         if group["weight_decay"]:
             group["weight_decay"] = weight_decay(args, training.step, training.num_steps)
@@ -391,6 +391,17 @@ def training_step(training, model, bare, average, batch, params):
         average.multi_avg_fn = running_mean(momentum(args, training.step, training.num_steps))
         average.update_parameters(bare)
     return {"grad_norm": norm, **values}
+
+
+def clipped(accelerator, params, most, *, each):
+    """Clip the gradients to a norm, of all together or of `each` tensor; the norm of all before it."""
+    if not each:
+        return accelerator.clip_grad_norm_(params, most)
+    accelerator.unscale_gradients()
+    gradients = [parameter.grad for parameter in params if parameter.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    torch._foreach_mul_(gradients, (most / (norms + 1e-6)).clamp(max=1).unbind())
+    return norms.norm()
 
 
 def taught(training, teacher, whole, rows):

@@ -64,7 +64,8 @@ RECIPES = {
     "diff-person": PUBLISHED,
     "diff-person-dino": PUBLISHED | DINO_VALUES,
     "solider": PUBLISHED | SOLIDER_VALUES,
-    # After as many epochs of --objective dino, whose backbone --backbone names.
+    # After as many epochs of --objective dino, whose backbone --backbone names. The head starts anew; the authors go
+    # on with that of DINO.
     "solider-after-dino": PUBLISHED
     | SOLIDER_VALUES
     | {"from_scratch": False, "num_train_epochs": 10, "learning_rate": 7.5e-5, "lr_warmup_epochs": 1},

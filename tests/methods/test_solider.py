@@ -304,6 +304,18 @@ def test_the_rate_ends_where_it_should():
     assert [factor(1, step) for step in (0, 2, 4, 12, 20)] == pytest.approx([0, 0.5, 1, 0.625, 0.25])
 
 
+def test_each_tensor_is_clipped_by_itself_or_all_by_their_norm(accelerator):
+    gradients = [torch.full((4,), 0.25), torch.full((9,), 2.0), torch.tensor([1.0])]
+    for each, wanted in ((True, [0.5, 3.0, 1.0]), (False, [3 * norm / 37.25**0.5 for norm in (0.5, 6, 1)])):
+        params = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+        for parameter, gradient in zip(params, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        params.append(torch.nn.Parameter(torch.zeros(2)))
+        norm = pretrain_backbone.clipped(accelerator, params, 3.0, each=each)
+        assert float(norm) == pytest.approx(37.25**0.5) and params[-1].grad is None
+        assert [float(parameter.grad.norm()) for parameter in params[:3]] == pytest.approx(wanted, rel=1e-5)
+
+
 def test_first_gradients_are_clipped_unless_told_otherwise():
     clips = [pretrain_backbone.parse_args(words).max_grad_norm for words in ([], RUN, [*RUN, "--max_grad_norm", "0"])]
     assert clips == [0, 3, 0]

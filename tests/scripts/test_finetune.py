@@ -49,7 +49,7 @@ def test_published_values_and_flags_that_win():
         "agw": ([256, 128], 64, 4, 120, "adam", 3.5e-4, 5e-4, 0.5),
         "sbs": ([384, 128], 64, 16, 60, "adam", 3.5e-4, 5e-4, 0.5),
         "mgn": ([384, 128], 64, 4, 80, "sgd", 0.01, 5e-4, 0.0),
-        "bdb": ([384, 128], 128, 4, 400, "adam", 1e-3, 5e-4, 0.5),
+        "bdb": ([384, 128], 128, 4, 100, "adam", 1e-3, 5e-4, 0.5),
     }
     losses = {
         "bot": ("hard", 0.3, 0.1, "sum", 5e-4),
@@ -74,7 +74,7 @@ def test_published_values_and_flags_that_win():
     for method, factor in starts.items():
         assert parse_args(["--recipe", "published", "--method", method]).lr_warmup_factor == factor
     args = parse_args(["--method", "bdb", "--recipe", "published", "--learning_rate", "0.5", "--margin", "0.7"])
-    assert (args.learning_rate, args.margin, args.lr_warmup_epochs, args.lr_milestones) == (0.5, 0.7, 50, [200, 300])
+    assert (args.learning_rate, args.margin, args.lr_warmup_epochs, args.lr_milestones) == (0.5, 0.7, 13, [50, 75])
     assert args.origin["learning_rate"] == "flag" and args.origin["lr_milestones"] == "recipe"
 
 
