@@ -38,7 +38,7 @@ from typing import NamedTuple
 import pyarrow.parquet as pq
 from scipy.stats import t as student
 
-from benchmarks.common import RESULTS, checked, command_line, finished, run_once, run_script, write_result
+from benchmarks.common import RESULTS, checked, command_line, finished, revision, run_once, run_script, write_result
 from benchmarks.quality.shortcut_probe import person_over_place
 from utils.files import write_together
 from utils.generated.texts.captions import CLASS_PROMPT, QUESTIONS, compose
@@ -80,6 +80,8 @@ REMEDIES = {
 }
 # Arms and remedies that `feedback_variants` makes, in place of `train_dcac.py`.
 VARIANTS = {"shuffled": "shuffled", "weighted timesteps": "timesteps", "others' captions": "others"}
+# What `train_dcac.py` would say of another condition or gradient than the variant's.
+OTHERWISE = {"shuffled": {"gradient cosine"}, "others": {"entropy of p", "top of p"}}
 # So few would make the numbers depend on who they are.
 MEASURED = "num_ids=128"
 # Two commands are to take a core each.
@@ -345,9 +347,10 @@ def condition_table(runs):
     rows = []
     for (part, sources, shortcut, arm, strength), group in groups.items():
         row, said = [part, sources, str(shortcut), arm, strength], [run["feedback"] for run in group]
-        for number in SAID.values():
+        other = OTHERWISE.get(VARIANTS.get(arm) or VARIANTS.get(strength), ())
+        for name, number in SAID.items():
             first, last = (statistics.fmean(number(one[when]) for one in said) for when in (0, -1))
-            row.append(f"{first:.3g} -> {last:.3g}")
+            row.append("-" if name in other else f"{first:.3g} -> {last:.3g}")
         shares = [run.get("applied") for run in group]
         row.append("-" if None in shares else f"{statistics.fmean(shares):.3g}")
         rows.append([*row, len(said)])
@@ -362,10 +365,14 @@ def finished_jobs(runs):
     return {job_of(run) for run in runs}
 
 
-def mixed(runs):
-    """A line where the runs are not of one revision of the code, else nothing."""
-    found = sorted({str(run["commit"]) for run in runs})
-    return [f"The runs are of {len(found)} revisions, {', '.join(found)}."] if len(found) > 1 else []
+def check_code(runs, path):
+    """ValueError for rows of another revision of the code: gains are differences between rows."""
+    others = sorted({str(run["commit"]).removesuffix("-dirty") for run in runs} - {revision()})
+    if others:
+        raise ValueError(
+            f"{path} has runs of revision {', '.join(others)}, the code here is {revision()}: continue with that "
+            "revision, or give another --json"
+        )
 
 
 def rows_read(path):
@@ -390,17 +397,25 @@ def main(input_args=None):
     parser.add_argument("--json", type=Path, default=RESULTS / "dcac_feedback.json", help="the rows")
     args = parser.parse_args(input_args)
     args.output_dir = args.output_dir.absolute()
+    stopped = {}
+    if not args.table:
+        check_code(rows_read(args.json), args.json)
     for part in () if args.table else args.parts:
         # The report waits for the choice, and so for what another command has of the sifting.
         waits = [False, True] if part == "sifting" and "report" in args.parts else [False]
         for wait in waits:
             for job in jobs_of(part, choice_of(rows_read(args.json))):
                 with locked(args.output_dir / "runs" / f"{job.name}.lock", wait=wait) as mine:
-                    if mine and job not in finished_jobs(rows_read(args.json)):
-                        add_row(args, train(job, args.output_dir), command_line(__spec__.name, []))
+                    if mine and job not in stopped and job not in finished_jobs(rows_read(args.json)):
+                        try:
+                            row = train(job, args.output_dir)
+                        except ValueError as error:
+                            stopped[job] = f"{job.name}: {error}"
+                            continue
+                        add_row(args, row, command_line(__spec__.name, []))
                         drop_weights(job, args.output_dir)
     runs = rows_read(args.json)
-    print(text_table(COLUMNS, rows_of(runs)), text_table(*condition_table(runs)), *mixed(runs), sep="\n\n")
+    print(text_table(COLUMNS, rows_of(runs)), text_table(*condition_table(runs)), sep="\n\n")
     choice, done = choice_of(runs), {job_of(run) for run in runs}
     for part in parts:
         missing = [job for job in jobs_of(part, choice) if job not in done]
@@ -408,6 +423,8 @@ def main(input_args=None):
             print("report: waits for the end of the sifting")
         else:
             print(f"{part}: {len(missing)} runs are missing")
+    if stopped:
+        raise ValueError("; ".join(stopped.values()))
 
 
 if __name__ == "__main__":

@@ -107,8 +107,13 @@ VARIANTS = {"shuffled": {"DCAC": Shuffled}, "others": {"Condition": OfOthers}, "
 
 
 def main(variant, input_args):
-    vars(train_dcac).update(VARIANTS[variant])
+    for name, changed in VARIANTS[variant].items():
+        if not issubclass(changed, getattr(train_dcac, name)):
+            raise ValueError(f"train_dcac.{name} is not what {changed.__name__} changes")
+        setattr(train_dcac, name, changed)
     args = train_dcac.parse_args(input_args)
+    if args.encoder != "clip":
+        raise ValueError(f"--encoder {args.encoder} has a feedback of its own, which these variants do not change")
     if args.images_per_id != Shuffled.IMAGES_PER_ID:
         raise ValueError(f"--images_per_id {args.images_per_id}: the batches of these variants have 4")
     train_dcac.run_script(args)

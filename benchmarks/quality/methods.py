@@ -4,7 +4,7 @@
 
 Domain b is learned without labels, or with the labels of domain a. Training starts from a small ResNet with random
 weights, and from the same network pre-trained on domain h. No label of b is read. All numbers are of the last epoch;
-the settings were chosen on other seeds. Rows named by an addition show what one repair changes. Every run has a
+the settings were chosen on other seeds. Rows named by an addition show what it gives. Every run has a
 process and a folder of its own: after a stop, the same command continues and repeats nothing.
 """
 

@@ -7,18 +7,21 @@ Each run is `train_dcac.py` in a process of its own, from domain a, with the shi
 more epochs. A finished run is a row of the result file and is not run again.
 
 sifting    target e, two seeds: temperatures of the texts and of the conditions. The best mean mAP chooses.
-report     targets b, c and d, six other seeds: all arms, with the chosen temperatures.
+report     targets b, c and d, six other seeds: all arms, with the chosen temperatures. `dcac` keeps its own.
 
 Gains are differences to the arm `baseline` of the same seed, and to the arm that differs in the one thing asked about:
 MUVA to `plain images`, feedback to `muva`. Intervals are Student's, at 95 %, of these differences over training seeds,
 of each arm by itself: of so many arms one may be outside by chance.
 
-The controls say what is due to what: `plain images` is the baseline without crop and erasing, with a bilinear memory
-pass, as MUVA trains; `rows` gives all images the same rows of patches as parts; `memory predicted` builds prototypes
-under predicted masks; `no texts` leaves the loss of the texts out. Dice is that of predicted and true masks on b, c
-and d; entropy and top are those of the condition's probabilities at the end.
+The masks are the true boxes of the drawn people. The controls say what is due to what: `plain images` is the baseline
+without crop and erasing, with a bilinear memory pass, as MUVA trains; `rows` gives all images the same rows of patches
+as parts; `memory predicted` builds prototypes under predicted masks; `no texts` leaves the loss of the texts out;
+`balance` scales the feedback up to a tenth of the other losses' gradient at the features. Class-wise conditions have
+no arm: nothing of them reaches the encoder, so they are `muva` to the last bit. Dice is that of predicted and true
+masks on b, c and d; entropy and top are those of the condition's probabilities at the end, and the gradient ratio is
+how large the feedback's is at the features beside the other losses', before any balance.
 
-A run takes 4 to 8 minutes of processor time: the 84 of the report about 8 hours, the 18 of the sifting 2.
+A run takes 4 to 8 minutes of processor time: the 84 of the report about 8 hours, the 24 of the sifting 3.
 """
 
 import argparse
@@ -30,7 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.common import RESULTS, command_line, finished, run_once, write_result
-from benchmarks.quality.dcac_feedback import EPOCHS, MEASURED, ONE_THREAD, interval, locked, mixed
+from benchmarks.quality.dcac_feedback import EPOCHS, MEASURED, ONE_THREAD, check_code, interval, locked
 from utils.reporting.report import text_table
 
 SOURCE = "synthetic:domain=a,num_ids=112"
@@ -39,6 +42,7 @@ PLAIN = ["--padding", 0, "--erasing", 0.0, "--memory_resample", "bilinear"]
 NONE, MUVA = ["--diffusion", "none"], ["--encoder", "muva"]
 # Words in braces are chosen by the sifting.
 TEXTS, TAU, TEXT_TAU = ["--text_temperature", "{texts}"], ["--tau", "{tau}"], ["--text_tau", "{text_tau}"]
+PART_TAU = ["--tau", "{part_tau}"]
 WITH_TEXTS = [*MUVA, *TEXTS]
 ARMS = {
     "baseline": NONE,
@@ -48,26 +52,35 @@ ARMS = {
     "muva, crop and erasing": [*WITH_TEXTS, *NONE, "--padding", 5, "--erasing", 0.5],
     "muva, memory predicted": [*WITH_TEXTS, *NONE, "--memory_masks", "predicted"],
     "muva, no texts": [*MUVA, *NONE, "--text_weight", 0],
-    "dcac": TAU,
-    "muva + class-wise": [*WITH_TEXTS, "--condition", "class"],
+    "dcac": [],
     "muva + A": [*WITH_TEXTS, *TAU],
     "muva + B": [*WITH_TEXTS, "--probabilities", "text", *TEXT_TAU],
-    "muva + C": [*WITH_TEXTS, "--probabilities", "parts", *TAU],
+    "muva + C": [*WITH_TEXTS, "--probabilities", "parts", *PART_TAU],
+    "muva + A, balance": [*WITH_TEXTS, *TAU, "--ldm_balance", "0.1"],
     "muva + A, no texts": [*MUVA, "--text_weight", 0, *TAU],
     "muva + A, scratch": [*WITH_TEXTS, "--unet_mode", "scratch", *TAU],
 }
 # What an arm differs from in one thing; the others of MUVA from `muva`.
-BASES = {"muva": "plain images", "rows": "plain images", "muva + A, no texts": "muva, no texts"}
+BASES = {"dcac": "baseline", "muva": "plain images", "rows": "muva", "muva + A, no texts": "muva, no texts"}
+BASES |= {"muva + A, scratch": "muva + A", "muva + A, balance": "muva + A"}
 # Of the sifting: the word, and the arm that it is tried in. Those before are chosen already.
 SIFTED = {
     "texts": ("muva", (50, 15, 5)),
     "tau": ("muva + A", (0.6, 0.2, 0.1)),
     "text_tau": ("muva + B", (1, 0.3, 0.1)),
+    # The logits of a part add up, over the parts, to those of the whole.
+    "part_tau": ("muva + C", (0.6, 0.15, 0.05)),
 }
 SIFTING_SEEDS, SEEDS = (0, 1), (10, 11, 12, 13, 14, 15)
+# Of the condition at the end: (name, number of it).
+SAID = {
+    "entropy of p": lambda said: f"{said['entropy']:.2f}",
+    "top of p": lambda said: f"{said['top']:.2f}",
+    "gradient ratio": lambda said: f"{said['gradient_ratio']:.1e}",
+}
 COLUMNS = [
-    "arm", "mAP %", "Rank-1 %", "gain of mAP", "gain of Rank-1", "over", "mAP over it", "Rank-1 over it", "Dice",
-    "Dice over it", "entropy of p", "top of p", "seeds", "missing",
+    "arm", "mAP %", "Rank-1 %", "gain of mAP", "gain of Rank-1", "over", "mAP over it", "Rank-1 over it", "Dice %",
+    "Dice over it", *SAID, "seeds", "missing",
 ]  # fmt: skip
 
 
@@ -156,7 +169,9 @@ def gains(done, arm, base, number):
 
 
 def rows_of(runs):
-    done = {(job.arm, job.seed): run for job, run in runs.items() if job.part == "report"}
+    """A row of each arm; runs with temperatures that are not the chosen ones do not count."""
+    wanted = set(report(sifting(runs)[1] or {}))
+    done = {(job.arm, job.seed): run for job, run in runs.items() if job in wanted}
     numbers = {key: lambda run, key=key: mean_of(run, key) for key in ("mAP", "rank1")}
     rows = []
     for arm in ARMS:
@@ -167,11 +182,12 @@ def rows_of(runs):
         row += ["-" if arm == "baseline" else interval(gains(done, arm, "baseline", one)) for one in numbers.values()]
         base = BASES.get(arm, "muva" if arm.startswith("muva") else None)
         row += [base or "-", *(interval(gains(done, arm, base, one)) if base else "-" for one in numbers.values())]
-        dice = [run["dice"] for run in present if run["dice"] is not None]
+        dice = [100 * run["dice"] for run in present if run["dice"] is not None]
         over = [100 * one for one in gains(done, arm, base, lambda run: run["dice"])] if base else []
-        row += [f"{statistics.fmean(dice):.3f}" if dice else "-", interval(over)]
+        row += [f"{statistics.fmean(dice):.1f}" if dice else "-", interval(over)]
         said = [run["feedback"][-1] for run in present if run["feedback"] and "entropy" in run["feedback"][-1]]
-        row += [f"{statistics.fmean(one[key] for one in said):.2f}" if said else "-" for key in ("entropy", "top")]
+        means = {key: statistics.fmean(one[key] for one in said) for key in (said[0] if said else ())}
+        row += [number(means) if said else "-" for number in SAID.values()]
         rows.append([*row, len(present), len(SEEDS) - len(present)])
     return rows
 
@@ -209,11 +225,19 @@ def add_row(args, job, row, command):
 
 
 def run_missing(args, jobs, *, wait):
+    """Run those that are free; returns those that stopped."""
+    stopped = []
     for job in jobs:
         with locked(args.output_dir / "runs" / f"{job.name}.lock", wait=wait) as mine:
             if mine and job not in rows_read(args.json):
-                add_row(args, job, train(job, args.output_dir), command_line(__spec__.name, []))
+                try:
+                    row = train(job, args.output_dir)
+                except ValueError as error:
+                    stopped.append(f"{job.name}: {error}")
+                    continue
+                add_row(args, job, row, command_line(__spec__.name, []))
                 drop_weights(job, args.output_dir)
+    return stopped
 
 
 def main(input_args=None):
@@ -223,19 +247,24 @@ def main(input_args=None):
     parser.add_argument("--json", type=Path, default=RESULTS / "muva.json", help="the rows")
     args = parser.parse_args(input_args)
     args.output_dir = args.output_dir.absolute()
+    stopped = []
     if not args.table:
+        check_code(rows_read(args.json).values(), args.json)
         # Each choice waits for what another command has of the trainings before it.
-        while (found := sifting(rows_read(args.json)))[1] is None:
+        while (found := sifting(rows_read(args.json)))[1] is None and not stopped:
             for wait in (False, True):
-                run_missing(args, found[0], wait=wait)
-        run_missing(args, report(found[1]), wait=False)
+                stopped += run_missing(args, found[0], wait=wait)
+        if found[1]:
+            stopped += run_missing(args, report(found[1]), wait=False)
     runs = rows_read(args.json)
     wanted, chosen = sifting(runs)
-    print(text_table(*sifted_rows(runs)), text_table(COLUMNS, rows_of(runs)), *mixed(runs.values()), sep="\n\n")
+    print(text_table(*sifted_rows(runs)), text_table(COLUMNS, rows_of(runs)), sep="\n\n")
     print(f"chosen: {chosen or 'waits for the end of the sifting'}")
     if chosen:
         wanted = [*wanted, *report(chosen)]
     print(f"{sum(job not in runs for job in wanted)} of {len(wanted)} runs are missing")
+    if stopped:
+        raise ValueError("; ".join(dict.fromkeys(stopped)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from scipy import stats
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
+from benchmarks.common import revision
 from benchmarks.quality import dcac_feedback as feedback
 from benchmarks.quality.feedback_variants import OfOthers, Shuffled, TimestepWeights
 from benchmarks.quality.shortcut_probe import at_home_of, person_over_place
@@ -25,7 +26,7 @@ def run_of(job, gain=0.0, gain_on_e=0.0):
     rest["another_worse_std"] = 1e-4
     noted = [{"own": own, "another_worse": 0.001 * job.seed, "zero": 0.3} | rest for own in (0.25, 0.2)]
     rest = {
-        "commit": "aa",
+        "commit": revision(),
         "looks_at": {"person": 0.75},
         "flags": job.flags,
         "applied": 0.1 if job.strength != "lambda 1" else None,
@@ -169,10 +170,11 @@ def test_rows_are_kept_and_a_run_is_never_done_twice(tmp_path, monkeypatch, caps
         return run_of(job)
 
     monkeypatch.setattr(feedback, "train", train)
-    with pytest.raises(ValueError, match="stopped"):
+    stopped = feedback.jobs_of("sifting")[2]
+    with pytest.raises(ValueError, match=f"^{stopped.name}: stopped$"):
         feedback.main(arguments)
     feedback.main([*arguments, "--table"])
-    assert "sifting: 6 runs are missing" in capsys.readouterr().out
+    assert "sifting: 1 runs are missing" in capsys.readouterr().out
     first = tmp_path / "out" / "runs" / f"{feedback.jobs_of('sifting')[2].name}.lock"
     with feedback.locked(first) as mine:
         assert mine
@@ -183,11 +185,10 @@ def test_rows_are_kept_and_a_run_is_never_done_twice(tmp_path, monkeypatch, caps
     assert len(done) == len(set(done)) and trained.count(jobs[0]) == 1
 
 
-def test_runs_of_several_revisions_are_said():
-    assert feedback.mixed([{"commit": "aa"}, {"commit": "aa"}]) == []
-    assert feedback.mixed([{"commit": "bb"}, {"commit": "aa"}, {"commit": None}]) == [
-        "The runs are of 3 revisions, None, aa, bb."
-    ]
+def test_runs_of_several_revisions_are_refused():
+    feedback.check_code([{"commit": revision()}, {"commit": f"{revision()}-dirty"}], "rows.json")
+    with pytest.raises(ValueError, match="rows.json has runs of revision None, bb, the code here is"):
+        feedback.check_code([{"commit": "bb"}, {"commit": revision()}, {"commit": None}], "rows.json")
 
 
 def test_permuted_captions_leave_none_in_place():

@@ -265,9 +265,10 @@ def smoothed(logits, labels):
     return -(target * logits.log_softmax(1)).sum(1).mean()
 
 
-def test_a_step_in_float64(clip):
+@pytest.mark.parametrize("text_weight", [1.0, 0.25])
+def test_a_step_in_float64(clip, text_weight):
     """Losses and gradients of encoder, part tokens and predictors."""
-    model = module(clip)
+    model = module(clip, text_weight=text_weight)
     images, labels = torch.randn(BATCH, 3, 32, 24), torch.tensor([0, 0, 1, 1, 4, 4])
     masks = torch.rand(BATCH, 3, 12) > 0.5
     masks[2, 0] = False
@@ -284,7 +285,7 @@ def test_a_step_in_float64(clip):
     wanted = {
         "loss_id": smoothed(b @ twin.classifier.weight.t(), labels),
         "loss_pcl": F.cross_entropy(unit @ model.memory.prototypes.double().t() / 0.05, labels),
-        "loss_text": smoothed(feature @ model.texts.double().t() / 2, labels),
+        "loss_text": text_weight * smoothed(feature @ model.texts.double().t() / 2, labels),
         "loss_bce": -(g * s.log() + (1 - g) * (1 - s).log()).mean(),
         "loss_dice": 1 - dice.mean(),
     }
