@@ -104,14 +104,14 @@ def build_parser():
         "--reid_model",
         nargs="+",
         metavar="MODEL",
-        help="one for all sources, or one each in the order of their domains; default: trained",
+        help="one for all sources, or one for each in the order of --source; default: trained",
     )
     group.add(
         "--classifier_model",
         nargs="+",
         metavar="MODEL",
         help="Re-ID model folders whose classifier knows the source's identities in order of their numbers, one for "
-        "each source; `none` leaves CCTF out; default: trained",
+        "each source in the order of --source; `none` leaves CCTF out; default: trained",
     )
     group.add(
         "--captioner_model_name_or_path", "--captioner", dest="captioner", default="none",
@@ -237,7 +237,7 @@ def check_args(parser, args):
         parser.error(f"--match_margin is part of --filter reid, not {args.filter}")
     if args.target_per_id is not None and args.target_per_id < args.min_per_id:
         parser.error(
-            f"--target_per_id {args.target_per_id} is below --min_per_id {args.min_per_id}: nobody would stay"
+            f"--target_per_id {args.target_per_id} is below --min_per_id {args.min_per_id}: no identity would be kept"
         )
     if args.duplicate_distance is not None and args.near_duplicates == "keep":
         parser.error("--duplicate_distance goes with --near_duplicates perceptual or feature")
@@ -593,8 +593,8 @@ def finish(args, sources, generated):
             print(line)
     if args.captioner == "none" and has_prompts(generated):
         print(
-            "Images were not asked about their prompts: --captioner MODEL --min_agreement 0.6 drops other clothes, in "
-            "another --output_dir"
+            "Clothes were not compared with the prompts: --captioner MODEL --min_agreement 0.6, in another "
+            "--output_dir, drops images that show others"
         )
     if args.captioner != "none" and (count := choosing.without_score(scores, "attributes")):
         print(f"{count:,} images have no attribute score: no answer says anything, or the prompt names no clothes")

@@ -41,8 +41,8 @@ DEMO_TARGETS = ["synthetic:domain=b", "synthetic:domain=c"]
 # seeds 7 and 8.
 DEMO_CONDITION = {"prompt_init": "captions", "prompt_tokens": "all", "tau": 0.1, "ldm_balance": 0.1}
 DEMO = (
-    "Demo: DCAC from drawn people of domain a to the unseen domains b and c, three minutes on two cores; by default "
-    "--prompt_init captions --prompt_tokens all --tau 0.1 --ldm_balance 0.1. For yours: --source SPEC --target SPEC"
+    "Demo: DCAC from drawn people of domain a to the unseen domains b and c, three minutes on two cores; condition: "
+    "--prompt_init captions --prompt_tokens all --tau 0.1 --ldm_balance 0.1, or yours. Own data: --source SPEC"
 )
 PUBLISHED = {
     "backbone": "openai/clip-vit-base-patch16",
@@ -123,7 +123,7 @@ def build_parser():
     group.add("--ldm_balance", type=above_zero, help=words)
     group.add("--ldm_start_epoch", type=at_least(1), default=1, help="first epoch with L_ldm")
     group.add("--ldm_warmup_epochs", type=at_least(0), default=0, help="epochs before L_ldm reaches the encoder")
-    group.add("--prompt_init", default="random", help="`random`, N(0, 1); `captions`, of a captioner; or their file")
+    group.add("--prompt_init", default="random", help="`random`, N(0, 1); `captions`, made here; or a file of them")
     words = "of a prompt: `end`, `all`, or the first N"
     group.add("--prompt_tokens", type=or_word(at_least(1), "end", "all"), default="end", help=words)
     group.switch("--freeze_prompts", "leave the prompts as they start")

@@ -158,7 +158,7 @@ def build_parser():
     group.add("--finetune", choices=["full", "lora"], default="lora", help="train the whole U-Net, or LoRA")
     whole = (lambda args: args.finetune == "full", "--finetune full")
     group.add("--rank", type=at_least(1), default=8, idle=whole, help="rank of LoRA")
-    group.add("--base_bits", type=int, choices=[4, 8], help="of the frozen weights below LoRA; default 16")
+    group.add("--base_bits", type=int, choices=[4, 8], help="of frozen weights under LoRA; default: the precision's")
     group.switch("--train_text_encoder", "train the text encoder with the U-Net, in the same way")
     group.size("--resolution", [128, 64], help="size of the drawn images in pixels, multiples of 8")
     group.add("--max_train_steps", type=at_least(1), default=150, help="steps of each identity")
@@ -176,9 +176,7 @@ def build_parser():
         default=0.0,
         help="share of own images tuned to the class prompt and token alone",
     )
-    group.add(
-        "--noise_offset", type=not_negative, default=0.0, help="one more noise for a whole channel; 0.05 is usual"
-    )
+    group.add("--noise_offset", type=not_negative, default=0.0, help="noise equal over a whole channel; 0.05 is usual")
     group.add(
         "--mask_model",
         help="any segmentation model of transformers: the loss on own images looks at the person",

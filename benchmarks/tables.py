@@ -160,7 +160,7 @@ def reranking_row():
 def step_row():
     steps = read("dcac_step_flops")["raw"]["steps"]["lora"]
     return [
-        "FLOPs of a DCAC training step with LoRA",
+        "FLOPs, not time, of a DCAC training step with LoRA",
         f"{steps['ours']['ratio']:.2f} x the baseline",
         f"the paper's way: {steps['paper']['ratio']:.2f} x",
     ]

@@ -93,7 +93,7 @@ def check_start(method, name, family, *, owner=None):
             "InstanceNorm; give a ResNet, such as backbone/ of pretrain_backbone.py --backbone resnet50"
         )
     if method in PUBLISHED and owner:
-        raise ValueError(f"--method {method} changes norms behind {owner}'s back; start it without {owner}")
+        raise ValueError(f"--method {method} changes norms, which {owner} does not see; start it without {owner}")
 
 
 def check_args(parser, args):

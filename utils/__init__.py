@@ -1,4 +1,4 @@
-"""Everything below the scripts, in rooms by subject; a room imports only from rooms before it.
+"""Everything below the scripts, in packages by subject, the rooms; a room imports only from rooms before it.
 
 `files`, `flags`, `launch`, `worklist`; `reporting`, `synthetic`; `datasets`, `batches`; `modeling`, `diffusion`;
 `evaluation`; `training`; `generated`; `standins`.

@@ -317,6 +317,6 @@ def introduce(args, accelerator, *, demo, stand_ins=None):
     elif stand_ins:
         say(stand_ins)
     elif all(args.origin.get(name) == "default" for name in ("resolution", "learning_rate")):
-        say("--resolution and --learning_rate are the defaults, of small models and images; --recipe has real ones'")
+        say("--resolution and --learning_rate keep defaults that suit small models; --recipe sets those of real ones")
     for line in args.notes:
         say(line)

@@ -43,7 +43,7 @@ def family_cards(counted):
 
 
 def identity_costs(identities):
-    """(columns, rows) of {way: {part: PFLOP}}: the parts, their sum, its share of `lora` as it was, seconds."""
+    """(columns, rows) of {way: {part: PFLOP}}: the parts, their sum, its share of `lora` with own sets, seconds."""
     before = sum(identities["lora, a reference set for each identity"].values())
     rows = []
     for way, parts in identities.items():

@@ -44,7 +44,7 @@ def add_flags(parser):
         "--memory_resample",
         choices=["bilinear", "bicubic"],
         default="bicubic",
-        help="resizing of the images that prototypes are made of; muva: default bilinear",
+        help="resizing of the images that prototypes are made of; default bicubic, of muva bilinear",
     )
 
     group = parser.group("muva", idle=(lambda args: args.encoder != MUVA, "no --encoder muva"))
@@ -55,11 +55,11 @@ def add_flags(parser):
     words = "masks of the images that prototypes are made of: those given, or those predicted"
     group.add("--memory_masks", choices=["given", "predicted"], default="given", help=words)
     group.add("--mask_weight", type=not_negative, default=1.0, help="weight of the losses of the masks")
-    words = "of features times texts; the default suits the stand-ins, whose features are long, the published 1 CLIP"
+    words = "temperature of the loss of the texts, for the stand-ins; published, for CLIP: 1; default 50"
     group.add("--text_temperature", type=above_zero, default=50.0, help=words)
     group.add("--text_weight", type=not_negative, default=1.0, help="weight of the loss of the texts")
     group.add("--mask_lr_multiplier", type=above_zero, default=10.0, help="factor on the rate of the predictors")
-    words = "prompts, learned for the texts before the encoder, or only they: then the training ends"
+    words = "prompts: only the prompts of the texts are learned, which come before the encoder, then the training ends"
     group.add("--muva_stage", choices=STAGES, default=STAGES[0], help=words)
     given = (lambda args: bool(args.muva_prompts), "--muva_prompts is given")
     words = "prompts of an earlier run on the same images, muva_prompts.safetensors; default: they are learned"

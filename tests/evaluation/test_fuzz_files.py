@@ -223,7 +223,7 @@ def test_a_manifest_that_is_none(kept, change):
     path = kept / "manifest.json"
     whole = json.loads(path.read_text())
     path.write_bytes(change if isinstance(change, bytes) else json.dumps(whole | change).encode())
-    with pytest.raises(ValueError, match=r"manifest\.json is no manifest of a gallery: .*; extract the gallery again"):
+    with pytest.raises(ValueError, match=r"manifest\.json is no manifest of a gallery: .*; remove the folder, or"):
         Index.open(kept)
 
 

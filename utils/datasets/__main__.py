@@ -17,7 +17,10 @@ from utils.files import one_line
 
 
 def main(input_args=None):
-    parser = argparse.ArgumentParser(description="Count a data set, or make a portable copy of it with images inside.")
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.datasets",
+        description="Count a data set, or make a portable copy of it with images inside.",
+    )
     parser.add_argument("name", nargs="+", help="NAME, NAME:key=value,..., a path or a Hub id; several are merged")
     parser.add_argument("--root", "--data_root", help="folder of the set, or the one it lies in")
     parser.add_argument("--options", nargs="*", default=[], help="key=value for a path or Hub id (pid_column=label)")

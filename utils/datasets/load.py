@@ -245,8 +245,8 @@ def check_queries(query, gallery, where, own_camera):
     if any(pid in cameras for pid, _ in query_keys):
         raise ValueError(
             f"{where}: query identities are in the gallery only under the query's own camera, which does not count. "
-            f"pids of queries: {shown_queries}; of the gallery: {in_gallery}. Check the camera numbers; of a table "
-            "without cameras camid_column is none"
+            f"pids of queries: {shown_queries}; of the gallery: {in_gallery}. Correct the cameras; for data "
+            "without any write SPEC:camid_column=none; evaluate.py --protocol all counts images of one camera too"
         )
     raise ValueError(
         f"{where}: no query identity appears in the gallery. "

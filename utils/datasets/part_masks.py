@@ -236,7 +236,10 @@ def read_chunk(path, count):
 
 
 def main(input_args=None):
-    parser = argparse.ArgumentParser(description="Which patches of each image belong to which part of a person.")
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.datasets.part_masks",
+        description="Which patches of each image belong to which part of a person.",
+    )
     parser.add_argument("source", nargs="+", metavar="SPEC", help="data sets, as in --source of the training scripts")
     parser.add_argument("--out", required=True, help="file to write")
     parser.add_argument("--root", "--data_root", help="folder of the set, or the one it lies in")
@@ -250,7 +253,7 @@ def main(input_args=None):
     parser.add_argument("--rule", choices=RULES, default=RULES[0], help=f"{words}; default centre")
     words = "patches of the encoder; default 16 8, those of 256 x 128 pixels with patches of 16"
     parser.add_argument("--grid", type=at_least(1), nargs=2, default=[16, 8], metavar=("ROWS", "COLUMNS"), help=words)
-    parser.add_argument("--splits", nargs="+", default=["train"], help="default train")
+    parser.add_argument("--splits", nargs="+", default=["train"], help="splits to make masks of; default train")
     parser.add_argument("--batch_size", type=at_least(1), default=16, help="images of a detector's pass; default 16")
     parser.add_argument("--skip_unreadable", action="store_true", help="leave out images that do not decode")
     args = parser.parse_args(input_args)

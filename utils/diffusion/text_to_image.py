@@ -217,16 +217,18 @@ def what_saves_memory(
     words = []
     if finetune == "full":
         size = 16 * num_weights / 2**30
-        words.append(f"--finetune lora {size:.1f} GiB of gradients, optimiser, copy and half the weights;")
+        words.append(f"--finetune lora ({size:.1f} GiB: gradients, optimiser, copy and half the weights);")
         if not use_8bit_adam:
-            words.append(f"--use_8bit_adam {6 * num_weights / 2**30:.1f} GiB;")
+            words.append(f"--use_8bit_adam ({6 * num_weights / 2**30:.1f} GiB);")
     if not gradient_checkpointing:
-        words.append("--gradient_checkpointing most activations of a step;")
+        words.append("--gradient_checkpointing (most activations of a step);")
     if train_batch_size > 1:
-        words.append(f"--train_batch_size 1 {100 * (1 - 1 / train_batch_size):.0f} % of them;")
+        words.append(f"--train_batch_size 1 ({100 * (1 - 1 / train_batch_size):.0f} % of the activations);")
     height, width = resolution
     if 2 * width > height:
-        words.append(f"--resolution {height} {height // 2} {100 * (1 - height / 2 / width):.0f} % of them;")
+        words.append(
+            f"--resolution {height} {height // 2} ({100 * (1 - height / 2 / width):.0f} % of the activations);"
+        )
     words.append(f"--sample_batch_size, now {sample_batch_size}, where it happens while images are drawn")
     return " ".join(words)
 

@@ -2,7 +2,7 @@
 
     python -m utils.evaluation.forget output/evaluate --pid 17
     python -m utils.evaluation.forget output/search --pid anna
-    python -m utils.evaluation.forget output/search --path camera7/0017_c2_0003.jpg --dry_run
+    python -m utils.evaluation.forget output/search --path 0017_c2_0003.jpg --dry_run
 
 In the folder and all folders below it:
 

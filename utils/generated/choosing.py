@@ -299,7 +299,10 @@ def numbers_by_domain(numbers, domains, flag):
         domain for domain in {**numbers, **dict.fromkeys(domains)} if (domain in numbers) != (domain in domains)
     ]
     if unmatched:
-        raise ValueError(f"{flag}: {unmatched[0]!r} is not both named there and a source ({', '.join(domains)})")
+        known = ", ".join(domains)
+        if unmatched[0] in domains:
+            raise ValueError(f"{flag} has no number for the source {unmatched[0]}; give one for each of {known}")
+        raise ValueError(f"{flag}: {unmatched[0]!r} is no source; they are {known}")
     return numbers
 
 
@@ -321,8 +324,8 @@ def nothing_left(scores, choice, name):
             if len(suggestions) == 1
             else " ".join(shlex.quote(f"{source}={number}") for source, number in suggestions)
         )
-        advice = f"--threshold {listed} is reached by half of the images it could keep"
-    return f"nothing is left of {len(scores)} images ({why}); all of them are scored. {advice}"
+        advice = f"--threshold {listed} would keep half of those that pass the other rules"
+    return f"nothing is left of {len(scores)} images ({why}). Their scores are kept. {advice}"
 
 
 def short_threshold(values, least):

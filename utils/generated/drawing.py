@@ -137,7 +137,7 @@ def check_origin(work, names, digest):
         try:
             model = json.loads(path.read_text(encoding="utf-8"))["model"]
         except (OSError, ValueError, KeyError, TypeError):
-            # Adapters of an earlier version: the images beside them name the model.
+            # An adapter that does not name its model: the images beside it do.
             model = work.read(name, made_set.IMAGES)["model"]
         if model != digest:
             raise ValueError(

@@ -64,12 +64,13 @@ class Wanted:
 
 
 def given(names, sources, flag):
-    """{domain: model name}, or None to train the models."""
+    """{domain: model name}, or None to train the models. Several names are in the order of the sources' places."""
     if not names:
         return None
     if len(names) not in (1, len(sources)):
         raise ValueError(f"{flag} names {len(names)} models for {len(sources)} sources; give one, or one for each")
-    return dict(zip(sources, names * (len(sources) if len(names) == 1 else 1), strict=True))
+    domains = sorted(sources, key=lambda domain: sources[domain].place)
+    return dict(zip(domains, names * (len(sources) if len(names) == 1 else 1), strict=True))
 
 
 def check_models(wanted, sources):

@@ -13,13 +13,17 @@ from utils.datasets.load import load_reid
 
 @dataclass
 class Source:
-    """The training images of one domain. `labels` are indices into `pids`; `held_out` marks images for calibration."""
+    """The training images of one domain. `labels` are indices into `pids`; `held_out` marks images for calibration.
+
+    `place` is that among the domains as they were named.
+    """
 
     domain: str
     train: datasets.Dataset
     pids: list
     labels: torch.Tensor
     held_out: torch.Tensor
+    place: int = 0
 
 
 def open_sources(specs, root=None, *, holdout_fraction=0.0, seed=0, skip_unreadable=False):
@@ -34,11 +38,11 @@ def open_sources(specs, root=None, *, holdout_fraction=0.0, seed=0, skip_unreada
             if domain in sources:
                 raise ValueError(f"two of the sources are {domain}; name each once")
             train = data["train"].select(np.flatnonzero(domains == domain))
-            sources[domain] = make_source(domain, train, holdout_fraction, seed)
+            sources[domain] = make_source(domain, train, holdout_fraction, seed, len(sources))
     return dict(sorted(sources.items()))
 
 
-def make_source(domain, train, holdout_fraction, seed):
+def make_source(domain, train, holdout_fraction, seed, place):
     row_pids = train["pid"][:]
     pids = sorted(set(row_pids))
     label_of = {pid: label for label, pid in enumerate(pids)}
@@ -50,7 +54,7 @@ def make_source(domain, train, holdout_fraction, seed):
         # At least two images of each identity remain for training.
         count = min(len(rows) - 2, max(1, round(holdout_fraction * len(rows))))
         held_out[rng.sample(rows.tolist(), max(count, 0))] = True
-    return Source(domain, train, pids, torch.from_numpy(labels), held_out)
+    return Source(domain, train, pids, torch.from_numpy(labels), held_out, place)
 
 
 def check_sources(sources):

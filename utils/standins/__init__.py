@@ -1,1 +1,1 @@
-"""Tiny CLIP, Stable Diffusion and question answerer, trained on drawn people; their paths are in `utils.flags`."""
+"""Tiny CLIP, ResNet, Stable Diffusion and question answerer, trained on drawn people; paths are in `utils.flags`."""

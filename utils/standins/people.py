@@ -57,8 +57,8 @@ class People:
 class Wanderers(People):
     """The same people anywhere: half before the scenery of another camera, half before none, each through any lens.
 
-    At home the snow would answer for the clothes, since nobody wears yellow there, and weather for being outdoors;
-    and where all that is colourful is clothes, a green lawn would be some.
+    With its own scenery alone a model would learn clothes from the background: in snow nobody wears yellow. With none,
+    it would take a green lawn for clothes.
     """
 
     def picture(self, row):

@@ -33,7 +33,8 @@ def contact_sheet(domain, num_ids=8, images_per_id=8, seed=0):
 
 def main(input_args=None):
     parser = argparse.ArgumentParser(
-        description="Draw the synthetic world: a contact sheet, or plain folders of images."
+        prog="python -m utils.synthetic",
+        description="Draw the synthetic world: a contact sheet, or plain folders of images.",
     )
     parser.add_argument("--domain", default="a", choices=sorted(DOMAINS), help="which domain")
     parser.add_argument(

@@ -118,8 +118,8 @@ def unfinished(folder):
 def check_arguments(path, before, now, free):
     """ValueError naming the arguments that differ from the checkpoint's; those in `free` may.
 
-    A flag that the checkpoint does not know was not there yet: its default is no difference. Nor is another place of
-    images, models or files that have moved.
+    A flag that the checkpoint does not name counts as equal if it has its default. So do images, models and files that
+    have moved to another place.
     """
     origin, same_images = now.get("origin") or {}, before.get("data") == now.get("data")
 

@@ -69,9 +69,9 @@ def check_settings(num_rows, scales, min_samples, k1, k2=1):
             f"equal. Give more images, or lower --cluster_k2 well below {num_rows}"
         )
     if not 2 <= min_samples <= num_rows:
-        raise ValueError(f"min_samples must be between 2 and the {num_rows} images, got {min_samples}")
+        raise ValueError(f"--min_samples must be between 2 and the {num_rows} images, got {min_samples}")
     if not all(0 < scale < 1 for scale in scales):
-        raise ValueError(f"eps must be above 0 and below 1, the largest Jaccard distance, got {scales}")
+        raise ValueError(f"--eps must be above 0 and below 1, the largest Jaccard distance, got {scales}")
 
 
 def check_clusters(clusters, *, where="the images", least=2):

@@ -51,6 +51,7 @@ class Rows:
 
 
 NO_ROWS = Rows([], [], [], [], [], [])
+AGAIN = "remove the folder, or name another by --gallery_features, and run again with --gallery_dir"
 
 
 # The types of the values of each list.
@@ -71,7 +72,7 @@ def read_rows(path, count):
     except (TypeError, ValueError):
         whole = False
     if not whole:
-        raise ValueError(f"{path} does not tell the names of {count} images; extract the gallery again")
+        raise ValueError(f"{path} does not tell the names of {count} images; {AGAIN}")
     return rows
 
 
@@ -141,7 +142,7 @@ class Index:
         except (OSError, ValueError) as error:
             problem = one_line(error)
         if problem:
-            raise ValueError(f"{path} is no manifest of a gallery: {problem}; extract the gallery again")
+            raise ValueError(f"{path} is no manifest of a gallery: {problem}; {AGAIN}")
         index = cls(folder, content["about"], content["files"])
         index.check_files()
         return index
@@ -161,7 +162,7 @@ class Index:
                 found = "is missing" if size is None else f"has {size:,} bytes"
                 raise ValueError(
                     f"{path} {found}, the manifest says {record['bytes']:,} bytes: it was cut short or replaced; "
-                    "restore it, or extract the gallery again"
+                    f"restore it, or {AGAIN}"
                 )
 
     def check_model(self, about):
@@ -192,7 +193,7 @@ class Index:
             if tuple(tensor.shape) != size or tensor.dtype != torch.float32:
                 raise ValueError(
                     f"{path} holds {tensor.dtype} of shape {tuple(tensor.shape)}, the manifest says float32 of "
-                    f"{size}; extract the gallery again"
+                    f"{size}; {AGAIN}"
                 )
         return RowsOnDisk(tensors)
 

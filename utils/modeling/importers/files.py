@@ -31,9 +31,9 @@ def read_content(path):
             raise ValueError(f"{str(path)!r} is no whole safetensors file: {error}; download it again") from error
     if is_torchscript(path):
         raise ValueError(
-            f"{str(path)!r} is a TorchScript archive: a program with weights, and no program of a file is ever run "
-            "here. Where you trust it, write down its weights, and give the new file:\n"
-            f'python -c \'import torch; torch.save(torch.jit.load("{path.name}", "cpu").state_dict(), "weights.pth")\''
+            f"{str(path)!r} is a TorchScript archive, a program with weights, which is not run here. If you trust it, "
+            "this command runs it; then give its weights.pth:\n"
+            f'python -c \'import torch; torch.save(torch.jit.load("{path}", "cpu").state_dict(), "weights.pth")\''
         )
     try:
         with torch.serialization.safe_globals(PLAIN):
