@@ -154,15 +154,20 @@ def run_worker(module, *words, environment=None):
 def run_once(script, folder, arguments, done, environment=None):
     """Run a script (`SCRIPT.py` or `-m MODULE`) into `folder`, resuming, unless its result file `done` exists.
 
-    None if it does. ValueError if the folder holds a run with other arguments.
+    None if it does. ValueError if the folder holds a run with other arguments, or of another revision of the code.
     """
     command = [*map(str, arguments), "--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
     record = folder / "args.json"
     if record.exists():
-        before = json.loads(record.read_text(encoding="utf-8"))["command"][1:]
+        content = json.loads(record.read_text(encoding="utf-8"))
+        before, code = content["command"][1:], str(content["versions"]["git"]).removesuffix("-dirty")
         if before != command:
             raise ValueError(
                 f"{folder} holds a run of other arguments, {shlex.join(before)}; give another --output_dir"
+            )
+        if code != revision():
+            raise ValueError(
+                f"{folder} holds a run of revision {code}, the code here is {revision()}; give another --output_dir"
             )
     if (folder / done).exists():
         return None

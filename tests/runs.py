@@ -57,6 +57,18 @@ def places(processes):
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
+def calls_of(monkeypatch, owner, name):
+    """A list that grows with each call of a function, which does its work as before."""
+    calls, original = [], getattr(owner, name)
+
+    def noted(*args, **options):
+        calls.append((args, options))
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, noted)
+    return calls
+
+
 # In this process
 
 

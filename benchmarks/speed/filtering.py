@@ -77,7 +77,7 @@ def one_size(place, count, args, base):
         "images": count,
         "seconds": clock,
         "processor_seconds": processor,
-        "images_a_second": count / clock,
+        "images_a_second": (count - base["images"]) / max(clock - base["seconds"], 1e-9),
         "images_a_cpu_second": (count - base["images"]) / max(scoring, 1e-9),
         "peak_mib": peak,
         "choose_again_seconds": again[0],

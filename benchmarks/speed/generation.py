@@ -11,6 +11,7 @@ identity, encodes images and prompts in every step, and draws an image in 50 ste
 """
 
 import argparse
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -188,6 +189,12 @@ def measure(model, resolution, steps, flags, recipe):
     return measured
 
 
+def median_of(rounds):
+    """{part: median} of several measurements of a way; None where there is none."""
+    return {key: None if value is None else statistics.median(one[key] for one in rounds)
+            for key, value in rounds[0].items()}  # fmt: skip
+
+
 def counts_of(way):
     """How many reference images, steps and images an identity takes."""
     recipe, sets, *_ = WAYS[way]
@@ -213,11 +220,14 @@ def main(input_args=None):
     model_sizes.add_argument("--sd15", action="store_true", help="Stable Diffusion 1.5's sizes with random weights")
     model_sizes.add_argument("--sdxl", action="store_true", help="Stable Diffusion XL's sizes with random weights")
     parser.add_argument("--steps", type=int, default=10, help="fine-tuning steps measured; default 10")
+    parser.add_argument(
+        "--rounds", type=int, help="of all ways in turn, medians count; default 3 of the stand-in, else 1"
+    )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default all")
     parser.add_argument("--json", type=Path, help="result file")
     args = parser.parse_args(input_args)
     kind = "sd15" if args.sd15 else "sdxl" if args.sdxl else "stand-in"
-    table = {}
+    measured, table = {way: [] for way in args.ways}, {}
     with tempfile.TemporaryDirectory() as folder:
         model = DIFFUSION_DIR
         if kind != "stand-in":
@@ -227,17 +237,20 @@ def main(input_args=None):
         fast_lora = save_few_step_lora(model, f"{folder}/fast")
         # Random weights overflow in fp16.
         precision = ["--mixed_precision", "bf16"] if kind != "stand-in" else []
-        for way in args.ways:
+        # In turn, so that a machine that becomes slower does so for all.
+        for way in args.ways * (args.rounds or (3 if kind == "stand-in" else 1)):
             recipe = WAYS[way][0]
             flags = [*precision, *flags_of(way, fast_lora)]
             flags += ["--use_8bit_adam"] if recipe == "paper" and torch.cuda.is_available() else []
-            table[way] = measure(model, SIZES[kind][recipe == "lora"], args.steps, flags, recipe)
-            table[way]["identity"] = identity_seconds(table[way], counts_of(way))
-            if args.sd15:
-                counted = read_result("generation_memory")["raw"]["counted"]
-                name, pixels = COUNTED[recipe]
-                table[way]["counted_gib"] = max(counted[name][pixels].values())
-            print(f"{way}: {table[way]}", flush=True)
+            measured[way].append(measure(model, SIZES[kind][recipe == "lora"], args.steps, flags, recipe))
+            print(f"{way}: {measured[way][-1]}", flush=True)
+    for way, rounds in measured.items():
+        table[way] = median_of(rounds)
+        table[way]["identity"] = identity_seconds(table[way], counts_of(way))
+        if args.sd15:
+            counted = read_result("generation_memory")["raw"]["counted"]
+            name, pixels = COUNTED[WAYS[way][0]]
+            table[way]["counted_gib"] = max(counted[name][pixels].values())
     if "paper" in table:
         table[PAPERS] = {"identity": papers_seconds(table["paper"], counts_of("paper"))}
     for parts in table.values():

@@ -12,7 +12,8 @@ import json, os, sys
 from pathlib import Path
 folder = Path(sys.argv[sys.argv.index("--output_dir") + 1])
 folder.mkdir(exist_ok=True)
-(folder / "args.json").write_text(json.dumps({"command": ["script.py", *sys.argv[1:]]}))
+code = {"git": os.environ["CODE"]}
+(folder / "args.json").write_text(json.dumps({"command": ["script.py", *sys.argv[1:]], "versions": code}))
 print("started", os.environ.get("WORD"))
 if "--fail" in sys.argv:
     sys.exit("no such model")
@@ -43,13 +44,18 @@ def test_a_time_limit_ends_a_script():
     assert run.code == common.TIME_LIMIT and run.output == "here\n" and run.seconds < 30
 
 
-def test_a_run_is_made_once_and_an_other_one_refused(script, tmp_path, capsys):
+def test_a_run_is_made_once_and_an_other_one_refused(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CODE", f"{common.revision()}-dirty")
     folder = tmp_path / "run"
     run = common.run_once(script, folder, ["--seed", 1], "done")
     assert run.code == 0 and "started" in run.output and common.finished(run, "script.py") is None
     assert common.run_once(script, folder, ["--seed", 1], "done") is None
     with pytest.raises(ValueError, match="run holds a run of other arguments, --seed 1 .* give another --output_dir"):
         common.run_once(script, folder, ["--seed", 2], "done")
+    monkeypatch.setenv("CODE", "another")
+    common.run_once(script, tmp_path / "other", ["--seed", 1], "done")
+    with pytest.raises(ValueError, match="other holds a run of revision another, the code here is .*; give another"):
+        common.run_once(script, tmp_path / "other", ["--seed", 1], "done")
     failed = common.run_once(script, tmp_path / "failed", ["--fail"], "done")
     with pytest.raises(ValueError, match="script.py stopped: no such model; the same command continues"):
         common.finished(failed, "script.py")

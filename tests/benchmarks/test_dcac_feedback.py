@@ -6,14 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from scipy import stats
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
+import train_dcac
 from benchmarks.common import revision
 from benchmarks.quality import dcac_feedback as feedback
+from benchmarks.quality import feedback_variants
 from benchmarks.quality.feedback_variants import OfOthers, Shuffled, TimestepWeights
 from benchmarks.quality.shortcut_probe import at_home_of, person_over_place
+from tests import runs
 from utils.generated.texts.captions import QUESTIONS, compose
 from utils.synthetic.world import attributes
 
@@ -248,3 +252,33 @@ def test_timesteps_weigh_as_much_as_the_condition_matters_there():
     weights.update(torch.tensor([50]), torch.tensor([5.0]))
     first = (4 * 0.95 + 5) / (2 * 0.95 + 1)
     torch.testing.assert_close(weights(torch.tensor([0])), 0.5 + torch.tensor([first]) / ((first + 6) / 5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", feedback_variants.VARIANTS)
+def test_a_variant_changes_what_its_name_says_and_nothing_else(standins, tmp_path, monkeypatch, variant):
+    for name in ("DCAC", "Condition"):
+        monkeypatch.setattr(train_dcac, name, getattr(train_dcac, name))
+    monkeypatch.setattr(train_dcac, "run_script", train_dcac.main)
+    words = ["--source", "synthetic:domain=a,num_ids=6,images_per_id=4", "--target", "synthetic:domain=b,num_ids=3"]
+    words += ["--backbone", standins / "clip", "--pretrained_model_name_or_path", standins / "stable-diffusion"]
+    words += ["--diffusion_resolution", "64", "64", "--train_batch_size", "8", "--max_train_steps", "1"]
+    words = [*map(str, words), "--ldm_balance", "0.1", "--validation_ids", "0", "--cache_dir", str(tmp_path / "cache")]
+    runs.run(train_dcac, *words, "--output_dir", tmp_path / "plain")
+    AcceleratorState._reset_state(True)
+    feedback_variants.main(variant, [*words, "--output_dir", str(tmp_path / "changed")])
+    AcceleratorState._reset_state(True)
+    (plain,), (changed,) = (runs.log_of(tmp_path / name) for name in ("plain", "changed"))
+    different = {name for name in plain if plain[name] != changed[name]}
+    # The shuffled gradient is of the same loss.
+    losses = set() if variant == "shuffled" else {"loss", "loss_ldm"}
+    assert different - {"feedback_scale", "feedback_ratio"} == {"grad_norm", *losses}
+
+
+def test_a_variant_that_would_change_nothing_is_refused(monkeypatch):
+    monkeypatch.setattr(train_dcac, "DCAC", train_dcac.DCAC)
+    with pytest.raises(ValueError, match="--encoder muva has a feedback of its own"):
+        feedback_variants.main("shuffled", ["--encoder", "muva"])
+    monkeypatch.setattr(train_dcac, "DCAC", nn.Linear)
+    with pytest.raises(ValueError, match="train_dcac.DCAC is not what Shuffled changes"):
+        feedback_variants.main("shuffled", [])

@@ -81,6 +81,8 @@ def test_people_are_drawn_once_at_the_size_of_training(tmp_path, monkeypatch):
 def test_a_folder_of_another_run_is_refused(tmp_path):
     folder = tmp_path / "x"
     folder.mkdir()
-    (folder / "args.json").write_text(json.dumps({"command": ["finetune_reid.py", "--seed", "1"]}))
+    (folder / "args.json").write_text(
+        json.dumps({"command": ["finetune_reid.py", "--seed", "1"], "versions": {"git": None}})
+    )
     with pytest.raises(ValueError, match="x holds a run of other arguments"):
         generalisation.run("finetune_reid.py", folder, ["--seed", "2"], "model/model.safetensors")

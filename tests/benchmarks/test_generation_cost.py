@@ -11,6 +11,7 @@ from benchmarks.speed.generation import (
     flags_of,
     identity_seconds,
     measure,
+    median_of,
     open_tuning,
     save_few_step_lora,
 )
@@ -68,3 +69,8 @@ def test_the_ways_are_the_recipes():
     few_step = flags["lora with a few-step LoRA: 4 steps, no guidance"]
     assert few_step == "--fast_lora FILE --sample_batch_size 10 --finetune lora --train_batch_size 2"
     assert counts_of("paper") == (200, 1000, 220) and counts_of("lora")[1:] == (400, 220)
+
+
+def test_the_median_of_rounds():
+    rounds = [{"step": value, "peak_gib": None} for value in (3.0, 1.0, 9.0)]
+    assert median_of(rounds) == {"step": 3.0, "peak_gib": None}

@@ -7,6 +7,7 @@ import pytest
 import adapt_reid
 from benchmarks.common import Run
 from benchmarks.quality import methods
+from benchmarks.quality.methods import AUTHORS
 
 
 @pytest.fixture
@@ -61,15 +62,32 @@ def test_table_of_methods(calls, tmp_path):
     assert calls == [("hhcl", 0), ("pplr", 0), ("pplr", 0), ("ice", 0), ("idm", 0), ("hhcl", 1), ("pplr", 1),
                      ("pplr", 1), ("ice", 1), ("idm", 1)]  # fmt: skip
     rows = {row[1]: row[2:] for row in json.loads((tmp_path / "methods.json").read_text())["table"]}
-    assert rows["HHCL"] == ["20.0 ± 0.0", "30.0 ± 0.0", "50.0 ± 0.0", "40.0 ± 0.0", "2.0", "0.50", "10"]
-    assert rows["PPLR"][4] == "2.7" and rows["PPLR"][5] == "0.50"
+    assert rows["HHCL"] == ["20.0 ± 0.0", "30.0 ± 0.0", "50.0 ± 0.0", AUTHORS, "-", "40.0 ± 0.0", "2.0", "0.50", "10"]
+    assert rows["PPLR"][6] == "2.7" and rows["PPLR"][7] == "0.50"
     lost = rows["ICE (1 of 2 collapsed)"]
-    assert lost[1] == "25.0 ± 7.1" and lost[3] == "40.0" and lost[6] == "0, 10"
+    assert lost[1] == "25.0 ± 7.1" and lost[5] == "40.0" and lost[8] == "0, 10"
     raw = json.loads((tmp_path / "methods.json").read_text())["raw"]["runs"]
     assert [one["collapsed"] for one in raw if one["method"] == "ICE"][1].endswith("the clusters collapsed: all")
     before = len(calls)
     methods.main(arguments)
     assert len(calls) == before
+
+
+def test_gains_are_of_the_same_seed_start_and_distance():
+    def run(method, seed, mAP, start="scratch"):
+        rest = {"clusters": [], "collapsed": None, "cpu": 1.0, "gib": 1.0, "epochs": 1}
+        return {"start": start, "method": method, "seed": seed, "history": [{"mAP": mAP, "rank1": 0.5}]} | rest
+
+    runs = [run(AUTHORS, 0, 0.2), run(AUTHORS, 1, 0.5), run(AUTHORS, 0, 0.9, "other"), run("cluster contrast", 0, 0.8)]
+    runs += [run("ICE", 0, 0.3), run("ICE", 1, 0.7), run("ICE", 2, 0.9)]
+    rows = {row[1]: row for row in methods.rows_of(runs) if row[0] == "scratch"}
+    # 10 and 20 points; Student's factor for two values is 12.7.
+    assert rows["ICE"][5:7] == [AUTHORS, "+15.0 ± 63.5"] and rows[AUTHORS][5:7] == ["cluster contrast", "-60.0"]
+    assert rows["cluster contrast"][5:7] == ["-", "-"]
+    for name, base in methods.BASES.items():
+        own, other = methods.RUNS[name], methods.RUNS[base]
+        same = [("--jaccard faiss" in words, "--setting" in words) for words in (own, other)]
+        assert same[0][1] == same[1][1] and (same[0] == same[1] or name == AUTHORS or same[0][1])
 
 
 def test_every_run_can_be_parsed():

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import common
+from benchmarks.common import revision
 from benchmarks.quality import starts
 from utils.datasets.load import load_reid
 
@@ -38,7 +39,7 @@ def runs(monkeypatch, tmp_path):
         assert logs == folder / "logs"
         (folder / "model").mkdir(parents=True)
         (folder / "model" / "model.safetensors").touch()
-        (folder / "args.json").write_text(json.dumps({"command": [script, *command]}))
+        (folder / "args.json").write_text(json.dumps({"command": [script, *command], "versions": {"git": revision()}}))
         (folder / "metrics.json").write_text(json.dumps({"history": history}))
         return common.Run(0, "", "", 1.0, 1.0, 0.5)
 

@@ -18,7 +18,7 @@ from methods.meta import DomainBatches, Meta, cosine_after_warmup
 from tests import runs
 from tests.methods.reference import close, same_steps
 from tests.modeling.test_heads import SIZE, TINY, people
-from tests.runs import launch, log_of, same_weights, weights_of
+from tests.runs import calls_of, launch, log_of, same_weights, weights_of
 from tests.scripts.test_finetune import SMALL, refused, train
 from utils.flags import CLIP_DIR, RESNET_DIR
 from utils.modeling.backbones import backbone_from_config
@@ -544,13 +544,15 @@ def test_two_processes_train_as_one(resnet, finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_precisions_and_recomputation(resnet, finished, tmp_path):
-    wanted = log_of(finished)[0]
+def test_precisions_and_recomputation(resnet, finished, tmp_path, monkeypatch):
+    wanted, asked = log_of(finished)[0], calls_of(monkeypatch, ReIDModel, "enable_gradient_checkpointing")
     for name, more, tolerance in (
         ("bf16", ["--mixed_precision", "bf16"], 0.02), ("twice", ["--gradient_checkpointing"], 1e-5),
     ):  # fmt: skip
         train(*RUN, "--backbone", resnet, *more, "--max_train_steps", "2", "--output_dir", tmp_path / name)
-        assert log_of(tmp_path / name)[0]["loss"] == pytest.approx(wanted["loss"], rel=tolerance), name
+        found = log_of(tmp_path / name)[0]["loss"]
+        assert found == pytest.approx(wanted["loss"], rel=tolerance), name
+        assert len(asked) == (name == "twice") and (name == "twice" or found != wanted["loss"])
 
 
 def test_what_is_refused(resnet, tmp_path, monkeypatch):

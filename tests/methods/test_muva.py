@@ -705,6 +705,20 @@ def test_resume_and_two_processes(finished, small, tmp_path):
         assert left == pytest.approx(right, rel=2e-3, abs=1e-4)
 
 
+@pytest.mark.parametrize("flag, value", [("--memory_masks", "predicted"), ("--memory_resample", "bicubic")])
+def test_the_memory_is_made_as_its_flags_say(small, tmp_path, flag, value):
+    """One step: of the losses only the contrast with the memory is another."""
+    common = [
+        *small, "--diffusion", "none", "--resolution", "64", "32", "--muva_epochs", "1", "--max_train_steps", "1",
+    ]  # fmt: skip
+    train(*common, "--output_dir", tmp_path / "plain")
+    # Prompts are learned from the memory's features too.
+    prompts = tmp_path / "plain" / "muva_prompts.safetensors"
+    train(*common, "--muva_prompts", prompts, flag, value, "--output_dir", tmp_path / "other")
+    (wanted,), (found,) = log_of(tmp_path / "plain"), log_of(tmp_path / "other")
+    assert {name for name in wanted if found[name] != wanted[name]} == {"loss", "loss_pcl", "grad_norm"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "more",

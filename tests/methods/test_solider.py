@@ -20,9 +20,9 @@ from methods.solider import Solider, drawn, semantic_parts
 from pretrain_backbone import cosine_to, parse_args
 from tests import runs
 from tests.methods.reference import close, same_steps
-from tests.runs import launch, log_of, same_weights, weights_of
+from tests.runs import calls_of, launch, log_of, same_weights, weights_of
 from utils.launch import start_training
-from utils.modeling.backbones import load_backbone
+from utils.modeling.backbones import Backbone, load_backbone
 from utils.modeling.names import open_backbone
 from utils.modeling.networks.semantic_swin import FILE, SemanticSwinBackbone, folded, set_semantic_weight
 
@@ -429,14 +429,18 @@ def test_two_processes_train_as_one(steady, tmp_path):
 
 
 @pytest.mark.slow
-def test_precisions_and_recomputation(steady, tmp_path):
+def test_precisions_and_recomputation(steady, tmp_path, monkeypatch):
     common, one = steady
+    asked = calls_of(monkeypatch, Backbone, "enable_gradient_checkpointing")
     for name, more, tolerance in (
         ("bf16", ["--mixed_precision", "bf16"], 0.03),
         ("twice", ["--gradient_checkpointing"], 1e-4),
     ):
         train(*common, *more, "--output_dir", tmp_path / name)
-        for left, right in zip(log_of(one)[:1], log_of(tmp_path / name), strict=False):
+        found = log_of(tmp_path / name)
+        assert len(found) == 3 and (name == "twice" or found[0]["loss"] != log_of(one)[0]["loss"])
+        assert len(asked) == (name == "twice")
+        for left, right in zip(log_of(one)[:1], found[:1], strict=True):
             # With random weights the parts of some crops are others in half precision.
             dino, same = (line["loss"] - line["loss_semantic"] for line in (left, right))
             assert dino == pytest.approx(same, rel=tolerance), name

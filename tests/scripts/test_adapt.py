@@ -359,6 +359,7 @@ def test_half_precision(small, finished, tmp_path):
     (line,), wanted = log_of(tmp_path), log_of(finished / "idm")[0]
     for name in LOSSES["idm"]:
         assert line[name] == pytest.approx(wanted[name], rel=0.1, abs=0.02), name
+    assert line["loss"] != wanted["loss"]
     assert all(tensor.dtype == torch.float32 for tensor in weights_of(tmp_path).values() if tensor.is_floating_point())
 
 

@@ -26,7 +26,18 @@ from transformers import AutoTokenizer, CLIPTextModel
 import train_dcac
 import train_dreambooth_reid
 from tests import runs
-from tests.runs import ROOT, launch, lines_written, log_of, same_weights, start, stopped, torchrun, weights_of
+from tests.runs import (
+    ROOT,
+    calls_of,
+    launch,
+    lines_written,
+    log_of,
+    same_weights,
+    start,
+    stopped,
+    torchrun,
+    weights_of,
+)
 from train_dcac import DCAC, Condition, parse_args
 from utils.datasets.load import load_reid, open_source
 from utils.diffusion.feedback import GradientBalance, effective_rank, examined, middle_of
@@ -598,10 +609,15 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def test_recomputation_and_an_absent_cache_change_no_number(small, cache, tmp_path):
+def test_recomputation_and_an_absent_cache_change_no_number(small, cache, tmp_path, monkeypatch):
     variants = {"plain": [], "recomputed": ["--gradient_checkpointing"], "uncached": ["--cache_dir", "none"]}
+    asked = [
+        calls_of(monkeypatch, ReIDModel, "enable_gradient_checkpointing"),
+        calls_of(monkeypatch, train_dcac, "recompute_activations"),
+    ]
     for name, more in variants.items():
         train(*plain(small, cache), *more, "--output_dir", tmp_path / name)
+        assert [len(calls) for calls in asked] == [name != "plain"] * 2
     wanted = log_of(tmp_path / "plain")
     for line, other in zip(wanted, log_of(tmp_path / "recomputed"), strict=True):
         assert other == pytest.approx(line, rel=1e-5)
@@ -614,7 +630,7 @@ def test_recomputation_and_an_absent_cache_change_no_number(small, cache, tmp_pa
 @pytest.mark.slow
 def test_precisions_and_optimisers(small, cache, tmp_path):
     train(*plain(small, cache), "--output_dir", tmp_path / "plain")
-    wanted = log_of(tmp_path / "plain")[0]
+    wanted, then = log_of(tmp_path / "plain")
     for name, more, tolerance in (
         ("bf16", ["--mixed_precision", "bf16"], 0.05),
         ("8bit", ["--use_8bit_adam"], 1e-5),
@@ -625,7 +641,8 @@ def test_precisions_and_optimisers(small, cache, tmp_path):
         for key in ("loss_id", "loss_pcl", "loss_ldm"):
             # The first losses come before any step.
             assert first[key] == pytest.approx(wanted[key], rel=tolerance), (name, key)
-        assert first["loss"] != second["loss"]
+        assert first["loss"] != second["loss"] and second["loss"] != then["loss"], name
+        assert (first["loss"] == wanted["loss"]) == (name != "bf16"), name
         weights = load_file(tmp_path / name / "model" / "model.safetensors")
         assert all(tensor.dtype == torch.float32 for tensor in weights.values() if tensor.is_floating_point())
     assert [line["lr"] for line in log_of(tmp_path / "adamw")] == pytest.approx([0, 3e-4 / 4])

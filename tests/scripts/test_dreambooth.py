@@ -825,7 +825,7 @@ def test_a_failure_is_recorded_and_does_not_stop_the_others(whole, models, tmp_p
     monkeypatch.setattr(script, "fine_tune", failing)
     failures = run(models, out)
     assert set(failures) == {NAMES[0], NAMES[2]}
-    assert "--gradient_checkpointing" in failures[NAMES[0]] and "--train_batch_size 1 50 %" in failures[NAMES[0]]
+    assert "--gradient_checkpointing" in failures[NAMES[0]] and "--train_batch_size 1 (50 %" in failures[NAMES[0]]
     assert failures[NAMES[2]] == "RuntimeError: a loose cable"
     assert len(pq.read_table(out / "metadata.parquet")) == 3
     assert "a loose cable" in (out / "report.html").read_text()

@@ -329,6 +329,7 @@ def test_bf16_and_few_images(starts, tmp_path):
             assert all(tensor.dtype == torch.float32 for tensor in weights.values() if tensor.is_floating_point())
         for key in ("loss_id", "loss_triplet"):
             assert logs[1][key] == pytest.approx(logs[0][key], rel=0.1), (method, key)
+            assert logs[1][key] != logs[0][key], (method, key)
 
 
 @pytest.mark.slow

@@ -23,14 +23,14 @@ from methods.dino import SelfDistillation, distillation_loss
 from methods.pretraining import share_batch_of_recipe
 from pretrain_backbone import Classification, momentum, parse_args
 from tests import runs
-from tests.runs import launch, lines_written, log_of, same_weights, start, stopped, weights_of
+from tests.runs import calls_of, launch, lines_written, log_of, same_weights, start, stopped, weights_of
 from utils.batches.mixing import Mix
 from utils.batches.shuffled import ShuffleSampler
 from utils.batches.transforms import ReIDImages
 from utils.batches.transforms import test_transform as picture_transform
 from utils.flags import CLIP_DIR
 from utils.launch import start_training
-from utils.modeling.backbones import load_backbone
+from utils.modeling.backbones import ResNetBackbone, load_backbone
 from utils.modeling.export import write_backbone_folder
 from utils.modeling.names import open_backbone
 from utils.modeling.reid_model import ReIDModel
@@ -499,9 +499,10 @@ def test_two_passes_train_as_one(tmp_path, more):
         assert left == pytest.approx(right, rel=1e-3, abs=1e-4)
 
 
-def test_precisions_and_recomputation(tmp_path):
-    common = [*SMALL, "--max_train_steps", "2"]
+def test_precisions_and_recomputation(tmp_path, monkeypatch):
+    common = [*SMALL, "--max_train_steps", "3", "--lr_warmup_epochs", "0"]
     train(*common, "--output_dir", tmp_path / "plain")
+    asked = calls_of(monkeypatch, ResNetBackbone, "enable_gradient_checkpointing")
     wanted = log_of(tmp_path / "plain")
     for name, more, tolerance in (
         ("bf16", ["--mixed_precision", "bf16"], 0.02),
@@ -515,6 +516,10 @@ def test_precisions_and_recomputation(tmp_path):
         assert all(tensor.dtype == torch.float32 for tensor in weights.values() if tensor.is_floating_point())
         if name == "recomputed":
             assert found == [pytest.approx(line, rel=1e-4) for line in wanted]
+        else:
+            # The first update is the same with a state of 8 bits.
+            assert found[-1]["loss"] != wanted[-1]["loss"], name
+        assert len(asked) == (name != "bf16")
 
 
 def test_fractions_are_seeded_and_nested():
