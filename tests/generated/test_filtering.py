@@ -32,8 +32,9 @@ from utils.generated.images import open_generated
 from utils.generated.kept_report import against_truth, truth_table
 from utils.generated.kept_set import Origin, write_files
 from utils.generated.kept_set import resized as smaller
+from utils.generated.score_models import given
 from utils.generated.scoring import View, open_image
-from utils.generated.sources import Source, check_calibration
+from utils.generated.sources import Source, check_calibration, open_sources
 from utils.synthetic.world import render
 
 
@@ -104,6 +105,15 @@ def test_calibration_takes_somebody_else(tmp_path, pids, held, fits):
         check_calibration(generated, sources)
 
 
+def test_models_are_in_the_order_in_which_sources_were_named():
+    sources = open_sources([f"synthetic:domain={domain},num_ids=2" for domain in "ca"])
+    assert list(sources) == ["synthetic-a", "synthetic-c"]
+    assert given(["for c", "for a"], sources, "--reid_model") == {"synthetic-c": "for c", "synthetic-a": "for a"}
+    assert set(given(["one"], sources, "--reid_model").values()) == {"one"} and given(None, sources, "") is None
+    with pytest.raises(ValueError, match="--reid_model names 3 models for 2 sources; give one, or one for each"):
+        given(["x", "y", "z"], sources, "--reid_model")
+
+
 def test_a_score_that_is_no_number_sets_no_threshold():
     found = scores([0] * 4, [np.nan, 0.9, 0.8, np.nan])
     limits = choosing.thresholds_of(found, "reid", keep_fraction={"d0": 0.25})
@@ -128,7 +138,7 @@ def test_an_advised_threshold_can_be_typed():
     words = choosing.nothing_left(
         found, choosing.choose_images(found, "reid", dict.fromkeys(found.domains, 2.0)), "reid"
     )
-    typed = shlex.split(words.split("--threshold ")[1].split(" is reached")[0])
+    typed = shlex.split(words.split("--threshold ")[1].split(" would keep")[0])
     assert filter_generated.numbers_by_name(typed) == {"my people": 0.5, "d1": pytest.approx(0.9, abs=1e-4)}
 
 

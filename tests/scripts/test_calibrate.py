@@ -126,9 +126,11 @@ def test_without_a_calibration_a_search_says_how_to_get_one(calibrated, spoil, w
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--calibrate"], "--calibrate needs --model DIR"),
+        (["--calibrate"], "--calibrate needs --model DIR and --data SPEC"),
+        # Without data there is a demo of drawn people, by which nobody's searches are to decide.
+        (["--calibrate", "--model", "."], "--calibrate needs --model DIR and --data SPEC"),
         (["--calibrate", "--model", "user/name", "--data", "viper"], "user/name is no folder to write to"),
-        (["--calibrate", "--model", ".", "--query_dir", "a", "--gallery_dir", "b"], "no --query_dir or --features"),
+        (["--calibrate", "--model", ".", "--query_dir", "a", "--gallery_dir", "b"], "images; leave out other inputs"),
         (["--calibration", "nowhere.json"], "nowhere.json: there is no such file"),
         (["--false_alarm_rate", "2"], "must"),
     ],

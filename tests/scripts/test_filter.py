@@ -302,7 +302,8 @@ def test_two_sources_each_with_its_models_and_threshold(drawn, tmp_path):
         model = ReIDModel.for_training(CLIP_DIR, num_ids=count, image_size=(64, 32)).eval()
         models[domain] = model
         model.save_pretrained(tmp_path / "models" / domain)
-    names = [str(tmp_path / "models" / domain) for domain in "ac"]
+    # In the order of --source.
+    names = [str(tmp_path / "models" / domain) for domain in "ca"]
     more = ["--source", "synthetic:domain=c,num_ids=3,images_per_id=6", SOURCE]
     more += ["--reid_model", *names, "--classifier_model", *names, "--clip_model", "none"]
     limits = {"synthetic-a": 0.9, "synthetic-c": 0.8}
@@ -583,7 +584,7 @@ def test_an_upload_leaves_nothing_of_an_earlier_choice(drawn, whole, monkeypatch
     "flags, words",
     [
         (["--source", "synthetic:domain=a,num_ids=2"], "2 identities that the source does not have"),
-        (["--threshold", "other=0.5"], "'other' is not both named there and a source"),
+        (["--threshold", "other=0.5"], "--threshold: 'other' is no source; they are synthetic-a"),
         (["--reid_model", "a", "b", "c"], "names 3 models for 1 sources"),
         (["--clip_model", "nowhere/at/all"], "--clip_model: no model at 'nowhere/at/all'"),
         (["--reid_model", str(CLIP_DIR)], "is a clip model, expected"),
