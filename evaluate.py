@@ -202,7 +202,8 @@ def check_args(parser, args):
         parser.error("--query_dir is a search of its own; leave out --data and --features")
     if args.features and (args.model or args.export or args.splits):
         parser.error("--features needs no model, export or splits; leave out --model, --export and --splits")
-    if args.calibrate and (args.query_dir or args.features or not (args.model and args.data)):
+    elsewhere = args.query_dir or args.features or not (args.data or args.group_dir)
+    if args.calibrate and (elsewhere or not args.model):
         parser.error("--calibrate needs --model DIR and --data SPEC, labelled images; leave out other inputs")
     if args.calibrate and not (os.path.isdir(args.model) and os.access(args.model, os.W_OK)):
         parser.error(

@@ -217,6 +217,7 @@ TABLES = {
     "dcac-synthetic": as_stored("dcac_synthetic", words=2),
     "generation-parts": as_stored("generation"),
     "generation-cost": as_stored("generation_cost"),
+    "drawing-ways": as_stored("drawing_ways"),
     "generation-cards": as_stored("generation_memory", words=2),
     "generation-families": as_stored("family_memory"),
     "gpu-dcac": as_stored("gpu/dcac_step", words=2),

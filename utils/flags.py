@@ -235,9 +235,7 @@ def add_optimizer(parser, *, learning_rate, weight_decay, optimizers=OPTIMIZERS,
     words = "decay of the gradients" + ("; of sgd the momentum" if optimizers else "")
     group.add("--adam_beta1", type=below_one, default=0.9, help=words)
     group.add("--adam_beta2", type=below_one, default=0.999, idle=sgd, help="decay of the squared gradients")
-    group.add(
-        "--adam_epsilon", type=above_zero, default=1e-8, idle=sgd, help="added to the root of the squared gradients"
-    )
+    group.add("--adam_epsilon", type=above_zero, default=1e-8, idle=sgd, help="added to the root of these squares")
     group.add("--adam_weight_decay", type=not_negative, default=weight_decay, help="weight decay")
     group.add("--max_grad_norm", type=not_negative, default=clip, help=f"clip gradients to it; default {clip_default}")
     add_8bit(group)
@@ -263,13 +261,8 @@ def add_schedule(parser, *, milestones, own=()):
     by_epoch = (lambda args: args.lr_scheduler == MULTISTEP, f"--lr_scheduler {MULTISTEP}")
     rising = (lambda args: args.lr_scheduler not in (MULTISTEP, *own), by_step[1])
     group.add("--lr_scheduler", choices=[*own, MULTISTEP, *STEP_SCHEDULES], default=MULTISTEP, help="how it changes")
-    group.add(
-        "--lr_warmup_epochs",
-        type=at_least(0),
-        default=1,
-        idle=by_step,
-        help="warmup_multistep: first epoch at full rate",
-    )
+    words = "warmup_multistep: the first epoch at the full rate"
+    group.add("--lr_warmup_epochs", type=at_least(0), default=1, idle=by_step, help=words)
     group.add("--lr_warmup_factor", type=fraction, default=0.1, idle=rising, help="factor at epoch 0 of that rise")
     words = "warmup_multistep: when it drops"
     group.add("--lr_milestones", type=int, nargs="*", default=milestones, idle=by_step, help=words)

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.common import RESULTS
 from benchmarks.evaluation import coverage, grouping, real_people, thresholds
-from benchmarks.generated import filter_truth, standins
+from benchmarks.generated import drawing_ways, filter_truth, standins
 from benchmarks.memory import cards, dcac_overhead
 from benchmarks.quality import (
     dcac_curves,
@@ -61,6 +61,7 @@ TABLES = {
     "dcac_step_flops": lambda raw: (dcac_overhead.STEP_COLUMNS, dcac_overhead.step_rows(raw["steps"])),
     "dcac_synthetic": lambda raw: (dcac_synthetic.COLUMNS, dcac_synthetic.rows_of(raw["runs"])),
     "dcac_table": lambda raw: (dcac_overhead.TABLE_COLUMNS, dcac_overhead.table_rows(raw)),
+    "drawing_ways": lambda raw: (drawing_ways.COLUMNS, drawing_ways.rows_of(raw["runs"])),
     "filter_truth": lambda raw: filter_truth.table_of(raw["cameras"]),
     "filtering": lambda raw: filtering.table_of(raw["rows"]),
     "generated_starts": lambda raw: (generated_starts.COLUMNS, generated_starts.rows_of(raw["runs"])),

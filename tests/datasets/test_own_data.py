@@ -373,7 +373,7 @@ def test_queries_that_cannot_be_found(folder):
     ):
         load_reid(with_rows(folder, drop=[4]))
     paint(folder / "gallery/g.png")
-    with pytest.raises(ValueError, match=r"only under the query's own camera.*11 \(camera 0\).*camid_column is none"):
+    with pytest.raises(ValueError, match=r"only under the query's own camera.*11 \(camera 0\).*:camid_column=none"):
         load_reid(with_rows(folder, ("gallery", 11, 0, "gallery/g.png"), drop=[4]))
 
 
