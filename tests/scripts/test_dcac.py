@@ -800,12 +800,12 @@ def test_sigterm_writes_a_checkpoint(small, finished, tmp_path):
 
 def test_two_processes_train_as_one(small, tmp_path):
     """The same global batch on two processes: BatchNorm of neck and condition, memory, sampler, noise and losses."""
-    steps = ["--max_train_steps", "20", "--bottleneck", "condition-net", "--mixed_precision", "no"]
+    steps = ["--max_train_steps", "12", "--bottleneck", "condition-net", "--mixed_precision", "no"]
     steps += ["--num_train_epochs", "30", "--eval_every", "30", "--cache_dir", tmp_path / "cache"]
     train(*small, *steps, "--output_dir", tmp_path / "one")
     launch(SCRIPT, *small, *steps, "--train_batch_size", "4", "--output_dir", tmp_path / "two", processes=2)
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
-    assert len(one) == len(two) == 20
+    assert len(one) == len(two) == 12
     for name in one[0]:
         apart = max(abs(left[name] - right[name]) for left, right in zip(one, two, strict=True))
         largest = max(abs(left[name]) for left in one)
