@@ -37,8 +37,7 @@ from utils.ranges import above_zero, at_least, fraction, not_negative, or_word
 
 DEMO_SOURCE = "synthetic:domain=a,num_ids=112"
 DEMO_TARGETS = ["synthetic:domain=b", "synthetic:domain=c"]
-# Of 112 identities the classifier is rarely sure, and a mean of many captions says little. Chosen on domain e, with
-# seeds 7 and 8.
+# Of 112 identities the classifier is rarely sure, and a mean of many captions says little. Chosen on e, seeds 7 and 8.
 DEMO_CONDITION = {"prompt_init": "captions", "prompt_tokens": "all", "tau": 0.1, "ldm_balance": 0.1}
 DEMO = (
     "Demo: DCAC from drawn people of domain a to the unseen domains b and c, three minutes on two cores; condition: "
@@ -67,6 +66,7 @@ RECIPES = {
     "c3-ma": published(["cuhk03np"], ["market1501"], 8, 0.1),
     "multi": published(["market1501", "dukemtmcreid", "cuhk03np"], ["msmt17"], 32, 1.0, test_resample="bicubic"),
     "supervised": published(["market1501"], ["market1501"], 8, 0.6),
+    "supervised-ms": published(["msmt17"], ["msmt17"], 32, 1.0),
 }
 RECIPES |= muva.recipes(RECIPES)
 # Identities that each evaluation looks at the condition with.

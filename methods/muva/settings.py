@@ -138,6 +138,11 @@ def check_args(parser, args):
         if args.probabilities in PROBABILITIES:
             parser.error(f"--probabilities {args.probabilities} are of MUVA's texts and parts: give --encoder muva")
         return
+    if args.recipe and not args.recipe.startswith(MUVA):
+        parser.error(
+            f"--recipe {args.recipe} has DCAC's images and rates: give one of MUVA's, as muva-ma-ms, and "
+            "--diffusion ldm for the feedback"
+        )
     if args.muva_stage == "prompts" and args.muva_prompts:
         parser.error("--muva_stage prompts learns what --muva_prompts FILE already has; give one of them")
     if args.probabilities == "parts" and (args.prompt_init != "random" or args.prompt_tokens != "end"):

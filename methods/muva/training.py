@@ -102,6 +102,11 @@ class Parts:
                     f"--muva_prompts {args.muva_prompts} are of {len(self.given['text_features'])} identities of "
                     f"other images than --source holds ({num_ids} identities): learn them anew, without the flag"
                 )
+            before = json.loads(self.given["settings"] or "{}")
+            for name in ("backbone", "memory_resample"):
+                was, now = (Path(str(one)).name for one in (before.get(name), getattr(args, name)))
+                if was != now:
+                    say(f"The prompts of --muva_prompts were learned with --{name} {was}, not {now}")
 
     def encoder(self, encoder):
         """The model with part tokens, on the weights of a CLIP's; a model that has them keeps them."""

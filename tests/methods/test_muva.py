@@ -706,7 +706,7 @@ def test_resume_and_two_processes(finished, small, tmp_path):
 
 
 @pytest.mark.parametrize("flag, value", [("--memory_masks", "predicted"), ("--memory_resample", "bicubic")])
-def test_the_memory_is_made_as_its_flags_say(small, tmp_path, flag, value):
+def test_the_memory_is_made_as_its_flags_say(small, tmp_path, capsys, flag, value):
     """One step: of the losses only the contrast with the memory is another."""
     common = [
         *small, "--diffusion", "none", "--resolution", "64", "32", "--muva_epochs", "1", "--max_train_steps", "1",
@@ -715,6 +715,8 @@ def test_the_memory_is_made_as_its_flags_say(small, tmp_path, flag, value):
     # Prompts are learned from the memory's features too.
     prompts = tmp_path / "plain" / "muva_prompts.safetensors"
     train(*common, "--muva_prompts", prompts, flag, value, "--output_dir", tmp_path / "other")
+    said = "The prompts of --muva_prompts were learned with --memory_resample bilinear, not bicubic"
+    assert (said in capsys.readouterr().out) == (flag == "--memory_resample")
     (wanted,), (found,) = log_of(tmp_path / "plain"), log_of(tmp_path / "other")
     assert {name for name in wanted if found[name] != wanted[name]} == {"loss", "loss_pcl", "grad_norm"}
 
@@ -770,6 +772,7 @@ def test_bad_input(small, standins, finished, tmp_path, capsys):
         (["--probabilities", "text"], "give --encoder muva"),
         (["--encoder", "muva", "--muva_stage", "prompts", "--muva_prompts", "file"], "give one of them"),
         (["--encoder", "muva", "--part_masks", "rows", "file"], "give it alone"),
+        (["--encoder", "muva", "--recipe", "ma-ms"], "--recipe ma-ms has DCAC's images and rates: give one of MUVA's"),
     ],
 )
 def test_arguments_that_cannot_be(arguments, words, capsys):

@@ -491,6 +491,7 @@ def test_recipes_set_the_published_values_and_flags_win():
     assert (args.resolution, args.diffusion_resolution) == ([256, 128], [128, 128])
     assert args.origin["rank"] == "flag" and args.origin["tau"] == "recipe" and args.origin["seed"] == "default"
     published = {"ma-ms": (8, 0.6), "d-ma": (8, 0.6), "ms-ma": (32, 1.0), "c3-ma": (8, 0.1), "multi": (32, 1.0)}
+    published |= {"supervised": (8, 0.6), "supervised-ms": (32, 1.0)}
     for name, (rank, tau) in published.items():
         args = parse_args(["--recipe", name])
         assert (args.rank, args.tau, args.adam_weight_decay, args.ldm_weight) == (rank, tau, 1e-4, 1.0)

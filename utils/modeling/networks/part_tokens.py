@@ -27,7 +27,8 @@ class PartTokenConfig(CLIPVisionConfig):
 class MaskPredictor(nn.Module):
     """Logits of the patches of each part, from the input of a block: part tokens look at patches.
 
-    y = parts + attention(LN parts, LN' patches); logits = linear(QuickGELU(linear(LN'' y))): (B, parts, patches).
+    y = parts + attention(LN parts, LN' patches); logits = linear(QuickGELU(linear(LN'' y))): (B, parts, patches). All
+    biases start at 0; the authors leave that of the attention's output as torch draws it.
     """
 
     def __init__(self, width, num_patches, heads, epsilon):
