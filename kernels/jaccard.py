@@ -23,7 +23,7 @@ from .neighbours import self_neighbours
 from .tiles import expand_ranges, row_groups, unit_rows
 
 # V' is stored in units of 2**-30. Sums of integers do not depend on the order of addition, so equal sets of
-# neighbours give equal distances on every device, also with atomic additions.
+# neighbours give equal distances on a CPU, and on a GPU but for a unit where float64 sums before it rounded otherwise.
 ONE = 1 << 30
 COMPAT = (None, "torchreid", "faiss")
 ENTRY_LIMIT = 1 << 22

@@ -4,7 +4,8 @@
 
 Both paths run on a sample and must agree; the faster one is written to `kernels.json` in the cache folder,
 `~/.cache/diffreid` or DIFFREID_CACHE. Another card, driver, torch or triton is measured again, and everything is where
-the file cannot be read. Where the Triton kernels fail or disagree, the choice is torch, with a warning.
+the file cannot be read. Where the Triton kernels disagree, the choice is torch, with a warning; and so it is where a
+measurement fails, for as long as the process lives: the card's memory may have been full. Small work is torch's.
 """
 
 import functools
@@ -20,7 +21,9 @@ import torch
 logger = logging.getLogger(__name__)
 
 # The sample: as large as the work, at most so many rows of queries and gallery.
-MOST_ROWS = {"cosine_topk": (4096, 32768), "rank_metrics": (4096, 32768), "k_reciprocal_rerank": (4096, 65536)}
+MOST_ROWS = {"cosine_topk": (4096, 32768), "rank_metrics": (4096, 32768), "k_reciprocal_rerank": (2048, 16384)}
+# Products of numbers below which nothing is measured: torch takes milliseconds for them.
+LEAST_PRODUCTS = 1 << 30
 ROUNDS = 3
 # The largest difference of scores and AP, beside one rank that moved where two similarities are within rounding.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-3}
@@ -29,6 +32,8 @@ KNOWN = {}
 
 def faster(operation, features, num_columns, k=1, *, clock=None, path=None):
     """`torch` or `triton`: the faster one for such work. `clock` runs a call and gives its seconds."""
+    if features.shape[0] * features.shape[1] * num_columns < LEAST_PRODUCTS:
+        return "torch"
     sizes = size_class(operation, features.shape, num_columns, k)
     key = " | ".join([*machine(features.device), operation, str(features.dtype).removeprefix("torch."), *sizes])
     path = path or remembered_in()
@@ -37,7 +42,8 @@ def faster(operation, features, num_columns, k=1, *, clock=None, path=None):
         if entry is None:
             on_card = functools.partial(seconds_on_card, device=features.device)
             entry = measure(operation, features.device, features.dtype, sizes, clock or on_card)
-            remember(path, key, entry)
+            if "error" not in entry:
+                remember(path, key, entry)
         KNOWN[path, key] = entry["path"]
     return KNOWN[path, key]
 
@@ -97,25 +103,27 @@ def remember(path, key, entry):
 
 
 def measure(operation, device, dtype, sizes, clock):
-    """{path, seconds of both, reason}: both paths on a sample, first compared, then in turns."""
-    call = sample_of(operation, device, dtype, *map(int, sizes))
+    """{path, seconds of both, reason or error}: both paths on a sample, first compared, then in turns."""
+    seconds, at = {"torch": [], "triton": []}, "the sample"
     try:
-        results = {path: call(path) for path in ("torch", "triton")}
+        call, results = sample_of(operation, device, dtype, *map(int, sizes)), []
+        for at in seconds:
+            results.append(call(at))
         difference = max(
-            float((one.double() - other.double()).abs().max())
-            for one, other in zip(*results.values(), strict=True)
-        )  # fmt: skip
-        reason = "" if difference <= TOLERANCE[dtype] else f"results differ by {difference:.1e}"
+            float((one.double() - other.double()).abs().max()) for one, other in zip(*results, strict=True)
+        )
+        if difference > TOLERANCE[dtype]:
+            reason = f"results differ by {difference:.1e}"
+            logger.warning("%s takes torch on %s: the Triton kernel is not used (%s)", operation, device, reason)
+            return {"path": "torch", "reason": reason}
+        for _ in range(ROUNDS):
+            for at, taken in seconds.items():
+                taken.append(clock(lambda path=at: call(path)))
     except Exception as error:
-        # Whatever a compiler or driver raises: the other path works.
+        # Whatever a compiler or driver raises: torch does the work, which may be smaller than the sample.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    if reason:
-        logger.warning("%s takes torch on %s: the Triton kernel failed (%s)", operation, device, reason)
-        return {"path": "torch", "reason": reason}
-    seconds = {"torch": [], "triton": []}
-    for _ in range(ROUNDS):
-        for path, taken in seconds.items():
-            taken.append(clock(lambda path=path: call(path)))
+        logger.warning("%s takes torch on %s: no measurement, %s failed (%s)", operation, device, at, reason)
+        return {"path": "torch", "error": reason}
     seconds = {path: statistics.median(taken) for path, taken in seconds.items()}
     return {"path": min(seconds, key=seconds.get), "seconds": seconds}
 

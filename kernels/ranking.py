@@ -71,11 +71,11 @@ def rank_metrics(
     check_features(queries, gallery)
     labels = Labels(query_pids, gallery_pids, query_cams, gallery_cams, protocol, queries, gallery)
     max_rank = check_count("max_rank", max_rank, 1)
-    path = choose_backend(backend, queries, "rank_metrics", gallery=gallery)
-    if path == "triton" and protocol == "cuhk03":
+    if protocol == "cuhk03":
         if requested(backend)[0] == "triton":
             raise ValueError("protocol='cuhk03' draws images and needs backend='torch'")
-        path = "torch"
+        backend = "torch"
+    path = choose_backend(backend, queries, "rank_metrics", gallery=gallery)
     if path == "triton":
         from .ranking_triton import match_ranks_triton
 

@@ -12,8 +12,11 @@ from .dispatch import full_precision
 from .tiles import expand_ranges
 from .tiles_triton import paired_inputs, similarity_tile, splits
 
+# Numbers of rows differ from call to call, and a kernel is not to be compiled for each kind of them.
+SIZES = ["num_rows", "num_columns"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=SIZES)
 def match_scores_kernel(
     queries, gallery, query_scale, gallery_scale, starts, counts, slots, scores_out, num_rows, num_columns, depth,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
@@ -43,7 +46,7 @@ def match_scores_kernel(
             tl.store(scores_out + base + (shift[:, None] + place), tile, mask=selected)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def count_kernel(
     queries, gallery, query_scale, gallery_scale, query_pids, gallery_pids, order, begins, ends, scores, indices,
     counts_out, num_rows, num_columns, depth, per_split,

@@ -8,7 +8,8 @@ from .dispatch import full_precision
 from .tiles_triton import paired_inputs, similarity_tile, splits
 
 
-@triton.jit
+# As the ranking's kernels: not compiled for each kind of a number of rows.
+@triton.jit(do_not_specialize=["num_rows", "num_columns"])
 def topk_kernel(
     queries, gallery, query_scale, gallery_scale, keys_out, lowest_out, num_rows, num_columns, depth, per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K: tl.constexpr, ITSELF: tl.constexpr,

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from kernels.disk.rows import BLOCK_ROWS, RowsOnDisk
-from kernels.dispatch import FLOAT_DTYPES, check_features, choose_backend
+from kernels.dispatch import FLOAT_DTYPES, check_features, choose_backend, requested, triton_obstacle
 from kernels.tiles import padded, similarity_strips, unit_rows
 
 LOST = "diffreid/lost-process"
@@ -58,21 +58,25 @@ class Processes:
 
     def gather(self, tensor):
         """The tensors of all ranks, of one shape, stacked in their order; on the CPU."""
+        return torch.stack(self.gathered(tensor)).cpu()
+
+    def gathered(self, tensor):
+        """The tensors of all ranks, of one shape, in their order; where the group sends them."""
         if self.size == 1:
-            return tensor[None].cpu()
+            return [tensor]
         device = self.device if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
         tensor = tensor.to(device).contiguous()
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         with self.watched():
             dist.all_gather(parts, tensor, group=self.group)
-        return torch.stack(parts).cpu()
+        return parts
 
     def gather_rows(self, tensor, counts):
         """One tensor of the rows of all ranks, in their order; `counts` are the numbers of rows."""
         padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
         padded[: tensor.shape[0]] = tensor
-        parts = self.gather(padded).to(tensor.device)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        parts = zip(self.gathered(padded), counts, strict=True)
+        return torch.cat([part[:count].to(tensor.device) for part, count in parts])
 
     def any(self, value):
         """Whether the value is true on any rank."""
@@ -107,6 +111,8 @@ class Processes:
         """The error of a broken connection names the process that is gone."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             # Libraries begin with the place in their own source.
             reason = str(error).splitlines()[0].rpartition("] ")[2] if "[/" in str(error) else str(error)
@@ -145,7 +151,13 @@ class Ring(Processes):
             for features in (queries, gallery)
         )
         super().__init__(group, getattr(gallery, "device", None))
-        self.agree(lambda: check_features(queries, gallery, may_be_empty=True))
+
+        def checked():
+            check_features(queries, gallery, may_be_empty=True)
+            if group is not None and dist.get_backend(group) == "nccl" and self.device.type != "cuda":
+                raise ValueError(f"a group of NCCL sends features of a GPU, and these lie on {self.device}: move them")
+
+        self.agree(checked)
         self.queries, self.gallery = queries, gallery
         types = [FLOAT_DTYPES.index(features.dtype) for features in (queries, gallery)]
         on_disk = isinstance(gallery, RowsOnDisk)
@@ -237,14 +249,16 @@ class Ring(Processes):
             return dist.batch_isend_irecv(work) if work else []
 
     def backend_for(self, backend, features, operation, k=1):
-        """The path that rank 0 chooses, for all ranks: it alone measures."""
+        """The path that rank 0 chooses, for all ranks: it alone measures, and all must be able to take it."""
+        able = triton_obstacle(features.device, self.dtype) is None
 
         def chosen():
-            mine = backend if self.rank == 0 or backend != "auto" else "torch"
-            return choose_backend(mine, features, operation, k, max(self.counts))
+            mine = backend if self.rank == 0 or requested(backend)[0] != "auto" else "torch"
+            return choose_backend(mine, features, operation, k, max(self.counts), self.gallery)
 
         path = self.agree(chosen)
-        return "triton" if int(self.gather(torch.tensor(int(path == "triton")))[0]) else "torch"
+        facts = self.gather(torch.tensor([int(path == "triton"), int(able)]))
+        return "triton" if facts[0, 0] and facts[:, 1].all() else "torch"
 
 
 class Units:
@@ -300,6 +314,9 @@ def joined(group, values):
 
 def is_gone(pid):
     """Whether a process of this machine has ended, also if nobody has taken note of it yet."""
+    if os.name == "nt":
+        # Asking there would send Ctrl-C.
+        return False
     try:
         os.kill(pid, 0)
         with open(f"/proc/{pid}/stat") as file:

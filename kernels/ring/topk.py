@@ -18,11 +18,12 @@ def ring_topk(queries, gallery, k, backend, group=None):
     for offset, rows in ring.shards():
         depth = min(k, len(rows))
         if path == "triton":
-            if len(queries):
-                from kernels.topk_triton import launch_topk
+            from kernels.topk_triton import launch_topk
 
-                scores, indices = launch_topk(ring.queries[:], rows, depth)[:2]
-                best.add(slice(None), scores, indices + offset)
+            for start in range(0, len(queries), units.block):
+                some = slice(start, min(start + units.block, len(queries)))
+                scores, indices = launch_topk(ring.queries[some], rows, depth)[:2]
+                best.add(some, scores, indices + offset)
             continue
         for start, strip in units.strips(ring.unit("gallery", rows), len(rows)):
             scores, indices = strip_topk(strip, depth)

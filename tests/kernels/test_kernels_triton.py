@@ -172,6 +172,7 @@ def test_places_beyond_int32():
 def test_the_faster_path_is_measured_once(operation, tmp_path, caplog, monkeypatch):
     """Both paths run; only the clock is not that of the card."""
     monkeypatch.setattr(measured, "ROUNDS", 1)
+    monkeypatch.setattr(measured, "LEAST_PRODUCTS", 0)
     features, file, calls = torch.zeros(20, 12), tmp_path / "cache" / "kernels.json", []
 
     def clock(fast):
@@ -208,6 +209,7 @@ def test_the_faster_path_is_measured_once(operation, tmp_path, caplog, monkeypat
 @interpreted
 def test_both_paths_of_reranking_are_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(measured, "ROUNDS", 1)
+    monkeypatch.setattr(measured, "LEAST_PRODUCTS", 0)
     features, file, taken = torch.zeros(16, 8), tmp_path / "kernels.json", iter((2.0, 1.0))
     choice = measured.faster("k_reciprocal_rerank", features, 16, 8, path=file, clock=lambda call: next(taken))
     assert choice == "triton" and next(taken, None) is None
@@ -216,16 +218,32 @@ def test_both_paths_of_reranking_are_measured(tmp_path, monkeypatch):
 @interpreted
 def test_a_kernel_that_fails_or_disagrees_is_not_taken(tmp_path, caplog, monkeypatch):
     features, file = torch.zeros(20, 12), tmp_path / "kernels.json"
-    # More neighbours than the kernel has registers for.
+    monkeypatch.setattr(measured, "LEAST_PRODUCTS", 0)
+    # More neighbours than the kernel has registers for; and a card without memory for the sample or for a round.
     assert measured.faster("cosine_topk", features, 300, 100, path=file, clock=None) == "torch"
+    assert "triton failed (ValueError: " in caplog.text and "at most 64 neighbours" in caplog.text
+
+    def full(*given):
+        raise torch.OutOfMemoryError("the card is full")
+
+    assert measured.faster("cosine_topk", features, 60, 8, path=file, clock=full) == "torch"
+    with monkeypatch.context() as patch:
+        patch.setattr(measured, "sample_of", full)
+        assert measured.faster("cosine_topk", features, 99, 8, path=file, clock=None) == "torch"
+    assert "the sample failed (OutOfMemoryError: the card is full)" in caplog.text
+    # The next process may have the memory.
+    assert not file.exists() and len(caplog.records) == 3
     monkeypatch.setitem(measured.TOLERANCE, torch.float32, -1.0)
     assert measured.faster("cosine_topk", features, 30, 8, path=file, clock=None) == "torch"
-    reasons = [entry["reason"] for entry in json.loads(file.read_text()).values()]
-    assert "at most 64 neighbours" in reasons[0] and "results differ by" in reasons[1]
-    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    (entry,) = json.loads(file.read_text()).values()
+    assert "results differ by" in entry["reason"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 4
+    monkeypatch.undo()
+    # Milliseconds of work are not measured.
+    assert measured.faster("cosine_topk", features, 16, 8, path=file, clock=None) == "torch"
     # A folder that cannot be written to: the choice is made all the same.
     (tmp_path / "file").write_text("")
-    monkeypatch.undo()
+    monkeypatch.setattr(measured, "LEAST_PRODUCTS", 0)
     path = tmp_path / "file" / "kernels.json"
     assert measured.faster("cosine_topk", features, 30, 8, path=path, clock=lambda call: 1.0) == "torch"
     assert "cannot be remembered" in caplog.text

@@ -13,8 +13,9 @@ from kernels import cosine_topk, k_reciprocal_rerank, rank_metrics
 from kernels.jaccard_graph import jaccard_graph
 from kernels.ranking import rank_metrics_reference
 from kernels.reranking import k_reciprocal_rerank_reference
-from kernels.ring import symmetric
+from kernels.ring import processes, symmetric
 from kernels.ring.processes import LostProcess, Ring
+from kernels.ring.ranking import Pairs, ring_metrics
 from kernels.tiles import cosine_reference
 from tests.runs import launch
 from utils.training.clustering import cluster
@@ -57,6 +58,54 @@ def same(one, other):
     return numbers == (other.mAP, other.mINP, other.num_valid, other.num_skipped) and all(
         torch.equal(getattr(one, name).nan_to_num(-1), getattr(other, name).nan_to_num(-1)) for name in values
     )
+
+
+@pytest.fixture
+def alone():
+    """A group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+    processes.PLACES.clear()
+
+
+def test_features_that_a_group_cannot_send_are_refused(alone, monkeypatch):
+    monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
+    with pytest.raises(ValueError, match="process 0: a group of NCCL sends features of a GPU, and these lie on cpu"):
+        Ring(alone, torch.eye(3), torch.eye(3))
+
+
+def test_a_full_card_is_no_lost_process():
+    with pytest.raises(torch.OutOfMemoryError, match="full"), processes.Processes(None, None).watched():
+        raise torch.OutOfMemoryError("full")
+
+
+def test_triton_is_taken_where_all_ranks_can(monkeypatch):
+    asked = []
+    monkeypatch.setattr(processes, "choose_backend", lambda *given: asked.append(given) or "triton")
+    ring = Ring(None, torch.eye(3), torch.eye(3).double())
+    for obstacle, wanted in ((None, "triton"), ("an older card", "torch")):
+        monkeypatch.setattr(processes, "triton_obstacle", lambda device, dtype, obstacle=obstacle: obstacle)
+        assert ring.backend_for("auto", ring.queries, "cosine_topk", 2) == wanted
+    # The gallery's type counts too.
+    assert asked[0][-1] is ring.gallery
+
+
+def test_scores_that_never_settle_end(monkeypatch):
+    """On some cards the same product may round differently in every pass."""
+    queries, gallery, query_pids, gallery_pids, query_cams, gallery_cams = a_set(4)
+    labels = query_pids, gallery_pids, query_cams, gallery_cams
+    wanted, passes = rank_metrics(queries, gallery, *labels), []
+    begin, count = Pairs.begin, Pairs.count
+
+    def moves(self, *given):
+        count(self, *given)
+        self.moved = True
+
+    monkeypatch.setattr(Pairs, "begin", lambda self: passes.append(self) or begin(self))
+    monkeypatch.setattr(Pairs, "count", moves)
+    options = {"max_rank": 50, "protocol": "market", "backend": "auto", "seed": 0, "group": None}
+    assert same(ring_metrics(queries, gallery, *labels, **options), wanted) and len(passes) == 3
 
 
 def outcome(call, *given, **options):
