@@ -9,9 +9,11 @@ import triton
 import triton.language as tl
 
 from .dispatch import full_precision
-from .tiles import expand_ranges
+from .tiles import expand_ranges, row_groups
 from .tiles_triton import paired_inputs, similarity_tile, splits
 
+# Matches of all queries that are looked at together.
+PAIR_LIMIT = 1 << 22
 # Numbers of rows differ from call to call, and a kernel is not to be compiled for each kind of them.
 SIZES = ["num_rows", "num_columns"]
 
@@ -92,10 +94,20 @@ def match_ranks_triton(queries, gallery, labels, precision="ieee"):
     """Query of each kept match and its rank: queries ascending, ranks ascending within a query."""
     with full_precision():
         queries, gallery = paired_inputs(queries, gallery, precision)
-    config = queries.config
-    device = queries.rows.device
     by_pid = labels.query_pids.sort(stable=True).indices
     queries, gallery = queries.take(by_pid), gallery.take(labels.order)
+    found = [
+        ranks_of(queries.take(slice(begin, end)), gallery, labels, by_pid[begin:end])
+        for begin, end in row_groups(labels.counts[by_pid].cpu(), PAIR_LIMIT)
+    ]
+    rows, ranks = (torch.cat(parts) for parts in zip(*found, strict=True))
+    order = rows.argsort(stable=True)
+    return rows[order], ranks[order]
+
+
+def ranks_of(queries, gallery, labels, by_pid):
+    """Query and rank of the matches of some queries, whose numbers are `by_pid`; the gallery is sorted by identity."""
+    config, device = queries.config, queries.rows.device
     starts, counts = labels.starts[by_pid], labels.counts[by_pid]
     slots = counts.cumsum(0) - counts
     rows, places = expand_ranges(starts, counts)
@@ -130,7 +142,4 @@ def match_ranks_triton(queries, gallery, labels, precision="ieee"):
             *tile_arguments, labels.query_pids[by_pid], labels.gallery_pids[labels.order], labels.order, begins, ends,
             scores, indices, before, num_rows, num_columns, queries.depth, per_split, **flags,
         )  # fmt: skip
-    ranks = before.long() + 1 + torch.arange(rows.shape[0], device=device) - begins[rows]
-    original = by_pid[rows]
-    order = original.argsort(stable=True)
-    return original[order], ranks[order]
+    return by_pid[rows], before.long() + 1 + torch.arange(rows.shape[0], device=device) - begins[rows]

@@ -78,10 +78,11 @@ class TileInputs:
         return dict(HALF_CONFIG if self.rows.dtype != torch.float32 else FLOAT_CONFIG)
 
     def take(self, order):
-        """The same rows in another order."""
+        """Some of the rows, or all in another order."""
         taken = object.__new__(TileInputs)
         taken.__dict__.update(self.__dict__)
         taken.rows = self.rows[order]
+        taken.num_rows = len(taken.rows)
         taken.scale = self.scale[order] if self.scaled else taken.rows
         return taken
 

@@ -114,13 +114,19 @@ def test_metrics(q, g, d, protocol, dtype):
 
 
 @interpreted
-def test_metrics_of_real_features():
+def test_metrics_of_real_features(monkeypatch):
+    from kernels import ranking_triton
+
     queries, gallery, ids = people(33, 500, 48, seed=2, num_ids=40)
     ids[0][5] = 999
     result = rank_metrics(queries, gallery, *ids, backend="triton")
     assert result.backend == "triton" and result.num_skipped >= 1
     check_metrics(result, cosine(queries, gallery), ids)
     assert len(rank_metrics_reference(cosine(queries, gallery), *ids)[5]) == 0
+    # Of some queries after the others, as where all matches would not fit.
+    monkeypatch.setattr(ranking_triton, "PAIR_LIMIT", 40)
+    some = rank_metrics(queries, gallery, *ids, backend="triton")
+    assert torch.equal(some.cmc, result.cmc) and some.mAP == result.mAP and some.num_skipped == result.num_skipped
 
 
 @interpreted
