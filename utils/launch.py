@@ -119,7 +119,8 @@ def start_accelerator(mixed_precision=None, *, patient=False, handlers=(), **opt
     here = precision_here(mixed_precision)
     accelerator = Accelerator(mixed_precision=here, kwargs_handlers=list(handlers), **options)
     if here != mixed_precision:
-        accelerator.print("fp16 needs a GPU, as a CPU has no loss scale there: computing in float32")
+        reasons = {"fp16": "this GPU has no bf16: computing in fp16", "no": "fp16 needs a GPU: computing in float32"}
+        accelerator.print(reasons[here])
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)
         keep_freed_memory()
@@ -130,14 +131,17 @@ def start_accelerator(mixed_precision=None, *, patient=False, handlers=(), **opt
 
 
 def on_cpu():
-    """Whether there is no GPU to compute on; Apple's do not know float64, which measurements need."""
-    return not torch.accelerator.is_available() or torch.backends.mps.is_available()
+    """Whether there is no GPU to compute on, or none is wanted; Apple's know no float64, which measurements need."""
+    unwanted = asked("ACCELERATE_USE_CPU") or torch.backends.mps.is_available()
+    return unwanted or not torch.accelerator.is_available()
 
 
 def precision_here(mixed_precision):
-    """The precision asked for, "no" in place of fp16 on a CPU; None leaves it to accelerate."""
-    asked = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
-    return "no" if asked == "fp16" and on_cpu() else mixed_precision
+    """The precision asked for, or another where the machine cannot compute in it; None leaves it to accelerate."""
+    wanted = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if wanted == "bf16" and not on_cpu() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "fp16"
+    return "no" if wanted == "fp16" and on_cpu() else mixed_precision
 
 
 def leave_interrupts(worker):
@@ -168,6 +172,7 @@ def start_training(args, *, find_unused_parameters=False, max_zero_stage=2, fsdp
         cpu=cpu,
         log_with=check_trackers(args.report_to) or None,
         project_dir=args.output_dir,
+        patient=True,
         # Buffers are computed from the whole batch, so they are equal on all processes.
         handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=find_unused_parameters)

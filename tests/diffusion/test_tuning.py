@@ -3,13 +3,16 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from PIL import Image
 from transformers import CLIPTokenizer
 
 import train_dreambooth_reid as script
+from utils.diffusion import text_to_image, tuning
 from utils.diffusion.families.solvers import solver_of
 from utils.diffusion.schedule import NoiseSchedule
-from utils.diffusion.text_to_image import TextToImage
+from utils.diffusion.text_to_image import TextToImage, images_at_once
 from utils.diffusion.tuning import Batches
+from utils.standins import build
 
 OWN = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 4, 8, 4)
 TEXTS = ["a", "b", "a", "c", "b"]
@@ -91,3 +94,16 @@ def test_guidance_leads_away_from_the_negative_prompt(model, standins):
     latents = model.sample(condition, [3], negative="a dog", **settings)
     torch.testing.assert_close(latents, wanted, rtol=1e-3, atol=1e-3)
     assert (latents - model.sample(condition, [3], **settings)).abs().max() > 1e-3
+
+
+def test_the_vae_takes_few_large_images_at_once(monkeypatch):
+    assert [images_at_once(8, *size) for size in ((128, 64), (512, 256), (512, 512), (1024, 512))] == [8, 2, 1, 1]
+    vae = build.build_vae().requires_grad_(False).eval()
+    taken, encode = [], tuning.encode
+    monkeypatch.setattr(tuning, "encode", lambda vae, pixels: taken.append(len(pixels)) or encode(vae, pixels))
+    images = [Image.new("RGB", (32, 64), (40 * number, 9, 9)) for number in range(5)]
+    mean, std = tuning.posteriors_of(vae, images, (64, 32), 4)
+    monkeypatch.setattr(text_to_image, "VAE_PIXELS", 2 * 64 * 32)
+    fewer = tuning.posteriors_of(vae, images, (64, 32), 4)
+    assert taken == [4, 1, 2, 2, 1]
+    torch.testing.assert_close(fewer, [mean, std], rtol=1e-5, atol=1e-5)

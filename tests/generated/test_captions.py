@@ -543,6 +543,8 @@ def test_what_is_no_captioner_is_refused_from_its_configuration(tmp_path):
 def test_bits_are_settings_of_bitsandbytes(people, folders):
     assert quantization(None) is None
     assert quantization(8).load_in_8bit and quantization(4).load_in_4bit
+    four = quantization(4, torch.float16)
+    assert (four.bnb_4bit_quant_type, four.bnb_4bit_compute_dtype) == ("nf4", torch.float16)
     captioner = Captioner.from_pretrained(str(folders["blip-2"]), bits=8, dtype=torch.float32)
     linear = {type(module).__name__ for module in captioner.model.modules()}
     assert "Linear8bitLt" in linear

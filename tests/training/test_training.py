@@ -197,6 +197,16 @@ def test_apples_gpus_are_not_computed_on(tmp_path, monkeypatch, capsys):
     assert precision_here("bf16") == "bf16" and precision_here(None) is None
 
 
+def test_a_card_without_bf16_computes_in_fp16(monkeypatch):
+    """As RTX 20: torch would emulate it."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert precision_here("bf16") == precision_here("fp16") == "fp16" and precision_here("no") == "no"
+    # A GPU that is not wanted, as by accelerate_configs/cpu.yaml.
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert precision_here("bf16") == "bf16" and precision_here("fp16") == "no"
+
+
 def test_lines_reach_a_pipe_when_they_are_printed(tmp_path, monkeypatch):
     reader, writer = os.pipe()
     with os.fdopen(reader) as told, os.fdopen(writer, "w") as pipe:

@@ -27,6 +27,10 @@ from utils.diffusion.unet import load_vae, set_unet_mode
 TEXT_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
+# Of all images that the VAE encodes or decodes at once: one of 512 x 512.
+VAE_PIXELS = 1 << 18
+
+
 class TextToImage:
     """All parts of the model, on the device. `mode`, "lora" or "full", says how the U-Net trains.
 
@@ -198,7 +202,8 @@ class TextToImage:
     def decode(self, latents, batch_size=8):
         """Decode latents to pixels (N, 3, H, W), uint8 on the CPU."""
         decoded, shift = [], self.vae.config.get("shift_factor") or 0.0
-        for part in latents.split(batch_size):
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        for part in latents.split(images_at_once(batch_size, *(factor * side for side in latents.shape[-2:]))):
             part = part / self.vae.config.scaling_factor + shift
             images = self.vae.decode(part.to(self.vae.dtype)).sample.float()
             check_finite(images)
@@ -208,6 +213,11 @@ class TextToImage:
     def pictures(self, latents, batch_size=8):
         """PIL images."""
         return [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in self.decode(latents, batch_size)]
+
+
+def images_at_once(batch_size, height, width):
+    """How many images the VAE takes at once: its activations are as large as the images."""
+    return max(1, min(batch_size, VAE_PIXELS // (height * width)))
 
 
 def what_saves_memory(

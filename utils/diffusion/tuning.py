@@ -9,7 +9,7 @@ from torch import nn
 from utils.diffusion.fast_lora import read_fast_lora
 from utils.diffusion.latents import encode, image_for_vae, sample_latents, scale_of
 from utils.diffusion.person_masks import PersonMasks
-from utils.diffusion.text_to_image import TextToImage
+from utils.diffusion.text_to_image import TextToImage, images_at_once
 from utils.diffusion.unet import enable_memory_efficient_attention
 
 
@@ -53,9 +53,11 @@ class Tunable:
         return cls(model, token, weights, [weight.detach().to("cpu", copy=True) for weight in weights], masks)
 
     def restore(self):
-        """Reset all trained weights to their initial values, in place."""
+        """Reset all trained weights to their initial values, in place, and what a failed step left of gradients."""
         with torch.no_grad():
             torch._foreach_copy_(self.weights, self.start)
+        for weight in self.weights:
+            weight.grad = None
 
 
 def open_tunable(
@@ -94,7 +96,7 @@ def open_tunable(
 def posteriors_of(vae, images, size, batch_size):
     """Mean and std of the VAE's posterior of pictures, stretched to `size`."""
     pixels = torch.stack([image_for_vae(image, size) for image in images])
-    parts = [encode(vae, part) for part in pixels.split(batch_size)]
+    parts = [encode(vae, part) for part in pixels.split(images_at_once(batch_size, *size))]
     return [torch.cat(values) for values in zip(*parts, strict=True)]
 
 

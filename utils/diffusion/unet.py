@@ -147,9 +147,10 @@ def set_unet_mode(unet, mode, *, rank=8, dtype=torch.float32, seed=0, targets=LO
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32 if trained else dtype)
     for module in unet.modules():
-        is_norm = isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and module.weight is not None
-        if is_norm and not module.weight.requires_grad:
-            module.forward = partial(in_its_own_type, module)
+        # Those of Flux and SD3 have no weight.
+        is_norm, own = isinstance(module, (nn.GroupNorm, nn.LayerNorm)), getattr(module, "weight", None)
+        if is_norm and (mode in ("lora", "frozen") if own is None else not own.requires_grad):
+            module.forward = partial(in_its_own_type, module, dtype)
     return unet.train(mode != "frozen")
 
 
@@ -166,12 +167,12 @@ def cast_where_needed(layer, inputs):
     layer.cast_input_dtype_enabled = not (is_autocast_available(kind) and torch.is_autocast_enabled(kind))
 
 
-def in_its_own_type(norm, values):
-    """Run a frozen norm in its own type. Autocast would use float32, with inputs and outputs of twice the size.
+def in_its_own_type(norm, dtype, values):
+    """Run a frozen norm in its own type, or in `dtype`. Autocast would use float32, with inputs and outputs twice as large.
 
     In half precision its sums are still computed in float32.
     """
-    kind, dtype = values.device.type, norm.weight.dtype
+    kind, dtype = values.device.type, getattr(norm.weight, "dtype", dtype)
     if not is_autocast_available(kind) or dtype == torch.float32:
         return type(norm).forward(norm, values)
     with torch.autocast(kind, enabled=False):

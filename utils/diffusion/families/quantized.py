@@ -37,7 +37,8 @@ def quantized(layers, module, bits, dtype):
         if bits == 4:
             layer = layers.Linear4bit(*size, bias=has_bias, compute_dtype=dtype, quant_type="nf4")
         else:
-            layer = layers.Linear8bitLt(*size, bias=has_bias, has_fp16_weights=False)
+            # On a GPU activations have 8 bits too, but for columns with values beyond this.
+            layer = layers.Linear8bitLt(*size, bias=has_bias, has_fp16_weights=False, threshold=6.0)
     if bits == 4:
         # On a CPU it would pack the weights when images are drawn, and have no gradient afterwards.
         layer.support_avx512bf16_for_cpu = False

@@ -108,11 +108,12 @@ def about_model(name, model, precision):
 def alone(folder):
     """No other command of this machine writes to the gallery meanwhile; ValueError where one does."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = None
     try:
         try:
             import fcntl
 
+            descriptor = os.open(folder, os.O_RDONLY)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another command writes to the gallery in {folder}: wait for its end") from None
@@ -121,7 +122,8 @@ def alone(folder):
             pass
         yield
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 class Index:

@@ -56,7 +56,7 @@ def check_captioner(name):
     return CAPTIONS if kind in ONLY_CAPTIONS else CHAT
 
 
-def quantization(bits):
+def quantization(bits, dtype=torch.float32):
     if bits not in (4, 8):
         return None
     try:
@@ -65,7 +65,8 @@ def quantization(bits):
         raise ValueError(
             f"a captioner in {bits} bits needs bitsandbytes ({error}); pip install bitsandbytes"
         ) from None
-    return BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(**four) if bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
 
 
 class Captioner:
@@ -81,7 +82,8 @@ class Captioner:
         dtype = dtype or (torch.float16 if torch.device(device).type == "cuda" else torch.float32)
         kind = check_captioner(name)
         auto = AutoModelForVisualQuestionAnswering if kind == ANSWERS else AutoModelForImageTextToText
-        settings = {"quantization_config": quantization(bits), "device_map": {"": device}} if bits in (4, 8) else {}
+        config = quantization(bits, dtype)
+        settings = {"quantization_config": config, "device_map": {"": device}} if config else {}
         try:
             model = auto.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False, **settings)
             processor = load_processor(name)
