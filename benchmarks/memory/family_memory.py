@@ -28,6 +28,7 @@ from utils.diffusion.families import flux, sd3, sdxl
 from utils.diffusion.families.flow import FlowSchedule
 from utils.diffusion.families.quantized import in_a_block
 from utils.diffusion.schedule import NoiseSchedule
+from utils.diffusion.text_to_image import images_at_once
 from utils.diffusion.unet import set_unet_mode
 from utils.reporting.report import text_table
 
@@ -167,7 +168,7 @@ def draw(network, denoiser, vae, size, condition, guided, batch=2):
         both = batch * (1 + guided)
         latents = torch.randn(both, *size, dtype=HALF)
         denoiser(latents, torch.tensor(500.0), encoder_hidden_states=torch.randn(both, *condition, dtype=HALF))
-        vae.decode(latents[:batch])
+        vae.decode(latents[: images_at_once(batch, *(8 * side for side in size[1:]))])
 
 
 def encode(encoders, family, batch=8):

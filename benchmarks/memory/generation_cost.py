@@ -27,6 +27,7 @@ from benchmarks.memory.cards import identity_cards, identity_costs
 from benchmarks.models import SCHEDULE, TEXT, UNET, VAE
 from train_dreambooth_reid import RECIPES, denoising_errors
 from utils.diffusion.schedule import NoiseSchedule
+from utils.diffusion.text_to_image import images_at_once
 from utils.diffusion.unet import set_unet_mode
 from utils.reporting.report import text_table
 
@@ -89,7 +90,7 @@ def drawing(unet, vae, resolution, batch=DRAWN):
     unet.eval()
     with torch.no_grad(), torch.autocast("cpu", HALF):
         unet(torch.cat([latents, latents]), torch.tensor(0), encoder_hidden_states=torch.randn(2 * batch, 77, 768))
-        vae.decode(latents)
+        vae.decode(latents[: images_at_once(batch, *resolution)])
 
 
 def count(way, resolution):

@@ -168,7 +168,7 @@ def cast_where_needed(layer, inputs):
 
 
 def in_its_own_type(norm, dtype, values):
-    """Run a frozen norm in its own type, or in `dtype`. Autocast would use float32, with inputs and outputs twice as large.
+    """Run a frozen norm in its own type, or `dtype`: autocast would use float32, twice as large an input and output.
 
     In half precision its sums are still computed in float32.
     """
