@@ -280,6 +280,9 @@ from utils.modeling.reid_model import ReIDModel
 def main(args):
     # A process writes and hashes a kept gallery, for which the others wait.
     accelerator = launch.start_accelerator(args.mixed_precision, patient=bool(args.gallery_features))
+    if accelerator.device.type == "cuda" and args.origin["dataloader_num_workers"] == "default":
+        # It would wait for images most of the time.
+        args.dataloader_num_workers = min(8, os.cpu_count())
     is_default = args.model == str(DEMO_MODEL) and args.origin["model"] == "default"
     launch.introduce(
         args, accelerator, demo=DEMO, stand_ins=is_default and "No --model given: using the shipped stand-in CLIP"

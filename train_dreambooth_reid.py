@@ -465,7 +465,7 @@ def main(args):
     accelerator = launch.start_accelerator(args.mixed_precision, patient=True)
     # Without the flag, accelerate's own setting decides.
     args.mixed_precision = accelerator.mixed_precision
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     launch.introduce(args, accelerator, demo=DEMO, stand_ins=launch.stand_ins_among(args, STAND_INS, PUBLISHED))
     if args.push_to_hub:
         launch.check_login()

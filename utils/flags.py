@@ -275,7 +275,7 @@ def add_memory(parser, *, checkpointing=True, compiled=None, xformers=False):
     """Speed and memory of a card; `compiled`: what --torch_compile compiles."""
     group = parser.group("speed and memory")
     group.add("--mixed_precision", choices=PRECISIONS, help="precision; default: accelerate's setting")
-    group.switch("--allow_tf32", "TF32 matrix products on Ampere and newer")
+    group.switch("--allow_tf32", "TF32 in matrix products too, on Ampere and newer")
     if checkpointing:
         group.switch("--gradient_checkpointing", "recompute activations: less memory, more time", free=True)
     if compiled:

@@ -190,7 +190,7 @@ def start_training(args, *, find_unused_parameters=False, max_zero_stage=2, fsdp
         eight_bit_optimizers(args.use_8bit_adam)
     if args.push_to_hub:
         check_login()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
 
 
