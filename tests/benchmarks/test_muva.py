@@ -9,7 +9,7 @@ import train_dcac
 from benchmarks.common import revision
 from benchmarks.quality import muva
 
-CHOSEN = {"texts": 15, "tau": 0.2, "text_tau": 0.3, "part_tau": 0.05}
+CHOSEN = {"texts": 15, "tau": 2, "text_tau": 0.3, "part_tau": 0.3}
 
 
 def run_of(job, value, dice=None, **more):
@@ -53,11 +53,11 @@ DIFFERS = {
     "muva, crop and erasing": {"padding": (5, 0), "erasing": (0.5, 0.0)},
     "muva, memory predicted": {"memory_masks": ("predicted", "given")},
     "muva, no texts": {"text_weight": (0.0, 1.0), "text_temperature": (50.0, 15.0)},
-    "muva + A": {"diffusion": ("ldm", "none"), "tau": (0.2, 0.6)},
+    "muva + A": {"diffusion": ("ldm", "none"), "tau": (2.0, 0.6)},
     "muva + B": {"diffusion": ("ldm", "none"), "probabilities": ("text", "classifier"), "text_tau": (0.3, 1.0)},
-    "muva + C": {"diffusion": ("ldm", "none"), "probabilities": ("parts", "classifier"), "tau": (0.05, 0.6)},
+    "muva + C": {"diffusion": ("ldm", "none"), "probabilities": ("parts", "classifier"), "tau": (0.3, 0.6)},
     "muva + A, balance": {"ldm_balance": (0.1, None)},
-    "muva + A, no texts": {"diffusion": ("ldm", "none"), "tau": (0.2, 0.6)},
+    "muva + A, no texts": {"diffusion": ("ldm", "none"), "tau": (2.0, 0.6)},
     "muva + A, scratch": {"unet_mode": ("scratch", "lora")},
 }
 
@@ -109,7 +109,7 @@ def test_gains_are_of_the_same_seed(tmp_path, capsys):
     assert "78 of 108 runs are missing" in printed and "chosen: {'texts': 15" in printed
     assert pytest.approx(100 * 0.5) == muva.mean_of(rows[0], "mAP")
     # Another choice of temperatures: these runs are of other arms.
-    other = sifted(CHOSEN | {"tau": 0.1})
+    other = sifted(CHOSEN | {"tau": 1})
     rest = {job: run for job, run in muva.rows_read(file).items() if job.part == "report"}
     table = {row[0]: row for row in muva.rows_of(other | rest)}
     assert "muva" in table and "muva + A" not in table
@@ -148,7 +148,7 @@ def test_a_run_that_stops_ends_no_other(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(muva, "SEEDS", (10,))
     monkeypatch.setattr(muva, "__spec__", SimpleNamespace(name="benchmarks.quality.muva"), raising=False)
     words = ["--output_dir", str(tmp_path / "out"), "--json", str(tmp_path / "rows.json")]
-    with pytest.raises(ValueError, match="^report-plain-images--10: NaN; report-muva-texts-50-10: NaN$"):
+    with pytest.raises(ValueError, match="^report-plain-images--10: NaN; report-muva-texts-150-10: NaN$"):
         muva.main(words)
     assert "2 of 38 runs are missing" in capsys.readouterr().out
     rows = json.loads((tmp_path / "rows.json").read_text())
